@@ -1,0 +1,1 @@
+"""Everything that runs Sprout somewhere: the local stack, model servers, images."""

@@ -1,0 +1,1 @@
+"""The Sprout services: carbon_feed, router, optimizer, evaluator, ledger."""

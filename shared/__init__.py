@@ -1,0 +1,1 @@
+"""Contracts and plumbing that every Sprout service needs; no decision lives here."""

@@ -1,0 +1,67 @@
+"""Topic `policies`: how to draw an option."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.messages.base import Identifier, Message, Probability, UtcDatetime, Value
+
+PolicyStatus = Literal["optimal", "floors_dropped", "capacity_dropped", "reference"]
+PROBABILITY_TOLERANCE = 1e-6
+
+
+class OptionEstimate(Value):
+    """What the optimizer believed of one option for one group when it solved."""
+
+    energy_kwh: float = Field(ge=0)
+    processing_s: float = Field(ge=0)
+    quality: dict[str, float] = Field(description="By metric")
+    trials: float = Field(default=0.0, ge=0, description="Effective judged prompts behind the quality")
+    requests: float = Field(default=0.0, ge=0, description="Effective requests behind energy and time")
+
+
+class PolicyInputs(Value):
+    """Everything that the program was solved with."""
+
+    solved_for: UtcDatetime = Field(description="Event time of the inputs")
+    intensity_g_per_kwh: dict[str, float] = Field(description="k by zone")
+    k0_zone: str = Field(description="Zone whose intensity sets the bounds")
+    k0_g_per_kwh: float = Field(ge=0)
+    k0_min_g_per_kwh: float = Field(ge=0, description="Over the trailing window")
+    k0_max_g_per_kwh: float = Field(ge=0, description="Over the trailing window")
+    xi: dict[str, float] = Field(description="Largest relative loss tolerated, by metric")
+    weights: dict[str, Probability] = Field(description="Traffic share by group")
+    estimates: dict[str, dict[str, OptionEstimate]] = Field(description="By group, then option")
+    holdout: Probability
+
+
+class Policy(Message):
+    """Probabilities of every option for every prompt group of one model."""
+
+    model: Identifier
+    version: int = Field(ge=1, description="Grows by one with every policy of the model")
+    group_version: str | None = Field(default=None, description="Version of the learned groups; null: task labels")
+    created_at: UtcDatetime
+    valid_until: UtcDatetime = Field(description="After this the router serves the reference")
+    status: PolicyStatus
+    reason: str = Field(description="Why it was solved, and what was relaxed")
+    reference: str = Field(description="Option served without a policy and held out from optimisation")
+    groups: dict[str, dict[str, Probability]] = Field(description="By group, then option")
+    overall: dict[str, Probability] = Field(description="Row for a group that the policy does not name")
+    bounds: dict[str, float] = Field(description="Quality relative to the reference that was required, by metric")
+    expected_quality: dict[str, float] = Field(description="Quality relative to the reference expected, by metric")
+    expected_g_per_request: float = Field(ge=0)
+    reference_g_per_request: float = Field(ge=0, description="The same traffic, all on the reference option")
+    inputs: PolicyInputs
+
+    @model_validator(mode="after")
+    def _rows_are_distributions(self) -> Self:
+        for name, row in [("overall", self.overall), *self.groups.items()]:
+            total = sum(row.values())
+            if abs(total - 1.0) > PROBABILITY_TOLERANCE:
+                raise ValueError(f"probabilities of {name!r} must sum to 1, got {total:.6f}")
+        return self
+
+    def row(self, group: str) -> dict[str, float]:
+        """Probabilities by option for a prompt group; the overall row where the group is unknown."""
+        return self.groups.get(group, self.overall)

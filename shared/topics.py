@@ -1,0 +1,157 @@
+"""Every Kafka topic, declared once: partitions, retention, compaction.
+
+`sprout topics create` provisions them (`shared.provisioning`); no service creates a topic.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from shared.messages import (
+    CarbonIntensity,
+    DeadLetter,
+    Footprint,
+    GenerationRequest,
+    GenerationResponse,
+    Message,
+    Policy,
+    Quality,
+    ResponseChunk,
+    Sample,
+    UsageRecord,
+)
+
+HOUR_MS: Final = 3_600_000
+DAY_MS: Final = 24 * HOUR_MS
+MEBIBYTE: Final = 1024 * 1024
+
+
+class Cleanup(StrEnum):
+    """Kafka's `cleanup.policy`."""
+
+    DELETE = "delete"
+    COMPACT = "compact"
+    COMPACT_DELETE = "compact,delete"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopicSpec:
+    """A topic's name (without prefix), message, and broker configuration.
+
+    Attributes:
+        partitions: enough for the widest consumer group; only the request path needs many.
+        retention_ms: None where compaction alone keeps the topic small.
+        max_message_bytes: largest record batch that the broker accepts.
+    """
+
+    name: str
+    message: type[Message]
+    key: str
+    cleanup: Cleanup
+    partitions: int
+    retention_ms: int | None = None
+    max_message_bytes: int = MEBIBYTE
+
+    def configuration(self) -> dict[str, str]:
+        """The topic-level settings for the broker."""
+        settings = {"cleanup.policy": self.cleanup.value, "max.message.bytes": str(self.max_message_bytes)}
+        if self.retention_ms is not None:
+            settings["retention.ms"] = str(self.retention_ms)
+        if self.cleanup is not Cleanup.DELETE:
+            # Consumers read these topics from the start: keep them short.
+            settings |= {"segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
+        return settings
+
+
+REQUESTS: Final = TopicSpec(
+    name="requests",
+    message=GenerationRequest,
+    key="producer's choice, else request id",
+    cleanup=Cleanup.DELETE,
+    partitions=12,
+    retention_ms=7 * DAY_MS,
+)
+RESPONSES: Final = TopicSpec(
+    name="responses",
+    message=GenerationResponse,
+    key="request id",
+    cleanup=Cleanup.DELETE,
+    partitions=12,
+    retention_ms=7 * DAY_MS,
+)
+RESPONSE_CHUNKS: Final = TopicSpec(
+    name="response-chunks",
+    message=ResponseChunk,
+    key="request id",
+    cleanup=Cleanup.DELETE,
+    partitions=12,
+    retention_ms=HOUR_MS,
+)
+SAMPLES: Final = TopicSpec(
+    name="samples",
+    message=Sample,
+    key="prompt group",
+    cleanup=Cleanup.DELETE,
+    partitions=3,
+    retention_ms=7 * DAY_MS,
+)
+USAGE: Final = TopicSpec(
+    name="usage",
+    message=UsageRecord,
+    key="usage record id",
+    cleanup=Cleanup.DELETE,
+    partitions=3,
+    retention_ms=7 * DAY_MS,
+)
+CARBON_INTENSITY: Final = TopicSpec(
+    name="carbon-intensity",
+    message=CarbonIntensity,
+    key="zone",
+    cleanup=Cleanup.COMPACT_DELETE,
+    partitions=1,
+    retention_ms=60 * DAY_MS,
+)
+FOOTPRINTS: Final = TopicSpec(
+    name="footprints",
+    message=Footprint,
+    key="request id",
+    cleanup=Cleanup.DELETE,
+    partitions=6,
+    retention_ms=30 * DAY_MS,
+)
+QUALITY: Final = TopicSpec(
+    name="quality",
+    message=Quality,
+    key="model",
+    cleanup=Cleanup.COMPACT,
+    partitions=1,
+)
+POLICIES: Final = TopicSpec(
+    name="policies",
+    message=Policy,
+    key="model",
+    cleanup=Cleanup.COMPACT,
+    partitions=1,
+)
+DEAD_LETTERS: Final = TopicSpec(
+    name="dead-letters",
+    message=DeadLetter,
+    key="original key",
+    cleanup=Cleanup.DELETE,
+    partitions=1,
+    retention_ms=90 * DAY_MS,
+    max_message_bytes=8 * MEBIBYTE,
+)
+
+TOPICS: Final = (
+    REQUESTS,
+    RESPONSES,
+    RESPONSE_CHUNKS,
+    SAMPLES,
+    USAGE,
+    CARBON_INTENSITY,
+    FOOTPRINTS,
+    QUALITY,
+    POLICIES,
+    DEAD_LETTERS,
+)
