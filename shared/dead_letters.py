@@ -1,0 +1,238 @@
+"""Poison messages: recognised, kept with their original bytes on `dead-letters`, and passed over.
+
+Three ways in, by the kind of subscriber:
+
+- a subscriber of single messages gets `DeadLetterMiddleware` from `shared.broker.build_broker`: what its handler
+  cannot parse or process becomes a dead letter and is acknowledged;
+- a batch subscriber uses `batch_decoder(Model, office)`: the bad records of a batch become dead letters, the good
+  ones reach the handler;
+- whoever reads raw records calls `parse` and `DeadLetterOffice.post`.
+"""
+
+import base64
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from aiokafka import ConsumerRecord
+from faststream import BaseMiddleware, ContextRepo
+from faststream.exceptions import HandlerException, StopConsume
+from faststream.kafka import KafkaBroker, KafkaMessage
+from pydantic import ValidationError
+
+from shared.clock import Clock
+from shared.logs import get_logger
+from shared.messages import DeadLetter, Message
+from shared.settings import KafkaSettings
+from shared.topics import DEAD_LETTERS
+
+M = TypeVar("M", bound=Message)
+
+LARGEST_CARRIED_BYTES = 4 * 1024 * 1024
+"""A larger value is cut: base64 of it must still fit the dead-letter topic's largest message."""
+
+_log = get_logger(__name__)
+
+
+class PoisonMessageError(ValueError):
+    """A message that will never be processable, however often it is redelivered."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class RetryLaterError(RuntimeError):
+    """A handler's word that the message is fine but something it needs is away; it will be redelivered."""
+
+
+def describe(error: ValidationError) -> str:
+    """What is wrong with a message, by field, without any of its content."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    shown = [f"{'.'.join(str(part) for part in p['loc']) or 'message'}: {p['msg']}" for p in problems[:10]]
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    return "; ".join(shown)
+
+
+def parse(model: type[M], value: bytes | None) -> M:
+    """Parse a record's value.
+
+    Raises:
+        PoisonMessageError: not JSON, or not such a message.
+    """
+    if not value:
+        raise PoisonMessageError("invalid_json", f"an empty value is not a {model.__name__}")
+    try:
+        return model.model_validate_json(value)
+    except ValidationError as error:
+        not_json = any(problem["type"] == "json_invalid" for problem in error.errors(include_input=False))
+        raise PoisonMessageError("invalid_json" if not_json else "invalid_message", describe(error)) from error
+
+
+def dead_letter_for(
+    record: "ConsumerRecord[bytes, bytes]", *, service: str, reason: str, detail: str, clock: Clock
+) -> DeadLetter:
+    """The dead letter of a record."""
+    value = record.value or b""
+    return DeadLetter(
+        service=service,
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        key_base64=None if record.key is None else _base64(record.key),
+        value_base64=_base64(value[:LARGEST_CARRIED_BYTES]),
+        headers={name: _base64(content or b"") for name, content in record.headers},
+        truncated_bytes=max(0, len(value) - LARGEST_CARRIED_BYTES),
+        reason=reason,
+        detail=detail,
+        failed_at=clock.now(),
+    )
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+class DeadLetterOffice:
+    """Posts dead letters for one service."""
+
+    def __init__(self, *, kafka: KafkaSettings, service: str, clock: Clock) -> None:
+        self._topic = kafka.topic(DEAD_LETTERS)
+        self._service = service
+        self._clock = clock
+        self._broker: KafkaBroker | None = None
+        self.posted = 0
+
+    def attach(self, broker: KafkaBroker) -> None:
+        """The broker to publish through; `build_broker` calls this."""
+        self._broker = broker
+
+    async def post(self, record: "ConsumerRecord[bytes, bytes]", error: PoisonMessageError) -> None:
+        """Publish a record's dead letter; returns once Kafka has it.
+
+        Raises:
+            KafkaError: it could not be published; the record must not be acknowledged.
+        """
+        if self._broker is None:
+            raise RuntimeError("DeadLetterOffice.attach(broker) must be called before the first message")
+        letter = dead_letter_for(
+            record, service=self._service, reason=error.reason, detail=error.detail, clock=self._clock
+        )
+        await self._broker.publish(letter, topic=self._topic, key=record.key)
+        self.posted += 1
+        _log.warning(
+            "dead letter",
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+            reason=error.reason,
+            detail=error.detail,
+        )
+
+
+def batch_decoder(model: type[M], office: DeadLetterOffice) -> Callable[[KafkaMessage], Awaitable[list[M]]]:
+    """A decoder for a batch subscriber: parses every record, posts dead letters for those that do not parse.
+
+    A record without a value (a compacted topic's tombstone) is passed over.
+    """
+
+    async def decode(message: KafkaMessage) -> list[M]:
+        records: Sequence[ConsumerRecord[bytes, bytes]] = (
+            message.raw_message if isinstance(message.raw_message, tuple) else (message.raw_message,)
+        )
+        parsed: list[M] = []
+        for record in records:
+            if record.value is None:
+                continue
+            try:
+                parsed.append(parse(model, record.value))
+            except PoisonMessageError as error:
+                await office.post(record, error)
+        return parsed
+
+    return decode
+
+
+def message_decoder(model: type[M]) -> Callable[[KafkaMessage], Awaitable[M]]:
+    """A decoder for a subscriber of single messages; a poison message is left to `DeadLetterMiddleware`."""
+
+    async def decode(message: KafkaMessage) -> M:
+        return parse(model, message.body)
+
+    return decode
+
+
+class DeadLetterMiddleware:
+    """Factory of the per-message middleware; give it to a broker."""
+
+    def __init__(self, office: DeadLetterOffice) -> None:
+        self._office = office
+
+    def __call__(self, msg: Any | None, /, *, context: ContextRepo) -> "_DeadLetterScope":  # noqa: ANN401
+        """The middleware of one message or batch."""
+        return _DeadLetterScope(msg, context=context, office=self._office)
+
+
+class _DeadLetterScope(BaseMiddleware):
+    """Turns a message's failure into a dead letter, and its acknowledgement."""
+
+    def __init__(self, msg: Any | None, /, *, context: ContextRepo, office: DeadLetterOffice) -> None:  # noqa: ANN401
+        super().__init__(msg, context=context)
+        self._office = office
+
+    async def on_receive(self) -> None:
+        # FastStream decodes header values as UTF-8 before any handler runs; a producer's binary header must not
+        # make its message unreadable.
+        for record in self._records():
+            if any(not _is_text(content) for _, content in record.headers):
+                record.headers = tuple(
+                    (name, content if _is_text(content) else _base64(content or b"").encode())
+                    for name, content in record.headers
+                )
+        return await super().on_receive()
+
+    async def after_processed(
+        self,
+        exc_type: type[BaseException] | None = None,  # noqa: ARG002
+        exc_val: BaseException | None = None,
+        exc_tb: TracebackType | None = None,  # noqa: ARG002
+    ) -> bool | None:
+        if exc_val is None or isinstance(exc_val, (HandlerException, StopConsume, RetryLaterError)):
+            return False
+        if not isinstance(exc_val, Exception):
+            return False  # cancellation: the message stays unacknowledged
+        poison = _as_poison(exc_val)
+        if poison.reason == "handler_error":
+            _log.error("handler failed", exc_info=exc_val)
+        for record in self._records():
+            await self._office.post(record, poison)
+        return True
+
+    def _records(self) -> "tuple[ConsumerRecord[bytes, bytes], ...]":
+        if self.msg is None:
+            return ()
+        return self.msg if isinstance(self.msg, tuple) else (self.msg,)
+
+
+def _as_poison(error: Exception) -> PoisonMessageError:
+    if isinstance(error, PoisonMessageError):
+        return error
+    if isinstance(error, ValidationError):
+        return PoisonMessageError("invalid_message", describe(error))
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        return PoisonMessageError("invalid_json", type(error).__name__)
+    # The text of an unforeseen error may quote the message: its type must do.
+    return PoisonMessageError("handler_error", type(error).__name__)
+
+
+def _is_text(content: bytes | None) -> bool:
+    if content is None:
+        return False
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,112 @@
+"""Runs a service: the FastStream application, its health, readiness and metrics over HTTP, its orderly end."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import uvicorn
+from faststream.asgi import AsgiFastStream, AsgiResponse, get
+from faststream.asgi.types import Scope
+from faststream.kafka import KafkaBroker
+from faststream.specification import AsyncAPI
+from prometheus_client import CollectorRegistry, make_asgi_app
+
+from shared.broker import wait_for_kafka
+from shared.health import Health
+from shared.logs import configure_logging, get_logger
+from shared.settings import HttpSettings, KafkaSettings, LogSettings
+from shared.topics import TopicSpec
+
+VERSION = "0.1.0"
+
+_log = get_logger(__name__)
+
+Lifespan = Callable[[], AbstractAsyncContextManager[None]]
+"""What a service opens before the broker starts and closes after it has stopped: pools, clients."""
+
+
+def build_service(
+    broker: KafkaBroker,
+    *,
+    name: str,
+    description: str,
+    kafka: KafkaSettings,
+    topics: tuple[TopicSpec, ...],
+    registry: CollectorRegistry,
+    health: Health,
+    lifespan: Lifespan | None = None,
+) -> AsgiFastStream:
+    """Put a service together without connecting to anything.
+
+    Args:
+        topics: every topic that the service reads or writes; it waits for them before it starts.
+        lifespan: opened before the broker starts, closed after it has stopped.
+
+    The HTTP side answers `/health` (alive), `/ready` (200 or 503 with the reasons) and `/metrics` (Prometheus).
+    """
+
+    @get(description="Liveness")
+    async def live(scope: Scope) -> AsgiResponse:  # noqa: ARG001
+        if health.failure is None:
+            return _json(200, {"status": "alive"})
+        return _json(503, {"status": "failed", "reason": health.failure})
+
+    @get(description="Readiness")
+    async def ready(scope: Scope) -> AsgiResponse:  # noqa: ARG001
+        problems = health.problems()
+        return (
+            _json(503, {"status": "not ready", "problems": problems}) if problems else _json(200, {"status": "ready"})
+        )
+
+    @asynccontextmanager
+    async def whole_lifespan() -> AsyncIterator[None]:
+        await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
+        async with lifespan() if lifespan is not None else _nothing():
+            try:
+                yield
+            finally:
+                await health.cancel_background()
+
+    started = False
+
+    def note_started() -> None:
+        nonlocal started
+        started = True
+        _log.info("started", service=name, version=VERSION)
+
+    health.add_check("broker", lambda: None if started else "not started yet")
+    return AsgiFastStream(
+        broker,
+        logger=None,
+        specification=AsyncAPI(title=f"Sprout {name}", version=VERSION, description=description),
+        lifespan=whole_lifespan,
+        after_startup=(note_started,),
+        asgi_routes=(
+            ("/health", live),
+            ("/ready", ready),
+            ("/metrics", make_asgi_app(registry)),
+        ),
+    )
+
+
+def run_service(app: AsgiFastStream, *, name: str, http: HttpSettings, logs: LogSettings) -> None:
+    """Serve until SIGINT or SIGTERM; exits with status 1 when the service could not start."""
+    configure_logging(name, logs)
+    server = uvicorn.Server(
+        uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)
+    )
+    asyncio.run(server.serve())
+    if not server.started:
+        _log.critical("could not start; see the error above", service=name)
+        sys.exit(1)
+
+
+def _json(status: int, body: dict[str, object]) -> AsgiResponse:
+    return AsgiResponse(json.dumps(body).encode(), status, {"Content-Type": "application/json"})
+
+
+@asynccontextmanager
+async def _nothing() -> AsyncIterator[None]:
+    yield
