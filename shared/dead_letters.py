@@ -11,7 +11,7 @@ Three ways in, by the kind of subscriber:
 
 import base64
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from faststream.kafka import KafkaBroker, KafkaMessage
 from pydantic import ValidationError
 
 from shared.clock import Clock
-from shared.logs import get_logger
+from shared.logs import get_logger, where
 from shared.messages import DeadLetter, Message
 from shared.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS
@@ -140,11 +140,8 @@ def batch_decoder(model: type[M], office: DeadLetterOffice) -> Callable[[KafkaMe
     """
 
     async def decode(message: KafkaMessage) -> list[M]:
-        records: Sequence[ConsumerRecord[bytes, bytes]] = (
-            message.raw_message if isinstance(message.raw_message, tuple) else (message.raw_message,)
-        )
         parsed: list[M] = []
-        for record in records:
+        for record in _records_of(message.raw_message):
             if record.value is None:
                 continue
             try:
@@ -206,7 +203,7 @@ class _DeadLetterScope(BaseMiddleware):
             return False  # cancellation: the message stays unacknowledged
         poison = _as_poison(exc_val)
         if poison.reason == "handler_error":
-            _log.error("handler failed", exc_info=exc_val)
+            _log.error("handler failed", error=type(exc_val).__name__, where=where(exc_val))
         for record in self._records():
             await self._office.post(record, poison)
         return True
@@ -214,7 +211,12 @@ class _DeadLetterScope(BaseMiddleware):
     def _records(self) -> "tuple[ConsumerRecord[bytes, bytes], ...]":
         if self.msg is None:
             return ()
-        return self.msg if isinstance(self.msg, tuple) else (self.msg,)
+        return _records_of(self.msg)
+
+
+def _records_of(raw: Any) -> "tuple[ConsumerRecord[bytes, bytes], ...]":  # noqa: ANN401
+    """The records of a FastStream raw message: one, or a batch (a list with the in-memory broker)."""
+    return tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
 
 
 def _as_poison(error: Exception) -> PoisonMessageError:
