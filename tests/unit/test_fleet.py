@@ -1,0 +1,92 @@
+"""The fleet file: one place says what can serve; a mistake in it is named."""
+
+from pathlib import Path
+
+import pytest
+
+from shared.fleet import FleetError, load_fleet
+
+GOOD = """
+[[directives]]
+level = "L0"
+[[directives]]
+level = "L1"
+text = "Always answer briefly."
+
+[[models]]
+name = "llama-2-13b-chat"
+chat_template = "llama-2"
+
+[[pools]]
+name = "california"
+model = "llama-2-13b-chat"
+zone = "US-CAL-CISO"
+[[pools.endpoints]]
+name = "california-0"
+grpc = "triton-0:8001"
+metrics = "http://triton-0:8002/metrics"
+
+[[pools]]
+name = "texas"
+model = "llama-2-13b-chat"
+zone = "US-TEX-ERCO"
+[[pools.endpoints]]
+name = "texas-0"
+grpc = "triton-1:8001"
+
+[[pools]]
+name = "judge"
+zone = "US-CAL-CISO"
+triton_model = "judge"
+[[pools.endpoints]]
+name = "judge-0"
+grpc = "triton-0:8001"
+
+[judge]
+pool = "judge"
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "fleet.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_options_are_pools_times_levels_and_the_reference_is_the_first(tmp_path: Path) -> None:
+    fleet = load_fleet(written(tmp_path, GOOD))
+    assert fleet.options_of("llama-2-13b-chat") == ("california/L0", "california/L1", "texas/L0", "texas/L1")
+    assert fleet.reference_of("llama-2-13b-chat") == "california/L0"
+    assert fleet.zones == ("US-CAL-CISO", "US-TEX-ERCO")
+    assert fleet.chat_template_of(fleet.pool("texas")) == "llama-2"
+    assert fleet.directive_text("L1") == "Always answer briefly."
+    assert fleet.directive_text("L0") == ""
+
+
+def test_embodied_carbon_defaults_to_the_papers_server(tmp_path: Path) -> None:
+    fleet = load_fleet(written(tmp_path, GOOD))
+    assert fleet.pool("california").embodied_g_per_s == pytest.approx(1.6715e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('model = "llama-2-13b-chat"', 'model = "gpt"', "serves model 'gpt', which 'models' does not list"),
+        ('name = "texas"', 'name = "california"', "pools.name must be unique; given more than once: california"),
+        ('text = "Always answer briefly."', "", "L1 need a 'text'"),
+        ('level = "L0"', 'level = "L9"', "must be level L0"),
+        ('grpc = "triton-1:8001"', 'grpc = "http://triton-1"', "pools.1.endpoints.0.grpc"),
+        ('pool = "judge"', 'pool = "nobody"', "judge.pool names 'nobody'"),
+        ('zone = "US-TEX-ERCO"', 'zone = "US-TEX-ERCO"\nzoen = 1', "pools.1.zoen: Extra inputs"),
+        ("[[models]]", "[[models", "not valid TOML"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+    assert old in GOOD
+    with pytest.raises(FleetError, match=complaint.replace("[", r"\[")):
+        load_fleet(written(tmp_path, GOOD.replace(old, new, 1)))
+
+
+def test_a_missing_file_says_which_variable_names_one(tmp_path: Path) -> None:
+    with pytest.raises(FleetError, match="SPROUT_FLEET_FILE"):
+        load_fleet(tmp_path / "nowhere.toml")
