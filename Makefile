@@ -1,0 +1,75 @@
+# Sprout: every target does its own set-up. `make` alone lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOCK := requirements/dev.lock
+SERVICES := carbon-feed router optimizer evaluator ledger cli
+
+# For `make demo` and `make up`; empty means the default. `make demo WORKLOAD=... CARBON=... ZONE=... MODEL=smollm2`
+WORKLOAD ?=
+MODEL ?=
+CARBON ?=
+ZONE ?=
+OPTIONS = $(if $(WORKLOAD),--workload "$(WORKLOAD)") $(if $(MODEL),--model "$(MODEL)") \
+          $(if $(CARBON),--carbon "$(CARBON)") $(if $(ZONE),--zone "$(ZONE)")
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test up down lint types bench locks clean
+
+help:  ## List the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Create .venv with the pinned packages and the `sprout` command
+
+$(STAMP): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Sprout needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null 2>&1 || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	@echo "installing the packages of $(LOCK)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install --quiet --python $(BIN)/python --require-hashes -r $(LOCK)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $(STAMP)
+
+demo: install  ## A day of grid and traffic through the real services in two minutes; see demo-report.html
+	$(BIN)/sprout demo $(OPTIONS)
+
+test: install lint types  ## Lint, types and every test
+	$(BIN)/pytest
+
+up: install  ## Start the local stack and leave it running
+	$(BIN)/sprout up $(OPTIONS)
+
+down: install  ## Stop what `make up` started
+	$(BIN)/sprout down
+
+lint: install  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## mypy, strict
+	$(BIN)/mypy
+
+bench: install  ## Benchmarks; prints what was compared
+	@found=0; for file in benchmarks/bench_*.py; do \
+	  if [ -f "$$file" ]; then found=1; echo "== $$file"; $(BIN)/python "$$file" || exit 1; fi; done; \
+	  [ $$found = 1 ] || { echo "no benchmarks/bench_*.py" >&2; exit 1; }
+
+locks: install  ## Refresh requirements/*.lock from pyproject.toml
+	@for service in $(SERVICES); do \
+	  echo "requirements/$$service.lock"; \
+	  $(call COMPILE,--extra $$service,requirements/$$service.lock) || exit 1; done
+	@echo "$(LOCK)"
+	@$(call COMPILE,--all-extras,$(LOCK))
+
+# No address of any registry gets into a lock file: each installation uses the one it is configured for.
+COMPILE = PATH="$(CURDIR)/$(BIN):$$PATH" UV_CUSTOM_COMPILE_COMMAND="make locks" uv pip compile --quiet pyproject.toml \
+  $(1) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --output-file $(2)
+
+clean:  ## Stop the local stack; remove .venv, the stack's state and every cache
+	@if [ -x $(BIN)/sprout ]; then $(BIN)/sprout down --quiet; fi
+	rm -rf $(VENV) .sprout .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info \
+	  demo-report.html demo-report.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
