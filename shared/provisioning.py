@@ -1,5 +1,6 @@
 """Creates the topics that `shared.topics` declares; idempotent, and says what differs."""
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ from aiokafka.errors import TopicAlreadyExistsError, for_code
 
 from shared.settings import KafkaSettings
 from shared.topics import TOPICS, TopicSpec
+
+VISIBLE_TIMEOUT_S = 30.0
 
 
 class ProvisioningError(RuntimeError):
@@ -27,12 +30,12 @@ class Provisioned:
 async def create_topics(
     kafka: KafkaSettings, *, replication_factor: int = 1, specs: Iterable[TopicSpec] = TOPICS
 ) -> list[Provisioned]:
-    """Create every declared topic that does not exist yet.
+    """Create every declared topic that does not exist yet; returns once the broker serves them all.
 
     An existing topic is left as it is; where its partitions differ from the declaration, the note says so.
 
     Raises:
-        ProvisioningError: the broker refused a topic.
+        ProvisioningError: the broker refused a topic, or does not serve it in time.
     """
     declared = tuple(specs)
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
@@ -56,18 +59,31 @@ async def create_topics(
                 existing.add(topic)
             elif code != 0:
                 raise ProvisioningError(f"topic {topic}: {error.__name__}: {message or error.description}")
-        found = (
-            {entry["topic"]: len(entry["partitions"]) for entry in await admin.describe_topics(sorted(existing))}
-            if existing
-            else {}
-        )
+        found = await _wait_until_served(admin, sorted(kafka.topic(spec) for spec in declared))
     finally:
         await admin.close()
-    return [_outcome(kafka.topic(spec), spec, found.get(kafka.topic(spec))) for spec in declared]
+    return [
+        _outcome(kafka.topic(spec), spec, found[kafka.topic(spec)], created=kafka.topic(spec) not in existing)
+        for spec in declared
+    ]
 
 
-def _outcome(topic: str, spec: TopicSpec, found_partitions: int | None) -> Provisioned:
-    if found_partitions is None:
-        return Provisioned(topic, created=True, partitions=spec.partitions)
-    note = "" if found_partitions == spec.partitions else f"declared with {spec.partitions} partitions"
-    return Provisioned(topic, created=False, partitions=found_partitions, note=note)
+async def _wait_until_served(admin: AIOKafkaAdminClient, topics: list[str]) -> dict[str, int]:
+    """Partitions by topic, once the broker serves them all: the controller knows a topic a little before it does."""
+    try:
+        async with asyncio.timeout(VISIBLE_TIMEOUT_S):
+            while True:
+                answers = {entry["topic"]: entry for entry in await admin.describe_topics(topics)}
+                hidden = [name for name in topics if not answers.get(name, {}).get("partitions")]
+                if not hidden:
+                    return {name: len(answers[name]["partitions"]) for name in topics}
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise ProvisioningError(
+            f"the broker does not serve topics {', '.join(hidden)} {VISIBLE_TIMEOUT_S:.0f} s after they were created"
+        ) from None
+
+
+def _outcome(topic: str, spec: TopicSpec, partitions: int, *, created: bool) -> Provisioned:
+    note = "" if partitions == spec.partitions else f"declared with {spec.partitions} partitions"
+    return Provisioned(topic, created=created, partitions=partitions, note=note)

@@ -130,7 +130,14 @@ def _unprivileged_prefix(data_dir: Path, programs: Path) -> tuple[str, ...]:
             "Install it, or run as an ordinary user"
         )
     os.chown(data_dir, user.pw_uid, user.pw_gid)
-    prefix: tuple[str, ...] = (setpriv, f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups")
+    # "keep": a change of user would otherwise untie the process from its parent (see `deploy.local.tether`).
+    prefix: tuple[str, ...] = (
+        setpriv,
+        "--pdeathsig=keep",
+        f"--reuid={user.pw_uid}",
+        f"--regid={user.pw_gid}",
+        "--clear-groups",
+    )
     closed = [folder for end in (data_dir, programs) for folder in end.resolve().parents if not _open(folder)]
     if closed:
         prefix += ("--inh-caps=+dac_override", "--ambient-caps=+dac_override")

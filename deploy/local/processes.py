@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +31,10 @@ class ProcessFailedError(RuntimeError):
         self.log = log
 
 
+class StartAbortedError(RuntimeError):
+    """The start was called off while a process was awaited."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSpec:
     """How to run one child process.
@@ -39,6 +44,7 @@ class ProcessSpec:
         ready: asked until it returns None; None means ready as soon as it runs.
         stop_signal: what asks it to end in good order.
         stop_grace_s: after this long it is killed, its whole process group included.
+        tier: processes of a higher tier use those of a lower one, and are stopped before them.
         port: where it listens, for people to see.
     """
 
@@ -50,6 +56,7 @@ class ProcessSpec:
     ready_timeout_s: float = 60.0
     stop_signal: signal.Signals = signal.SIGTERM
     stop_grace_s: float = 10.0
+    tier: int = 0
     port: int | None = None
     url: str | None = None
 
@@ -57,12 +64,21 @@ class ProcessSpec:
 class ManagedProcess:
     """A child process that was started from a spec."""
 
-    def __init__(self, spec: ProcessSpec, popen: "subprocess.Popen[bytes]", log: Path) -> None:
+    def __init__(
+        self, spec: ProcessSpec, popen: "subprocess.Popen[bytes]", *, log: Path, aborted: threading.Event
+    ) -> None:
         self.spec = spec
         self.log = log
         self._popen = popen
+        self._aborted = aborted
         self.record: ProcessRecord = record_of(
-            popen.pid, name=spec.name, log=log, port=spec.port, url=spec.url, stop_signal=spec.stop_signal
+            popen.pid,
+            name=spec.name,
+            log=log,
+            port=spec.port,
+            url=spec.url,
+            stop_signal=spec.stop_signal,
+            tier=spec.tier,
         )
 
     @property
@@ -90,6 +106,7 @@ class ManagedProcess:
 
         Raises:
             ProcessFailedError: it ended, or was not ready in time.
+            StartAbortedError: `Supervisor.abort` was called.
         """
         waiting_for: str | None = None
         deadline = time.monotonic() + self.spec.ready_timeout_s
@@ -102,7 +119,8 @@ class ManagedProcess:
                 raise ProcessFailedError(
                     self.spec.name, f"was not ready within {self.spec.ready_timeout_s:.0f} s ({waiting_for})", self.log
                 )
-            time.sleep(POLL_S)
+            if self._aborted.wait(POLL_S):
+                raise StartAbortedError(f"the start was called off while {self.spec.name} was awaited")
 
     def ask_to_stop(self) -> None:
         """Send the stop signal, if it still runs."""
@@ -135,8 +153,9 @@ class Supervisor:
     def __init__(self, log_dir: Path, *, tethered: bool = True) -> None:
         self._log_dir = log_dir
         self._tethered = tethered
+        self._aborted = threading.Event()
         self._processes: dict[str, ManagedProcess] = {}
-        log_dir.mkdir(parents=True, exist_ok=True)
+        self._specs: dict[str, ProcessSpec] = {}
 
     def start(self, spec: ProcessSpec) -> ManagedProcess:
         """Start a process and wait until it is ready.
@@ -149,7 +168,7 @@ class Supervisor:
         return process
 
     def spawn(self, spec: ProcessSpec) -> ManagedProcess:
-        """Start a process without waiting; its output goes to `NAME.log`.
+        """Start a process without waiting; its output goes to `NAME.log`, anew unless it ran here before.
 
         Raises:
             ValueError: a process of this name runs.
@@ -158,13 +177,13 @@ class Supervisor:
         earlier = self._processes.get(spec.name)
         if earlier is not None and earlier.alive:
             raise ValueError(f"process {spec.name!r} runs already, with pid {earlier.pid}")
+        self._log_dir.mkdir(parents=True, exist_ok=True)
         log = self._log_dir / f"{spec.name}.log"
         command = list(spec.command)
         if self._tethered:
             tethering = [sys.executable, "-I", "-S", str(Path(tether.__file__)), str(os.getpid())]
             command = [*tethering, str(int(spec.stop_signal)), *command]
-        # A first start begins a new log; a restart goes on in the same one.
-        with log.open("wb" if earlier is None else "ab") as output:
+        with log.open("ab" if spec.name in self._specs else "wb") as output:
             popen = subprocess.Popen(
                 command,
                 env={**os.environ, **spec.environment},
@@ -174,36 +193,41 @@ class Supervisor:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the terminal must reach the supervisor alone
             )
-        process = ManagedProcess(spec, popen, log)
+        process = ManagedProcess(spec, popen, log=log, aborted=self._aborted)
         self._processes.pop(spec.name, None)
         self._processes[spec.name] = process
+        self._specs[spec.name] = spec
         return process
 
     def process(self, name: str) -> ManagedProcess:
         """A process by name.
 
         Raises:
-            KeyError: none of this name was started.
+            KeyError: none of this name was started, or it was stopped.
         """
         return self._processes[name]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every process, in order of starting."""
+        """Every process that was not stopped, in order of starting."""
         return tuple(self._processes)
 
     def check(self) -> None:
-        """Say so if any process ended.
+        """Say so if any process ended by itself.
 
         Raises:
             ProcessFailedError: for the first that did.
         """
-        for process in self._processes.values():
+        for process in list(self._processes.values()):
             process.check()
 
     def records(self) -> list[ProcessRecord]:
         """What is needed to find every process again from elsewhere, in order of starting."""
         return [process.record for process in self._processes.values()]
+
+    def abort(self) -> None:
+        """Call off a start that another thread is waiting in."""
+        self._aborted.set()
 
     def stop(self, name: str) -> None:
         """Stop one process in good order."""
@@ -212,13 +236,29 @@ class Supervisor:
         process.finish()
 
     def kill(self, name: str) -> None:
-        """Kill one process as a crash would; `spawn` may start it again."""
+        """Kill one process and its group with SIGKILL, as a crash would."""
         self._processes.pop(name).kill()
 
+    def respawn(self, name: str) -> ManagedProcess:
+        """Start a process again as it was; one that still runs is stopped first.
+
+        Raises:
+            KeyError: none of this name was ever started.
+        """
+        spec = self._specs[name]
+        if name in self._processes:
+            self.stop(name)
+        return self.spawn(spec)
+
     def stop_all(self) -> None:
-        """Stop every process, the last started first."""
-        while self._processes:
-            self.stop(next(reversed(self._processes)))
+        """Stop every process, the last started first; those of one tier end side by side."""
+        for tier in sorted({process.spec.tier for process in self._processes.values()}, reverse=True):
+            leaving = [process for process in reversed(self._processes.values()) if process.spec.tier == tier]
+            for process in leaving:
+                process.ask_to_stop()
+            for process in leaving:
+                process.finish()
+                del self._processes[process.spec.name]
 
 
 def describe_exit(status: int) -> str:

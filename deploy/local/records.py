@@ -5,6 +5,7 @@ A pid alone proves nothing, since it may have been given to a stranger; a pid an
 
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class ProcessRecord(BaseModel):
     port: int | None = None
     url: str | None = Field(default=None, description="Base URL of its HTTP side, where it has one")
     stop_signal: int = int(signal.SIGTERM)
+    tier: int = Field(default=0, description="Higher tiers are stopped before lower ones")
 
     def process(self) -> psutil.Process | None:
         """The process, if it still runs and is the one that was recorded."""
@@ -46,7 +48,7 @@ class ProcessRecord(BaseModel):
 
 
 def record_of(
-    pid: int, *, name: str, log: Path, port: int | None, url: str | None, stop_signal: signal.Signals
+    pid: int, *, name: str, log: Path, port: int | None, url: str | None, stop_signal: signal.Signals, tier: int
 ) -> ProcessRecord:
     """The record of a child that was started just now.
 
@@ -61,26 +63,33 @@ def record_of(
         port=port,
         url=url,
         stop_signal=int(stop_signal),
+        tier=tier,
     )
 
 
-def stop_recorded(record: ProcessRecord, *, grace_s: float = 10.0) -> bool:
-    """Stop a recorded process in good order, then whatever is left of its group.
+def stop_recorded(records: Sequence[ProcessRecord], *, grace_s: float = 15.0) -> list[ProcessRecord]:
+    """Stop recorded processes in good order: tier by tier, the last started first, killing what outstays its grace.
 
     Returns:
-        False if it was not running any more, or its pid now belongs to another process.
+        Those that were running; a pid that now belongs to another process is left alone.
     """
-    found = record.process()
-    if found is None:
-        return False
-    try:
-        found.send_signal(record.stop_signal)
-        found.wait(grace_s)
-    except psutil.NoSuchProcess:
-        pass
-    except psutil.TimeoutExpired:
-        found.kill()
-    # Its group id is its pid, which the kernel gives to nobody else while the group has members.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(record.pid, signal.SIGKILL)
-    return True
+    stopped: list[ProcessRecord] = []
+    for tier in sorted({record.tier for record in records}, reverse=True):
+        leaving = [
+            (record, found)
+            for record in reversed(records)
+            if record.tier == tier and (found := record.process()) is not None
+        ]
+        for record, found in leaving:
+            with suppress(psutil.NoSuchProcess):
+                found.send_signal(record.stop_signal)
+        _, staying = psutil.wait_procs([found for _, found in leaving], timeout=grace_s)
+        for found in staying:
+            with suppress(psutil.NoSuchProcess):
+                found.kill()
+        for record, _ in leaving:
+            # Its group's id is its pid, which the kernel gives to nobody else while the group has members.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(record.pid, signal.SIGKILL)
+            stopped.append(record)
+    return stopped

@@ -1,0 +1,67 @@
+"""The `sprout` command; every subcommand lives in a module of its own, loaded when it is called for."""
+
+import importlib
+import importlib.util
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+SUBCOMMANDS: dict[str, str] = {
+    "demo": "cli.demo:demo",
+    "up": "cli.stack:up",
+    "down": "cli.stack:down",
+    "status": "cli.status:status",
+    "logs": "cli.logs:logs",
+    "send": "cli.send:send",
+    "report": "cli.report:report",
+    "topics": "cli.topics:app",
+    "asyncapi": "cli.asyncapi:asyncapi",
+}
+"""Name to `module:attribute`, in the order of the help; the attribute is a function or a Typer application."""
+
+
+class LazyGroup(TyperGroup):
+    """Loads a subcommand's module only when the subcommand, or the help, is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401, ARG002 - typer's context class is its own
+        """The subcommands whose modules are there."""
+        return [name for name, target in SUBCOMMANDS.items() if _present(target)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401
+        """One subcommand; None for an unknown name."""
+        target = SUBCOMMANDS.get(cmd_name)
+        if target is None or not _present(target):
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = target.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        if not isinstance(found, typer.Typer):
+            alone = typer.Typer(add_completion=False)
+            alone.command(name=cmd_name)(found)
+            found = alone
+        return typer.main.get_command(found)
+
+
+def _present(target: str) -> bool:
+    return importlib.util.find_spec(target.partition(":")[0]) is not None
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,  # locals hold prompts
+)
+
+
+@app.callback()
+def main() -> None:
+    """Carbon-aware LLM serving: the local stack, its topics, a producer, and reports.
+
+    'sprout demo' shows a day in two minutes; 'sprout up' starts a stack to try things on, 'sprout send' asks it.
+    """
+
+
+if __name__ == "__main__":
+    app()

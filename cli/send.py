@@ -1,0 +1,158 @@
+"""`sprout send`: ask as a producer does, and see the answer, the directive, tokens and grams."""
+
+import asyncio
+import json
+import sys
+from typing import Annotated, NoReturn
+from uuid import uuid4
+
+import typer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from pydantic import ValidationError
+
+from cli.answer import Answer, Conversation, MissingTopicError, NoAnswerError
+from cli.console import Exit, err, fail, out, quiet_clients
+from cli.target import Bootstrap, find_target
+from shared.clock import Clock
+from shared.dead_letters import describe
+from shared.fleet import Fleet
+from shared.messages import Footprint, GenerationRequest
+from shared.topics import REQUESTS
+
+
+def send(
+    prompt: Annotated[str, typer.Argument(help="What to ask; '-' reads it from standard input")],
+    *,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is generated")] = False,
+    model: Annotated[str | None, typer.Option(help="Logical model; default: the fleet's first")] = None,
+    directive: Annotated[
+        str | None, typer.Option(metavar="LEVEL", help="Force a level (L0, L1, ...) instead of the policy's draw")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Kind of task, for the prompt group")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate")] = 512,
+    system: Annotated[str | None, typer.Option(help="A system message of your own")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How long to wait for the answer")] = 60.0,
+    footprint_wait: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for the grams after the answer")
+    ] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print response and footprint as JSON")] = False,
+    bootstrap: Bootstrap = None,
+) -> None:
+    """Publish a prompt as a producer would, wait for its answer, print it with directive, tokens and grams.
+
+    Exit codes: 0 answered, 1 the request failed, 2 wrong usage, 3 nothing is running, 4 no answer in time.
+    """
+    target = find_target(bootstrap)
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    request = _request(
+        prompt,
+        clock=target.clock,
+        model=model,
+        directive=directive,
+        task=task,
+        max_tokens=max_tokens,
+        system=system,
+        stream=stream,
+    )
+    quiet_clients()
+    printed = stream and not as_json
+    conversation = Conversation(target.kafka, request, on_chunk=_print_piece if printed else lambda _: None)
+    try:
+        answer = asyncio.run(conversation.run(timeout_s=timeout, footprint_wait_s=footprint_wait))
+    except MissingTopicError as error:
+        fail(str(error), remedy="create them: sprout topics create", code=Exit.NOT_RUNNING)
+    except NoAnswerError as error:
+        fail(str(error), remedy="is a router running? sprout status, sprout logs router", code=Exit.TIMED_OUT)
+    except MessageSizeTooLargeError:
+        _too_large(request)
+    except (KafkaError, OSError) as error:
+        fail(
+            f"no Kafka answers at {target.kafka.bootstrap_servers} ({type(error).__name__})",
+            remedy="check the address, or start the local stack: sprout up",
+            code=Exit.NOT_RUNNING,
+        )
+    if as_json:
+        _print_json(answer)
+    else:
+        _print_answer(answer, target.fleet(), streamed=printed)
+    if answer.response.status != "ok":
+        raise typer.Exit(Exit.FAILED)
+
+
+def _request(
+    prompt: str,
+    *,
+    clock: Clock,
+    model: str | None,
+    directive: str | None,
+    task: str | None,
+    max_tokens: int,
+    system: str | None,
+    stream: bool,
+) -> GenerationRequest:
+    content: dict[str, object] = {"prompt": prompt}
+    if system is not None:
+        content = {"messages": [{"role": "system", "content": system}, {"role": "user", "content": prompt}]}
+    try:
+        return GenerationRequest.model_validate(
+            {
+                "id": f"cli-{uuid4().hex}",
+                "model": model,
+                "task": task,
+                "directive": directive,
+                "sampling": {"max_tokens": max_tokens},
+                "stream": stream,
+                "requested_at": clock.now(),
+                **content,
+            }
+        )
+    except ValidationError as error:
+        fail(f"this is no valid request: {describe(error)}")
+
+
+def _too_large(request: GenerationRequest) -> NoReturn:
+    size = len(request.model_dump_json(exclude_none=True))
+    fail(
+        f"the request has {size} bytes, and topic {REQUESTS.name} takes {REQUESTS.max_message_bytes} at most",
+        remedy="shorten the prompt",
+    )
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _print_answer(answer: Answer, fleet: Fleet | None, *, streamed: bool) -> None:
+    response = answer.response
+    if response.error is not None:
+        err.print(f"error: {response.error.code}: {response.error.message}", markup=False, style="red")
+        return
+    print("" if streamed else response.text or "", flush=True)
+    facts = []
+    if response.decision is not None:
+        level = response.decision.level
+        text = fleet.directive_text(level) if fleet is not None and level in fleet.levels else ""
+        how = {"policy": "drawn from the policy", "forced": "as asked", "fallback": "no valid policy"}
+        named = f"{level} “{text}”" if text else level
+        facts.append(f"directive {named} ({how[response.decision.source]})")
+    if response.usage is not None:
+        facts.append(f"{response.usage.completion_tokens} tokens")
+    facts.append(_grams(answer.footprint))
+    out.print("\n" + " · ".join(facts), style="dim", markup=False)
+
+
+def _grams(footprint: Footprint | None) -> str:
+    if footprint is None:
+        return "footprint not known yet (the ledger attributes energy at its next meter reading)"
+    if footprint.total_g is None:
+        return f"{footprint.energy_j:.0f} J, grams unknown: no carbon intensity for {footprint.zone}"
+    return f"{footprint.total_g:.4g} gCO2eq ({footprint.energy_j:.0f} J at {footprint.intensity_g_per_kwh:.0f} g/kWh)"
+
+
+def _print_json(answer: Answer) -> None:
+    document = {
+        "response": answer.response.model_dump(mode="json"),
+        "footprint": None if answer.footprint is None else answer.footprint.model_dump(mode="json"),
+    }
+    print(json.dumps(document, indent=2, ensure_ascii=False))

@@ -1,0 +1,196 @@
+"""The local stack's paperwork: configuration, fleet file, state file, traces, logs."""
+
+import gzip
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import pytest
+from pydantic import ValidationError
+
+from deploy.local.config import BROKER_VARIABLE, StackConfig, event_time
+from deploy.local.fleet import LocalFleet
+from deploy.local.grid import TraceError, first_full_day, shipped_trace
+from deploy.local.java import find_java
+from deploy.local.logtail import tail
+from deploy.local.ports import free_ports
+from deploy.local.records import ProcessRecord
+from deploy.local.state import StackState, StateError, forget_state, read_state
+from shared.fleet import FleetError, load_fleet
+
+
+def fleet(**changes: object) -> LocalFleet:
+    fields = {
+        "model": "llama-2-13b-chat",
+        "zone": "US-CAL-CISO",
+        "grpc": "127.0.0.1:8001",
+        "metrics": "http://127.0.0.1:8002/metrics",
+        "gpu": "gpu-model",
+        "judge_gpu": "gpu-judge",
+        "idle_power_w": 55.0,
+        "judge_idle_power_w": 0.0,
+    }
+    return LocalFleet(**(fields | changes))
+
+
+def state(folder: Path, **changes: object) -> StackState:
+    fields = {
+        "state_dir": folder,
+        "owner_pid": None,
+        "started_at_s": 1.0,
+        "broker": "kafka",
+        "model": "llama-2-13b-chat",
+        "zone": "GB",
+        "topic_prefix": "sprout.",
+        "bootstrap_servers": "127.0.0.1:9",
+        "database_url": "postgresql://sprout@127.0.0.1:1/sprout",
+    }
+    return StackState.model_validate(fields | changes)
+
+
+def this_process(name: str = "me") -> ProcessRecord:
+    return ProcessRecord(
+        name=name, pid=os.getpid(), started_at_s=psutil.Process().create_time(), log=Path("/nowhere/me.log")
+    )
+
+
+class TestConfiguration:
+    def test_a_rate_needs_a_replay(self):
+        with pytest.raises(ValidationError, match="'rate' is for a replay"):
+            StackConfig(rate=720)
+
+    def test_a_missing_workload_is_named(self, tmp_path):
+        with pytest.raises(ValidationError, match=r"there is no file .*nothing.jsonl"):
+            StackConfig(workload=tmp_path / "nothing.jsonl")
+
+    def test_a_missing_trace_is_named_with_its_zone(self, tmp_path):
+        with pytest.raises(ValidationError, match=r"no file .*gone.csv; give zone 'GB' a CSV"):
+            StackConfig(carbon={"GB": tmp_path / "gone.csv"})
+
+    def test_an_unknown_model_is_refused_with_those_there_are(self):
+        with pytest.raises(ValidationError, match="'llama-2-13b-chat' or 'smollm2'"):
+            StackConfig.model_validate({"model": "gpt-17"})
+
+    def test_the_broker_is_chosen_by_the_environment(self, monkeypatch):
+        monkeypatch.setenv(BROKER_VARIABLE, "in-memory")
+        assert StackConfig().broker == "in-memory"
+
+    def test_a_broker_that_does_not_exist_is_refused(self, monkeypatch):
+        monkeypatch.setenv(BROKER_VARIABLE, "rabbit")
+        with pytest.raises(ValueError, match="must be auto, kafka or in-memory, got 'rabbit'"):
+            StackConfig()
+
+    def test_a_time_without_a_zone_is_utc(self):
+        assert event_time("2023-02-10") == datetime(2023, 2, 10, tzinfo=UTC)
+        assert event_time("2023-02-10T01:00+01:00") == datetime(2023, 2, 10, tzinfo=UTC)
+
+
+class TestFleet:
+    def test_the_file_reads_back_as_a_fleet_with_a_reference_and_a_judge(self, tmp_path):
+        fleet().write(tmp_path / "fleet.toml")
+        read = load_fleet(tmp_path / "fleet.toml")
+        assert read.levels == ("L0", "L1", "L2")
+        assert read.reference_of("llama-2-13b-chat") == "local-13b/L0"
+        assert read.zones == ("US-CAL-CISO",)
+        pool = read.pool("local-13b")
+        assert (pool.triton_model, pool.idle_power_w, pool.endpoints[0].gpus) == ("ensemble", 55.0, ("gpu-model",))
+        assert read.chat_template_of(pool) == "llama-2"
+        assert read.judge is not None
+        judge = read.pool(read.judge.pool)
+        assert (judge.model, judge.triton_model, judge.endpoints[0].gpus) == (None, "judge", ("gpu-judge",))
+
+    def test_text_that_toml_would_misread_is_quoted(self, tmp_path):
+        zone = 'A "B" \\ C'
+        fleet(zone=zone).write(tmp_path / "fleet.toml")
+        assert load_fleet(tmp_path / "fleet.toml").zones == (zone,)
+
+    def test_a_zone_that_does_not_fit_is_refused_when_written(self, tmp_path):
+        with pytest.raises(FleetError, match="zone"):
+            fleet(zone="").write(tmp_path / "fleet.toml")
+
+
+class TestState:
+    def test_what_is_saved_is_read_back_and_only_its_owner_may_read_it(self, tmp_path):
+        saved = state(tmp_path, processes=(this_process(),))
+        saved.save()
+        assert read_state(tmp_path) == saved
+        assert (tmp_path / "stack.json").stat().st_mode & 0o077 == 0
+        assert [process.name for process in saved.running] == ["me"]
+
+    def test_no_file_means_no_stack(self, tmp_path):
+        assert read_state(tmp_path) is None
+        forget_state(tmp_path)
+
+    def test_a_file_that_is_something_else_is_an_error_with_a_remedy(self, tmp_path):
+        (tmp_path / "stack.json").write_text("[]")
+        with pytest.raises(StateError, match="remove it if no stack runs"):
+            read_state(tmp_path)
+
+    def test_an_unknown_process_is_answered_with_those_there_are(self, tmp_path):
+        with pytest.raises(StateError, match="no process 'x'; this stack has me"):
+            state(tmp_path, processes=(this_process(),)).process("x")
+
+
+class TestTraces:
+    HEADER = "Datetime (UTC),Zone Id,Carbon Intensity gCO₂eq/kWh (direct)\n"
+
+    def test_a_replay_begins_at_the_second_full_day(self, tmp_path):
+        trace = tmp_path / "t.csv"
+        trace.write_text(self.HEADER + "2023-02-10 00:00:00,GB,100\n")
+        assert first_full_day(trace) == datetime(2023, 2, 11, tzinfo=UTC)
+        trace.write_text(self.HEADER + "2023-02-10 07:00:00,GB,100\n")
+        assert first_full_day(trace) == datetime(2023, 2, 12, tzinfo=UTC)
+
+    def test_a_compressed_trace_is_read_as_well(self, tmp_path):
+        trace = tmp_path / "t.csv.gz"
+        trace.write_bytes(gzip.compress((self.HEADER + "2023-02-10 00:00:00,GB,100\n").encode()))
+        assert first_full_day(trace) == datetime(2023, 2, 11, tzinfo=UTC)
+
+    @pytest.mark.parametrize(
+        ("content", "problem"),
+        [
+            ("", "is empty"),
+            (HEADER, "is empty"),
+            ("a,b\n1,2\n", "no column 'Datetime"),
+            (HEADER + "soon,GB,1\n", "is no time: 'soon'"),
+        ],
+    )
+    def test_a_broken_trace_is_named_with_what_is_wrong(self, tmp_path, content, problem):
+        trace = tmp_path / "broken.csv"
+        trace.write_text(content)
+        with pytest.raises(TraceError, match=f"broken.csv.*{problem}"):
+            first_full_day(trace)
+
+    def test_a_zone_without_a_shipped_trace_is_told_how_to_give_one(self):
+        with pytest.raises(TraceError, match=r"no trace is shipped for zone 'ATLANTIS' .*--carbon FILE"):
+            shipped_trace("ATLANTIS")
+
+
+def test_the_tail_of_a_log_is_its_last_lines(tmp_path):
+    log = tmp_path / "x.log"
+    assert tail(log) == "[no log]"
+    log.write_text("")
+    assert tail(log) == "[empty]"
+    log.write_text("".join(f"line {n}\n" for n in range(10_000)))
+    assert tail(log, 2) == "line 9998\nline 9999"
+
+
+def test_free_ports_are_distinct():
+    assert len(set(free_ports(20))) == 20
+
+
+def test_a_java_that_is_too_old_is_passed_over(tmp_path, monkeypatch):
+    home = tmp_path / "old"
+    (home / "bin").mkdir(parents=True)
+    java = home / "bin" / "java"
+    java.write_text("#!/bin/sh\necho 'openjdk version \"11.0.2\" 2019-01-15' >&2\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("JAVA_HOME", str(home))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = find_java(tmp_path)
+    assert found is None or found.program != java
+    java.write_text("#!/bin/sh\necho 'openjdk version \"21.0.2\" 2024-01-16' >&2\n")
+    found = find_java(tmp_path)
+    assert found is not None
+    assert (found.program, found.major, found.home) == (java, 21, home)
