@@ -1,0 +1,188 @@
+"""The local stack on real Kafka and PostgreSQL: it starts whole or not at all, and leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import asyncpg
+import psutil
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+
+from deploy.local.config import StackConfig
+from deploy.local.fleet import LocalFleet
+from deploy.local.models import MODEL_TIER, PreparedModels
+from deploy.local.paths import default_state_dir
+from deploy.local.processes import ProcessFailedError, ProcessSpec
+from deploy.local.stack import LocalStack, stop_stack
+from deploy.local.state import StateError, read_state
+from shared.topics import TOPICS
+
+pytestmark = pytest.mark.integration
+
+START = datetime(2023, 2, 10, tzinfo=UTC)
+
+
+class IdleModels:
+    """Stands in for the model servers: a process that does nothing, or dies at once."""
+
+    def __init__(self, *, dies: bool = False) -> None:
+        self.code = "print('out of memory'); raise SystemExit(3)" if dies else "import time; time.sleep(600)"
+        self.clock: Mapping[str, str] = {}
+
+    def install(self, config: StackConfig, say) -> None:
+        say("nothing to install")
+
+    def prepare(self, config: StackConfig, clock: Mapping[str, str]) -> PreparedModels:
+        self.clock = clock
+        return PreparedModels(
+            process=ProcessSpec(
+                name="triton",
+                command=(sys.executable, "-S", "-u", "-c", self.code),
+                ready=lambda: None if "sleep" in self.code else "its models",
+                tier=MODEL_TIER,
+            ),
+            fleet=LocalFleet(
+                model=config.model,
+                zone=config.zone,
+                grpc="127.0.0.1:1",
+                metrics="http://127.0.0.1:2/metrics",
+                gpu="g",
+                judge_gpu="j",
+                idle_power_w=55.0,
+                judge_idle_power_w=0.0,
+            ),
+            description="nothing",
+        )
+
+
+def config(folder: Path, **changes: object) -> StackConfig:
+    return StackConfig.model_validate(
+        {"state_dir": folder, "install_dir": default_state_dir(), "services": (), "broker": "kafka", **changes}
+    )
+
+
+def living(state) -> list[str]:
+    return [process.name for process in state.processes if process.alive]
+
+
+async def test_within_the_block_everything_runs_and_after_it_nothing_does(tmp_path):
+    said: list[str] = []
+    models = IdleModels()
+    async with LocalStack(config(tmp_path, event_start=START, rate=720, lead_s=5), models, say=said.append) as stack:
+        state = stack.state
+        assert living(state) == ["kafka", "postgres", "triton"]
+        admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka.bootstrap_servers)
+        await admin.start()
+        assert {stack.kafka.topic(spec) for spec in TOPICS} <= set(await admin.list_topics())
+        await admin.close()
+        connection = await asyncpg.connect(stack.database.url.get_secret_value())
+        assert await connection.fetchval("SELECT 1") == 1
+        await connection.close()
+        assert read_state(tmp_path) == state
+        assert state.ready
+        assert stack.clock.rate == 720
+        assert models.clock == stack.clock.environment()
+        assert (tmp_path / "fleet.toml").exists()
+        stack.check()
+    assert living(state) == []
+    assert read_state(tmp_path) is None
+    assert any("Kafka and PostgreSQL" in line for line in said)
+
+
+async def test_nothing_listens_beyond_loopback(tmp_path):
+    async with LocalStack(config(tmp_path), IdleModels()) as stack:
+        pids = {process.pid for process in stack.state.processes}
+        listening = {
+            (one.laddr.ip, one.laddr.port)
+            for pid in pids
+            for one in psutil.Process(pid).net_connections(kind="inet")
+            if one.status == psutil.CONN_LISTEN
+        }
+    assert len(listening) >= 3
+    assert {ip.removeprefix("::ffff:") for ip, _ in listening} == {"127.0.0.1"}
+
+
+def test_if_one_part_fails_the_error_shows_its_log_and_nothing_is_left_running(tmp_path):
+    stack = LocalStack(config(tmp_path), IdleModels(dies=True))
+    with pytest.raises(ProcessFailedError, match=r"(?s)triton exited with status 3.*out of memory"):
+        stack.start()
+    assert read_state(tmp_path) is None
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(tmp_path) in command]
+
+
+def test_a_detached_stack_is_found_and_stopped_by_its_state_file(tmp_path):
+    stack = LocalStack(config(tmp_path), IdleModels(), detached=True)
+    stack.start()
+    state = read_state(tmp_path)
+    assert state is not None
+    try:
+        with pytest.raises(StateError, match="stop it with 'sprout down'"):
+            LocalStack(config(tmp_path), IdleModels()).start()
+        assert living(state) == ["kafka", "postgres", "triton"]
+    finally:
+        stopped = stop_stack(state)
+    assert stopped == 3
+    assert living(state) == []
+    assert read_state(tmp_path) is None
+
+
+def test_a_part_that_dies_is_noticed_and_can_be_brought_back(tmp_path):
+    with LocalStack(config(tmp_path), IdleModels()) as stack:
+        stack.kill("triton")
+        stack.check()  # it was asked for
+        stack.restart("triton")
+        os.kill(stack.process("triton").pid, signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while stack.process("triton").alive and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(ProcessFailedError, match="triton was ended by SIGKILL"):
+            stack.check()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+def test_however_its_owner_ends_the_stack_ends(tmp_path, how):
+    if how is signal.SIGKILL and sys.platform != "linux":
+        pytest.skip("only Linux ties a child's life to its parent's")
+    program = textwrap.dedent(
+        f"""
+        import time
+        from pathlib import Path
+        from deploy.local.stack import LocalStack
+        from tests.integration.test_local_stack import IdleModels, config
+        with LocalStack(config(Path({str(tmp_path)!r})), IdleModels()):
+            time.sleep(600)
+        """
+    )
+    owner = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while ((state := read_state(tmp_path)) is None or not state.ready) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert state is not None
+        assert living(state) == ["kafka", "postgres", "triton"]
+        with pytest.raises(StateError, match=f"process {owner.pid} runs this stack in the foreground"):
+            stop_stack(state)
+        owner.send_signal(how)
+        owner.wait(30)
+        deadline = time.monotonic() + 20
+        while living(state) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert living(state) == []
+    finally:
+        owner.kill()
+        owner.wait()
+
+
+def test_without_kafka_it_says_so_and_runs_on_the_in_memory_broker(tmp_path):
+    said: list[str] = []
+    with LocalStack(config(tmp_path, broker="in-memory"), IdleModels(), say=said.append) as stack:
+        assert stack.state.broker == "in-memory"
+    assert any("it is not Kafka" in line for line in said)
