@@ -21,7 +21,7 @@ class Exit(IntEnum):
 
 def say(line: str) -> None:
     """A line of progress."""
-    err.print(line, markup=False)
+    err.print(line, markup=False, soft_wrap=True)
 
 
 def fail(message: str, *, remedy: str = "", code: Exit = Exit.FAILED) -> NoReturn:
@@ -31,9 +31,9 @@ def fail(message: str, *, remedy: str = "", code: Exit = Exit.FAILED) -> NoRetur
         typer.Exit: always.
     """
     err.print("error:", style="bold red", end=" ")
-    err.print(message, markup=False)
+    err.print(message, markup=False, soft_wrap=True)
     if remedy:
-        err.print(remedy, markup=False)
+        err.print(remedy, markup=False, soft_wrap=True)
     raise typer.Exit(code)
 
 

@@ -6,7 +6,7 @@ import time
 from typing import Annotated, Any
 
 import typer
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from rich.markup import escape
@@ -18,6 +18,7 @@ from deploy.local.processes import http_probe
 from deploy.local.records import ProcessRecord
 from deploy.local.services import SERVICE_TIER
 from deploy.local.state import StackState
+from shared.settings import KafkaSettings
 
 LAG_TIMEOUT_S = 5.0
 NOTICE_WIDTH = 60
@@ -71,25 +72,48 @@ def _health(process: ProcessRecord) -> str:
 async def _lags(state: StackState) -> dict[str, int]:
     """Records that each service's consumer group has not committed yet; a service without a group is left out."""
     services = [process.name for process in state.running if process.tier == SERVICE_TIER and "-" not in process.name]
-    admin = AIOKafkaAdminClient(bootstrap_servers=state.bootstrap_servers, request_timeout_ms=3_000)
-    consumer: Any = AIOKafkaConsumer(bootstrap_servers=state.bootstrap_servers, enable_auto_commit=False)
-    lags: dict[str, int] = {}
     try:
         async with asyncio.timeout(LAG_TIMEOUT_S):
-            await admin.start()
-            await consumer.start()
-            for service in services:
-                committed = await admin.list_consumer_group_offsets(state.kafka.group(service))
-                known = {partition: entry.offset for partition, entry in committed.items() if entry.offset >= 0}
-                if known:
-                    ends = await consumer.end_offsets(list(known))
-                    lags[service] = sum(max(0, ends[partition] - offset) for partition, offset in known.items())
+            committed = await _committed(state.kafka, services)
+            partitions = {partition for offsets in committed.values() for partition in offsets}
+            if not partitions:
+                return {}
+            ends = await _ends(state.kafka, list(partitions))
     except (KafkaError, OSError, TimeoutError):
-        return lags  # the health column tells that the broker does not answer
+        return {}  # the health column tells that the broker does not answer
+    return {
+        service: sum(max(0, ends[partition] - offset) for partition, offset in offsets.items())
+        for service, offsets in committed.items()
+        if offsets
+    }
+
+
+async def _committed(kafka: KafkaSettings, services: list[str]) -> dict[str, dict[TopicPartition, int]]:
+    """By service: the offsets that its consumer group has committed."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers, request_timeout_ms=3_000)
+    try:
+        await admin.start()
+        return {
+            service: {
+                partition: entry.offset
+                for partition, entry in (await admin.list_consumer_group_offsets(kafka.group(service))).items()
+                if entry.offset >= 0
+            }
+            for service in services
+        }
+    finally:
+        await admin.close()
+
+
+async def _ends(kafka: KafkaSettings, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+    """By partition: the offset that its next record gets."""
+    consumer: Any = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap_servers, enable_auto_commit=False)
+    try:
+        await consumer.start()
+        ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
     finally:
         await consumer.stop()
-        await admin.close()
-    return lags
+    return ends
 
 
 def _print(state: StackState, rows: list[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from aiokafka.errors import KafkaError
-from rich.table import Table
+from rich.table import Column, Table
 
 from cli.console import Exit, fail, out, quiet_clients
 from cli.offsets import offsets_by_topic
@@ -45,14 +45,14 @@ def create(
 
 @app.command("list")
 def list_topics(bootstrap: Bootstrap = None) -> None:
-    """Every declared topic: partitions, records held, retention, message."""
+    """Every declared topic: partitions, records held, cleanup, retention."""
     target = find_target(bootstrap)
     quiet_clients()
     try:
         found = asyncio.run(offsets_by_topic(target.kafka, [target.kafka.topic(spec) for spec in TOPICS]))
     except (KafkaError, OSError) as error:
         _unreachable(target, error)
-    table = Table("topic", "partitions", "records", "cleanup", "retention", "message")
+    table = Table(Column("topic", no_wrap=True), "partitions", "records", "cleanup", "retention")
     for spec in TOPICS:
         name = target.kafka.topic(spec)
         partitions = found.get(name, {})
@@ -62,7 +62,6 @@ def list_topics(bootstrap: Bootstrap = None) -> None:
             str(sum(following - first for first, following in partitions.values())),
             spec.cleanup.value,
             _retention(spec),
-            spec.message.__name__,
         )
     out.print(table)
     if len(found) < len(TOPICS):

@@ -25,7 +25,9 @@ class MockBrokerError(RuntimeError):
     """The in-memory broker did not come up."""
 
 
-def mock_broker_spec(data_dir: Path, *, topics: Sequence[str], name: str = "kafka") -> tuple[ProcessSpec, Path]:
+def mock_broker_spec(
+    data_dir: Path, *, topics: Sequence[str], name: str = "in-memory-broker"
+) -> tuple[ProcessSpec, Path]:
     """How to run the broker in a process of its own.
 
     Returns:

@@ -245,6 +245,8 @@ class LocalStack:
         self._launch(models.process).wait_ready()
 
     def _start_services(self) -> None:
+        if not self.config.services:
+            return
         names = [(service, service) for service in self.config.services]
         if "router" in self.config.services:
             names += [("router", f"router-{number}") for number in range(2, self.config.routers + 1)]
