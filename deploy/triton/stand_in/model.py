@@ -1,0 +1,69 @@
+"""The stand-in model as Triton's Python backend loads it; everything it decides is decided elsewhere."""
+
+import importlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from deploy.triton.backend import EnergyMeter, Reply, send_error, tensors_of
+from deploy.triton.energy import EnergyAccount
+from deploy.triton.request import InvalidRequestError, read_request
+from deploy.triton.stand_in.answers import AnswerBook
+from deploy.triton.stand_in.batching import InFlightBatch
+from deploy.triton.stand_in.engine import StandInEngine
+from deploy.triton.stand_in.judge import Judge
+from deploy.triton.stand_in.parameters import StandInParameters
+from deploy.triton.stand_in.workload import load_workload
+from shared.clock import Clock
+
+
+class TritonPythonModel:
+    """Answers requests of the `ensemble` contract from a workload, in event time."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the workload and begin to keep time.
+
+        Raises:
+            ParameterError, WorkloadError, ClockConfigurationError: Triton then refuses to load the model, and says why.
+        """
+        self._backend = importlib.import_module("triton_python_backend_utils")
+        configured = json.loads(args["model_config"])["parameters"]
+        parameters = StandInParameters.from_texts({name: one["string_value"] for name, one in configured.items()})
+        workload = load_workload(parameters.workload)
+        log = self._backend.Logger
+        for problem in workload.problems:
+            log.log_warn(f"{args['model_name']}: left out {problem}")
+        if workload.skipped > len(workload.problems):
+            log.log_warn(f"{args['model_name']}: {workload.skipped} lines of {parameters.workload} left out in all")
+        self._planner: AnswerBook | Judge = (
+            Judge(workload, parameters.judge)
+            if parameters.role == "judge"
+            else AnswerBook(workload, model=parameters.model, catalogue=parameters.directives)
+        )
+        clock = Clock.from_environment()
+        now_s = clock.now_s()
+        account = EnergyAccount(idle_power_w=parameters.idle_power_w, now_s=now_s)
+        self._engine = StandInEngine(
+            InFlightBatch(parameters.batch, now_s=now_s),
+            clock=clock,
+            meter=EnergyMeter(self._backend, account, gpu_uuid=parameters.gpu_uuid),
+            tick_s=parameters.tick_ms / 1_000,
+            report=log.log_error,
+        )
+        self._engine.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Accept requests; their responses follow from the engine's thread."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                wanted = read_request(tensors_of(request))
+            except InvalidRequestError as error:
+                send_error(self._backend, sender, str(error), invalid=True)
+                continue
+            generation = self._planner.plan(wanted)
+            self._engine.submit(generation, Reply(self._backend, sender, wanted, input_tokens=generation.input_tokens))
+
+    def finalize(self) -> None:
+        """Stop keeping time."""
+        self._engine.stop()

@@ -1,0 +1,138 @@
+"""The parameters of a stand-in model: written into its configuration, read back when Triton loads it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.judge import JudgeRules
+from deploy.triton.stand_in.prompt import Directive
+
+Role = Literal["llm", "judge"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+DEFAULT_DIRECTIVES = (Directive("L1", "Always answer briefly."), Directive("L2", "Always answer very briefly."))
+"""The paper's catalogue, without L0, which has no text."""
+
+_RULES = {"batch": BatchRules, "judge": JudgeRules}
+
+
+class ParameterError(ValueError):
+    """A parameter is unknown, or its value does not do; the message names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandInParameters:
+    """One stand-in model.
+
+    Attributes:
+        role: an LLM that answers prompts, or the judge of answers.
+        workload: file of recorded prompts.
+        model: whose answers an LLM gives; not used by a judge.
+        gpu_uuid: label of its energy counters.
+        idle_power_w: power while nothing runs, W.
+        directives: the catalogue, to find the level in a prompt.
+        tick_ms: at least this much wall time lies between two rounds of responses; what is due goes out together.
+        batch: how concurrency acts.
+        judge: how a judge errs, and what it takes.
+    """
+
+    role: Role = "llm"
+    workload: Path
+    model: str = ""
+    gpu_uuid: str
+    idle_power_w: float = 55.0
+    directives: tuple[Directive, ...] = DEFAULT_DIRECTIVES
+    tick_ms: float = 5.0
+    batch: BatchRules = field(default_factory=BatchRules)
+    judge: JudgeRules = field(default_factory=JudgeRules)
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ParameterError(f"'role' must be one of {', '.join(ROLES)}, got {self.role!r}")
+        if self.role == "llm" and not self.model:
+            raise ParameterError("'model' is missing: name the model of the workload whose answers it gives")
+        if not self.gpu_uuid:
+            raise ParameterError("'gpu_uuid' is missing: name the label of its energy counters")
+        if not self.idle_power_w >= 0:
+            raise ParameterError(f"'idle_power_w' must not be negative, got {self.idle_power_w}")
+        if not self.tick_ms >= 1:
+            raise ParameterError(f"'tick_ms' must be at least 1, got {self.tick_ms}")
+
+    def to_texts(self) -> dict[str, str]:
+        """As string parameters of a model configuration."""
+        texts = {
+            "role": self.role,
+            "workload": str(self.workload),
+            "model": self.model,
+            "gpu_uuid": self.gpu_uuid,
+            "idle_power_w": repr(self.idle_power_w),
+            "directives": json.dumps([asdict(directive) for directive in self.directives]),
+            "tick_ms": repr(self.tick_ms),
+        }
+        for prefix in _RULES:
+            texts |= {f"{prefix}.{name}": repr(value) for name, value in asdict(getattr(self, prefix)).items()}
+        return texts
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str]) -> "StandInParameters":
+        """Read the string parameters of a model configuration.
+
+        Raises:
+            ParameterError: one is missing, unknown, or does not do.
+        """
+        values: dict[str, Any] = {}
+        rules: dict[str, dict[str, float]] = {prefix: {} for prefix in _RULES}
+        known = {one.name for one in fields(cls)} - set(_RULES)
+        for name, text in texts.items():
+            prefix, dot, rest = name.partition(".")
+            if dot and prefix in _RULES and rest in {one.name for one in fields(_RULES[prefix])}:
+                rules[prefix][rest] = int(_number(name, text)) if rest == "slots" else _number(name, text)
+            elif name in known:
+                values[name] = _read(name, text)
+            else:
+                raise ParameterError(f"{name!r} is no parameter of a stand-in model; remove it")
+        for name in ("workload", "gpu_uuid"):
+            if name not in values:
+                raise ParameterError(f"'{name}' is missing: add it to the model's parameters")
+        try:
+            built = {prefix: rule(**rules[prefix]) for prefix, rule in _RULES.items()}
+        except ValueError as error:
+            raise ParameterError(str(error)) from error
+        return cls(**values, **built)
+
+
+def read_directives(text: str) -> tuple[Directive, ...]:
+    """A catalogue as JSON: `[{"level": "L1", "text": "Always answer briefly."}]`.
+
+    Raises:
+        ParameterError: it is not of this form.
+    """
+    try:
+        listed = json.loads(text)
+        return tuple(Directive(str(one["level"]), str(one.get("text") or "")) for one in listed)
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ParameterError(
+            f"'directives' must be a JSON list of objects with 'level' and 'text' ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read(name: str, text: str) -> object:
+    match name:
+        case "workload":
+            return Path(text)
+        case "directives":
+            return read_directives(text)
+        case "idle_power_w" | "tick_ms":
+            return _number(name, text)
+        case _:
+            return text
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ParameterError(f"'{name}' must be a number, got {text!r}") from None
