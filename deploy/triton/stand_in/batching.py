@@ -131,7 +131,7 @@ class InFlightBatch:
         """
         finished: list[Sequence] = []
         while True:
-            end_s = self._next_end_s()
+            end_s = self.next_end_s()
             arrival_s = self._arrivals[0].arrived_s if self._arrivals else math.inf
             moment = min(end_s, arrival_s, to_s)
             if moment == end_s and end_s <= to_s:
@@ -154,19 +154,16 @@ class InFlightBatch:
         share = (self._progress_s - sequence.started_at) / generation.time_s
         return min(generation.tokens, int(share * generation.tokens + _ROUNDING))
 
-    def next_token_s(self, sequence: Sequence) -> float:
-        """Event time of a running sequence's next token, if nothing arrives or ends before."""
+    def next_token_s(self, sequence: Sequence, *, after: int) -> float:
+        """Event time of a running sequence's token number `after` + 1, if nothing arrives or ends before."""
         if not sequence.running or sequence.started_at is None:
             return math.inf
         generation = sequence.generation
-        due = sequence.started_at + (self.produced(sequence) + 1) * generation.time_s / generation.tokens
+        due = sequence.started_at + (after + 1) * generation.time_s / generation.tokens
         return self._now_s + max(0.0, due - self._progress_s) / self._rules.speed(len(self._running))
 
     def next_end_s(self) -> float:
         """Event time at which the next sequence ends, if nothing arrives before; infinite where none runs."""
-        return self._next_end_s()
-
-    def _next_end_s(self) -> float:
         while self._ends and self._ends[0][2].cancelled:
             heapq.heappop(self._ends)
         if not self._ends:

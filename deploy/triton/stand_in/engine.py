@@ -1,10 +1,11 @@
 """Moves a stand-in model through event time: what is due is sent, what is used is metered.
 
-One thread for the whole model. It sleeps until the next token of a streamed answer or the end of any answer is due,
-but at least a tick of wall time, and sends everything that is due by then: one token a response in real time, many in
-an accelerated replay.
+One thread for the whole model. It sleeps until something is due. The end of an answer is sent when it is due; parts of
+streamed answers are sent in rounds that lie a tick of wall time apart at least, each with all tokens that are due by
+then: one token a response in real time, many in an accelerated replay.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -17,6 +18,9 @@ from shared.clock import Clock
 
 LONGEST_SLEEP_S = 0.05
 """Wall seconds; the energy counter moves at least this often."""
+
+SHORTEST_SLEEP_S = 0.001
+"""Wall seconds; what falls due within it goes out together."""
 
 CANCELLATION_CHECK_S = 0.1
 """Wall seconds between two questions whether a client still waits; an answer younger than this is not asked for."""
@@ -82,7 +86,7 @@ class StandInEngine:
         """Set up; nothing runs before `start`.
 
         Args:
-            tick_s: wall seconds between two rounds, at least.
+            tick_s: wall seconds between two rounds of parts, at least.
             report: told about failures of the transport, which end the one answer concerned.
         """
         self._batch = batch
@@ -95,6 +99,8 @@ class StandInEngine:
         self._wake = threading.Event()
         self._stopping = False
         self._next_cancellation_check = 0.0
+        self._next_parts = 0.0  # wall time
+        self._part_due_s = math.inf  # event time
         self._thread = threading.Thread(target=self._run, name="stand-in-pacing", daemon=True)
 
     def start(self) -> None:
@@ -121,36 +127,57 @@ class StandInEngine:
             Wall seconds until something is due.
         """
         now_s = self._clock.now_s()
-        while self._incoming:
-            delivery = self._incoming.popleft()
-            self._deliveries[delivery.sequence] = delivery
-            self._batch.submit(delivery.sequence)
+        changed = self._take_in()
         finished = self._batch.advance(now_s)
         self._drop_cancelled()
         # The energy of an answer is on the counter before its client can know that it ended.
         self._meter.update(now_s, self._batch.energy_j, at_once=bool(finished))
         for sequence in finished:
-            delivery = self._deliveries.pop(sequence)
-            self._guarded(delivery, self._send_rest)
-        due_s = self._batch.next_end_s()
-        for sequence in self._batch.running:
-            delivery = self._deliveries[sequence]
-            if delivery.outlet.streams:
-                self._guarded(delivery, self._send_new)
-                due_s = min(due_s, self._batch.next_token_s(sequence))
-        return max(0.0, self._clock.wall_seconds(due_s - now_s)) if self._batch.busy else LONGEST_SLEEP_S
+            delivery = self._deliveries.pop(sequence, None)
+            if delivery is not None:
+                self._guarded(delivery, self._send_rest)
+        if changed or finished or now_s >= self._part_due_s:
+            self._parts_round(now_s)
+        if not self._batch.busy:
+            return LONGEST_SLEEP_S
+        parts_wait_s = max(self._next_parts - time.monotonic(), self._clock.wall_seconds(self._part_due_s - now_s))
+        return min(parts_wait_s, self._clock.wall_seconds(self._batch.next_end_s() - now_s))
 
     def _run(self) -> None:
         while not self._stopping:
             began = time.monotonic()
             self._wake.clear()
             wait_s = min(self.step(), LONGEST_SLEEP_S)
-            earliest = began + self._tick_s
-            if self._wake.wait(max(wait_s, earliest - time.monotonic())):
-                # Something arrived: the round that takes it in still keeps its distance from this one.
-                pause_s = earliest - time.monotonic()
+            if self._wake.wait(max(wait_s, SHORTEST_SLEEP_S)):
+                # Something arrived; others may arrive with it.
+                pause_s = began + SHORTEST_SLEEP_S - time.monotonic()
                 if pause_s > 0:
                     time.sleep(pause_s)
+
+    def _take_in(self) -> bool:
+        taken = False
+        while self._incoming:
+            delivery = self._incoming.popleft()
+            self._deliveries[delivery.sequence] = delivery
+            self._batch.submit(delivery.sequence)
+            taken = True
+        return taken
+
+    def _parts_round(self, now_s: float) -> None:
+        """Send new tokens of streamed answers, unless it is too early, and work out when the next one is due."""
+        wall = time.monotonic()
+        if wall >= self._next_parts and now_s >= self._part_due_s:
+            self._next_parts = wall + self._tick_s
+            for delivery in self._streaming():
+                self._guarded(delivery, self._send_new)
+        self._part_due_s = min(
+            (self._batch.next_token_s(delivery.sequence, after=delivery.sent_tokens) for delivery in self._streaming()),
+            default=math.inf,
+        )
+
+    def _streaming(self) -> list[_Delivery]:
+        deliveries = (self._deliveries[sequence] for sequence in self._batch.running)
+        return [delivery for delivery in deliveries if delivery.outlet.streams]
 
     def _send_new(self, delivery: _Delivery) -> None:
         produced = self._batch.produced(delivery.sequence)
