@@ -28,15 +28,19 @@ def tensors_of(request: Any) -> dict[str, NDArray[Any]]:  # noqa: ANN401 - the b
 
 
 class Reply:
-    """The answer to one request, sent in one or several responses; not for use by two threads at once."""
+    """The answer to one request, sent in one or several responses; not for use by two threads at once.
 
-    __slots__ = ("_backend", "_input_tokens", "_log_probs", "_request", "_sender")
+    Attributes:
+        input_tokens: length of the prompt; a model that learns it later may set it before the last response.
+    """
+
+    __slots__ = ("_backend", "_log_probs", "_request", "_sender", "input_tokens")
 
     def __init__(self, backend: Backend, sender: Any, request: GenerationRequest, *, input_tokens: int) -> None:  # noqa: ANN401
         self._backend = backend
         self._sender = sender
         self._request = request
-        self._input_tokens = input_tokens
+        self.input_tokens = input_tokens
         self._log_probs: list[float] = []
 
     @property
@@ -57,24 +61,24 @@ class Reply:
         """
         backend, request = self._backend, self._request
         if request.echoes_input:
-            text, tokens = request.text + text, tokens + self._input_tokens
+            text, tokens = request.text + text, tokens + self.input_tokens
         tensors = [backend.Tensor("text_output", np.array([text.encode("utf-8")], dtype=np.object_))]
         if request.return_log_probs:
-            fresh = tokens - (self._input_tokens if request.echoes_input else 0)
+            fresh = tokens - (self.input_tokens if request.echoes_input else 0)
             self._log_probs += log_probs if log_probs is not None else [PLACEHOLDER_LOG_PROB] * fresh
             tensors += [
                 backend.Tensor("cum_log_probs", np.array([[sum(self._log_probs)]], dtype=np.float32)),
                 backend.Tensor("output_log_probs", np.array([[self._log_probs]], dtype=np.float32)),
             ]
         if request.return_num_input_tokens:
-            tensors.append(backend.Tensor("num_input_tokens", np.array([[self._input_tokens]], dtype=np.int32)))
+            tensors.append(backend.Tensor("num_input_tokens", np.array([[self.input_tokens]], dtype=np.int32)))
         if request.return_num_output_tokens:
             tensors.append(backend.Tensor("num_output_tokens", np.array([[tokens]], dtype=np.int32)))
         self._sender.send(backend.InferenceResponse(output_tensors=tensors), flags=self._flags(final=final))
 
-    def fail(self, message: str) -> None:
-        """End the answer with an error."""
-        send_error(self._backend, self._sender, message)
+    def fail(self, message: str, *, invalid: bool = False) -> None:
+        """End the answer with an error; `invalid` if the request is at fault."""
+        send_error(self._backend, self._sender, message, invalid=invalid)
 
     def end_cancelled(self) -> None:
         """End an answer that its client no longer waits for."""

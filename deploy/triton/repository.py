@@ -33,11 +33,15 @@ class RepositoryModel:
         name: what clients ask Triton for, for example `ensemble`.
         module: Python module that has its `TritonPythonModel`.
         parameters: string parameters, as the module reads them.
+        gpu_uuid: label of its energy counters.
+        idle_power_w: power while nothing runs, W; null where it is not known beforehand.
     """
 
     name: str
     module: str
     parameters: Mapping[str, str]
+    gpu_uuid: str
+    idle_power_w: float | None
 
 
 def write_repository(folder: Path, models: Sequence[RepositoryModel]) -> None:
@@ -62,7 +66,7 @@ def _check(models: Sequence[RepositoryModel]) -> None:
     for name in names:
         if not _NAME.fullmatch(name):
             raise RepositoryError(f"{name!r} is no model name: use letters, digits, '.', '_' and '-'")
-    labels = [model.parameters["gpu_uuid"] for model in models if "gpu_uuid" in model.parameters]
+    labels = [model.gpu_uuid for model in models]
     for what, given in (("model name", names), ("'gpu_uuid'", labels)):
         doubled = sorted({one for one in given if given.count(one) > 1})
         if doubled:

@@ -1,0 +1,118 @@
+"""The models that a repository may hold, with their names, labels and parameters."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from deploy.triton.repository import SMOLLM2, STAND_IN, RepositoryModel
+from deploy.triton.smollm2.parameters import EnergySource, SmolLm2Parameters
+from deploy.triton.smollm2.power import available_source, energy_label
+from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.judge import JudgeRules
+from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, StandInParameters
+from deploy.triton.stand_in.prompt import Directive
+from deploy.triton.stand_in.workload import Workload, load_workload
+
+SHIPPED_WORKLOAD = Path(__file__).parent / "workload" / "small.jsonl"
+"""The workload that was written for this project."""
+
+LLM_NAME = "ensemble"
+"""What TensorRT-LLM's examples call the model that clients ask."""
+
+JUDGE_NAME = "judge"
+
+
+def stand_in_llm(
+    workload: Path,
+    *,
+    model: str = "llama-2-13b-chat",
+    name: str = LLM_NAME,
+    gpu_uuid: str | None = None,
+    idle_power_w: float = 55.0,
+    directives: Sequence[Directive] = DEFAULT_DIRECTIVES,
+    batch: BatchRules | None = None,
+    tick_ms: float = 5.0,
+) -> RepositoryModel:
+    """A stand-in for one language model of a workload.
+
+    Args:
+        model: whose recorded answers it gives.
+        name: what clients ask Triton for; several stand-ins in one repository need several names.
+        gpu_uuid: label of its energy counters; by default `stand-in-` and the model.
+        idle_power_w: an A100 that waits takes about 55 W.
+    """
+    parameters = StandInParameters(
+        workload=workload.resolve(),
+        model=model,
+        gpu_uuid=gpu_uuid or f"stand-in-{model}",
+        idle_power_w=idle_power_w,
+        directives=tuple(directives),
+        tick_ms=tick_ms,
+        batch=batch or BatchRules(),
+    )
+    return RepositoryModel(
+        name, STAND_IN, parameters.to_texts(), gpu_uuid=parameters.gpu_uuid, idle_power_w=idle_power_w
+    )
+
+
+def stand_in_judge(
+    workload: Path,
+    *,
+    name: str = JUDGE_NAME,
+    gpu_uuid: str = "stand-in-judge",
+    idle_power_w: float = 0.0,
+    rules: JudgeRules | None = None,
+) -> RepositoryModel:
+    """A stand-in for the judge of answers.
+
+    Args:
+        idle_power_w: 0, because a judge is taken to be a service that others use as well.
+    """
+    parameters = StandInParameters(
+        role="judge",
+        workload=workload.resolve(),
+        gpu_uuid=gpu_uuid,
+        idle_power_w=idle_power_w,
+        judge=rules or JudgeRules(),
+    )
+    return RepositoryModel(name, STAND_IN, parameters.to_texts(), gpu_uuid=gpu_uuid, idle_power_w=idle_power_w)
+
+
+def smollm2(
+    *, name: str = LLM_NAME, energy_source: EnergySource | None = None, gpu_uuid: str | None = None
+) -> RepositoryModel:
+    """SmolLM2 on this machine's processor.
+
+    Args:
+        energy_source: by default measured (RAPL) where the machine shows it, else modelled from CPU time.
+        gpu_uuid: label of its energy counters; by default it says which of the two they are.
+    """
+    source = energy_source or available_source()
+    parameters = SmolLm2Parameters(gpu_uuid=gpu_uuid or energy_label(source), energy_source=source)
+    return RepositoryModel(
+        name,
+        SMOLLM2,
+        parameters.to_texts(),
+        gpu_uuid=parameters.gpu_uuid,
+        # What RAPL shows of a quiet machine is for the ledger to learn; CPU time that is not used costs nothing.
+        idle_power_w=None if source == "rapl" else 0.0,
+    )
+
+
+def checked_workload(path: Path, *, models: Sequence[str], say: Callable[[str], None]) -> Workload:
+    """Read a workload as the models will, before they are started.
+
+    Args:
+        models: whose answers it must have.
+        say: told about lines that will be left out.
+
+    Raises:
+        WorkloadError: it cannot be used, or has no answers of one of the models.
+    """
+    workload = load_workload(path)
+    for problem in workload.problems:
+        say(f"workload: left out {problem}")
+    if workload.skipped > len(workload.problems):
+        say(f"workload: {workload.skipped} lines of {path} left out in all")
+    for model in models:
+        workload.means_of(model)
+    return workload

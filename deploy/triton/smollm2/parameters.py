@@ -1,0 +1,80 @@
+"""The parameters of the SmolLM2 model: written into its configuration, read back when Triton loads it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args
+
+EnergySource = Literal["rapl", "modelled"]
+ENERGY_SOURCES: tuple[EnergySource, ...] = get_args(EnergySource)
+
+
+class ParameterError(ValueError):
+    """A parameter is unknown, or its value does not do; the message names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmolLm2Parameters:
+    """The model and its meter.
+
+    Attributes:
+        gpu_uuid: label of its energy counters; it should say whether they are measured or modelled.
+        energy_source: `rapl` reads the processor's own counters (the whole package: everything that runs on it, idle
+            power included); `modelled` multiplies this process's CPU time by a power.
+        core_power_w: for `modelled`: power of one busy core, W.
+        slots: requests that are decoded together; more wait in line.
+        context_tokens: prompt and answer of one request must fit into this.
+        threads: of llama.cpp; 0 means one for each core.
+        temperature, top_p: where a request names none.
+    """
+
+    gpu_uuid: str
+    energy_source: EnergySource = "modelled"
+    core_power_w: float = 6.0
+    slots: int = 8
+    context_tokens: int = 2048
+    threads: int = 0
+    temperature: float = 0.2
+    top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.gpu_uuid:
+            raise ParameterError("'gpu_uuid' is missing: name the label of its energy counters")
+        if self.energy_source not in ENERGY_SOURCES:
+            raise ParameterError(f"'energy_source' must be one of {', '.join(ENERGY_SOURCES)}")
+        for name, least in (("core_power_w", 0.0), ("temperature", 0.0), ("top_p", 0.0), ("threads", 0)):
+            if not getattr(self, name) >= least:
+                raise ParameterError(f"'{name}' must be at least {least}, got {getattr(self, name)}")
+        for name, least in (("slots", 1), ("context_tokens", 64)):
+            if not getattr(self, name) >= least:
+                raise ParameterError(f"'{name}' must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def thread_count(self) -> int:
+        """Threads that llama.cpp shall use."""
+        return self.threads or os.cpu_count() or 1
+
+    def to_texts(self) -> dict[str, str]:
+        """As string parameters of a model configuration."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str]) -> "SmolLm2Parameters":
+        """Read the string parameters of a model configuration.
+
+        Raises:
+            ParameterError: one is missing, unknown, or does not do.
+        """
+        types = {one.name: one.type for one in fields(cls)}
+        values: dict[str, str | int | float] = {}
+        for name, text in texts.items():
+            kind = types.get(name)
+            if kind is None:
+                raise ParameterError(f"{name!r} is no parameter of this model; remove it")
+            try:
+                values[name] = int(text) if kind is int else float(text) if kind is float else text
+            except ValueError:
+                raise ParameterError(f"'{name}' must be a number, got {text!r}") from None
+        if "gpu_uuid" not in values:
+            raise ParameterError("'gpu_uuid' is missing: add it to the model's parameters")
+        return cls(**values)  # type: ignore[arg-type]
