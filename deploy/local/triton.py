@@ -1,9 +1,7 @@
 """Triton without Docker: the server binary from the wheel `nvidia-pytriton`, in an environment of its own.
 
 The environment is made once, by uv from locks with hashes, below the state folder; its name is a hash of what is in
-it, so a changed lock makes a new one and a finished one is never touched. Triton's Python backend runs models with a
-program (the stub) that is linked against one minor version of Python: the wheel ships one for each, and the one that
-belongs to the environment's interpreter is put where the backend looks for it.
+it, so a changed lock makes a new one and a finished one is never touched.
 """
 
 import fcntl
@@ -12,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +20,7 @@ from deploy.local.models import ModelServerError
 from deploy.local.paths import REPOSITORY
 from deploy.local.ports import LOOPBACK, free_ports
 from deploy.local.processes import Probe, http_probe
-from deploy.triton.command import server_arguments
+from deploy.triton.server import Server, ServerError, TritonPorts, assemble
 
 PYTHON_VERSION = "3.11"
 """Minor version of the environment's interpreter; the locks are compiled for it."""
@@ -40,72 +37,23 @@ class TritonInstallationError(ModelServerError):
 
 
 @dataclass(frozen=True, slots=True)
-class TritonPorts:
-    """Where a server listens."""
-
-    grpc: int
-    http: int
-    metrics: int
-
-    @classmethod
-    def free(cls) -> "TritonPorts":
-        """Three ports that nothing listens on now."""
-        return cls(*free_ports(3))
-
-
-@dataclass(frozen=True, slots=True)
 class TritonInstallation:
     """An environment that holds the server.
 
     Attributes:
         root: the environment's folder.
-        library_path: folders for LD_LIBRARY_PATH: the wheel's own libraries, and libpython where it needs one.
     """
 
     root: Path
-    library_path: tuple[Path, ...]
+    server: Server
 
-    @property
-    def site_packages(self) -> Path:
-        """Where the environment's packages lie."""
-        return _site_packages(self.root)
-
-    @property
-    def program(self) -> Path:
-        """The server binary."""
-        return self.site_packages / "pytriton" / "tritonserver" / "bin" / "tritonserver"
-
-    def command(self, repository: Path, ports: TritonPorts, *, address: str = LOOPBACK) -> list[str]:
-        """The command line that serves a model repository, on `address` alone."""
-        return [
-            str(self.program),
-            *server_arguments(
-                repository=repository,
-                grpc_port=ports.grpc,
-                http_port=ports.http,
-                metrics_port=ports.metrics,
-                address=address,
-                backend_directory=self.program.parents[1] / "backends",
-            ),
-        ]
+    def command(self, repository: Path, ports: TritonPorts) -> list[str]:
+        """The command line that serves a model repository, on loopback alone."""
+        return self.server.command(repository, ports, address=LOOPBACK)
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-        """What to add to the server's environment, `extra` included: libraries, interpreter, our own modules."""
-        inherited = os.environ.get("LD_LIBRARY_PATH")
-        return {
-            "LD_LIBRARY_PATH": os.pathsep.join(
-                [*(str(folder) for folder in self.library_path), *([inherited] if inherited else [])]
-            ),
-            # The backend finds the environment by the first python3 on PATH.
-            "PATH": os.pathsep.join([str(self.root / "bin"), os.environ.get("PATH", os.defpath)]),
-            "PYTHONPATH": str(REPOSITORY),
-            "PYTHONNOUSERSITE": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            # numpy would start a thread for each core in every model.
-            "OPENBLAS_NUM_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-            **(extra or {}),
-        }
+        """What to add to the server's environment, `extra` included."""
+        return self.server.environment(extra)
 
 
 def install(state_dir: Path, *, smollm2: bool = False, say: Say = lambda _: None) -> TritonInstallation:
@@ -124,10 +72,16 @@ def install(state_dir: Path, *, smollm2: bool = False, say: Say = lambda _: None
         root.parent.mkdir(parents=True, exist_ok=True)
         with _lock(root.with_suffix(".lock")):
             if not stamp.is_file():
-                _make(root, locks, say)
-                stamp.write_text("".join(f"{path.name}\n" for path in locks), encoding="utf-8")
-    libraries = stamp.with_name("libraries").read_text(encoding="utf-8").splitlines()
-    return TritonInstallation(root, tuple(Path(line) for line in libraries))
+                server = _make(root, locks, say)
+                stamp.write_text("".join(f"{folder}\n" for folder in server.library_path), encoding="utf-8")
+    libraries = tuple(Path(line) for line in stamp.read_text(encoding="utf-8").splitlines())
+    program = _site_packages(root) / "pytriton" / "tritonserver" / "bin" / "tritonserver"
+    return TritonInstallation(root, Server(program, root / "backends", _python(root), libraries))
+
+
+def free_triton_ports() -> TritonPorts:
+    """Three ports that nothing listens on now."""
+    return TritonPorts(*free_ports(3))
 
 
 def metrics_url(ports: TritonPorts) -> str:
@@ -161,7 +115,7 @@ def wait_ready(ports: TritonPorts, timeout_s: float = 60.0, *, alive: Callable[[
         time.sleep(0.05)
 
 
-def _make(root: Path, locks: Sequence[Path], say: Say) -> None:
+def _make(root: Path, locks: Sequence[Path], say: Say) -> Server:
     say(f"installing Triton from {', '.join(path.name for path in locks)} (once)")
     shutil.rmtree(root, ignore_errors=True)
     uv = _uv()
@@ -169,30 +123,17 @@ def _make(root: Path, locks: Sequence[Path], say: Say) -> None:
     requirements = [argument for path in locks for argument in ("-r", str(path))]
     _run(
         [uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes",
-         "--python", str(root / "bin" / "python"), *requirements],
+         "--python", str(_python(root)), *requirements],
         "Triton's packages could not be installed",
     )  # fmt: skip
-    packages = _site_packages(root)
-    server = packages / "pytriton" / "tritonserver"
-    stub = server / "python_backend_stubs" / PYTHON_VERSION / "triton_python_backend_stub"
-    if not stub.is_file():
-        shipped = ", ".join(sorted(path.name for path in stub.parents[1].glob("*"))) or "none"
-        raise TritonInstallationError(
-            f"the wheel nvidia-pytriton has no Python backend for Python {PYTHON_VERSION} (it has: {shipped}); "
-            "requirements/triton.lock must name a version that has"
-        )
-    placed = Path(shutil.copy2(stub, server / "backends" / "python"))
-    libraries = [packages / "nvidia_pytriton.libs"]
-    missing = _missing_libraries(placed, libraries)
-    if any(name.startswith("libpython") for name in missing):
-        libraries.append(_libpython_folder(root))
-        missing = _missing_libraries(placed, libraries)
-    if missing:
-        raise TritonInstallationError(
-            f"Triton's Python backend needs {', '.join(sorted(missing))}, which this machine lacks; on Debian: "
-            "apt-get install libpython3.11 libexpat1 zlib1g"
-        )
-    (root / "libraries").write_text("".join(f"{folder}\n" for folder in libraries), encoding="utf-8")
+    try:
+        return assemble(_site_packages(root), python=_python(root), version=PYTHON_VERSION, folder=root / "backends")
+    except ServerError as error:
+        raise TritonInstallationError(str(error)) from error
+
+
+def _python(root: Path) -> Path:
+    return root / "bin" / "python3"
 
 
 def _site_packages(root: Path) -> Path:
@@ -231,33 +172,7 @@ def _uv() -> str:
     return found
 
 
-def _missing_libraries(program: Path, folders: Sequence[Path]) -> set[str]:
-    """Names of the shared libraries that the loader does not find."""
-    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(str(folder) for folder in folders)}
-    try:
-        answer = subprocess.run(
-            ["ldd", str(program)], capture_output=True, text=True, timeout=30, check=False, env=environment
-        )
-    except FileNotFoundError:
-        return set()  # no glibc tools here: the server itself will say what it lacks
-    return {line.split()[0] for line in answer.stdout.splitlines() if line.rstrip().endswith("not found")}
-
-
-def _libpython_folder(root: Path) -> Path:
-    """Where the environment's interpreter has its shared library; distributions of uv and Docker ship one."""
-    question = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
-    answer = _run([str(root / "bin" / "python"), "-c", question], "the environment's interpreter does not run")
-    folder = Path(answer.strip() or sysconfig.get_config_var("LIBDIR"))
-    if not list(folder.glob(f"libpython{PYTHON_VERSION}.so*")):
-        raise TritonInstallationError(
-            f"Triton's Python backend needs libpython{PYTHON_VERSION}.so, and this machine's Python was built without "
-            f"it; install it (Debian: apt-get install libpython{PYTHON_VERSION}), or "
-            f"'uv python install {PYTHON_VERSION}', whose Python has it"
-        )
-    return folder
-
-
-def _run(command: Sequence[str], failure: str) -> str:
+def _run(command: Sequence[str], failure: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     try:
         answer = subprocess.run(
@@ -269,4 +184,3 @@ def _run(command: Sequence[str], failure: str) -> str:
     if answer.returncode != 0:
         said = (answer.stdout + answer.stderr).strip().splitlines()[-15:]
         raise TritonInstallationError(f"{failure}:\n" + "\n".join(said))
-    return answer.stdout
