@@ -1,0 +1,189 @@
+"""Requests of the ensemble contract, the models' parameters, and the repository that Triton reads."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.triton.contract import INPUTS, OUTPUTS
+from deploy.triton.models import smollm2, stand_in_judge, stand_in_llm
+from deploy.triton.repository import RepositoryError, write_repository
+from deploy.triton.request import InvalidRequestError, read_request
+from deploy.triton.serve import arguments, chosen_models
+from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.judge import JudgeRules
+from deploy.triton.stand_in.parameters import ParameterError, StandInParameters, read_directives
+from deploy.triton.stand_in.prompt import Directive
+from deploy.triton.stand_in.workload import WorkloadError
+
+WORKLOAD = Path("/data/w.jsonl")
+
+
+def tensors(**values):
+    def array(value):
+        if isinstance(value, np.ndarray):
+            return value
+        return np.array(
+            [[value.encode() if isinstance(value, str) else value]], dtype=object if isinstance(value, str) else None
+        )
+
+    return {
+        name: array(value)
+        for name, value in {"text_input": "hello", "max_tokens": 5, **values}.items()
+        if value is not None
+    }
+
+
+def test_a_request_is_read_from_its_tensors():
+    request = read_request(
+        tensors(stream=True, exclude_input_in_output=True, temperature=0.5, seed=7, return_num_output_tokens=True,
+                stop_words=np.array([[b"</s>", b"", b"[INST]"]], dtype=object))
+    )  # fmt: skip
+    assert (request.text, request.max_tokens, request.stop_words) == ("hello", 5, ("</s>", "[INST]"))
+    assert (request.stream, request.temperature, request.seed) == (True, 0.5, 7)
+    assert request.return_num_output_tokens
+    assert not request.return_log_probs
+
+
+def test_only_an_answer_that_is_not_streamed_begins_with_the_prompt():
+    assert read_request(tensors()).echoes_input
+    assert not read_request(tensors(stream=True)).echoes_input
+    assert not read_request(tensors(exclude_input_in_output=True)).echoes_input
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"text_input": None}, "'text_input' is missing"),
+        ({"text_input": "  "}, "'text_input' is empty"),
+        ({"text_input": np.array([[b"\xff"]], dtype=object)}, "'text_input' is not UTF-8"),
+        ({"text_input": np.array([[b"a"], [b"b"]], dtype=object)}, "batches are not supported"),
+        ({"max_tokens": None}, "'max_tokens' is missing"),
+        ({"max_tokens": 0}, "'max_tokens' must lie between 1"),
+        ({"max_tokens": -3}, "got -3"),
+        ({"beam_width": 4}, "'beam_width' must be 1 here, got 4"),
+        ({"num_return_sequences": 2}, "'num_return_sequences' must be 1"),
+        ({"return_context_logits": True}, "'return_context_logits' cannot be served"),
+        ({"temperature": -1.0}, "'temperature' must be a number between 0"),
+        ({"top_p": 1.5}, "'top_p' must be a number between 0 and 1"),
+        ({"top_k": -1}, "'top_k' must not be negative"),
+    ],
+)
+def test_a_request_that_does_not_do_is_refused_by_the_tensors_name(given, said):
+    with pytest.raises(InvalidRequestError, match=said):
+        read_request(tensors(**given))
+
+
+def test_parameters_survive_the_way_through_a_configuration():
+    parameters = StandInParameters(
+        workload=WORKLOAD,
+        model="m",
+        gpu_uuid="g",
+        idle_power_w=12.5,
+        directives=(Directive("L1", 'Say "less".'),),
+        tick_ms=7.0,
+        batch=BatchRules(slots=9, slowdown=0.5, shared_energy=0.25),
+        judge=JudgeRules(position_bias=0.3, unparseable=0.01),
+    )
+    assert StandInParameters.from_texts(parameters.to_texts()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"wrokload": "x"}, "'wrokload' is no parameter"),
+        ({"role": "poet"}, "'role' must be one of llm, judge"),
+        ({"model": ""}, "'model' is missing"),
+        ({"tick_ms": "soon"}, "'tick_ms' must be a number, got 'soon'"),
+        ({"judge.position_bias": "2"}, "'position_bias' is a probability"),
+        ({"directives": "L1"}, "'directives' must be a JSON list"),
+    ],
+)
+def test_parameters_that_do_not_do_are_refused_by_name(changes, said):
+    texts = StandInParameters(workload=WORKLOAD, model="m", gpu_uuid="g").to_texts()
+    with pytest.raises(ParameterError, match=said):
+        StandInParameters.from_texts({**texts, **changes})
+
+
+def test_a_catalogue_is_read_from_json():
+    assert read_directives('[{"level": "L1", "text": "Be brief."}]') == (Directive("L1", "Be brief."),)
+
+
+def test_a_repository_has_a_folder_for_each_model(tmp_path):
+    models = [
+        stand_in_llm(WORKLOAD),
+        stand_in_llm(WORKLOAD, model="llama-2-7b-chat", name="ensemble-7b"),
+        stand_in_judge(WORKLOAD),
+        smollm2(name="smol", energy_source="modelled"),
+    ]
+    write_repository(tmp_path / "models", models)
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["ensemble", "ensemble-7b", "judge", "smol"]
+    config = (tmp_path / "models/ensemble-7b/config.pbtxt").read_text()
+    assert 'name: "ensemble-7b"' in config
+    assert "decoupled: true" in config
+    assert 'key: "model" value { string_value: "llama-2-7b-chat" }' in config
+    for tensor in (*INPUTS, *OUTPUTS):
+        assert f'name: "{tensor.name}" data_type: TYPE_{tensor.data_type}' in config
+    assert [model.gpu_uuid for model in models] == [
+        "stand-in-llama-2-13b-chat", "stand-in-llama-2-7b-chat", "stand-in-judge", "cpu-modelled",
+    ]  # fmt: skip
+    source = (tmp_path / "models/smol/1/model.py").read_text()
+    compile(source, "model.py", "exec")
+    assert "deploy.triton.smollm2.model" in source
+
+
+def test_what_a_repository_held_before_is_gone(tmp_path):
+    write_repository(tmp_path, [stand_in_llm(WORKLOAD), stand_in_judge(WORKLOAD)])
+    write_repository(tmp_path, [stand_in_llm(WORKLOAD)])
+    assert [path.name for path in tmp_path.iterdir()] == ["ensemble"]
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ([], "one model at least"),
+        ([stand_in_llm(WORKLOAD, name="a/b")], "is no model name"),
+        ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, gpu_uuid="g")], "model name given twice.*ensemble"),
+        ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, name="other")], "'gpu_uuid' given twice"),
+    ],
+)
+def test_models_that_cannot_stand_together_are_refused(tmp_path, models, said):
+    with pytest.raises(RepositoryError, match=said):
+        write_repository(tmp_path / "models", models)
+
+
+@pytest.fixture
+def small(tmp_path):
+    answers = {f"{model}/L0": {"energy_j": 1.0, "time_s": 1.0} for model in ("llama-2-13b-chat", "llama-2-7b-chat")}
+    path = tmp_path / "small.jsonl"
+    path.write_text(json.dumps({"task": "t", "prompt": "p", "preferred": None, "responses": answers}))
+    return path
+
+
+def test_serve_takes_what_the_command_line_leaves_out_from_the_environment(small):
+    environment = {
+        "WORKLOAD": str(small),
+        "SPROUT_TRITON_MODELS": "ensemble=llama-2-13b-chat,fast=llama-2-7b-chat",
+        "SPROUT_TRITON_POSITION_BIAS": "0.4",
+        "SPROUT_TRITON_IDLE_POWER_W": "60",
+    }
+    models = chosen_models(arguments(["--idle-power-w", "70"], environment))
+    assert [model.name for model in models] == ["ensemble", "fast", "judge"]
+    assert models[0].idle_power_w == 70
+    assert models[2].parameters["judge.position_bias"] == "0.4"
+    assert [m.name for m in chosen_models(arguments(["--judge", "none", "--models", "e=smollm2"], {}))] == ["e"]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        (["--models", "ensemble"], ParameterError, "--models must be name=model"),
+        (["--models", "ensemble=gpt-5"], WorkloadError, "no answers of model 'gpt-5'"),
+        (["--workload", "/nonexistent.jsonl"], WorkloadError, "cannot be read"),
+        (["--slots", "0"], ValueError, "'slots' must be at least 1"),
+    ],
+)
+def test_serve_refuses_what_does_not_do(small, given, error, said):
+    with pytest.raises(error, match=said):
+        chosen_models(arguments(given, {"WORKLOAD": str(small)}))
