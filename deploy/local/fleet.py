@@ -24,7 +24,7 @@ class LocalFleet:
         grpc: host:port of Triton.
         metrics: URL of Triton's Prometheus metrics.
         gpu, judge_gpu: uuids under which the model servers count their energy.
-        idle_power_w, judge_idle_power_w: power that each draws when nothing runs.
+        idle_power_w, judge_idle_power_w: power that each draws when nothing runs; null: the ledger is to learn it.
     """
 
     model: ModelName
@@ -33,8 +33,8 @@ class LocalFleet:
     metrics: str
     gpu: str
     judge_gpu: str
-    idle_power_w: float
-    judge_idle_power_w: float
+    idle_power_w: float | None
+    judge_idle_power_w: float | None
 
     def write(self, path: Path) -> None:
         """Write the file, and read it back as the services will.
@@ -65,7 +65,7 @@ class LocalFleet:
         ]
         return "\n".join(lines) + "\n"
 
-    def _pool(self, name: str, model: str | None, triton_model: str, gpu: str, idle_power_w: float) -> list[str]:
+    def _pool(self, name: str, model: str | None, triton_model: str, gpu: str, idle_power_w: float | None) -> list[str]:
         return [
             "",
             "[[pools]]",
@@ -73,7 +73,7 @@ class LocalFleet:
             *([f"model = {_quoted(model)}"] if model is not None else []),
             f"triton_model = {_quoted(triton_model)}",
             f"zone = {_quoted(self.zone)}",
-            f"idle_power_w = {float(idle_power_w)!r}",
+            *([f"idle_power_w = {float(idle_power_w)!r}"] if idle_power_w is not None else []),
             "[[pools.endpoints]]",
             f"name = {_quoted(f'{name}-0')}",
             f"grpc = {_quoted(self.grpc)}",

@@ -109,8 +109,8 @@ def send_error(backend: Backend, sender: Any, message: str, *, invalid: bool = F
 class EnergyMeter:
     """Exports an energy account under the names of Triton's GPU metrics; for one thread.
 
-    The counters begin at 0 with the model and vanish with it, as a GPU's do with the driver. Models live in processes
-    of their own: several of one server share the metric families, and differ by the label.
+    Every model lives in a process of its own, and the server merges metric families of one name: models differ by the
+    label. A model that is unloaded leaves its counter where it is, and goes on from there when it is loaded again.
     """
 
     def __init__(self, backend: Backend, account: EnergyAccount, *, gpu_uuid: str) -> None:

@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deploy.triton.models import (
@@ -65,8 +65,11 @@ def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.
     return parser.parse_args(given)
 
 
-def chosen_models(options: argparse.Namespace) -> list[RepositoryModel]:
+def chosen_models(options: argparse.Namespace, *, say: Callable[[str], None]) -> list[RepositoryModel]:
     """The models that the options ask for.
+
+    Args:
+        say: told about lines of the workload that are left out.
 
     Raises:
         WorkloadError, ParameterError, RepositoryError, ValueError: an option does not do.
@@ -76,7 +79,7 @@ def chosen_models(options: argparse.Namespace) -> list[RepositoryModel]:
     judge = None if options.judge == "none" else str(options.judge)
     recorded = [model for _, model in bindings if model != SMOLLM2_MODEL]
     if recorded or judge is not None:
-        checked_workload(workload, models=recorded, say=_say)
+        checked_workload(workload, models=recorded, say=say)
     directives = read_directives(options.directives) if options.directives else DEFAULT_DIRECTIVES
     batch = BatchRules(slots=int(options.slots), slowdown=float(options.slowdown))
     models = [
@@ -104,7 +107,7 @@ def main() -> None:
     folder = Path(options.folder or tempfile.mkdtemp(prefix="sprout-triton-"))
     try:
         Clock.from_environment()
-        models = chosen_models(options)
+        models = chosen_models(options, say=_say)
         write_repository(folder / "models", models)
         server = assemble_here(folder / "backends")
         ports = TritonPorts(int(options.grpc_port), int(options.http_port), int(options.metrics_port))

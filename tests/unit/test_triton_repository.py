@@ -168,11 +168,13 @@ def test_serve_takes_what_the_command_line_leaves_out_from_the_environment(small
         "SPROUT_TRITON_POSITION_BIAS": "0.4",
         "SPROUT_TRITON_IDLE_POWER_W": "60",
     }
-    models = chosen_models(arguments(["--idle-power-w", "70"], environment))
+    models = chosen_models(arguments(["--idle-power-w", "70"], environment), say=print)
     assert [model.name for model in models] == ["ensemble", "fast", "judge"]
     assert models[0].idle_power_w == 70
     assert models[2].parameters["judge.position_bias"] == "0.4"
-    assert [m.name for m in chosen_models(arguments(["--judge", "none", "--models", "e=smollm2"], {}))] == ["e"]
+    assert [m.name for m in chosen_models(arguments(["--judge", "none", "--models", "e=smollm2"], {}), say=print)] == [
+        "e"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -186,4 +188,4 @@ def test_serve_takes_what_the_command_line_leaves_out_from_the_environment(small
 )
 def test_serve_refuses_what_does_not_do(small, given, error, said):
     with pytest.raises(error, match=said):
-        chosen_models(arguments(given, {"WORKLOAD": str(small)}))
+        chosen_models(arguments(given, {"WORKLOAD": str(small)}), say=print)
