@@ -1,0 +1,165 @@
+"""The local stack's model servers: prepared from its configuration, and a real language model that answers."""
+
+import asyncio
+import json
+import time
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc.aio as grpcclient
+
+from deploy.local.config import StackConfig
+from deploy.local.model_servers import TritonModels
+from deploy.local.models import ModelServerError, PreparedModels
+from deploy.local.paths import default_state_dir
+from deploy.local.processes import Supervisor
+from deploy.triton.smollm2.power import available_source
+from shared.clock import Clock
+from shared.fleet import load_fleet
+
+pytestmark = pytest.mark.integration
+
+START = datetime(2023, 2, 10, tzinfo=UTC)
+RATE = 20.0
+
+
+def workload(folder: Path) -> Path:
+    answers = {
+        f"llama-2-13b-chat/{level}": {"energy_j": 60.0, "time_s": 0.5, "tokens": 10} for level in ("L0", "L1", "L2")
+    }
+    path = folder / "w.jsonl"
+    path.write_text(json.dumps({"task": "t", "prompt": "Why?", "preferred": "L1", "responses": answers}) + "\n")
+    return path
+
+
+def prepared(folder: Path, clock: Clock | None = None, **changes: object) -> PreparedModels:
+    config = StackConfig.model_validate(
+        {"state_dir": folder, "install_dir": default_state_dir(), "workload": workload(folder), **changes}
+    )
+    models = TritonModels()
+    models.install(config, print)
+    return models.prepare(config, clock.environment() if clock else {})
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    running = Supervisor(tmp_path / "logs")
+    try:
+        yield running
+    finally:
+        running.stop_all()
+
+
+def energy_j(models: PreparedModels, gpu: str) -> float:
+    with urllib.request.urlopen(models.fleet.metrics, timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    (value,) = (
+        line.rpartition(" ")[2] for line in lines if line.startswith(f'nv_energy_consumption{{gpu_uuid="{gpu}"}}')
+    )
+    return float(value)
+
+
+async def ask(models: PreparedModels, text: str, *, max_tokens: int = 64, leave_after: int | None = None):
+    def tensor(name, value, kind, dtype):
+        made = grpcclient.InferInput(name, [1, 1], kind)
+        made.set_data_from_numpy(np.array([[value]], dtype=dtype))
+        return made
+
+    async def requests():
+        yield {
+            "model_name": "ensemble",
+            "inputs": [
+                tensor("text_input", text.encode(), "BYTES", np.object_),
+                tensor("max_tokens", max_tokens, "INT32", np.int32),
+                tensor("stream", True, "BOOL", np.bool_),
+                tensor("temperature", 0.0, "FP32", np.float32),
+                tensor("return_num_output_tokens", True, "BOOL", np.bool_),
+                tensor("return_num_input_tokens", True, "BOOL", np.bool_),
+            ],
+        }
+
+    parts = []
+    async with grpcclient.InferenceServerClient(models.fleet.grpc) as client:
+        answers = client.stream_infer(requests())
+        async for result, error in answers:
+            if error is not None:
+                raise error
+            parts.append(
+                (
+                    result.as_numpy("text_output")[0].decode(),
+                    int(result.as_numpy("num_output_tokens").item()),
+                    int(result.as_numpy("num_input_tokens").item()),
+                )
+            )
+            if len(parts) == leave_after or result.get_response().parameters["triton_final_response"].bool_param:
+                break
+        answers.cancel()
+    return parts
+
+
+def chatml(user: str, system: str = "") -> str:
+    start = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    return f"{start}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_stand_in_is_prepared_as_the_fleet_file_says_it(tmp_path, supervisor):
+    clock = Clock.starting(START, rate=RATE)
+    models = prepared(tmp_path, clock, settings={"triton": {"SPROUT_TRITON_IDLE_POWER_W": "80"}})
+    supervisor.start(models.process)
+    models.fleet.write(tmp_path / "fleet.toml")
+    fleet = load_fleet(tmp_path / "fleet.toml")
+    pool = fleet.pools_of("llama-2-13b-chat")[0]
+    assert pool.idle_power_w == 80
+    parts = asyncio.run(ask(models, "<s>[INST] Why? [/INST]"))
+    assert sum(tokens for _, tokens, _ in parts) == 10
+    before_s, before_j = clock.now_s(), energy_j(models, pool.endpoints[0].gpus[0])
+    time.sleep(0.5)
+    drawn_w = (energy_j(models, pool.endpoints[0].gpus[0]) - before_j) / (clock.now_s() - before_s)
+    assert drawn_w == pytest.approx(80, rel=0.25)
+    assert "stand-in for llama-2-13b-chat" in models.description
+
+
+def test_a_workload_without_the_models_answers_is_refused_before_anything_starts(tmp_path):
+    path = tmp_path / "other.jsonl"
+    path.write_text(workload(tmp_path).read_text().replace("llama-2-13b-chat", "gpt-2"))
+    with pytest.raises(ModelServerError, match=r"no answers of model 'llama-2-13b-chat' \(it has: gpt-2\)"):
+        prepared(tmp_path, workload=path)
+
+
+def test_a_real_language_model_answers_token_by_token_and_its_energy_is_labelled(tmp_path, supervisor):
+    clock = Clock.starting(START, rate=RATE)
+    models = prepared(tmp_path, clock, model="smollm2")
+    supervisor.start(models.process)
+    assert models.fleet.gpu == f"cpu-{available_source()}"
+
+    parts = asyncio.run(ask(models, chatml("What is the capital of France?", "Always answer briefly.")))
+    assert "Paris" in "".join(text for text, _, _ in parts)
+    assert len(parts) >= 3
+    assert sum(tokens for _, tokens, _ in parts) >= len(parts) - 1
+    assert parts[0][2] > 10
+
+    async def many():
+        return await asyncio.gather(
+            *(ask(models, chatml(f"Tell me about the number {n}."), max_tokens=24) for n in range(10))
+        )
+
+    before_j = energy_j(models, models.fleet.gpu)
+    answers = asyncio.run(many())  # more than there are slots
+    assert all(sum(tokens for _, tokens, _ in parts) == 24 for parts in answers)
+    after_j = energy_j(models, models.fleet.gpu)
+    assert after_j > before_j
+
+    asyncio.run(ask(models, chatml("Tell a very long story about the sea."), max_tokens=1500, leave_after=3))
+    time.sleep(0.6)
+    quiet_j = energy_j(models, models.fleet.gpu)
+    time.sleep(0.5)
+    if available_source() == "modelled":  # RAPL would see whatever else this machine does
+        assert energy_j(models, models.fleet.gpu) - quiet_j < 0.2 * (after_j - before_j)
+        assert "modelled from CPU time" in models.description
+
+    with pytest.raises(Exception, match="exceeds the available context size"):
+        asyncio.run(ask(models, "hello " * 3000))
