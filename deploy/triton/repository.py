@@ -80,8 +80,6 @@ def _configuration(model: RepositoryModel) -> str:
         f"max_batch_size: {MAX_BATCH_SIZE}",
         "model_transaction_policy { decoupled: true }",
         "instance_group [ { count: 1 kind: KIND_CPU } ]",
-        # Requests that arrive together are handed over together; none waits for another.
-        "dynamic_batching { max_queue_delay_microseconds: 0 }",
         *(_tensor("input", tensor) for tensor in INPUTS),
         *(_tensor("output", tensor) for tensor in OUTPUTS),
         *(

@@ -17,7 +17,7 @@ from pathlib import Path
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 """Models import the modules of this checkout, or of this image, from here."""
 
-EXIT_TIMEOUT_S = 5
+EXIT_TIMEOUT_S = 3
 """How long requests in flight may still take when the server is asked to end."""
 
 STUB = "triton_python_backend_stub"

@@ -95,9 +95,11 @@ async def ask(models: PreparedModels, text: str, *, max_tokens: int = 64, leave_
                     int(result.as_numpy("num_input_tokens").item()),
                 )
             )
-            if len(parts) == leave_after or result.get_response().parameters["triton_final_response"].bool_param:
+            if result.get_response().parameters["triton_final_response"].bool_param:
                 break
-        answers.cancel()
+            if len(parts) == leave_after:
+                answers.cancel()
+                break
     return parts
 
 

@@ -151,13 +151,12 @@ def inputs(text: str | None, *, max_tokens: int = 500, stream: bool = True, excl
     ]
 
 
-async def ask(client, text, *, model="ensemble", leave_after=None, **changes) -> list[Part]:
+async def ask(client, text, *, model="ensemble", **changes) -> list[Part]:
     async def requests():
         yield {"model_name": model, "inputs": inputs(text, **changes), "enable_empty_final_response": True}
 
     parts: list[Part] = []
-    answers = client.stream_infer(requests())
-    async for result, error in answers:
+    async for result, error in client.stream_infer(requests()):
         if error is not None:
             raise error
         response = result.get_response()
@@ -171,9 +170,8 @@ async def ask(client, text, *, model="ensemble", leave_after=None, **changes) ->
                 time.monotonic(),
             )
         )
-        if parts[-1].final or len(parts) == leave_after:
+        if parts[-1].final:
             break
-    answers.cancel()
     return parts
 
 
