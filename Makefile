@@ -63,9 +63,12 @@ locks: install  ## Refresh requirements/*.lock from pyproject.toml
 	  $(call COMPILE,--extra $$service,requirements/$$service.lock) || exit 1; done
 	@echo "$(LOCK)"
 	@$(call COMPILE,--all-extras,$(LOCK))
+	@for name in triton smollm2; do \
+	  echo "requirements/$$name.lock"; \
+	  $(call COMPILE,--no-deps,requirements/$$name.lock,requirements/$$name.in) || exit 1; done
 
 # No address of any registry gets into a lock file: each installation uses the one it is configured for.
-COMPILE = PATH="$(CURDIR)/$(BIN):$$PATH" UV_CUSTOM_COMPILE_COMMAND="make locks" uv pip compile --quiet pyproject.toml \
+COMPILE = PATH="$(CURDIR)/$(BIN):$$PATH" UV_CUSTOM_COMPILE_COMMAND="make locks" uv pip compile --quiet $(or $(3),pyproject.toml) \
   $(1) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --output-file $(2)
 
 clean:  ## Stop the local stack; remove .venv, the stack's state and every cache
