@@ -360,6 +360,27 @@ def test_serve_writes_the_repository_and_becomes_the_server(triton, workload, tm
     assert "serving ensemble; its energy is counted under gpu_uuid 'stand-in-m'" in said
 
 
+def test_the_models_processes_end_with_a_server_that_is_killed(triton, workload, tmp_path):
+    write_repository(tmp_path / "models", [stand_in_llm(workload, model="m"), stand_in_judge(workload)])
+    ports = free_triton_ports()
+    server = subprocess.Popen(
+        triton.command(tmp_path / "models", ports),
+        env={**os.environ, **triton.environment()},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_ready(ports, 60, alive=lambda: server.poll() is None)
+        models = psutil.Process(server.pid).children(recursive=True)
+        assert len(models) == 2
+    finally:
+        server.kill()
+        server.wait()
+    _, alive = psutil.wait_procs(models, timeout=5)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
 def test_serve_refuses_a_workload_that_does_not_do(triton, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     process = serve(triton, WORKLOAD=str(tmp_path / "empty.jsonl"))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.triton.backend import EnergyMeter, Reply, send_error, tensors_of
+from deploy.triton.backend import EnergyMeter, Reply, end_with_server, send_error, tensors_of
 from deploy.triton.energy import EnergyAccount
 from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.smollm2.engine import SmolLm2Engine
@@ -32,6 +32,7 @@ class TritonPythonModel:
         Raises:
             ParameterError, RaplError, FileNotFoundError: Triton then refuses to load the model, and says why.
         """
+        end_with_server()
         self._backend = importlib.import_module("triton_python_backend_utils")
         configured = json.loads(args["model_config"])["parameters"]
         parameters = SmolLm2Parameters.from_texts({name: one["string_value"] for name, one in configured.items()})

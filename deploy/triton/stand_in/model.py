@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from deploy.triton.backend import EnergyMeter, Reply, send_error, tensors_of
+from deploy.triton.backend import EnergyMeter, Reply, end_with_server, send_error, tensors_of
 from deploy.triton.energy import EnergyAccount
 from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.stand_in.answers import AnswerBook
@@ -26,6 +26,7 @@ class TritonPythonModel:
         Raises:
             ParameterError, WorkloadError, ClockConfigurationError: Triton then refuses to load the model, and says why.
         """
+        end_with_server()
         self._backend = importlib.import_module("triton_python_backend_utils")
         configured = json.loads(args["model_config"])["parameters"]
         parameters = StandInParameters.from_texts({name: one["string_value"] for name, one in configured.items()})
