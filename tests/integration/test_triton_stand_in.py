@@ -360,6 +360,13 @@ def test_serve_writes_the_repository_and_becomes_the_server(triton, workload, tm
     assert "serving ensemble; its energy is counted under gpu_uuid 'stand-in-m'" in said
 
 
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # whoever inherits it may never look after it
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_the_models_processes_end_with_a_server_that_is_killed(triton, workload, tmp_path):
     write_repository(tmp_path / "models", [stand_in_llm(workload, model="m"), stand_in_judge(workload)])
     ports = free_triton_ports()
@@ -375,7 +382,9 @@ def test_the_models_processes_end_with_a_server_that_is_killed(triton, workload,
     finally:
         server.kill()
         server.wait()
-    _, alive = psutil.wait_procs(models, timeout=5)
+    deadline = time.monotonic() + 5
+    while (alive := [process for process in models if lives(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
     for process in alive:
         process.kill()
     assert not alive
