@@ -1,9 +1,10 @@
 """Configuration that several services share; one class per concern, each with its own environment prefix."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
+from urllib.parse import quote, urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.topics import TopicSpec
@@ -39,8 +40,32 @@ class DatabaseSettings(BaseSettings):
         default=SecretStr("postgresql://sprout:sprout@localhost:5432/sprout"),
         description="postgresql://user:password@host:port/database, or a socket with ?host=/path",
     )
+    password_file: Path | None = Field(
+        default=None, description="File that holds the password, as orchestrators mount secrets; put into the URL"
+    )
     pool_size: int = Field(default=5, ge=1)
     command_timeout_s: float = Field(default=30.0, gt=0)
+
+    @model_validator(mode="after")
+    def _with_password(self) -> Self:
+        if self.password_file is None:
+            return self
+        parts = urlsplit(self.url.get_secret_value())
+        user, at, host = parts.netloc.rpartition("@")
+        if not at or not user or ":" in user:
+            raise ValueError(
+                "SPROUT_DATABASE_PASSWORD_FILE is for a SPROUT_DATABASE_URL that names a user and no password: "
+                "postgresql://user@host:port/database"
+            )
+        try:
+            password = self.password_file.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"SPROUT_DATABASE_PASSWORD_FILE cannot be read: {error}") from error
+        if not password:
+            raise ValueError(f"SPROUT_DATABASE_PASSWORD_FILE {self.password_file} is empty")
+        whole = parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}")
+        self.url = SecretStr(whole.geturl())
+        return self
 
 
 class HttpSettings(BaseSettings):

@@ -1,0 +1,53 @@
+"""Where the database's password may come from."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from shared.settings import DatabaseSettings
+
+
+def _url(settings: DatabaseSettings) -> str:
+    return settings.url.get_secret_value()
+
+
+def test_password_of_a_mounted_secret_becomes_part_of_the_url(tmp_path: Path) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("p@ss/word:1 %\n")
+    settings = DatabaseSettings(
+        url=SecretStr("postgresql://sprout@db:5432/sprout?sslmode=require"), password_file=secret
+    )
+    assert _url(settings) == "postgresql://sprout:p%40ss%2Fword%3A1%20%25@db:5432/sprout?sslmode=require"
+
+
+def test_file_and_url_are_read_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("hidden")
+    monkeypatch.setenv("SPROUT_DATABASE_URL", "postgresql://sprout@db/sprout")
+    monkeypatch.setenv("SPROUT_DATABASE_PASSWORD_FILE", str(secret))
+    settings = DatabaseSettings()
+    assert _url(settings) == "postgresql://sprout:hidden@db/sprout"
+    assert "hidden" not in repr(settings)
+
+
+def test_without_a_file_the_url_stays_as_it_is() -> None:
+    assert _url(DatabaseSettings(url=SecretStr("postgresql://a:b@c/d"))) == "postgresql://a:b@c/d"
+
+
+def test_two_passwords_are_refused_without_telling_either(tmp_path: Path) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("hidden")
+    with pytest.raises(ValidationError, match="names a user and no password") as caught:
+        DatabaseSettings(url=SecretStr("postgresql://a:other@c/d"), password_file=secret)
+    assert "hidden" not in str(caught.value)
+    assert "other" not in str(caught.value)
+
+
+def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
+    url = SecretStr("postgresql://sprout@db/sprout")
+    with pytest.raises(ValidationError, match=r"SPROUT_DATABASE_PASSWORD_FILE cannot be read.*absent"):
+        DatabaseSettings(url=url, password_file=tmp_path / "absent")
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ValidationError, match=r"SPROUT_DATABASE_PASSWORD_FILE .*empty is empty"):
+        DatabaseSettings(url=url, password_file=tmp_path / "empty")
