@@ -1,0 +1,10 @@
+#!/bin/bash
+# Is the broker answering the Kafka protocol? Sends one ApiVersions request and reads the answer's error code.
+# The tools that come with Kafka would start a JVM for this, a second of CPU time at every check.
+set -eu
+exec 3<>"/dev/tcp/127.0.0.1/${1:-9092}"
+# size 15 | ApiVersions (18), version 0 | correlation id 1 | client id "ready"
+printf '\x00\x00\x00\x0f\x00\x12\x00\x00\x00\x00\x00\x01\x00\x05ready' >&3
+# size (4 bytes), correlation id (4), error code (2)
+answer=$(head -c 10 <&3 | od -An -v -tx1 | tr -d ' \n')
+[ "${answer:8:12}" = 000000010000 ]
