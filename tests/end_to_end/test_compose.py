@@ -1,0 +1,288 @@
+"""docker-compose.yml: what it promises on paper, and the whole stack on a real engine.
+
+The first part needs the `docker compose` command, the second a Docker engine that has, or can pull, the base images;
+each is skipped, with the reason, where it is missing.
+"""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+
+from deploy.local.ports import free_ports
+from shared.fleet import load_fleet
+from shared.messages import GenerationRequest, GenerationResponse
+from shared.settings import KafkaSettings
+from shared.topics import REQUESTS, RESPONSES
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SERVICES = ("carbon_feed", "optimizer", "evaluator", "ledger", "router")
+OURS = (*SERVICES, "topics", "triton", "cli")
+BASE_IMAGES = ("python:3.11-slim-bookworm", "apache/kafka:4.1.1", "postgres:17")
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1_800)]
+
+
+def _run(*command: str, timeout_s: float = 120.0, check: bool = True, **environment: str) -> str:
+    """Run a command in the checkout; a failure shows what it said."""
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    if check and done.returncode != 0:
+        pytest.fail(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- on paper
+
+
+def _require_compose() -> None:
+    try:
+        _run("docker", "compose", "version", timeout_s=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"no docker compose here: {error}")
+    except pytest.fail.Exception as error:
+        pytest.skip(f"no docker compose here: {error}")
+
+
+def _config(*options: str) -> dict[str, Any]:
+    # An empty file instead of a developer's own .env.
+    files = options if "--env-file" in options else ("--env-file", os.devnull, *options)
+    document: dict[str, Any] = json.loads(_run("docker", "compose", *files, "config", "--format", "json"))
+    return document
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    """Every service of the file, those of the profiles too, with nothing configured."""
+    _require_compose()
+    found: dict[str, Any] = _config("--profile", "*")["services"]
+    return found
+
+
+def test_it_is_valid_with_nothing_configured_and_with_the_shipped_env_files() -> None:
+    _require_compose()
+    for file in (os.devnull, ".env.example", "deploy/docker/gpu.env"):
+        _run("docker", "compose", "--env-file", file, "config", "--quiet")
+
+
+def test_the_example_env_file_states_the_defaults() -> None:
+    _require_compose()
+    assert _config("--env-file", ".env.example", "--profile", "*") == _config("--profile", "*")
+
+
+def test_ports_are_published_on_loopback_only(services: dict[str, Any]) -> None:
+    published = {name: port for name, service in services.items() for port in service.get("ports", [])}
+    assert set(published) == {"kafka"}
+    assert {port["host_ip"] for port in published.values()} == {"127.0.0.1"}
+
+
+def test_every_image_is_pinned(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        tag = service["image"].partition(":")[2]
+        assert re.search(r"[0-9]", tag), f"{name}: {service['image']}"
+
+
+def test_every_container_has_limits_rotated_logs_and_a_restart_policy(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert service["logging"]["options"]["max-size"], name
+        assert service["restart"] == ("no" if name in {"topics", "cli"} else "unless-stopped"), name
+        if name != "triton-gpu":  # the engines' size decides
+            assert int(service["mem_limit"]) <= 1 << 30, name
+
+
+def test_our_containers_cannot_write_and_have_no_privileges(services: dict[str, Any]) -> None:
+    for name in OURS:
+        assert services[name]["read_only"] is True, name
+        assert services[name]["cap_drop"] == ["ALL"], name
+        assert services[name]["security_opt"] == ["no-new-privileges:true"], name
+
+
+def test_routers_can_be_scaled(services: dict[str, Any]) -> None:
+    router = services["router"]
+    assert "container_name" not in router
+    assert not router.get("ports")
+
+
+def test_services_start_after_what_they_need(services: dict[str, Any]) -> None:
+    for name in SERVICES:
+        needs = {other: rule["condition"] for other, rule in services[name]["depends_on"].items()}
+        assert needs["kafka"] == "service_healthy", name
+        assert needs["topics"] == "service_completed_successfully", name
+        if name in {"optimizer", "evaluator", "ledger"}:
+            assert needs["postgres"] == "service_healthy", name
+        if name in {"router", "evaluator"}:
+            assert needs["triton"] == "service_healthy", name
+
+
+def test_the_password_is_in_no_environment(services: dict[str, Any]) -> None:
+    password = (REPOSITORY / "deploy/docker/secrets/postgres-password").read_text().strip()
+    assert password not in json.dumps(services)
+
+
+def test_the_gpu_profile_swaps_the_model_server() -> None:
+    _require_compose()
+    document = _config("--env-file", "deploy/docker/gpu.env")
+    stand_in, real = document["services"]["triton"], document["services"]["triton-gpu"]
+    assert stand_in["deploy"]["replicas"] == 0
+    assert real["image"].startswith("nvcr.io/nvidia/tritonserver:")
+    assert real["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    assert document["configs"]["fleet"]["file"].endswith("fleet.gpu.toml")
+
+
+@pytest.mark.parametrize("file", ["fleet.toml", "fleet.gpu.toml"])
+def test_endpoints_of_the_shipped_fleets_are_services_of_the_file(file: str, services: dict[str, Any]) -> None:
+    fleet = load_fleet(REPOSITORY / "deploy" / "docker" / file)
+    hosts = {endpoint.grpc.partition(":")[0] for pool in fleet.pools for endpoint in pool.endpoints}
+    assert hosts <= set(services)
+    assert fleet.levels == ("L0", "L1", "L2")
+
+
+# --------------------------------------------------------------------------------------------------- on an engine
+
+Compose = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def engine() -> None:
+    """A Docker engine with the base images."""
+    _require_compose()
+    try:
+        _run("docker", "info", timeout_s=30)
+        for image in BASE_IMAGES:
+            if not _run("docker", "image", "ls", "--quiet", image).strip():
+                _run("docker", "pull", "--quiet", image, timeout_s=600)
+    except subprocess.TimeoutExpired as error:
+        pytest.skip(f"no usable Docker engine: {error}")
+    except pytest.fail.Exception as error:
+        pytest.skip(f"no usable Docker engine: {str(error)[:500]}")
+
+
+@pytest.fixture(scope="module")
+def kafka_port() -> int:
+    """Where the stack publishes Kafka for producers outside."""
+    return free_ports(1)[0]
+
+
+@pytest.fixture(scope="module")
+def compose(engine: None, kafka_port: int) -> Iterator[Compose]:
+    """`docker compose` on a stack of its own, with every service healthy; taken down with its volumes afterwards."""
+    project = f"sprout-test-{uuid4().hex[:8]}"
+
+    def call(*arguments: str, timeout_s: float = 600.0, check: bool = True) -> str:
+        return _run(
+            "docker", "compose", "--env-file", os.devnull, "--project-name", project, *arguments,
+            timeout_s=timeout_s, check=check, KAFKA_EXTERNAL_PORT=str(kafka_port),
+        )  # fmt: skip
+
+    try:
+        call("build", timeout_s=1_200)
+        call("up", "--detach", "--wait", "--wait-timeout", "300")
+        yield call
+    finally:
+        call("down", "--volumes", "--timeout", "20", check=False)
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _locked(lock: Path) -> set[str]:
+    return {_normal(name) for name in re.findall(r"^([A-Za-z0-9._-]+)==", lock.read_text(), re.MULTILINE)}
+
+
+def _installed(compose: Compose, service: str) -> set[str]:
+    listing = "import importlib.metadata as m; print(*(d.name for d in m.distributions()), sep='\\n')"
+    return {
+        _normal(name)
+        for name in compose("run", "--rm", "--no-deps", "--entrypoint", "python", service, "-c", listing).split()
+    }
+
+
+def test_images_hold_only_their_own_packages(compose: Compose) -> None:
+    installed = {service: _installed(compose, service) for service in OURS}
+    for service in SERVICES:
+        lock = REPOSITORY / "requirements" / f"{service.replace('_', '-')}.lock"
+        assert installed[service] <= _locked(lock), service
+        assert {"faststream", "aiokafka"} <= installed[service], service
+    assert installed["cli"] <= _locked(REPOSITORY / "requirements" / "cli.lock")
+    assert installed["triton"] == {"nvidia-pytriton", "numpy"}
+    having = {
+        package: {service for service in SERVICES if package in installed[service]}
+        for package in ("tritonclient", "highspy", "pulp", "asyncpg", "pip", "pytest")
+    }
+    assert having == {
+        "tritonclient": {"router", "evaluator"},
+        "highspy": {"optimizer"},
+        "pulp": {"optimizer"},
+        "asyncpg": {"optimizer", "evaluator", "ledger"},
+        "pip": set(),
+        "pytest": set(),
+    }
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_container_has_its_own_code_and_no_right_to_change_it(compose: Compose, service: str) -> None:
+    looked = compose(
+        "exec", "-T", service, "sh", "-c", "id -u; ls services; ls; touch /app/x 2>/dev/null && echo writable; true"
+    ).split()
+    assert looked[0] == "10001"
+    assert set(looked[1:]) - {"__pycache__"} == {"__init__.py", service, "services", "shared"}
+
+
+def test_a_producer_gets_an_answer(compose: Compose) -> None:
+    answered = json.loads(compose("run", "--rm", "cli", "send", "--json", "Who wrote Emma?"))
+    response = answered["response"]
+    assert response["status"] == "ok"
+    assert response["text"]
+    assert response["decision"]["level"] in {"L0", "L1", "L2"}
+
+
+async def test_three_routers_share_the_work_and_a_killed_one_loses_nothing(compose: Compose, kafka_port: int) -> None:
+    compose("up", "--detach", "--wait", "--no-recreate", "--scale", "router=3", "router")
+    routers = compose("ps", "--quiet", "router").split()
+    assert len(routers) == 3
+
+    kafka = KafkaSettings(bootstrap_servers=f"localhost:{kafka_port}")
+    ids = [f"compose-{uuid4().hex}" for _ in range(300)]
+    consumer = AIOKafkaConsumer(
+        kafka.topic(RESPONSES), bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="latest"
+    )
+    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, acks="all")
+    await consumer.start()
+    await producer.start()
+    try:
+        # A consumer without a group finds its position at its first poll: before the first answer.
+        for partition in consumer.assignment():
+            await consumer.position(partition)
+        for number, request_id in enumerate(ids):
+            request = GenerationRequest(id=request_id, prompt=f"What is {number} times {number}?")
+            await producer.send_and_wait(
+                kafka.topic(REQUESTS), request.model_dump_json(exclude_none=True).encode(), key=request_id.encode()
+            )
+            if number == len(ids) // 2:
+                await asyncio.to_thread(_run, "docker", "kill", "--signal", "KILL", routers[0])
+        answered: dict[str, GenerationResponse] = {}
+        async with asyncio.timeout(180):
+            while set(ids) - answered.keys():
+                record = await consumer.getone()
+                response = GenerationResponse.model_validate_json(record.value)
+                answered[response.request_id] = response
+    finally:
+        await producer.stop()
+        await consumer.stop()
+    assert {answered[request_id].status for request_id in ids} == {"ok"}
