@@ -39,7 +39,9 @@ class LazyGroup(TyperGroup):
             alone = typer.Typer(add_completion=False)
             alone.command(name=cmd_name)(found)
             found = alone
-        return typer.main.get_command(found)
+        command = typer.main.get_command(found)
+        command.name = cmd_name  # an application of its own does not know what it is called here
+        return command
 
 
 def _present(target: str) -> bool:
