@@ -1,0 +1,363 @@
+"""From a conversation and a directive to the text that a model server is given.
+
+The directive is a system message (paper, section 3.1). It joins the producer's own: the producer's first, then the
+directive. Level L0 adds nothing at all, so that a request without a system message is rendered without one, even
+where a model's published template would put a default in its place.
+
+**Control sequences.** A template marks turns with sequences such as `<|im_end|>` or `[/INST]`, which the model
+server's tokenizer turns into control tokens wherever they stand. Text of a conversation must not be able to end its
+own turn and begin another, so a control sequence inside it is either broken by a blank after its first character
+(`< |im_end|>`, the default: people do ask about markup, and `<s>` is also HTML) or refused. Callers learn of it
+from `ChatTemplate.control_sequences`.
+
+**Begin-of-sequence.** TensorRT-LLM's preprocessing puts the model's begin-of-sequence token in front of every prompt,
+so the rendered text does not start with it; between turns it stands where the template has it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, Literal, NoReturn
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from shared.messages import ChatMessage
+
+ControlSequencePolicy = Literal["break", "refuse"]
+
+LARGEST_TEMPLATE_BYTES: Final = 256 * 1024
+
+SYSTEM_SEPARATOR: Final = "\n\n"
+"""Between two system messages that become one, and before the user's text where a template has no system role."""
+
+
+class ChatTemplateError(ValueError):
+    """A chat template is missing or unusable; the message names it and what to do."""
+
+
+class ConversationError(ValueError):
+    """A conversation cannot be rendered with this template; the message says why, and quotes no content."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What is known of a built-in template."""
+
+    stop: tuple[str, ...]
+    control: tuple[str, ...]
+    bos_token: str = ""
+    eos_token: str = ""
+
+
+_FAMILIES: Final[dict[str, _Family]] = {
+    "llama-2": _Family(
+        stop=("</s>",),
+        control=("<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+        bos_token="<s>",
+        eos_token="</s>",
+    ),
+    "chatml": _Family(
+        stop=("<|im_end|>",),
+        control=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        eos_token="<|im_end|>",
+    ),
+    "llama-3": _Family(
+        stop=("<|eot_id|>",),
+        control=(
+            "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+            "<|eom_id|>", "<|python_tag|>",
+        ),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+    ),
+    "mistral": _Family(
+        stop=("</s>",),
+        control=(
+            "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
+            "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+        ),
+        bos_token="<s>",
+        eos_token="</s>",
+    ),
+    "gemma": _Family(
+        stop=("<end_of_turn>",),
+        control=("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+        bos_token="<bos>",
+        eos_token="<eos>",
+    ),
+}  # fmt: skip
+
+BUILT_IN: Final = tuple(_FAMILIES)
+"""Names of the built-in templates."""
+
+_MARKUP: Final = re.compile(r"<\|[^|<>\s]{1,64}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<bos>|<eos>")
+"""Control sequences of the common families, to be recognised in the source of a template that is not built in."""
+
+_PROBE_SYSTEM: Final = "sprout-system-probe"
+_PROBE_USER: Final = "sprout-user-probe"
+
+
+class ChatTemplate:
+    """Renders conversations for one model family.
+
+    Attributes:
+        name: as in the fleet file.
+        stop: sequences that end an answer, for the model server's stop words.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        *,
+        stop: Sequence[str] = (),
+        control: Iterable[str] = (),
+        bos_token: str = "",
+        eos_token: str = "",
+    ) -> None:
+        """Compile a template.
+
+        Args:
+            source: Jinja, in Hugging Face's conventions: `messages`, `add_generation_prompt`, `bos_token`,
+                `eos_token`, `raise_exception`.
+            control: sequences that the text of a conversation must not contain.
+
+        Raises:
+            ChatTemplateError: it is not valid Jinja, or does not render a plain conversation.
+        """
+        self.name = name
+        self.stop = tuple(stop)
+        self._bos_token = bos_token
+        self._eos_token = eos_token
+        self._template = _compile(name, source)
+        # A blank breaks a sequence only if it has two characters and none of them is a blank.
+        breakable = {one for one in control if len(one) > 1 and not any(map(str.isspace, one))}
+        sequences = sorted(breakable, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, sequences))) if sequences else None
+        self._has_system_role = self._probe()
+
+    def control_sequences(self, messages: Iterable[ChatMessage]) -> tuple[str, ...]:
+        """The control sequences of this template that occur in the text of a conversation, each once."""
+        if self._control is None:
+            return ()
+        found = (match.group() for turn in messages for match in self._control.finditer(turn.content))
+        return tuple(dict.fromkeys(found))
+
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        directive: str = "",
+        *,
+        control_sequences: ControlSequencePolicy = "break",
+    ) -> str:
+        """The prompt text, ending where the model's answer is to begin.
+
+        Args:
+            messages: the conversation; its system messages become one, in front.
+            directive: the directive's text; empty for L0.
+            control_sequences: what to do with a control sequence in the text, see the module's description.
+
+        Raises:
+            ConversationError: the template refuses the conversation, or a control sequence is in it and is refused.
+        """
+        system: list[str] = []
+        turns: list[dict[str, str]] = []
+        for index, message in enumerate(messages):
+            content = self._guarded(message.content, index, control_sequences)
+            if message.role == "system":
+                system.append(content)
+            else:
+                turns.append({"role": message.role, "content": content})
+        if directive:
+            system.append(directive)
+        whole = SYSTEM_SEPARATOR.join(part for part in system if part.strip())
+        try:
+            return self._render(self._with_system(whole, turns))
+        except TemplateError as error:
+            raise ConversationError(f"chat template {self.name!r} refuses 'messages': {error}") from error
+
+    def _guarded(self, content: str, index: int, policy: ControlSequencePolicy) -> str:
+        found = self._control.search(content) if self._control is not None else None
+        if self._control is None or found is None:
+            return content
+        if policy == "refuse":
+            raise ConversationError(
+                f"messages[{index}].content contains {found.group()!r}, a control sequence of chat template "
+                f"{self.name!r}: remove it or write it differently"
+            )
+        return _break_all(self._control, content)
+
+    def _with_system(self, system: str, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+        if not system:
+            return turns
+        if self._has_system_role:
+            return [{"role": "system", "content": system}, *turns]
+        first = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), None)
+        if first is None:
+            raise ConversationError("'messages' has no turn of role 'user': there is nothing to answer")
+        folded = {"role": "user", "content": system + SYSTEM_SEPARATOR + turns[first]["content"]}
+        return [*turns[:first], folded, *turns[first + 1 :]]
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        if not messages:
+            raise ConversationError("'messages' is empty: there is nothing to answer")
+        text = self._template.render(
+            messages=messages,
+            add_generation_prompt=True,
+            bos_token=self._bos_token,
+            eos_token=self._eos_token,
+            tools=None,
+            documents=None,
+        )
+        return text.removeprefix(self._bos_token)
+
+    def _probe(self) -> bool:
+        """Whether the template has a place for a system message.
+
+        Raises:
+            ChatTemplateError: it does not even render a user's turn.
+        """
+        user = {"role": "user", "content": _PROBE_USER}
+        try:
+            plain = self._render([user])
+        except TemplateError as error:
+            raise ChatTemplateError(f"chat template {self.name!r} cannot render a user's turn: {error}") from error
+        if _PROBE_USER not in plain:
+            raise ChatTemplateError(f"chat template {self.name!r} leaves the user's text out of the prompt")
+        try:
+            return _PROBE_SYSTEM in self._render([{"role": "system", "content": _PROBE_SYSTEM}, user])
+        except TemplateError:
+            return False
+
+
+class ChatTemplates:
+    """Loads templates, each once."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, ChatTemplate] = {}
+
+    def load(self, name: str) -> ChatTemplate:
+        """A built-in template by name, or one from a Jinja file or a model's folder.
+
+        Raises:
+            ChatTemplateError: there is no such template, or it is unusable.
+        """
+        if name not in self._loaded:
+            self._loaded[name] = _built_in(name) if name in _FAMILIES else _from_path(name)
+        return self._loaded[name]
+
+
+def _built_in(name: str) -> ChatTemplate:
+    family = _FAMILIES[name]
+    source = resources.files("shared.chat_templates").joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+    return ChatTemplate(
+        name,
+        source,
+        stop=family.stop,
+        control=family.control,
+        bos_token=family.bos_token,
+        eos_token=family.eos_token,
+    )
+
+
+def _from_path(name: str) -> ChatTemplate:
+    """A template file, or a folder as models are published: `chat_template.jinja`, `tokenizer_config.json`."""
+    path = Path(name)
+    if not path.exists():
+        raise ChatTemplateError(
+            f"chat template {name!r} is neither built in ({', '.join(BUILT_IN)}) nor a file or folder that exists"
+        )
+    folder = path if path.is_dir() else path.parent
+    tokenizer = _tokenizer_config(folder)
+    if path.is_file():
+        source = _read(path)
+    elif (folder / "chat_template.jinja").is_file():
+        source = _read(folder / "chat_template.jinja")
+    else:
+        source = _template_of(tokenizer, folder)
+    bos_token, eos_token = _token(tokenizer, "bos_token"), _token(tokenizer, "eos_token")
+    control = {*_MARKUP.findall(source), *(token for token in (bos_token, eos_token) if token), *_special(tokenizer)}
+    return ChatTemplate(
+        name,
+        source,
+        stop=(eos_token,) if eos_token else (),
+        control=control,
+        bos_token=bos_token,
+        eos_token=eos_token,
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > LARGEST_TEMPLATE_BYTES:
+            raise ChatTemplateError(f"chat template {path} is larger than {LARGEST_TEMPLATE_BYTES} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatTemplateError(f"chat template {path} cannot be read: {error}") from error
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ChatTemplateError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise ChatTemplateError(f"{path} must hold a JSON object")
+    return document
+
+
+def _template_of(tokenizer: dict[str, Any], folder: Path) -> str:
+    """The `chat_template` of a tokenizer's configuration: a text, or a list of named ones with a `default`."""
+    found = tokenizer.get("chat_template")
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    if not isinstance(found, str):
+        raise ChatTemplateError(
+            f"{folder} has neither 'chat_template.jinja' nor a 'chat_template' in 'tokenizer_config.json'"
+        )
+    return found
+
+
+def _token(tokenizer: dict[str, Any], name: str) -> str:
+    """A special token's text: published either as a string or as an object with `content`."""
+    value = tokenizer.get(name)
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _special(tokenizer: dict[str, Any]) -> set[str]:
+    decoder = tokenizer.get("added_tokens_decoder")
+    if not isinstance(decoder, dict):
+        return set()
+    entries = (entry for entry in decoder.values() if isinstance(entry, dict) and entry.get("special"))
+    return {text for entry in entries if isinstance(text := entry.get("content"), str) and text.strip()}
+
+
+def _compile(name: str, source: str) -> Template:
+    """Compile in a sandbox that can change nothing: a template is data that came with a model."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(source)
+    except TemplateSyntaxError as error:
+        raise ChatTemplateError(f"chat template {name!r}, line {error.lineno}: {error.message}") from error
+
+
+def _break_all(control: re.Pattern[str], content: str) -> str:
+    """Put a blank into every control sequence; repeated, because what is left may form another one."""
+    while control.search(content) is not None:
+        content = control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", content)
+    return content
