@@ -1,0 +1,304 @@
+"""An asynchronous client of one model on one Triton server.
+
+It speaks the inference protocol through the stubs that `tritonclient` generates from it. `tritonclient.grpc.aio`'s own
+`stream_infer` is not enough: it cannot ask for the empty final response by which a decoupled model that sends no last
+word is heard to end, drops the gRPC status of an error, and builds every tensor as an array. Every generation has a
+stream of its own on one shared connection, because a stream is what gRPC can cancel.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import grpc
+from tritonclient.grpc.service_pb2 import (
+    ModelConfigRequest,
+    ModelInferRequest,
+    ModelInferResponse,
+    ModelReadyRequest,
+    ModelStreamInferResponse,
+)
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from shared.clock import Clock
+from shared.triton.contract import Contract, ContractError
+from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError, InvalidRequest
+from shared.triton.generation import Assembly, Generation
+from shared.triton.parameters import GenerationParameters
+from shared.triton.wire import Part, decode, encode
+
+LARGEST_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+
+CHANNEL_OPTIONS: Final = (
+    ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
+    # A server that vanished without a word is noticed within 30 s while something waits for it. Two pings without data
+    # are as many as a server with default settings bears.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.max_pings_without_data", 2),
+    # A server that comes back is found soon.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+STATUS_MODE: Final = (("triton_grpc_error", "true"),)
+"""Metadata that makes Triton end a stream with the error's gRPC status instead of a bare text in the stream."""
+
+_INVALID: Final = frozenset(
+    {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.ALREADY_EXISTS}
+)
+
+_Call = Any
+"""`grpc.aio.StreamStreamCall`, which is not generic in the installed stubs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer as it came.
+
+    Attributes:
+        text: new text; may be empty in the last chunk.
+        generation: the whole, in the last chunk alone.
+    """
+
+    text: str
+    generation: Generation | None = None
+
+
+class TritonClient:
+    """Asks one model on one server; use as an asynchronous context manager, or call `close`.
+
+    Nothing is sent before the first call. Errors name the endpoint and never quote a prompt.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        model: str,
+        clock: Clock,
+        name: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Set up.
+
+        Args:
+            address: host:port of Triton's gRPC service.
+            model: name in Triton's repository.
+            name: of the endpoint, for messages; default: the address.
+            credentials: for TLS; null: plain text.
+        """
+        self.address = address
+        self.name = name or address
+        self._model = model
+        self._clock = clock
+        self._credentials = credentials
+        self._contract: Contract | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._connected: Any = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what runs and close the connection."""
+        channel, self._channel, self._connected = self._channel, None, None
+        if channel is not None:
+            await channel.close(None)
+
+    @property
+    def contract(self) -> Contract | None:
+        """What the model offers, once it has been asked."""
+        return self._contract
+
+    async def is_ready(self, *, timeout_s: float) -> bool:
+        """Whether the server answers within `timeout_s` (wall) and has the model loaded."""
+        try:
+            answer = await self._stub.ModelReady(ModelReadyRequest(name=self._model), timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+        return bool(answer.ready)
+
+    async def probe(self, *, timeout_s: float) -> Contract:
+        """Read the model's configuration, again if it was read before: a restarted server may have another model.
+
+        Raises:
+            EndpointUnavailable: no answer within `timeout_s` (wall), or no such model.
+            ContractError: it is not a text model.
+        """
+        try:
+            answer = await self._stub.ModelConfig(ModelConfigRequest(name=self._model), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise EndpointUnavailable(self._describe(error)) from error
+        self._contract = Contract.from_config(answer.config)
+        return self._contract
+
+    async def generate(
+        self,
+        prompt: str,
+        parameters: GenerationParameters,
+        *,
+        request_id: str,
+        timeout_s: float,
+        first_chunk_timeout_s: float | None = None,
+        streamed: bool = True,
+    ) -> Generation:
+        """Generate, and return the whole answer; see `stream`."""
+        chunks = self.stream(
+            prompt,
+            parameters,
+            request_id=request_id,
+            timeout_s=timeout_s,
+            first_chunk_timeout_s=first_chunk_timeout_s,
+            streamed=streamed,
+        )
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if chunk.generation is not None:
+                    return chunk.generation
+        raise EndpointUnavailable(f"{self.name}: the stream ended without an answer")
+
+    async def stream(
+        self,
+        prompt: str,
+        parameters: GenerationParameters,
+        *,
+        request_id: str,
+        timeout_s: float,
+        first_chunk_timeout_s: float | None = None,
+        streamed: bool = True,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Generate; yields the answer's text as it comes, and last a chunk with the `Generation`.
+
+        Close the generator to give up: the server then stops.
+
+        Args:
+            prompt: with its chat template already applied.
+            timeout_s: wall seconds for everything.
+            first_chunk_timeout_s: wall seconds until the server must have said something; null: no such limit.
+            streamed: False asks for a single response, which costs less but tells no time of the first token. A model
+                that does not count its tokens is streamed all the same, so that they can be counted.
+
+        Raises:
+            EndpointUnavailable: another endpoint may do better.
+            InvalidRequest: the request would fail everywhere.
+            DeadlineExceeded: `timeout_s` is over.
+        """
+        if timeout_s <= 0:
+            raise DeadlineExceeded(f"{self.name}: no time was left to begin")
+        contract = self._contract
+        if contract is None:
+            contract = await self._first_probe(timeout_s)
+        streamed = streamed or contract.completion_tokens is None
+        request = encode(contract, prompt, parameters, request_id=request_id, stream=streamed)
+        assembly = Assembly(prompt, parameters, started_at_s=self._clock.now_s(), echoes=contract.exclude_input is None)
+        parts = self._streamed(request, contract, timeout_s, first_chunk_timeout_s)
+        if not contract.decoupled:
+            parts = self._single(request, contract, timeout_s)
+        last_s = self._clock.now_s()
+        heard = False
+        async with aclosing(parts):
+            async for part in parts:
+                if part.text and assembly.overrun:
+                    break  # closing the stream stops the server
+                heard = True
+                last_s = self._clock.now_s()
+                fresh = assembly.take(part, now_s=last_s)
+                if fresh:
+                    yield Chunk(fresh)
+        if not heard:
+            raise EndpointUnavailable(f"{self.name}: the stream ended without an answer")
+        rest = assembly.rest()
+        yield Chunk(rest, assembly.result(now_s=last_s))
+
+    @property
+    def _stub(self) -> GRPCInferenceServiceStub:
+        if self._connected is None:
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+            else:
+                self._channel = grpc.aio.secure_channel(self.address, self._credentials, options=CHANNEL_OPTIONS)
+            self._connected = GRPCInferenceServiceStub(self._channel)
+        return self._connected
+
+    async def _first_probe(self, timeout_s: float) -> Contract:
+        try:
+            return await self.probe(timeout_s=timeout_s)
+        except ContractError as error:
+            raise EndpointUnavailable(f"{self.name}: {error}") from error
+
+    async def _single(
+        self, request: ModelInferRequest, contract: Contract, timeout_s: float
+    ) -> AsyncGenerator[Part, None]:
+        try:
+            response: ModelInferResponse = await self._stub.ModelInfer(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._typed(error) from error
+        yield decode(contract, response)
+
+    async def _streamed(
+        self, request: ModelInferRequest, contract: Contract, timeout_s: float, first_timeout_s: float | None
+    ) -> AsyncGenerator[Part, None]:
+        call: _Call = self._stub.ModelStreamInfer(timeout=timeout_s, metadata=STATUS_MODE)
+        try:
+            limit_s = first_timeout_s
+            try:
+                await call.write(request)
+                await call.done_writing()
+                while (response := await self._read(call, limit_s)) is not None:
+                    limit_s = None
+                    if response.error_message:
+                        raise EndpointUnavailable(f"{self.name}: {_shortened(response.error_message)}")
+                    yield decode(contract, response.infer_response)
+            except grpc.RpcError as error:
+                raise self._typed(error) from error
+            except asyncio.InvalidStateError as error:
+                # Writing to a stream that the server has already ended: its status says why.
+                raise await self._ended(call) from error
+        finally:
+            # Without effect on a stream that ended; a stream that is given up stops the server's work.
+            call.cancel()
+
+    async def _read(self, call: _Call, limit_s: float | None) -> ModelStreamInferResponse | None:
+        """The next response; null at the stream's end."""
+        try:
+            if limit_s is None:
+                response = await call.read()
+            else:
+                async with asyncio.timeout(limit_s):
+                    response = await call.read()
+        except TimeoutError as error:
+            raise EndpointUnavailable(f"{self.name}: nothing was heard within {limit_s:g} s") from error
+        return None if response is grpc.aio.EOF else response  # type: ignore[attr-defined]
+
+    async def _ended(self, call: _Call) -> GenerationError:
+        return self._classified(await call.code(), await call.details())
+
+    def _typed(self, error: grpc.RpcError) -> GenerationError:
+        return self._classified(error.code(), error.details())
+
+    def _classified(self, code: grpc.StatusCode, details: str | None) -> GenerationError:
+        said = f"{self.name}: {code.name}: {_shortened(details or '')}"
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(said)
+        if code in _INVALID:
+            return InvalidRequest(said)
+        return EndpointUnavailable(said)
+
+    def _describe(self, error: grpc.RpcError) -> str:
+        return f"{self.name}: {error.code().name}: {_shortened(error.details() or '')}"
+
+
+def _shortened(text: str) -> str:
+    """A server's words, on one line and of bounded length."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:297]}..."

@@ -1,0 +1,125 @@
+"""What a generation came to, put together from its parts."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from shared.messages.responses import FinishReason, TokenCountSource
+from shared.triton.parameters import GenerationParameters
+from shared.triton.stops import StopScanner
+from shared.triton.wire import Part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One finished generation; times are event time, seconds since the Unix epoch.
+
+    Attributes:
+        text: the answer, without the prompt and without the stop sequence that ended it.
+        completion_tokens: counted by `token_count_source`.
+        prompt_tokens: null where the server does not count.
+        started_at_s: sent to the model server.
+        first_token_at_s: first text received; null for an empty answer.
+        finished_at_s: last token received.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    completion_tokens: int
+    prompt_tokens: int | None
+    token_count_source: TokenCountSource
+    started_at_s: float
+    first_token_at_s: float | None
+    finished_at_s: float
+
+    @property
+    def started_at(self) -> datetime:
+        """When it was sent to the model server, event time."""
+        return datetime.fromtimestamp(self.started_at_s, UTC)
+
+    @property
+    def first_token_at(self) -> datetime | None:
+        """When the first text came, event time."""
+        return None if self.first_token_at_s is None else datetime.fromtimestamp(self.first_token_at_s, UTC)
+
+    @property
+    def finished_at(self) -> datetime:
+        """When the last token came, event time."""
+        return datetime.fromtimestamp(self.finished_at_s, UTC)
+
+
+class Assembly:
+    """Takes the parts of a generation in order and says which text is new.
+
+    Token counts come from the server where it counts. Otherwise every response with text is taken for one token,
+    which is what TensorRT-LLM streams; asking for log probabilities only to count them would cost the server more.
+    """
+
+    __slots__ = (
+        "_first_s", "_pieces", "_prompt", "_prompt_tokens", "_responses", "_scanner", "_started_s", "_tokens",
+        "_wanted",
+    )  # fmt: skip
+
+    def __init__(self, prompt: str, parameters: GenerationParameters, *, started_at_s: float, echoes: bool) -> None:
+        """Begin.
+
+        Args:
+            echoes: the model cannot be told to leave the prompt out, so an answer that begins with it loses it.
+        """
+        self._prompt = prompt if echoes else ""
+        self._wanted = parameters
+        self._scanner = StopScanner(parameters.stop)
+        self._started_s = started_at_s
+        self._first_s: float | None = None
+        self._pieces: list[str] = []
+        self._responses = 0
+        self._tokens: int | None = None
+        self._prompt_tokens: int | None = None
+
+    @property
+    def overrun(self) -> bool:
+        """The answer ended at a stop sequence, and yet the server goes on: it does not know the sequence."""
+        return self._scanner.stopped
+
+    def take(self, part: Part, *, now_s: float) -> str:
+        """Take the next part; returns the new text of the answer."""
+        if part.prompt_tokens is not None:
+            self._prompt_tokens = part.prompt_tokens
+        text, tokens = part.text, part.tokens
+        if self._prompt and text.startswith(self._prompt) and not self._responses:
+            text = text[len(self._prompt) :]
+            if tokens is not None and self._prompt_tokens is not None:
+                tokens = max(0, tokens - self._prompt_tokens)
+        if tokens is not None:
+            self._tokens = (self._tokens or 0) + tokens
+        if text:
+            self._responses += 1
+            if self._first_s is None:
+                self._first_s = now_s
+        fresh = self._scanner.feed(text)
+        if part.final and not self._scanner.stopped:
+            fresh += self._scanner.finish()
+        if fresh:
+            self._pieces.append(fresh)
+        return fresh
+
+    def rest(self) -> str:
+        """The text that was held back, where the server ended without a final part."""
+        fresh = "" if self._scanner.stopped else self._scanner.finish()
+        if fresh:
+            self._pieces.append(fresh)
+        return fresh
+
+    def result(self, *, now_s: float) -> Generation:
+        """The whole."""
+        tokens = self._responses if self._tokens is None else self._tokens
+        cut = tokens >= self._wanted.max_tokens and not self._scanner.stopped
+        return Generation(
+            text="".join(self._pieces),
+            finish_reason="length" if cut else "stop",
+            completion_tokens=tokens,
+            prompt_tokens=self._prompt_tokens,
+            token_count_source="stream" if self._tokens is None else "server",
+            started_at_s=self._started_s,
+            first_token_at_s=self._first_s,
+            finished_at_s=now_s,
+        )

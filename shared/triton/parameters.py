@@ -1,0 +1,57 @@
+"""What a caller may ask of a generation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+from shared.messages import SamplingParameters
+
+SAMPLING_FIELDS: Final = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+"""Fields of `GenerationParameters` that are sent only when they are given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationParameters:
+    """How to generate; what is null is left to the model server.
+
+    Attributes:
+        max_tokens: most tokens to generate, >= 1.
+        stop: sequences that end the answer; they are not part of it.
+    """
+
+    max_tokens: int
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, sampling: SamplingParameters, *, stop: Sequence[str] = ()) -> Self:
+        """A producer's sampling parameters, with the chat template's stop sequences beside the producer's own."""
+        sequences = dict.fromkeys(one for one in (*sampling.stop, *stop) if one)
+        return cls(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_tokens=sampling.min_tokens,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            seed=sampling.seed,
+            stop=tuple(sequences),
+        )
