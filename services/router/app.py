@@ -1,0 +1,278 @@
+"""Wires the router together; everything it decides is decided elsewhere."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
+from aiokafka.errors import KafkaError
+from faststream.asgi import AsgiFastStream
+from faststream.kafka import KafkaBroker, KafkaMessage
+from faststream.middlewares import AckPolicy
+from prometheus_client import CollectorRegistry
+
+from services.router.attempts import Attempts
+from services.router.delivery import Delivery
+from services.router.intake import Intake
+from services.router.knowledge import Knowledge
+from services.router.metrics import RouterMetrics
+from services.router.pools import Pools
+from services.router.serving import Serving
+from services.router.settings import RouterSettings
+from shared.broker import build_broker
+from shared.clock import Clock
+from shared.dead_letters import DeadLetterOffice, batch_decoder
+from shared.fleet import Fleet, load_fleet
+from shared.health import Health
+from shared.logs import get_logger
+from shared.messages import CarbonIntensity, GenerationRequest, Policy
+from shared.service import build_service, run_service
+from shared.settings import FleetSettings, HttpSettings, KafkaSettings, LogSettings
+from shared.topics import (
+    CARBON_INTENSITY,
+    DEAD_LETTERS,
+    POLICIES,
+    REQUESTS,
+    RESPONSE_CHUNKS,
+    RESPONSES,
+    SAMPLES,
+)
+
+NAME = "router"
+DESCRIPTION = "Draws a generation directive for every request, has a model answer it, publishes the answer."
+STATE_POLL_MS = 100
+"""Wall milliseconds between two looks for policies and intensities."""
+
+_log = get_logger(__name__)
+
+
+class Router:
+    """The parts of one router, put together and not yet connected."""
+
+    def __init__(
+        self,
+        broker: KafkaBroker,
+        office: DeadLetterOffice,
+        *,
+        kafka: KafkaSettings,
+        settings: RouterSettings,
+        fleet: Fleet,
+        clock: Clock,
+        registry: CollectorRegistry,
+    ) -> None:
+        self.settings = settings
+        self.metrics = RouterMetrics(registry)
+        self.knowledge = Knowledge(fleet, max_intensity_age_s=settings.max_intensity_age_s)
+        self.pools = Pools(
+            fleet,
+            clock=clock,
+            rules=settings.cool_down_rules,
+            metrics=self.metrics,
+            check_interval_s=settings.endpoint_check_interval_s,
+            check_timeout_s=settings.endpoint_check_timeout_s,
+        )
+        serving = Serving(
+            fleet=fleet,
+            clock=clock,
+            limits=settings.limits,
+            knowledge=self.knowledge,
+            pools=self.pools,
+            attempts=Attempts(
+                clock=clock,
+                rules=settings.retry_rules,
+                metrics=self.metrics,
+                first_chunk_timeout_s=settings.first_chunk_timeout_s,
+                stream_always=settings.stream_always,
+            ),
+            delivery=Delivery(broker, office, kafka=kafka, metrics=self.metrics),
+            metrics=self.metrics,
+            control_sequences=settings.control_sequences,
+            chunk_interval_s=settings.chunk_interval_ms / 1_000,
+            sample_share=settings.sample_share,
+        )
+        self.intake = Intake(
+            serving.serve,
+            max_in_flight=settings.max_in_flight,
+            rebalance_grace_s=settings.rebalance_grace_s,
+            metrics=self.metrics,
+        )
+        self._state_topics = self._subscribe_state(broker, office, kafka)
+        self._subscribe_requests(broker, kafka)
+        self._watch_ages(fleet, clock)
+
+    @asynccontextmanager
+    async def running(self, health: Health) -> AsyncIterator[None]:
+        """What runs beside the subscribers."""
+        self.intake.hold()
+        health.spawn("learn what is in force", self._learn_first())
+        health.spawn("look after endpoints", self.pools.watch())
+        health.spawn("commit offsets", self.intake.commit_forever(self.settings.commit_interval_s))
+        try:
+            yield
+        finally:
+            await self.pools.close()
+
+    async def drain(self) -> None:
+        """Finish what is running; before the broker is stopped."""
+        await self.intake.drain(self.settings.drain_grace_s)
+
+    def _subscribe_requests(self, broker: KafkaBroker, kafka: KafkaSettings) -> None:
+        settings = self.settings
+        subscriber = broker.subscriber(
+            kafka.topic(REQUESTS),
+            batch=True,
+            max_records=settings.fetch_max_records,
+            batch_timeout_ms=settings.poll_ms,
+            group_id=kafka.group(NAME),
+            group_instance_id=settings.instance_id,
+            auto_offset_reset="earliest",
+            ack_policy=AckPolicy.MANUAL,
+            session_timeout_ms=int(settings.session_timeout_s * 1_000),
+            heartbeat_interval_ms=int(settings.session_timeout_s * 1_000 / 4),
+            max_poll_interval_ms=int(settings.max_poll_interval_s * 1_000),
+            rebalance_timeout_ms=int(settings.rebalance_timeout_s * 1_000),
+            partition_assignment_strategy=(StickyPartitionAssignor,),
+            listener=self.intake,
+            decoder=_leave_unparsed,
+            title="requests",
+            description="Prompts to be answered",
+        )
+
+        # The parameter's type is for the AsyncAPI document.
+        @subscriber
+        async def on_requests(requests: list[GenerationRequest], message: KafkaMessage) -> None:  # noqa: ARG001
+            raw: Any = message.raw_message
+            await self.intake.take(raw if isinstance(raw, tuple | list) else (raw,))
+
+        self.intake.bind(lambda: subscriber.consumer)
+
+    def _subscribe_state(
+        self, broker: KafkaBroker, office: DeadLetterOffice, kafka: KafkaSettings
+    ) -> list[Callable[[], Any]]:
+        """Compacted topics: every router reads all of them from the start."""
+        policies = broker.subscriber(
+            kafka.topic(POLICIES),
+            decoder=batch_decoder(Policy, office),
+            title="policies",
+            description="Probabilities of the options",
+            batch=True,
+            batch_timeout_ms=STATE_POLL_MS,
+            auto_offset_reset="earliest",
+            ack_policy=AckPolicy.ACK_FIRST,
+        )
+        intensities = broker.subscriber(
+            kafka.topic(CARBON_INTENSITY),
+            decoder=batch_decoder(CarbonIntensity, office),
+            title="carbon-intensity",
+            description="What the grid emits",
+            batch=True,
+            batch_timeout_ms=STATE_POLL_MS,
+            auto_offset_reset="earliest",
+            ack_policy=AckPolicy.ACK_FIRST,
+        )
+
+        @policies
+        async def on_policies(news: list[Policy]) -> None:
+            for policy in news:
+                if self.knowledge.learn_policy(policy):
+                    _log.info("policy", model=policy.model, version=policy.version, status=policy.status)
+
+        @intensities
+        async def on_intensities(news: list[CarbonIntensity]) -> None:
+            for intensity in news:
+                self.knowledge.learn_intensity(intensity)
+
+        return [lambda: policies.consumer, lambda: intensities.consumer]
+
+    async def _learn_first(self) -> None:
+        """Let requests in once the policies and intensities that are in force have been read."""
+        try:
+            async with asyncio.timeout(self.settings.policy_wait_s):
+                for consumer in self._state_topics:
+                    while not await _read_to_end(consumer()):  # noqa: ASYNC110 - a position has no event
+                        await asyncio.sleep(0.05)
+                # What was read last is being handled now.
+                await asyncio.sleep(0.05)
+        except TimeoutError:
+            _log.warning("serving begins without all policies having been read")
+        self.intake.release()
+
+    def _watch_ages(self, fleet: Fleet, clock: Clock) -> None:
+        def policy_age(model: str) -> Callable[[], float]:
+            def age_s() -> float:
+                policy = self.knowledge.policy(model)
+                return math.nan if policy is None else (clock.now() - policy.created_at).total_seconds()
+
+            return age_s
+
+        def intensity_age(zone: str) -> Callable[[], float]:
+            def age_s() -> float:
+                age = self.knowledge.intensity_age_s(zone, clock.now())
+                return math.nan if age is None else age
+
+            return age_s
+
+        for model in fleet.models:
+            self.metrics.watch_policy(model.name, policy_age(model.name))
+        for zone in fleet.zones:
+            self.metrics.watch_intensity(zone, intensity_age(zone))
+
+
+def build_app(
+    *,
+    kafka: KafkaSettings | None = None,
+    settings: RouterSettings | None = None,
+    fleet: Fleet | None = None,
+    clock: Clock | None = None,
+) -> AsgiFastStream:
+    """The router, without connecting; what is not given is read from the environment.
+
+    Raises:
+        FleetError, ChatTemplateError, ValidationError: the configuration does not do; the message says why.
+    """
+    kafka = kafka or KafkaSettings()
+    settings = settings or RouterSettings()
+    fleet = fleet or load_fleet(FleetSettings().file)
+    clock = clock or Clock.from_environment()
+    registry = CollectorRegistry()
+    health = Health()
+    broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms)
+    router = Router(broker, office, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
+    health.add_check("intake", router.intake.problem)
+    health.add_check("endpoints", router.pools.unreachable)
+    app = build_service(
+        broker,
+        name=NAME,
+        description=DESCRIPTION,
+        kafka=kafka,
+        topics=(REQUESTS, RESPONSES, RESPONSE_CHUNKS, SAMPLES, POLICIES, CARBON_INTENSITY, DEAD_LETTERS),
+        registry=registry,
+        health=health,
+        lifespan=lambda: router.running(health),
+    )
+    app.on_shutdown(router.drain)
+    return app
+
+
+def main() -> None:
+    """Run until told to stop."""
+    run_service(build_app(), name=NAME, http=HttpSettings(), logs=LogSettings())
+
+
+async def _leave_unparsed(message: KafkaMessage) -> list[GenerationRequest]:  # noqa: ARG001
+    """Records are parsed one by one where they are served, so that a bad one is no other's concern."""
+    return []
+
+
+async def _read_to_end(consumer: Any) -> bool:  # noqa: ANN401 - aiokafka has no types
+    """Whether a consumer without a group has been handed all that its topic held a moment ago."""
+    if consumer is None:
+        return False
+    try:
+        partitions = consumer.assignment()
+        ends = await consumer.end_offsets(partitions) if partitions else {}
+        return bool(ends) and all([await consumer.position(one) >= end for one, end in ends.items()])
+    except KafkaError:
+        return False

@@ -1,0 +1,179 @@
+"""The model servers: a client for each endpoint, chosen by the pool's balancer and looked after in the background."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from services.router.endpoints import Balancer, CoolDownRules
+from services.router.metrics import RouterMetrics
+from shared.chat import ChatTemplate, ChatTemplates
+from shared.clock import Clock
+from shared.fleet import Fleet, Pool
+from shared.logs import get_logger
+from shared.triton import ContractError, EndpointUnavailable, TritonClient
+
+TICK_S = 0.25
+"""Wall seconds between two looks whether an endpoint that was left alone may be probed."""
+
+LONGEST_WAIT_S = 1.0
+"""Wall seconds after which a request that waits for an endpoint looks again, whatever it heard."""
+
+_log = get_logger(__name__)
+
+
+class ServingPool:
+    """One pool: its endpoints' clients, their health, and the chat template of its model."""
+
+    def __init__(
+        self, pool: Pool, template: ChatTemplate, *, clock: Clock, rules: CoolDownRules, metrics: RouterMetrics
+    ) -> None:
+        self.name = pool.name
+        self.template = template
+        self._clients = {
+            endpoint.name: TritonClient(endpoint.grpc, model=pool.triton_model, clock=clock, name=endpoint.name)
+            for endpoint in pool.endpoints
+        }
+        self._balancer = Balancer(self._clients, rules)
+        self._metrics = metrics
+        self._changed = asyncio.Event()
+        self._heard: set[str] = set()
+        self._quiet = set(self._clients)
+
+    def choose(self, *, avoid: set[str]) -> str | None:
+        """The endpoint to ask; null while none may be asked."""
+        return self._balancer.choose(_now_s(), avoid=avoid)
+
+    @contextmanager
+    def lease(self, endpoint: str) -> Iterator[TritonClient]:
+        """The client of an endpoint, counted as busy with one request more."""
+        probe = self._balancer.began(endpoint)
+        try:
+            yield self._clients[endpoint]
+        finally:
+            self._balancer.ended(endpoint, probe=probe)
+
+    def succeeded(self, endpoint: str) -> None:
+        """An endpoint answered."""
+        self._heard.add(endpoint)
+        self._quiet.discard(endpoint)
+        if self._balancer.succeeded(endpoint):
+            _log.info("endpoint is back", endpoint=endpoint, pool=self.name)
+            self._tell_waiting()
+
+    def failed(self, endpoint: str, error: str) -> None:
+        """An endpoint failed."""
+        self._metrics.endpoint_failures.labels(endpoint).inc()
+        if self._balancer.failed(endpoint, _now_s()):
+            _log.warning("endpoint is left alone for a while", endpoint=endpoint, pool=self.name, error=error)
+            self._tell_waiting()
+
+    async def wait_for_endpoint(self, longest_s: float) -> None:
+        """Wait until an endpoint may be asked again, at most `longest_s` (wall)."""
+        wait_s = min(longest_s, self._balancer.opens_in_s(_now_s()), LONGEST_WAIT_S)
+        try:
+            async with asyncio.timeout(max(wait_s, 0.001)):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    @property
+    def reachable(self) -> bool:
+        """Whether an endpoint has answered and none since has shown that all are gone."""
+        return any(name in self._heard for name in self._balancer.working())
+
+    async def check(self, *, timeout_s: float, every: bool) -> None:
+        """Ask endpoints for their health.
+
+        Args:
+            every: also those that seem to work, unless they have answered since they were last asked.
+        """
+        due = self._balancer.due_for_probe(_now_s())
+        if every:
+            due += [name for name in self._balancer.working() if name in self._quiet]
+            self._quiet = set(self._clients)
+        await asyncio.gather(*(self._check(name, timeout_s) for name in due))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await asyncio.gather(*(client.close() for client in self._clients.values()))
+
+    async def _check(self, endpoint: str, timeout_s: float) -> None:
+        with self.lease(endpoint) as client:
+            try:
+                await client.probe(timeout_s=timeout_s)
+                problem = None if await client.is_ready(timeout_s=timeout_s) else "the model is not ready"
+            except (EndpointUnavailable, ContractError) as error:
+                problem = str(error)
+        if problem is None:
+            self.succeeded(endpoint)
+            self._quiet.add(endpoint)
+        else:
+            self._heard.discard(endpoint)
+            self.failed(endpoint, problem)
+
+    def _tell_waiting(self) -> None:
+        self._changed.set()
+        self._changed.clear()
+
+
+class Pools:
+    """Every pool that serves a model of the fleet."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        clock: Clock,
+        rules: CoolDownRules,
+        metrics: RouterMetrics,
+        check_interval_s: float,
+        check_timeout_s: float,
+    ) -> None:
+        """Set up; nothing connects yet.
+
+        Raises:
+            ChatTemplateError: a pool's chat template is missing or unusable.
+        """
+        templates = ChatTemplates()
+        self._pools = {
+            pool.name: ServingPool(
+                pool, templates.load(fleet.chat_template_of(pool)), clock=clock, rules=rules, metrics=metrics
+            )
+            for pool in fleet.pools
+            if pool.model is not None
+        }
+        self._by_model = {
+            model.name: [self._pools[pool.name] for pool in fleet.pools_of(model.name)] for model in fleet.models
+        }
+        self._check_interval_s = check_interval_s
+        self._check_timeout_s = check_timeout_s
+
+    def __getitem__(self, name: str) -> ServingPool:
+        return self._pools[name]
+
+    def unreachable(self) -> str | None:
+        """Models that no endpoint serves at the moment, in words; null when every model is served."""
+        missing = [model for model, pools in self._by_model.items() if not any(pool.reachable for pool in pools)]
+        return f"no endpoint answers for {', '.join(missing)}" if missing else None
+
+    async def watch(self) -> None:
+        """Look after the endpoints, for ever."""
+        now = asyncio.get_running_loop().time
+        next_round = now()
+        while True:
+            every = now() >= next_round
+            if every:
+                next_round = now() + self._check_interval_s
+            await asyncio.gather(
+                *(pool.check(timeout_s=self._check_timeout_s, every=every) for pool in self._pools.values())
+            )
+            await asyncio.sleep(TICK_S)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await asyncio.gather(*(pool.close() for pool in self._pools.values()))
+
+
+def _now_s() -> float:
+    """The clock of cool-downs: they concern our own machines, not the grid, and so take real time."""
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,91 @@
+"""How a request is served: the option drawn from the policy in force, or the reference where none may be used.
+
+The draw depends on the request's id and the model alone, so a redelivered request draws the same option. What was
+drawn from what, and with which probability, is part of the answer: savings are estimated from it.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from services.router.hashing import uniform
+from shared.fleet import Fleet
+from shared.messages import Decision, Policy, option_key, split_option
+
+_SALT = "option:"
+
+
+class UnknownLevelError(ValueError):
+    """A request forces a level that the catalogue does not have; the message says which there are."""
+
+
+def draw(row: Mapping[str, float], point: float) -> str:
+    """The option of a row of probabilities in which `point` falls.
+
+    Options are laid out on [0, 1) in the order of their names, so that the order of a message's fields means nothing.
+
+    Args:
+        row: probability by option; sums to 1 within rounding, at least one is positive.
+        point: in [0, 1).
+    """
+    total = sum(row.values())
+    reached = 0.0
+    last = ""
+    for option in sorted(row):
+        if row[option] <= 0.0:
+            continue
+        last = option
+        reached += row[option] / total
+        if point < reached:
+            return option
+    return last
+
+
+def select(
+    *,
+    request_id: str,
+    model: str,
+    group: str,
+    policy: Policy | None,
+    fleet: Fleet,
+    forced_level: str | None = None,
+) -> Decision:
+    """Decide how a request is served.
+
+    Args:
+        model: one that the fleet serves.
+        policy: in force for the model; null: none may be followed, which leads to the reference.
+        forced_level: the producer's wish; the policy then only chooses among pools.
+
+    Raises:
+        UnknownLevelError: there is no such level.
+    """
+    if forced_level is not None and forced_level not in fleet.levels:
+        raise UnknownLevelError(
+            f"directive {forced_level!r} is not in the catalogue (there are {', '.join(fleet.levels)}): name one of "
+            "these, or leave 'directive' out"
+        )
+    row = {fleet.reference_of(model): 1.0} if policy is None else policy.row(group)
+    if forced_level is not None:
+        row = _at_level(row, forced_level)
+    option = draw(row, uniform(_SALT + model, request_id))
+    pool, level = split_option(option)
+    drawn: Literal["policy", "fallback"] = "fallback" if policy is None else "policy"
+    return Decision(
+        source=drawn if forced_level is None else "forced",
+        group=group,
+        pool=pool,
+        level=level,
+        zone=fleet.pool(pool).zone,
+        policy_version=None if policy is None else policy.version,
+        propensity=min(1.0, row[option]),
+        propensities=row,
+    )
+
+
+def _at_level(row: Mapping[str, float], level: str) -> dict[str, float]:
+    """The row with all its probability moved to one level; pools keep their shares."""
+    moved: dict[str, float] = {}
+    for option, probability in row.items():
+        key = option_key(split_option(option)[0], level)
+        moved[key] = min(1.0, moved.get(key, 0.0) + probability)
+    return moved
