@@ -1,0 +1,292 @@
+"""The router as a process, on real Kafka and a real Triton server with the stand-in model."""
+
+import asyncio
+import json
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from router_support import (
+    LEVELS,
+    LONG_PROMPT,
+    MODEL,
+    ZONE,
+    Producer,
+    RouterProcess,
+    TritonServer,
+    committed,
+    fleet_toml,
+    policy,
+    producing,
+    question,
+    reading,
+    request,
+    start_triton,
+)
+
+from deploy.local.ports import free_ports
+from deploy.local.processes import Supervisor
+from shared.messages import DeadLetter, ResponseChunk, Sample
+from shared.settings import KafkaSettings
+from shared.topics import DEAD_LETTERS, POLICIES, REQUESTS, RESPONSE_CHUNKS, SAMPLES
+
+pytestmark = pytest.mark.integration
+
+GONE = "127.0.0.1:9"
+"""Nothing listens there."""
+
+
+@pytest.fixture(scope="module")
+def triton(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    server = start_triton(supervisor, tmp_path_factory.mktemp("triton"), name="router-triton")
+    yield server
+    supervisor.stop(server.name)
+
+
+@pytest.fixture
+def routers(
+    supervisor: Supervisor, kafka: KafkaSettings, triton: TritonServer, tmp_path: Path
+) -> Iterator[RouterProcess]:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(fleet_toml([triton.address]))
+    running = RouterProcess(supervisor, kafka, fleet)
+    yield running
+    for name in [name for name in supervisor.names if name.startswith(kafka.topic_prefix)]:
+        supervisor.stop(name)
+
+
+@pytest.fixture
+async def producer(kafka: KafkaSettings) -> AsyncIterator[Producer]:
+    async with producing(kafka) as made:
+        yield made
+
+
+async def test_five_hundred_requests_at_once_are_each_answered_once_by_what_the_policy_says(kafka, routers, producer):
+    made = await producer.prepare({"L0": 0.2, "L1": 0.5, "L2": 0.3})
+    await producer.ask(*(request(number, task="qa", metadata={"n": str(number)}) for number in range(500)))
+    routers.start(SPROUT_ROUTER_SAMPLE_SHARE="0.2")
+    async with reading(kafka) as answers, reading(kafka, SAMPLES) as samples:
+        await answers.ids(f"r{number}" for number in range(500))
+        await answers.read(until=500, settle_s=1.0)
+        assert len(answers.records) == 500
+        for name, response in answers.responses().items():
+            decision, usage, timing = response.decision, response.usage, response.timing
+            assert response.status == "ok", response
+            assert response.text == f"{decision.level} says: " + "word " * LEVELS[decision.level][0]
+            assert usage.completion_tokens == LEVELS[decision.level][0]
+            assert (usage.source, usage.prompt_tokens > 5) == ("server", True)
+            assert (decision.source, decision.policy_version, decision.group) == ("policy", 1, "qa")
+            assert decision.propensity == made.overall[f"p/{decision.level}"]
+            assert decision.propensities == made.overall
+            assert (response.endpoint, decision.zone, response.finish_reason) == ("e0", ZONE, "stop")
+            assert timing.received_at <= timing.started_at <= timing.first_token_at <= timing.finished_at
+            assert (timing.finished_at - timing.started_at).total_seconds() >= 0.9 * LEVELS[decision.level][1]
+            assert response.metadata == {"n": name.removeprefix("r")}
+        drawn = Counter(response.decision.level for response in answers.responses().values())
+        assert drawn["L0"] == pytest.approx(100, abs=40)
+        assert drawn["L1"] == pytest.approx(250, abs=50)
+        kept = await samples.read()
+        assert len(kept) == pytest.approx(100, abs=40)
+        parsed = Sample.model_validate_json(kept[0].value)
+        assert (parsed.model, parsed.group, kept[0].key) == (MODEL, "qa", b"qa")
+    await asyncio.sleep(0.5)
+    assert all(offset == end for offset, end in (await committed(kafka)).values())
+
+
+async def test_a_router_that_is_killed_loses_nothing(kafka, routers, producer):
+    await producer.prepare({"L0": 0.5, "L1": 0.5})
+    await producer.ask(*(request(number) for number in range(600)))
+    first = routers.start()
+    async with reading(kafka) as answers:
+        await answers.read(until=150)
+        routers.supervisor.kill(first)
+        before = len(answers.records)
+        assert before < 600
+        routers.start()
+        seen = await answers.ids(f"r{number}" for number in range(600))
+        assert len(seen) == 600
+        levels: dict[str, set[str]] = {}
+        await answers.read(settle_s=0.5)
+        for record in answers.records:
+            levels.setdefault(record.key.decode(), set()).add(json.loads(record.value)["decision"]["level"])
+        assert all(len(drawn) == 1 for drawn in levels.values())  # a redelivered request draws the same
+
+
+async def test_what_is_no_request_becomes_a_dead_letter_and_the_rest_goes_on(kafka, routers, producer):
+    await producer.prepare({"L2": 1.0})
+    bad: list[bytes | None] = [b"{broken", b"[]", None, b"\xff\xfe", b'{"id": "x"}', b'{"prompt": "a", "messages": []}']
+    for number, value in enumerate(bad):
+        await producer.raw(value, key=b"k", headers=[("trace", b"\xff\x00")])
+        await producer.ask(request(number))
+    nameless = await producer.raw(b'{"prompt": "Question number 3?"}', headers=[("trace", b"\xff")], partition=4)
+    routers.start()
+    async with reading(kafka) as answers, reading(kafka, DEAD_LETTERS) as letters:
+        await answers.read(until=len(bad) + 1)
+        assert set(answers.responses()) == {f"r{number}" for number in range(len(bad))} | {
+            f"{kafka.topic(REQUESTS)}-4-{nameless.offset}"
+        }
+        assert {response.status for response in answers.responses().values()} == {"ok"}
+        await letters.read(until=len(bad))
+        kept = [DeadLetter.model_validate_json(record.value) for record in letters.records]
+        assert [letter.original_value() for letter in kept] == [value or b"" for value in bad]
+        assert [letter.reason for letter in kept] == [
+            "invalid_json", "invalid_message", "invalid_json", "invalid_json", "invalid_message", "invalid_message",
+        ]  # fmt: skip
+        assert "give either 'prompt'" in kept[4].detail
+    await asyncio.sleep(0.5)
+    assert all(offset == end for offset, end in (await committed(kafka)).values())
+
+
+async def test_requests_that_cannot_be_served_are_answered_with_a_code_and_a_remedy(kafka, routers, producer):
+    now = datetime.now(UTC)
+    await producer.ask(
+        request(0, model="gpt-9"),
+        request(1, directive="L7"),
+        request(2, prompt="x" * 1_001),
+        request(3, deadline=now - timedelta(seconds=5)),
+        request(4, deadline=now + timedelta(seconds=3), prompt=LONG_PROMPT),
+        request(5, prompt=None, messages=[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]),
+        request(6, directive="L2"),
+        request(7, sampling={"max_tokens": 5}, stream=True, model="gpt-9"),
+    )
+    routers.start(SPROUT_ROUTER_MAX_PROMPT_CHARS="1000")
+    async with reading(kafka) as answers, reading(kafka, RESPONSE_CHUNKS) as chunks:
+        await answers.read(until=8)
+        found = answers.responses()
+        assert {name: response.error.code for name, response in found.items() if response.error} == {
+            "r0": "unknown_model",
+            "r1": "unknown_level",
+            "r2": "prompt_too_large",
+            "r3": "deadline_exceeded",
+            "r4": "deadline_exceeded",
+            "r5": "invalid_request",
+            "r7": "unknown_model",
+        }
+        assert "there are m" in found["r0"].error.message
+        assert "there are L0, L1, L2" in found["r1"].error.message
+        assert "'prompt' has 1001 characters" in found["r2"].error.message
+        assert "turns must alternate" in found["r5"].error.message
+        assert found["r4"].decision.level == "L0"
+        assert found["r4"].timing is not None
+        forced = found["r6"].decision
+        assert (forced.source, forced.level, forced.propensity) == ("forced", "L2", 1.0)
+        (chunk,) = await chunks.read(until=1)
+        assert (chunk.key, ResponseChunk.model_validate_json(chunk.value).error.code) == (b"r7", "unknown_model")
+
+
+async def test_a_streamed_answer_comes_in_ordered_chunks_and_whole(kafka, routers, producer):
+    await producer.prepare({"L0": 1.0})
+    await producer.ask(request(1, stream=True))
+    routers.start(SPROUT_ROUTER_CHUNK_INTERVAL_MS="100")
+    async with reading(kafka) as answers, reading(kafka, RESPONSE_CHUNKS) as chunks:
+        await answers.read(until=1)
+        pieces = [ResponseChunk.model_validate_json(record.value) for record in await chunks.read()]
+        assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
+        assert [piece.final for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert pieces[-1].finish_reason == "stop"
+        assert "".join(piece.text for piece in pieces) == answers.responses()["r1"].text
+        assert 5 <= len(pieces) <= 12  # one second of tokens
+
+
+async def test_without_a_policy_or_with_stale_carbon_data_the_reference_is_served(kafka, routers, producer):
+    routers.start()
+    async with reading(kafka) as answers:
+        await producer.ask(request(0))
+        await answers.read(until=1)
+        await producer.post(POLICIES, policy({"L2": 1.0}), MODEL)
+        await asyncio.sleep(0.5)
+        await producer.ask(request(1))
+        await answers.read(until=2)
+        await producer.prepare({"L2": 1.0})
+        await asyncio.sleep(0.5)
+        await producer.ask(request(2))
+        await answers.read(until=3)
+        drawn = {name: (one.decision.source, one.decision.level) for name, one in answers.responses().items()}
+        assert drawn == {"r0": ("fallback", "L0"), "r1": ("fallback", "L0"), "r2": ("policy", "L2")}
+
+
+async def test_a_request_is_answered_by_another_endpoint_where_one_is_down(kafka, routers, producer, triton):
+    routers.fleet.write_text(fleet_toml([GONE, triton.address]))
+    await producer.prepare({"L2": 1.0})
+    routers.start()
+    await producer.ask(*(request(number) for number in range(60)))
+    async with reading(kafka) as answers:
+        await answers.read(until=60, settle_s=0.5)
+        found = answers.responses().values()
+        assert len(answers.records) == 60
+        assert {(response.status, response.endpoint) for response in found} == {("ok", "e1")}
+
+
+async def test_with_no_endpoint_at_all_requests_fail_at_their_deadline(kafka, routers, producer, triton):
+    name = routers.start()
+    soon = datetime.now(UTC) + timedelta(seconds=1.5)
+    (port,) = free_ports(1)
+    routers.supervisor.stop(name)
+    routers.fleet.write_text(fleet_toml([f"127.0.0.1:{port}"]))
+    around = routers.start_unready()
+    await producer.ask(request(0, deadline=soon + timedelta(seconds=3)))
+    async with reading(kafka) as answers:
+        await answers.read(until=1)
+        error = answers.responses()["r0"].error
+        assert error.code in {"upstream_error", "deadline_exceeded", "no_endpoint"}
+    assert "no endpoint answers for m" in routers.supervisor.process(around).spec.ready()
+
+
+async def test_a_router_that_is_asked_to_stop_finishes_what_is_running_and_begins_nothing_new(kafka, routers, producer):
+    name = routers.start(SPROUT_ROUTER_MAX_IN_FLIGHT="4")
+    await producer.ask(*(request(number, prompt=LONG_PROMPT) for number in range(12)))
+    await asyncio.sleep(1.0)
+    took_s = routers.stop_gently(name, within_s=15)
+    assert 1.0 < took_s < 8.0  # the running four last four seconds
+    async with reading(kafka) as answers:
+        await answers.read(settle_s=0.5)
+        assert len(answers.records) == 4
+        routers.start(SPROUT_ROUTER_MAX_IN_FLIGHT="100")
+        seen = await answers.ids(f"r{number}" for number in range(12))
+        await answers.read(settle_s=0.5)
+        assert len(answers.records) == sum(seen.values()) == 12  # nothing was answered twice
+    await asyncio.sleep(0.5)
+    assert all(offset == end for offset, end in (await committed(kafka)).values())
+
+
+async def test_routers_that_come_and_go_lose_nothing_and_hardly_repeat_anything(kafka, routers, producer):
+    await producer.prepare({"L1": 1.0})
+    first = routers.start()
+    async with reading(kafka) as answers:
+        asked = 0
+        for leaving in (None, None, first):
+            await producer.ask(*(request(number) for number in range(asked, asked + 300)))
+            asked += 300
+            if leaving is None:
+                routers.start()
+            else:
+                routers.stop_gently(leaving, within_s=20)
+        seen = await answers.ids(f"r{number}" for number in range(asked))
+        await answers.read(settle_s=1.0)
+        assert len(seen) == asked
+        assert len(answers.records) - asked <= 5
+    await asyncio.sleep(0.5)
+    assert all(offset == end for offset, end in (await committed(kafka)).values())
+
+
+def page(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return answer.read().decode()
+
+
+async def test_metrics_tell_what_was_done(kafka, routers, producer):
+    await producer.prepare({"L1": 1.0})
+    name = routers.start()
+    await producer.ask(*(request(number) for number in range(10)))
+    async with reading(kafka) as answers:
+        await answers.read(until=10)
+    url = routers.supervisor.process(name).spec.url
+    text = await asyncio.to_thread(page, f"{url}/metrics")
+    assert 'sprout_router_requests_total{level="L1",model="m",outcome="ok",pool="p",source="policy"} 10.0' in text
+    assert 'sprout_router_tokens_total{kind="completion",level="L1",model="m"} 300.0' in text
+    assert "sprout_router_overhead_seconds_count 10.0" in text
+    assert 'sprout_router_policy_age_seconds{model="m"}' in text
+    assert question(1) not in routers.log(name)
