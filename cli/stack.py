@@ -1,0 +1,90 @@
+"""`sprout up` and `sprout down`: the local stack, left running in the background."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from cli.console import Exit, fail, out, say
+from cli.target import local_state
+from deploy.local.config import StackConfig, event_time
+from deploy.local.errors import LOCAL_ERRORS
+from deploy.local.fleet import MODELS
+from deploy.local.grid import first_full_day, shipped_trace
+from deploy.local.model_servers import TritonModels
+from deploy.local.stack import LocalStack, stop_stack
+from deploy.local.state import StateError
+from shared.dead_letters import describe
+
+
+def up(
+    *,
+    workload: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="WORKLOAD", help="JSON lines of prompts and answers"),
+    ] = None,
+    model: Annotated[str, typer.Option(envvar="MODEL", help=f"What is served: {', '.join(MODELS)}")] = MODELS[0],
+    zone: Annotated[str, typer.Option(envvar="ZONE", help="Grid zone, as Electricity Maps names it")] = "US-CAL-CISO",
+    carbon: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="CARBON", help="CSV of the zone's intensity"),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Event time at the start; default: the trace's second day"),
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0.001, help="Event seconds per second; 720 is a day in two minutes")] = 1.0,
+    routers: Annotated[int, typer.Option(min=1, max=8, help="How many routers share the requests")] = 1,
+) -> None:
+    """Start Kafka, PostgreSQL, Triton and every service, and leave them running; nothing listens beyond loopback.
+
+    What is missing is installed first, below .sprout/. The grid's day is replayed from a trace, in real time unless
+    --rate says otherwise. Every start begins with empty topics and tables.
+    """
+    try:
+        trace = carbon or shipped_trace(zone)
+        config = StackConfig.model_validate(
+            {
+                "workload": workload,
+                "model": model,
+                "zone": zone,
+                "carbon": {zone: trace},
+                "event_start": event_time(start) if start else first_full_day(trace),
+                "rate": rate,
+                "routers": routers,
+            }
+        )
+    except ValidationError as error:
+        fail(describe(error))
+    except ValueError as error:  # a trace's, a time's, or the environment's
+        fail(str(error))
+    stack = LocalStack(config, TritonModels(), say=say, detached=True)
+    try:
+        stack.start()
+    except LOCAL_ERRORS as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; everything that was started has been stopped")
+    state = stack.state
+    out.print(f"Kafka      {state.bootstrap_servers}" + ("" if state.broker == "kafka" else "  (IN-MEMORY, not Kafka)"))
+    out.print(f"event time {state.event_clock.now():%Y-%m-%d %H:%M} UTC")
+    out.print('try        sprout send "Why is the sky blue?"')
+    out.print("see        sprout status, sprout logs router -f")
+    out.print("stop       sprout down")
+
+
+def down(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing where nothing runs")] = False,
+) -> None:
+    """Stop everything that 'sprout up' started; only processes that are still the recorded ones are touched."""
+    state = local_state()
+    if state is None:
+        if not quiet:
+            out.print("no local stack is running")
+        return
+    try:
+        stopped = stop_stack(state, say=say)
+    except StateError as error:
+        fail(str(error), code=Exit.FAILED)
+    out.print(f"stopped {stopped} processes" if stopped else "nothing was running any more; cleared up")

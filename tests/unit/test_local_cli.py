@@ -1,0 +1,86 @@
+"""The `sprout` command where nothing runs: help, errors with remedies, exit codes."""
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from deploy.local.state import StackState
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPROUT_LOCAL_STATE", str(tmp_path))
+    monkeypatch.delenv("SPROUT_KAFKA_BOOTSTRAP_SERVERS", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def sprout(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_help_lists_every_subcommand_with_a_line_about_it():
+    result = sprout("--help")
+    assert result.exit_code == 0
+    for name in ("up", "down", "status", "logs", "send", "topics", "asyncapi"):
+        assert f" {name} " in result.stdout
+    assert "Publish a prompt as a producer would" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [["up"], ["down"], ["status"], ["logs"], ["send"], ["topics", "create"], ["asyncapi"]]
+)
+def test_every_subcommand_explains_itself(command):
+    result = sprout(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+@pytest.mark.parametrize("command", [["status"], ["send", "hello"], ["topics", "list"]])
+def test_where_nothing_runs_it_says_how_to_start(command):
+    result = sprout(*command)
+    assert result.exit_code == 3
+    assert "no local stack is running" in result.stderr
+    assert "sprout up" in result.stderr
+
+
+def test_stopping_nothing_is_no_error():
+    result = sprout("down")
+    assert result.exit_code == 0
+    assert "no local stack is running" in result.stdout
+
+
+def test_a_stack_whose_processes_have_all_ended_is_told_apart_and_cleared_up(tmp_path):
+    StackState(
+        state_dir=tmp_path, owner_pid=None, started_at_s=0, broker="kafka", model="m", zone="z", topic_prefix="s."
+    ).save()
+    result = sprout("status")
+    assert result.exit_code == 3
+    assert "is not running any more" in result.stderr
+    assert "cleared up" in sprout("down").stdout
+    assert "no local stack is running" in sprout("status").stderr
+
+
+def test_logs_of_a_process_that_never_was_are_answered_with_those_there_are(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "router.log").write_text("one\ntwo\n")
+    assert sprout("logs", "router", "-n", "1").stdout == "two\n"
+    result = sprout("logs", "gateway")
+    assert result.exit_code == 1
+    assert "there are: router" in result.stderr
+
+
+def test_bad_options_of_up_are_named_before_anything_starts(tmp_path):
+    trace = tmp_path / "t.csv"
+    trace.write_text("Datetime (UTC),Carbon Intensity gCO₂eq/kWh (direct)\n2023-02-10 00:00:00,100\n")
+    missing = sprout("up", "--carbon", str(trace), "--workload", str(tmp_path / "none.jsonl"))
+    assert missing.exit_code == 1
+    assert "there is no file" in missing.stderr
+    unknown = sprout("up", "--carbon", str(trace), "--model", "gpt-17")
+    assert unknown.exit_code == 1
+    assert "model" in unknown.stderr
+    nowhere = sprout("up", "--zone", "ATLANTIS")
+    assert nowhere.exit_code == 1
+    assert "--carbon FILE" in nowhere.stderr
+    never = sprout("up", "--carbon", str(trace), "--start", "yesterday")
+    assert never.exit_code == 1
+    assert "yesterday" in never.stderr
