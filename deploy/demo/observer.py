@@ -26,6 +26,7 @@ class Tally:
     policies: dict[str, Policy] = field(default_factory=dict)
     policies_published: int = 0
     evaluations: int = 0
+    last_evaluation: Quality | None = None
 
     @property
     def answered(self) -> int:
@@ -58,6 +59,7 @@ class Tally:
                 self.policies_published += 1
             case Quality():
                 self.evaluations += 1
+                self.last_evaluation = message
             case DeadLetter():
                 self.dead_letters += 1
             case _:
