@@ -13,12 +13,10 @@ from faststream.kafka import KafkaBroker, KafkaMessage
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
-from services.router.attempts import Attempts
 from services.router.delivery import Delivery
 from services.router.intake import Intake
 from services.router.knowledge import Knowledge
 from services.router.metrics import RouterMetrics
-from services.router.pools import Pools
 from services.router.serving import Serving
 from services.router.settings import RouterSettings
 from shared.broker import build_broker
@@ -39,6 +37,8 @@ from shared.topics import (
     RESPONSES,
     SAMPLES,
 )
+from shared.triton.attempts import Attempts
+from shared.triton.pools import Pools
 
 NAME = "router"
 DESCRIPTION = "Draws a generation directive for every request, has a model answer it, publishes the answer."
@@ -69,7 +69,7 @@ class Router:
             fleet,
             clock=clock,
             rules=settings.cool_down_rules,
-            metrics=self.metrics,
+            on_failure=lambda endpoint: self.metrics.endpoint_failures.labels(endpoint).inc(),
             check_interval_s=settings.endpoint_check_interval_s,
             check_timeout_s=settings.endpoint_check_timeout_s,
         )
@@ -82,7 +82,7 @@ class Router:
             attempts=Attempts(
                 clock=clock,
                 rules=settings.retry_rules,
-                metrics=self.metrics,
+                on_retry=lambda pool: self.metrics.retries.labels(pool).inc(),
                 first_chunk_timeout_s=settings.first_chunk_timeout_s,
                 stream_always=settings.stream_always,
             ),

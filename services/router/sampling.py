@@ -1,6 +1,6 @@
 """Which requests become samples for the evaluator."""
 
-from services.router.hashing import uniform
+from shared.hashing import uniform
 from shared.messages import Decision, GenerationRequest
 
 _SALT = "sample"

@@ -7,8 +7,8 @@ drawn from what, and with which probability, is part of the answer: savings are 
 from collections.abc import Mapping
 from typing import Literal
 
-from services.router.hashing import uniform
 from shared.fleet import Fleet
+from shared.hashing import uniform
 from shared.messages import Decision, Policy, option_key, split_option
 
 _SALT = "option:"

@@ -7,12 +7,10 @@ from typing import Any
 
 from services.router import answers
 from services.router.admission import Arrival, Limits, arrive, refusal
-from services.router.attempts import Attempts, Job, Outcome
 from services.router.delivery import Delivery
 from services.router.grouping import prompt_group
 from services.router.knowledge import Knowledge
 from services.router.metrics import RouterMetrics
-from services.router.pools import Pools, ServingPool
 from services.router.sampling import becomes_sample
 from services.router.selection import UnknownLevelError, select
 from services.router.streaming import ChunkStream
@@ -21,8 +19,10 @@ from shared.clock import Clock
 from shared.dead_letters import PoisonMessageError
 from shared.fleet import Fleet
 from shared.logs import get_logger, where
-from shared.messages import Decision, ErrorDetail, GenerationResponse
+from shared.messages import Decision, ErrorDetail, GenerationResponse, Timing
 from shared.triton import GenerationParameters
+from shared.triton.attempts import Attempts, Job, Outcome
+from shared.triton.pools import Pools, ServingPool
 
 _log = get_logger(__name__)
 
@@ -103,7 +103,10 @@ class Serving:
             detail = ErrorDetail(code="invalid_request", message=str(error))
             return answers.failure(arrival, detail, decision=decision), 0.0
         parameters = GenerationParameters.of(arrival.request.sampling, stop=pool.template.stop)
-        outcome = await self.attempts.run(pool, Job(arrival, prompt, parameters, chunks))
+        job = Job(
+            request_id=arrival.request_id, prompt=prompt, parameters=parameters, deadline=arrival.deadline, sink=chunks
+        )
+        outcome = await self.attempts.run(pool, job)
         return _concluded(arrival, decision, outcome), outcome.model_s
 
     def _decide(self, arrival: Arrival) -> Decision:
@@ -152,12 +155,16 @@ def _concluded(arrival: Arrival, decision: Decision, outcome: Outcome) -> Genera
         return answers.answer(
             arrival, decision, outcome.generation, endpoint=outcome.endpoint, attempts=outcome.attempts
         )
+    timing = None
+    if outcome.span is not None:
+        started_at, finished_at = outcome.span
+        timing = Timing(received_at=arrival.received_at, started_at=started_at, finished_at=finished_at)
     error = outcome.error or ErrorDetail(code="upstream_error", message="there was neither an answer nor an error")
     return answers.failure(
         arrival,
         error,
         decision=decision,
         endpoint=outcome.endpoint,
-        timing=outcome.timing,
+        timing=timing,
         attempts=outcome.attempts,
     )

@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.router.admission import Limits
-from services.router.endpoints import CoolDownRules
-from services.router.retrying import RetryRules
 from shared.chat import ControlSequencePolicy
+from shared.triton.endpoints import CoolDownRules
+from shared.triton.retrying import RetryRules
 
 
 class RouterSettings(BaseSettings):

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from router_support import MODEL, ZONE, fleet_toml, intensity, policy, request
 
 from services.router.grouping import prompt_group
-from services.router.hashing import uniform
 from services.router.knowledge import Knowledge
 from services.router.sampling import becomes_sample
 from services.router.selection import UnknownLevelError, draw, select
 from shared.fleet import Fleet
+from shared.hashing import uniform
 from shared.messages import Decision
 
 NOW = datetime(2023, 2, 10, 12, tzinfo=UTC)

@@ -1,16 +1,17 @@
 """The model servers: a client for each endpoint, chosen by the pool's balancer and looked after in the background."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from services.router.endpoints import Balancer, CoolDownRules
-from services.router.metrics import RouterMetrics
 from shared.chat import ChatTemplate, ChatTemplates
 from shared.clock import Clock
 from shared.fleet import Fleet, Pool
 from shared.logs import get_logger
-from shared.triton import ContractError, EndpointUnavailable, TritonClient
+from shared.triton.client import TritonClient
+from shared.triton.contract import ContractError
+from shared.triton.endpoints import Balancer, CoolDownRules
+from shared.triton.errors import EndpointUnavailable
 
 TICK_S = 0.25
 """Wall seconds between two looks whether an endpoint that was left alone may be probed."""
@@ -25,7 +26,13 @@ class ServingPool:
     """One pool: its endpoints' clients, their health, and the chat template of its model."""
 
     def __init__(
-        self, pool: Pool, template: ChatTemplate, *, clock: Clock, rules: CoolDownRules, metrics: RouterMetrics
+        self,
+        pool: Pool,
+        template: ChatTemplate,
+        *,
+        clock: Clock,
+        rules: CoolDownRules,
+        on_failure: Callable[[str], None],
     ) -> None:
         self.name = pool.name
         self.template = template
@@ -34,7 +41,7 @@ class ServingPool:
             for endpoint in pool.endpoints
         }
         self._balancer = Balancer(self._clients, rules)
-        self._metrics = metrics
+        self._on_failure = on_failure
         self._changed = asyncio.Event()
         self._heard: set[str] = set()
         self._quiet = set(self._clients)
@@ -62,7 +69,7 @@ class ServingPool:
 
     def failed(self, endpoint: str, error: str) -> None:
         """An endpoint failed."""
-        self._metrics.endpoint_failures.labels(endpoint).inc()
+        self._on_failure(endpoint)
         if self._balancer.failed(endpoint, _now_s()):
             _log.warning("endpoint is left alone for a while", endpoint=endpoint, pool=self.name, error=error)
             self._tell_waiting()
@@ -117,7 +124,7 @@ class ServingPool:
 
 
 class Pools:
-    """Every pool that serves a model of the fleet."""
+    """Every pool that serves a model of the fleet; the judge's too where it is asked for."""
 
     def __init__(
         self,
@@ -125,22 +132,29 @@ class Pools:
         *,
         clock: Clock,
         rules: CoolDownRules,
-        metrics: RouterMetrics,
+        on_failure: Callable[[str], None],
         check_interval_s: float,
         check_timeout_s: float,
+        with_judge: bool = False,
     ) -> None:
         """Set up; nothing connects yet.
+
+        Args:
+            on_failure: told the endpoint's name at every failed attempt and health check.
+            check_interval_s, check_timeout_s: of the health checks, wall.
+            with_judge: include the pool of the fleet's judge.
 
         Raises:
             ChatTemplateError: a pool's chat template is missing or unusable.
         """
         templates = ChatTemplates()
+        judge = None if fleet.judge is None else fleet.judge.pool
         self._pools = {
             pool.name: ServingPool(
-                pool, templates.load(fleet.chat_template_of(pool)), clock=clock, rules=rules, metrics=metrics
+                pool, templates.load(fleet.chat_template_of(pool)), clock=clock, rules=rules, on_failure=on_failure
             )
             for pool in fleet.pools
-            if pool.model is not None
+            if pool.model is not None or (with_judge and pool.name == judge)
         }
         self._by_model = {
             model.name: [self._pools[pool.name] for pool in fleet.pools_of(model.name)] for model in fleet.models

@@ -2,26 +2,21 @@
 
 import asyncio
 import random
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import datetime
 from time import perf_counter
+from typing import Protocol
 
-from services.router.admission import Arrival
-from services.router.metrics import RouterMetrics
-from services.router.pools import ServingPool
-from services.router.retrying import GiveUp, RetryRules
-from services.router.streaming import ChunkStream
 from shared.clock import Clock
-from shared.messages import ErrorDetail, Timing
-from shared.triton import (
-    DeadlineExceeded,
-    EndpointUnavailable,
-    Generation,
-    GenerationError,
-    GenerationParameters,
-    InvalidRequest,
-    TritonClient,
-)
+from shared.messages import ErrorDetail
+from shared.triton.client import TritonClient
+from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError, InvalidRequest
+from shared.triton.generation import Generation
+from shared.triton.parameters import GenerationParameters
+from shared.triton.pools import ServingPool
+from shared.triton.retrying import GiveUp, RetryRules
 
 _EXPLANATIONS: dict[GiveUp, str] = {
     "deadline_exceeded": "there was no answer before the deadline: give it more time",
@@ -30,19 +25,32 @@ _EXPLANATIONS: dict[GiveUp, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+class TextSink(Protocol):
+    """Where an answer's text goes as it comes."""
+
+    @property
+    def started(self) -> bool:
+        """Whether somebody may have seen a part of the answer: another attempt would contradict it."""
+
+    def offer(self, text: str) -> None:
+        """Take new text, without waiting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What is asked of a model.
 
     Attributes:
         prompt: with the chat template and the directive.
-        chunks: where the answer's text goes as it comes; null: nowhere.
+        deadline: event time.
+        sink: where the answer's text goes as it comes; null: nowhere.
     """
 
-    arrival: Arrival
+    request_id: str
     prompt: str
     parameters: GenerationParameters
-    chunks: ChunkStream | None
+    deadline: datetime
+    sink: TextSink | None = None
 
 
 @dataclass(slots=True)
@@ -54,7 +62,7 @@ class Outcome:
         endpoint: the last one that was asked.
         attempts: endpoints asked.
         model_s: wall seconds spent on model servers.
-        timing: of the last attempt.
+        span: when the last attempt began and ended, event time.
     """
 
     generation: Generation | None = None
@@ -62,7 +70,7 @@ class Outcome:
     endpoint: str | None = None
     attempts: int = 0
     model_s: float = 0.0
-    timing: Timing | None = None
+    span: tuple[datetime, datetime] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +78,14 @@ class Attempts:
     """Makes attempts by the same rules for all requests.
 
     Attributes:
+        on_retry: told the pool's name at every attempt that follows a failed one.
         first_chunk_timeout_s: wall seconds until a streaming server must have said something.
-        stream_always: stream from the model server whether or not the producer wants chunks.
+        stream_always: stream from the model server whether or not the text has a sink.
     """
 
     clock: Clock
     rules: RetryRules
-    metrics: RouterMetrics
+    on_retry: Callable[[str], None]
     first_chunk_timeout_s: float
     stream_always: bool
 
@@ -84,7 +93,7 @@ class Attempts:
         """Have the request answered by the pool, before its deadline."""
         outcome = Outcome()
         tried: set[str] = set()
-        while (remaining_s := self._remaining_s(job.arrival)) > 0:
+        while (remaining_s := self._remaining_s(job)) > 0:
             endpoint = pool.choose(avoid=tried)
             if endpoint is None:
                 await pool.wait_for_endpoint(remaining_s)
@@ -92,7 +101,7 @@ class Attempts:
             outcome.endpoint = endpoint
             outcome.attempts += 1
             if outcome.attempts > 1:
-                self.metrics.retries.labels(pool.name).inc()
+                self.on_retry(pool.name)
             tried.add(endpoint)
             pause_s = await self._attempt(pool, endpoint, job, outcome)
             if pause_s is None:
@@ -111,9 +120,9 @@ class Attempts:
             pause_s = self.rules.pause_s(outcome.attempts, random.random())
             verdict = self.rules.verdict(
                 attempts=outcome.attempts,
-                published=job.chunks is not None and job.chunks.started,
+                published=job.sink is not None and job.sink.started,
                 pause_s=pause_s,
-                remaining_s=self._remaining_s(job.arrival),
+                remaining_s=self._remaining_s(job),
             )
             if verdict is None:
                 return pause_s
@@ -127,31 +136,29 @@ class Attempts:
             pool.succeeded(endpoint)
         finally:
             outcome.model_s += perf_counter() - began
-            outcome.timing = Timing(
-                received_at=job.arrival.received_at, started_at=started_at, finished_at=self.clock.now()
-            )
+            outcome.span = (started_at, self.clock.now())
         return None
 
     async def _ask(self, client: TritonClient, job: Job) -> Generation:
-        streamed = job.chunks is not None or self.stream_always
+        streamed = job.sink is not None or self.stream_always
         pieces = client.stream(
             job.prompt,
             job.parameters,
-            request_id=job.arrival.request_id,
-            timeout_s=self._remaining_s(job.arrival),
+            request_id=job.request_id,
+            timeout_s=self._remaining_s(job),
             first_chunk_timeout_s=self.first_chunk_timeout_s if streamed else None,
             streamed=streamed,
         )
         async with aclosing(pieces):
             async for piece in pieces:
-                if job.chunks is not None and piece.text:
-                    job.chunks.offer(piece.text)
+                if job.sink is not None and piece.text:
+                    job.sink.offer(piece.text)
                 if piece.generation is not None:
                     return piece.generation
         raise EndpointUnavailable(f"{client.name}: the stream ended without an answer")
 
-    def _remaining_s(self, arrival: Arrival) -> float:
-        return self.clock.wall_seconds_until(arrival.deadline)
+    def _remaining_s(self, job: Job) -> float:
+        return self.clock.wall_seconds_until(job.deadline)
 
     @staticmethod
     def _give_up(outcome: Outcome, code: GiveUp, error: GenerationError | None = None) -> Outcome:
