@@ -12,8 +12,8 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
 from services.router.metrics import RouterMetrics
-from services.router.offsets import OffsetTracker
-from shared.logs import get_logger
+from services.router.offsets import Claim, OffsetTracker
+from shared.logs import get_logger, where
 
 Serve = Callable[[Any], Awaitable[None]]
 """Answers a record; returns when it is done with for good."""
@@ -45,7 +45,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         self._rebalance_grace_s = rebalance_grace_s
         self._metrics = metrics
         self._tracker: OffsetTracker[TopicPartition] = OffsetTracker()
-        self._tasks: dict[tuple[TopicPartition, int], asyncio.Task[None]] = {}
+        self._tasks: dict[asyncio.Task[None], TopicPartition] = {}
         self._open = asyncio.Event()
         self._open.set()
         self._commit_lock = asyncio.Lock()
@@ -53,6 +53,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         self._assigned = False
         self._stopping = False
         self._commit_failures = 0
+        self._unfinished = 0
 
     def bind(self, consumer: Callable[[], AIOKafkaConsumer | None]) -> None:
         """The consumer to commit with, once there is one."""
@@ -79,6 +80,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             return "no partitions assigned yet, or a rebalance is under way"
         if self._commit_failures > COMMIT_FAILURES_TOLERATED:
             return f"the last {self._commit_failures} commits failed"
+        if self._unfinished:
+            return f"{self._unfinished} records could neither be answered nor kept (see the log); a restart tries again"
         return None
 
     async def take(self, records: Iterable[Any]) -> None:
@@ -88,13 +91,16 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         for record in records:
             await self._capacity.acquire()
             partition = TopicPartition(record.topic, record.partition)
-            if self._stopping or not self._tracker.begin(partition, record.offset, epoch=epoch):
+            claim = None if self._stopping else self._tracker.begin(partition, record.offset, epoch=epoch)
+            if claim is None:
                 self._capacity.release()
                 self._metrics.not_begun.inc()
                 continue
-            key = (partition, record.offset)
-            task = asyncio.create_task(self._work(record, key))
-            self._tasks[key] = task
+            if claim.log_restarted:
+                _log.warning("the log has begun again", partition=partition.partition, offset=claim.offset)
+            task = asyncio.create_task(self._work(record, claim))
+            self._tasks[task] = partition
+            task.add_done_callback(self._ended)
             self._metrics.in_flight.set(len(self._tasks))
 
     async def commit_forever(self, interval_s: float) -> None:
@@ -114,7 +120,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         """A rebalance has ended: go on with what came back, give up what went to another router."""
         floors = {partition: await self._floor(partition) for partition in assigned}
         lost = self._tracker.resume(floors)
-        given_up = [task for (partition, _), task in self._tasks.items() if partition in lost]
+        given_up = [task for task, partition in self._tasks.items() if partition in lost]
         await self._give_up(given_up)
         self._assigned = True
         _log.info("partitions assigned", partitions=len(assigned), given_up=len(given_up))
@@ -131,24 +137,26 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             consumer.pause(*consumer.assignment())
         running = len(self._tasks)
         await self._settle(None, grace_s)
-        unfinished = list(self._tasks.values())
+        unfinished = [task for task in self._tasks if not task.done()]
         await self._give_up(unfinished)
         await self._commit(None)
         _log.info("drained", finished=running - len(unfinished), given_up=len(unfinished))
 
-    async def _work(self, record: Any, key: tuple[TopicPartition, int]) -> None:  # noqa: ANN401
-        try:
-            await self._serve(record)
-            self._tracker.finish(*key)
-        finally:
-            # A record that was given up and redelivered here meanwhile is another task's.
-            if self._tasks.get(key) is asyncio.current_task():
-                del self._tasks[key]
-            self._capacity.release()
-            self._metrics.in_flight.set(len(self._tasks))
+    async def _work(self, record: Any, claim: Claim[TopicPartition]) -> None:  # noqa: ANN401
+        await self._serve(record)
+        self._tracker.finish(claim)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+        self._capacity.release()
+        self._metrics.in_flight.set(len(self._tasks))
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # Its offset is never committed by this router, so nothing is lost.
+            self._unfinished += 1
+            _log.error("a record could not be dealt with", error=type(error).__name__, where=where(error))
 
     async def _settle(self, partitions: Collection[TopicPartition] | None, grace_s: float) -> None:
-        running = [task for (one, _), task in self._tasks.items() if partitions is None or one in partitions]
+        running = [task for task, one in self._tasks.items() if partitions is None or one in partitions]
         if running and grace_s > 0:
             await asyncio.wait(running, timeout=grace_s)
 

@@ -6,6 +6,7 @@ all before it are finished; what is redelivered after a crash is then at most wh
 
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 P = TypeVar("P", bound=Hashable)
@@ -18,11 +19,12 @@ _RUNNING: Final = False
 class _Window:
     """One partition: the offsets from the first unfinished one on, in order."""
 
-    __slots__ = ("committed", "next", "offsets")
+    __slots__ = ("committed", "delivered", "next", "offsets")
 
     def __init__(self, first: int) -> None:
         self.next = first  # all before it are finished
         self.committed = first
+        self.delivered = first - 1  # the last one that came in this epoch
         self.offsets: OrderedDict[int, bool] = OrderedDict()
 
     def settle(self) -> None:
@@ -34,21 +36,39 @@ class _Window:
             del self.offsets[offset]
             self.next = offset + 1
 
-    def raise_floor(self, floor: int) -> None:
-        """All before `floor` has been committed, by whomever."""
+    def reassign(self, floor: int) -> None:
+        """All before `floor` has been committed, by whomever; deliveries begin again there."""
         for offset in [one for one in self.offsets if one < floor]:
             del self.offsets[offset]
         self.next = max(self.next, floor)
         self.committed = max(self.committed, floor)
+        self.delivered = floor - 1
         self.settle()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claim(Generic[P]):
+    """A record that is being worked on here; handed back to `finish`.
+
+    Attributes:
+        log_restarted: the partition's log has begun again at a lower offset than before, as that of a topic that was
+            deleted and created anew.
+    """
+
+    partition: P
+    offset: int
+    window: _Window
+    log_restarted: bool = False
 
 
 class OffsetTracker(Generic[P]):
     """Follows records from their arrival to their end, over all partitions; does no I/O.
 
-    Offsets of a partition arrive in growing order; there may be gaps between them. A rebalance is told in two steps,
-    as Kafka tells it: `suspend` when partitions are taken away, `resume` when it is known which of them came back.
-    Each step begins a new epoch, and a record that was fetched in an earlier epoch is refused: it will come again.
+    Within an epoch the offsets of a partition arrive in growing order; there may be gaps between them, which no record
+    ever fills. A rebalance is told in two steps, as Kafka tells it: `suspend` when partitions are taken away, `resume`
+    when it is known which of them came back. Each step begins a new epoch, and a record that was fetched in an earlier
+    epoch is refused: it will come again. After a rebalance a partition that came back is delivered from its committed
+    offset on, so what is running or finished here comes again, and is recognised.
     """
 
     def __init__(self) -> None:
@@ -56,8 +76,8 @@ class OffsetTracker(Generic[P]):
         self._suspended: set[P] = set()
         self.epoch = 0
 
-    def begin(self, partition: P, offset: int, *, epoch: int) -> bool:
-        """A record has arrived; returns whether it is to be worked on.
+    def begin(self, partition: P, offset: int, *, epoch: int) -> Claim[P] | None:
+        """A record has arrived; returns a claim when it is to be worked on.
 
         It is not when it was fetched before the last rebalance, when its partition is being taken away, or when it is
         known already: redelivered although it is still running here, or finished.
@@ -66,23 +86,23 @@ class OffsetTracker(Generic[P]):
             epoch: the tracker's epoch when the record was fetched.
         """
         if epoch != self.epoch or partition in self._suspended:
-            return False
+            return None
         window = self._windows.get(partition)
-        if window is None:
+        # Kafka delivers nothing twice between two rebalances, so these are other records that bear the offsets of old.
+        log_restarted = window is not None and offset <= window.delivered
+        if window is None or log_restarted:
             window = self._windows[partition] = _Window(offset)
+        window.delivered = offset
         if offset < window.next or offset in window.offsets:
-            return False
-        if window.offsets and offset < next(reversed(window.offsets)):
-            raise ValueError(f"offset {offset} arrived after {next(reversed(window.offsets))}")
+            return None
         window.offsets[offset] = _RUNNING
-        return True
+        return Claim(partition, offset, window, log_restarted)
 
-    def finish(self, partition: P, offset: int) -> None:
-        """A record is done with; of a partition that was lost meanwhile, or said twice, it means nothing."""
-        window = self._windows.get(partition)
-        if window is not None and offset in window.offsets:
-            window.offsets[offset] = _FINISHED
-            window.settle()
+    def finish(self, claim: Claim[P]) -> None:
+        """A record is done with; said twice, or of a partition that was lost meanwhile, it means nothing."""
+        if claim.offset in claim.window.offsets:
+            claim.window.offsets[claim.offset] = _FINISHED
+            claim.window.settle()
 
     def committable(self, partitions: Collection[P] | None = None) -> dict[P, int]:
         """The next offset to read, by partition, where it has moved since the last commit.
@@ -118,16 +138,21 @@ class OffsetTracker(Generic[P]):
 
         Args:
             floors: by assigned partition the offset that the group has committed; null: not known. A partition whose
-                floor is not known starts afresh from what is delivered.
+                floor is not known, or lies below what was committed here (its log began again, or someone reset the
+                group), starts afresh from what is delivered.
 
         Returns:
             The partitions that were lost or start afresh: work on their records is in vain.
         """
-        dropped = {partition for partition in self._windows if floors.get(partition) is None}
+        dropped: set[P] = set()
+        for partition, window in self._windows.items():
+            floor = floors.get(partition)
+            if floor is None or floor < window.committed:
+                dropped.add(partition)
+            else:
+                window.reassign(floor)
         for partition in dropped:
             del self._windows[partition]
-        for partition, window in self._windows.items():
-            window.raise_floor(floors[partition] or 0)
         self._suspended.clear()
         self.epoch += 1
         return dropped
