@@ -1,0 +1,1 @@
+"""Traces of carbon intensity that the project ships."""

@@ -1,0 +1,1 @@
+"""carbon_feed: publishes the carbon intensity of every zone, from a chain of providers."""
