@@ -3,8 +3,6 @@
 The backend's own module exists only inside the server, so it is handed in.
 """
 
-import os
-import threading
 import time
 from typing import Any, Final
 
@@ -20,28 +18,8 @@ Backend = Any
 POWER_INTERVAL_S: Final = 0.05
 """Wall seconds between two readings of the power; the energy is also brought up to date before an answer ends."""
 
-PARENT_CHECK_S: Final = 0.5
-"""Wall seconds between two looks whether the server still lives."""
-
 PLACEHOLDER_LOG_PROB: Final = -1.0
 """For models that have no probabilities."""
-
-
-def end_with_server() -> None:
-    """End this process when the server is gone; call it once, when the model is loaded.
-
-    A server that is killed, or that gives up waiting for its models, leaves their processes behind. The kernel's own
-    signal for that (PR_SET_PDEATHSIG) will not do: it follows the thread that started this process, which the server
-    ends after loading.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_CHECK_S)
-        os._exit(1)  # from a thread, and at once: there is nobody to finish for
-
-    threading.Thread(target=watch, name="end-with-server", daemon=True).start()
 
 
 def tensors_of(request: Any) -> dict[str, NDArray[Any]]:  # noqa: ANN401 - the backend's request

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.triton.backend import EnergyMeter, Reply, end_with_server, send_error, tensors_of
+from deploy.triton.backend import EnergyMeter, Reply, send_error, tensors_of
 from deploy.triton.energy import EnergyAccount
+from deploy.triton.lifeline import end_with_server
 from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.smollm2.engine import SmolLm2Engine
 from deploy.triton.smollm2.parameters import SmolLm2Parameters

@@ -5,8 +5,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from deploy.triton.backend import EnergyMeter, Reply, end_with_server, send_error, tensors_of
+from deploy.triton.backend import EnergyMeter, Reply, send_error, tensors_of
 from deploy.triton.energy import EnergyAccount
+from deploy.triton.lifeline import end_with_server
 from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.stand_in.answers import AnswerBook
 from deploy.triton.stand_in.batching import InFlightBatch
