@@ -11,7 +11,7 @@ from cli.target import local_state
 from deploy.local.config import StackConfig, event_time
 from deploy.local.errors import LOCAL_ERRORS
 from deploy.local.fleet import MODELS
-from deploy.local.grid import first_full_day, shipped_trace
+from deploy.local.grid import default_day, shipped_trace, zone_of
 from deploy.local.model_servers import TritonModels
 from deploy.local.stack import LocalStack, stop_stack
 from deploy.local.state import StateError
@@ -25,33 +25,38 @@ def up(
         typer.Option(metavar="FILE", envvar="WORKLOAD", help="JSON lines of prompts and answers"),
     ] = None,
     model: Annotated[str, typer.Option(envvar="MODEL", help=f"What is served: {', '.join(MODELS)}")] = MODELS[0],
-    zone: Annotated[str, typer.Option(envvar="ZONE", help="Grid zone, as Electricity Maps names it")] = "US-CAL-CISO",
     carbon: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", envvar="CARBON", help="CSV of the zone's intensity"),
+        typer.Option(metavar="FILE", envvar="CARBON", help="Download of Electricity Maps; default: the sample trace"),
     ] = None,
+    zone: Annotated[str | None, typer.Option(envvar="ZONE", help="Grid zone; default: the trace's")] = None,
     start: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Event time at the start; default: the trace's second day"),
+        typer.Option(metavar="TIME", help="Replay from this event time; with --rate alone: a week into the trace"),
     ] = None,
-    rate: Annotated[float, typer.Option(min=0.001, help="Event seconds per second; 720 is a day in two minutes")] = 1.0,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Replay so many event seconds per second; 720 is a day in two minutes"),
+    ] = None,
     routers: Annotated[int, typer.Option(min=1, max=8, help="How many routers share the requests")] = 1,
 ) -> None:
     """Start Kafka, PostgreSQL, Triton and every service, and leave them running; nothing listens beyond loopback.
 
-    What is missing is installed first, below .sprout/. The grid's day is replayed from a trace, in real time unless
-    --rate says otherwise. Every start begins with empty topics and tables.
+    What is missing is installed first, below .sprout/. The stack lives in real time, with the trace played over and
+    over; --start or --rate make it a replay. Every start begins with empty topics and tables.
     """
     try:
-        trace = carbon or shipped_trace(zone)
+        trace = carbon if carbon is not None else shipped_trace() if zone is None else shipped_trace(zone)
+        replayed = start is not None or rate is not None
+        grid_zone = zone_of(trace, wanted=zone)
         config = StackConfig.model_validate(
             {
                 "workload": workload,
                 "model": model,
-                "zone": zone,
-                "carbon": {zone: trace},
-                "event_start": event_time(start) if start else first_full_day(trace),
-                "rate": rate,
+                "zone": grid_zone,
+                "carbon": {grid_zone: trace},
+                "event_start": (event_time(start) if start else default_day(trace)) if replayed else None,
+                "rate": rate or 1.0,
                 "routers": routers,
             }
         )

@@ -7,6 +7,7 @@ process. `sprout up` starts it detached: the state file is then all that is need
 import asyncio
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
@@ -25,6 +26,7 @@ from deploy.local.processes import ManagedProcess, ProcessSpec, Supervisor
 from deploy.local.records import stop_recorded
 from deploy.local.services import Surroundings, service_spec
 from deploy.local.state import StackState, StateError, forget_state, read_state
+from deploy.local.tuning import service_settings
 from shared.clock import Clock
 from shared.provisioning import create_topics
 from shared.settings import DatabaseSettings, KafkaSettings
@@ -251,14 +253,15 @@ class LocalStack:
         if "router" in self.config.services:
             names += [("router", f"router-{number}") for number in range(2, self.config.routers + 1)]
         self._say(f"starting {', '.join(name for _, name in names)}")
+        settings = service_settings(self.config)
         started = [
-            self._launch(self._service(service, name, port))
+            self._launch(self._service(service, name, port, settings.get(service, {})))
             for (service, name), port in zip(names, free_ports(len(names)), strict=True)
         ]
         for process in started:
             process.wait_ready()
 
-    def _service(self, service: str, name: str, port: int) -> ProcessSpec:
+    def _service(self, service: str, name: str, port: int, settings: Mapping[str, str]) -> ProcessSpec:
         state = self.state
         if state.fleet_file is None:
             raise StateError("the fleet file is written before the services start")
@@ -269,7 +272,6 @@ class LocalStack:
             fleet_file=state.fleet_file,
             clock=state.clock,
         )
-        settings = self.config.settings.get(service, {})
         return service_spec(service, port=port, around=around, settings=settings, name=name)
 
     def _launch(self, spec: ProcessSpec) -> ManagedProcess:

@@ -16,7 +16,10 @@ Column = Literal["direct", "life-cycle"]
 TIME = "Datetime (UTC)"
 ZONE = "Zone Id"
 ESTIMATED = "Data Estimated"
-MARKS: dict[Column, tuple[str, ...]] = {"direct": ("(direct)",), "life-cycle": ("(LCA)", "(life cycle)", "(Life cycle)")}
+MARKS: dict[Column, tuple[str, ...]] = {
+    "direct": ("(direct)",),
+    "life-cycle": ("(LCA)", "(life cycle)", "(Life cycle)"),
+}
 """How the header of each intensity column ends; the rest of it changes from year to year."""
 
 
@@ -103,18 +106,7 @@ def parse_trace(lines: Iterable[str], *, name: str, zone: str, column: Column) -
         TraceError: as `load_trace`.
     """
     reader = csv.DictReader(lines)
-    header = reader.fieldnames or []
-    if not header:
-        raise TraceError(f"trace {name} is empty: it needs a header and one row an hour")
-    for needed in (TIME, ZONE):
-        if needed not in header:
-            raise TraceError(f"trace {name} has no column {needed!r}; its columns: {', '.join(header)}")
-    value_column = next((title for title in header if title.strip().endswith(MARKS[column])), None)
-    if value_column is None:
-        raise TraceError(
-            f"trace {name} has no {column} intensity: a column ending in {' or '.join(MARKS[column])} is needed; "
-            f"its columns: {', '.join(header)}"
-        )
+    value_column = _value_column(reader.fieldnames or [], name, column)
     points: list[IntensityPoint] = []
     zones: set[str] = set()
     for row in reader:
@@ -125,7 +117,7 @@ def parse_trace(lines: Iterable[str], *, name: str, zone: str, column: Column) -
         where = f"trace {name}, line {reader.line_num}"
         at = _time(row.get(TIME) or "", where)
         if points and at <= points[-1].at:
-            raise TraceError(f"{where}: {at:%Y-%m-%d %H:%M} does not come after the row before it; sort the rows by time")
+            raise TraceError(f"{where}: {at:%Y-%m-%d %H:%M} does not come after the row before; sort by time")
         value = _value(row.get(value_column) or "", where, value_column)
         if value is not None:
             estimated = (row.get(ESTIMATED) or "").strip().lower() == "true"
@@ -137,6 +129,22 @@ def parse_trace(lines: Iterable[str], *, name: str, zone: str, column: Column) -
     if not points:
         raise TraceError(f"trace {name}: every value of zone {zone!r} in column {value_column!r} is missing")
     return Trace(points)
+
+
+def _value_column(header: Sequence[str], name: str, column: Column) -> str:
+    """The title of the column to read."""
+    if not header:
+        raise TraceError(f"trace {name} is empty: it needs a header and one row an hour")
+    for needed in (TIME, ZONE):
+        if needed not in header:
+            raise TraceError(f"trace {name} has no column {needed!r}; its columns: {', '.join(header)}")
+    for title in header:
+        if title.strip().endswith(MARKS[column]):
+            return title
+    raise TraceError(
+        f"trace {name} has no {column} intensity: a column ending in {' or '.join(MARKS[column])} is needed; "
+        f"its columns: {', '.join(header)}"
+    )
 
 
 def _time(text: str, where: str) -> datetime:

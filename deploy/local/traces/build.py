@@ -34,7 +34,7 @@ HEADER = (
 
 def intensity(local_hour: float, sunshine: float, noise: float) -> float:
     """Direct gCO2eq/kWh: sun at noon, a steep evening, a flat night; `sunshine` in [0, 1]."""
-    sun = sunshine * max(0.0, math.cos(2 * math.pi * (local_hour - 12.5) / 24.0)) ** 0.7
+    sun = sunshine * math.pow(max(0.0, math.cos(2 * math.pi * (local_hour - 12.5) / 24.0)), 0.7)
     evening = math.exp(-(((local_hour - 19.0) / 2.4) ** 2))
     return 262.0 - 175.0 * sun + 88.0 * evening + noise
 
@@ -44,7 +44,7 @@ def rows() -> list[tuple[str, ...]]:
     rng = random.Random(SEED)
     sunshine = [rng.uniform(0.72, 1.0) for _ in range(DAYS + 1)]
     noise = 0.0
-    found = []
+    found: list[tuple[str, ...]] = []
     for hour in range(DAYS * 24):
         moment = BEGIN + timedelta(hours=hour)
         local = moment + timedelta(hours=UTC_OFFSET_HOURS)

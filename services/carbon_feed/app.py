@@ -1,0 +1,98 @@
+"""Wires carbon_feed together."""
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from faststream.asgi import AsgiFastStream
+from prometheus_client import CollectorRegistry
+
+from services.carbon_feed.feed import FeedMetrics, ZoneFeed
+from services.carbon_feed.settings import CarbonFeedSettings, ConfigurationError
+from services.carbon_feed.trace import TraceError
+from shared.broker import build_broker
+from shared.clock import Clock
+from shared.fleet import Fleet, FleetError, load_fleet
+from shared.health import Health
+from shared.messages import CarbonIntensity
+from shared.service import build_service, run_service
+from shared.settings import FleetSettings, HttpSettings, KafkaSettings, LogSettings
+from shared.topics import CARBON_INTENSITY
+
+NAME = "carbon_feed"
+DESCRIPTION = "Publishes the carbon intensity of every zone of the fleet."
+
+
+def build_app(
+    *,
+    kafka: KafkaSettings | None = None,
+    settings: CarbonFeedSettings | None = None,
+    fleet: Fleet | None = None,
+    clock: Clock | None = None,
+) -> AsgiFastStream:
+    """The feed, without connecting; what is not given is read from the environment.
+
+    Raises:
+        FleetError, TraceError, ConfigurationError, ValidationError: the configuration does not do.
+    """
+    kafka = kafka or KafkaSettings()
+    settings = settings or CarbonFeedSettings()
+    fleet = fleet or load_fleet(FleetSettings().file)
+    clock = clock or Clock.from_environment()
+    registry = CollectorRegistry()
+    health = Health()
+    broker, _ = build_broker(kafka, service=NAME, clock=clock, registry=registry)
+    publisher = broker.publisher(kafka.topic(CARBON_INTENSITY), schema=CarbonIntensity)
+    metrics = FeedMetrics(registry)
+    feeds = [
+        ZoneFeed(
+            zone,
+            providers,
+            scope=settings.scope_of(zone),
+            clock=clock,
+            window=settings.window,
+            poll_s=settings.poll_s,
+            retry_s=settings.retry_s,
+            metrics=metrics,
+        )
+        for zone, providers in settings.chains(fleet).items()
+    ]
+
+    async def publish(message: CarbonIntensity) -> None:
+        await publisher.publish(message, key=message.zone.encode())
+
+    async def begin() -> None:
+        for feed in feeds:
+            health.spawn(f"feed {feed.zone}", feed.run(publish))
+
+    @asynccontextmanager
+    async def providers_open() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            for feed in feeds:
+                await feed.close()
+
+    for feed in feeds:
+        health.add_check(f"zone {feed.zone}", feed.problem)
+    app = build_service(
+        broker,
+        name=NAME,
+        description=DESCRIPTION,
+        kafka=kafka,
+        topics=(CARBON_INTENSITY,),
+        registry=registry,
+        health=health,
+        lifespan=providers_open,
+    )
+    app.after_startup(begin)
+    return app
+
+
+def main() -> None:
+    """Run until told to stop."""
+    try:
+        app = build_app()
+    except (FleetError, TraceError, ConfigurationError) as error:
+        sys.exit(f"{NAME}: {error}")
+    run_service(app, name=NAME, http=HttpSettings(), logs=LogSettings())

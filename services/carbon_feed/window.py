@@ -1,0 +1,36 @@
+"""What a zone's message holds, and when a new one is due. Pure."""
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from shared.messages import IntensityPoint
+
+
+class Window:
+    """The trailing window of one zone: what was heard, by time; gaps stay gaps."""
+
+    def __init__(self, length: timedelta) -> None:
+        self._length = length
+        self._points: dict[datetime, IntensityPoint] = {}
+        self.latest: IntensityPoint | None = None
+
+    def add(self, points: Iterable[IntensityPoint]) -> None:
+        """Take past values; what a provider tells again, corrected, replaces what it told before."""
+        self._points.update((point.at, point) for point in points)
+
+    def advance(self, point: IntensityPoint) -> bool:
+        """Take the latest value; returns whether it says something new. A value older than the last one does not."""
+        if self.latest is not None and point.at < self.latest.at:
+            return False
+        new = point != self.latest
+        self.latest = point
+        self._points[point.at] = point
+        oldest = point.at - self._length
+        self._points = {at: kept for at, kept in self._points.items() if at >= oldest}
+        return new
+
+    def history(self) -> tuple[IntensityPoint, ...]:
+        """Everything before the latest, oldest first."""
+        if self.latest is None:
+            return ()
+        return tuple(self._points[at] for at in sorted(self._points) if at < self.latest.at)
