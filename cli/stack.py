@@ -36,7 +36,7 @@ def up(
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Replay so many event seconds per second; 720 is a day in two minutes"),
+        typer.Option(min=0.001, help="Replay so fast: event seconds per second; 720 is a day in two minutes"),
     ] = None,
     routers: Annotated[int, typer.Option(min=1, max=8, help="How many routers share the requests")] = 1,
 ) -> None:

@@ -71,7 +71,7 @@ def test_logs_of_a_process_that_never_was_are_answered_with_those_there_are(tmp_
 
 def test_bad_options_of_up_are_named_before_anything_starts(tmp_path):
     trace = tmp_path / "t.csv"
-    trace.write_text("Datetime (UTC),Carbon Intensity gCO₂eq/kWh (direct)\n2023-02-10 00:00:00,100\n")
+    trace.write_text("Datetime (UTC),Zone Id,Carbon Intensity gCO₂eq/kWh (direct)\n2023-02-10 00:00:00,GB,100\n")
     missing = sprout("up", "--carbon", str(trace), "--workload", str(tmp_path / "none.jsonl"))
     assert missing.exit_code == 1
     assert "there is no file" in missing.stderr
@@ -81,6 +81,9 @@ def test_bad_options_of_up_are_named_before_anything_starts(tmp_path):
     nowhere = sprout("up", "--zone", "ATLANTIS")
     assert nowhere.exit_code == 1
     assert "--carbon FILE" in nowhere.stderr
+    elsewhere = sprout("up", "--carbon", str(trace), "--zone", "FR")
+    assert elsewhere.exit_code == 1
+    assert "it has GB" in elsewhere.stderr
     never = sprout("up", "--carbon", str(trace), "--start", "yesterday")
     assert never.exit_code == 1
     assert "yesterday" in never.stderr

@@ -1,8 +1,9 @@
 """The local stack's paperwork: configuration, fleet file, state file, traces, logs."""
 
 import gzip
+import json
 import os
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -11,12 +12,13 @@ from pydantic import ValidationError
 
 from deploy.local.config import BROKER_VARIABLE, StackConfig, event_time
 from deploy.local.fleet import LocalFleet
-from deploy.local.grid import TraceError, first_full_day, shipped_trace
+from deploy.local.grid import TraceError, default_day, shipped_trace, zone_of
 from deploy.local.java import find_java
 from deploy.local.logtail import tail
 from deploy.local.ports import free_ports
 from deploy.local.records import ProcessRecord
 from deploy.local.state import StackState, StateError, forget_state, read_state
+from deploy.local.tuning import service_settings
 from shared.fleet import FleetError, load_fleet
 
 
@@ -135,17 +137,33 @@ class TestState:
 class TestTraces:
     HEADER = "Datetime (UTC),Zone Id,Carbon Intensity gCO₂eq/kWh (direct)\n"
 
-    def test_a_replay_begins_at_the_second_full_day(self, tmp_path):
+    def hourly(self, hours: int, *, begin: str = "2023-02-10 00:00:00") -> str:
+        first = datetime.fromisoformat(begin)
+        return self.HEADER + "".join(f"{first + timedelta(hours=hour)},GB,100\n" for hour in range(hours))
+
+    def test_a_replay_begins_a_week_into_the_trace_with_a_whole_day_before_it(self, tmp_path):
         trace = tmp_path / "t.csv"
-        trace.write_text(self.HEADER + "2023-02-10 00:00:00,GB,100\n")
-        assert first_full_day(trace) == datetime(2023, 2, 11, tzinfo=UTC)
-        trace.write_text(self.HEADER + "2023-02-10 07:00:00,GB,100\n")
-        assert first_full_day(trace) == datetime(2023, 2, 12, tzinfo=UTC)
+        trace.write_text(self.hourly(240))
+        assert default_day(trace) == datetime(2023, 2, 17, tzinfo=UTC)
+        trace.write_text(self.hourly(240, begin="2023-02-10 07:00:00"))
+        assert default_day(trace) == datetime(2023, 2, 18, tzinfo=UTC)
+
+    def test_in_a_short_trace_it_begins_earlier(self, tmp_path):
+        trace = tmp_path / "t.csv"
+        trace.write_text(self.hourly(1))
+        assert default_day(trace) == datetime(2023, 2, 10, tzinfo=UTC)
 
     def test_a_compressed_trace_is_read_as_well(self, tmp_path):
         trace = tmp_path / "t.csv.gz"
-        trace.write_bytes(gzip.compress((self.HEADER + "2023-02-10 00:00:00,GB,100\n").encode()))
-        assert first_full_day(trace) == datetime(2023, 2, 11, tzinfo=UTC)
+        trace.write_bytes(gzip.compress(self.hourly(240).encode()))
+        assert default_day(trace) == datetime(2023, 2, 17, tzinfo=UTC)
+
+    def test_the_zone_is_the_traces_own(self, tmp_path):
+        trace = tmp_path / "t.csv"
+        trace.write_text(self.hourly(2))
+        assert zone_of(trace) == "GB"
+        with pytest.raises(TraceError, match="no zone 'FR'; it has GB"):
+            zone_of(trace, wanted="FR")
 
     @pytest.mark.parametrize(
         ("content", "problem"),
@@ -160,11 +178,42 @@ class TestTraces:
         trace = tmp_path / "broken.csv"
         trace.write_text(content)
         with pytest.raises(TraceError, match=f"broken.csv.*{problem}"):
-            first_full_day(trace)
+            default_day(trace)
 
     def test_a_zone_without_a_shipped_trace_is_told_how_to_give_one(self):
         with pytest.raises(TraceError, match=r"no trace is shipped for zone 'ATLANTIS' .*--carbon FILE"):
             shipped_trace("ATLANTIS")
+
+
+class TestServiceSettings:
+    def providers(self, config: StackConfig) -> dict:
+        return json.loads(service_settings(config)["carbon_feed"]["SPROUT_CARBON_FEED_PROVIDERS"])
+
+    def test_in_real_time_the_zones_trace_is_played_over_and_over(self, tmp_path):
+        trace = tmp_path / "gb.csv"
+        trace.touch()
+        config = StackConfig(state_dir=tmp_path, zone="GB", carbon={"GB": trace})
+        assert self.providers(config) == {"GB": [{"kind": "csv", "path": str(trace), "repeat": True}]}
+
+    def test_a_replay_keeps_to_what_was_recorded(self, tmp_path):
+        config = StackConfig(
+            state_dir=tmp_path, zone="SAMPLE-SOLAR", event_start=datetime(2024, 2, 8, tzinfo=UTC), rate=60
+        )
+        assert self.providers(config) == {
+            "SAMPLE-SOLAR": [{"kind": "csv", "path": str(shipped_trace("SAMPLE-SOLAR")), "repeat": False}]
+        }
+        assert service_settings(config)["ledger"]["SPROUT_LEDGER_SETTLE_DELAY_S"] == "180"
+
+    def test_what_the_stack_is_asked_for_wins(self, tmp_path):
+        config = StackConfig(
+            state_dir=tmp_path,
+            services=("router",),
+            settings={"router": {"SPROUT_ROUTER_SAMPLE_SHARE": "0.5", "A": "b"}, "triton": {"C": "d"}},
+        )
+        told = service_settings(config)
+        assert told["router"] == {"SPROUT_ROUTER_SAMPLE_SHARE": "0.5", "A": "b"}
+        assert told["triton"] == {"C": "d"}
+        assert "carbon_feed" not in told
 
 
 def test_the_tail_of_a_log_is_its_last_lines(tmp_path):
