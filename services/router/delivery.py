@@ -1,21 +1,16 @@
 """Publishes what the router has to say, for as long as it takes."""
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-import stamina
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError, RecordTooLargeError
 from faststream.kafka import KafkaBroker
 
 from services.router.metrics import RouterMetrics
 from shared.dead_letters import DeadLetterOffice, PoisonMessageError
 from shared.logs import get_logger
 from shared.messages import ErrorDetail, GenerationResponse, ResponseChunk, Sample
+from shared.publishing import TOO_LARGE, insist
 from shared.settings import KafkaSettings
 from shared.topics import RESPONSE_CHUNKS, RESPONSES, SAMPLES
-
-TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError, RecordTooLargeError)
-"""What Kafka will never take, however often it is sent."""
 
 _log = get_logger(__name__)
 
@@ -64,32 +59,13 @@ class Delivery:
 
     async def dead_letter(self, record: Any, error: PoisonMessageError) -> None:  # noqa: ANN401 - FastStream's record
         """Publish a message that is no request, as it came."""
-        await _insist(lambda: self._office.post(record, error))
+        await insist(lambda: self._office.post(record, error))
         self._metrics.dead_letters.labels(error.reason).inc()
 
     @staticmethod
     async def _send(publisher: Any, message: GenerationResponse | ResponseChunk | Sample, key: str) -> None:  # noqa: ANN401
         encoded = key.encode("utf-8", errors="surrogatepass")
-        await _insist(lambda: publisher.publish(message, key=encoded))
-
-
-async def _insist(publish: Callable[[], Awaitable[object]]) -> None:
-    """Publish, again after a failure that may pass."""
-    try:
-        await publish()
-    except KafkaError as error:
-        if isinstance(error, TOO_LARGE):
-            raise
-        _log.warning("publishing failed, trying again", error=type(error).__name__)
-    else:
-        return
-    async for attempt in stamina.retry_context(on=_may_pass, attempts=None, timeout=None, wait_max=5.0):
-        with attempt:
-            await publish()
-
-
-def _may_pass(error: Exception) -> bool:
-    return isinstance(error, KafkaError) and not isinstance(error, TOO_LARGE)
+        await insist(lambda: publisher.publish(message, key=encoded))
 
 
 def _without_bulk(response: GenerationResponse) -> GenerationResponse:

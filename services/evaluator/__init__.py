@@ -1,0 +1,1 @@
+"""Judges, when the grid is clean, how good the answers of every option are."""

@@ -1,0 +1,5 @@
+"""`python -m services.evaluator`."""
+
+from services.evaluator.app import main
+
+main()
