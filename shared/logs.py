@@ -47,8 +47,13 @@ def configure_logging(service: str, settings: LogSettings) -> None:
     root.handlers[:] = [handler]
     root.setLevel(settings.level)
     # Chatty below WARNING; aiokafka also logs every reconnect attempt.
-    for name in ("aiokafka", "httpx", "httpcore", "uvicorn.access", "uvicorn.error", "faststream"):
+    for name in ("aiokafka", "httpx", "httpcore", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    # FastStream brings a handler and a format of its own, and warns at every start that it creates no topics.
+    faststream = logging.getLogger("faststream")
+    faststream.handlers.clear()
+    faststream.propagate = True
+    faststream.setLevel(max(logging.ERROR, root.level))
     structlog.contextvars.bind_contextvars(service=service)
 
 
