@@ -1,0 +1,169 @@
+"""The estimator of the saving: unbiased, its interval honest, and silent where nothing can be known."""
+
+import numpy as np
+import pytest
+from report_support import DAY, POOL, REFERENCE, ZONE, calls_of, intensity_at, made_day, policy_at, record_of
+
+from services.ledger.report.counterfactual import Counterfactual
+from services.ledger.report.grams import IntensitySeries, sites_of
+from services.ledger.report.policies import PolicyBook
+from services.ledger.report.savings import Comparison, benchmarked, estimate_saving
+
+NO_EVALUATIONS = calls_of([])[0]
+POLICIES = PolicyBook.of(policy_at(hour) for hour in range(24))
+HOURS = np.arange(24.0)
+START_S = DAY.timestamp()
+
+
+def series(relative=1.0):
+    values = np.array([intensity_at(hour) * relative for hour in HOURS])
+    return IntensitySeries(START_S + HOURS * 3600, values, np.zeros(24, dtype=bool))
+
+
+GRID = {ZONE: series(), "NORTH": series(0.5)}
+
+
+def comparable_of(records):
+    calls, rows = calls_of(records)
+    counterfactual = Counterfactual(calls, NO_EVALUATIONS, sites=sites_of(calls), grid=GRID)
+    return counterfactual, counterfactual.comparable(calls, rows, POLICIES), rows
+
+
+def comparison_of(*, emitted, propensity, referred, predicted=None, variance=None):
+    emitted = np.array(emitted, dtype=float)
+    zeros = np.zeros(len(emitted))
+    return Comparison.whole(
+        emitted_g=emitted,
+        propensity=np.array(propensity, dtype=float),
+        referred=np.array(referred),
+        predicted_g=zeros if predicted is None else np.array(predicted, dtype=float),
+        variance=zeros if variance is None else np.array(variance, dtype=float),
+    )
+
+
+def test_grams_of_reference_calls_are_weighted_by_how_seldom_they_are_drawn():
+    saving = estimate_saving(comparison_of(emitted=[4.0, 1.0], propensity=[0.5, 0.5], referred=[True, False]))
+    assert saving.reference_g == pytest.approx(8.0)
+    assert saving.emitted_g == pytest.approx(5.0)
+    assert saving.saving_pct == pytest.approx(100 * (1 - 5 / 8))
+    assert saving.saved_g == pytest.approx(3.0)
+
+
+def test_a_good_prediction_is_corrected_only_by_what_it_missed():
+    saving = estimate_saving(
+        comparison_of(emitted=[4.0, 1.0], propensity=[0.5, 0.5], referred=[True, False], predicted=[3.0, 3.0])
+    )
+    assert saving.reference_g == pytest.approx(3.0 + 3.0 + (4.0 - 3.0) / 0.5)
+
+
+def test_requests_in_fallback_are_their_own_counterfactual_and_certain():
+    saving = estimate_saving(comparison_of(emitted=[4.0, 2.0], propensity=[1.0, 1.0], referred=[True, True]))
+    assert saving.saving_pct == pytest.approx(0.0)
+    assert saving.saving_interval.low == saving.saving_interval.high == pytest.approx(0.0)
+
+
+def test_a_reference_that_is_never_drawn_is_refused():
+    with pytest.raises(ValueError, match="propensity"):
+        comparison_of(emitted=[1.0], propensity=[0.0], referred=[False])
+
+
+def test_without_requests_there_is_no_saving():
+    saving = estimate_saving(comparison_of(emitted=[], propensity=[], referred=np.array([], dtype=bool)))
+    assert saving.requests == 0
+    assert saving.saving_pct is None
+    assert saving.saving_interval is None
+
+
+def test_without_one_reference_call_nor_a_variance_there_is_no_interval():
+    saving = estimate_saving(comparison_of(emitted=[1.0], propensity=[0.1], referred=[False], predicted=[2.0]))
+    assert saving.saving_pct == pytest.approx(50.0)
+    assert saving.saving_interval is None
+
+
+def test_what_is_shared_out_to_the_hours_sums_to_the_whole():
+    _, comparable, _ = comparable_of(made_day(requests=300).records)
+    whole = estimate_saving(comparable.comparison)
+    parts = benchmarked(comparable.comparison)
+    assert parts.reference_g.sum() == pytest.approx(whole.reference_g)
+    assert parts.half_width_g.sum() == pytest.approx(whole.reference_interval.high - whole.reference_g)
+
+
+def test_forced_unidentified_and_unpriced_requests_are_left_out_and_counted():
+    records = [
+        record_of("policy", row={REFERENCE: 0.5, f"{POOL}/L1": 0.5}),
+        record_of("forced", option=f"{POOL}/L2", source="forced"),
+        record_of("never", option=f"{POOL}/L1", row={f"{POOL}/L1": 1.0}),
+        record_of("unpriced", intensity=None, row={REFERENCE: 1.0}),
+        record_of("fallback", source="fallback", policy_version=None),
+    ]
+    _, comparable, _ = comparable_of(records)
+    assert comparable.forced.tolist() == [False, True, False, False, False]
+    assert comparable.unidentified.tolist() == [False, False, True, False, False]
+    assert comparable.without_intensity.tolist() == [False, False, False, True, False]
+    assert len(comparable.calls) == 2
+    assert comparable.comparison.propensity.tolist() == [0.5, 1.0]
+
+
+def test_a_call_does_not_predict_itself():
+    row = {REFERENCE: 0.5, f"{POOL}/L1": 0.5}
+    records = [record_of(str(energy), energy_j=energy, row=row) for energy in (100.0, 200.0, 600.0)]
+    _, comparable, _ = comparable_of(records)
+    g_per_j = comparable.comparison.emitted_g / np.array([100.0, 200.0, 600.0])
+    assert comparable.comparison.predicted_g / g_per_j == pytest.approx([400.0, 350.0, 150.0])
+
+
+@pytest.mark.parametrize("holdout", [0.1, 0.3])
+def test_unbiased_and_covered_on_the_whole(holdout):
+    errors, covered, runs = [], 0, 300
+    for seed in range(runs):
+        day = made_day(requests=400, seed=seed, holdout=holdout)
+        _, comparable, _ = comparable_of(day.records)
+        saving = estimate_saving(comparable.comparison)
+        truth = 100 * (1 - day.emitted_g / day.reference_g.sum())
+        errors.append(saving.saving_pct - truth)
+        covered += saving.saving_interval.low <= truth <= saving.saving_interval.high
+    assert abs(np.mean(errors)) < 3 * np.std(errors) / runs**0.5 + 0.2  # the ratio itself is biased by O(1/n)
+    assert 0.92 <= covered / runs <= 0.99
+
+
+def test_the_counterfactual_is_unbiased_even_where_the_prediction_is_wrong():
+    errors = []
+    for seed in range(300):
+        day = made_day(requests=150, seed=seed, holdout=0.2)
+        _, comparable, _ = comparable_of(day.records)
+        comparison = comparable.comparison
+        wrong = Comparison.whole(
+            emitted_g=comparison.emitted_g,
+            propensity=comparison.propensity,
+            referred=comparison.referred,
+            predicted_g=np.full(len(comparison), comparison.predicted_g.mean() / 3),
+            variance=comparison.variance,
+        )
+        errors.append(estimate_saving(wrong).reference_g / day.reference_g.sum() - 1)
+    assert abs(np.mean(errors)) < 3 * np.std(errors) / 300**0.5
+
+
+def test_of_two_zones_each_is_compared_with_the_reference_of_what_it_served():
+    errors, covered, runs = {ZONE: [], "NORTH": []}, 0, 150
+    for seed in range(runs):
+        day = made_day(requests=400, seed=seed, holdout=0.2, zones={"NORTH": 0.5})
+        counterfactual, comparable, rows = comparable_of(day.records)
+        served = np.array([record["zone"] for record in day.records])
+        emitted = np.array([record["total_g"] for record in day.records])
+        for zone, found in errors.items():
+            saving = estimate_saving(counterfactual.of_zone(comparable, rows, zone))
+            truth = 100 * (1 - emitted[served == zone].sum() / day.reference_g[served == zone].sum())
+            assert saving.emitted_g == pytest.approx(emitted[served == zone].sum())
+            found.append(saving.saving_pct - truth)
+            covered += saving.saving_interval.low <= truth <= saving.saving_interval.high
+    for found in errors.values():
+        assert abs(np.mean(found)) < 3 * np.std(found) / runs**0.5 + 0.5
+    assert covered / (2 * runs) >= 0.92
+
+
+def test_the_zones_counterfactuals_sum_to_the_wholes():
+    counterfactual, comparable, rows = comparable_of(made_day(requests=400, zones={"NORTH": 0.5}).records)
+    parts = [estimate_saving(counterfactual.of_zone(comparable, rows, zone)) for zone in (ZONE, "NORTH")]
+    whole = estimate_saving(comparable.comparison)
+    assert sum(part.reference_g for part in parts) == pytest.approx(whole.reference_g)
+    assert sum(part.emitted_g for part in parts) == pytest.approx(whole.emitted_g)
