@@ -1,0 +1,5 @@
+"""`python -m services.ledger`."""
+
+from services.ledger.app import main
+
+main()
