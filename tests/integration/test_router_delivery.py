@@ -1,0 +1,139 @@
+"""Two thousand requests through real Kafka, routers as processes, and a real Triton server: none lost.
+
+What was counted and how long it took is printed; `pytest -s` shows it.
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from router_support import (
+    LEVELS,
+    Producer,
+    RouterProcess,
+    TritonServer,
+    committed,
+    fleet_toml,
+    intensity,
+    policy,
+    producing,
+    reading,
+    request,
+    start_triton,
+)
+
+from deploy.local.processes import Supervisor
+from shared.clock import Clock
+from shared.messages import GenerationResponse
+from shared.settings import KafkaSettings
+from shared.topics import CARBON_INTENSITY, POLICIES
+
+pytestmark = pytest.mark.integration
+
+COUNT = 2_000
+START = datetime(2024, 2, 8, tzinfo=UTC)
+RATE = 20.0
+"""Event seconds in a second: the answers, of 0.1 to 1 event seconds, are short."""
+
+
+@pytest.fixture(scope="module")
+def clock() -> Clock:
+    return Clock.starting(START, rate=RATE)
+
+
+@pytest.fixture(scope="module")
+def triton(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory, clock: Clock) -> Iterator[TritonServer]:
+    server = start_triton(supervisor, tmp_path_factory.mktemp("triton"), name="delivery-triton", clock=clock)
+    yield server
+    supervisor.stop(server.name)
+
+
+@pytest.fixture
+def routers(
+    supervisor: Supervisor, kafka: KafkaSettings, triton: TritonServer, tmp_path: Path, clock: Clock
+) -> Iterator[RouterProcess]:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(fleet_toml([triton.address]))
+    # Under load a request may wait for many others: its deadline must not be what is tested here.
+    settings = {"SPROUT_ROUTER_DEFAULT_DEADLINE_WALL_S": "120"}
+    running = RouterProcess(supervisor, kafka, fleet, clock, settings)
+    yield running
+    for name in [name for name in supervisor.names if name.startswith(kafka.topic_prefix)]:
+        supervisor.stop(name)
+
+
+@pytest.fixture
+async def producer(kafka: KafkaSettings, clock: Clock) -> AsyncIterator[Producer]:
+    async with producing(kafka) as made:
+        await made.post(CARBON_INTENSITY, intensity(clock.now()), "GB")
+        await made.post(POLICIES, policy({"L0": 0.2, "L1": 0.5, "L2": 0.3}, now=clock.now(), valid_s=86_400.0), "m")
+        yield made
+
+
+def ids() -> list[str]:
+    return [f"r{number}" for number in range(COUNT)]
+
+
+def check(response: GenerationResponse) -> None:
+    assert response.status == "ok", response.error
+    assert response.decision is not None
+    assert response.usage is not None
+    assert response.decision.source == "policy"
+    assert response.usage.completion_tokens == LEVELS[response.decision.level][0]
+
+
+async def settled(kafka: KafkaSettings) -> None:
+    """Wait until everything is committed."""
+    async with asyncio.timeout(10):
+        while any(offset != end for offset, end in (await committed(kafka)).values()):  # noqa: ASYNC110 - Kafka tells nobody
+            await asyncio.sleep(0.1)
+
+
+async def test_every_request_is_answered_exactly_once(kafka, routers, producer):
+    routers.start()
+    began = time.monotonic()
+    await producer.ask(*(request(number) for number in range(COUNT)))
+    async with reading(kafka) as answers:
+        await answers.ids(ids())
+        took_s = time.monotonic() - began
+        await answers.read(until=COUNT, settle_s=1.0)
+    counts = Counter(record.key.decode() for record in answers.records)
+    assert counts == Counter(ids())
+    for response in answers.responses().values():
+        check(response)
+    await settled(kafka)
+    print(f"{COUNT} requests answered once each in {took_s:.1f} s: {COUNT / took_s:.0f} requests/s")
+
+
+async def test_a_router_killed_in_the_middle_loses_none(kafka, routers, producer):
+    doomed = routers.start()
+    routers.start()
+    began = time.monotonic()
+    await producer.ask(*(request(number) for number in range(COUNT)))
+    async with reading(kafka) as answers:
+        await answers.read(until=COUNT // 4)
+        routers.supervisor.kill(doomed)
+        before = len(answers.records)
+        assert before < COUNT
+        await asyncio.to_thread(routers.start)
+        await answers.ids(ids())
+        took_s = time.monotonic() - began
+        await answers.read(until=COUNT, settle_s=1.0)
+    levels: dict[str, set[str]] = {}
+    for record in answers.records:
+        levels.setdefault(record.key.decode(), set()).add(json.loads(record.value)["decision"]["level"])
+    assert sorted(levels) == sorted(ids())
+    assert all(len(drawn) == 1 for drawn in levels.values())  # a redelivered request draws the same
+    for response in answers.responses().values():
+        check(response)
+    await settled(kafka)
+    duplicates = len(answers.records) - COUNT
+    print(
+        f"{COUNT} requests, a router killed after {before} answers: all answered within {took_s:.1f} s, "
+        f"{duplicates} of them twice (same id, same directive)"
+    )
