@@ -1,10 +1,11 @@
 """When the evaluator spends energy: at a local minimum of the urgency-adjusted carbon intensity.
 
 With t hours since the last evaluation, the intensity k2 is weighed as k2' = k2 · exp(−βt), β = ln 2 / 24 per hour: the
-longer ago the last evaluation, the cleaner the grid appears. The evaluator runs when the grace period has passed, k2' is
-not above the threshold, and k2' has stopped falling; in any case when an evaluation is overdue (paper, section 3.3).
+longer ago the last evaluation, the cleaner the grid appears. The evaluator runs when the grace period has passed, k2'
+is not above the threshold, and k2' has stopped falling; in any case when an evaluation is overdue (paper, section 3.3).
 
-The code that the authors published weighs with exp(+βt) and compares the raw k2 with the threshold: variant `published`.
+The code that the authors published weighs with exp(+βt) and compares the raw k2 with the threshold: that is variant
+`published`.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,11 @@
 """Which samples are kept: for every model and prompt group a uniform choice of bounded size.
 
 Every sample draws a number by its request id, and a stratum keeps those with the smallest numbers. Any order of arrival
-leads to the same choice, each sample being as likely to stay as any other, and a sample that comes again changes nothing,
-whether it was kept or not. (Algorithm R draws by position in the stream: to recognise a repetition it would have to
-remember the id of every sample it ever turned away.)
+leads to the same choice, each sample being as likely to stay as any other, and a sample that comes again changes
+nothing, whether it was kept or not. (Algorithm R draws by position in the stream: to recognise a repetition it would
+have to remember the id of every sample it ever turned away.)
 
-Prompts that were evaluated already yield to those that were not: verdicts on the same prompts again are no new evidence.
+Prompts that were evaluated already yield to those that were not: another verdict on the same prompt is little evidence.
 """
 
 from collections.abc import Collection, Iterable

@@ -1,0 +1,328 @@
+"""Wires the evaluator together; everything it decides is decided elsewhere."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from urllib.parse import parse_qs
+
+from faststream.asgi import AsgiFastStream, AsgiResponse, post
+from faststream.asgi.types import Scope
+from faststream.kafka import KafkaBroker
+from faststream.middlewares import AckPolicy
+from prometheus_client import CollectorRegistry
+
+from services.evaluator.calls import ModelCalls
+from services.evaluator.delivery import Delivery
+from services.evaluator.evaluation import Evaluation
+from services.evaluator.grid import Grid
+from services.evaluator.judging import Judge, OpenAIJudge, TritonJudge
+from services.evaluator.metrics import EvaluatorMetrics
+from services.evaluator.plan import PlanError, contestants
+from services.evaluator.session import Session
+from services.evaluator.settings import EvaluatorSettings
+from services.evaluator.spending import energy_of
+from services.evaluator.storage import Storage
+from services.evaluator.watch import Watch
+from shared.broker import build_broker
+from shared.clock import Clock
+from shared.database import migrate, open_pool
+from shared.dead_letters import DeadLetterOffice, RetryLaterError, batch_decoder
+from shared.fleet import Fleet, load_fleet
+from shared.health import Health
+from shared.messages import CarbonIntensity, Footprint, Sample
+from shared.service import build_service, run_service
+from shared.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings, LogSettings
+from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, QUALITY, SAMPLES, USAGE
+from shared.triton.attempts import Attempts
+from shared.triton.pools import Pools
+
+NAME = "evaluator"
+DESCRIPTION = "Judges, when the grid is clean, how good the answers of every option are."
+
+
+class Evaluator:
+    """The parts of one evaluator, put together and not yet connected."""
+
+    def __init__(
+        self,
+        broker: KafkaBroker,
+        office: DeadLetterOffice,
+        *,
+        kafka: KafkaSettings,
+        database: DatabaseSettings,
+        settings: EvaluatorSettings,
+        fleet: Fleet,
+        clock: Clock,
+        registry: CollectorRegistry,
+    ) -> None:
+        self.settings = settings
+        self.metrics = EvaluatorMetrics(registry)
+        self._database = database
+        self._fleet = fleet
+        self._clock = clock
+        self._contestants = {model.name: contestants(fleet, model.name) for model in fleet.models}
+        self._grid = Grid(max_age_s=settings.max_intensity_age_s)
+        self._delivery = Delivery(broker, kafka=kafka)
+        self._pools = Pools(
+            fleet,
+            clock=clock,
+            rules=settings.cool_down_rules,
+            on_failure=lambda endpoint: self.metrics.endpoint_failures.labels(endpoint).inc(),
+            check_interval_s=settings.endpoint_check_interval_s,
+            check_timeout_s=settings.endpoint_check_timeout_s,
+            with_judge=settings.judge == "fleet",
+        )
+        self._calls = ModelCalls(
+            fleet=fleet,
+            pools=self._pools,
+            attempts=Attempts(
+                clock=clock,
+                rules=settings.retry_rules,
+                on_retry=lambda pool: self.metrics.retries.labels(pool).inc(),
+                first_chunk_timeout_s=settings.first_chunk_timeout_s,
+                stream_always=settings.stream,
+            ),
+            clock=clock,
+            report=self._delivery.usage,
+            concurrency=settings.concurrency,
+            timeout_s=settings.call_timeout_s,
+        )
+        self._judge_pool = None if fleet.judge is None or settings.judge != "fleet" else fleet.judge.pool
+        if settings.judge == "fleet" and self._judge_pool is None:
+            raise PlanError(
+                "the fleet file has no [judge]: name a pool there, or set SPROUT_EVALUATOR_JUDGE=openai with a URL"
+            )
+        self.watch = Watch(
+            {model.name: settings.zone or fleet.pools_of(model.name)[0].zone for model in fleet.models},
+            rules=settings.opportunity_rules,
+            threshold_factor=settings.threshold_factor,
+            max_intensity_age_s=settings.max_intensity_age_s,
+            min_samples=settings.min_samples,
+            retry_pause_s=settings.retry_pause_s,
+            grid=self._grid,
+            clock=clock,
+            metrics=self.metrics,
+        )
+        self._storage: Storage | None = None
+        self._subscribe(broker, office, kafka)
+
+    @asynccontextmanager
+    async def running(self, health: Health) -> AsyncIterator[None]:
+        """What is open while the subscribers run, and what runs beside them."""
+        async with AsyncExitStack() as stack:
+            pool = await open_pool(self._database, schema=NAME)
+            stack.push_async_callback(pool.close)
+            await migrate(pool, schema=NAME, package="services.evaluator.migrations")
+            stack.push_async_callback(self._pools.close)
+            storage = self._storage = Storage(
+                pool,
+                capacity=self.settings.samples_per_group,
+                max_age=timedelta(hours=self.settings.max_sample_age_h),
+            )
+            await self.watch.restore(storage)
+            session = self._session(storage, await self._open_judge(stack))
+            health.spawn("look after endpoints", self._pools.watch())
+            health.spawn("evaluate", self._evaluate(storage, session, health))
+            try:
+                yield
+            finally:
+                # Background work uses the connections that are closed next.
+                await health.cancel_background()
+
+    def database_problem(self) -> str | None:
+        """What is wrong with the database; null while it works."""
+        return "not connected yet" if self._storage is None else self._storage.problem
+
+    async def keep(self, samples: list[Sample]) -> None:
+        """Let samples into the reservoir."""
+        known = [one for one in samples if one.model in self._contestants]
+        self.metrics.samples.labels("offered").inc(len(known))
+        self.metrics.samples.labels("unknown_model").inc(len(samples) - len(known))
+        if not known:
+            return
+        storage = self._open_storage()
+        try:
+            await storage.keep(known, now=self._clock.now())
+        except RetryLaterError:
+            await storage.pause()
+            raise
+        self.watch.tell()
+
+    async def note(self, footprints: list[Footprint]) -> None:
+        """Learn what earlier evaluations took."""
+        book = energy_of(footprints)
+        if not book:
+            return
+        storage = self._open_storage()
+        try:
+            await storage.add_energy(book)
+        except RetryLaterError:
+            await storage.pause()
+            raise
+
+    def _open_storage(self) -> Storage:
+        if self._storage is None:
+            raise RetryLaterError("PostgreSQL is not connected yet")
+        return self._storage
+
+    def _session(self, storage: Storage, judge: Judge) -> Session:
+        def begin(evaluation_id: str, model: str) -> Evaluation:
+            return Evaluation(
+                evaluation_id,
+                model,
+                self._contestants[model],
+                calls=self._calls,
+                judge=judge,
+                metrics=self.metrics,
+                max_tokens=self.settings.max_tokens,
+                give_up_after=self.settings.give_up_after,
+            )
+
+        return Session(
+            storage=storage,
+            delivery=self._delivery,
+            begin=begin,
+            possible=self._reachable,
+            grid=self._grid,
+            fleet=self._fleet,
+            clock=self._clock,
+            prompts=self.settings.prompts_per_evaluation,
+            min_per_group=self.settings.min_prompts_per_group,
+        )
+
+    async def _open_judge(self, stack: AsyncExitStack) -> Judge:
+        settings = self.settings
+        if self._judge_pool is not None:
+            return TritonJudge(self._calls, pool=self._judge_pool, max_tokens=settings.judge_max_tokens)
+        judge = OpenAIJudge(
+            str(settings.judge_url),
+            model=settings.judge_model or "",
+            api_key=settings.judge_api_key,
+            timeout_s=settings.judge_timeout_s,
+            concurrency=settings.concurrency,
+            max_tokens=settings.judge_max_tokens,
+        )
+        stack.push_async_callback(judge.close)
+        return judge
+
+    def _reachable(self, model: str) -> bool:
+        """Whether every pool that an evaluation of the model needs has a server that answers."""
+        needed = {pool for contestant in self._contestants[model] for pool in contestant.pools}
+        if self._judge_pool is not None:
+            needed.add(self._judge_pool)
+        return all(self._pools[pool].reachable for pool in needed)
+
+    async def _evaluate(self, storage: Storage, session: Session, health: Health) -> None:
+        await session.publish_results()
+        await self.watch.run(storage, session, health)
+
+    def _subscribe(self, broker: KafkaBroker, office: DeadLetterOffice, kafka: KafkaSettings) -> None:
+        settings = self.settings
+
+        @broker.subscriber(
+            kafka.topic(SAMPLES),
+            decoder=batch_decoder(Sample, office),
+            title="samples",
+            description="Prompts kept aside for evaluations",
+            batch=True,
+            max_records=settings.fetch_max_records,
+            batch_timeout_ms=settings.poll_ms,
+            group_id=kafka.group(NAME),
+            auto_offset_reset="earliest",
+        )
+        async def on_samples(samples: list[Sample]) -> None:
+            await self.keep(samples)
+
+        @broker.subscriber(
+            kafka.topic(FOOTPRINTS),
+            decoder=batch_decoder(Footprint, office),
+            title="footprints",
+            description="What earlier evaluations took",
+            batch=True,
+            max_records=settings.fetch_max_records,
+            batch_timeout_ms=settings.poll_ms,
+            group_id=kafka.group(NAME),
+            auto_offset_reset="earliest",
+        )
+        async def on_footprints(footprints: list[Footprint]) -> None:
+            await self.note(footprints)
+
+        # Compacted: every evaluator reads all of it from the start.
+        @broker.subscriber(
+            kafka.topic(CARBON_INTENSITY),
+            decoder=batch_decoder(CarbonIntensity, office),
+            title="carbon-intensity",
+            description="What the grid emits",
+            batch=True,
+            batch_timeout_ms=settings.poll_ms,
+            auto_offset_reset="earliest",
+            ack_policy=AckPolicy.ACK_FIRST,
+        )
+        async def on_intensities(news: list[CarbonIntensity]) -> None:
+            for intensity in news:
+                self.watch.learn(intensity)
+
+
+def build_app(
+    *,
+    kafka: KafkaSettings | None = None,
+    database: DatabaseSettings | None = None,
+    settings: EvaluatorSettings | None = None,
+    fleet: Fleet | None = None,
+    clock: Clock | None = None,
+) -> AsgiFastStream:
+    """The evaluator, without connecting; what is not given is read from the environment.
+
+    Raises:
+        FleetError, ChatTemplateError, PlanError, ValidationError: the configuration does not do; the message says why.
+    """
+    kafka = kafka or KafkaSettings()
+    settings = settings or EvaluatorSettings()
+    fleet = fleet or load_fleet(FleetSettings().file)
+    clock = clock or Clock.from_environment()
+    registry = CollectorRegistry()
+    health = Health()
+    broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=5)
+    evaluator = Evaluator(
+        broker,
+        office,
+        kafka=kafka,
+        database=database or DatabaseSettings(),
+        settings=settings,
+        fleet=fleet,
+        clock=clock,
+        registry=registry,
+    )
+    health.add_check("database", evaluator.database_problem)
+    app = build_service(
+        broker,
+        name=NAME,
+        description=DESCRIPTION,
+        kafka=kafka,
+        topics=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, USAGE, QUALITY, DEAD_LETTERS),
+        registry=registry,
+        health=health,
+        lifespan=lambda: evaluator.running(health),
+    )
+    app.mount("/evaluations", _requests(evaluator.watch))
+    return app
+
+
+def _requests(watch: Watch):  # type: ignore[no-untyped-def] # noqa: ANN202 - FastStream's handler
+    """`POST /evaluations?model=NAME` asks for an evaluation now, whatever the grid does."""
+
+    @post(description="Evaluate a model now")
+    async def request(scope: Scope) -> AsgiResponse:
+        (model, *_) = parse_qs(scope["query_string"].decode()).get("model", [""])
+        if watch.request(model):
+            return AsgiResponse(b'{"status": "requested"}', 202, {"Content-Type": "application/json"})
+        body = json.dumps({"error": "give ?model= with the name of a model of the fleet file"})
+        return AsgiResponse(body.encode(), 404, {"Content-Type": "application/json"})
+
+    return request
+
+
+def main() -> None:
+    """Run until told to stop."""
+    run_service(build_app(), name=NAME, http=HttpSettings(), logs=LogSettings())

@@ -1,0 +1,28 @@
+"""Publishes what the evaluator spends and finds, for as long as it takes."""
+
+from faststream.kafka import KafkaBroker
+
+from shared.messages import Quality, UsageRecord
+from shared.publishing import insist
+from shared.settings import KafkaSettings
+from shared.topics import QUALITY, USAGE
+
+
+class Delivery:
+    """The evaluator's publishers. Every method returns once Kafka has the message."""
+
+    def __init__(self, broker: KafkaBroker, *, kafka: KafkaSettings) -> None:
+        self._usage = broker.publisher(
+            kafka.topic(USAGE), description="Every call of an evaluation on a model server", schema=UsageRecord
+        )
+        self._quality = broker.publisher(
+            kafka.topic(QUALITY), description="The outcome of an evaluation", schema=Quality
+        )
+
+    async def usage(self, record: UsageRecord) -> None:
+        """Publish a finished call."""
+        await insist(lambda: self._usage.publish(record, key=record.id.encode()))
+
+    async def quality(self, quality: Quality) -> None:
+        """Publish an evaluation's outcome."""
+        await insist(lambda: self._quality.publish(quality, key=quality.model.encode()))

@@ -1,0 +1,1 @@
+"""The evaluator's schema, as ordered SQL files."""
