@@ -3,15 +3,13 @@
 import importlib
 import inspect
 import pkgutil
-import typing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic_settings import BaseSettings
 
 from cli.console import fail, say
-from shared.clock import Clock
+from shared.fleet import Fleet
 
 
 def asyncapi(
@@ -47,28 +45,35 @@ def service_names() -> list[str]:
 
 
 def document_of(service: str, *, as_json: bool) -> str:
-    """The document of one service, under the settings of this environment.
+    """The document of one service.
 
-    Raises:
-        TypeError: `build_app` wants an argument that is neither settings nor a clock, and has no default.
+    It depends on the names of the topics alone (`SPROUT_KAFKA_TOPIC_PREFIX`), so that no fleet, no carbon data and no
+    database are needed: an example stands for each.
     """
     build_app = importlib.import_module(f"services.{service}.app").build_app
-    app = build_app(**_arguments(build_app))
+    fleet = _example_fleet()
+    example: dict[str, Any] = {"fleet": fleet}
+    if service == "carbon_feed":
+        example["settings"] = importlib.import_module("services.carbon_feed.settings").CarbonFeedSettings(
+            providers={zone: [{"kind": "constant", "intensity_g_per_kwh": 0}] for zone in fleet.zones}
+        )
+    wanted = inspect.signature(build_app).parameters
+    app = build_app(**{name: value for name, value in example.items() if name in wanted})
     specification = app.schema.to_specification()
     text: str = specification.to_json() if as_json else specification.to_yaml()
     return text
 
 
-def _arguments(build_app: Any) -> dict[str, Any]:  # noqa: ANN401
-    """By name: the settings that `build_app` takes, each from the environment or its defaults."""
-    hints = typing.get_type_hints(build_app)
-    arguments: dict[str, Any] = {}
-    for name, parameter in inspect.signature(build_app).parameters.items():
-        wanted = hints.get(name)
-        if isinstance(wanted, type) and issubclass(wanted, BaseSettings):
-            arguments[name] = wanted()
-        elif isinstance(wanted, type) and issubclass(wanted, Clock):
-            arguments[name] = Clock.from_environment()
-        elif parameter.default is inspect.Parameter.empty:
-            raise TypeError(f"{build_app.__module__}.build_app: argument {name!r} is neither settings nor a clock")
-    return arguments
+def _example_fleet() -> Fleet:
+    def pool(name: str, model: str | None) -> dict[str, Any]:
+        endpoints = [{"name": f"{name}-0", "grpc": "triton:8001", "metrics": "http://triton:8002/metrics"}]
+        return {"name": name, "model": model, "zone": "EXAMPLE", "endpoints": endpoints}
+
+    return Fleet.model_validate(
+        {
+            "directives": [{"level": "L0"}, {"level": "L1", "text": "Always answer briefly."}],
+            "models": [{"name": "example", "chat_template": "chatml"}],
+            "pools": [pool("example", "example"), pool("judge", None)],
+            "judge": {"pool": "judge"},
+        }
+    )
