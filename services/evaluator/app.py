@@ -1,12 +1,13 @@
 """Wires the evaluator together; everything it decides is decided elsewhere."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from urllib.parse import parse_qs
 
-from faststream.asgi import AsgiFastStream, AsgiResponse, post
+from faststream.asgi import AsgiFastStream, AsgiResponse, HttpHandler, post
 from faststream.asgi.types import Scope
 from faststream.kafka import KafkaBroker
 from faststream.middlewares import AckPolicy
@@ -105,6 +106,7 @@ class Evaluator:
             metrics=self.metrics,
         )
         self._storage: Storage | None = None
+        self._broker_started = asyncio.Event()
         self._subscribe(broker, office, kafka)
 
     @asynccontextmanager
@@ -124,11 +126,13 @@ class Evaluator:
             session = self._session(storage, await self._open_judge(stack))
             health.spawn("look after endpoints", self._pools.watch())
             health.spawn("evaluate", self._evaluate(storage, session, health))
-            try:
-                yield
-            finally:
-                # Background work uses the connections that are closed next.
-                await health.cancel_background()
+            # Background work uses what is closed next.
+            stack.push_async_callback(health.cancel_background)
+            yield
+
+    def begin(self) -> None:
+        """The broker has started: evaluations may publish."""
+        self._broker_started.set()
 
     def database_problem(self) -> str | None:
         """What is wrong with the database; null while it works."""
@@ -136,9 +140,10 @@ class Evaluator:
 
     async def keep(self, samples: list[Sample]) -> None:
         """Let samples into the reservoir."""
-        known = [one for one in samples if one.model in self._contestants]
+        # PostgreSQL's text has no place for NUL.
+        known = [one for one in samples if one.model in self._contestants and "\0" not in one.request_id + one.group]
         self.metrics.samples.labels("offered").inc(len(known))
-        self.metrics.samples.labels("unknown_model").inc(len(samples) - len(known))
+        self.metrics.samples.labels("refused").inc(len(samples) - len(known))
         if not known:
             return
         storage = self._open_storage()
@@ -214,6 +219,7 @@ class Evaluator:
         return all(self._pools[pool].reachable for pool in needed)
 
     async def _evaluate(self, storage: Storage, session: Session, health: Health) -> None:
+        await self._broker_started.wait()
         await session.publish_results()
         await self.watch.run(storage, session, health)
 
@@ -305,11 +311,14 @@ def build_app(
         health=health,
         lifespan=lambda: evaluator.running(health),
     )
+    app.after_startup(evaluator.begin)
+    # Before the broker stops, so that nothing is evaluated that could not be published.
+    app.on_shutdown(health.cancel_background)
     app.mount("/evaluations", _requests(evaluator.watch))
     return app
 
 
-def _requests(watch: Watch):  # type: ignore[no-untyped-def] # noqa: ANN202 - FastStream's handler
+def _requests(watch: Watch) -> HttpHandler:
     """`POST /evaluations?model=NAME` asks for an evaluation now, whatever the grid does."""
 
     @post(description="Evaluate a model now")

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from services.evaluator.calls import Answer, CallError, ModelCalls
 from services.evaluator.counting import Finding, preference
 from services.evaluator.judging import Ballot, Comparison, Judge, JudgeError, Opinion
-from services.evaluator.judging.prompt import question_of
+from services.evaluator.judging.prompt import LETTERS, question_of
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import Contestant
 from services.evaluator.spending import Call, Errand
@@ -15,6 +16,8 @@ from shared.logs import get_logger
 from shared.messages import Sample
 
 _log = get_logger(__name__)
+
+T = TypeVar("T")
 
 
 class EvaluationFailedError(RuntimeError):
@@ -72,12 +75,15 @@ class Evaluation:
             EvaluationFailedError: so many prompts in a row came to nothing that there is no use in going on, or not
                 one of them was judged.
         """
+        failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for turn, sample in enumerate(prompts):
                     group.create_task(self._evaluate(sample, turn))
         except* EvaluationFailedError as failures:
-            raise failures.exceptions[0] from None
+            failure = failures.exceptions[0]
+        if failure is not None:
+            raise failure
         if not self.results.findings:
             raise EvaluationFailedError(
                 f"of {len(prompts)} prompts none has a verdict: {self.results.abstentions} abstained, "
@@ -126,7 +132,7 @@ class Evaluation:
         verdict = ballot.verdict([one.choice for one in _all_or_error(opinions)])
         self.results.evaluated.append(sample.request_id)
         for opinion in given:
-            named = "none" if opinion.choice is None else "ABCDEFGH"[opinion.choice]
+            named = "none" if opinion.choice is None else LETTERS[opinion.choice]
             self._metrics.positions.labels(named).inc()
         if not verdict.winners:
             self.results.abstentions += 1
@@ -152,7 +158,7 @@ def chosen(samples: Mapping[str, Sample], ids: Sequence[str]) -> list[Sample]:
     return [samples[name] for name in ids if name in samples]
 
 
-def _all_or_error[T](results: Sequence[T | BaseException]) -> list[T]:
+def _all_or_error(results: Sequence[T | BaseException]) -> list[T]:
     found: list[T] = []
     for one in results:
         if isinstance(one, BaseException):

@@ -21,9 +21,11 @@ class EvaluatorMetrics:
             "sprout_evaluator_abstentions", "Prompts without a usable verdict", ("model",), registry=registry
         )
         self.dropped = Counter(
-            "sprout_evaluator_dropped", "Prompts that a failed call took out of an evaluation", ("model",),
+            "sprout_evaluator_dropped",
+            "Prompts that a failed call took out of an evaluation",
+            ("model",),
             registry=registry,
-        )  # fmt: skip
+        )
         self.positions = Counter(
             "sprout_evaluator_positions",
             "Readings of the judge by the position it named: equal shares if it has no position bias",
@@ -31,13 +33,17 @@ class EvaluatorMetrics:
             registry=registry,
         )
         self.votes = Counter(
-            "sprout_evaluator_votes", "Readings of prompts with a verdict: for the winner, or not", ("agreeing",),
+            "sprout_evaluator_votes",
+            "Readings of prompts with a verdict: for the winner, or not",
+            ("agreeing",),
             registry=registry,
-        )  # fmt: skip
+        )
         self.samples = Counter(
-            "sprout_evaluator_samples", "Samples by what became of them: offered, or of an unknown model", ("outcome",),
+            "sprout_evaluator_samples",
+            "Samples: offered to the reservoir, or refused (unknown model, unusable id)",
+            ("outcome",),
             registry=registry,
-        )  # fmt: skip
+        )
         self.retries = Counter(
             "sprout_evaluator_retries", "Attempts that followed a failed one", ("pool",), registry=registry
         )

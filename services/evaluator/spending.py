@@ -74,28 +74,37 @@ def cost_of(
         intensities: in force, gCO2eq/kWh by zone.
     """
     made = list(calls)
-    joules: float | None = 0.0
-    grams: float | None = 0.0
-    for call in made:
-        known = book.get((call.purpose, call.pool))
-        pool = fleet.pool(call.pool)
-        if known is None or not known.tokens:
-            joules = grams = None
-            break
-        spent_j = call.tokens * known.joules / known.tokens
-        joules += spent_j
-        intensity = intensities.get(pool.zone)
-        if grams is not None:
-            grams = (
-                None
-                if intensity is None
-                else grams + spent_j / JOULES_PER_KWH * pool.pue * intensity + pool.embodied_g_per_s * call.seconds
-            )
+    joules = [_joules(call, book) for call in made]
+    grams = [_grams(call, spent, intensities, fleet) for call, spent in zip(made, joules, strict=True)]
+    energy_j = _total(joules)
     return EvaluationCost(
         generations=sum(call.purpose == "evaluation" for call in made),
         judgements=judgements,
         completion_tokens=sum(call.tokens for call in made),
         processing_s=sum(call.seconds for call in made),
-        energy_kwh=None if joules is None else joules / JOULES_PER_KWH,
-        carbon_g=grams,
+        energy_kwh=None if energy_j is None else energy_j / JOULES_PER_KWH,
+        carbon_g=_total(grams),
     )
+
+
+def _joules(call: Call, book: EnergyBook) -> float | None:
+    known = book.get((call.purpose, call.pool))
+    return None if known is None or not known.tokens else call.tokens * known.joules / known.tokens
+
+
+def _grams(call: Call, joules: float | None, intensities: Mapping[str, float], fleet: Fleet) -> float | None:
+    pool = fleet.pool(call.pool)
+    intensity = intensities.get(pool.zone)
+    if joules is None or intensity is None:
+        return None
+    return joules / JOULES_PER_KWH * pool.pue * intensity + pool.embodied_g_per_s * call.seconds
+
+
+def _total(parts: Iterable[float | None]) -> float | None:
+    """The sum; null where a part is not known."""
+    total = 0.0
+    for part in parts:
+        if part is None:
+            return None
+        total += part
+    return total

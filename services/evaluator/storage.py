@@ -82,7 +82,8 @@ class Storage:
         """Ids of a model's samples by group, in the order in which to take them."""
         with self._watched():
             rows = await self._pool.fetch(
-                "SELECT prompt_group, request_id FROM reservoir WHERE model = $1 ORDER BY evaluations, draw, request_id",
+                "SELECT prompt_group, request_id FROM reservoir WHERE model = $1 "
+                "ORDER BY evaluations, draw, request_id",
                 model,
             )
         found: dict[str, list[str]] = defaultdict(list)

@@ -47,6 +47,11 @@ class _Watched:
     running: "asyncio.Task[None] | None" = None
     not_before_s: float = 0.0
 
+    def adjusted(self) -> float:
+        """Urgency-adjusted intensity, gCO2eq/kWh; NaN while there is none."""
+        value = self.opportunity.adjusted()
+        return math.nan if value is None else value
+
 
 class Watch:
     """Knows for every model when it was last evaluated, and starts the next evaluation."""
@@ -80,7 +85,7 @@ class Watch:
         self._news = asyncio.Event()
         self._next_expiry_s = 0.0
         for watched in self._models.values():
-            metrics.watch_adjusted(watched.model, lambda watched=watched: _or_nan(watched.opportunity.adjusted()))
+            metrics.watch_adjusted(watched.model, watched.adjusted)
             metrics.running.labels(watched.model).set(0)
 
     async def restore(self, storage: Storage) -> None:
@@ -211,7 +216,3 @@ class Watch:
             watched.occasion = watched.occasion or occasion
             watched.not_before_s = asyncio.get_running_loop().time() + self._retry_pause_s
         self._news.set()
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
