@@ -1,0 +1,126 @@
+"""When the evaluator runs: at clean, local minima of the urgency-adjusted intensity; never too soon, never too late."""
+
+import csv
+import gzip
+import json
+import math
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.evaluator.opportunity import PUBLISHED_URGENCY_PER_HOUR, URGENCY_PER_HOUR, Opportunity, OpportunityRules
+
+START = datetime(2023, 2, 10, tzinfo=UTC)
+USUAL = OpportunityRules()
+PUBLISHED = OpportunityRules(variant="published", urgency_per_hour=PUBLISHED_URGENCY_PER_HOUR)
+
+
+def at(hour: float) -> datetime:
+    return START + timedelta(hours=hour)
+
+
+def run(intensities, *, rules=USUAL, threshold=None, last=0.0):
+    """Hours at which an evaluation is decided on, the first hour being 0, and why."""
+    mean = sum(intensities) / len(intensities) if threshold is None else threshold
+    opportunity = Opportunity(rules, last=None if last is None else at(last))
+    found = []
+    for hour, intensity in enumerate(intensities):
+        trigger = opportunity.follow(at(hour), intensity, threshold=mean)
+        if trigger is not None:
+            found.append((hour, trigger))
+            opportunity.evaluated(at(hour))
+    return found
+
+
+def test_it_runs_where_the_intensity_stops_falling():
+    assert run([500] * 8 + [400, 300, 200, 260, 400]) == [(11, "local_minimum")]
+
+
+def test_it_does_not_run_within_the_grace_period():
+    assert run([300, 250, 200, 260, 400, 500], threshold=1_000.0) == []
+    assert run([900] * 5 + [400, 500, 600], threshold=1_000.0) == []  # six hours after: not yet
+    assert run([900] * 6 + [400, 500, 600], threshold=1_000.0) == [(7, "local_minimum")]
+
+
+def test_it_does_not_run_at_a_minimum_on_a_dirty_grid():
+    assert run([500] * 8 + [400, 300, 200, 260, 400], threshold=150.0) == []
+
+
+def test_it_runs_when_it_is_overdue_whatever_the_grid():
+    assert run([500.0 + hour for hour in range(80)], threshold=100.0) == [(72, "overdue")]
+
+
+def test_urgency_lowers_the_bar_as_time_passes():
+    ups_and_downs = [400, 340, 400, 430, 410] * 10
+    found = run(ups_and_downs, threshold=300.0)
+    assert found
+    hour, trigger = found[0]
+    assert trigger == "local_minimum"
+    assert ups_and_downs[hour] > 300.0
+    assert ups_and_downs[hour] * math.exp(-URGENCY_PER_HOUR * hour) <= 300.0
+    assert pytest.approx(math.log(2)) == URGENCY_PER_HOUR * 24
+
+
+def test_before_the_first_evaluation_the_grid_is_no_reason():
+    assert run([500] * 8 + [400, 300, 200, 260], last=None) == []
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(59, None), (60, "first"), (500, "first")])
+def test_the_first_evaluation_waits_for_samples_and_for_nothing_else(samples, expected):
+    opportunity = Opportunity(OpportunityRules())
+    assert opportunity.due(at(3), samples=samples, min_samples=60) == expected
+
+
+def test_without_an_intensity_it_runs_only_when_it_is_overdue():
+    opportunity = Opportunity(OpportunityRules(), last=at(0))
+    assert opportunity.due(at(71.9), samples=10, min_samples=60) is None
+    assert opportunity.due(at(72), samples=10, min_samples=60) == "overdue"
+    assert opportunity.due(at(72), samples=0, min_samples=60) is None
+
+
+def test_an_older_reading_says_nothing_and_one_of_the_same_hour_revises():
+    opportunity = Opportunity(OpportunityRules(), last=at(-24))
+    for hour, intensity in enumerate([500, 400, 300]):
+        assert opportunity.follow(at(hour), intensity, threshold=1_000.0) is None
+    assert opportunity.follow(at(1), 900, threshold=1_000.0) is None
+    assert opportunity.follow(at(3), 290, threshold=1_000.0) is None
+    assert opportunity.follow(at(3), 350, threshold=1_000.0) == "local_minimum"
+    assert opportunity.adjusted() == pytest.approx(350 * math.exp(-URGENCY_PER_HOUR * 27))
+
+
+@given(
+    st.lists(st.floats(1, 1_000), min_size=2, max_size=300),
+    st.sampled_from([OpportunityRules(), PUBLISHED]),
+    st.floats(1, 1_000),
+)
+def test_two_evaluations_are_never_within_the_grace_period_nor_further_apart_than_overdue(values, rules, threshold):
+    hours = [0, *(hour for hour, _ in run(values, rules=rules, threshold=threshold))]
+    gaps = [later - sooner for sooner, later in pairwise(hours)]
+    assert all(6 < gap <= 72 for gap in gaps)
+    assert len(values) - 1 - hours[-1] < 72
+
+
+@given(st.lists(st.floats(1, 1_000), min_size=2, max_size=100), st.floats(0.1, 10))
+def test_the_unit_of_the_intensity_does_not_matter(values, factor):
+    # A threshold that is met exactly could be missed by a rounding error.
+    mean = sum(values) / len(values) * 1.000_1
+    scaled = [value * 2.0 ** round(factor) for value in values]
+    assert run(values, threshold=mean) == run(scaled, threshold=mean * 2.0 ** round(factor))
+
+
+def windows():
+    zones = ("AU-SA", "GB", "NL", "US-CAL-CISO", "US-TEX-ERCO")
+    return [(zone, start) for zone in zones for start in (800, 3900, 7000)]
+
+
+@pytest.mark.parametrize(("zone", "start"), windows())
+def test_the_authors_evaluations_are_reproduced_hour_by_hour(measured_data, zone, start):
+    published = json.loads((measured_data / "published_evaluation_hours.json").read_text())
+    with gzip.open(measured_data / "carbon" / f"{zone}_2023_hourly.csv.gz", "rt") as file:
+        rows = list(csv.DictReader(file))
+    column = next(name for name in rows[0] if "direct" in name)
+    window = [float(row[column]) for row in rows[start : start + 720]]
+    assert [hour for hour, _ in run(window, rules=PUBLISHED)] == published[zone][str(start)]
