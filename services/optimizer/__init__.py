@@ -1,0 +1,1 @@
+"""optimizer: solves the linear program and publishes the policy."""

@@ -1,0 +1,5 @@
+"""`python -m services.optimizer`."""
+
+from services.optimizer.app import main
+
+main()

@@ -1,0 +1,229 @@
+"""What the optimizer believes of every option for every group: e, p and q (docs/decisions/0004-estimates.md).
+
+Energy and time follow a multiplicative model, level of the group × ratio of the option, and each cell leans on it by
+pseudo-requests: a group in which an option was never seen is expected to take what the reference takes there, times the
+option's usual ratio to it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from services.optimizer.consumption import Consumed, Consumption, Memory
+from services.optimizer.quality import Posterior, QualityEvidence, QualityRules
+from shared.messages import OptionEstimate
+
+_ITERATIONS = 30
+
+Row = dict[str, OptionEstimate]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimateRules:
+    """How evidence becomes estimates.
+
+    Attributes:
+        memory: how long consumption is remembered.
+        quality: how counts become a posterior.
+        pseudo_requests: requests that the multiplicative model counts as, in each group and option.
+        min_requests: effective requests of an option, in all groups, before it may be used.
+        min_group_requests: effective requests of a group before it gets a row of its own.
+    """
+
+    memory: Memory
+    quality: QualityRules
+    pseudo_requests: float
+    min_requests: float
+    min_group_requests: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimates:
+    """Beliefs at one instant.
+
+    Attributes:
+        weights: traffic share by group that has a row of its own; sums to 1, empty without traffic.
+        groups: by group, then option; options without evidence are left out, the reference never.
+        whole: by option: the mean over the traffic, for groups without a row.
+        requests_per_s: of the model.
+        withheld: why an option may not be used, by option.
+    """
+
+    weights: dict[str, float]
+    groups: dict[str, Row]
+    whole: Row
+    requests_per_s: float
+    withheld: dict[str, str] = field(default_factory=dict)
+
+
+def estimate(
+    consumption: Consumption,
+    evidence: QualityEvidence,
+    *,
+    options: Sequence[str],
+    reference: str,
+    metrics: Sequence[str],
+    rules: EstimateRules,
+    now_s: float,
+) -> Estimates | None:
+    """Beliefs at an event time; null as long as no footprint of the reference is known.
+
+    Args:
+        options: of the fleet, the reference among them; others in the evidence are passed over.
+        metrics: that an option's quality must be known in before it may be used.
+    """
+    served = set(options)
+    consumed = {
+        group: kept
+        for group, row in consumption.consumed(now_s, rules.memory).items()
+        if (kept := {option: cell for option, cell in row.items() if option in served})
+    }
+    requests = {option: sum(row[option].requests for row in consumed.values() if option in row) for option in options}
+    if requests[reference] <= 0.0:
+        return None
+    posteriors = {metric: evidence.posterior(metric, now_s, rules.quality) for metric in metrics}
+    withheld = _withheld(options, reference, requests, posteriors, rules)
+    usable = [option for option in options if option not in withheld]
+    groups = _named_groups(consumption.requests(now_s, rules.memory), rules)
+    costs = _Costs(consumed, rules.pseudo_requests)
+
+    def row(group: str) -> Row:
+        return {option: _believed(group, option, costs, posteriors) for option in usable}
+
+    rows = {group: row(group) for group in groups}
+    total = sum(groups.values())
+    weights = {group: count / total for group, count in groups.items()}
+    everyone = weights or {group: 1.0 / len(consumed) for group in consumed}
+    return Estimates(
+        weights=weights,
+        groups=rows,
+        whole=_averaged({group: rows.get(group) or row(group) for group in everyone}, everyone),
+        requests_per_s=consumption.requests_per_s(now_s, rules.memory),
+        withheld=withheld,
+    )
+
+
+def main_effects(
+    totals: Mapping[str, Mapping[str, tuple[float, float]]], *, pseudo_requests: float
+) -> Callable[[str, str], float]:
+    """Fit mean(group, option) = level(group) × ratio(option).
+
+    Iterative proportional fitting of the margins, the method of marginal totals of insurance rating: each group is
+    compared with itself, so that an option does not look cheap because it is drawn for cheap groups. A group's level
+    leans on the mean of all by pseudo-requests.
+
+    Args:
+        totals: (requests, sum) by group, then option.
+
+    Returns:
+        The fitted mean; the usual level for an unknown group, the usual ratio for an unknown option.
+    """
+    levels = dict.fromkeys(totals, 1.0)
+    ratios = {option: 1.0 for row in totals.values() for option in row}
+    usual = 1.0
+    for _ in range(_ITERATIONS):
+        expected = sum(count * ratios[option] for row in totals.values() for option, (count, _) in row.items())
+        usual = _quotient(sum(taken for row in totals.values() for _, taken in row.values()), expected, usual)
+        for group, row in totals.items():
+            taken = sum(one for _, one in row.values()) + pseudo_requests * usual
+            weight = sum(count * ratios[option] for option, (count, _) in row.items()) + pseudo_requests
+            levels[group] = _quotient(taken, weight, usual)
+        for option, ratio in ratios.items():
+            seen = [(levels[group], *row[option]) for group, row in totals.items() if option in row]
+            taken = sum(one for _, _, one in seen)
+            ratios[option] = _quotient(taken, sum(level * count for level, count, _ in seen), ratio)
+    return lambda group, option: levels.get(group, usual) * ratios.get(option, 1.0)
+
+
+class _Costs:
+    """Energy and time of every group and option."""
+
+    def __init__(self, consumed: Mapping[str, Mapping[str, Consumed]], pseudo_requests: float) -> None:
+        self._consumed = consumed
+        self._pseudo = pseudo_requests
+        self._energy = self._fit(lambda cell: cell.energy_kwh)
+        self._time = self._fit(lambda cell: cell.processing_s)
+
+    def of(self, group: str, option: str) -> Consumed:
+        """Effective requests, and the means of energy and time."""
+        cell = self._consumed.get(group, {}).get(option, Consumed(0.0, 0.0, 0.0))
+        weight = cell.requests + self._pseudo
+        return Consumed(
+            cell.requests,
+            (cell.energy_kwh + self._pseudo * self._energy(group, option)) / weight,
+            (cell.processing_s + self._pseudo * self._time(group, option)) / weight,
+        )
+
+    def _fit(self, value: Callable[[Consumed], float]) -> Callable[[str, str], float]:
+        return main_effects(
+            {
+                group: {option: (cell.requests, value(cell)) for option, cell in row.items()}
+                for group, row in self._consumed.items()
+            },
+            pseudo_requests=self._pseudo,
+        )
+
+
+def _withheld(
+    options: Sequence[str],
+    reference: str,
+    requests: Mapping[str, float],
+    posteriors: Mapping[str, Posterior],
+    rules: EstimateRules,
+) -> dict[str, str]:
+    """Why an option may not be used. Without evidence of the reference's quality no other can be compared with it."""
+    reasons: dict[str, str] = {}
+    for option in options:
+        if option == reference:
+            continue
+        if requests[option] < rules.min_requests:
+            reasons[option] = f"{requests[option]:.1f} of {rules.min_requests:g} footprints"
+        for metric, posterior in posteriors.items():
+            scarce = next((one for one in (option, reference) if not posterior.suffices(one)), None)
+            if scarce is not None and option not in reasons:
+                trials = f"{posterior.trials(scarce):.1f} of {rules.quality.min_trials:g} judged prompts"
+                reasons[option] = f"{trials} ({metric}{' of the reference' if scarce == reference else ''})"
+    return reasons
+
+
+def _named_groups(requests: Mapping[str, float], rules: EstimateRules) -> dict[str, float]:
+    """The groups with most traffic, as many as get a row of their own; effective requests by group, in order."""
+    by_traffic = sorted(requests, key=lambda group: (-requests[group], group))[: rules.memory.max_groups]
+    named = [group for group in by_traffic if requests[group] >= rules.min_group_requests] or by_traffic[:1]
+    return {group: requests[group] for group in sorted(named) if requests[group] > 0.0}
+
+
+def _believed(group: str, option: str, costs: _Costs, posteriors: Mapping[str, Posterior]) -> OptionEstimate:
+    cost = costs.of(group, option)
+    return OptionEstimate(
+        energy_kwh=cost.energy_kwh,
+        processing_s=cost.processing_s,
+        quality={metric: one.mean(group, option) for metric, one in posteriors.items()},
+        trials=min((one.group_trials(group, option) for one in posteriors.values()), default=0.0),
+        requests=cost.requests,
+    )
+
+
+def _averaged(rows: Mapping[str, Row], weights: Mapping[str, float]) -> Row:
+    """The mean over groups by traffic."""
+    options = next(iter(rows.values()))
+
+    def mean(option: str, value: Callable[[OptionEstimate], float]) -> float:
+        return sum(weights[group] * value(row[option]) for group, row in rows.items())
+
+    return {
+        option: OptionEstimate(
+            energy_kwh=mean(option, lambda one: one.energy_kwh),
+            processing_s=mean(option, lambda one: one.processing_s),
+            quality={
+                metric: mean(option, lambda one, metric=metric: one.quality[metric])  # type: ignore[misc]
+                for metric in options[option].quality
+            },
+            trials=sum(row[option].trials for row in rows.values()),
+            requests=sum(row[option].requests for row in rows.values()),
+        )
+        for option in options
+    }
+
+
+def _quotient(dividend: float, divisor: float, otherwise: float) -> float:
+    return dividend / divisor if divisor > 0.0 else otherwise

@@ -1,0 +1,1 @@
+"""Tables of the optimizer, in the order of their names."""

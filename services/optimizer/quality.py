@@ -1,0 +1,105 @@
+"""Quality by group and option: judged outcomes that are forgotten by and by, and what they let believe."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from services.optimizer.decay import DecayedSums
+from shared.messages import Quality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityRules:
+    """How counts become a posterior.
+
+    Attributes:
+        half_life_s: of a count, event time.
+        pseudo_trials: judged prompts that the whole counts as, in each group.
+        prior_trials: judged prompts that the weak prior counts as, in the whole.
+        min_trials: effective judged prompts of an option, in the whole, before it may be used.
+    """
+
+    half_life_s: float
+    pseudo_trials: float
+    prior_trials: float
+    min_trials: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Effective outcomes."""
+
+    successes: float = 0.0
+    trials: float = 0.0
+
+    def mean(self, prior: float, prior_trials: float) -> float:
+        """Posterior mean of the success rate under a Beta prior of this mean and weight."""
+        trials = self.trials + prior_trials
+        return min((self.successes + prior * prior_trials) / trials, 1.0) if trials > 0.0 else prior
+
+
+class QualityEvidence:
+    """The judged outcomes of one model's evaluations."""
+
+    def __init__(self, evaluations: Iterable[Quality], *, half_life_s: float) -> None:
+        """Add up evaluations, each of them given once."""
+        self._half_life_s = half_life_s
+        self._sums: dict[str, dict[str, dict[str, DecayedSums]]] = {}
+        self.latest: Quality | None = None
+        for evaluation in evaluations:
+            self._add(evaluation)
+
+    def posterior(self, metric: str, now_s: float, rules: QualityRules) -> "Posterior":
+        """What the evidence lets believe of a metric at an event time."""
+        judged = {
+            group: {option: Judged(*sums.at(now_s, self._half_life_s)) for option, sums in row.items()}
+            for group, row in self._sums.get(metric, {}).items()
+        }
+        return Posterior(judged, rules)
+
+    def _add(self, evaluation: Quality) -> None:
+        at_s = evaluation.evaluated_at.timestamp()
+        for count in evaluation.counts:
+            row = self._sums.setdefault(count.metric, {}).setdefault(count.group, {})
+            sums = row.setdefault(count.option, DecayedSums(at_s, [0.0, 0.0]))
+            outcome = (min(count.successes, count.trials), count.trials)
+            sums.add(outcome, at_s=at_s, half_life_s=self._half_life_s)
+        if self.latest is None or evaluation.evaluated_at > self.latest.evaluated_at:
+            self.latest = evaluation
+
+
+class Posterior:
+    """Quality of one metric at one instant.
+
+    An option's quality in the whole leans on a weak prior, the mean of all options; a group's leans on the whole's.
+    """
+
+    def __init__(self, judged: Mapping[str, Mapping[str, Judged]], rules: QualityRules) -> None:
+        self._judged = judged
+        self._rules = rules
+        self._whole: dict[str, Judged] = {}
+        for row in judged.values():
+            for option, one in row.items():
+                known = self._whole.get(option, Judged())
+                self._whole[option] = Judged(known.successes + one.successes, known.trials + one.trials)
+        trials = sum(one.trials for one in self._whole.values())
+        self._prior = sum(one.successes for one in self._whole.values()) / trials if trials > 0.0 else 0.0
+
+    def trials(self, option: str) -> float:
+        """Effective judged prompts of an option in all groups."""
+        return self._whole.get(option, Judged()).trials
+
+    def suffices(self, option: str) -> bool:
+        """Whether there is evidence enough to use the option."""
+        return self.trials(option) >= self._rules.min_trials
+
+    def group_trials(self, group: str, option: str) -> float:
+        """Effective judged prompts of an option in a group."""
+        return self._of(group, option).trials
+
+    def mean(self, group: str, option: str) -> float:
+        """q[group, option]; the whole's for a group without evidence."""
+        whole = self._whole.get(option, Judged()).mean(self._prior, self._rules.prior_trials)
+        return self._of(group, option).mean(whole, self._rules.pseudo_trials)
+
+    def _of(self, group: str, option: str) -> Judged:
+        return self._judged.get(group, {}).get(option, Judged())
