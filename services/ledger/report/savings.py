@@ -181,19 +181,5 @@ def _half_width(requests: Comparison, residual: Floats) -> float | None:
         return 0.0
     expected = float((factor * requests.variance).sum())
     shown = factor / drawn * residual**2
-    total = float(shown.sum())
-    if total <= 0.0:
-        return _Z * math.sqrt(expected) if expected > 0.0 else None
-    freedom = max(1.0, total**2 / float((shown**2).sum()))
-    return max(_Z * math.sqrt(expected), _t_quantile(freedom) * math.sqrt(total))
-
-
-def _t_quantile(freedom: float) -> float:
-    """Student's t for the two-sided 95 %, by the Cornish-Fisher expansion around the normal's."""
-    z = _Z
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
+    variance = max(expected, float(shown.sum()))
+    return _Z * math.sqrt(variance) if variance > 0.0 else None

@@ -1,0 +1,40 @@
+"""A report on the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cli.reporting.content import TextTable, summary_lines, tables
+from cli.reporting.words import moment
+from services.ledger.report.model import Report
+
+HEADLINES = {"carbon saved": "bold green", "preference": "bold"}
+
+
+def render_tables(report: Report, console: Console, *, hours: bool = True) -> None:
+    """Print the summary, then a table each per zone, hour, prompt group and evaluation."""
+    console.print(Text(headline(report), style="bold"))
+    summary = Table.grid(padding=(0, 2))
+    for label, text in summary_lines(report):
+        summary.add_row(Text(label, style="dim"), Text(text, style=HEADLINES.get(label, "")))
+    console.print(summary)
+    for table in tables(report, hours=hours):
+        console.print()
+        console.print(_rich(table))
+
+
+def headline(report: Report) -> str:
+    """Which requests the report is about."""
+    scope = report.scope
+    models = ", ".join(scope.models) or scope.model or "no model"
+    zones = ", ".join(scope.zones) or scope.zone or "no zone"
+    return f"{models} in {zones}, {moment(scope.first)} to {moment(scope.last)} UTC"
+
+
+def _rich(table: TextTable) -> Table:
+    shown = Table(title=table.title, title_justify="left", title_style="bold")
+    for number, name in enumerate(table.columns):
+        shown.add_column(name, justify="left" if number < table.labels else "right", no_wrap=number == 0)
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    return shown

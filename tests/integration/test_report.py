@@ -1,0 +1,335 @@
+"""The report on real books: rows in a real PostgreSQL under the ledger's own migrations, read by the `sprout` command."""
+
+import json
+from datetime import timedelta
+
+import asyncpg
+import pytest
+from report_support import (
+    DAY,
+    MODEL,
+    OPTIONS,
+    POOL,
+    REFERENCE,
+    ZONE,
+    intensity_at,
+    made_day,
+    policy_at,
+    quality_at,
+    record_of,
+)
+from typer.testing import CliRunner
+
+from cli.main import app
+from services.ledger.report import NoBooksError, collect_report
+from shared.database import migrate, open_pool
+
+pytestmark = pytest.mark.integration
+
+IDLE_J, UNATTRIBUTED_J = 40_000.0, 1_500.0
+COLUMNS = [
+    "request_id",
+    "purpose",
+    "evaluation_id",
+    "model",
+    "grp",
+    "task",
+    "tenant",
+    "pool",
+    "level",
+    "zone",
+    "endpoint",
+    "policy_version",
+    "decision_source",
+    "propensity",
+    "propensities",
+    "started_at",
+    "finished_at",
+    "processing_s",
+    "prompt_tokens",
+    "completion_tokens",
+    "energy_j",
+    "intensity_g_per_kwh",
+    "operational_g",
+    "embodied_g",
+    "total_g",
+]
+
+
+@pytest.fixture
+async def books(database):
+    """An empty ledger."""
+    pool = await open_pool(database, schema="ledger")
+    await migrate(pool, schema="ledger", package="services.ledger.migrations")
+    yield pool
+    await pool.close()
+
+
+def url_of(database):
+    return database.url.get_secret_value()
+
+
+async def write_calls(pool, records, *, unsettled=()):
+    """Calls, and a footprint of each that is settled."""
+    call_columns = [
+        "purpose",
+        "evaluation_id",
+        "model",
+        "grp",
+        "task",
+        "tenant",
+        "pool",
+        "level",
+        "zone",
+        "endpoint",
+        "policy_version",
+        "decision_source",
+        "propensity",
+        "propensities",
+        "started_at",
+        "finished_at",
+        "prompt_tokens",
+        "completion_tokens",
+    ]
+    plain = [{**record, "propensities": json.dumps(record["propensities"])} for record in records]
+    await pool.executemany(
+        f"INSERT INTO ledger.calls (id, settled, {', '.join(call_columns)}) "
+        f"VALUES ($1, $2, {', '.join(f'${n + 3}' for n in range(len(call_columns)))})",
+        [
+            (row["request_id"], row["request_id"] not in unsettled, *(row[name] for name in call_columns))
+            for row in plain
+        ],
+    )
+    await pool.executemany(
+        f"INSERT INTO ledger.footprints ({', '.join(COLUMNS)}) "
+        f"VALUES ({', '.join(f'${n + 1}' for n in range(len(COLUMNS)))})",
+        [tuple(row[name] for name in COLUMNS) for row in plain if row["request_id"] not in unsettled],
+    )
+
+
+async def write_day(pool, *, zones=None):
+    """A day of requests, two evaluations, hourly policies and intensities, meters that agree with the calls."""
+    day = made_day(requests=500, seed=3, zones=zones)
+    evaluation = [
+        record_of(
+            f"e{number}",
+            purpose="evaluation",
+            evaluation_id="evaluation-12",
+            option=OPTIONS[number % 3],
+            at=DAY + timedelta(hours=12, minutes=number),
+            energy_j=800.0,
+            intensity=intensity_at(12),
+            source=None,
+            policy_version=None,
+        )
+        for number in range(9)
+    ]
+    judge = record_of(
+        "j0",
+        purpose="judge",
+        evaluation_id="evaluation-12",
+        option="judge/L0",
+        at=DAY + timedelta(hours=12.5),
+        energy_j=120.0,
+        intensity=intensity_at(12),
+        source=None,
+        policy_version=None,
+    )
+    await write_calls(pool, [*day.records, *evaluation, judge])
+    everything = [*day.records, *evaluation, judge]
+    for place in sorted({(str(r["endpoint"]), str(r["pool"]), str(r["zone"])) for r in everything}):
+        await write_meter(pool, *place, sum(float(r["energy_j"]) for r in everything if r["endpoint"] == place[0]))
+    await pool.executemany(
+        "INSERT INTO ledger.intensity VALUES ($1, $2, $3, false, 'csv')",
+        [
+            (zone, DAY + timedelta(hours=hour), intensity_at(hour) * share)
+            for hour in range(24)
+            for zone, share in {ZONE: 1.0, **(zones or {})}.items()
+        ],
+    )
+    policies = [policy_at(hour) for hour in range(24)]
+    await pool.executemany(
+        "INSERT INTO ledger.policies VALUES ($1, $2, $3, $4)",
+        [(policy.model, policy.version, policy.created_at, policy.model_dump_json()) for policy in policies],
+    )
+    await pool.executemany(
+        "INSERT INTO ledger.quality VALUES ($1, $2, $3, $4)",
+        [
+            (quality.evaluation_id, quality.model, quality.evaluated_at, quality.model_dump_json())
+            for quality in (quality_at(1.0), quality_at(12.0))
+        ],
+    )
+    await pool.execute(
+        "INSERT INTO ledger.refusals VALUES ('x1', $1, 'deadline_exceeded', $2)", MODEL, DAY + timedelta(hours=3)
+    )
+    return day
+
+
+async def write_meter(pool, endpoint, pool_name, zone, attributed_j):
+    """An endpoint's day: two GPUs, one of which restarts its counter at noon; 24 intervals."""
+    hourly_j = (attributed_j + IDLE_J + UNATTRIBUTED_J) / 24
+    await pool.executemany(
+        "INSERT INTO ledger.intervals (endpoint, started_at, finished_at, zone, pool, metered_j, attributed_j, idle_j, "
+        "unattributed_j) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+        [
+            (
+                endpoint,
+                DAY + timedelta(hours=hour),
+                DAY + timedelta(hours=hour + 1),
+                zone,
+                pool_name,
+                hourly_j,
+                attributed_j / 24,
+                IDLE_J / 24,
+                UNATTRIBUTED_J / 24,
+            )
+            for hour in range(24)
+        ],
+    )
+    readings = []
+    for hour in range(-2, 27):  # beyond the settled span as well: that must not count
+        steady = 5_000.0 + hourly_j * 0.6 * hour
+        restarted = 9_000.0 + hourly_j * 0.4 * hour if hour < 12 else hourly_j * 0.4 * (hour - 11)
+        readings += [
+            (endpoint, DAY + timedelta(hours=hour), "gpu-0", steady),
+            (endpoint, DAY + timedelta(hours=hour), "gpu-1", restarted),
+        ]
+    await pool.executemany("INSERT INTO ledger.readings VALUES ($1, $2, $3, $4)", readings)
+
+
+async def test_a_day_is_reported_from_the_tables(books):
+    day = await write_day(books)
+    report = await collect_report(books)
+    assert report.requests.answered == report.requests.settled == report.requests.compared == 500
+    assert report.requests.refused_by_code == {"deadline_exceeded": 1}
+    assert report.references == (REFERENCE,)
+    assert report.saving.emitted_g == pytest.approx(day.emitted_g)
+    truth = 100 * (1 - day.emitted_g / day.reference_g.sum())
+    assert report.saving.saving_interval.low < truth < report.saving.saving_interval.high
+    assert report.implied_saving_pct == pytest.approx(report.saving.saving_pct, abs=6.0)
+    assert report.promised_saving_pct == pytest.approx(37.5)
+    assert report.energy.difference_pct == pytest.approx(0.0, abs=1e-6)
+    assert report.energy.judge_j == pytest.approx(120.0)
+    assert len(report.hours) == 24
+    assert sum(hour.reference_g for hour in report.hours) == pytest.approx(report.saving.reference_g)
+    assert [row.calls for row in report.evaluations] == [0, 10]
+    assert report.policies_published == 24
+    assert report.quality.bound_kept
+    assert 80 < report.quality.preference_pct < 100
+
+
+async def test_two_zones_are_told_apart_and_one_can_be_asked_for(books):
+    day = await write_day(books, zones={"NORTH": 0.5})
+    whole = await collect_report(books)
+    north = await collect_report(books, zone="NORTH")
+    served = [record for record in day.records if record["zone"] == "NORTH"]
+    assert [row.zone for row in whole.zones] == ["NORTH", ZONE]
+    assert sum(row.requests for row in whole.zones) == 500
+    assert north.requests.settled == len(served)
+    assert north.saving.emitted_g == pytest.approx(sum(float(record["total_g"]) for record in served))
+    assert north.saving.reference_g == pytest.approx(whole.zones[0].saving.reference_g)
+    assert north.energy.difference_pct == pytest.approx(0.0, abs=1e-6)
+    assert sum(hour.reference_g for hour in north.hours) == pytest.approx(north.saving.reference_g)
+
+
+async def test_a_period_narrows_every_figure(books):
+    day = await write_day(books)
+    noon = DAY + timedelta(hours=12)
+    report = await collect_report(books, since=DAY + timedelta(hours=6), until=noon)
+    chosen = [record for record in day.records if DAY + timedelta(hours=6) <= record["started_at"] < noon]
+    assert report.requests.answered == len(chosen)
+    assert [hour.start.hour for hour in report.hours] == [6, 7, 8, 9, 10, 11]
+    assert report.requests.refused == 0
+    assert report.policies_published == 6
+    assert not report.evaluations
+
+
+async def test_calls_that_wait_for_their_energy_are_counted_as_such(books):
+    records = [record_of(f"r{number}") for number in range(4)]
+    await write_calls(books, records, unsettled={"r3"})
+    report = await collect_report(books)
+    assert (report.requests.answered, report.requests.settled, report.requests.unsettled) == (4, 3, 1)
+
+
+async def test_another_model_has_no_requests_here(books):
+    await write_day(books)
+    report = await collect_report(books, model="other")
+    assert report.requests.answered == 0
+    assert report.saving.saving_pct is None
+    assert report.energy.metered_j > 0
+
+
+async def test_without_the_ledgers_tables_it_says_so(database):
+    with pytest.raises(NoBooksError, match="ledger"):
+        await collect_report(url_of(database))
+
+
+async def test_empty_books_make_an_empty_report(books):
+    report = await collect_report(books)
+    assert report.empty
+    assert report.saving.saving_pct is None
+    assert report.energy.difference_pct is None
+
+
+async def sprout_report(database, *arguments):
+    """The command, on a thread of its own as it runs an event loop itself."""
+    import asyncio  # noqa: PLC0415
+
+    def invoke():
+        return CliRunner().invoke(app, ["report", "--database", url_of(database), *arguments], env={"COLUMNS": "160"})
+
+    return await asyncio.to_thread(invoke)
+
+
+async def test_the_command_prints_tables_and_writes_files(books, database, tmp_path):
+    await write_day(books)
+    page, figures = tmp_path / "out" / "report.html", tmp_path / "report.json"
+    result = await sprout_report(database, "--html", str(page), "--json", str(figures))
+    assert result.exit_code == 0, result.output
+    for words in ("carbon saved", "95 % interval", "Zones", "Hours (UTC)", "Prompt groups", "Evaluations", "gsm8k"):
+        assert words in result.output
+    written = json.loads(figures.read_text())
+    assert written["energy_attributed_j"] == pytest.approx(written["energy_metered_j"])
+    assert {"carbon_saving_pct", "implied_saving_pct", "preference_pct", "evaluations", "policies_published"} <= set(
+        written
+    )
+    text = page.read_text()
+    assert "Plotly.react" in text
+    assert 'src="http' not in text
+
+
+async def test_the_command_says_when_there_is_nothing_yet(books, database):
+    result = await sprout_report(database, "--since", "2024-02-08")
+    assert result.exit_code == 3
+    assert "nothing to report yet" in result.output
+    assert "--since 2024-02-08" in result.output
+
+
+async def test_the_command_says_when_there_is_no_ledger(database):
+    result = await sprout_report(database)
+    assert result.exit_code == 3
+    assert "start the ledger" in result.output
+
+
+async def test_the_command_refuses_what_is_no_time_and_a_database_that_is_not_there(database):
+    assert "--since must be a time" in (await sprout_report(database, "--since", "yesterday")).output
+    outcome = await sprout_report(database, "--since", "2024-02-09", "--until", "2024-02-08")
+    assert "--since must lie before" in outcome.output
+    nowhere = CliRunner()
+    import asyncio  # noqa: PLC0415
+
+    result = await asyncio.to_thread(
+        nowhere.invoke, app, ["report", "--database", "postgresql://nobody@127.0.0.1:9/none"]
+    )
+    assert result.exit_code == 3
+    assert "no answer from the database" in result.output
+
+
+async def test_a_pool_of_any_schema_will_do(books, database):
+    await write_calls(books, [record_of("r1", option=f"{POOL}/L1", row={REFERENCE: 0.5, f"{POOL}/L1": 0.5})])
+    pool = await asyncpg.create_pool(url_of(database), min_size=1, max_size=1)
+    try:
+        report = await collect_report(pool, model=MODEL)
+    finally:
+        await pool.close()
+    assert report.requests.settled == 1
