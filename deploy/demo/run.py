@@ -9,7 +9,6 @@ from typing import Any
 
 import asyncpg
 from rich.console import Console
-from services.ledger.report import Report, collect_report
 
 from deploy.demo.day import DemoDay
 from deploy.demo.observer import Observer, Tally
@@ -22,6 +21,7 @@ from deploy.local.config import StackConfig
 from deploy.local.models import ModelServers
 from deploy.local.stack import LocalStack
 from deploy.local.state import BrokerKind
+from services.ledger.report import Report, collect_report
 
 ANSWERS_WAIT_S = 60.0
 """Wall seconds after the last request in which the last answers must come."""
@@ -141,7 +141,9 @@ class _DayRun:
 
 
 def _complete(report: Report, tally: Tally) -> bool:
-    raise NotImplementedError(report, tally)
+    """Whether every answer that a producer saw has its footprint, and the evaluator's calls too."""
+    answered = tally.answered - sum(tally.errors.values())
+    return report.requests.settled >= answered and report.requests.unsettled == 0
 
 
 async def _until(reached: Callable[[], bool], wait_s: float) -> bool:

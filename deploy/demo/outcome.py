@@ -1,0 +1,90 @@
+"""What the demo shows in figures, and whether they hold. Pure."""
+
+from dataclasses import dataclass
+
+from deploy.demo.observer import Tally
+from services.ledger.report import Report
+
+LARGEST_IMBALANCE_PCT = 0.1
+"""Attributed energy may differ from the meters' by this much."""
+LARGEST_DISAGREEMENT_POINTS = 3.0
+"""Measured and implied saving may differ by this much, or by as much as the measured one's interval is wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The figures of `demo-report.json`, and what does not hold; no problems: the demo succeeded."""
+
+    figures: dict[str, object]
+    problems: tuple[str, ...]
+
+
+def outcome_of(*, planned: int, sent: int, tally: Tally, report: Report, broker: str, seconds: float) -> Outcome:
+    """Figures and problems of a day.
+
+    Args:
+        planned: requests that were to be sent.
+        sent: those that Kafka acknowledged.
+        seconds: wall time of it all.
+    """
+    saving, energy, interval = report.saving, report.energy, report.saving.saving_interval
+    figures: dict[str, object] = {
+        "requests_sent": sent,
+        "requests_answered": tally.answered,
+        "requests_failed": sum(tally.errors.values()),
+        "duplicates": tally.duplicates,
+        "dead_letters": tally.dead_letters,
+        "carbon_saving_pct": saving.saving_pct,
+        "carbon_saving_interval_pct": None if interval is None else [interval.low, interval.high],
+        "implied_saving_pct": report.implied_saving_pct,
+        "promised_saving_pct": report.promised_saving_pct,
+        "energy_attributed_j": energy.attributed_j,
+        "energy_metered_j": energy.metered_j,
+        "energy_idle_j": energy.idle_j,
+        "energy_unattributed_j": energy.unattributed_j,
+        "preference_pct": report.quality.preference_pct,
+        "evaluations": len(report.evaluations),
+        "evaluation_share_pct": report.carbon.evaluation_share_pct,
+        "policies_published": tally.policies_published,
+        "broker": broker,
+        "seconds": round(seconds, 1),
+    }
+    return Outcome(figures, tuple(_problems(planned, sent, tally, report)))
+
+
+def _problems(planned: int, sent: int, tally: Tally, report: Report) -> list[str]:
+    failed = ", ".join(f"{code} {count}" for code, count in tally.errors.most_common())
+    checks = [
+        (sent != planned, f"{planned - sent} of {planned} requests could not be sent"),
+        (tally.answered != planned, f"{planned - tally.answered} requests were not answered"),
+        (bool(tally.errors), f"requests failed: {failed}"),
+        (tally.duplicates > 0, f"{tally.duplicates} answers came twice, though no router was stopped"),
+        (tally.dead_letters > 0, f"{tally.dead_letters} messages became dead letters"),
+        (report.requests.unsettled > 0, f"{report.requests.unsettled} answers have no footprint yet"),
+        (not report.evaluations, "no evaluation took place: quality is unknown, and nothing could be saved"),
+    ]
+    return [text for found, text in checks if found] + _energy_problems(report) + _saving_problems(report)
+
+
+def _energy_problems(report: Report) -> list[str]:
+    imbalance = report.energy.difference_pct
+    if imbalance is None:
+        return ["no energy was metered"]
+    if abs(imbalance) > LARGEST_IMBALANCE_PCT:
+        return [f"attributed energy differs from the meters' by {imbalance:+.3f} %"]
+    return []
+
+
+def _saving_problems(report: Report) -> list[str]:
+    measured, implied = report.saving.saving_pct, report.implied_saving_pct
+    if measured is None or implied is None:
+        return ["the saving could not be measured"]
+    if abs(measured - implied) > _tolerance(report):
+        return [f"the measured saving, {measured:.1f} %, disagrees with what the policies imply, {implied:.1f} %"]
+    return []
+
+
+def _tolerance(report: Report) -> float:
+    interval = report.saving.saving_interval
+    half = 0.0 if interval is None else (interval.high - interval.low) / 2
+    return max(LARGEST_DISAGREEMENT_POINTS, half)

@@ -1,0 +1,1 @@
+"""The workload that is written for this project."""
