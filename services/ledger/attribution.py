@@ -75,14 +75,18 @@ def work_in(call: Call, interval: Interval, prefill_weight: float) -> float:
     Tokens come evenly between the first one (the start, where it is not known) and the end; the prompt is read evenly
     between the start and the first token.
     """
-    first_s = call.started_s if call.first_token_s is None else _clip(call.first_token_s, call.started_s, call.finished_s)
+    first_s = (
+        call.started_s if call.first_token_s is None else _clip(call.first_token_s, call.started_s, call.finished_s)
+    )
     prompt_until_s = call.finished_s if call.first_token_s is None else first_s
     generated = call.completion_tokens * _share(first_s, call.finished_s, interval)
     read = prefill_weight * call.prompt_tokens * _share(call.started_s, prompt_until_s, interval)
     return generated + read
 
 
-def _attribute_one(interval: Interval, calls: Sequence[Call], idle_power_w: float, prefill_weight: float) -> Attribution:
+def _attribute_one(
+    interval: Interval, calls: Sequence[Call], idle_power_w: float, prefill_weight: float
+) -> Attribution:
     idle_j = min(idle_power_w * interval.length_s, interval.metered_j)
     rest_j = interval.metered_j - idle_j
     if not calls:

@@ -1,0 +1,279 @@
+"""Wires the ledger together; everything it decides is decided elsewhere."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+from faststream.asgi import AsgiFastStream
+from faststream.kafka import KafkaBroker
+from faststream.kafka.subscriber.usecase import BatchSubscriber
+from prometheus_client import CollectorRegistry
+
+from services.ledger.metrics import LedgerMetrics
+from services.ledger.publishing import Publishing
+from services.ledger.rows import Row, intensity_rows, policy_row, quality_row, refusal_row, request_row, usage_row
+from services.ledger.scraping import scrapers_of
+from services.ledger.settings import LedgerSettings
+from services.ledger.settling import Settler
+from services.ledger.storage import AWAY_ERRORS, Storage
+from shared.broker import build_broker
+from shared.clock import Clock
+from shared.database import migrate, open_pool
+from shared.dead_letters import DeadLetterOffice, RetryLaterError, batch_decoder
+from shared.fleet import Fleet, load_fleet
+from shared.health import Health
+from shared.logs import get_logger
+from shared.messages import CarbonIntensity, Footprint, GenerationResponse, Policy, Quality, UsageRecord
+from shared.service import build_service, run_service
+from shared.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings, LogSettings
+from shared.topics import (
+    CARBON_INTENSITY,
+    DEAD_LETTERS,
+    FOOTPRINTS,
+    POLICIES,
+    QUALITY,
+    RESPONSES,
+    USAGE,
+    TopicSpec,
+)
+
+NAME = "ledger"
+DESCRIPTION = "Attributes every metered joule to the calls that used it, and publishes their footprints."
+FETCH_MIN_BYTES = 1_000_000
+"""Kafka holds records back until there are so many bytes or the wait is over: few, large batches."""
+LINGER_MS = 5
+
+_log = get_logger(__name__)
+
+
+class Ledger:
+    """The parts of one ledger, put together and not yet connected."""
+
+    def __init__(
+        self,
+        broker: KafkaBroker,
+        office: DeadLetterOffice,
+        *,
+        kafka: KafkaSettings,
+        settings: LedgerSettings,
+        fleet: Fleet,
+        clock: Clock,
+        registry: CollectorRegistry,
+    ) -> None:
+        self.settings = settings
+        self.storage = Storage()
+        self.metrics = LedgerMetrics(registry)
+        self._clock = clock
+        self._kafka = kafka
+        self._broker = broker
+        self._office = office
+        self.scrapers = scrapers_of(
+            fleet,
+            storage=self.storage,
+            clock=clock,
+            metrics=self.metrics,
+            interval_s=settings.scrape_interval_s,
+            timeout_s=settings.scrape_timeout_s,
+        )
+        self.settler = Settler(
+            fleet,
+            storage=self.storage,
+            metrics=self.metrics,
+            rules=settings.rules,
+            max_intensity_age_s=settings.max_intensity_age_s,
+        )
+        publisher = broker.publisher(kafka.topic(FOOTPRINTS), schema=Footprint)
+
+        async def publish(footprint: Footprint) -> None:
+            await publisher.publish(footprint, key=footprint.request_id.encode())
+
+        self.publishing = Publishing(publish, storage=self.storage, metrics=self.metrics)
+        self._waiting = ""
+        self._call_topics = self._subscribe()
+
+    def problem(self) -> str | None:
+        """What stands against readiness."""
+        return self._waiting or None
+
+    @asynccontextmanager
+    async def running(self, health: Health, database: DatabaseSettings) -> AsyncIterator[None]:
+        """Everything that is open while the broker runs."""
+        pool = await open_pool(database, schema=NAME)
+        try:
+            await migrate(pool, schema=NAME, package="services.ledger.migrations")
+            self.storage.attach(pool)
+            for number, scraper in enumerate(self.scrapers):
+                health.spawn(f"read meters {number}", scraper.run())
+            yield
+        finally:
+            await health.cancel_background()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.stop_grace_s):
+                    await pool.close()
+
+    async def settle_forever(self) -> None:
+        """Settle and publish, over and over; waits while PostgreSQL, Kafka or messages are away."""
+        while True:
+            await asyncio.sleep(self.settings.settle_interval_s)
+            lag = await self.lag_records()
+            if lag is not None:
+                self.metrics.lag_records.set(lag)
+            if lag is None or lag > self.settings.max_lag_records:
+                self._waiting = "waiting for Kafka's partitions" if lag is None else f"{lag} calls wait to be read"
+                continue
+            self._waiting = ""
+            await self.close_books()
+
+    async def close_books(self) -> None:
+        """One settlement of what is old enough, then its publication."""
+        horizon = self._clock.now() - timedelta(seconds=self.settings.settle_delay_s)
+        try:
+            await self.settler.turn(horizon)
+            self.storage.note(None)
+            await self.publishing.turn()
+        except AWAY_ERRORS as error:
+            self.storage.note(error)
+
+    async def clean_forever(self) -> None:
+        """Remove old rows, now and then."""
+        while True:
+            await asyncio.sleep(self.settings.cleaning_interval_s)
+            try:
+                await self.storage.clean(self._clock.now() - timedelta(days=self.settings.retention_days))
+            except AWAY_ERRORS as error:
+                self.storage.note(error)
+
+    async def finish(self) -> None:
+        """Settle and publish what can be, before the broker stops; the rest is in PostgreSQL for the next start."""
+        try:
+            async with asyncio.timeout(self.settings.stop_grace_s):
+                await self.close_books()
+        except TimeoutError:
+            _log.warning("stopped before the last settlement was done; it follows at the next start")
+
+    async def lag_records(self) -> int | None:
+        """Calls that wait in Kafka, as far as this ledger is to read them; null while that is not known."""
+        lag = 0
+        for consumer_of in self._call_topics:
+            consumer = consumer_of()
+            if consumer is None:
+                return None
+            for partition in consumer.assignment():
+                end = consumer.highwater(partition)
+                if end is None:
+                    return None
+                lag += max(0, end - await consumer.position(partition))
+        return lag
+
+    def _subscribe(self) -> list[Callable[[], Any]]:
+        """All topics, in batches that are acknowledged once they are in PostgreSQL; returns those with calls."""
+        responses = self._subscriber(RESPONSES)
+        usage = self._subscriber(USAGE)
+        intensities = self._subscriber(CARBON_INTENSITY)
+        policies = self._subscriber(POLICIES)
+        qualities = self._subscriber(QUALITY)
+
+        @responses
+        async def on_responses(batch: list[GenerationResponse]) -> None:
+            calls = [request_row(one) for one in batch if one.status == "ok"]
+            refusals = [refusal_row(one) for one in batch if one.status == "error"]
+            await self._keep(self.storage.add, "calls", calls)
+            await self._keep(self.storage.add, "refusals", refusals)
+
+        @usage
+        async def on_usage(batch: list[UsageRecord]) -> None:
+            await self._keep(self.storage.add, "calls", [usage_row(one) for one in batch])
+
+        @intensities
+        async def on_intensities(batch: list[CarbonIntensity]) -> None:
+            await self._keep(self.storage.put, "intensity", [row for one in batch for row in intensity_rows(one)])
+
+        @policies
+        async def on_policies(batch: list[Policy]) -> None:
+            await self._keep(self.storage.add, "policies", [policy_row(one) for one in batch])
+
+        @qualities
+        async def on_qualities(batch: list[Quality]) -> None:
+            await self._keep(self.storage.put, "quality", [quality_row(one) for one in batch])
+
+        return [lambda: responses.consumer, lambda: usage.consumer]
+
+    def _subscriber(self, spec: TopicSpec) -> BatchSubscriber:
+        return self._broker.subscriber(
+            self._kafka.topic(spec),
+            batch=True,
+            max_records=self.settings.batch_records,
+            batch_timeout_ms=self.settings.poll_ms,
+            fetch_min_bytes=FETCH_MIN_BYTES,
+            fetch_max_wait_ms=self.settings.poll_ms,
+            group_id=self._kafka.group(f"{NAME}.{spec.name}"),
+            auto_offset_reset="earliest",
+            decoder=batch_decoder(spec.message, self._office),
+            title=spec.name,
+        )
+
+    async def _keep(self, write: Callable[[str, list[Row]], Awaitable[None]], table: str, rows: list[Row]) -> None:
+        """Write rows.
+
+        Raises:
+            RetryLaterError: PostgreSQL is away; raised after a pause, and the batch is delivered again.
+        """
+        try:
+            await write(table, rows)
+        except AWAY_ERRORS as error:
+            self.storage.note(error)
+            await asyncio.sleep(self.settings.retry_s)
+            raise RetryLaterError("PostgreSQL is away") from error
+
+
+def build_app(
+    *,
+    kafka: KafkaSettings | None = None,
+    database: DatabaseSettings | None = None,
+    settings: LedgerSettings | None = None,
+    fleet: Fleet | None = None,
+    clock: Clock | None = None,
+) -> AsgiFastStream:
+    """The ledger, without connecting; what is not given is read from the environment.
+
+    Raises:
+        FleetError, ValidationError: the configuration does not do; the message says why.
+    """
+    kafka = kafka or KafkaSettings()
+    database = database or DatabaseSettings()
+    settings = settings or LedgerSettings()
+    fleet = fleet or load_fleet(FleetSettings().file)
+    clock = clock or Clock.from_environment()
+    registry = CollectorRegistry()
+    health = Health()
+    broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=LINGER_MS)
+    ledger = Ledger(broker, office, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
+    health.add_check("postgresql", ledger.storage.problem)
+    health.add_check("calls", ledger.problem)
+    for number, scraper in enumerate(ledger.scrapers):
+        health.add_check(f"meters {number}", scraper.problem)
+
+    async def begin() -> None:
+        health.spawn("settle", ledger.settle_forever())
+        health.spawn("remove old rows", ledger.clean_forever())
+
+    app = build_service(
+        broker,
+        name=NAME,
+        description=DESCRIPTION,
+        kafka=kafka,
+        topics=(RESPONSES, USAGE, CARBON_INTENSITY, POLICIES, QUALITY, FOOTPRINTS, DEAD_LETTERS),
+        registry=registry,
+        health=health,
+        lifespan=lambda: ledger.running(health, database),
+    )
+    app.after_startup(begin)
+    app.on_shutdown(ledger.finish)
+    return app
+
+
+def main() -> None:
+    """Run until told to stop."""
+    run_service(build_app(), name=NAME, http=HttpSettings(), logs=LogSettings())
