@@ -1,0 +1,270 @@
+"""What the router's guarantees cost: `python benchmarks/bench_router.py`.
+
+The router process against a bare loop of aiokafka and tritonclient (`bare_loop.py`) on the same Kafka broker and the
+same Triton with the stand-in model, as it streams answers 720 times as fast as recorded. In every round each is given
+the same 1,500 requests at once, the one or the other first; then each gets requests at half the router's throughput,
+evenly spread. Medians of the rounds are printed and recorded, as ratios and differences of this one run.
+"""
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from results import record
+
+from deploy.local.java import ensure_java
+from deploy.local.kafka import install_kafka, kafka_spec
+from deploy.local.paths import default_state_dir
+from deploy.local.ports import free_ports
+from deploy.local.processes import ProcessSpec, Supervisor
+from deploy.local.services import Surroundings, service_spec
+from deploy.local.triton import free_triton_ports, install, ready_probe
+from deploy.triton.models import stand_in_llm
+from deploy.triton.repository import write_repository
+from shared.clock import Clock
+from shared.provisioning import create_topics
+from shared.settings import KafkaSettings
+
+RATE = 720.0
+ROUNDS = 3
+REQUESTS = 1_500
+PACED_S = 5.0
+"""Wall seconds of evenly spread requests."""
+MODEL = "m"
+PROMPTS = 100
+TIMEOUT_S = 60.0
+
+
+@dataclass
+class Contestant:
+    """The router or the bare loop, as a process with topics of its own.
+
+    Attributes:
+        throughputs: requests a second, by round.
+        cpu_s: CPU seconds per 1,000 requests, by round.
+        latencies_ms: of the evenly spread requests, from before the send until the answer was read.
+    """
+
+    name: str
+    kafka: KafkaSettings
+    process: psutil.Process
+    asked: int = 0
+    throughputs: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    latencies_ms: list[list[float]] = field(default_factory=list)
+
+
+class Conversation:
+    """A producer of requests and the reader of their answers."""
+
+    def __init__(self, contestant: Contestant, producer: AIOKafkaProducer, consumer: AIOKafkaConsumer) -> None:
+        self._contestant = contestant
+        self._producer = producer
+        self._consumer = consumer
+
+    async def burst(self) -> None:
+        """Everything at once: throughput and CPU time."""
+        contestant = self._contestant
+        before, began = _cpu_s(contestant.process), time.perf_counter()
+        asked = [await self._ask() for _ in range(REQUESTS)]
+        await self._answers({name for name, _ in asked})
+        took_s = time.perf_counter() - began
+        contestant.throughputs.append(REQUESTS / took_s)
+        contestant.cpu_s.append((_cpu_s(contestant.process) - before) * 1_000 / REQUESTS)
+
+    async def paced(self, rate: float) -> None:
+        """Evenly spread: latency."""
+        sent: dict[str, float] = {}
+        arrived: dict[str, float] = {}
+        reader = asyncio.create_task(self._collect(arrived, round(PACED_S * rate)))
+        begin = time.perf_counter()
+        for number in range(round(PACED_S * rate)):
+            await asyncio.sleep(max(0.0, begin + number / rate - time.perf_counter()))
+            name, at = await self._ask()
+            sent[name] = at
+        await asyncio.wait_for(reader, TIMEOUT_S)
+        self._contestant.latencies_ms.append([1e3 * (arrived[name] - at) for name, at in sent.items()])
+
+    async def _ask(self) -> tuple[str, float]:
+        contestant = self._contestant
+        name, number = f"{contestant.name}-{contestant.asked}", contestant.asked % PROMPTS
+        contestant.asked += 1
+        request = {"id": name, "prompt": f"Question {number}?", "sampling": {"max_tokens": 512}}
+        at = time.perf_counter()
+        await self._producer.send(
+            contestant.kafka.topic_prefix + "requests", json.dumps(request).encode(), key=name.encode()
+        )
+        return name, at
+
+    async def _answers(self, missing: set[str]) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while missing:
+                for batch in (await self._consumer.getmany(timeout_ms=50)).values():
+                    missing -= {answer.key.decode() for answer in batch}
+
+    async def _collect(self, arrived: dict[str, float], count: int) -> None:
+        while len(arrived) < count:
+            answer = await self._consumer.getone()
+            name = answer.key.decode()
+            arrived.setdefault(name, time.perf_counter())
+
+
+@asynccontextmanager
+async def talking(contestant: Contestant) -> AsyncIterator[Conversation]:
+    """A conversation that has heard every earlier answer."""
+    servers = contestant.kafka.bootstrap_servers
+    producer = AIOKafkaProducer(bootstrap_servers=servers)
+    consumer = AIOKafkaConsumer(
+        contestant.kafka.topic_prefix + "responses", bootstrap_servers=servers, auto_offset_reset="latest"
+    )
+    await producer.start()
+    await consumer.start()
+    await consumer.seek_to_end()
+    try:
+        yield Conversation(contestant, producer, consumer)
+    finally:
+        await producer.stop()
+        await consumer.stop()
+
+
+def made_up_workload(path: Path) -> Path:
+    """Answers of 40 tokens."""
+    answer = {"tokens": 40, "energy_j": 240.0, "time_s": 1.0, "text": "some words of an answer " * 8}
+    lines = [
+        {"task": "t", "prompt": f"Question {number}?", "preferred": None, "responses": {f"{MODEL}/L0": answer}}
+        for number in range(PROMPTS)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def start_servers(supervisor: Supervisor, folder: Path, clock: Clock) -> tuple[str, str]:
+    """Kafka's and Triton's addresses."""
+    installed = default_state_dir()
+    java = ensure_java(installed, print)
+    spec, servers = kafka_spec(folder / "kafka", libs=install_kafka(installed, java=java, say=print), java=java)
+    supervisor.start(spec)
+    installation = install(installed, say=print)
+    write_repository(folder / "models", [stand_in_llm(made_up_workload(folder / "workload.jsonl"), model=MODEL)])
+    ports = free_triton_ports()
+    supervisor.start(
+        ProcessSpec(
+            name="triton",
+            command=tuple(installation.command(folder / "models", ports)),
+            environment=installation.environment(clock.environment()),
+            ready=ready_probe(ports),
+        )
+    )
+    return servers, f"127.0.0.1:{ports.grpc}"
+
+
+def start_contestants(
+    supervisor: Supervisor, folder: Path, servers: str, triton: str, clock: Clock
+) -> list[Contestant]:
+    """Both processes, ready."""
+    kafkas = {
+        name: KafkaSettings(bootstrap_servers=servers, topic_prefix=f"{name}.", group_prefix=f"{name}.")
+        for name in ("router", "bare")
+    }
+    for kafka in kafkas.values():
+        asyncio.run(create_topics(kafka))
+    fleet = folder / "fleet.toml"
+    fleet.write_text(
+        f'[[directives]]\nlevel = "L0"\n[[models]]\nname = "{MODEL}"\nchat_template = "llama-2"\n'
+        f'[[pools]]\nname = "p"\nmodel = "{MODEL}"\nzone = "Z"\n[[pools.endpoints]]\nname = "e"\ngrpc = "{triton}"\n',
+        encoding="utf-8",
+    )
+    (port,) = free_ports(1)
+    around = Surroundings(
+        bootstrap_servers=servers,
+        topic_prefix="router.",
+        database_url="",
+        fleet_file=fleet,
+        clock=clock.environment(),
+        log_level="WARNING",
+    )
+    settings = {"SPROUT_KAFKA_GROUP_PREFIX": "router.", "SPROUT_ROUTER_SAMPLE_SHARE": "0"}
+    router = supervisor.start(service_spec("router", port=port, around=around, settings=settings))
+    loop = Path(__file__).with_name("bare_loop.py")
+    bare = supervisor.start(ProcessSpec(name="bare", command=(sys.executable, str(loop), servers, "bare.", triton)))
+    pids = {"router": router.pid, "bare": bare.pid}
+    return [Contestant(name, kafka, psutil.Process(pids[name])) for name, kafka in kafkas.items()]
+
+
+async def compete(contestants: list[Contestant]) -> None:
+    """All rounds."""
+    for contestant in contestants:  # warm, and not counted
+        async with talking(contestant) as conversation:
+            await conversation.burst()
+        contestant.throughputs.clear()
+        contestant.cpu_s.clear()
+    for number in range(ROUNDS):
+        for contestant in contestants if number % 2 == 0 else reversed(contestants):
+            async with talking(contestant) as conversation:
+                await conversation.burst()
+    router = contestants[0]
+    half = statistics.median(router.throughputs) / 2
+    for number in range(ROUNDS):
+        for contestant in contestants if number % 2 == 0 else reversed(contestants):
+            async with talking(contestant) as conversation:
+                await conversation.paced(half)
+
+
+def report(router: Contestant, bare: Contestant) -> None:
+    """Print and record."""
+    print("          requests/s   CPU s per 1,000   latency p50 ms   p99 ms")
+    percentiles: dict[str, tuple[float, float]] = {}
+    for one in (router, bare):
+        cuts = [statistics.quantiles(latencies, n=100) for latencies in one.latencies_ms]
+        percentiles[one.name] = statistics.median(cut[49] for cut in cuts), statistics.median(cut[98] for cut in cuts)
+        p50, p99 = percentiles[one.name]
+        print(
+            f"{one.name:8}{statistics.median(one.throughputs):>12.0f}{statistics.median(one.cpu_s):>18.2f}"
+            f"{p50:>17.1f}{p99:>9.1f}"
+        )
+    for name, value in {
+        "throughput_ratio": statistics.median(a / b for a, b in zip(router.throughputs, bare.throughputs, strict=True)),
+        "cpu_ratio": statistics.median(a / b for a, b in zip(router.cpu_s, bare.cpu_s, strict=True)),
+        "added_latency_p50_ms": percentiles["router"][0] - percentiles["bare"][0],
+        "added_latency_p99_ms": percentiles["router"][1] - percentiles["bare"][1],
+    }.items():
+        print(f"{name:22} {value:.3f}")
+        record(name, value)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    print(
+        f"the router against a bare loop, {REQUESTS} requests at once, then {PACED_S:g} s at half load; {ROUNDS} rounds"
+    )
+    with tempfile.TemporaryDirectory(prefix="sprout-bench-") as scratch:
+        folder = Path(scratch)
+        clock = Clock.starting(datetime(2024, 2, 8, tzinfo=UTC), rate=RATE)
+        supervisor = Supervisor(folder / "logs")
+        try:
+            servers, triton = start_servers(supervisor, folder, clock)
+            contestants = start_contestants(supervisor, folder, servers, triton, clock)
+            asyncio.run(compete(contestants))
+            supervisor.check()
+        finally:
+            supervisor.stop_all()
+    report(*contestants)
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+if __name__ == "__main__":
+    main()
