@@ -24,7 +24,7 @@ DUST = 1e-8
 """A probability below it is rounding of the solver's."""
 
 TIE_BREAK = 1e-6
-"""Cost, relative to the dearest option's, that is added per place in the order: where options are equal the earlier one is
+"""Cost, relative to the dearest option's, that is added per place in the order: of equal options the earlier one is
 taken, first of all the reference."""
 
 _TIME_LIMIT_S = 10.0

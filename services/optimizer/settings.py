@@ -1,0 +1,142 @@
+"""Configuration of the optimizer, from `SPROUT_OPTIMIZER_*`."""
+
+from datetime import timedelta
+from typing import Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.optimizer.consumption import Memory
+from services.optimizer.estimates import EstimateRules
+from services.optimizer.planning import Aims
+from services.optimizer.quality import QualityRules
+from services.optimizer.triggers import TriggerRules
+from shared.messages.base import Probability
+
+_HOUR_S = 3_600.0
+
+
+class OptimizerSettings(BaseSettings):
+    """What is aimed at, what is believed, when it is solved. "Wall" means real time, "event" that of the clock."""
+
+    model_config = SettingsConfigDict(env_prefix="SPROUT_OPTIMIZER_", extra="ignore")
+
+    # Aims
+    xi: dict[str, Probability] = Field(
+        default={"preference": 0.1},
+        min_length=1,
+        description='Largest relative quality loss by metric, tolerated on the dirtiest grid: JSON {"preference": 0.1}',
+    )
+    floors: dict[str, Probability] = Field(
+        default={},
+        description="Least quality of every prompt group, relative to the reference's, by metric of xi: JSON",
+    )
+    holdout: Probability = Field(default=0.05, description="Share of every group's traffic kept on the reference")
+    validity_h: float = Field(
+        default=3.0, gt=0, description="Without a newer policy the reference is served after so long, event"
+    )
+
+    # The grid
+    max_intensity_age_s: float = Field(
+        default=7_200.0, gt=0, description="After this the same hour's trailing mean stands in, event"
+    )
+    window_h: float = Field(default=720.0, gt=0, description="Trailing window of k0_min and k0_max, event")
+    min_window_hours: int = Field(
+        default=24, ge=2, description="Hours with a value in the window before any loss of quality is tolerated"
+    )
+
+    # Energy, time and traffic
+    footprint_half_life_h: float = Field(default=24.0, gt=0, description="Of energy, time and traffic shares, event")
+    rate_half_life_h: float = Field(default=1.0, gt=0, description="Of the request rate, event")
+    pseudo_requests: float = Field(
+        default=10.0, gt=0, description="Requests that the whole counts as, in each group's energy and time"
+    )
+    min_requests: float = Field(
+        default=10.0, gt=0, description="Effective requests of an option, in all groups, before it may be used"
+    )
+    min_group_requests: float = Field(
+        default=1.0, ge=0, description="Effective requests of a group before it gets probabilities of its own"
+    )
+    max_groups: int = Field(default=64, ge=1, le=1_000, description="Groups with probabilities of their own")
+
+    # Quality
+    quality_half_life_h: float = Field(default=72.0, gt=0, description="Of a judged prompt, event")
+    pseudo_trials: float = Field(
+        default=20.0, ge=0, description="Judged prompts that the whole counts as, in each group's quality"
+    )
+    prior_trials: float = Field(default=2.0, ge=0, description="Judged prompts that the weak prior counts as")
+    min_trials: float = Field(
+        default=20.0, gt=0, description="Effective judged prompts of an option, in all groups, before it may be used"
+    )
+
+    # When
+    estimates_interval_min: float = Field(default=30.0, gt=0, description="Between two looks at the estimates, event")
+    estimates_change: float = Field(
+        default=0.05,
+        gt=0,
+        description="Relative change of energy or time, or absolute of a quality or traffic share, that calls for a solve",
+    )
+    probability_change: float = Field(default=0.01, ge=0, description="Of any option, that calls for publishing")
+    carbon_change: float = Field(
+        default=0.05, ge=0, description="Relative, of the expected grams per request, that calls for publishing"
+    )
+    bound_change: float = Field(default=0.005, ge=0, description="Of any bound, that calls for publishing")
+
+    # The shell
+    turn_interval_s: float = Field(default=0.25, gt=0, description="Between two looks at what has come in, wall")
+    check_interval_min: float = Field(
+        default=5.0, gt=0, description="Between two looks when nothing comes in: at validity and ages; event"
+    )
+    batch_records: int = Field(default=2_000, ge=1, description="Footprints counted in one transaction, at most")
+    batch_interval_s: float = Field(default=0.25, ge=0, description="Between two batches of footprints, wall")
+    remembered_footprints: int = Field(
+        default=100_000, ge=1_000, description="Counted footprints whose ids are kept, so that none counts twice"
+    )
+    retry_pause_s: float = Field(default=1.0, gt=0, description="Before PostgreSQL is tried again, wall")
+
+    @model_validator(mode="after")
+    def _floors_are_measured(self) -> Self:
+        unknown = sorted(self.floors.keys() - self.xi.keys())
+        if unknown:
+            raise ValueError(
+                f"SPROUT_OPTIMIZER_FLOORS names {', '.join(unknown)}, which SPROUT_OPTIMIZER_XI does not: add the metric "
+                "there (1.0 sets no bound on the whole)"
+            )
+        return self
+
+    @property
+    def aims(self) -> Aims:
+        """What the operator wants."""
+        return Aims(xi=self.xi, floors=self.floors, holdout=self.holdout, validity=timedelta(hours=self.validity_h))
+
+    @property
+    def estimate_rules(self) -> EstimateRules:
+        """How evidence becomes estimates."""
+        return EstimateRules(
+            memory=Memory(
+                half_life_s=self.footprint_half_life_h * _HOUR_S,
+                rate_half_life_s=self.rate_half_life_h * _HOUR_S,
+                max_groups=self.max_groups,
+            ),
+            quality=QualityRules(
+                half_life_s=self.quality_half_life_h * _HOUR_S,
+                pseudo_trials=self.pseudo_trials,
+                prior_trials=self.prior_trials,
+                min_trials=self.min_trials,
+            ),
+            pseudo_requests=self.pseudo_requests,
+            min_requests=self.min_requests,
+            min_group_requests=self.min_group_requests,
+        )
+
+    @property
+    def trigger_rules(self) -> TriggerRules:
+        """When something is material."""
+        return TriggerRules(
+            estimates_interval=timedelta(minutes=self.estimates_interval_min),
+            estimates_change=self.estimates_change,
+            probability_change=self.probability_change,
+            carbon_change=self.carbon_change,
+            bound_change=self.bound_change,
+            renewal=timedelta(hours=self.validity_h / 3.0),
+        )

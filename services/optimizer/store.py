@@ -1,0 +1,143 @@
+"""What the optimizer keeps in PostgreSQL: consumption, evaluations, the last policies. Memory only mirrors it."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+from services.optimizer.consumption import Consumption
+from shared.database import TRANSIENT_ERRORS
+from shared.dead_letters import RetryLaterError
+from shared.messages import Footprint, Policy, Quality
+
+Apply = Callable[[Consumption, Sequence[Footprint]], None]
+"""Counts footprints into a model's consumption."""
+
+
+class Store:
+    """The optimizer's tables. Every method raises `RetryLaterError` while the database is away.
+
+    Attributes:
+        problem: what is wrong with the database, as far as is known; null while it works.
+    """
+
+    def __init__(self, pool: asyncpg.Pool, *, remembered_footprints: int) -> None:
+        """Use an open pool whose `search_path` is the optimizer's schema."""
+        self._pool = pool
+        self._remembered = remembered_footprints
+        self.problem: str | None = None
+
+    async def count(self, footprints: Sequence[Footprint], apply: Apply) -> tuple[dict[str, Consumption], int]:
+        """Count footprints that were not counted yet; all of it happens, or nothing.
+
+        Of the last `remembered_footprints` each counts once, however often, by whichever process, and after whatever
+        failure it is delivered.
+
+        Returns:
+            The new consumption of the models concerned, and how many footprints were new.
+        """
+        by_id = {footprint.request_id: footprint for footprint in footprints}
+        with self._watched():
+            async with self._pool.acquire() as connection, connection.transaction():
+                # Sorted, as everywhere: two processes then wait for each other instead of for one another.
+                new = await connection.fetch(
+                    "INSERT INTO counted (request_id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING "
+                    "RETURNING request_id",
+                    sorted(by_id),
+                )
+                fresh = [by_id[row["request_id"]] for row in new]
+                changed: dict[str, Consumption] = {}
+                for model in sorted({footprint.model for footprint in fresh}):
+                    consumption = await self._locked_consumption(connection, model)
+                    apply(consumption, [footprint for footprint in fresh if footprint.model == model])
+                    await connection.execute(
+                        "UPDATE consumption SET state = $2, updated_at = now() WHERE model = $1",
+                        model,
+                        json.dumps(consumption.to_document()),
+                    )
+                    changed[model] = consumption
+                await connection.execute(
+                    "DELETE FROM counted WHERE position <= (SELECT max(position) FROM counted) - $1", self._remembered
+                )
+        return changed, len(fresh)
+
+    async def consumption(self) -> dict[str, Consumption]:
+        """What every model consumed."""
+        with self._watched():
+            rows = await self._pool.fetch("SELECT model, state FROM consumption")
+        return {row["model"]: Consumption.from_document(json.loads(row["state"])) for row in rows}
+
+    async def add_evaluations(self, evaluations: Sequence[Quality], *, oldest: datetime) -> int:
+        """Keep evaluations, each once; those from before `oldest` are dropped. Returns how many were new."""
+        values = [
+            (one.evaluation_id, one.model, one.evaluated_at, one.model_dump_json())
+            for one in evaluations
+            if one.evaluated_at >= oldest
+        ]
+        with self._watched():
+            async with self._pool.acquire() as connection, connection.transaction():
+                await connection.execute("DELETE FROM evaluations WHERE evaluated_at < $1", oldest)
+                if not values:
+                    return 0
+                new = await connection.fetch(
+                    "INSERT INTO evaluations (evaluation_id, model, evaluated_at, message) "
+                    "SELECT * FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::jsonb[]) "
+                    "ON CONFLICT DO NOTHING RETURNING evaluation_id",
+                    *(list(column) for column in zip(*values, strict=True)),
+                )
+        return len(new)
+
+    async def evaluations(self) -> list[Quality]:
+        """Every evaluation kept, oldest first."""
+        with self._watched():
+            rows = await self._pool.fetch("SELECT message FROM evaluations ORDER BY evaluated_at, evaluation_id")
+        return [Quality.model_validate_json(row["message"]) for row in rows]
+
+    async def policies(self) -> dict[str, Policy]:
+        """The last policy of every model."""
+        with self._watched():
+            rows = await self._pool.fetch("SELECT model, message FROM policies")
+        return {row["model"]: Policy.model_validate_json(row["message"]) for row in rows}
+
+    async def keep_policy(self, policy: Policy) -> Policy:
+        """Keep a policy as its model's last, under the version after the last one; returns it with that version."""
+        with self._watched():
+            async with self._pool.acquire() as connection, connection.transaction():
+                version = await connection.fetchval(
+                    "INSERT INTO policies AS known (model, version, message) VALUES ($1, 1, '{}') "
+                    "ON CONFLICT (model) DO UPDATE SET version = known.version + 1 RETURNING version",
+                    policy.model,
+                )
+                numbered = policy.model_copy(update={"version": version})
+                await connection.execute(
+                    "UPDATE policies SET message = $2 WHERE model = $1", policy.model, numbered.model_dump_json()
+                )
+        return numbered
+
+    async def probe(self) -> None:
+        """See whether the database is there; `problem` tells."""
+        with self._watched():
+            await self._pool.fetchval("SELECT 1")
+
+    async def _locked_consumption(self, connection: Any, model: str) -> Consumption:  # noqa: ANN401
+        """A model's consumption, held against other processes until the transaction ends."""
+        await connection.execute(
+            "INSERT INTO consumption (model, state) VALUES ($1, $2) ON CONFLICT DO NOTHING",
+            model,
+            json.dumps(Consumption().to_document()),
+        )
+        state = await connection.fetchval("SELECT state FROM consumption WHERE model = $1 FOR UPDATE", model)
+        return Consumption.from_document(json.loads(state))
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Tells apart a database that is away from a mistake, and remembers which."""
+        try:
+            yield
+        except (*TRANSIENT_ERRORS, TimeoutError) as error:
+            self.problem = f"PostgreSQL is away ({type(error).__name__})"
+            raise RetryLaterError(self.problem) from error
+        self.problem = None
