@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from cli.reporting.words import (
+    apart,
     energy,
-    figures,
     grams,
     intensity,
-    mix,
+    level_shares,
+    levels_of,
     moment,
     option_names,
     percent,
@@ -80,17 +81,16 @@ def zone_table(report: Report) -> TextTable:
 
 def hour_table(report: Report) -> TextTable:
     """Per hour."""
-    names = option_names(report)
-    served = {option: names[option] for option in report.options}
+    levels = levels_of(report)
     return TextTable(
         "Hours (UTC)",
-        ("hour", "g/kWh", "requests", *served.values(), "g/request", "all-reference", "saving", "quality", "bound"),
+        ("hour", "g/kWh", "requests", *levels, "g/request", "all-reference", "saving", "quality", "bound"),
         tuple(
             (
                 f"{row.start:%m-%d %H:%M}",
                 " ".join(intensity(value) for value in row.intensity_g_per_kwh.values()) or "–",
                 f"{row.requests:,}",
-                *mix(row.mix, served),
+                *level_shares(row.mix, levels),
                 _per_request(row.emitted_g, row),
                 _per_request(row.reference_g, row),
                 percent(hour_saving_pct(row)),
@@ -104,16 +104,15 @@ def hour_table(report: Report) -> TextTable:
 
 def group_table(report: Report) -> TextTable:
     """Per prompt group."""
-    names = option_names(report)
-    served = {option: names[option] for option in report.options}
+    levels = levels_of(report)
     return TextTable(
         "Prompt groups",
-        ("group", "requests", *served.values(), "energy", "saving", "95 % interval", "preference"),
+        ("group", "requests", *levels, "energy", "saving", "95 % interval", "preference"),
         tuple(
             (
                 row.group,
                 f"{row.requests:,}",
-                *mix(row.mix, served),
+                *level_shares(row.mix, levels),
                 energy(row.energy_j),
                 percent(row.saving.saving_pct),
                 percent_between(row.saving.saving_interval),
@@ -222,7 +221,7 @@ def _energy_line(report: Report) -> str:
         f"{energy(account.metered_j)} metered; requests {share(account.requests_j, account.metered_j)}, evaluation "
         f"{share(account.evaluation_j + account.judge_j, account.metered_j)}, idle "
         f"{share(account.idle_j, account.metered_j)}, unattributed {share(account.unattributed_j, account.metered_j)}; "
-        f"books and meters differ by {figures(abs(account.difference_pct), 2)} %"
+        f"books and meters are {apart(account.difference_pct)} apart"
     )
 
 

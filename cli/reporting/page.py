@@ -8,8 +8,7 @@ from plotly.offline import get_plotlyjs
 from cli.reporting.content import TextTable, summary_lines, tables
 from cli.reporting.plots import figures
 from cli.reporting.tables import headline
-from cli.reporting.words import energy, grams, percent, percent_between
-from cli.reporting.words import figures as significant
+from cli.reporting.words import apart, energy, grams, percent, percent_between
 from services.ledger.report.model import Report
 
 TITLE = "Sprout: carbon report"
@@ -58,15 +57,21 @@ def _tiles(report: Report) -> tuple[tuple[str, str, str], ...]:
         (
             "preference",
             percent(report.quality.preference_pct),
-            "of the reference's; bound kept" if report.quality.bound_kept else "of the reference's; bound missed",
+            f"of the reference's; {_bound(report)}",
         ),
         ("requests", f"{requests.answered:,}", f"{requests.refused:,} refused, {requests.unsettled:,} unsettled"),
         (
             "books against meters",
-            "–" if difference is None else f"{significant(abs(difference), 2)} %",
+            "–" if difference is None else apart(difference).replace("less than", "<"),
             f"apart; {energy(account.metered_j)} metered",
         ),
     )
+
+
+def _bound(report: Report) -> str:
+    if not report.policies_published:
+        return "no policy"
+    return "bound kept" if report.quality.bound_kept else "bound missed"
 
 
 def _tile(label: str, value: str, detail: str) -> str:

@@ -57,10 +57,21 @@ def option_names(report: Report) -> dict[str, str]:
     return {option: split_option(option)[1] if len(pools) == 1 else option for option in options}
 
 
-def mix(counts: Mapping[str, int], names: Mapping[str, str]) -> list[str]:
-    """Share of every option, in the order of `names`."""
+def levels_of(report: Report) -> tuple[str, ...]:
+    """Directive levels that were served, in order."""
+    return tuple(sorted({split_option(option)[1] for option in report.options}, key=lambda level: int(level[1:])))
+
+
+def level_shares(counts: Mapping[str, int], levels: tuple[str, ...]) -> list[str]:
+    """Share of every level, all pools together, of requests counted by option."""
     total = sum(counts.values())
-    return [share(counts.get(option, 0), total) for option in names]
+    served = [(split_option(option)[1], count) for option, count in counts.items()]
+    return [share(sum(count for name, count in served if name == level), total) for level in levels]
+
+
+def apart(percentage: float) -> str:
+    """How far two accounts are apart, %; rounding of floating-point sums is not worth its digits."""
+    return f"{figures(abs(percentage), 2)} %" if abs(percentage) >= 1e-4 else "less than 0.0001 %"
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:

@@ -1,5 +1,6 @@
-"""The report on real books: rows in a real PostgreSQL under the ledger's own migrations, read by the `sprout` command."""
+"""The report on real books: rows in PostgreSQL, under the ledger's migrations; and the command that prints it."""
 
+import asyncio
 import json
 from datetime import timedelta
 
@@ -27,33 +28,7 @@ from shared.database import migrate, open_pool
 pytestmark = pytest.mark.integration
 
 IDLE_J, UNATTRIBUTED_J = 40_000.0, 1_500.0
-COLUMNS = [
-    "request_id",
-    "purpose",
-    "evaluation_id",
-    "model",
-    "grp",
-    "task",
-    "tenant",
-    "pool",
-    "level",
-    "zone",
-    "endpoint",
-    "policy_version",
-    "decision_source",
-    "propensity",
-    "propensities",
-    "started_at",
-    "finished_at",
-    "processing_s",
-    "prompt_tokens",
-    "completion_tokens",
-    "energy_j",
-    "intensity_g_per_kwh",
-    "operational_g",
-    "embodied_g",
-    "total_g",
-]
+COLUMNS = list(record_of("any"))
 
 
 @pytest.fixture
@@ -71,26 +46,8 @@ def url_of(database):
 
 async def write_calls(pool, records, *, unsettled=()):
     """Calls, and a footprint of each that is settled."""
-    call_columns = [
-        "purpose",
-        "evaluation_id",
-        "model",
-        "grp",
-        "task",
-        "tenant",
-        "pool",
-        "level",
-        "zone",
-        "endpoint",
-        "policy_version",
-        "decision_source",
-        "propensity",
-        "propensities",
-        "started_at",
-        "finished_at",
-        "prompt_tokens",
-        "completion_tokens",
-    ]
+    only_footprints = {"request_id", "processing_s", "energy_j", "intensity_g_per_kwh", "operational_g", "embodied_g"}
+    call_columns = [name for name in COLUMNS if name not in only_footprints | {"total_g"}]
     plain = [{**record, "propensities": json.dumps(record["propensities"])} for record in records]
     await pool.executemany(
         f"INSERT INTO ledger.calls (id, settled, {', '.join(call_columns)}) "
@@ -273,7 +230,6 @@ async def test_empty_books_make_an_empty_report(books):
 
 async def sprout_report(database, *arguments):
     """The command, on a thread of its own as it runs an event loop itself."""
-    import asyncio  # noqa: PLC0415
 
     def invoke():
         return CliRunner().invoke(app, ["report", "--database", url_of(database), *arguments], env={"COLUMNS": "160"})
@@ -316,8 +272,6 @@ async def test_the_command_refuses_what_is_no_time_and_a_database_that_is_not_th
     outcome = await sprout_report(database, "--since", "2024-02-09", "--until", "2024-02-08")
     assert "--since must lie before" in outcome.output
     nowhere = CliRunner()
-    import asyncio  # noqa: PLC0415
-
     result = await asyncio.to_thread(
         nowhere.invoke, app, ["report", "--database", "postgresql://nobody@127.0.0.1:9/none"]
     )
