@@ -26,11 +26,11 @@ PREFILL_S = 0.05
 
 def entries() -> list[dict[str, Any]]:
     """Every prompt of the sources, by task, as lines of the workload."""
-    found = []
-    for path in sorted((FOLDER / "source").glob("*.toml")):
-        for entry in tomllib.loads(path.read_text(encoding="utf-8"))["prompts"]:
-            found.append(_line(path.stem, entry))
-    return found
+    return [
+        _line(path.stem, entry)
+        for path in sorted((FOLDER / "source").glob("*.toml"))
+        for entry in tomllib.loads(path.read_text(encoding="utf-8"))["prompts"]
+    ]
 
 
 def _line(task: str, entry: dict[str, Any]) -> dict[str, Any]:
