@@ -235,6 +235,8 @@ class Evaluator:
             max_records=settings.fetch_max_records,
             batch_timeout_ms=settings.poll_ms,
             group_id=kafka.group(NAME),
+            session_timeout_ms=int(settings.session_timeout_s * 1_000),
+            heartbeat_interval_ms=int(settings.session_timeout_s * 1_000 / 4),
             auto_offset_reset="earliest",
         )
         async def on_samples(samples: list[Sample]) -> None:
@@ -249,6 +251,8 @@ class Evaluator:
             max_records=settings.fetch_max_records,
             batch_timeout_ms=settings.poll_ms,
             group_id=kafka.group(NAME),
+            session_timeout_ms=int(settings.session_timeout_s * 1_000),
+            heartbeat_interval_ms=int(settings.session_timeout_s * 1_000 / 4),
             auto_offset_reset="earliest",
         )
         async def on_footprints(footprints: list[Footprint]) -> None:

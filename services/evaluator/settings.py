@@ -80,6 +80,9 @@ class EvaluatorSettings(BaseSettings):
 
     # Kafka
     fetch_max_records: int = Field(default=500, ge=1, description="Samples or footprints handled at once")
+    session_timeout_s: float = Field(
+        default=6.0, ge=1.0, description="An evaluator that is silent for so long is given up by the group, wall"
+    )
     poll_ms: int = Field(default=200, ge=1, le=10_000, description="Pause between two looks for messages, wall")
 
     @model_validator(mode="after")

@@ -1,0 +1,222 @@
+"""The evaluator as a process, on real Kafka, PostgreSQL, and a Triton server with stand-in model and judge."""
+
+import asyncio
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import asyncpg
+import pytest
+from evaluator_support import EvaluatorProcess, grid, judged_fleet, sample, shares, start_judged_triton
+from router_support import MODEL, ZONE, Producer, TritonServer, producing, question, reading
+
+from deploy.local.processes import Supervisor
+from shared.clock import Clock
+from shared.messages import Footprint, Quality, UsageRecord
+from shared.settings import DatabaseSettings, KafkaSettings
+from shared.topics import CARBON_INTENSITY, FOOTPRINTS, QUALITY, SAMPLES, USAGE
+
+pytestmark = pytest.mark.integration
+
+BIAS = 0.5
+PROMPTS = 240
+RATE = 60.0
+CLOCK = Clock.starting(datetime(2023, 2, 10, 12, tzinfo=UTC), rate=RATE)
+
+
+@pytest.fixture(scope="module")
+def triton(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    folder = tmp_path_factory.mktemp("triton")
+    server = start_judged_triton(
+        supervisor, folder, name="evaluator-triton", clock=CLOCK, position_bias=BIAS, prompts=PROMPTS
+    )
+    yield server
+    supervisor.stop(server.name)
+
+
+@pytest.fixture
+def evaluators(
+    supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettings, triton: TritonServer, tmp_path: Path
+) -> Iterator[EvaluatorProcess]:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(judged_fleet(triton.address))
+    settings = {
+        "SPROUT_EVALUATOR_MIN_SAMPLES": "30",
+        "SPROUT_EVALUATOR_GRACE_H": "0",
+        "SPROUT_EVALUATOR_RETRY_PAUSE_S": "0.5",
+    }
+    running = EvaluatorProcess(supervisor, kafka, database, fleet, CLOCK, settings)
+    yield running
+    running.stop_all()
+
+
+@pytest.fixture
+async def producer(kafka: KafkaSettings) -> AsyncIterator[Producer]:
+    async with producing(kafka) as made:
+        yield made
+
+
+async def send_samples(producer: Producer, numbers: range, *, group: str = "qa") -> None:
+    sends = [producer.post(SAMPLES, sample(number, group=group, at=CLOCK.now()), group) for number in numbers]
+    await asyncio.gather(*sends)
+
+
+def qualities(answers) -> list[Quality]:
+    return [Quality.model_validate_json(record.value) for record in answers.records]
+
+
+async def stored(database: DatabaseSettings, query: str) -> list[asyncpg.Record]:
+    connection = await asyncpg.connect(database.url.get_secret_value())
+    try:
+        return await connection.fetch(query)
+    finally:
+        await connection.close()
+
+
+async def test_with_a_biased_judge_the_published_shares_still_follow_what_is_preferred(kafka, evaluators, producer):
+    await send_samples(producer, range(PROMPTS))
+    name = evaluators.start(
+        SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION=str(PROMPTS),
+        SPROUT_EVALUATOR_MIN_SAMPLES=str(PROMPTS),
+        SPROUT_EVALUATOR_SAMPLES_PER_GROUP=str(PROMPTS),
+    )
+    async with reading(kafka, QUALITY) as found, reading(kafka, USAGE) as used:
+        await found.read(until=1)
+        (quality,) = qualities(found)
+        assert found.records[0].key == MODEL.encode()
+        assert (quality.model, quality.trigger, quality.prompts) == (MODEL, "first", PROMPTS)
+        measured = shares(quality.counts, group="qa")
+        # The prompts that abstain are drawn alike from all: three standard deviations of 180 prompts.
+        assert measured == pytest.approx({"p/L0": 1 / 2, "p/L1": 1 / 3, "p/L2": 1 / 6}, abs=0.11)
+        assert sum(measured.values()) == pytest.approx(1.0)
+        judged = {one.trials for one in quality.counts}
+        assert judged == {PROMPTS - quality.abstentions}
+        assert 0.15 * PROMPTS < quality.abstentions < 0.35 * PROMPTS  # a quarter: both other orders biased
+        assert (quality.cost.generations, quality.cost.judgements) == (3 * PROMPTS, 3 * PROMPTS)
+        assert quality.cost.energy_kwh is None  # nothing was metered before
+        await used.read(until=6 * PROMPTS)
+        records = [UsageRecord.model_validate_json(record.value) for record in used.records]
+        assert len({record.id for record in records}) == 6 * PROMPTS
+        assert {record.evaluation_id for record in records} == {quality.evaluation_id}
+        calls = Counter((record.purpose, record.pool, record.level, record.completion_tokens) for record in records)
+        assert calls == {
+            ("evaluation", "p", "L0", 100): PROMPTS,
+            ("evaluation", "p", "L1", 30): PROMPTS,
+            ("evaluation", "p", "L2", 10): PROMPTS,
+            ("judge", "judge", "L0", 1): 3 * PROMPTS,
+        }
+        assert all(record.started_at <= record.finished_at for record in records)
+        assert {(record.zone, record.group) for record in records} == {(ZONE, "qa")}
+    text = await asyncio.to_thread(page, f"{evaluators.url(name)}/metrics")
+    assert f'sprout_evaluator_judged_total{{model="{MODEL}"}} {PROMPTS - quality.abstentions}.0' in text
+    assert f'sprout_evaluator_evaluations_total{{model="{MODEL}",outcome="finished",trigger="first"}} 1.0' in text
+    # The bias is in plain sight: a fair judge names each position a third of the time.
+    (line,) = [line for line in text.splitlines() if line.startswith('sprout_evaluator_positions_total{position="A"}')]
+    assert float(line.split()[-1]) > 0.55 * 3 * PROMPTS
+    assert question(1) not in evaluators.log(name)
+
+
+async def test_it_learns_what_it_costs_and_survives_a_restart(kafka, database, evaluators, producer):
+    await send_samples(producer, range(20), group="qa")
+    await send_samples(producer, range(20, 30), group="code")
+    name = evaluators.start()
+    async with reading(kafka, QUALITY) as found:
+        await found.read(until=1)
+        (first,) = qualities(found)
+        assert {one.group for one in first.counts} == {"qa", "code"}
+        now = CLOCK.now()
+        for number, (purpose, pool, energy_j, tokens) in enumerate(
+            [("evaluation", "p", 600.0, 100), ("judge", "judge", 50.0, 1), ("request", "p", 9e9, 1)]
+        ):
+            footprint = Footprint(
+                request_id=f"f{number}", purpose=purpose, model=MODEL, group="qa", pool=pool, level="L0", zone=ZONE,
+                endpoint="e0", started_at=now, finished_at=now, processing_s=1.0, completion_tokens=tokens,
+                energy_j=energy_j, embodied_g=0.0,
+            )  # fmt: skip
+            await producer.post(FOOTPRINTS, footprint, footprint.request_id)
+        evaluators.supervisor.stop(name)
+        again = evaluators.start()
+        for _ in range(200):
+            if len(await stored(database, "SELECT 1 FROM evaluator.energy")) == 2:
+                break
+            await asyncio.sleep(0.1)
+        # Nothing is due: the first evaluation is remembered. Then the grid reaches its cleanest hour.
+        await producer.post(CARBON_INTENSITY, grid(CLOCK.now(), 400, 420, 300, 200, 100, 130, hours=0.01), ZONE)
+        await found.read(until=2)
+        second = qualities(found)[1]
+        assert (second.trigger, second.intensity_g_per_kwh) == ("local_minimum", 130.0)
+        assert second.evaluated_at > first.evaluated_at
+        assert second.evaluation_id != first.evaluation_id
+        generated = 30 * 140
+        assert second.cost.energy_kwh == pytest.approx((generated * 6 + 90 * 50) / 3.6e6)
+        assert second.cost.carbon_g > second.cost.energy_kwh * 130
+        # A person wants one now.
+        request = urllib.request.Request(f"{evaluators.url(again)}/evaluations?model={MODEL}", method="POST")
+        assert (await asyncio.to_thread(urllib.request.urlopen, request)).status == 202
+        await found.read(until=3)
+        assert qualities(found)[2].trigger == "requested"
+        await found.read(settle_s=0.5)
+        assert len(found.records) == 3
+
+
+async def test_an_evaluation_that_a_kill_interrupts_begins_again(kafka, database, evaluators, producer):
+    await send_samples(producer, range(60))
+    name = evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1")
+    async with reading(kafka, USAGE) as used, reading(kafka, QUALITY) as found:
+        await used.read(until=5)
+        evaluators.supervisor.kill(name)
+        evaluators.start()
+        await found.read(until=1)
+        (quality,) = qualities(found)
+        assert (quality.trigger, quality.prompts) == ("first", 60)
+        rows = await stored(database, "SELECT status, published FROM evaluator.evaluations ORDER BY status")
+        assert sorted(row["status"] for row in rows) == ["finished", "interrupted"]
+        records = [UsageRecord.model_validate_json(record.value) for record in await used.read(settle_s=0.3)]
+        # What the interrupted one has spent is accounted as well.
+        assert len({record.evaluation_id for record in records}) == 2
+    kept = await stored(database, "SELECT count(*) AS n, sum(evaluations) AS used FROM evaluator.reservoir")
+    assert (kept[0]["n"], kept[0]["used"]) == (60, 60)
+
+
+async def test_without_postgresql_it_waits_and_then_goes_on_where_it_was(
+    kafka, database, evaluators, producer, supervisor
+):
+    name = evaluators.start()
+    spec = supervisor.process("postgres").spec
+    supervisor.stop("postgres")
+    try:
+        await send_samples(producer, range(40))
+        url = f"{evaluators.url(name)}/ready"
+        assert "PostgreSQL is away" in await until_status(url, 503)
+    finally:
+        await asyncio.to_thread(supervisor.start, spec)
+    await until_status(url, 200)
+    async with reading(kafka, QUALITY) as found:
+        await found.read(until=1)
+        assert qualities(found)[0].prompts == 40
+    assert supervisor.process(name).alive
+
+
+async def until_status(url: str, wanted: int) -> str:
+    """Ask until the answer has this status; what it says."""
+    for _ in range(200):
+        status, text = await asyncio.to_thread(answer, url)
+        if status == wanted:
+            return text
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{url} says {status} {text}, not {wanted}")
+
+
+def answer(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def page(url: str) -> str:
+    return answer(url)[1]
