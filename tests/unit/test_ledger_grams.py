@@ -1,0 +1,51 @@
+"""The intensity in force over a call, and joules and seconds to grams."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.ledger.footprint import Grams, grams_of
+from services.ledger.intensity import IntensitySteps
+
+HOUR = 3600.0
+STEPS = IntensitySteps([(HOUR, 300.0), (0.0, 100.0), (2 * HOUR, 200.0)], max_age_s=3 * HOUR)
+
+
+@pytest.mark.parametrize(
+    ("started_s", "finished_s", "mean"),
+    [
+        (10, 20, 100.0),
+        (HOUR - 30, HOUR + 10, 150.0),
+        (HOUR, HOUR, 300.0),
+        (0, 3 * HOUR, 200.0),
+        (-10, 10, None),
+        (4.9 * HOUR, 5 * HOUR, 200.0),
+        (4.9 * HOUR, 5.1 * HOUR, None),
+        (6 * HOUR, 6 * HOUR, None),
+    ],
+)
+def test_each_value_holds_until_the_next_and_not_beyond_its_age(started_s, finished_s, mean):
+    assert STEPS.mean(started_s, finished_s) == (None if mean is None else pytest.approx(mean))
+
+
+def test_a_gap_in_the_trace_stays_unknown():
+    gap = IntensitySteps([(0, 100.0), (10 * HOUR, 300.0)], max_age_s=3 * HOUR)
+    assert gap.mean(2 * HOUR, 10.5 * HOUR) is None
+    assert IntensitySteps([], max_age_s=1).mean(0, 1) is None
+
+
+@given(st.lists(st.floats(0, 1_000), min_size=1, max_size=10), st.floats(0, 9), st.floats(0, 9))
+def test_a_mean_lies_between_the_values(values, start_h, length_h):
+    steps = IntensitySteps([(hour * HOUR, value) for hour, value in enumerate(values)], max_age_s=1e9)
+    mean = steps.mean(start_h * HOUR, (start_h + length_h) * HOUR)
+    assert min(values) - 1e-6 <= mean <= max(values) + 1e-6
+
+
+def test_grams_are_electricity_with_overhead_and_the_servers_making():
+    grams = grams_of(energy_j=3.6e6, processing_s=10, pue=1.2, intensity_g_per_kwh=250, embodied_g_per_s=0.5)
+    assert grams == Grams(pytest.approx(300), 5.0, pytest.approx(305))
+
+
+def test_an_unknown_intensity_stays_unknown():
+    grams = grams_of(energy_j=3.6e6, processing_s=10, pue=1, intensity_g_per_kwh=None, embodied_g_per_s=0.5)
+    assert grams == Grams(None, 5.0, None)

@@ -1,0 +1,70 @@
+"""Energy counters in Triton's metrics; differences, restarts, missing readings; idle power from quiet spans."""
+
+import pytest
+
+from services.ledger.idle import IdlePower, learn
+from services.ledger.metering import Interval, MeteringError, Reading, counters_of, intervals_between, parse_meters
+
+METRICS = """\
+# HELP nv_gpu_power_usage GPU power usage in watts
+# TYPE nv_gpu_power_usage gauge
+nv_gpu_power_usage{gpu_uuid="GPU-1"} 71.5
+# TYPE nv_energy_consumption counter
+nv_energy_consumption{gpu_uuid="GPU-1"} 1234.5
+nv_energy_consumption{gpu_uuid="GPU-2"} 10
+nv_inference_count{model="ensemble",version="1"} 7
+"""
+
+
+def test_counters_are_read_by_gpu():
+    meters = parse_meters(METRICS)
+    assert meters.energy_j == {"GPU-1": 1234.5, "GPU-2": 10.0}
+    assert meters.power_w == {"GPU-1": 71.5}
+    assert counters_of(("GPU-2",), meters) == {"GPU-2": 10.0}
+    assert counters_of((), meters) == meters.energy_j
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "said"),
+    [
+        (METRICS, ("GPU-9",), r"no nv_energy_consumption of GPU GPU-9 \(it reports: GPU-1, GPU-2\); correct 'gpus'"),
+        ("", (), "are its GPU metrics enabled"),
+        ('nv_energy_consumption{gpu_uuid="a"} NaN\n', (), "must be a number of joules"),
+        ('nv_energy_consumption{gpu_uuid="a"} -1\n', (), "must be a number of joules"),
+        ('nv_energy_consumption{gpu_uuid="a"} much\n', (), "not in Prometheus' text format"),
+    ],
+)
+def test_metrics_that_do_not_tell_the_energy_are_refused_with_a_remedy(text, gpus, said):
+    with pytest.raises(MeteringError, match=said):
+        counters_of(gpus, parse_meters(text))
+
+
+def test_a_missing_reading_makes_a_longer_interval():
+    readings = [Reading(0, {"a": 5, "b": 1}), Reading(10, {"a": 8, "b": 1}), Reading(40, {"a": 20, "b": 4})]
+    assert intervals_between(readings) == [Interval(0, 10, 3), Interval(10, 40, 15)]
+    assert intervals_between(readings[:1]) == []
+
+
+def test_after_a_restart_what_was_counted_since_counts():
+    assert intervals_between([Reading(0, {"a": 900}), Reading(10, {"a": 40}), Reading(20, {"a": 60})]) == [
+        Interval(0, 10, 40, restarted=True),
+        Interval(10, 20, 20),
+    ]
+
+
+def test_a_gpu_that_appears_adds_nothing_until_it_is_read_again():
+    readings = [Reading(0, {"a": 0}), Reading(1, {"a": 1, "b": 500}), Reading(2, {"a": 1}), Reading(3, {"b": 520})]
+    assert [one.metered_j for one in intervals_between(readings)] == [1, 0, 20]
+
+
+def test_idle_power_is_the_least_mean_of_quiet_windows():
+    quiet = [(Interval(s, s + 10, j), 0) for s, j in ((0, 0), (10, 1_000), (20, 500))]
+    assert learn(IdlePower(), quiet[:2], window_s=30).power_w is None
+    assert learn(IdlePower(), quiet, window_s=30) == IdlePower(50.0)
+    assert learn(IdlePower(40.0), quiet, window_s=30) == IdlePower(40.0)
+
+
+def test_calls_and_restarts_interrupt_a_quiet_span():
+    spans = [(Interval(0, 20, 1_000), 0), (Interval(20, 30, 9_000), 2), (Interval(30, 50, 1_000), 0)]
+    assert learn(IdlePower(), spans, window_s=30) == IdlePower(None, 20, 1_000)
+    assert learn(IdlePower(), [(Interval(0, 50, 10, restarted=True), 0)], window_s=30) == IdlePower()
