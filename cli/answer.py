@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from shared.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, REQUESTS, RESPONSE_CHUNKS, RESPONSES, TopicSpec
 
 POLL_MS = 100
+
+LAST_CHUNK_WAIT_S = 2.0
+"""For the last chunk of a stream to be read after the answer, which has a topic of its own."""
 
 
 class MissingTopicError(RuntimeError):
@@ -37,15 +41,24 @@ class Answer:
 
 
 class Conversation:
-    """One request and its answer. Chunks are handed over as they come, in order."""
+    """One request and its answer. Chunks are handed over as they come, in order; then the answer, once."""
 
-    def __init__(self, kafka: KafkaSettings, request: GenerationRequest, *, on_chunk: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        request: GenerationRequest,
+        *,
+        on_chunk: Callable[[str], None],
+        on_response: Callable[[GenerationResponse], None],
+    ) -> None:
         if request.id is None:
             raise ValueError("the request needs an id to find its answer by")
         self._kafka = kafka
         self._request = request
         self._id = request.id
         self._on_chunk = on_chunk
+        self._on_response = on_response
+        self._streaming = request.stream
         self._response: GenerationResponse | None = None
         self._footprint: Footprint | None = None
 
@@ -71,13 +84,16 @@ class Conversation:
                         await self._read(consumer, specs)
             except TimeoutError:
                 raise NoAnswerError(f"no answer to request {self._id} within {timeout_s:g} s") from None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_CHUNK_WAIT_S):
+                    while self._streaming:
+                        await self._read(consumer, specs)
+            self._on_response(self._response)
             if self._response.status == "ok":
-                try:
+                with suppress(TimeoutError):  # the answer stands without it
                     async with asyncio.timeout(footprint_wait_s):
                         while self._footprint is None:
                             await self._read(consumer, specs)
-                except TimeoutError:
-                    pass  # the answer stands without it
             return Answer(self._response, self._footprint)
         finally:
             await consumer.stop()
@@ -123,6 +139,7 @@ class Conversation:
         match message:
             case ResponseChunk() if message.request_id == self._id:
                 self._on_chunk(message.text)
+                self._streaming = not message.final
             case GenerationResponse() if message.request_id == self._id:
                 self._response = self._response or message
             case Footprint() if message.request_id == self._id and message.purpose == "request":

@@ -9,6 +9,7 @@ from uuid import uuid4
 import typer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from pydantic import ValidationError
+from rich.status import Status
 
 from cli.answer import Answer, Conversation, MissingTopicError, NoAnswerError
 from cli.console import Exit, err, fail, out, quiet_clients
@@ -16,7 +17,7 @@ from cli.target import Bootstrap, find_target
 from shared.clock import Clock
 from shared.dead_letters import describe
 from shared.fleet import Fleet
-from shared.messages import Footprint, GenerationRequest
+from shared.messages import Footprint, GenerationRequest, GenerationResponse
 from shared.topics import REQUESTS
 
 
@@ -34,7 +35,7 @@ def send(
     timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How long to wait for the answer")] = 60.0,
     footprint_wait: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for the grams after the answer")
-    ] = 10.0,
+    ] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print response and footprint as JSON")] = False,
     bootstrap: Bootstrap = None,
 ) -> None:
@@ -57,7 +58,13 @@ def send(
     )
     quiet_clients()
     printed = stream and not as_json
-    conversation = Conversation(target.kafka, request, on_chunk=_print_piece if printed else lambda _: None)
+    metering = err.status("answered; the ledger is reading the meters")
+    conversation = Conversation(
+        target.kafka,
+        request,
+        on_chunk=_print_piece if printed else lambda _: None,
+        on_response=lambda response: None if as_json else _print_text(response, metering, streamed=printed),
+    )
     try:
         answer = asyncio.run(conversation.run(timeout_s=timeout, footprint_wait_s=footprint_wait))
     except MissingTopicError as error:
@@ -72,10 +79,12 @@ def send(
             remedy="check the address, or start the local stack: sprout up",
             code=Exit.NOT_RUNNING,
         )
+    finally:
+        metering.stop()
     if as_json:
         _print_json(answer)
     else:
-        _print_answer(answer, target.fleet(), streamed=printed)
+        _print_facts(answer, target.fleet())
     if answer.response.status != "ok":
         raise typer.Exit(Exit.FAILED)
 
@@ -123,12 +132,18 @@ def _print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _print_answer(answer: Answer, fleet: Fleet | None, *, streamed: bool) -> None:
-    response = answer.response
+def _print_text(response: GenerationResponse, metering: Status, *, streamed: bool) -> None:
     if response.error is not None:
-        err.print(f"error: {response.error.code}: {response.error.message}", markup=False, style="red")
         return
     print("" if streamed else response.text or "", flush=True)
+    metering.start()
+
+
+def _print_facts(answer: Answer, fleet: Fleet | None) -> None:
+    response = answer.response
+    if response.error is not None:
+        err.print(f"error: {response.error.code}: {response.error.message}", markup=False, style="red", soft_wrap=True)
+        return
     facts = []
     if response.decision is not None:
         level = response.decision.level
@@ -139,7 +154,7 @@ def _print_answer(answer: Answer, fleet: Fleet | None, *, streamed: bool) -> Non
     if response.usage is not None:
         facts.append(f"{response.usage.completion_tokens} tokens")
     facts.append(_grams(answer.footprint))
-    out.print("\n" + " · ".join(facts), style="dim", markup=False)
+    out.print("\n" + " · ".join(facts), style="dim", markup=False, soft_wrap=True)
 
 
 def _grams(footprint: Footprint | None) -> str:

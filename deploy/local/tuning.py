@@ -7,8 +7,9 @@ from pathlib import Path
 from deploy.local.config import StackConfig
 from deploy.local.grid import shipped_trace
 
-SETTLE_DELAY_WALL_S = 3.0
-"""How late a message may come; what ran before that is entered into the ledger's books."""
+SETTLE_DELAY_WALL_S = 10.0
+"""Age at which the ledger enters energy into its books. A call is known once it has ended: one that took longer, some
+400 tokens here, is charged for its end alone, and its beginning is booked as unattributed."""
 
 
 def service_settings(config: StackConfig) -> dict[str, dict[str, str]]:

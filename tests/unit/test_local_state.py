@@ -202,7 +202,7 @@ class TestServiceSettings:
         assert self.providers(config) == {
             "SAMPLE-SOLAR": [{"kind": "csv", "path": str(shipped_trace("SAMPLE-SOLAR")), "repeat": False}]
         }
-        assert service_settings(config)["ledger"]["SPROUT_LEDGER_SETTLE_DELAY_S"] == "180"
+        assert service_settings(config)["ledger"]["SPROUT_LEDGER_SETTLE_DELAY_S"] == "600"
 
     def test_what_the_stack_is_asked_for_wins(self, tmp_path):
         config = StackConfig(
