@@ -197,7 +197,7 @@ def _believed(group: str, option: str, costs: _Costs, posteriors: Mapping[str, P
     return OptionEstimate(
         energy_kwh=cost.energy_kwh,
         processing_s=cost.processing_s,
-        quality={metric: one.mean(group, option) for metric, one in posteriors.items()},
+        quality={metric: one.mean(group, option) for metric, one in posteriors.items() if one.trials(option) > 0.0},
         trials=min((one.group_trials(group, option) for one in posteriors.values()), default=0.0),
         requests=cost.requests,
     )

@@ -6,6 +6,8 @@ is SPROUT at a mean intensity, solved once.
 """
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -129,6 +131,35 @@ def solve(problem: Problem) -> Solution:
     return _solution(problem, _all_reference(problem), "reference")
 
 
+def warm_up() -> None:
+    """Use the solver once, with standard output shut: at its first use HiGHS prints its licence there, whatever it is
+    told, and a service's standard output is its log.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    shut = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(shut, 1)
+        model = pulp.LpProblem("warm_up", pulp.LpMinimize)
+        model.setObjective(pulp.LpAffineExpression([(model.add_variable("x", lowBound=1.0), 1.0)]))
+        model.solve(_solver())
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(shut)
+
+
+def _solver() -> pulp.HiGHS:
+    # A thread more would only wait: the simplex method of a small program is serial.
+    return pulp.HiGHS(
+        msg=False,
+        threads=1,
+        timeLimit=_TIME_LIMIT_S,
+        primal_feasibility_tolerance=SOLVER_TOLERANCE,
+        dual_feasibility_tolerance=SOLVER_TOLERANCE,
+    )
+
+
 def _attempts(problem: Problem) -> Iterator[tuple[PolicyStatus, Mapping[str, float], Mapping[str, float]]]:
     """The constraints to try, and the status that they mean."""
     yield "optimal", problem.floors, problem.capacities
@@ -171,15 +202,7 @@ def _optimum(problem: Problem, *, floors: Mapping[str, float], capacities: Mappi
             if problem.options[option].pool == pool
         ]
         _require(model, busy, pulp.LpConstraintLE, capacity)
-    model.solve(
-        pulp.HiGHS(
-            msg=False,
-            threads=1,
-            timeLimit=_TIME_LIMIT_S,
-            primal_feasibility_tolerance=SOLVER_TOLERANCE,
-            dual_feasibility_tolerance=SOLVER_TOLERANCE,
-        )
-    )
+    model.solve(_solver())
     # PuLP calls a solver that ran out of time "optimal"; only `sol_status` tells.
     if model.status != pulp.LpStatusOptimal or model.sol_status != pulp.LpSolutionOptimal:
         return None

@@ -29,7 +29,7 @@ class OptimizerSettings(BaseSettings):
     )
     floors: dict[str, Probability] = Field(
         default={},
-        description="Least quality of every prompt group, relative to the reference's, by metric of xi: JSON",
+        description="Least quality of every group, relative to the reference's, by metric of xi: JSON",
     )
     holdout: Probability = Field(default=0.05, description="Share of every group's traffic kept on the reference")
     validity_h: float = Field(
@@ -74,7 +74,7 @@ class OptimizerSettings(BaseSettings):
     estimates_change: float = Field(
         default=0.05,
         gt=0,
-        description="Relative change of energy or time, or absolute of a quality or traffic share, that calls for a solve",
+        description="Relative of energy or time, absolute of a quality or traffic share, that calls for a solve",
     )
     probability_change: float = Field(default=0.01, ge=0, description="Of any option, that calls for publishing")
     carbon_change: float = Field(
@@ -99,7 +99,7 @@ class OptimizerSettings(BaseSettings):
         unknown = sorted(self.floors.keys() - self.xi.keys())
         if unknown:
             raise ValueError(
-                f"SPROUT_OPTIMIZER_FLOORS names {', '.join(unknown)}, which SPROUT_OPTIMIZER_XI does not: add the metric "
+                f"SPROUT_OPTIMIZER_FLOORS names {', '.join(unknown)}, which SPROUT_OPTIMIZER_XI does not: add it "
                 "there (1.0 sets no bound on the whole)"
             )
         return self

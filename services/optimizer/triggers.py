@@ -103,12 +103,15 @@ def moved(old: Estimates, new: Estimates, rules: TriggerRules) -> bool:
 
 def material(old: Policy, new: Policy, rules: TriggerRules) -> str | None:
     """What a router or ledger would notice of a new policy, in words; null when nothing."""
+    return next(_differences(old, new, rules), None)
+
+
+def _differences(old: Policy, new: Policy, rules: TriggerRules) -> Iterator[str]:
     if (new.status, new.reference) != (old.status, old.reference):
-        return f"status {old.status} is now {new.status}"
-    if new.groups.keys() != old.groups.keys():
-        return "other prompt groups"
-    if new.group_version != old.group_version:
-        return "another version of the prompt groups"
+        yield f"status {old.status} is now {new.status}"
+    if (new.groups.keys(), new.group_version) != (old.groups.keys(), old.group_version):
+        yield "other prompt groups"
+        return
     rows = [(old.overall, new.overall), *((old.groups[group], new.groups[group]) for group in new.groups)]
     changed = max(
         abs(after.get(option, 0.0) - before.get(option, 0.0))
@@ -116,14 +119,13 @@ def material(old: Policy, new: Policy, rules: TriggerRules) -> str | None:
         for option in before.keys() | after.keys()
     )
     if changed > rules.probability_change:
-        return f"a probability changed by {changed:.3f}"
+        yield f"a probability changed by {changed:.3f}"
     if new.bounds.keys() != old.bounds.keys() or any(
         abs(new.bounds[metric] - old.bounds[metric]) > rules.bound_change for metric in new.bounds
     ):
-        return "other bounds"
+        yield "other bounds"
     if _relative(old.expected_g_per_request, new.expected_g_per_request) > rules.carbon_change:
-        return "other grams per request"
-    return None
+        yield "other grams per request"
 
 
 def _cells(old: Estimates, new: Estimates) -> Iterator[tuple[OptionEstimate, OptionEstimate]]:

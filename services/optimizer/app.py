@@ -1,0 +1,166 @@
+"""Wires the optimizer together; everything it decides is decided elsewhere."""
+
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from faststream.asgi import AsgiFastStream
+from faststream.kafka import KafkaBroker
+from faststream.middlewares import AckPolicy
+from prometheus_client import CollectorRegistry
+
+from services.optimizer import migrations
+from services.optimizer.metrics import OptimizerMetrics
+from services.optimizer.optimizing import Optimizing
+from services.optimizer.program import warm_up
+from services.optimizer.settings import OptimizerSettings
+from services.optimizer.store import Store
+from shared.broker import build_broker
+from shared.clock import Clock
+from shared.database import migrate, open_pool
+from shared.dead_letters import DeadLetterOffice, batch_decoder
+from shared.fleet import Fleet, load_fleet
+from shared.health import Health
+from shared.messages import CarbonIntensity, Footprint, Policy, Quality
+from shared.publishing import insist
+from shared.service import build_service, run_service
+from shared.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings, LogSettings
+from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, POLICIES, QUALITY
+
+NAME = "optimizer"
+DESCRIPTION = "Solves with which probability each directive is used, and publishes the policy."
+STATE_POLL_MS = 100
+"""Wall milliseconds between two looks for messages."""
+
+
+def subscribe(
+    broker: KafkaBroker,
+    office: DeadLetterOffice,
+    optimizing: Optimizing,
+    *,
+    kafka: KafkaSettings,
+    settings: OptimizerSettings,
+) -> None:
+    """Register the consumers: the compacted topics from their start at each start, footprints as a group."""
+    intensities = broker.subscriber(
+        kafka.topic(CARBON_INTENSITY),
+        decoder=batch_decoder(CarbonIntensity, office),
+        title="carbon-intensity",
+        description="What the grid emits",
+        batch=True,
+        batch_timeout_ms=STATE_POLL_MS,
+        auto_offset_reset="earliest",
+        ack_policy=AckPolicy.ACK_FIRST,
+    )
+    evaluations = broker.subscriber(
+        kafka.topic(QUALITY),
+        decoder=batch_decoder(Quality, office),
+        title="quality",
+        description="What the judge preferred",
+        batch=True,
+        batch_timeout_ms=STATE_POLL_MS,
+        auto_offset_reset="earliest",
+        ack_policy=AckPolicy.ACK_FIRST,
+    )
+    footprints = broker.subscriber(
+        kafka.topic(FOOTPRINTS),
+        decoder=batch_decoder(Footprint, office),
+        title="footprints",
+        description="What every call took",
+        batch=True,
+        batch_timeout_ms=STATE_POLL_MS,
+        max_records=settings.batch_records,
+        group_id=kafka.group(NAME),
+        auto_offset_reset="earliest",
+        ack_policy=AckPolicy.NACK_ON_ERROR,
+    )
+
+    @intensities
+    async def on_intensities(news: list[CarbonIntensity]) -> None:
+        optimizing.learn_intensities(news)
+
+    @evaluations
+    async def on_quality(news: list[Quality]) -> None:
+        optimizing.learn_quality(news)
+
+    @footprints
+    async def on_footprints(news: list[Footprint]) -> None:
+        await optimizing.learn_footprints(news)
+
+
+def build_app(
+    *,
+    kafka: KafkaSettings | None = None,
+    settings: OptimizerSettings | None = None,
+    database: DatabaseSettings | None = None,
+    fleet: Fleet | None = None,
+    clock: Clock | None = None,
+) -> AsgiFastStream:
+    """The optimizer, without connecting; what is not given is read from the environment.
+
+    Raises:
+        FleetError, ValidationError: the configuration does not do; the message says why.
+    """
+    kafka = kafka or KafkaSettings()
+    settings = settings or OptimizerSettings()
+    fleet = fleet or load_fleet(FleetSettings().file)
+    clock = clock or Clock.from_environment()
+    database = database or DatabaseSettings()
+    registry = CollectorRegistry()
+    metrics = OptimizerMetrics(registry)
+    health = Health()
+    broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry)
+    publisher = broker.publisher(kafka.topic(POLICIES), title="policies", description="Probabilities of the options")
+
+    async def publish(policy: Policy) -> None:
+        await insist(lambda: publisher.publish(policy, key=policy.model.encode()))
+
+    optimizing = Optimizing(fleet=fleet, clock=clock, settings=settings, metrics=metrics, publish=publish)
+    subscribe(broker, office, optimizing, kafka=kafka, settings=settings)
+    _watch_ages(optimizing, metrics, fleet, clock)
+
+    @asynccontextmanager
+    async def running() -> AsyncIterator[None]:
+        pool = await open_pool(database, schema=NAME)
+        try:
+            await migrate(pool, schema=NAME, package=migrations.__name__)
+            await optimizing.restore(Store(pool, remembered_footprints=settings.remembered_footprints))
+            health.spawn("make policies", optimizing.run())
+            yield
+        finally:
+            await health.cancel_background()
+            optimizing.close()
+            await pool.close()
+
+    health.add_check("database", optimizing.problem)
+    return build_service(
+        broker,
+        name=NAME,
+        description=DESCRIPTION,
+        kafka=kafka,
+        topics=(CARBON_INTENSITY, QUALITY, FOOTPRINTS, POLICIES, DEAD_LETTERS),
+        registry=registry,
+        health=health,
+        lifespan=running,
+    )
+
+
+def main() -> None:
+    """Run until told to stop."""
+    warm_up()
+    run_service(build_app(), name=NAME, http=HttpSettings(), logs=LogSettings())
+
+
+def _watch_ages(optimizing: Optimizing, metrics: OptimizerMetrics, fleet: Fleet, clock: Clock) -> None:
+    def watch(what: str, name: str, age_s: Callable[[], float | None]) -> None:
+        def known_or_nan() -> float:
+            age = age_s()
+            return math.nan if age is None else age
+
+        metrics.watch_age(what, name, known_or_nan)
+
+    for model in fleet.models:
+        watch("policy", model.name, lambda name=model.name: optimizing.policy_age_s(name))  # type: ignore[misc]
+        watch("evaluation", model.name, lambda name=model.name: optimizing.evaluation_age_s(name))  # type: ignore[misc]
+    for zone in fleet.zones:
+        watch("intensity", zone, lambda zone=zone: optimizing.grid.age_s(zone, clock.now()))  # type: ignore[misc]
