@@ -61,8 +61,8 @@ def _tiles(report: Report) -> tuple[tuple[str, str, str], ...]:
         ),
         ("requests", f"{requests.answered:,}", f"{requests.refused:,} refused, {requests.unsettled:,} unsettled"),
         (
-            "books against meters",
-            "–" if difference is None else apart(difference).replace("less than", "<"),
+            "books and meters",
+            "–" if difference is None else apart(difference).replace("under", "<"),
             f"apart; {energy(account.metered_j)} metered",
         ),
     )

@@ -71,10 +71,12 @@ def level_shares(counts: Mapping[str, int], levels: tuple[str, ...]) -> list[str
 
 def apart(percentage: float) -> str:
     """How far two accounts are apart, %; rounding of floating-point sums is not worth its digits."""
-    return f"{figures(abs(percentage), 2)} %" if abs(percentage) >= 1e-4 else "less than 0.0001 %"
+    return f"{figures(abs(percentage), 2)} %" if abs(percentage) >= 1e-3 else "under 0.001 %"
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    if value == 0:
+        return f"0 {'g' if units[-1][1] == 'mg' else units[-1][1]}"
     size, unit = next((scale for scale in units if abs(value) >= scale[0]), units[-1])
     return f"{figures(value / size)} {unit}"
 

@@ -287,3 +287,12 @@ async def test_a_pool_of_any_schema_will_do(books, database):
     finally:
         await pool.close()
     assert report.requests.settled == 1
+
+
+async def test_readings_that_were_cleared_away_leave_the_intervals_note_of_the_meter(books):
+    await write_day(books)
+    await books.execute("DELETE FROM ledger.readings WHERE at < $1", DAY + timedelta(hours=6))
+    await books.execute("DELETE FROM ledger.calls WHERE settled AND started_at < $1", DAY + timedelta(hours=6))
+    report = await collect_report(books)
+    assert report.energy.difference_pct == pytest.approx(0.0, abs=1e-6)
+    assert report.requests.answered == 500

@@ -151,7 +151,7 @@ def _counts(books: Books, comparable: Comparable, comparison: Comparison, calls:
     zone = books.selection.zone
     shown = np.ones(len(books.requests), dtype=bool) if zone is None else books.requests.zone == zone
     return RequestCounts(
-        answered=books.answered,
+        answered=len(calls) + books.unsettled,
         settled=len(calls),
         unsettled=books.unsettled,
         refused=sum(books.refusals.values()),

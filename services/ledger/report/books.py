@@ -59,8 +59,7 @@ class Books:
         requests: settled calls of producers.
         evaluations: settled calls of the evaluator on the models themselves, not on the judge.
         rows: probabilities by option that `requests.row` and `evaluations.row` point at.
-        answered: calls of producers' requests, settled or not.
-        unsettled: those of them that are not settled yet.
+        unsettled: producers' requests that were answered and are not settled yet.
         unsettled_calls: calls of any purpose, model and zone that are not settled yet.
         purposes: by `request`, `evaluation`, `judge`.
         policies: all that were ever published: earlier ones may still be in force.
@@ -70,7 +69,6 @@ class Books:
     requests: Calls
     evaluations: Calls
     rows: Sequence[Mapping[str, float]]
-    answered: int
     unsettled: int
     unsettled_calls: int
     refusals: Mapping[str, int]

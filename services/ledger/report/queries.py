@@ -52,10 +52,8 @@ WHERE purpose IN ('request', 'evaluation') AND {_PERIOD.format(at="started_at")}
 """
 
 _CALLS = f"""
-SELECT count(*) FILTER (WHERE purpose = 'request' AND {_MODEL}) AS answered,
-       count(*) FILTER (WHERE purpose = 'request' AND {_MODEL} AND NOT settled) AS unsettled,
-       count(*) FILTER (WHERE NOT settled) AS unsettled_calls
-FROM ledger.calls WHERE {_PERIOD.format(at="started_at")} AND {_ZONE}
+SELECT count(*) FILTER (WHERE purpose = 'request' AND {_MODEL}) AS unsettled, count(*) AS unsettled_calls
+FROM ledger.calls WHERE NOT settled AND {_PERIOD.format(at="started_at")} AND {_ZONE}
 """
 
 _REFUSALS = f"""
@@ -78,7 +76,8 @@ FROM ledger.intervals WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS N
 GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
 """
 
-# Straight from the counters, whatever the intervals say: a counter that fell was restarted, and counts from 0.
+# Straight from the counters, whatever the intervals say: a counter that fell was restarted, and counts from 0. Readings
+# are not kept for ever: of intervals older than an endpoint's first one only their own note of the meter is left.
 _METERED = f"""
 WITH span AS (
     SELECT endpoint, min(started_at) AS first, max(finished_at) AS last FROM ledger.intervals
@@ -86,9 +85,14 @@ WITH span AS (
 ), steps AS (
     SELECT energy_j, lag(energy_j) OVER (PARTITION BY endpoint, gpu ORDER BY at) AS before
     FROM ledger.readings JOIN span USING (endpoint) WHERE at BETWEEN first AND last
+), kept AS (
+    SELECT endpoint, (SELECT min(at) FROM ledger.readings WHERE readings.endpoint = span.endpoint) AS since FROM span
 )
-SELECT coalesce(sum(CASE WHEN energy_j >= before THEN energy_j - before ELSE energy_j END), 0)::float8
-FROM steps WHERE before IS NOT NULL
+SELECT (SELECT coalesce(sum(CASE WHEN energy_j >= before THEN energy_j - before ELSE energy_j END), 0) FROM steps
+        WHERE before IS NOT NULL)::float8
+     + (SELECT coalesce(sum(metered_j), 0) FROM ledger.intervals JOIN kept USING (endpoint)
+        WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS NULL OR zone = $3)
+          AND (since IS NULL OR started_at < since))::float8
 """
 
 _INTENSITY = f"""
@@ -151,7 +155,6 @@ async def _read(connection: Connection, selection: Selection) -> Books:
         requests=requests,
         evaluations=evaluations,
         rows=rows.rows,
-        answered=calls["answered"],
         unsettled=calls["unsettled"],
         unsettled_calls=calls["unsettled_calls"],
         refusals={row["code"]: row["requests"] for row in refusals},
