@@ -37,7 +37,9 @@ class EvaluatorSettings(BaseSettings):
     max_intensity_age_s: float = Field(
         default=3 * 3_600.0, gt=0, description="An older intensity is no reason to evaluate, event"
     )
-    retry_pause_s: float = Field(default=30.0, gt=0, description="After an evaluation that failed, wall")
+    retry_pause_s: float = Field(
+        default=30.0, gt=0, description="After an evaluation that failed, wall; doubles with each in a row"
+    )
 
     # Samples
     samples_per_group: int = Field(default=200, ge=1, description="Kept for each model and prompt group")

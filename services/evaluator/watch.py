@@ -26,6 +26,9 @@ LONGEST_TURN_S = 5.0
 EXPIRY_INTERVAL_S = 60.0
 """Wall seconds between two searches for samples that are too old."""
 
+MOST_DOUBLINGS = 7
+"""Of the pause after a failed evaluation."""
+
 _log = get_logger(__name__)
 
 
@@ -37,6 +40,7 @@ class _Watched:
         zone: whose intensity decides.
         occasion: a reason to evaluate that has not been acted on.
         running: its evaluation.
+        failures: evaluations in a row that came to nothing.
         not_before_s: loop time until which nothing is started, after a failure.
     """
 
@@ -45,6 +49,7 @@ class _Watched:
     opportunity: Opportunity
     occasion: Occasion | None = None
     running: "asyncio.Task[None] | None" = None
+    failures: int = 0
     not_before_s: float = 0.0
 
     def adjusted(self) -> float:
@@ -206,6 +211,7 @@ class Watch:
             self._metrics.running.labels(watched.model).set(0)
             watched.running = None
         if outcome.status == "finished":
+            watched.failures = 0
             self._metrics.evaluations.labels(watched.model, occasion.trigger, "finished").inc()
         elif outcome.status == "elsewhere":
             watched.opportunity.last = outcome.last or before
@@ -214,5 +220,8 @@ class Watch:
             self._metrics.evaluations.labels(watched.model, occasion.trigger, "failed").inc()
             watched.opportunity.last = before
             watched.occasion = watched.occasion or occasion
-            watched.not_before_s = asyncio.get_running_loop().time() + self._retry_pause_s
+            # Each attempt costs energy: what keeps failing is tried ever more seldom.
+            pause_s = self._retry_pause_s * 2.0 ** min(watched.failures, MOST_DOUBLINGS)
+            watched.failures += 1
+            watched.not_before_s = asyncio.get_running_loop().time() + pause_s
         self._news.set()

@@ -1,0 +1,170 @@
+"""What the evaluator reads from its topics, in memory and on a real broker; its database is stood in for."""
+
+import asyncio
+import tomllib
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from evaluator_support import grid, judged_fleet, sample
+from faststream.kafka import TestKafkaBroker
+from prometheus_client import CollectorRegistry
+from router_support import MODEL, ZONE
+
+from services.evaluator.app import Evaluator, build_app
+from services.evaluator.plan import PlanError
+from services.evaluator.settings import EvaluatorSettings
+from services.evaluator.spending import Energy
+from shared.broker import build_broker
+from shared.clock import ManualClock
+from shared.dead_letters import RetryLaterError
+from shared.fleet import Fleet
+from shared.messages import DeadLetter, Footprint, Sample
+from shared.settings import DatabaseSettings, KafkaSettings
+from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, SAMPLES
+
+NOW = datetime(2023, 2, 10, 12, tzinfo=UTC)
+FLEET = Fleet.model_validate(tomllib.loads(judged_fleet("127.0.0.1:9")))
+
+
+class Memory:
+    """A storage that keeps in memory what it is given, and is away as often as told."""
+
+    problem = None
+
+    def __init__(self, *, away: int = 0) -> None:
+        self.samples: list[Sample] = []
+        self.energy: dict[tuple[str, str], Energy] = {}
+        self.away = away
+
+    async def keep(self, samples: list[Sample], *, now: datetime) -> None:
+        assert now == NOW
+        if self.away:
+            self.away -= 1
+            raise RetryLaterError("away")
+        self.samples += samples
+
+    async def add_energy(self, book: dict[tuple[str, str], Energy]) -> None:
+        self.energy |= book
+
+    async def pause(self) -> None:
+        return
+
+
+class Desk:
+    """An evaluator with its broker, and a reader of its dead letters."""
+
+    def __init__(self, kafka: KafkaSettings) -> None:
+        self.kafka = kafka
+        self.storage = Memory()
+        self.letters: list[DeadLetter] = []
+        registry = CollectorRegistry()
+        clock = ManualClock(NOW)
+        self.broker, office = build_broker(kafka, service="evaluator", clock=clock, registry=registry)
+        self.evaluator = Evaluator(
+            self.broker, office, kafka=kafka, database=DatabaseSettings(), settings=EvaluatorSettings(poll_ms=20),
+            fleet=FLEET, clock=clock, registry=registry,
+        )  # fmt: skip
+        self.evaluator._storage = self.storage  # type: ignore[assignment]
+        (self.watched,) = self.evaluator.watch._models.values()
+
+        @self.broker.subscriber(kafka.topic(DEAD_LETTERS), auto_offset_reset="earliest")
+        async def letters(letter: DeadLetter) -> None:
+            self.letters.append(letter)
+
+    async def publish(self, spec: Any, *values: Any) -> None:
+        for value in values:
+            await self.broker.publish(value, topic=self.kafka.topic(spec), key=b"k")
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait, with a bound; in memory everything has already happened."""
+        for _ in range(300):
+            if condition():
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError("it did not happen within 15 s")
+
+
+@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.integration)])
+def real_kafka(request: pytest.FixtureRequest) -> KafkaSettings | None:
+    """A real broker's settings, or none for the cases in memory, which must not start one."""
+    return request.getfixturevalue("kafka") if request.param == "kafka" else None
+
+
+@pytest.fixture
+async def desk(real_kafka: KafkaSettings | None) -> AsyncIterator[Desk]:
+    made = Desk(real_kafka or KafkaSettings())
+    if real_kafka is None:
+        async with TestKafkaBroker(made.broker):
+            yield made
+    else:
+        await made.broker.start()
+        yield made
+        await made.broker.stop()
+
+
+async def test_samples_of_known_models_reach_the_reservoir(desk: Desk) -> None:
+    await desk.publish(SAMPLES, sample(1), sample(2, model="gpt-9"), sample(3, group="code"))
+    await desk.until(lambda: len(desk.storage.samples) == 2)
+    assert [(one.request_id, one.group) for one in desk.storage.samples] == [("r1", "qa"), ("r3", "code")]
+
+
+async def test_what_is_no_sample_becomes_a_dead_letter_and_the_rest_is_kept(desk: Desk) -> None:
+    await desk.publish(SAMPLES, b"{broken", sample(1), b'{"request_id": "x"}')
+    await desk.until(lambda: len(desk.letters) == 2 and len(desk.storage.samples) == 1)
+    assert [letter.original_value() for letter in desk.letters] == [b"{broken", b'{"request_id": "x"}']
+    assert [letter.reason for letter in desk.letters] == ["invalid_json", "invalid_message"]
+
+
+async def test_a_sample_that_a_database_could_not_name_is_passed_over(desk: Desk) -> None:
+    strange = sample(1).model_copy(update={"request_id": "r\0"})
+    await desk.publish(SAMPLES, strange, sample(2))
+    await desk.until(lambda: bool(desk.storage.samples))
+    assert [one.request_id for one in desk.storage.samples] == ["r2"]
+    assert desk.letters == []
+
+
+async def test_intensities_are_followed_with_their_whole_window(desk: Desk) -> None:
+    desk.watched.opportunity.evaluated(NOW - timedelta(hours=24))
+    await desk.publish(CARBON_INTENSITY, grid(NOW, 400, 420, 300, 200, 220))
+    await desk.until(lambda: desk.watched.occasion is not None)
+    assert (desk.watched.occasion.trigger, desk.watched.occasion.at) == ("local_minimum", NOW)
+
+
+async def test_a_stale_intensity_is_no_reason_to_evaluate(desk: Desk) -> None:
+    desk.watched.opportunity.evaluated(NOW - timedelta(hours=24))
+    await desk.publish(CARBON_INTENSITY, grid(NOW - timedelta(hours=4), 400, 420, 300, 200, 220))
+    await desk.until(lambda: desk.watched.opportunity.adjusted() is not None)
+    assert desk.watched.occasion is None
+
+
+async def test_the_energy_of_evaluations_is_noted_and_that_of_requests_is_not(desk: Desk) -> None:
+    for purpose in ("request", "evaluation"):
+        footprint = Footprint(
+            request_id=purpose, purpose=purpose, model=MODEL, group="qa", pool="p", level="L0", zone=ZONE,
+            endpoint="e0", started_at=NOW, finished_at=NOW, processing_s=1.0, completion_tokens=10, energy_j=60.0,
+            embodied_g=0.0,
+        )  # fmt: skip
+        await desk.publish(FOOTPRINTS, footprint)
+    await desk.until(lambda: bool(desk.storage.energy))
+    assert desk.storage.energy == {("evaluation", "p"): Energy(60.0, 10)}
+
+
+@pytest.mark.integration
+async def test_samples_that_came_while_the_database_was_away_are_read_again(kafka: KafkaSettings) -> None:
+    desk = Desk(kafka)
+    desk.storage.away = 3
+    await desk.broker.start()
+    try:
+        await desk.publish(SAMPLES, *(sample(number) for number in range(5)))
+        await desk.until(lambda: {one.request_id for one in desk.storage.samples} == {f"r{n}" for n in range(5)})
+        assert desk.storage.away == 0
+        assert desk.letters == []
+    finally:
+        await desk.broker.stop()
+
+
+def test_a_fleet_without_a_judge_is_a_mistake_that_is_named() -> None:
+    with pytest.raises(PlanError, match=r"no \[judge\].*SPROUT_EVALUATOR_JUDGE=openai"):
+        build_app(settings=EvaluatorSettings(), fleet=FLEET.model_copy(update={"judge": None}))
