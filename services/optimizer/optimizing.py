@@ -1,10 +1,11 @@
-"""The shell around the decisions: takes in what is known, has a policy solved when one is due, keeps and publishes it."""
+"""The shell around the decisions: takes in what is known, has policies solved when due, keeps and publishes them."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from services.optimizer.bounds import InForce
 from services.optimizer.consumption import Consumption
@@ -27,6 +28,7 @@ FORGOTTEN_HALF_LIVES = 10
 _MOST_REMARKS = 1_000
 
 Publish = Callable[[Policy], Awaitable[None]]
+T = TypeVar("T")
 
 _log = get_logger(__name__)
 
@@ -95,7 +97,8 @@ class Optimizing:
 
     def learn_intensities(self, news: Sequence[CarbonIntensity]) -> None:
         """Take the newest of every zone."""
-        if any([self.grid.learn(one) for one in news]):
+        taken = [self.grid.learn(one) for one in news]
+        if any(taken):
             self._news.set()
 
     def learn_quality(self, news: Sequence[Quality]) -> None:
@@ -263,7 +266,7 @@ class Optimizing:
     def _oldest_evaluation(self) -> datetime:
         return self._clock.now() - timedelta(seconds=FORGOTTEN_HALF_LIVES * self._rules.quality.half_life_s)
 
-    async def _in_solver[T](self, work: Callable[[], T]) -> T:
+    async def _in_solver(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._solver, work)
 
     def _zone(self, model: str) -> str:
