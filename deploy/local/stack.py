@@ -212,11 +212,11 @@ class LocalStack:
             self._handlers.close()
 
     def _start_servers(self, broker: InstalledBroker) -> None:
-        folder = self.config.state_dir
+        folder = self.config.state_dir / "data"  # replaced at every start, unlike what is installed
         self._say(f"starting {'Kafka' if broker.kind == 'kafka' else 'the in-memory broker'} and PostgreSQL")
         postgres, url = postgres_spec(folder / "postgres")
         if broker.java is not None and broker.libs is not None:
-            spec, bootstrap_servers = kafka_spec(folder / "kafka", libs=broker.libs, java=broker.java)
+            spec, bootstrap_servers = kafka_spec(folder / "kafka-data", libs=broker.libs, java=broker.java)
             kafka = self._launch(spec)
             self._launch(postgres).wait_ready()
             kafka.wait_ready()
