@@ -1,19 +1,14 @@
-"""Where benchmarks leave their figures: `build/bench.json`, one object, name to value."""
+"""Numbers of a benchmark run, kept together in `build/bench.json`."""
 
 import json
 from pathlib import Path
 
-FILE = Path(__file__).resolve().parents[1] / "build" / "bench.json"
+RESULTS = Path(__file__).resolve().parents[1] / "build" / "bench.json"
 
 
 def record(name: str, value: float) -> None:
-    """Keep a figure beside those that are there; one of the same name is replaced."""
-    FILE.parent.mkdir(exist_ok=True)
-    try:
-        figures = json.loads(FILE.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        figures = {}
-    figures[name] = value
-    partial = FILE.with_suffix(".partial")
-    partial.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(FILE)
+    """Put a number into the file, beside what other benchmarks put there."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    known[name] = value
+    RESULTS.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
