@@ -13,6 +13,9 @@ from deploy.local.paths import STATE_VARIABLE, default_state_dir
 BROKER_VARIABLE = "SPROUT_LOCAL_BROKER"
 """Environment variable that chooses the broker: `auto`, `kafka` or `in-memory`."""
 
+INSTALL_VARIABLE = "SPROUT_LOCAL_INSTALL"
+"""Environment variable that names a folder for what is installed, to share it between several state folders."""
+
 BrokerChoice = Literal["auto", "kafka", "in-memory"]
 
 
@@ -20,6 +23,12 @@ def state_dir_from_environment() -> Path:
     """The state folder: the one that `SPROUT_LOCAL_STATE` names, else `.sprout/` in the checkout."""
     text = os.environ.get(STATE_VARIABLE)
     return Path(text).expanduser().resolve() if text else default_state_dir()
+
+
+def install_dir_from_environment() -> Path:
+    """Where things are installed: the folder that `SPROUT_LOCAL_INSTALL` names, else the state folder."""
+    text = os.environ.get(INSTALL_VARIABLE)
+    return Path(text).expanduser().resolve() if text else state_dir_from_environment()
 
 
 def broker_from_environment() -> BrokerChoice:
@@ -48,7 +57,7 @@ class StackConfig(BaseModel):
 
     state_dir: Path = Field(default_factory=state_dir_from_environment)
     install_dir: Path = Field(
-        default_factory=state_dir_from_environment,
+        default_factory=install_dir_from_environment,
         description="What is fetched once: jars, Triton, a Java runtime; may be shared by several stacks",
     )
     broker: BrokerChoice = Field(default_factory=broker_from_environment)

@@ -1,6 +1,7 @@
 """The local stack on real Kafka and PostgreSQL: it starts whole or not at all, and leaves nothing behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from deploy.local.config import StackConfig
 from deploy.local.fleet import LocalFleet
+from deploy.local.java import ensure_java
+from deploy.local.kafka import install_kafka
 from deploy.local.models import MODEL_TIER, PreparedModels
 from deploy.local.paths import default_state_dir
 from deploy.local.processes import ProcessFailedError, ProcessSpec
@@ -94,6 +97,16 @@ async def test_within_the_block_everything_runs_and_after_it_nothing_does(tmp_pa
     assert living(state) == []
     assert read_state(tmp_path) is None
     assert any("Kafka and PostgreSQL" in line for line in said)
+
+
+def test_what_is_installed_in_the_same_folder_outlives_every_start(tmp_path):
+    libs = install_kafka(default_state_dir(), java=ensure_java(default_state_dir(), print), say=print)
+    shutil.copytree(libs, tmp_path / "kafka" / libs.name, copy_function=os.link)
+    said: list[str] = []
+    with LocalStack(config(tmp_path, install_dir=tmp_path), IdleModels(), say=said.append):
+        pass
+    assert not [line for line in said if "fetching" in line]
+    assert sorted(os.listdir(tmp_path / "kafka" / libs.name)) == sorted(os.listdir(libs))
 
 
 async def test_nothing_listens_beyond_loopback(tmp_path):
