@@ -11,6 +11,7 @@ from faststream.kafka import KafkaBroker
 from faststream.kafka.subscriber.usecase import BatchSubscriber
 from prometheus_client import CollectorRegistry
 
+from services.ledger.backlog import Backlog
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.publishing import Publishing
 from services.ledger.rows import Row, intensity_rows, policy_row, quality_row, refusal_row, request_row, usage_row
@@ -90,12 +91,12 @@ class Ledger:
             await publisher.publish(footprint, key=footprint.request_id.encode())
 
         self.publishing = Publishing(publish, storage=self.storage, metrics=self.metrics)
-        self._waiting = ""
-        self._call_topics = self._subscribe()
+        self._kafka_problem = ""
+        self._backlog = Backlog(self._subscribe(), [kafka.topic(RESPONSES), kafka.topic(USAGE)], clock=clock)
 
     def problem(self) -> str | None:
         """What stands against readiness."""
-        return self._waiting or None
+        return self._kafka_problem or None
 
     @asynccontextmanager
     async def running(self, health: Health, database: DatabaseSettings) -> AsyncIterator[None]:
@@ -117,21 +118,23 @@ class Ledger:
         """Settle and publish, over and over; waits while PostgreSQL, Kafka or messages are away."""
         while True:
             await asyncio.sleep(self.settings.settle_interval_s)
-            lag = await self.lag_records()
-            if lag is not None:
-                self.metrics.lag_records.set(lag)
-            if lag is None or lag > self.settings.max_lag_records:
-                self._waiting = "waiting for Kafka's partitions" if lag is None else f"{lag} calls wait to be read"
-                continue
-            self._waiting = ""
+            waiting = await self._backlog.look()
+            if waiting is not None:
+                self.metrics.lag_records.set(waiting)
+            self._kafka_problem = "Kafka does not tell what is still to be read" if waiting is None else ""
             await self.close_books()
 
     async def close_books(self) -> None:
-        """One settlement of what is old enough, then its publication."""
-        horizon = self._clock.now() - timedelta(seconds=self.settings.settle_delay_s)
+        """One settlement of what is old enough, then its publication.
+
+        Old enough is what lies `settle_delay_s` before the instant up to which all messages are in the books: after an
+        outage, nothing is settled before the calls that piled up in Kafka have been read.
+        """
+        read_until = self._backlog.read_until
         try:
-            await self.settler.turn(horizon)
-            self.storage.note(None)
+            if read_until is not None:
+                await self.settler.turn(read_until - timedelta(seconds=self.settings.settle_delay_s))
+                self.storage.note(None)
             await self.publishing.turn()
         except AWAY_ERRORS as error:
             self.storage.note(error)
@@ -152,20 +155,6 @@ class Ledger:
                 await self.close_books()
         except TimeoutError:
             _log.warning("stopped before the last settlement was done; it follows at the next start")
-
-    async def lag_records(self) -> int | None:
-        """Calls that wait in Kafka, as far as this ledger is to read them; null while that is not known."""
-        lag = 0
-        for consumer_of in self._call_topics:
-            consumer = consumer_of()
-            if consumer is None:
-                return None
-            for partition in consumer.assignment():
-                end = consumer.highwater(partition)
-                if end is None:
-                    return None
-                lag += max(0, end - await consumer.position(partition))
-        return lag
 
     def _subscribe(self) -> list[Callable[[], Any]]:
         """All topics, in batches that are acknowledged once they are in PostgreSQL; returns those with calls."""
@@ -251,7 +240,7 @@ def build_app(
     broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=LINGER_MS)
     ledger = Ledger(broker, office, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("postgresql", ledger.storage.problem)
-    health.add_check("calls", ledger.problem)
+    health.add_check("backlog", ledger.problem)
     for number, scraper in enumerate(ledger.scrapers):
         health.add_check(f"meters {number}", scraper.problem)
 

@@ -15,9 +15,6 @@ class LedgerSettings(BaseSettings):
     batch_records: int = Field(default=1_000, ge=1, description="Messages written to PostgreSQL at once, at most")
     poll_ms: int = Field(default=200, ge=1, le=5_000, description="Wait for messages before a batch is written, wall")
     retry_s: float = Field(default=1.0, gt=0, description="Between attempts while PostgreSQL is away, wall")
-    max_lag_records: int = Field(
-        default=1_000, ge=0, description="Nothing is settled while more calls than these wait to be read"
-    )
 
     # Meters
     scrape_interval_s: float = Field(default=5.0, gt=0, description="Between readings of a server's counters, wall")

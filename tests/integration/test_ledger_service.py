@@ -1,0 +1,281 @@
+"""The ledger as a process, on real Kafka, PostgreSQL, and a real Triton server with the stand-in model."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import asyncpg
+import pytest
+from router_support import LEVELS, MODEL, ZONE, Producer, producing, question, reading, write_workload
+
+from deploy.local.paths import default_state_dir
+from deploy.local.ports import free_ports
+from deploy.local.processes import ProcessSpec, Supervisor
+from deploy.local.services import Surroundings, service_spec
+from deploy.local.triton import free_triton_ports, install, metrics_url, ready_probe
+from deploy.triton.models import stand_in_llm
+from deploy.triton.repository import write_repository
+from shared.clock import Clock
+from shared.messages import (
+    CarbonIntensity,
+    Decision,
+    ErrorDetail,
+    Footprint,
+    GenerationResponse,
+    IntensityPoint,
+    Timing,
+    Usage,
+    UsageRecord,
+)
+from shared.settings import DatabaseSettings, KafkaSettings
+from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, RESPONSES, USAGE
+from shared.triton.client import TritonClient
+from shared.triton.parameters import GenerationParameters
+
+pytestmark = pytest.mark.integration
+
+RATE = 20.0
+IDLE_W = 55.0
+INTENSITY = 300.0
+FLEET = """
+[[directives]]
+level = "L0"
+[[models]]
+name = "{model}"
+chat_template = "llama-2"
+[[pools]]
+name = "p"
+model = "{model}"
+zone = "{zone}"
+pue = 1.5
+embodied_g_per_s = 0.01
+{idle}
+[[pools.endpoints]]
+name = "e0"
+grpc = "{grpc}"
+metrics = "{metrics}"
+gpus = ["stand-in-{model}"]
+"""
+SYSTEM = {"L0": "", "L1": "Always answer briefly.", "L2": "Always answer very briefly."}
+
+
+@dataclass(frozen=True)
+class Server:
+    grpc: str
+    metrics: str
+    clock: Clock
+
+
+@pytest.fixture(scope="module")
+def server(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("triton")
+    installation = install(default_state_dir(), say=print)
+    workload = write_workload(folder / "w.jsonl")
+    write_repository(folder / "models", [stand_in_llm(workload, model=MODEL, idle_power_w=IDLE_W)])
+    ports, clock = free_triton_ports(), Clock.starting(datetime(2024, 2, 10, tzinfo=UTC), rate=RATE)
+    supervisor.start(
+        ProcessSpec(
+            name="ledger-triton",
+            command=tuple(installation.command(folder / "models", ports)),
+            environment=installation.environment(clock.environment()),
+            ready=ready_probe(ports),
+        )
+    )
+    yield Server(f"127.0.0.1:{ports.grpc}", metrics_url(ports), clock)
+    supervisor.stop("ledger-triton")
+
+
+class Ledgers:
+    """Ledgers as processes, and their books."""
+
+    def __init__(
+        self, supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettings, clock: Clock, fleet: Path
+    ) -> None:
+        self._supervisor, self._kafka, self._database = supervisor, kafka, database
+        self._clock, self._fleet, self.names = clock, fleet, []
+
+    def start(self, **changes: str) -> str:
+        (port,) = free_ports(1)
+        name = f"{self._kafka.topic_prefix}ledger{len(self.names)}"
+        around = Surroundings(
+            bootstrap_servers=self._kafka.bootstrap_servers,
+            topic_prefix=self._kafka.topic_prefix,
+            database_url=self._database.url.get_secret_value(),
+            fleet_file=self._fleet,
+            clock=self._clock.environment(),
+        )
+        settings = {
+            "SPROUT_KAFKA_GROUP_PREFIX": self._kafka.group_prefix,
+            "SPROUT_LEDGER_SCRAPE_INTERVAL_S": "0.2",
+            "SPROUT_LEDGER_SETTLE_INTERVAL_S": "0.3",
+            "SPROUT_LEDGER_SETTLE_DELAY_S": str(1.5 * RATE),
+        }
+        self._supervisor.start(service_spec("ledger", port=port, around=around, settings=settings | changes, name=name))
+        self.names.append(name)
+        return name
+
+    def kill(self, name: str) -> None:
+        self._supervisor.process(name).kill()
+
+    def stop(self, name: str) -> None:
+        self._supervisor.stop(name)
+
+    async def fetch(self, query: str) -> list[asyncpg.Record]:
+        connection = await asyncpg.connect(
+            self._database.url.get_secret_value(), server_settings={"search_path": "ledger"}
+        )
+        try:
+            return await connection.fetch(query)
+        finally:
+            await connection.close()
+
+    async def until(self, query: str, wanted: object, *, timeout_s: float = 40.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while (found := (await self.fetch(query))[0][0]) != wanted:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{query}: {found} after {timeout_s} s, wanted {wanted}")
+            await asyncio.sleep(0.2)
+
+
+@pytest.fixture
+def ledgers(
+    supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettings, server: Server, tmp_path: Path
+) -> Iterator[Ledgers]:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(
+        FLEET.format(model=MODEL, zone=ZONE, grpc=server.grpc, metrics=server.metrics, idle=f"idle_power_w = {IDLE_W}")
+    )
+    running = Ledgers(supervisor, kafka, database, server.clock, fleet)
+    yield running
+    for name in running.names:
+        supervisor.stop(name)
+
+
+@pytest.fixture
+async def producer(kafka: KafkaSettings) -> AsyncIterator[Producer]:
+    async with producing(kafka) as made:
+        yield made
+
+
+async def give_intensity(producer: Producer, clock: Clock) -> None:
+    at = clock.now() - timedelta(minutes=30)
+    point = IntensityPoint(at=at, intensity_g_per_kwh=INTENSITY)
+    message = CarbonIntensity(zone=ZONE, latest=point, source="test", published_at=at)
+    await producer.post(CARBON_INTENSITY, message, ZONE)
+
+
+async def serve(producer: Producer, server: Server, numbers: range, *, purpose: str = "request") -> dict[str, float]:
+    """Have the model answer, publish what router or evaluator would; returns the recorded energy by id, J."""
+    expected: dict[str, float] = {}
+
+    async def one(number: int) -> None:
+        level = f"L{number % 3}"
+        system = f"<<SYS>>\n{SYSTEM[level]}\n<</SYS>>\n\n" if SYSTEM[level] else ""
+        await asyncio.sleep((number - numbers.start) * 0.02)
+        prompt = f"<s>[INST] {system}{question(number % 40)} [/INST]"
+        made = await client.generate(
+            prompt, GenerationParameters(max_tokens=500), request_id=f"r{number}", timeout_s=30
+        )
+        assert made.completion_tokens == LEVELS[level][0]
+        expected[f"r{number}"] = made.completion_tokens * 6.0
+        timing = {
+            "started_at": made.started_at, "first_token_at": made.first_token_at, "finished_at": made.finished_at
+        }  # fmt: skip
+        if purpose == "request":
+            response = GenerationResponse(
+                request_id=f"r{number}", model=MODEL, status="ok", text="...", finish_reason="stop", endpoint="e0",
+                decision=Decision(
+                    source="policy", group="qa", pool="p", level=level, zone=ZONE, policy_version=3, propensity=0.25,
+                    propensities={"p/L0": 0.75, f"p/{level}": 0.25},
+                ),
+                usage=Usage(
+                    prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, source="server"
+                ),
+                timing=Timing(received_at=made.started_at, **timing),
+                requested_at=made.started_at, task="qa\x00", tenant="acme",
+            )  # fmt: skip
+            await producer.post(RESPONSES, response, response.request_id)
+        else:
+            record = UsageRecord(
+                id=f"r{number}", purpose="evaluation", evaluation_id="ev", model=MODEL, pool="p", level=level,
+                zone=ZONE, endpoint="e0", group="qa", completion_tokens=made.completion_tokens, **timing,
+            )  # fmt: skip
+            await producer.post(USAGE, record, record.id)
+
+    async with TritonClient(server.grpc, model="ensemble", clock=server.clock) as client:
+        await asyncio.gather(*(one(number) for number in numbers))
+    return expected
+
+
+BALANCE = """
+SELECT (SELECT sum(metered_j) FROM intervals) AS metered, (SELECT sum(energy_j) FROM footprints) AS footprints,
+       (SELECT sum(attributed_j) FROM intervals) AS attributed, (SELECT sum(idle_j) FROM intervals) AS idle,
+       (SELECT sum(unattributed_j) FROM intervals) AS unattributed,
+       (SELECT max(energy_j) FROM readings WHERE at <= (SELECT settled_until FROM meters))
+           - (SELECT min(energy_j) FROM readings) AS counter
+"""
+
+
+async def test_every_joule_of_the_counter_is_in_the_books_and_each_call_has_its_own(kafka, ledgers, producer, server):
+    await give_intensity(producer, server.clock)
+    ledgers.start()
+    expected = await serve(producer, server, range(60))
+    expected |= await serve(producer, server, range(60, 90), purpose="evaluation")
+    refused = GenerationResponse(
+        request_id="no", model="gpt", status="error", error=ErrorDetail(code="unknown_model", message="no such model"),
+        requested_at=server.clock.now(),
+    )  # fmt: skip
+    await producer.post(RESPONSES, refused, "no")
+    await producer.producer.send_and_wait(kafka.topic(RESPONSES), b"{broken", key=b"k")
+    await ledgers.until("SELECT count(*) FROM footprints WHERE published", 90)
+    (sums,) = await ledgers.fetch(BALANCE)
+    assert sums["metered"] == pytest.approx(sums["counter"], rel=1e-9)
+    assert sums["footprints"] == pytest.approx(sums["attributed"], rel=1e-9)
+    assert sums["footprints"] + sums["idle"] + sums["unattributed"] == pytest.approx(sums["counter"], rel=1e-9)
+    assert sums["footprints"] == pytest.approx(sum(expected.values()), rel=0.05)
+    assert sums["unattributed"] < 0.05 * sums["footprints"]
+    async with reading(kafka, FOOTPRINTS) as published:
+        await published.read(until=90, settle_s=0.5)
+        found = {one.request_id: one for one in (Footprint.model_validate_json(r.value) for r in published.records)}
+    assert len(published.records) == 90
+    by_level: dict[str, list[float]] = {level: [] for level in LEVELS}
+    for one in found.values():
+        by_level[one.level].append(one.energy_j)
+        assert one.intensity_g_per_kwh == pytest.approx(INTENSITY)
+        grams = one.energy_j / 3.6e6 * 1.5 * INTENSITY + 0.01 * one.processing_s
+        assert one.total_g == pytest.approx(grams)
+    for level, joules in by_level.items():
+        assert sum(joules) / len(joules) == pytest.approx(LEVELS[level][0] * 6.0, rel=0.25)
+    first, last = found["r1"], found["r61"]
+    assert (first.purpose, first.policy_version, first.propensity, first.tenant) == ("request", 3, 0.25, "acme")
+    assert (last.purpose, last.evaluation_id) == ("evaluation", "ev")
+    assert [tuple(row) for row in await ledgers.fetch("SELECT request_id, code FROM refusals")] == [
+        ("no", "unknown_model")
+    ]
+    async with reading(kafka, DEAD_LETTERS) as letters:
+        await letters.read(until=1)
+
+
+async def test_a_ledger_that_is_killed_or_doubled_loses_and_doubles_nothing(kafka, ledgers, producer, server):
+    await give_intensity(producer, server.clock)
+    first = ledgers.start()
+    await serve(producer, server, range(30))
+    ledgers.kill(first)
+    await serve(producer, server, range(30, 60))
+    ledgers.start()
+    ledgers.start()
+    await serve(producer, server, range(60, 90))
+    await ledgers.until("SELECT count(*) FROM footprints WHERE published", 90)
+    await ledgers.until("SELECT count(*) FROM calls WHERE NOT settled", 0)
+    (sums,) = await ledgers.fetch(BALANCE)
+    assert sums["metered"] == pytest.approx(sums["counter"], rel=1e-9)
+    assert sums["footprints"] + sums["idle"] + sums["unattributed"] == pytest.approx(sums["counter"], rel=1e-9)
+    assert sums["footprints"] == pytest.approx(90 / 3 * 6.0 * 140, rel=0.1)
+    (gaps,) = await ledgers.fetch(
+        "SELECT count(*) FROM (SELECT started_at - lag(finished_at) OVER (ORDER BY started_at) AS gap FROM intervals) "
+        "AS g WHERE gap <> interval '0'"
+    )
+    assert gaps[0] == 0
