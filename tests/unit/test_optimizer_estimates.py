@@ -1,0 +1,155 @@
+"""Bounds, estimates and triggers of the optimizer."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from services.optimizer.bounds import in_force, quality_bounds, trailing_range
+from services.optimizer.consumption import Consumption
+from services.optimizer.estimates import Estimates, estimate, main_effects
+from services.optimizer.quality import QualityEvidence
+from services.optimizer.settings import OptimizerSettings
+from services.optimizer.triggers import moved
+from shared.messages import CarbonIntensity, EvaluationCost, Footprint, IntensityPoint, Quality, QualityCount
+
+NOW = datetime(2024, 2, 5, 12, tzinfo=UTC)
+SETTINGS = OptimizerSettings()
+RULES = SETTINGS.estimate_rules
+OPTIONS = ("p/L0", "p/L1", "p/L2")
+
+
+def grid(*history: float, latest: float = 200.0, age_h: float = 0.0) -> CarbonIntensity:
+    at = NOW - timedelta(hours=age_h)
+    points = [
+        IntensityPoint(at=at - timedelta(hours=len(history) - n), intensity_g_per_kwh=value)
+        for n, value in enumerate(history)
+    ]
+    late = IntensityPoint(at=NOW + timedelta(hours=1), intensity_g_per_kwh=9_999.0)
+    return CarbonIntensity(
+        zone="Z", latest=IntensityPoint(at=at, intensity_g_per_kwh=latest), history=points, forecast=[late],
+        source="t", published_at=at,
+    )  # fmt: skip
+
+
+def footprint(group: str, level: str, joules: float, *, purpose="request", at=NOW) -> Footprint:
+    return Footprint(
+        request_id="r", purpose=purpose, model="m", group=group, pool="p", level=level, zone="Z", endpoint="e",
+        started_at=at, finished_at=at, processing_s=joules / 250, completion_tokens=1, energy_j=joules, embodied_g=0,
+    )  # fmt: skip
+
+
+def consumed(*footprints: Footprint) -> Consumption:
+    made = Consumption()
+    for one in footprints:
+        made.observe(one, now_s=NOW.timestamp(), memory=RULES.memory)
+    return made
+
+
+def judged(*counts: tuple[str, str, float, float], at=NOW) -> QualityEvidence:
+    quality = Quality(
+        evaluation_id="e", model="m", evaluated_at=at, trigger="first", prompts=1, abstentions=0,
+        cost=EvaluationCost(generations=0, judgements=0, completion_tokens=0, processing_s=0),
+        counts=[
+            QualityCount(group=group, option=option, metric="preference", successes=won, trials=trials)
+            for group, option, won, trials in counts
+        ],
+    )  # fmt: skip
+    return QualityEvidence([quality], half_life_s=RULES.quality.half_life_s)
+
+
+def believed(consumption: Consumption, evidence: QualityEvidence | None = None, now=NOW) -> Estimates | None:
+    return estimate(
+        consumption,
+        evidence or QualityEvidence([], half_life_s=1.0),
+        options=OPTIONS,
+        reference="p/L0",
+        metrics=("preference",),
+        rules=RULES,
+        now_s=now.timestamp(),
+    )
+
+
+def test_the_bound_follows_the_paper_and_never_sees_the_forecast():
+    found = trailing_range(grid(*range(100, 400, 10), latest=250.0), window=timedelta(days=30), min_hours=24)
+    assert (found.k0_min, found.k0_max) == (100.0, 390.0)
+    assert quality_bounds(found.dirtiness(390.0), {"preference": 0.1}) == {"preference": pytest.approx(0.9)}
+    assert quality_bounds(found.dirtiness(100.0), {"preference": 0.1}) == {"preference": 1.0}
+    assert found.dirtiness(1_000.0) == 1.0
+
+
+@pytest.mark.parametrize("history", [(), (100.0, 300.0), (200.0,) * 40])
+def test_a_grid_that_is_not_known_tolerates_no_loss(history):
+    found = trailing_range(grid(*history), window=timedelta(days=30), min_hours=24)
+    assert found.dirtiness(200.0) == 0.0
+
+
+def test_an_old_value_gives_way_to_the_hours_trailing_mean_then_to_nothing():
+    hours = [float(n) for n in range(48)]
+    fresh = in_force(grid(*hours, age_h=1), NOW, max_age=timedelta(hours=2))
+    assert (fresh.g_per_kwh, fresh.source) == (200.0, "latest")
+    stale = in_force(grid(*hours, age_h=3), NOW, max_age=timedelta(hours=2))
+    assert (stale.g_per_kwh, stale.source) == ((3.0 + 27.0) / 2, "hour_mean")
+    assert in_force(grid(1.0, age_h=5), NOW, max_age=timedelta(hours=2)) is None
+
+
+def test_a_group_is_compared_with_itself_not_with_cheap_groups():
+    # L1 halves the energy in both groups, but is drawn where answers are long.
+    totals = {"long": {"L0": (10, 10_000.0), "L1": (90, 45_000.0)}, "short": {"L0": (100, 10_000.0)}}
+    fitted = main_effects(totals, pseudo_requests=0.0)
+    assert fitted("short", "L1") == pytest.approx(50.0, rel=0.01)
+
+
+def test_a_level_never_seen_in_a_group_costs_the_groups_own_level_times_the_usual_ratio():
+    seen = [footprint("long", level, joules) for level, joules in (("L0", 1_000), ("L1", 500)) for _ in range(500)]
+    seen += [footprint("short", "L0", 100) for _ in range(500)]
+    counts = [("long", option, 40, 100) for option in OPTIONS[:2]]
+    found = believed(consumed(*seen), judged(*counts))
+    assert found.groups["short"]["p/L1"].energy_kwh * 3.6e6 == pytest.approx(50.0, rel=0.1)
+    assert found.weights == pytest.approx({"long": 2 / 3, "short": 1 / 3})
+    assert "p/L2" in found.withheld
+
+
+def test_evaluations_tell_energy_but_not_traffic_and_judges_tell_nothing():
+    calls = (("a", "request"), ("b", "evaluation"), ("c", "judge"))
+    found = consumed(*(footprint(group, "L0", 1_000, purpose=purpose) for group, purpose in calls))
+    assert set(found.cells) == {"a", "b"}
+    assert set(found.traffic) == {"a"}
+
+
+def test_consumption_survives_being_stored_and_forgets_in_event_time():
+    made = consumed(*(footprint("a", "L0", 1_000, at=NOW - timedelta(hours=24)) for _ in range(8)))
+    again = Consumption.from_document(made.to_document())
+    assert again == made
+    assert again.requests(NOW.timestamp(), RULES.memory) == {"a": pytest.approx(4.0)}
+
+
+def test_without_judged_prompts_there_is_nothing_but_the_reference():
+    seen = consumed(*(footprint("a", level, 500) for level in ("L0", "L1") for _ in range(50)))
+    assert set(believed(seen).whole) == {"p/L0"}
+    few = judged(("a", "p/L0", 5, 10), ("a", "p/L1", 5, 10))
+    assert set(believed(seen, few).whole) == {"p/L0"}
+    enough = judged(("a", "p/L0", 50, 100), ("a", "p/L1", 40, 100))
+    assert set(believed(seen, enough).whole) == {"p/L0", "p/L1"}
+    assert set(believed(seen, enough, NOW + timedelta(days=12)).whole) == {"p/L0"}
+    assert believed(Consumption()) is None
+
+
+def test_a_group_with_few_judged_prompts_leans_on_the_whole():
+    seen = consumed(*(footprint(group, level, 500) for group in "ab" for level in ("L0", "L1") for _ in range(50)))
+    counts = [("a", "p/L0", 500, 1_000), ("a", "p/L1", 400, 1_000), ("b", "p/L1", 2, 2), ("b", "p/L0", 0, 2)]
+    found = believed(seen, judged(*counts))
+    assert found.groups["b"]["p/L1"].quality["preference"] == pytest.approx(0.46, abs=0.03)
+    assert found.groups["a"]["p/L1"].quality["preference"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_only_a_material_change_of_the_estimates_calls_for_a_solve():
+    def at(joules: float) -> Estimates:
+        return believed(consumed(*(footprint("a", "L0", joules) for _ in range(100))))
+
+    assert not moved(at(1_000), at(1_020), SETTINGS.trigger_rules)
+    assert moved(at(1_000), at(1_200), SETTINGS.trigger_rules)
+
+
+def test_a_floor_for_an_unknown_metric_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="SPROUT_OPTIMIZER_XI does not: add it"):
+        OptimizerSettings(floors={"correctness": 0.9})

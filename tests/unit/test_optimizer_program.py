@@ -1,0 +1,138 @@
+"""The linear program: rows are distributions, bounds are kept, the paper's schemes are restrictions."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.optimizer.program import Option, Problem, solve
+from shared.messages import OptionEstimate
+
+LEVELS = ("L0", "L1", "L2")
+REFERENCE = "p/L0"
+
+
+def estimate(energy: float, quality: float, seconds: float = 1.0) -> OptionEstimate:
+    return OptionEstimate(energy_kwh=energy, processing_s=seconds, quality={"preference": quality})
+
+
+def problem(groups: dict[str, list[tuple[float, float]]], weights: dict[str, float] | None = None, **more) -> Problem:
+    """Groups of (kWh, quality) by level, on one pool at 1 g/kWh without embodied carbon."""
+    return Problem(
+        reference=REFERENCE,
+        options={f"p/{level}": Option(pool="p", g_per_kwh=1.0, embodied_g_per_s=0.0) for level in LEVELS},
+        weights=weights or {group: 1 / len(groups) for group in groups},
+        estimates={
+            group: {f"p/{level}": estimate(*cell) for level, cell in zip(LEVELS, row, strict=False)}
+            for group, row in groups.items()
+        },
+        **more,
+    )
+
+
+cells = st.tuples(st.floats(0.01, 10.0), st.floats(0.01, 1.0))
+rows = st.lists(cells, min_size=3, max_size=3)
+
+
+def cheapest_vertex(row: list[tuple[float, float]], bound: float, holdout: float) -> float:
+    """Brute force: with one equality and one inequality a vertex draws from two options beside the holdout."""
+    least, best = bound * row[0][1], row[0][0]
+    for (cost, quality), (other_cost, other_quality) in itertools.product(row, repeat=2):
+        base_quality = holdout * row[0][1] + (1 - holdout) * other_quality
+        base_cost = holdout * row[0][0] + (1 - holdout) * other_cost
+        if base_quality >= least - 1e-12:
+            best = min(best, base_cost)
+        gain = (1 - holdout) * (quality - other_quality)
+        if gain > 0 and 0 <= (share := (least - base_quality) / gain) <= 1:
+            best = min(best, base_cost + share * (1 - holdout) * (cost - other_cost))
+    return best
+
+
+@settings(max_examples=150, deadline=None)
+@given(row=rows, bound=st.floats(0.5, 1.0), holdout=st.sampled_from([0.0, 0.05, 0.3]))
+def test_one_group_of_three_levels_is_answered_as_brute_force_does(row, bound, holdout):
+    solution = solve(problem({"g": row}, bounds={"preference": bound}, holdout=holdout))
+    assert solution.g_per_request == pytest.approx(cheapest_vertex(row, bound, holdout), rel=1e-5, abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=st.lists(rows, min_size=1, max_size=4), bound=st.floats(0.5, 1.0), floor=st.floats(0.0, 1.0))
+def test_rows_are_distributions_that_keep_bounds_floors_and_holdout_and_never_cost_more(groups, bound, floor):
+    named = {f"g{number}": row for number, row in enumerate(groups)}
+    solution = solve(problem(named, bounds={"preference": bound}, floors={"preference": floor}, holdout=0.05))
+    assert solution.status == "optimal"
+    assert solution.quality["preference"] >= bound - 1e-6
+    assert solution.g_per_request <= solution.reference_g_per_request * (1 + 1e-6) + 1e-9
+    for group, row in solution.rows.items():
+        assert sum(row.values()) == pytest.approx(1.0, abs=1e-9)
+        assert all(0 < probability <= 1 + 1e-12 for probability in row.values())
+        assert row[REFERENCE] >= 0.05
+        quality = sum(p * named[group][LEVELS.index(option[-2:])][1] for option, p in row.items())
+        assert quality >= floor * named[group][0][1] - 1e-6
+
+
+ROW = [(1.0, 0.4), (0.4, 0.36), (0.3, 0.2)]
+
+
+def test_co2_opt_has_no_bound_and_base_no_option_but_the_reference():
+    assert solve(problem({"g": ROW})).rows["g"] == pytest.approx({"p/L2": 1.0})
+    base = solve(problem({"g": ROW[:1]}, bounds={"preference": 1.0}))
+    assert (base.status, base.rows, base.quality) == ("reference", {"g": {REFERENCE: 1.0}}, {"preference": 1.0})
+
+
+def test_model_opt_is_two_pools_at_l0():
+    options = {name: Option(pool=name[0], g_per_kwh=1.0, embodied_g_per_s=0.0) for name in ("a/L0", "b/L0")}
+    made = Problem(
+        reference="a/L0",
+        options=options,
+        weights={"g": 1.0},
+        estimates={"g": {"a/L0": estimate(2.0, 0.6), "b/L0": estimate(1.0, 0.4)}},
+        bounds={"preference": 0.9},
+    )
+    assert solve(made).rows["g"]["b/L0"] == pytest.approx(0.3, abs=1e-6)
+
+
+def test_no_loss_tolerated_and_no_better_level_means_the_reference():
+    assert solve(problem({"g": ROW}, bounds={"preference": 1.0})).rows["g"] == pytest.approx({REFERENCE: 1.0})
+
+
+def test_of_equal_options_the_reference_is_taken():
+    equal = [(1.0, 0.5)] * 3
+    assert solve(problem({"g": equal, "h": equal}, bounds={"preference": 0.9})).rows["h"] == {REFERENCE: 1.0}
+
+
+def test_floors_are_given_up_first_then_capacity():
+    slow = {"g": [(1.0, 0.4), (0.4, 0.36), (0.3, 0.2)]}
+    tight = {"p": 0.5}  # every option takes a second, at one request a second
+    both = solve(problem(slow, floors={"preference": 1.0}, capacities=tight, requests_per_s=1.0))
+    assert both.status == "capacity_dropped"
+    options = {
+        "a/L0": Option(pool="a", g_per_kwh=1.0, embodied_g_per_s=0.0),
+        "b/L0": Option(pool="b", g_per_kwh=2.0, embodied_g_per_s=0.0),
+    }
+    two = Problem(
+        reference="a/L0",
+        options=options,
+        weights={"g": 1.0},
+        estimates={"g": {"a/L0": estimate(1.0, 0.5), "b/L0": estimate(1.0, 0.4)}},
+        floors={"preference": 1.0},
+        capacities={"a": 0.5},
+        requests_per_s=1.0,
+    )
+    solution = solve(two)
+    assert solution.status == "floors_dropped"
+    assert solution.rows["g"] == pytest.approx({"a/L0": 0.5, "b/L0": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        ({"bounds": {"preference": 1.2}}, "bounds must lie in"),
+        ({"weights": {"g": 0.5}}, "weights must sum to 1"),
+        ({"bounds": {"correctness": 0.9}}, "no quality for correctness"),
+    ],
+)
+def test_a_program_that_makes_no_sense_is_refused(more, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        problem({"g": ROW}, **more)
