@@ -19,7 +19,9 @@ def service_settings(config: StackConfig) -> dict[str, dict[str, str]]:
         TraceError: the zone has no trace of its own and none is shipped for it.
     """
     told = {
-        "router": {"SPROUT_ROUTER_SAMPLE_SHARE": "1"},  # few requests come by hand: let the evaluator have them all
+        # Few requests come by hand: let the evaluator have them all, and begin with few.
+        "router": {"SPROUT_ROUTER_SAMPLE_SHARE": "1"},
+        "evaluator": {"SPROUT_EVALUATOR_MIN_SAMPLES": "20"},
         "ledger": {
             "SPROUT_LEDGER_SCRAPE_INTERVAL_S": "1",
             "SPROUT_LEDGER_SETTLE_DELAY_S": f"{SETTLE_DELAY_WALL_S * config.rate:g}",

@@ -17,18 +17,18 @@ from services.evaluator.calls import ModelCalls
 from services.evaluator.delivery import Delivery
 from services.evaluator.evaluation import Evaluation
 from services.evaluator.grid import Grid
+from services.evaluator.intake import Intake
 from services.evaluator.judging import Judge, OpenAIJudge, TritonJudge
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import PlanError, contestants
 from services.evaluator.session import Session
 from services.evaluator.settings import EvaluatorSettings
-from services.evaluator.spending import energy_of
 from services.evaluator.storage import Storage
 from services.evaluator.watch import Watch
 from shared.broker import build_broker
 from shared.clock import Clock
 from shared.database import migrate, open_pool
-from shared.dead_letters import DeadLetterOffice, RetryLaterError, batch_decoder
+from shared.dead_letters import DeadLetterOffice, batch_decoder
 from shared.fleet import Fleet, load_fleet
 from shared.health import Health
 from shared.messages import CarbonIntensity, Footprint, Sample
@@ -105,7 +105,7 @@ class Evaluator:
             clock=clock,
             metrics=self.metrics,
         )
-        self._storage: Storage | None = None
+        self.intake = Intake(self._contestants, clock=clock, metrics=self.metrics, tell=self.watch.tell)
         self._broker_started = asyncio.Event()
         self._subscribe(broker, office, kafka)
 
@@ -117,7 +117,7 @@ class Evaluator:
             stack.push_async_callback(pool.close)
             await migrate(pool, schema=NAME, package="services.evaluator.migrations")
             stack.push_async_callback(self._pools.close)
-            storage = self._storage = Storage(
+            storage = self.intake.storage = Storage(
                 pool,
                 capacity=self.settings.samples_per_group,
                 max_age=timedelta(hours=self.settings.max_sample_age_h),
@@ -133,43 +133,6 @@ class Evaluator:
     def begin(self) -> None:
         """The broker has started: evaluations may publish."""
         self._broker_started.set()
-
-    def database_problem(self) -> str | None:
-        """What is wrong with the database; null while it works."""
-        return "not connected yet" if self._storage is None else self._storage.problem
-
-    async def keep(self, samples: list[Sample]) -> None:
-        """Let samples into the reservoir."""
-        # PostgreSQL's text has no place for NUL.
-        known = [one for one in samples if one.model in self._contestants and "\0" not in one.request_id + one.group]
-        self.metrics.samples.labels("offered").inc(len(known))
-        self.metrics.samples.labels("refused").inc(len(samples) - len(known))
-        if not known:
-            return
-        storage = self._open_storage()
-        try:
-            await storage.keep(known, now=self._clock.now())
-        except RetryLaterError:
-            await storage.pause()
-            raise
-        self.watch.tell()
-
-    async def note(self, footprints: list[Footprint]) -> None:
-        """Learn what earlier evaluations took."""
-        book = energy_of(footprints)
-        if not book:
-            return
-        storage = self._open_storage()
-        try:
-            await storage.add_energy(book)
-        except RetryLaterError:
-            await storage.pause()
-            raise
-
-    def _open_storage(self) -> Storage:
-        if self._storage is None:
-            raise RetryLaterError("PostgreSQL is not connected yet")
-        return self._storage
 
     def _session(self, storage: Storage, judge: Judge) -> Session:
         def begin(evaluation_id: str, model: str) -> Evaluation:
@@ -232,15 +195,16 @@ class Evaluator:
             title="samples",
             description="Prompts kept aside for evaluations",
             batch=True,
+            # Of several evaluators one reads each record.
+            group_id=kafka.group(NAME),
             max_records=settings.fetch_max_records,
             batch_timeout_ms=settings.poll_ms,
-            group_id=kafka.group(NAME),
             session_timeout_ms=int(settings.session_timeout_s * 1_000),
             heartbeat_interval_ms=int(settings.session_timeout_s * 1_000 / 4),
             auto_offset_reset="earliest",
         )
         async def on_samples(samples: list[Sample]) -> None:
-            await self.keep(samples)
+            await self.intake.keep(samples)
 
         @broker.subscriber(
             kafka.topic(FOOTPRINTS),
@@ -248,15 +212,16 @@ class Evaluator:
             title="footprints",
             description="What earlier evaluations took",
             batch=True,
+            # Of several evaluators one reads each record.
+            group_id=kafka.group(NAME),
             max_records=settings.fetch_max_records,
             batch_timeout_ms=settings.poll_ms,
-            group_id=kafka.group(NAME),
             session_timeout_ms=int(settings.session_timeout_s * 1_000),
             heartbeat_interval_ms=int(settings.session_timeout_s * 1_000 / 4),
             auto_offset_reset="earliest",
         )
         async def on_footprints(footprints: list[Footprint]) -> None:
-            await self.note(footprints)
+            await self.intake.note(footprints)
 
         # Compacted: every evaluator reads all of it from the start.
         @broker.subscriber(
@@ -304,7 +269,7 @@ def build_app(
         clock=clock,
         registry=registry,
     )
-    health.add_check("database", evaluator.database_problem)
+    health.add_check("database", evaluator.intake.database_problem)
     app = build_service(
         broker,
         name=NAME,
