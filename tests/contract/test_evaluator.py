@@ -66,7 +66,7 @@ class Desk:
             self.broker, office, kafka=kafka, database=DatabaseSettings(), settings=EvaluatorSettings(poll_ms=20),
             fleet=FLEET, clock=clock, registry=registry,
         )  # fmt: skip
-        self.evaluator._storage = self.storage  # type: ignore[assignment]
+        self.evaluator.intake.storage = self.storage  # type: ignore[assignment]
         (self.watched,) = self.evaluator.watch._models.values()
 
         @self.broker.subscriber(kafka.topic(DEAD_LETTERS), auto_offset_reset="earliest")
