@@ -1,0 +1,46 @@
+"""The demo on a short day: every part real, but the GPU and the model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.local.paths import REPOSITORY
+
+pytestmark = pytest.mark.end_to_end
+
+
+def test_a_short_day_is_answered_accounted_for_and_cleared_up(tmp_path: Path, kafka_server):
+    """Six hours of the day, 600 requests; `kafka_server`: Kafka is installed, or this is skipped."""
+    state = tmp_path / "state"
+    html, figures_file = tmp_path / "report.html", tmp_path / "report.json"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "cli.main", "demo", "--hours", "6", "--requests", "600",
+            "--start", "2024-02-08T03:00", "--html", str(html), "--json", str(figures_file),
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "SPROUT_LOCAL_STATE": str(state), "SPROUT_LOCAL_INSTALL": str(REPOSITORY / ".sprout")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(figures_file.read_text())
+    assert figures["requests_sent"] == figures["requests_answered"] == 600
+    assert figures["duplicates"] == figures["dead_letters"] == 0
+    assert figures["evaluations"] >= 1
+    assert figures["policies_published"] >= 2
+    assert figures["broker"] == "kafka"
+    assert figures["carbon_saving_pct"] > 5
+    assert figures["energy_attributed_j"] == pytest.approx(figures["energy_metered_j"], rel=1e-3)
+    assert "carbon saved" in done.stdout
+    page = html.read_text(encoding="utf-8")
+    assert "SAMPLE-SOLAR" in page
+    assert "plotly" in page.lower()
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(state) in " ".join(p.info["cmdline"] or [])]

@@ -1,0 +1,48 @@
+"""What the demo shows while it runs, on a terminal and elsewhere."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+from report_support import MODEL, ZONE, policy_at, quality_at
+from rich.console import Console
+
+from deploy.demo.day import PACES, DemoDay
+from deploy.demo.observer import Tally
+from deploy.demo.progress import Progress, describe_policy, sparkline
+from shared.clock import ManualClock
+from shared.messages import CarbonIntensity, IntensityPoint
+
+START = datetime(2024, 2, 8, tzinfo=UTC)
+NOW = START + timedelta(hours=6)
+
+
+def test_the_picture_tells_time_grid_requests_directives_policy_and_evaluations():
+    day = DemoDay(
+        model="llama-2-13b-chat", zone=ZONE, trace=Path("t"), workload=Path("w"), start=START, hours=24.0,
+        requests=4_000, seed=1, pace=PACES["llama-2-13b-chat"],
+    )  # fmt: skip
+    tally = Tally(policies={MODEL: policy_at(6)}, policies_published=4, evaluations=1, last_evaluation=quality_at(1))
+    tally.answers.update([f"r{n}" for n in range(90)])
+    tally.levels.update({"L0": 60, "L1": 30})
+    tally.intensities[ZONE] = CarbonIntensity(
+        zone=ZONE,
+        latest=IntensityPoint(at=NOW, intensity_g_per_kwh=180),
+        history=(IntensityPoint(at=NOW - timedelta(hours=1), intensity_g_per_kwh=90),),
+        source="csv",
+        published_at=NOW,
+    )
+    console = Console(width=140)
+    progress = Progress(day, ManualClock(NOW), tally, SimpleNamespace(sent=100), console)
+    with console.capture() as capture:
+        console.print(progress.render(NOW))
+    shown = capture.get()
+    for told in ("06:00 UTC", "180 gCO2eq/kWh", "▁█", "100 of 4,000 sent, 90 answered", "L0 67 %", "1 evaluation;"):
+        assert told in shown
+    assert "sent 100, answered 90  (L0 60, L1 30)  policies 4  evaluations 1" in progress.line(NOW)
+
+
+def test_before_anything_is_known_it_says_so():
+    assert sparkline([]) == ""
+    assert sparkline([5.0, 5.0]) == "▁▁"
+    assert "none yet" in describe_policy(None)
