@@ -192,7 +192,8 @@ async def test_without_postgresql_it_waits_and_then_goes_on_where_it_was(
         url = f"{evaluators.url(name)}/ready"
         assert "PostgreSQL is away" in await until_status(url, 503)
     finally:
-        await asyncio.to_thread(supervisor.start, spec)
+        # Spawned here: a process dies with the thread that started it.
+        await asyncio.to_thread(supervisor.spawn(spec).wait_ready)
     await until_status(url, 200)
     async with reading(kafka, QUALITY) as found:
         await found.read(until=1)

@@ -88,7 +88,7 @@ async def test_five_hundred_requests_at_once_are_each_answered_once_by_what_the_
         drawn = Counter(response.decision.level for response in answers.responses().values())
         assert drawn["L0"] == pytest.approx(100, abs=40)
         assert drawn["L1"] == pytest.approx(250, abs=50)
-        kept = await samples.read()
+        kept = await samples.read(settle_s=1.0)
         assert len(kept) == pytest.approx(100, abs=40)
         parsed = Sample.model_validate_json(kept[0].value)
         assert (parsed.model, parsed.group, kept[0].key) == (MODEL, "qa", b"qa")
