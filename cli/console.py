@@ -1,13 +1,18 @@
 """How the command line speaks: results on standard output, progress and errors on standard error."""
 
 import logging
+import os
+import sys
 from enum import IntEnum
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 
-out = Console(highlight=False)
+PLAIN_WIDTH = 140
+"""Columns of what is written to a file or a pipe, unless COLUMNS says otherwise."""
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PLAIN_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 

@@ -1,5 +1,6 @@
 """A report on the terminal."""
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -32,7 +33,7 @@ def headline(report: Report) -> str:
 
 
 def _rich(table: TextTable) -> Table:
-    shown = Table(title=table.title, title_justify="left", title_style="bold")
+    shown = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
     for number, name in enumerate(table.columns):
         shown.add_column(name, justify="left" if number < table.labels else "right", no_wrap=number == 0)
     for row in table.rows:
