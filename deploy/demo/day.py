@@ -35,7 +35,7 @@ PACES: dict[ModelName, Pace] = {
         max_tokens=1024,
         evaluated_prompts=120,
         evaluator_concurrency=12,
-        sample_share=0.25,
+        sample_share=0.5,
     ),
     # A real model on the processor cores that everything else runs on as well.
     "smollm2": Pace(
