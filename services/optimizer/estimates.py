@@ -87,7 +87,7 @@ def estimate(
     costs = _Costs(consumed, rules.pseudo_requests)
 
     def row(group: str) -> Row:
-        return {option: _believed(group, option, costs, posteriors) for option in usable}
+        return {option: _believed(group, option, costs, posteriors, certain=option == reference) for option in usable}
 
     rows = {group: row(group) for group in groups}
     total = sum(groups.values())
@@ -192,12 +192,19 @@ def _named_groups(requests: Mapping[str, float], rules: EstimateRules) -> dict[s
     return {group: requests[group] for group in sorted(named) if requests[group] > 0.0}
 
 
-def _believed(group: str, option: str, costs: _Costs, posteriors: Mapping[str, Posterior]) -> OptionEstimate:
+def _believed(
+    group: str, option: str, costs: _Costs, posteriors: Mapping[str, Posterior], *, certain: bool
+) -> OptionEstimate:
+    """What to count on; `certain`: the measure of the others, of whose quality nothing is taken off."""
     cost = costs.of(group, option)
     return OptionEstimate(
         energy_kwh=cost.energy_kwh,
         processing_s=cost.processing_s,
-        quality={metric: one.mean(group, option) for metric, one in posteriors.items() if one.trials(option) > 0.0},
+        quality={
+            metric: one.mean(group, option) if certain else one.counted_on(group, option)
+            for metric, one in posteriors.items()
+            if one.trials(option) > 0.0
+        },
         trials=min((one.group_trials(group, option) for one in posteriors.values()), default=0.0),
         requests=cost.requests,
     )

@@ -1,5 +1,6 @@
 """Quality by group and option: judged outcomes that are forgotten by and by, and what they let believe."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,12 +17,14 @@ class QualityRules:
         pseudo_trials: judged prompts that the whole counts as, in each group.
         prior_trials: judged prompts that the weak prior counts as, in the whole.
         min_trials: effective judged prompts of an option, in the whole, before it may be used.
+        caution: standard deviations of the posterior by which less than its mean is counted on.
     """
 
     half_life_s: float
     pseudo_trials: float
     prior_trials: float
     min_trials: float
+    caution: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,17 @@ class Posterior:
         """q[group, option]; the whole's for a group without evidence."""
         whole = self._whole.get(option, Judged()).mean(self._prior, self._rules.prior_trials)
         return self._of(group, option).mean(whole, self._rules.pseudo_trials)
+
+    def counted_on(self, group: str, option: str) -> float:
+        """The mean less `caution` standard deviations of the Beta posterior, at least 0.
+
+        A program that may choose among noisy estimates chooses those that chance made too high; counting on less than
+        the mean makes up for it (docs/decisions/0004-optimizer-estimates.md).
+        """
+        mean = self.mean(group, option)
+        trials = self._of(group, option).trials + self._rules.pseudo_trials
+        deviation = math.sqrt(mean * (1.0 - mean) / (trials + 1.0))
+        return max(0.0, mean - self._rules.caution * deviation)
 
     def _of(self, group: str, option: str) -> Judged:
         return self._judged.get(group, {}).get(option, Judged())

@@ -68,6 +68,11 @@ class OptimizerSettings(BaseSettings):
     min_trials: float = Field(
         default=20.0, gt=0, description="Effective judged prompts of an option, in all groups, before it may be used"
     )
+    caution: float = Field(
+        default=1.0,
+        ge=0,
+        description="Standard deviations by which less than the mean is counted on; the reference excepted",
+    )
 
     # When
     estimates_interval_min: float = Field(default=30.0, gt=0, description="Between two looks at the estimates, event")
@@ -123,6 +128,7 @@ class OptimizerSettings(BaseSettings):
                 pseudo_trials=self.pseudo_trials,
                 prior_trials=self.prior_trials,
                 min_trials=self.min_trials,
+                caution=self.caution,
             ),
             pseudo_requests=self.pseudo_requests,
             min_requests=self.min_requests,
