@@ -110,6 +110,7 @@ CARBON_INTENSITY: Final = TopicSpec(
     cleanup=Cleanup.COMPACT_DELETE,
     partitions=1,
     retention_ms=60 * DAY_MS,
+    max_message_bytes=4 * MEBIBYTE,
 )
 FOOTPRINTS: Final = TopicSpec(
     name="footprints",

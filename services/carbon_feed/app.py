@@ -15,6 +15,7 @@ from shared.clock import Clock
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.health import Health
 from shared.messages import CarbonIntensity
+from shared.publishing import insist
 from shared.service import build_service, run_service
 from shared.settings import FleetSettings, HttpSettings, KafkaSettings, LogSettings
 from shared.topics import CARBON_INTENSITY
@@ -59,7 +60,7 @@ def build_app(
     ]
 
     async def publish(message: CarbonIntensity) -> None:
-        await publisher.publish(message, key=message.zone.encode())
+        await insist(lambda: publisher.publish(message, key=message.zone.encode()))
 
     async def begin() -> None:
         for feed in feeds:

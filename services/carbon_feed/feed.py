@@ -1,8 +1,9 @@
 """Feeds one zone: asks its providers in order, publishes what is new. The only loop of the service."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -14,10 +15,10 @@ from shared.logs import get_logger
 from shared.messages import CarbonIntensity, IntensityPoint
 
 Publish = Callable[[CarbonIntensity], Awaitable[None]]
+Answer = TypeVar("Answer")
 
 SHORTEST_PAUSE_S = 0.05
 """Wall seconds between two looks, however fast event time goes."""
-STALE_AFTER = timedelta(hours=3)
 
 _log = get_logger(__name__)
 
@@ -83,22 +84,15 @@ class ZoneFeed:
         now = self._clock.now()
         failures: list[ProviderError] = []
         for provider in self._providers:
-            try:
-                point = await provider.latest(now)
-                await self._fill(provider, point.at)
-                forecast = await provider.forecast(now)
-            except ProviderError as error:
-                failures.append(error)
-                self._metrics.errors.labels(self.zone, provider.source).inc()
+            point = await self._ask(provider, provider.latest(now), failures)
+            if point is None:
                 continue
-            self._complain("; ".join(str(failure) for failure in failures))
-            if self._window.advance(point):
-                await publish(self._message(provider.source, point, forecast))
-                self._metrics.published.labels(self.zone).inc()
-                self._metrics.intensity.labels(self.zone).set(point.intensity_g_per_kwh)
+            if self._window.is_news(point):
+                await self._tell(provider, point, now, publish, failures)
+            self._complain(failures)
             self._note_age(now)
             return self._until_next(provider, now)
-        self._complain("; ".join(str(failure) for failure in failures))
+        self._complain(failures)
         self._note_age(now)
         waits = [failure.retry_after_s for failure in failures if isinstance(failure, RateLimitedError)]
         return max([self._retry_s, *(wait for wait in waits if wait is not None)])
@@ -108,13 +102,42 @@ class ZoneFeed:
         for provider in self._providers:
             await provider.close()
 
-    async def _fill(self, provider: Provider, until: datetime) -> None:
-        """Fill the trailing window: the first time in full, then from the last value on."""
+    async def _tell(
+        self,
+        provider: Provider,
+        point: IntensityPoint,
+        now: datetime,
+        publish: Publish,
+        failures: list[ProviderError],
+    ) -> None:
+        """Publish a new value; a history or forecast that cannot be had does not hold it back."""
+        since = self._known_from(provider, point.at)
+        history = await self._ask(provider, provider.history(since, point.at), failures) if since < point.at else ()
+        forecast = await self._ask(provider, provider.forecast(now), failures)
+        if history is not None:
+            self._filled_by.add(provider.source)
+        self._window.add(history or ())
+        self._window.advance(point)
+        await publish(self._message(provider.source, point, forecast or ()))
+        self._metrics.published.labels(self.zone).inc()
+        self._metrics.intensity.labels(self.zone).set(point.intensity_g_per_kwh)
+
+    def _known_from(self, provider: Provider, until: datetime) -> datetime:
+        """From when on history is lacking: the first time the window in full, then from the last value on."""
         latest = self._window.latest
-        since = until - self._length if provider.source not in self._filled_by or latest is None else latest.at
-        if since < until:
-            self._window.add(await provider.history(since, until))
-        self._filled_by.add(provider.source)
+        return until - self._length if provider.source not in self._filled_by or latest is None else latest.at
+
+    async def _ask(self, provider: Provider, answer: Awaitable[Answer], failures: list[ProviderError]) -> Answer | None:
+        """What a provider answers; null and one failure more where it cannot, even through a defect of its own."""
+        try:
+            return await answer
+        except ProviderError as error:
+            failures.append(error)
+        except Exception as error:  # noqa: BLE001 - one provider's defect must not silence the others
+            _log.exception("provider failed unexpectedly", zone=self.zone, source=provider.source)
+            failures.append(ProviderError(f"{provider.source} failed unexpectedly ({type(error).__name__})"))
+        self._metrics.errors.labels(self.zone, provider.source).inc()
+        return None
 
     def _until_next(self, provider: Provider, now: datetime) -> float:
         change = provider.next_change(now)
@@ -133,15 +156,12 @@ class ZoneFeed:
 
     def _note_age(self, now: datetime) -> None:
         latest = self._window.latest
-        if latest is None:
-            return
-        age = now - latest.at
-        self._metrics.age.labels(self.zone).set(age.total_seconds())
-        if age > STALE_AFTER and not self._complaint:
-            self._complain(f"the newest value is {age.total_seconds() / 3600:.1f} h old")
+        if latest is not None:
+            self._metrics.age.labels(self.zone).set((now - latest.at).total_seconds())
 
-    def _complain(self, complaint: str) -> None:
+    def _complain(self, failures: Sequence[ProviderError]) -> None:
         """Log what is wrong, once for as long as it stays the same."""
+        complaint = "; ".join(str(failure) for failure in failures)
         if complaint and complaint != self._complaint:
             _log.warning("carbon intensity", zone=self.zone, problem=complaint)
         self._complaint = complaint

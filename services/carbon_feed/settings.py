@@ -99,7 +99,8 @@ class CarbonFeedSettings(BaseSettings):
         """The providers of every zone of the fleet.
 
         Raises:
-            ConfigurationError: a zone has none, or Electricity Maps is to be asked without a token.
+            ConfigurationError: a zone has none, its providers do not count the same emissions, or Electricity Maps is
+                to be asked without a token.
             TraceError: a recorded trace cannot be used.
         """
         lacking = [zone for zone in fleet.zones if not self.providers.get(zone)]
@@ -108,6 +109,12 @@ class CarbonFeedSettings(BaseSettings):
                 f"the fleet file has zones without a provider: {', '.join(lacking)}; add each to "
                 f"SPROUT_CARBON_FEED_PROVIDERS (it has: {', '.join(self.providers) or 'none'})"
             )
+        for zone in fleet.zones:
+            if len(found := self._scopes_of(zone)) > 1:
+                raise ConfigurationError(
+                    f"the providers of zone {zone!r} count different emissions ({' and '.join(sorted(found))}): a "
+                    "window of both compares what cannot be compared; give them the same `column`"
+                )
         return {zone: tuple(self._provider(zone, source) for source in self.providers[zone]) for zone in fleet.zones}
 
     def _provider(self, zone: str, source: Source) -> Provider:
@@ -131,6 +138,8 @@ class CarbonFeedSettings(BaseSettings):
                 )
 
     def scope_of(self, zone: str) -> Column:
-        """Whether a zone's values count direct or life-cycle emissions: its first provider's."""
-        first = self.providers[zone][0]
-        return "direct" if isinstance(first, ConstantSource) else first.column
+        """Whether a zone's values count direct or life-cycle emissions; a constant counts what the others do."""
+        return next(iter(self._scopes_of(zone)), "direct")
+
+    def _scopes_of(self, zone: str) -> set[Column]:
+        return {source.column for source in self.providers[zone] if not isinstance(source, ConstantSource)}

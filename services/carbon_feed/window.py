@@ -18,16 +18,16 @@ class Window:
         """Take past values; what a provider tells again, corrected, replaces what it told before."""
         self._points.update((point.at, point) for point in points)
 
-    def advance(self, point: IntensityPoint) -> bool:
-        """Take the latest value; returns whether it says something new. A value older than the last one does not."""
-        if self.latest is not None and point.at < self.latest.at:
-            return False
-        new = point != self.latest
+    def is_news(self, point: IntensityPoint) -> bool:
+        """Whether a latest value says something new; one older than what is known does not."""
+        return self.latest is None or (point.at >= self.latest.at and point != self.latest)
+
+    def advance(self, point: IntensityPoint) -> None:
+        """Take the latest value, and forget what is older than the window."""
         self.latest = point
         self._points[point.at] = point
         oldest = point.at - self._length
         self._points = {at: kept for at, kept in self._points.items() if at >= oldest}
-        return new
 
     def history(self) -> tuple[IntensityPoint, ...]:
         """Everything before the latest, oldest first."""

@@ -1,14 +1,13 @@
 """What the evaluator reads from its topics, in memory and on a real broker; its database is stood in for."""
 
-import asyncio
 import tomllib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from contract_support import Medium
 from evaluator_support import grid, judged_fleet, sample
-from faststream.kafka import TestKafkaBroker
 from prometheus_client import CollectorRegistry
 from router_support import MODEL, ZONE
 
@@ -77,69 +76,50 @@ class Desk:
         for value in values:
             await self.broker.publish(value, topic=self.kafka.topic(spec), key=b"k")
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait, with a bound; in memory everything has already happened."""
-        for _ in range(300):
-            if condition():
-                return
-            await asyncio.sleep(0.05)
-        raise AssertionError("it did not happen within 15 s")
-
-
-@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.integration)])
-def real_kafka(request: pytest.FixtureRequest) -> KafkaSettings | None:
-    """A real broker's settings, or none for the cases in memory, which must not start one."""
-    return request.getfixturevalue("kafka") if request.param == "kafka" else None
-
 
 @pytest.fixture
-async def desk(real_kafka: KafkaSettings | None) -> AsyncIterator[Desk]:
-    made = Desk(real_kafka or KafkaSettings())
-    if real_kafka is None:
-        async with TestKafkaBroker(made.broker):
-            yield made
-    else:
-        await made.broker.start()
+async def desk(medium: Medium) -> AsyncIterator[Desk]:
+    made = Desk(medium.kafka)
+    async with medium.running(made.broker):
         yield made
-        await made.broker.stop()
 
 
-async def test_samples_of_known_models_reach_the_reservoir(desk: Desk) -> None:
+async def test_samples_of_known_models_reach_the_reservoir(desk: Desk, medium: Medium) -> None:
     await desk.publish(SAMPLES, sample(1), sample(2, model="gpt-9"), sample(3, group="code"))
-    await desk.until(lambda: len(desk.storage.samples) == 2)
+    await medium.until(lambda: len(desk.storage.samples) == 2)
     assert [(one.request_id, one.group) for one in desk.storage.samples] == [("r1", "qa"), ("r3", "code")]
 
 
-async def test_what_is_no_sample_becomes_a_dead_letter_and_the_rest_is_kept(desk: Desk) -> None:
+async def test_what_is_no_sample_becomes_a_dead_letter_and_the_rest_is_kept(desk: Desk, medium: Medium) -> None:
     await desk.publish(SAMPLES, b"{broken", sample(1), b'{"request_id": "x"}')
-    await desk.until(lambda: len(desk.letters) == 2 and len(desk.storage.samples) == 1)
+    await medium.until(lambda: len(desk.letters) == 2 and len(desk.storage.samples) == 1)
     assert [letter.original_value() for letter in desk.letters] == [b"{broken", b'{"request_id": "x"}']
     assert [letter.reason for letter in desk.letters] == ["invalid_json", "invalid_message"]
 
 
-async def test_a_sample_that_a_database_could_not_name_is_passed_over(desk: Desk) -> None:
+async def test_a_sample_that_a_database_could_not_name_is_passed_over(desk: Desk, medium: Medium) -> None:
     strange = sample(1).model_copy(update={"request_id": "r\0"})
     await desk.publish(SAMPLES, strange, sample(2))
-    await desk.until(lambda: bool(desk.storage.samples))
+    await medium.until(lambda: bool(desk.storage.samples))
     assert [one.request_id for one in desk.storage.samples] == ["r2"]
     assert desk.letters == []
 
 
-async def test_intensities_are_followed_with_their_whole_window(desk: Desk) -> None:
+async def test_intensities_are_followed_with_their_whole_window(desk: Desk, medium: Medium) -> None:
     desk.watched.opportunity.evaluated(NOW - timedelta(hours=24))
     await desk.publish(CARBON_INTENSITY, grid(NOW, 400, 420, 300, 200, 220))
-    await desk.until(lambda: desk.watched.occasion is not None)
+    await medium.until(lambda: desk.watched.occasion is not None)
     assert (desk.watched.occasion.trigger, desk.watched.occasion.at) == ("local_minimum", NOW)
 
 
-async def test_a_stale_intensity_is_no_reason_to_evaluate(desk: Desk) -> None:
+async def test_a_stale_intensity_is_no_reason_to_evaluate(desk: Desk, medium: Medium) -> None:
     desk.watched.opportunity.evaluated(NOW - timedelta(hours=24))
     await desk.publish(CARBON_INTENSITY, grid(NOW - timedelta(hours=4), 400, 420, 300, 200, 220))
-    await desk.until(lambda: desk.watched.opportunity.adjusted() is not None)
+    await medium.until(lambda: desk.watched.opportunity.adjusted() is not None)
     assert desk.watched.occasion is None
 
 
-async def test_the_energy_of_evaluations_is_noted_and_that_of_requests_is_not(desk: Desk) -> None:
+async def test_the_energy_of_evaluations_is_noted_and_that_of_requests_is_not(desk: Desk, medium: Medium) -> None:
     for purpose in ("request", "evaluation"):
         footprint = Footprint(
             request_id=purpose, purpose=purpose, model=MODEL, group="qa", pool="p", level="L0", zone=ZONE,
@@ -147,22 +127,20 @@ async def test_the_energy_of_evaluations_is_noted_and_that_of_requests_is_not(de
             embodied_g=0.0,
         )  # fmt: skip
         await desk.publish(FOOTPRINTS, footprint)
-    await desk.until(lambda: bool(desk.storage.energy))
+    await medium.until(lambda: bool(desk.storage.energy))
     assert desk.storage.energy == {("evaluation", "p"): Energy(60.0, 10)}
 
 
+@pytest.mark.parametrize("medium", ["kafka"], indirect=True)
 @pytest.mark.integration
-async def test_samples_that_came_while_the_database_was_away_are_read_again(kafka: KafkaSettings) -> None:
-    desk = Desk(kafka)
+async def test_samples_that_came_while_the_database_was_away_are_read_again(medium: Medium) -> None:
+    desk = Desk(medium.kafka)
     desk.storage.away = 3
-    await desk.broker.start()
-    try:
+    async with medium.running(desk.broker):
         await desk.publish(SAMPLES, *(sample(number) for number in range(5)))
-        await desk.until(lambda: {one.request_id for one in desk.storage.samples} == {f"r{n}" for n in range(5)})
+        await medium.until(lambda: {one.request_id for one in desk.storage.samples} == {f"r{n}" for n in range(5)})
         assert desk.storage.away == 0
         assert desk.letters == []
-    finally:
-        await desk.broker.stop()
 
 
 def test_a_fleet_without_a_judge_is_a_mistake_that_is_named() -> None:

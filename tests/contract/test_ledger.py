@@ -1,10 +1,11 @@
-"""What the ledger makes of the messages of other services, in memory; on real Kafka: tests/integration."""
+"""What the ledger makes of the messages of other services; its database is stood in for."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from faststream.kafka import TestKafkaBroker
+from contract_support import Medium
+from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 from router_support import ZONE, intensity, policy
 
@@ -15,10 +16,8 @@ from shared.clock import Clock
 from shared.dead_letters import RetryLaterError
 from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
 from shared.messages import DeadLetter, UsageRecord
-from shared.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, POLICIES, USAGE
 
-KAFKA = KafkaSettings()
 START = datetime(2024, 2, 1, tzinfo=UTC)
 FLEET = Fleet(
     directives=(Directive(level="L0"),),
@@ -33,9 +32,11 @@ class Memory:
     def __init__(self) -> None:
         self.tables: dict[str, list[dict[str, Any]]] = {}
         self.away = False
+        self.refused = 0
 
     async def add(self, table: str, rows: list[dict[str, Any]]) -> None:
         if self.away:
+            self.refused += 1
             raise ConnectionRefusedError
         self.tables.setdefault(table, []).extend(rows)
 
@@ -53,11 +54,11 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 
 @pytest.fixture
-def broker(memory: Memory) -> Any:
+def broker(memory: Memory, medium: Medium) -> KafkaBroker:
     registry = CollectorRegistry()
-    broker, office = build_broker(KAFKA, service="ledger", clock=Clock(), registry=registry)
-    settings = LedgerSettings(retry_s=0.01)
-    Ledger(broker, office, kafka=KAFKA, settings=settings, fleet=FLEET, clock=Clock(), registry=registry)
+    broker, office = build_broker(medium.kafka, service="ledger", clock=Clock(), registry=registry)
+    settings = LedgerSettings(retry_s=0.01, poll_ms=20)
+    Ledger(broker, office, kafka=medium.kafka, settings=settings, fleet=FLEET, clock=Clock(), registry=registry)
     return broker
 
 
@@ -69,38 +70,54 @@ def usage(name: str) -> UsageRecord:
     )  # fmt: skip
 
 
-async def test_a_broken_record_becomes_a_dead_letter_and_the_others_are_kept(broker, memory):
+async def test_a_broken_record_becomes_a_dead_letter_and_the_others_are_kept(broker, memory, medium):
     letters: list[DeadLetter] = []
 
-    @broker.subscriber(KAFKA.topic(DEAD_LETTERS))
+    @broker.subscriber(medium.kafka.topic(DEAD_LETTERS), auto_offset_reset="earliest")
     async def keep(letter: DeadLetter) -> None:
         letters.append(letter)
 
-    async with TestKafkaBroker(broker) as running:
-        await running.publish_batch(usage("a"), b"{broken", usage("b"), topic=KAFKA.topic(USAGE))
-    assert [row["id"] for row in memory.tables["calls"]] == ["a", "b"]
+    async with medium.running(broker):
+        await broker.publish_batch(usage("a"), b"{broken", usage("b"), topic=medium.kafka.topic(USAGE))
+        await medium.until(lambda: len(memory.tables.get("calls", [])) == 2 and bool(letters))
+    assert {row["id"] for row in memory.tables["calls"]} == {"a", "b"}
     assert [letter.reason for letter in letters] == ["invalid_json"]
 
 
-async def test_what_postgresql_cannot_store_is_kept_in_the_nearest_form(broker, memory):
-    async with TestKafkaBroker(broker) as running:
-        await running.publish_batch(usage("a"), topic=KAFKA.topic(USAGE))
+async def test_what_postgresql_cannot_store_is_kept_in_the_nearest_form(broker, memory, medium):
+    async with medium.running(broker):
+        await broker.publish_batch(usage("a"), topic=medium.kafka.topic(USAGE))
+        await medium.until(lambda: "calls" in memory.tables)
     (row,) = memory.tables["calls"]
     assert (row["grp"], row["prompt_tokens"], row["propensity"]) == ("qa\ufffd", 2**31 - 1, 1.0)
 
 
-async def test_while_postgresql_is_away_the_batch_is_asked_for_again(broker, memory):
+@pytest.mark.parametrize("medium", ["memory"], indirect=True)
+async def test_while_postgresql_is_away_the_batch_is_refused(broker, memory, medium):
     memory.away = True
-    async with TestKafkaBroker(broker) as running:
+    async with medium.running(broker):
         with pytest.raises(RetryLaterError):
-            await running.publish_batch(usage("a"), topic=KAFKA.topic(USAGE))
+            await broker.publish_batch(usage("a"), topic=medium.kafka.topic(USAGE))
     assert memory.tables == {}
 
 
-async def test_policies_and_intensities_are_kept_whole(broker, memory):
+@pytest.mark.parametrize("medium", ["kafka"], indirect=True)
+@pytest.mark.integration
+async def test_a_batch_that_came_while_postgresql_was_away_is_read_again(broker, memory, medium):
+    memory.away = True
+    async with medium.running(broker):
+        await broker.publish_batch(usage("a"), usage("b"), topic=medium.kafka.topic(USAGE))
+        await medium.until(lambda: memory.refused >= 2)
+        memory.away = False
+        await medium.until(lambda: "calls" in memory.tables)
+    assert {row["id"] for row in memory.tables["calls"]} == {"a", "b"}
+
+
+async def test_policies_and_intensities_are_kept_whole(broker, memory, medium):
     made, value = policy({"L0": 1.0}), intensity(START)
-    async with TestKafkaBroker(broker) as running:
-        await running.publish_batch(made, topic=KAFKA.topic(POLICIES))
-        await running.publish_batch(value, topic=KAFKA.topic(CARBON_INTENSITY))
+    async with medium.running(broker):
+        await broker.publish(made, topic=medium.kafka.topic(POLICIES), key=b"m")
+        await broker.publish(value, topic=medium.kafka.topic(CARBON_INTENSITY), key=ZONE.encode())
+        await medium.until(lambda: {"policies", "intensity"} <= set(memory.tables))
     assert type(made).model_validate(memory.tables["policies"][0]["policy"]) == made
     assert [(row["zone"], row["intensity_g_per_kwh"]) for row in memory.tables["intensity"]] == [(ZONE, 300.0)]

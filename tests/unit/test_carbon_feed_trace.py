@@ -111,11 +111,12 @@ def test_the_window_is_trailing_and_takes_corrections():
     window = Window(timedelta(hours=3))
     points = list(hours(6).between(START, START + timedelta(days=1)))
     window.add(points[:5])
-    assert window.advance(points[5])
+    assert window.is_news(points[5])
+    window.advance(points[5])
     assert [p.intensity_g_per_kwh for p in window.history()] == [2, 3, 4]
-    assert not window.advance(points[5])
-    assert window.advance(points[5].model_copy(update={"estimated": True}))
-    assert not window.advance(points[4])
+    assert not window.is_news(points[5])
+    assert window.is_news(points[5].model_copy(update={"estimated": True}))
+    assert not window.is_news(points[4])
 
 
 def test_the_sample_trace_is_what_its_script_makes_and_starts_a_week_in():

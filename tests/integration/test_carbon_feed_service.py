@@ -1,0 +1,132 @@
+"""carbon_feed as a process on real Kafka: a recorded day replayed, and what it refuses to start with."""
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from aiokafka import AIOKafkaConsumer
+from router_support import ZONE, fleet_toml
+
+from deploy.local.ports import free_ports
+from deploy.local.processes import ProcessFailedError, Supervisor
+from deploy.local.services import Surroundings, service_spec
+from shared.clock import Clock
+from shared.messages import CarbonIntensity
+from shared.settings import KafkaSettings
+from shared.topics import CARBON_INTENSITY
+
+pytestmark = pytest.mark.integration
+
+DAY = datetime(2024, 2, 8, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+GAP = DAY + 3 * HOUR
+HEADER = "Datetime (UTC),Zone Id,Carbon Intensity gCO₂eq/kWh (direct)\n"
+
+
+def write_trace(path: Path) -> Path:
+    """Two days before and one day from `DAY` on, each hour its own value, one hour without."""
+    hours = [DAY + number * HOUR for number in range(-48, 24)]
+    rows = [f"{at:%Y-%m-%d %H:%M:%S},{ZONE},{'' if at == GAP else 200 + at.hour}\n" for at in hours]
+    path.write_text(HEADER + "".join(rows), encoding="utf-8")
+    return path
+
+
+class Feeds:
+    """Starts carbon_feed as a process."""
+
+    def __init__(self, supervisor: Supervisor, kafka: KafkaSettings, folder: Path) -> None:
+        self.supervisor, self.kafka, self.folder = supervisor, kafka, folder
+        self.name = f"{kafka.topic_prefix}carbon_feed"
+        (folder / "fleet.toml").write_text(fleet_toml(["127.0.0.1:9"]))
+
+    def start(self, chain: list[dict[str, object]], *, clock: Clock, zone: str = ZONE) -> None:
+        around = Surroundings(
+            bootstrap_servers=self.kafka.bootstrap_servers,
+            topic_prefix=self.kafka.topic_prefix,
+            database_url="",
+            fleet_file=self.folder / "fleet.toml",
+            clock=clock.environment(),
+        )
+        settings = {
+            "SPROUT_CARBON_FEED_PROVIDERS": json.dumps({zone: chain}),
+            "SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN": "secret-token",
+            "SPROUT_CARBON_FEED_ELECTRICITY_MAPS_URL": "http://127.0.0.1:9",  # nobody listens there
+        }
+        (port,) = free_ports(1)
+        self.supervisor.start(service_spec("carbon_feed", port=port, around=around, settings=settings, name=self.name))
+
+    async def logged(self, text: str) -> None:
+        for _ in range(100):
+            if text in self.log():
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"the log never says {text!r}")
+
+    def log(self) -> str:
+        return self.supervisor.process(self.name).log.read_text()
+
+
+@pytest.fixture
+def feeds(supervisor: Supervisor, kafka: KafkaSettings, tmp_path: Path):
+    made = Feeds(supervisor, kafka, tmp_path)
+    yield made
+    if made.name in supervisor.names:
+        supervisor.stop(made.name)
+
+
+async def heard(kafka: KafkaSettings, *, messages: int) -> list[CarbonIntensity]:
+    """The first messages of the zone; each is keyed by it."""
+    found: list[CarbonIntensity] = []
+    async with (
+        asyncio.timeout(30),
+        AIOKafkaConsumer(
+            kafka.topic(CARBON_INTENSITY), bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest"
+        ) as consumer,
+    ):
+        async for record in consumer:
+            assert record.key == ZONE.encode()
+            found.append(CarbonIntensity.model_validate_json(record.value))
+            if len(found) == messages:
+                return found
+    raise AssertionError("unreachable")
+
+
+async def test_a_recorded_day_is_replayed_in_event_time_and_a_gap_stays_a_gap(feeds, kafka, tmp_path):
+    clock = Clock.starting(DAY, rate=3600.0)
+    feeds.start([{"kind": "csv", "path": str(write_trace(tmp_path / "trace.csv"))}], clock=clock)
+    messages = await heard(kafka, messages=4)
+    first = messages[0].latest.at
+    told = [message.latest.at for message in messages]
+    assert told == [at for at in (first + n * HOUR for n in range(5)) if at != GAP][:4]
+    for message in messages:
+        assert message.latest.intensity_g_per_kwh == 200 + message.latest.at.hour
+        assert message.latest.at <= message.published_at
+        assert all(point.at < message.latest.at for point in message.history)
+    assert messages[0].history[0].at == DAY - 48 * HOUR
+    assert GAP not in {point.at for point in messages[-1].history}
+
+
+async def test_where_the_live_provider_cannot_be_reached_the_next_one_is_told_and_no_secret_is_logged(feeds, kafka):
+    feeds.start([{"kind": "electricity_maps"}, {"kind": "constant", "intensity_g_per_kwh": 412.5}], clock=Clock())
+    (message,) = await heard(kafka, messages=1)
+    assert (message.source, message.latest.intensity_g_per_kwh) == ("constant", 412.5)
+    await feeds.logged("electricity_maps cannot be reached")
+    assert "secret-token" not in feeds.log()
+
+
+@pytest.mark.parametrize(
+    ("trace", "zone", "message"),
+    [
+        ("", ZONE, "is empty: it needs a header and one row an hour"),
+        (HEADER, ZONE, "has a header and no rows"),
+        (HEADER + "2024-02-08 00:00:00,ELSEWHERE,1\n", ZONE, f"has no zone '{ZONE}'; it has ELSEWHERE"),
+        (HEADER + f"2024-02-08 00:00:00,{ZONE},\n", "ELSEWHERE", f"zones without a provider: {ZONE}"),
+    ],
+)
+def test_what_it_cannot_work_with_is_named_at_the_start(feeds, tmp_path, trace, zone, message):
+    path = tmp_path / "trace.csv"
+    path.write_text(trace, encoding="utf-8")
+    with pytest.raises(ProcessFailedError, match=message):
+        feeds.start([{"kind": "csv", "path": str(path)}], clock=Clock(), zone=zone)
