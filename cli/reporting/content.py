@@ -16,6 +16,7 @@ from cli.reporting.words import (
     share,
 )
 from services.ledger.report.model import HourRow, Report
+from services.ledger.report.savings import Saving
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,7 @@ def summary_lines(report: Report) -> tuple[tuple[str, str], ...]:
         ("requests", _requests_line(report)),
         ("carbon saved", _saved_line(report)),
         ("95 % interval", f"{percent_between(saving.saving_interval)}, from {saving.references:,} reference draws"),
-        (
-            "emitted",
-            f"{grams(saving.emitted_g)} against {grams(saving.reference_g)} had all been served by the reference",
-        ),
+        ("emitted", _emitted_line(saving)),
         ("implied saving", f"{percent(report.implied_saving_pct)} by the policies' probabilities"),
         ("promised saving", f"{percent(report.promised_saving_pct)} expected when the policies were solved"),
         ("not compared", _left_out_line(report)),
@@ -68,8 +66,8 @@ def zone_table(report: Report) -> TextTable:
                 intensity(row.intensity_g_per_kwh),
                 f"{row.requests:,}",
                 energy(row.energy_j),
-                grams(row.saving.emitted_g),
-                grams(row.saving.saved_g),
+                _compared(row.saving.emitted_g, row.saving),
+                _compared(row.saving.saved_g, row.saving),
                 percent(row.saving.saving_pct),
                 percent_between(row.saving.saving_interval),
                 grams(row.idle_g),
@@ -164,6 +162,16 @@ def _requests_line(report: Report) -> str:
         parts.append(f"{requests.refused:,} refused ({codes})")
     parts.append(f"{requests.unsettled:,} not settled yet" if requests.unsettled else "all of them settled")
     return ", ".join(parts)
+
+
+def _emitted_line(saving: Saving) -> str:
+    emitted, reference = _compared(saving.emitted_g, saving), _compared(saving.reference_g, saving)
+    return f"{emitted} against {reference} had all been served by the reference"
+
+
+def _compared(value: float, saving: Saving) -> str:
+    """Grams of the requests that could be compared with the reference; a dash where there are none."""
+    return grams(None if saving.saving_pct is None else value)
 
 
 def _saved_line(report: Report) -> str:

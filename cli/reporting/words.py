@@ -9,16 +9,18 @@ from shared.messages import split_option
 
 UNKNOWN = "–"
 WH = 3600.0
+ROUNDING = 1e-9
+"""Grams or joules; what floating-point sums leave where two amounts are equal."""
 
 
 def percent(value: float | None, digits: int = 1) -> str:
     """`12.3 %`."""
-    return UNKNOWN if value is None else f"{value:.{digits}f} %"
+    return UNKNOWN if value is None else f"{value:z.{digits}f} %"
 
 
 def percent_between(interval: Interval | None) -> str:
     """`10.1 to 14.5 %`."""
-    return UNKNOWN if interval is None else f"{interval.low:.1f} to {interval.high:.1f} %"
+    return UNKNOWN if interval is None else f"{interval.low:z.1f} to {interval.high:z.1f} %"
 
 
 def grams(value: float | None) -> str:
@@ -75,7 +77,7 @@ def apart(percentage: float) -> str:
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
-    if value == 0:
+    if abs(value) < ROUNDING:
         return f"0 {'g' if units[-1][1] == 'mg' else units[-1][1]}"
     size, unit = next((scale for scale in units if abs(value) >= scale[0]), units[-1])
     return f"{figures(value / size)} {unit}"

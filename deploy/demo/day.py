@@ -15,17 +15,23 @@ class Pace:
         requests: in all.
         wall_s: wall seconds that 24 hours of event time take.
         max_tokens: of every answer.
-        evaluated_prompts: in one evaluation; each is answered at every level and judged in every order.
+        evaluated_prompts: in one evaluation, at most; each is answered at every level and judged in every order.
+        first_samples: before the first evaluation; the optimizer trusts no option that was judged on fewer than 20.
         evaluator_concurrency: calls that the evaluator makes at once.
         sample_share: of the requests, kept for the evaluator.
+        caution: of the optimizer, in standard deviations of judged quality.
+        tasks: kinds of prompts that are asked; none: all.
     """
 
     requests: int
     wall_s: float
     max_tokens: int
     evaluated_prompts: int
+    first_samples: int
     evaluator_concurrency: int
     sample_share: float
+    caution: float = 1.0
+    tasks: frozenset[str] = frozenset()
 
 
 PACES: dict[ModelName, Pace] = {
@@ -34,12 +40,22 @@ PACES: dict[ModelName, Pace] = {
         wall_s=120.0,
         max_tokens=1024,
         evaluated_prompts=120,
+        first_samples=60,
         evaluator_concurrency=12,
         sample_share=0.5,
     ),
-    # A real model on the processor cores that everything else runs on as well.
+    # A real model on the processor cores that everything else runs on as well: it has time for two dozen judged
+    # prompts, too few for any caution to leave something to save. It is asked what a model of its size can answer.
     "smollm2": Pace(
-        requests=160, wall_s=180.0, max_tokens=48, evaluated_prompts=24, evaluator_concurrency=4, sample_share=1.0
+        requests=160,
+        wall_s=200.0,
+        max_tokens=96,
+        evaluated_prompts=24,
+        first_samples=20,
+        evaluator_concurrency=6,
+        sample_share=1.0,
+        caution=0.0,
+        tasks=frozenset({"factual", "reading", "summary"}),
     ),
 }
 

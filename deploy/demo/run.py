@@ -61,7 +61,7 @@ async def run_demo(day: DemoDay, config: StackConfig, models: ModelServers, *, c
     """
     began = time.monotonic()
     plan = plan_traffic(
-        prompts_of(day.workload),
+        prompts_of(day.workload, tasks=day.pace.tasks),
         start=day.start,
         hours=day.hours,
         requests=day.requests,

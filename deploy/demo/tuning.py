@@ -24,10 +24,11 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
         },
         "optimizer": {
             "SPROUT_OPTIMIZER_XI": json.dumps({"preference": 0.1}),
+            "SPROUT_OPTIMIZER_CAUTION": str(day.pace.caution),
         },
         "evaluator": {
             "SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION": str(day.pace.evaluated_prompts),
-            "SPROUT_EVALUATOR_MIN_SAMPLES": str(day.pace.evaluated_prompts // 2),
+            "SPROUT_EVALUATOR_MIN_SAMPLES": str(day.pace.first_samples),
             "SPROUT_EVALUATOR_CONCURRENCY": str(day.pace.evaluator_concurrency),
             "SPROUT_EVALUATOR_MAX_TOKENS": str(day.pace.max_tokens),
         },

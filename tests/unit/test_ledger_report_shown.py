@@ -39,6 +39,7 @@ def printed(report, **options):
 def test_numbers_are_written_for_people():
     assert [grams(value) for value in (0.0, 0.0123, 4.56, 12_345.0)] == ["0 g", "12.3 mg", "4.56 g", "12.3 kg"]
     assert [energy(value) for value in (12.0, 7_200.0, 7.2e9)] == ["12.0 J", "2.00 Wh", "2.00 MWh"]
+    assert (grams(-1.4e-14), percent(-1e-9)) == ("0 g", "0.0 %")
     assert percent(None) == grams(None) == energy(None) == "–"
     assert apart(-0.25) == "0.25 %"
     assert apart(1e-9) == "under 0.001 %"
