@@ -159,7 +159,7 @@ def _print_facts(answer: Answer, fleet: Fleet | None) -> None:
 
 def _grams(footprint: Footprint | None) -> str:
     if footprint is None:
-        return "footprint not known yet (the ledger attributes energy at its next meter reading)"
+        return "footprint not known yet (the ledger attributes energy once it is SPROUT_LEDGER_SETTLE_DELAY_S old)"
     if footprint.total_g is None:
         return f"{footprint.energy_j:.0f} J, grams unknown: no carbon intensity for {footprint.zone}"
     return f"{footprint.total_g:.4g} gCO2eq ({footprint.energy_j:.0f} J at {footprint.intensity_g_per_kwh:.0f} g/kWh)"

@@ -1,56 +1,30 @@
 """Ties a model's process to its server: one that is killed, or gives up waiting for its models, leaves none behind.
 
-The kernel does it (prctl, PR_SET_PDEATHSIG), because this process may be unable to: the Python backend holds the
-interpreter's lock while it waits for the server to take a metric, which a dead server never does. The kernel's signal
-follows the *thread* that started the process, and the server's loading threads end after loading; so it is asked for
-once the process has passed to the server's main thread. Until then, and where the kernel cannot tell, a thread of this
-process looks; it lives on because the kernel keeps the wish with the thread that had it.
+A process of its own looks after both, because the model's cannot: the Python backend holds the interpreter's lock while
+it waits for the server to take a metric or a message, which a dead server never does, so that no thread of it goes on.
+Nor can the kernel's PR_SET_PDEATHSIG: it follows the *thread* that started the model, and the server's loading threads
+end after loading.
 """
 
-import ctypes
 import os
-import signal
-import sys
-import threading
-import time
-from pathlib import Path
+import subprocess
 from typing import Final
 
-PR_SET_PDEATHSIG: Final = 1
+LOOK_S: Final = 0.5
+"""Wall seconds between two looks."""
 
-CHECK_S: Final = 0.05
-"""Wall seconds between two looks, until the kernel has taken over."""
-
-KEPT_CHECK_S: Final = 5.0
-"""The same, afterwards."""
+_WATCH: Final = """
+while kill -0 "$1" && kill -0 "$2"; do sleep "$3"; done 2>/dev/null
+kill -0 "$1" 2>/dev/null || kill -9 "$2" 2>/dev/null
+"""
+"""Ends with either of the two; ends the model where it was the server that went."""
 
 
 def end_with_server() -> None:
-    """End this process when the server is gone; call it once, when the model is loaded."""
-    threading.Thread(target=_watch, args=(os.getppid(),), name="end-with-server", daemon=True).start()
-
-
-def _watch(server: int) -> None:
-    kept = False
-    while os.getppid() == server:
-        kept = kept or (_belongs_to_main_thread(server) and _die_with_parent_thread())
-        # Looked at again: the server may have gone before the kernel was asked.
-        if os.getppid() == server:
-            time.sleep(KEPT_CHECK_S if kept else CHECK_S)
-    os._exit(1)  # from a thread, and at once: there is nobody to finish for
-
-
-def _belongs_to_main_thread(server: int) -> bool:
-    """Whether the server's main thread is this process's parent, which ends only with the server itself."""
-    try:
-        children = Path(f"/proc/{server}/task/{server}/children").read_text(encoding="ascii")
-    except OSError:
-        return False  # not Linux, or a kernel without this file: the looks go on
-    return str(os.getpid()) in children.split()
-
-
-def _die_with_parent_thread() -> bool:
-    if sys.platform != "linux":
-        return False
-    status: int = ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    return status == 0
+    """End this process when the server is gone; call it once, before anything that takes time."""
+    subprocess.Popen(
+        ["/bin/sh", "-c", _WATCH, "end-with-server", str(os.getppid()), str(os.getpid()), str(LOOK_S)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )

@@ -378,11 +378,11 @@ def test_the_models_processes_end_with_a_server_that_is_killed(triton, workload,
     try:
         wait_ready(ports, 60, alive=lambda: server.poll() is None)
         models = psutil.Process(server.pid).children(recursive=True)
-        assert len(models) == 2
+        assert sum(process.name().startswith("triton_python") for process in models) == 2
     finally:
         server.kill()
         server.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while (alive := [process for process in models if lives(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     for process in alive:
