@@ -10,7 +10,7 @@ from urllib.parse import parse_qs
 from faststream.asgi import AsgiFastStream, AsgiResponse, HttpHandler, post
 from faststream.asgi.types import Scope
 from faststream.kafka import KafkaBroker
-from faststream.middlewares import AckPolicy
+from faststream.kafka.subscriber.usecase import BatchSubscriber
 from prometheus_client import CollectorRegistry
 
 from services.evaluator.calls import ModelCalls
@@ -30,11 +30,12 @@ from shared.clock import Clock
 from shared.database import migrate, open_pool
 from shared.dead_letters import DeadLetterOffice, batch_decoder
 from shared.fleet import Fleet, load_fleet
+from shared.following import follow
 from shared.health import Health
 from shared.messages import CarbonIntensity, Footprint, Sample
 from shared.service import build_service, run_service
 from shared.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings, LogSettings
-from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, QUALITY, SAMPLES, USAGE
+from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, QUALITY, SAMPLES, USAGE, TopicSpec
 from shared.triton.attempts import Attempts
 from shared.triton.pools import Pools
 
@@ -189,51 +190,31 @@ class Evaluator:
     def _subscribe(self, broker: KafkaBroker, office: DeadLetterOffice, kafka: KafkaSettings) -> None:
         settings = self.settings
 
-        @broker.subscriber(
-            kafka.topic(SAMPLES),
-            decoder=batch_decoder(Sample, office),
-            title="samples",
-            description="Prompts kept aside for evaluations",
-            batch=True,
-            # Of several evaluators one reads each record.
-            group_id=kafka.group(NAME),
-            max_records=settings.fetch_max_records,
-            batch_timeout_ms=settings.poll_ms,
-            session_timeout_ms=int(settings.session_timeout_s * 1_000),
-            heartbeat_interval_ms=int(settings.session_timeout_s * 1_000 / 4),
-            auto_offset_reset="earliest",
-        )
+        def shared_out(spec: TopicSpec, description: str) -> BatchSubscriber:
+            """Of several evaluators one reads each record."""
+            return broker.subscriber(
+                kafka.topic(spec),
+                decoder=batch_decoder(spec.message, office),
+                title=spec.name,
+                description=description,
+                batch=True,
+                group_id=kafka.group(NAME),
+                max_records=settings.fetch_max_records,
+                batch_timeout_ms=settings.poll_ms,
+                session_timeout_ms=int(settings.session_timeout_s * 1_000),
+                heartbeat_interval_ms=int(settings.session_timeout_s * 1_000 / 4),
+                auto_offset_reset="earliest",
+            )
+
+        @shared_out(SAMPLES, "Prompts kept aside for evaluations")
         async def on_samples(samples: list[Sample]) -> None:
             await self.intake.keep(samples)
 
-        @broker.subscriber(
-            kafka.topic(FOOTPRINTS),
-            decoder=batch_decoder(Footprint, office),
-            title="footprints",
-            description="What earlier evaluations took",
-            batch=True,
-            # Of several evaluators one reads each record.
-            group_id=kafka.group(NAME),
-            max_records=settings.fetch_max_records,
-            batch_timeout_ms=settings.poll_ms,
-            session_timeout_ms=int(settings.session_timeout_s * 1_000),
-            heartbeat_interval_ms=int(settings.session_timeout_s * 1_000 / 4),
-            auto_offset_reset="earliest",
-        )
+        @shared_out(FOOTPRINTS, "What earlier evaluations took")
         async def on_footprints(footprints: list[Footprint]) -> None:
             await self.intake.note(footprints)
 
-        # Compacted: every evaluator reads all of it from the start.
-        @broker.subscriber(
-            kafka.topic(CARBON_INTENSITY),
-            decoder=batch_decoder(CarbonIntensity, office),
-            title="carbon-intensity",
-            description="What the grid emits",
-            batch=True,
-            batch_timeout_ms=settings.poll_ms,
-            auto_offset_reset="earliest",
-            ack_policy=AckPolicy.ACK_FIRST,
-        )
+        @follow(broker, kafka, office, CARBON_INTENSITY, description="What the grid emits")
         async def on_intensities(news: list[CarbonIntensity]) -> None:
             for intensity in news:
                 self.watch.learn(intensity)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import asyncpg
 
+from services.ledger import statements
 from services.ledger.attribution import Call
 from services.ledger.footprint import grams_of
 from services.ledger.idle import IdlePower
@@ -27,76 +28,6 @@ from services.ledger.settlement import (
 from services.ledger.storage import Connection, Storage, execute_rows
 from shared.fleet import Fleet, Pool
 from shared.logs import get_logger
-
-_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('sprout.ledger.settlement'))"
-_READINGS = """
-SELECT r.endpoint, r.at, r.gpu, r.energy_j
-FROM unnest($1::text[]) AS e (endpoint)
-LEFT JOIN meters AS m USING (endpoint)
-CROSS JOIN LATERAL (
-    SELECT * FROM readings
-    WHERE readings.endpoint = e.endpoint AND at >= coalesce(m.settled_until, '-infinity') AND at <= $2
-) AS r
-ORDER BY r.endpoint, r.at
-"""
-_METERS = "SELECT * FROM meters WHERE endpoint = ANY($1)"
-_CALLS = """
-SELECT c.*
-FROM unnest($1::text[], $2::timestamptz[]) AS e (endpoint, until)
-CROSS JOIN LATERAL (
-    SELECT id, purpose, endpoint, zone, pool, level, started_at, first_token_at, finished_at, prompt_tokens,
-           completion_tokens, energy_j, accounted_until, partial
-    FROM calls WHERE calls.endpoint = e.endpoint AND NOT settled AND started_at <= e.until
-) AS c
-"""
-_SETTLED = """
-SELECT i.endpoint, i.started_at, i.finished_at, i.attributed_j, i.unattributed_j
-FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[]) AS e (endpoint, since, until)
-CROSS JOIN LATERAL (
-    SELECT * FROM intervals
-    WHERE intervals.endpoint = e.endpoint AND finished_at >= e.since AND started_at <= e.until
-) AS i
-"""
-_INTENSITY = "SELECT zone, at, intensity_g_per_kwh FROM intensity WHERE zone = ANY($1) AND at >= $2 AND at <= $3"
-_ADD_INTERVALS = """
-INSERT INTO intervals SELECT * FROM jsonb_populate_recordset(NULL::intervals, $1)
-"""
-_RECOVER = """
-UPDATE intervals SET attributed_j = intervals.attributed_j + intervals.unattributed_j, unattributed_j = 0
-FROM jsonb_populate_recordset(NULL::intervals, $1) AS late
-WHERE intervals.endpoint = late.endpoint AND intervals.started_at = late.started_at
-"""
-_UPDATE_CALLS = """
-UPDATE calls SET energy_j = new.energy_j, accounted_until = new.accounted_until, partial = new.partial,
-                 settled = new.settled
-FROM jsonb_populate_recordset(NULL::calls, $1) AS new
-WHERE calls.id = new.id
-"""
-_ADD_FOOTPRINTS = """
-INSERT INTO footprints (
-    request_id, purpose, evaluation_id, model, grp, task, tenant, pool, level, zone, endpoint, policy_version,
-    decision_source, propensity, propensities, started_at, finished_at, processing_s, prompt_tokens,
-    completion_tokens, energy_j, intensity_g_per_kwh, operational_g, embodied_g, total_g, partial
-)
-SELECT c.id, c.purpose, c.evaluation_id, c.model, c.grp, c.task, c.tenant, c.pool, c.level, c.zone, c.endpoint,
-       c.policy_version, c.decision_source, c.propensity, c.propensities, c.started_at, c.finished_at,
-       f.processing_s, c.prompt_tokens, c.completion_tokens, f.energy_j, f.intensity_g_per_kwh, f.operational_g,
-       f.embodied_g, f.total_g, f.partial
-FROM jsonb_populate_recordset(NULL::footprints, $1) AS f JOIN calls AS c ON c.id = f.request_id
-ON CONFLICT (request_id) DO NOTHING
-"""
-_PUT_METERS = """
-INSERT INTO meters SELECT * FROM jsonb_populate_recordset(NULL::meters, $1)
-ON CONFLICT (endpoint) DO UPDATE SET settled_until = EXCLUDED.settled_until, idle_power_w = EXCLUDED.idle_power_w,
-    quiet_s = EXCLUDED.quiet_s, quiet_j = EXCLUDED.quiet_j
-"""
-_CLOSE_UNMETERED = """
-WITH closed AS (
-    UPDATE calls SET settled = true WHERE NOT settled AND finished_at <= $2 AND endpoint <> ALL($1) RETURNING 1
-)
-SELECT count(*) FROM closed
-"""
-_UNSETTLED = "SELECT count(*) FROM calls WHERE NOT settled"
 
 _log = get_logger(__name__)
 
@@ -122,7 +53,7 @@ class Settler:
             asyncpg.PostgresError, OSError: PostgreSQL is away; nothing was written.
         """
         async with self._storage.pool.acquire() as connection, connection.transaction():
-            if not await connection.fetchval(_LOCK):
+            if not await connection.fetchval(statements.LOCK):
                 return False
             books, rows = await self._read(connection, horizon)
             results = await asyncio.to_thread(
@@ -130,9 +61,9 @@ class Settler:
             )
             await self._write(connection, books, results)
             footprints = await self._footprints(connection, results, rows)
-            await execute_rows(connection, _ADD_FOOTPRINTS, footprints)
-            unmetered: int = await connection.fetchval(_CLOSE_UNMETERED, list(self._pools), horizon)
-            unsettled: int = await connection.fetchval(_UNSETTLED)
+            await execute_rows(connection, statements.ADD_FOOTPRINTS, footprints)
+            unmetered: int = await connection.fetchval(statements.CLOSE_UNMETERED, list(self._pools), horizon)
+            unsettled: int = await connection.fetchval(statements.UNSETTLED)
         self._count(results, footprints, rows, unmetered)
         self._metrics.unsettled_calls.set(unsettled)
         for endpoint, result in results.items():
@@ -143,11 +74,11 @@ class Settler:
         self, connection: Connection, horizon: datetime
     ) -> tuple[dict[str, EndpointBooks], dict[str, asyncpg.Record]]:
         """What is open, by endpoint, and the rows of the open calls, by id."""
-        readings = _readings_of(await connection.fetch(_READINGS, list(self._pools), horizon))
+        readings = _readings_of(await connection.fetch(statements.READINGS, list(self._pools), horizon))
         names = list(readings)
-        meters = {row["endpoint"]: row for row in await connection.fetch(_METERS, names)}
+        meters = {row["endpoint"]: row for row in await connection.fetch(statements.METERS, names)}
         untils = [moment_of(readings[name][-1].at_s) for name in names]
-        rows = {row["id"]: row for row in await connection.fetch(_CALLS, names, untils)}
+        rows = {row["id"]: row for row in await connection.fetch(statements.CALLS, names, untils)}
         calls: dict[str, list[OpenCall]] = defaultdict(list)
         for row in rows.values():
             calls[row["endpoint"]].append(_open_call(row))
@@ -181,7 +112,7 @@ class Settler:
             return found
         sinces = [moment_of(since_s) for since_s in late.values()]
         ends = [moment_of(readings[name][0].at_s) for name in late]
-        for row in await connection.fetch(_SETTLED, list(late), sinces, ends):
+        for row in await connection.fetch(statements.SETTLED, list(late), sinces, ends):
             found[row["endpoint"]].append(
                 SettledInterval(
                     row["started_at"].timestamp(),
@@ -239,10 +170,10 @@ class Settler:
                     "quiet_j": result.learned.quiet_j,
                 }
             )
-        await execute_rows(connection, _ADD_INTERVALS, intervals)
-        await execute_rows(connection, _RECOVER, recovered)
-        await execute_rows(connection, _UPDATE_CALLS, calls)
-        await execute_rows(connection, _PUT_METERS, meters)
+        await execute_rows(connection, statements.ADD_INTERVALS, intervals)
+        await execute_rows(connection, statements.RECOVER, recovered)
+        await execute_rows(connection, statements.UPDATE_CALLS, calls)
+        await execute_rows(connection, statements.PUT_METERS, meters)
 
     async def _footprints(
         self, connection: Connection, results: Mapping[str, Settlement], rows: Mapping[str, asyncpg.Record]
@@ -283,7 +214,7 @@ class Settler:
         since = moment_of(min(row["started_at"] for row in rows).timestamp() - self._max_age_s)
         until = max(row["finished_at"] for row in rows)
         points: dict[str, list[tuple[float, float]]] = {zone: [] for zone in zones}
-        for row in await connection.fetch(_INTENSITY, list(zones), since, until):
+        for row in await connection.fetch(statements.INTENSITY, list(zones), since, until):
             points[row["zone"]].append((row["at"].timestamp(), row["intensity_g_per_kwh"]))
         return {zone: IntensitySteps(found, max_age_s=self._max_age_s) for zone, found in points.items()}
 

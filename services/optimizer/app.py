@@ -20,6 +20,7 @@ from shared.clock import Clock
 from shared.database import migrate, open_pool
 from shared.dead_letters import DeadLetterOffice, batch_decoder
 from shared.fleet import Fleet, load_fleet
+from shared.following import POLL_MS, follow
 from shared.health import Health
 from shared.messages import CarbonIntensity, Footprint, Policy, Quality
 from shared.publishing import insist
@@ -29,8 +30,6 @@ from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, POLICIES, 
 
 NAME = "optimizer"
 DESCRIPTION = "Solves with which probability each directive is used, and publishes the policy."
-STATE_POLL_MS = 100
-"""Wall milliseconds between two looks for messages."""
 
 
 def subscribe(
@@ -42,33 +41,15 @@ def subscribe(
     settings: OptimizerSettings,
 ) -> None:
     """Register the consumers: the compacted topics from their start at each start, footprints as a group."""
-    intensities = broker.subscriber(
-        kafka.topic(CARBON_INTENSITY),
-        decoder=batch_decoder(CarbonIntensity, office),
-        title="carbon-intensity",
-        description="What the grid emits",
-        batch=True,
-        batch_timeout_ms=STATE_POLL_MS,
-        auto_offset_reset="earliest",
-        ack_policy=AckPolicy.ACK_FIRST,
-    )
-    evaluations = broker.subscriber(
-        kafka.topic(QUALITY),
-        decoder=batch_decoder(Quality, office),
-        title="quality",
-        description="What the judge preferred",
-        batch=True,
-        batch_timeout_ms=STATE_POLL_MS,
-        auto_offset_reset="earliest",
-        ack_policy=AckPolicy.ACK_FIRST,
-    )
+    intensities = follow(broker, kafka, office, CARBON_INTENSITY, description="What the grid emits")
+    evaluations = follow(broker, kafka, office, QUALITY, description="What the judge preferred")
     footprints = broker.subscriber(
         kafka.topic(FOOTPRINTS),
         decoder=batch_decoder(Footprint, office),
         title="footprints",
         description="What every call took",
         batch=True,
-        batch_timeout_ms=STATE_POLL_MS,
+        batch_timeout_ms=POLL_MS,
         max_records=settings.batch_records,
         group_id=kafka.group(NAME),
         auto_offset_reset="earliest",

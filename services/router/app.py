@@ -21,8 +21,9 @@ from services.router.serving import Serving
 from services.router.settings import RouterSettings
 from shared.broker import build_broker
 from shared.clock import Clock
-from shared.dead_letters import DeadLetterOffice, batch_decoder
+from shared.dead_letters import DeadLetterOffice
 from shared.fleet import Fleet, load_fleet
+from shared.following import follow
 from shared.health import Health
 from shared.logs import get_logger
 from shared.messages import CarbonIntensity, GenerationRequest, Policy
@@ -42,8 +43,6 @@ from shared.triton.pools import Pools
 
 NAME = "router"
 DESCRIPTION = "Draws a generation directive for every request, has a model answer it, publishes the answer."
-STATE_POLL_MS = 100
-"""Wall milliseconds between two looks for policies and intensities."""
 
 _log = get_logger(__name__)
 
@@ -152,26 +151,8 @@ class Router:
         self, broker: KafkaBroker, office: DeadLetterOffice, kafka: KafkaSettings
     ) -> list[Callable[[], Any]]:
         """Compacted topics: every router reads all of them from the start."""
-        policies = broker.subscriber(
-            kafka.topic(POLICIES),
-            decoder=batch_decoder(Policy, office),
-            title="policies",
-            description="Probabilities of the options",
-            batch=True,
-            batch_timeout_ms=STATE_POLL_MS,
-            auto_offset_reset="earliest",
-            ack_policy=AckPolicy.ACK_FIRST,
-        )
-        intensities = broker.subscriber(
-            kafka.topic(CARBON_INTENSITY),
-            decoder=batch_decoder(CarbonIntensity, office),
-            title="carbon-intensity",
-            description="What the grid emits",
-            batch=True,
-            batch_timeout_ms=STATE_POLL_MS,
-            auto_offset_reset="earliest",
-            ack_policy=AckPolicy.ACK_FIRST,
-        )
+        policies = follow(broker, kafka, office, POLICIES, description="Probabilities of the options")
+        intensities = follow(broker, kafka, office, CARBON_INTENSITY, description="What the grid emits")
 
         @policies
         async def on_policies(news: list[Policy]) -> None:
