@@ -40,7 +40,7 @@ class TrailingRange:
 
 
 def in_force(intensity: CarbonIntensity, now: datetime, *, max_age: timedelta) -> InForce | None:
-    """The latest value while it is fresh, then the same hour's trailing mean, then null (design, section 9).
+    """The latest value while it is fresh, then the same hour's trailing mean, then null (docs/architecture.md).
 
     Args:
         now: event time.

@@ -1,6 +1,6 @@
 """What the router last heard of policies and carbon intensities, and whether it may be followed now.
 
-Quality comes first: whatever is doubtful leads to the reference (design, section 4).
+Quality comes first: whatever is doubtful leads to the reference.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from shared.messages.base import Identifier, Level, Message, Probability, UtcDat
 class Footprint(Message):
     """Energy and carbon attributed to one call.
 
-    total_g = energy_kwh * pue * intensity_g_per_kwh + embodied_g_per_s * processing_s   (design, footprint)
+    total_g = energy_kwh * pue * intensity_g_per_kwh + embodied_g_per_s * processing_s
     """
 
     request_id: Identifier = Field(description="The request's id, or the usage record's")
