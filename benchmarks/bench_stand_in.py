@@ -88,7 +88,7 @@ async def ask(client: grpcclient.InferenceServerClient, prompt: str, system: str
 def cpu_s(pid: int) -> tuple[float, float, float]:
     """CPU seconds of the server, of its models, and of this process."""
     server = psutil.Process(pid)
-    models = sum(sum(child.cpu_times()[:2]) for child in server.children(recursive=True))
+    models = sum(sum(child.cpu_times()[:2]) for child in server.children())
     return sum(server.cpu_times()[:2]), models, sum(psutil.Process().cpu_times()[:2])
 
 

@@ -10,7 +10,7 @@ import os
 import subprocess
 from typing import Final
 
-LOOK_S: Final = 0.5
+LOOK_S: Final = 1.0
 """Wall seconds between two looks."""
 
 _WATCH: Final = """

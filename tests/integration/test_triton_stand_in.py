@@ -306,11 +306,15 @@ async def test_the_judge_names_the_preferred_answer(client, server):
         assert server.energy_j("stand-in-judge") - before_j > 30.0
 
 
+def model_processes(server: int) -> list[psutil.Process]:
+    """Those of the models, without what looks after them and comes and goes."""
+    return [process for process in psutil.Process(server).children() if process.name().startswith("triton_python")]
+
+
 def test_it_listens_on_loopback_alone(server):
-    process = psutil.Process(server.pid)
     listening = {
         (one.laddr.ip.removeprefix("::ffff:"), one.laddr.port)
-        for member in (process, *process.children(recursive=True))
+        for member in (psutil.Process(server.pid), *model_processes(server.pid))
         for one in member.net_connections(kind="inet")
         if one.status == psutil.CONN_LISTEN
     }
@@ -377,8 +381,8 @@ def test_the_models_processes_end_with_a_server_that_is_killed(triton, workload,
     )
     try:
         wait_ready(ports, 60, alive=lambda: server.poll() is None)
-        models = psutil.Process(server.pid).children(recursive=True)
-        assert sum(process.name().startswith("triton_python") for process in models) == 2
+        models = model_processes(server.pid)
+        assert len(models) == 2
     finally:
         server.kill()
         server.wait()

@@ -5,8 +5,8 @@
  "responses": {"llama-2-13b-chat/L1": {"text": "Jane Austen.", "tokens": 5, "energy_j": 29.4, "time_s": 0.12}}}
 ```
 
-`preferred` is the level that a judge chose, null where none did; `text` and `tokens` may be absent; a missing token
-count is the energy divided by the model's mean energy per token.
+`preferred` is the level that a judge chose, null where none did; `text`, `tokens` and `correct` (whether the answer agrees
+with `reference`) may be absent; a missing token count is the energy divided by the model's mean energy per token.
 """
 
 import gzip
@@ -43,12 +43,14 @@ class Recorded:
         tokens: generated tokens, >= 1; estimated from the energy where they were not counted.
         energy_j: of this request alone, J.
         time_s: from the request to its last token, s, alone on the GPU.
+        correct: whether the answer agrees with the prompt's `reference`; null where nobody looked.
     """
 
     text: str | None
     tokens: int
     energy_j: float
     time_s: float
+    correct: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,9 @@ def _check_answer(key: str, answer: object) -> None:
     text = answer.get("text")
     if text is not None and not isinstance(text, str):
         raise WorkloadError(f"{where}: 'text' must be a text, or absent, got {_kind(text)}")
+    correct = answer.get("correct")
+    if correct is not None and not isinstance(correct, bool):
+        raise WorkloadError(f"{where}: 'correct' must be true, false or absent, got {_kind(correct)}")
 
 
 def _kind(value: object) -> str:
@@ -252,5 +257,7 @@ def _entry(line: dict[str, Any], j_per_token: Mapping[str, float]) -> Entry:
         if tokens is None:
             tokens = max(1, round(answer["energy_j"] / j_per_token.get(model, DEFAULT_J_PER_TOKEN)))
         text = answer.get("text") or None
-        responses[model, level] = Recorded(text, tokens, float(answer["energy_j"]), float(answer["time_s"]))
+        responses[model, level] = Recorded(
+            text, tokens, float(answer["energy_j"]), float(answer["time_s"]), answer.get("correct")
+        )
     return Entry(line["prompt"], line["task"], line.get("preferred"), responses)
