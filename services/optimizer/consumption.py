@@ -60,15 +60,24 @@ class Consumption:
             return
         at_s = min(footprint.finished_at.timestamp(), now_s)
         option = option_key(footprint.pool, footprint.level)
-        taken = (1.0, footprint.energy_j / JOULES_PER_KWH, footprint.processing_s)
-        cell = self.cells.setdefault(footprint.group, {}).setdefault(option, DecayedSums(at_s, [0.0, 0.0, 0.0]))
-        cell.add(taken, at_s=at_s, half_life_s=memory.half_life_s)
-        if footprint.purpose == "request":
-            self.traffic.setdefault(footprint.group, DecayedSums(at_s, [0.0])).add(
-                (1.0,), at_s=at_s, half_life_s=memory.half_life_s
+        taken = Consumed(1.0, footprint.energy_j / JOULES_PER_KWH, footprint.processing_s)
+        self.add(footprint.group, option, taken, at_s=at_s, memory=memory, asked=footprint.purpose == "request")
+
+    def add(self, group: str, option: str, taken: Consumed, *, at_s: float, memory: Memory, asked: bool) -> None:
+        """Take what some requests of one group under one option took.
+
+        Args:
+            asked: by producers, so that they are traffic too.
+        """
+        cell = self.cells.setdefault(group, {}).setdefault(option, DecayedSums(at_s, [0.0, 0.0, 0.0]))
+        sums = (taken.requests, taken.energy_kwh, taken.processing_s)
+        cell.add(sums, at_s=at_s, half_life_s=memory.half_life_s)
+        if asked:
+            self.traffic.setdefault(group, DecayedSums(at_s, [0.0])).add(
+                (taken.requests,), at_s=at_s, half_life_s=memory.half_life_s
             )
             self.recent = self.recent or DecayedSums(at_s, [0.0])
-            self.recent.add((1.0,), at_s=at_s, half_life_s=memory.rate_half_life_s)
+            self.recent.add((taken.requests,), at_s=at_s, half_life_s=memory.rate_half_life_s)
             self.first_request_s = min(at_s, self.first_request_s if self.first_request_s is not None else at_s)
         if len(self.cells) > 2 * memory.max_groups:
             self._forget_small_groups(at_s, memory)

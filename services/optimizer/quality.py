@@ -49,17 +49,10 @@ class QualityEvidence:
         self._sums: dict[str, dict[str, dict[str, DecayedSums]]] = {}
         self.latest: Quality | None = None
         for evaluation in evaluations:
-            self._add(evaluation)
+            self.add(evaluation)
 
-    def posterior(self, metric: str, now_s: float, rules: QualityRules) -> "Posterior":
-        """What the evidence lets believe of a metric at an event time."""
-        judged = {
-            group: {option: Judged(*sums.at(now_s, self._half_life_s)) for option, sums in row.items()}
-            for group, row in self._sums.get(metric, {}).items()
-        }
-        return Posterior(judged, rules)
-
-    def _add(self, evaluation: Quality) -> None:
+    def add(self, evaluation: Quality) -> None:
+        """Take one more evaluation."""
         at_s = evaluation.evaluated_at.timestamp()
         for count in evaluation.counts:
             row = self._sums.setdefault(count.metric, {}).setdefault(count.group, {})
@@ -68,6 +61,14 @@ class QualityEvidence:
             sums.add(outcome, at_s=at_s, half_life_s=self._half_life_s)
         if self.latest is None or evaluation.evaluated_at > self.latest.evaluated_at:
             self.latest = evaluation
+
+    def posterior(self, metric: str, now_s: float, rules: QualityRules) -> "Posterior":
+        """What the evidence lets believe of a metric at an event time."""
+        judged = {
+            group: {option: Judged(*sums.at(now_s, self._half_life_s)) for option, sums in row.items()}
+            for group, row in self._sums.get(metric, {}).items()
+        }
+        return Posterior(judged, rules)
 
 
 class Posterior:

@@ -5,8 +5,9 @@
  "responses": {"llama-2-13b-chat/L1": {"text": "Jane Austen.", "tokens": 5, "energy_j": 29.4, "time_s": 0.12}}}
 ```
 
-`preferred` is the level that a judge chose, null where none did; `text`, `tokens` and `correct` (whether the answer agrees
-with `reference`) may be absent; a missing token count is the energy divided by the model's mean energy per token.
+`preferred` is the level that a judge chose, null where none did; `text`, `tokens` and `correct` (whether the answer
+agrees with `reference`) may be absent; a missing token count is the energy divided by the model's mean energy per
+token.
 """
 
 import gzip

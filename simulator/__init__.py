@@ -1,0 +1,1 @@
+"""Trace-driven what-if: the services' own decisions on measured requests and recorded grids."""

@@ -1,0 +1,158 @@
+"""What evaluations find, and what they take: draws of prompts that may be learned from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from shared.messages import QualityCount
+from simulator.measured import JOULES_PER_KWH, Floats, Ints, Measured
+from simulator.world import CORRECTNESS, POOL, PREFERENCE, SMALL_POOL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeCost:
+    """What judging one prompt takes: a call for each order of the answers, one token of output each.
+
+    The default is six orders of 600 prompt tokens at 0.3 J and 0.3 ms each, as the project's stand-in judge has it.
+    """
+
+    energy_j: float = 6 * 600 * 0.3
+    time_s: float = 6 * 600 * 0.0003
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Findings:
+    """Of one evaluation.
+
+    Attributes:
+        counts: as the evaluator publishes them.
+        taken: (requests, kWh, s) by group, then option: the generations.
+        judging_kwh, judging_s: the judge's part.
+    """
+
+    counts: tuple[QualityCount, ...]
+    taken: Mapping[str, Mapping[str, tuple[float, float, float]]]
+    judging_kwh: float
+    judging_s: float
+
+    @property
+    def energy_kwh(self) -> float:
+        """Of all calls."""
+        return self.judging_kwh + sum(cell[1] for row in self.taken.values() for cell in row.values())
+
+    @property
+    def time_s(self) -> float:
+        """Of all calls."""
+        return self.judging_s + sum(cell[2] for row in self.taken.values() for cell in row.values())
+
+
+class Judge(Protocol):
+    """Evaluates prompts."""
+
+    def study(self) -> Findings:
+        """All prompts that may be learned from, once: what is known before the first request."""
+        ...
+
+    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator) -> Findings:
+        """Some prompts, drawn by the shares of the tasks, each answered under every option."""
+        ...
+
+
+class LevelJudge:
+    """Judges one model's levels by the recorded verdicts."""
+
+    def __init__(self, learn: Measured, group: Ints, groups: tuple[str, ...], cost: JudgeCost) -> None:
+        """Take the prompts that may be learned from.
+
+        Args:
+            group: of every prompt, as a grouping would assign it that had not seen it.
+        """
+        judged = learn.judged
+        self._learn = learn.taken(judged)
+        self._group = group[judged]
+        self._groups = groups
+        self._cost = cost
+        self._options = tuple(f"{POOL}/{level}" for level in learn.levels)
+        self._by_task = [np.flatnonzero(self._learn.task == task) for task in range(len(learn.tasks))]
+
+    def study(self) -> Findings:
+        """See `Judge`."""
+        return self._findings(np.arange(len(self._learn)))
+
+    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator) -> Findings:
+        """See `Judge`; a task without a judged prompt is left out."""
+        there = np.array([len(rows) > 0 for rows in self._by_task])
+        shares = np.where(there, mix, 0.0)
+        numbers = rng.multinomial(prompts, shares / shares.sum())
+        rows = [rng.choice(self._by_task[task], number) for task, number in enumerate(numbers) if number]
+        return self._findings(np.concatenate(rows))
+
+    def _findings(self, rows: Ints) -> Findings:
+        learn, group = self._learn, self._group[rows]
+        counts: list[QualityCount] = []
+        taken: dict[str, dict[str, tuple[float, float, float]]] = {}
+        for place in np.unique(group):
+            name, mine = self._groups[place], rows[group == place]
+            known = mine[~np.isnan(learn.correct[mine]).any(axis=1)]
+            taken[name] = {}
+            for level, option in enumerate(self._options):
+                won = float(np.count_nonzero(learn.preferred[mine] == level))
+                counts.append(_count(name, option, PREFERENCE, won, len(mine)))
+                if len(known):
+                    counts.append(
+                        _count(name, option, CORRECTNESS, float(learn.correct[known, level].sum()), len(known))
+                    )
+                energy, time_s = learn.energy_kwh[mine, level], learn.time_s[mine, level]
+                taken[name][option] = (float(len(mine)), float(energy.sum()), float(time_s.sum()))
+        return Findings(
+            tuple(counts),
+            taken,
+            len(rows) * self._cost.energy_j / JOULES_PER_KWH,
+            len(rows) * self._cost.time_s,
+        )
+
+
+class ModelJudge:
+    """Judges two models against each other by the tasks' shares of preference."""
+
+    def __init__(self, learn: Measured, large_preferred: Floats, *, study_prompts: int, cost: JudgeCost) -> None:
+        self._large = large_preferred
+        self._prompts = study_prompts
+        self._cost = cost
+        small_kwh, small_s = learn.small_kwh, learn.small_s
+        if small_kwh is None or small_s is None:
+            raise ValueError("no smaller model was measured")
+        shares = np.bincount(learn.task, minlength=len(learn.tasks))
+        self._study_mix = shares / shares.sum()
+        by_task = [learn.task == task for task in range(len(learn.tasks))]
+        self._energy = np.array([[learn.energy_kwh[t, 0].mean(), small_kwh[t].mean()] for t in by_task])
+        self._time = np.array([[learn.time_s[t, 0].mean(), small_s[t].mean()] for t in by_task])
+
+    def study(self) -> Findings:
+        """See `Judge`."""
+        return self._findings(self._study_mix, float(self._study_mix @ self._large) * self._prompts, self._prompts)
+
+    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator) -> Findings:
+        """See `Judge`."""
+        return self._findings(mix, float(rng.binomial(prompts, float(mix @ self._large))), prompts)
+
+    def _findings(self, mix: Floats, won: float, prompts: int) -> Findings:
+        options = (f"{POOL}/L0", f"{SMALL_POOL}/L0")
+        energy, time_s = prompts * (mix @ self._energy), prompts * (mix @ self._time)
+        counts = (
+            _count("all", options[0], PREFERENCE, won, prompts),
+            _count("all", options[1], PREFERENCE, prompts - won, prompts),
+        )
+        taken = {
+            "all": {
+                option: (float(prompts), float(energy[place]), float(time_s[place]))
+                for place, option in enumerate(options)
+            }
+        }
+        return Findings(counts, taken, prompts * self._cost.energy_j / JOULES_PER_KWH, prompts * self._cost.time_s)
+
+
+def _count(group: str, option: str, metric: str, successes: float, trials: float) -> QualityCount:
+    return QualityCount(group=group, option=option, metric=metric, successes=successes, trials=trials)

@@ -1,0 +1,165 @@
+"""Measured requests as arrays: what every prompt takes and how its answer is judged, at every level."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.triton.stand_in.workload import Entry, Workload, WorkloadError, load_workload, unit_hash
+from simulator.errors import SimulationInputError
+
+JOULES_PER_KWH = 3_600_000.0
+REFERENCE = "L0"
+UNJUDGED = -1
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """Requests of one model; a row is a prompt, a column a level.
+
+    Attributes:
+        prompts: the texts.
+        tasks: names; `task` holds each prompt's place among them.
+        levels: the reference first.
+        energy_kwh, time_s: (prompts, levels).
+        preferred: place of the level that the judge prefers, `UNJUDGED` where none was.
+        correct: (prompts, levels), 1 or 0; NaN where nobody knows.
+        small_kwh, small_s: of the smaller model without a directive; null where none was measured.
+        notes: what was left out.
+    """
+
+    model: str
+    prompts: tuple[str, ...]
+    tasks: tuple[str, ...]
+    task: Ints
+    levels: tuple[str, ...]
+    energy_kwh: Floats
+    time_s: Floats
+    preferred: Ints
+    correct: Floats
+    small_kwh: Floats | None
+    small_s: Floats | None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def judged(self) -> Flags:
+        """Which prompts were judged."""
+        return np.asarray(self.preferred != UNJUDGED)
+
+    def taken(self, rows: Flags) -> "Measured":
+        """Some of the prompts; tasks keep their places."""
+        return Measured(
+            model=self.model,
+            prompts=tuple(prompt for prompt, kept in zip(self.prompts, rows, strict=True) if kept),
+            tasks=self.tasks,
+            task=self.task[rows],
+            levels=self.levels,
+            energy_kwh=self.energy_kwh[rows],
+            time_s=self.time_s[rows],
+            preferred=self.preferred[rows],
+            correct=self.correct[rows],
+            small_kwh=None if self.small_kwh is None else self.small_kwh[rows],
+            small_s=None if self.small_s is None else self.small_s[rows],
+            notes=self.notes,
+        )
+
+    def halves(self, seed: int) -> tuple["Measured", "Measured"]:
+        """Split by a hash of prompt and seed: those to learn from, those to measure on."""
+        first = np.array([unit_hash(prompt, str(seed)) < 0.5 for prompt in self.prompts])
+        return self.taken(first), self.taken(~first)
+
+    def with_tasks(self, tasks: tuple[str, ...]) -> "Measured":
+        """The same with tasks in another order.
+
+        Raises:
+            SimulationInputError: a prompt's task is not among them.
+        """
+        if missing := sorted(set(self.tasks) - set(tasks)):
+            raise SimulationInputError(
+                f"prompts of {', '.join(missing)} have no place among the tasks {', '.join(tasks)}"
+            )
+        places = np.array([tasks.index(task) for task in self.tasks])
+        return Measured(
+            **{name: getattr(self, name) for name in self.__slots__ if name not in ("tasks", "task")},
+            tasks=tasks,
+            task=places[self.task],
+        )
+
+
+def read_measured(path: Path, *, model: str | None = None) -> Measured:
+    """Read a workload file (format: `deploy/triton/stand_in/workload.py`).
+
+    Args:
+        model: whose levels are simulated; by default the one that was measured at most levels.
+
+    Raises:
+        SimulationInputError: the file cannot be read, a prompt lacks a level, or none was judged.
+    """
+    try:
+        workload = load_workload(path)
+    except WorkloadError as error:
+        raise SimulationInputError(str(error)) from error
+    chosen = _model(workload, model, path)
+    levels = workload.levels_of(chosen)
+    if levels[0] != REFERENCE:
+        raise SimulationInputError(f"{path}: model {chosen!r} was not measured at {REFERENCE}, the reference")
+    for level in levels:
+        lacking = [place for place, entry in enumerate(workload.entries, 1) if (chosen, level) not in entry.responses]
+        if lacking:
+            raise SimulationInputError(
+                f"{path}: {len(lacking)} prompts lack '{chosen}/{level}' (the first is prompt {lacking[0]}); "
+                "measure it, or leave these prompts out"
+            )
+    if not any(entry.preferred in levels for entry in workload.entries):
+        raise SimulationInputError(f"{path}: no prompt was judged; give 'preferred' a level, for a part at least")
+    notes = list(workload.problems)
+    if workload.skipped > len(notes):
+        notes.append(f"{path}: {workload.skipped} lines left out in all")
+    return _arrays(workload.entries, chosen, levels, _smaller(workload, chosen), tuple(notes))
+
+
+def _model(workload: Workload, wanted: str | None, path: Path) -> str:
+    if wanted is None:
+        return max(workload.models, key=lambda name: len(workload.levels_of(name)))
+    if wanted not in workload.models:
+        raise SimulationInputError(f"{path} has no model {wanted!r}; it has {', '.join(workload.models)}")
+    return wanted
+
+
+def _smaller(workload: Workload, model: str) -> str | None:
+    """Another model that was measured without a directive on every prompt."""
+    for name in workload.models:
+        if name != model and all((name, REFERENCE) in entry.responses for entry in workload.entries):
+            return name
+    return None
+
+
+def _arrays(
+    entries: list[Entry], model: str, levels: tuple[str, ...], small: str | None, notes: tuple[str, ...]
+) -> Measured:
+    tasks = tuple(sorted({entry.task for entry in entries}))
+    answers = [[entry.responses[model, level] for level in levels] for entry in entries]
+    small_answers = None if small is None else [entry.responses[small, REFERENCE] for entry in entries]
+    places = {level: place for place, level in enumerate(levels)}
+    return Measured(
+        model=model,
+        prompts=tuple(entry.prompt for entry in entries),
+        tasks=tasks,
+        task=np.array([tasks.index(entry.task) for entry in entries]),
+        levels=levels,
+        energy_kwh=np.array([[one.energy_j for one in row] for row in answers]) / JOULES_PER_KWH,
+        time_s=np.array([[one.time_s for one in row] for row in answers]),
+        preferred=np.array([places.get(entry.preferred or "", UNJUDGED) for entry in entries]),
+        correct=np.array([[np.nan if one.correct is None else float(one.correct) for one in row] for row in answers]),
+        small_kwh=None if small_answers is None else np.array([one.energy_j for one in small_answers]) / JOULES_PER_KWH,
+        small_s=None if small_answers is None else np.array([one.time_s for one in small_answers]),
+        notes=notes,
+    )

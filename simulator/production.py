@@ -1,0 +1,220 @@
+"""The schemes as they run in production: nothing is known of the future, and the evaluator's carbon is charged.
+
+Every hour the trigger decides whether to evaluate, the estimates are made from what was served and judged, and the
+program is solved: by the services' own modules. What is served is the expectation over the measured prompts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+import numpy as np
+
+from services.evaluator.opportunity import Opportunity, OpportunityRules
+from services.optimizer.bounds import TrailingRange, quality_bounds
+from services.optimizer.consumption import Consumed, Consumption
+from services.optimizer.estimates import estimate
+from services.optimizer.program import Option, Problem, solve
+from services.optimizer.quality import QualityEvidence
+from services.optimizer.settings import OptimizerSettings
+from shared.messages import EvaluationCost, Quality
+from simulator.grid import Window
+from simulator.judging import Findings, Judge
+from simulator.measured import Floats
+from simulator.outcome import Outcome
+from simulator.published import EMBODIED_G_PER_S
+from simulator.world import CORRECTNESS, PREFERENCE, World
+
+Rule = Literal["reference", "program", "program_once", "cheapest"]
+"""How the options are chosen: always the reference; the program, every hour or once; least carbon, without bounds."""
+
+_NO_COST = EvaluationCost(generations=0, judgements=0, completion_tokens=0, processing_s=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """How the services are run.
+
+    Attributes:
+        xi: largest relative loss, by metric.
+        prompts_per_evaluation: drawn each time.
+        requests_per_hour: of the traffic.
+        seed: of the evaluator's draws.
+    """
+
+    xi: Mapping[str, float]
+    optimizer: OptimizerSettings
+    trigger: OpportunityRules = field(default_factory=OpportunityRules)
+    prompts_per_evaluation: int = 150
+    requests_per_hour: float = 10_000.0
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ProductionCase:
+    """A scheme in a window; `mix` is (hours, tasks)."""
+
+    scheme: str
+    rule: Rule
+    window: Window
+    mix: Floats
+    world: World
+    judge: Judge
+    operation: Operation
+
+
+def simulate(case: ProductionCase) -> Outcome:
+    """Live through the window."""
+    operator = _Operator(case)
+    hours = len(case.window.g_per_kwh)
+    x = case.world.all_reference(hours)
+    if case.rule != "reference":
+        for hour in range(hours):
+            x[hour] = operator.decide(hour)
+            operator.serve(hour, x[hour])
+    return _outcome(case, operator, x)
+
+
+class _Operator:
+    """The evaluator and the optimizer of one window, fed by what the ledger and the judge would tell."""
+
+    def __init__(self, case: ProductionCase) -> None:
+        self._case = case
+        self._rules = case.operation.optimizer.estimate_rules
+        self._memory = self._rules.memory
+        self._consumption = Consumption()
+        self._evidence = QualityEvidence((), half_life_s=self._rules.quality.half_life_s)
+        self._opportunity = Opportunity(case.operation.trigger)
+        self._rng = np.random.default_rng([case.operation.seed, case.window.start_hour])
+        self._metrics = tuple(case.operation.xi) if case.rule in ("program", "program_once") else ()
+        self._once: Floats | None = None
+        self.evaluated: list[int] = []
+        self.evaluator_grams = np.zeros(len(case.window.g_per_kwh))
+        self.bounds: dict[str, Floats] = {name: np.full(len(case.window.g_per_kwh), np.nan) for name in self._metrics}
+
+    def decide(self, hour: int) -> Floats:
+        """(G, O): what serves the hour."""
+        case, now = self._case, self._case.window.at(hour)
+        k0 = float(case.window.g_per_kwh[hour])
+        trailing = self._trailing(hour)
+        # What is to be judged without a metric that counts would be energy for nothing; so would be a later look at
+        # what is decided once.
+        if hour == 0:
+            self._learn(case.judge.study(), hour, charged=bool(self._metrics))
+            self._opportunity.evaluated(now)
+        elif case.rule == "program" and self._opportunity.follow(now, k0, threshold=float(np.nanmean(trailing))):
+            draws = case.judge.draw(case.mix[hour - 1], case.operation.prompts_per_evaluation, self._rng)
+            self._learn(draws, hour, charged=True)
+            self._opportunity.evaluated(now)
+            self.evaluated.append(hour)
+        span = TrailingRange(float(np.nanmin(trailing)), float(np.nanmax(trailing)))
+        bounds = quality_bounds(span.dirtiness(k0), case.operation.xi)
+        for metric in self._metrics:
+            self.bounds[metric][hour] = bounds[metric]
+        if case.rule != "program_once":
+            return self._solved(now, k0, bounds if self._metrics else {})
+        if self._once is None:
+            mean = float(np.nanmean(trailing))
+            self._once = self._solved(now, mean, quality_bounds(span.dirtiness(mean), case.operation.xi))
+        return self._once
+
+    def serve(self, hour: int, x: Floats) -> None:
+        """Tell the optimizer what an hour's requests took."""
+        case, world = self._case, self._case.world
+        asked = case.operation.requests_per_hour
+        mix = case.mix[hour]
+        requests = asked * np.tensordot(mix, world.share, 1)[:, None] * x
+        energy = asked * np.tensordot(mix, world.energy_kwh, 1) * x
+        time_s = asked * np.tensordot(mix, world.time_s, 1) * x
+        at_s = case.window.at(hour + 1).timestamp()
+        for g, o in zip(*np.nonzero(requests), strict=True):
+            taken = Consumed(float(requests[g, o]), float(energy[g, o]), float(time_s[g, o]))
+            self._consumption.add(world.groups[g], world.options[o], taken, at_s=at_s, memory=self._memory, asked=True)
+
+    def _trailing(self, hour: int) -> Floats:
+        """Intensities of the trailing window, this hour's the last."""
+        window = self._case.window
+        length = int(self._case.operation.optimizer.window_h)
+        return np.concatenate([window.past, window.g_per_kwh[: hour + 1]])[-length:]
+
+    def _learn(self, findings: Findings, hour: int, *, charged: bool) -> None:
+        case, now = self._case, self._case.window.at(hour)
+        self._evidence.add(
+            Quality(
+                evaluation_id=str(hour), model="model", evaluated_at=now, trigger="simulated", counts=findings.counts,
+                prompts=1, abstentions=0, cost=_NO_COST,
+            )
+        )  # fmt: skip
+        for group, row in findings.taken.items():
+            for option, cell in row.items():
+                self._consumption.add(
+                    group, option, Consumed(*cell), at_s=now.timestamp(), memory=self._memory, asked=hour == 0
+                )
+        if charged:
+            grams = findings.energy_kwh * float(case.window.g_per_kwh[hour]) + EMBODIED_G_PER_S * findings.time_s
+            self.evaluator_grams[hour] += grams / case.operation.requests_per_hour
+
+    def _solved(self, now: datetime, k0: float, bounds: Mapping[str, float]) -> Floats:
+        world = self._case.world
+        x = np.zeros((len(world.groups), len(world.options)))
+        believed = estimate(
+            self._consumption,
+            self._evidence,
+            options=world.options,
+            reference=world.options[0],
+            metrics=self._metrics,
+            rules=self._rules,
+            now_s=now.timestamp(),
+        )
+        if believed is None:
+            x[:, 0] = 1.0
+            return x
+        problem = Problem(
+            reference=world.options[0],
+            options={
+                option: Option(pool=option.partition("/")[0], g_per_kwh=k0, embodied_g_per_s=EMBODIED_G_PER_S)
+                for option in world.options
+            },
+            weights=believed.weights,
+            estimates=believed.groups,
+            bounds=bounds,
+            holdout=self._case.operation.optimizer.holdout,
+        )
+        rows = solve(problem).rows
+        for g, group in enumerate(world.groups):
+            row = rows.get(group, {world.options[0]: 1.0})
+            x[g] = [row.get(option, 0.0) for option in world.options]
+        return x
+
+
+def _outcome(case: ProductionCase, operator: _Operator, x: Floats) -> Outcome:
+    world, window, mix = case.world, case.window, case.mix
+    reference = world.all_reference(len(mix))
+
+    def grams(served: Floats) -> Floats:
+        energy = world.mean(world.energy_kwh, mix, served)
+        return energy * window.g_per_kwh + EMBODIED_G_PER_S * world.mean(world.time_s, mix, served)
+
+    def relative(metric: str) -> Floats:
+        values = world.quality[metric]
+        return world.mean(values, mix, x) / world.mean(values, mix, reference)
+
+    return Outcome(
+        zone=window.zone,
+        window_start_hour=window.start_hour,
+        scheme=case.scheme,
+        xi=case.operation.xi.get(PREFERENCE, 0.0),
+        options=world.options,
+        grams=grams(x),
+        base_grams=grams(reference),
+        preference=relative(PREFERENCE),
+        bound=operator.bounds.get(PREFERENCE, np.full(len(mix), np.nan)),
+        correctness=relative(CORRECTNESS) if CORRECTNESS in world.quality else None,
+        correctness_bound=operator.bounds.get(CORRECTNESS),
+        mix=np.einsum("ht,tg,hgo->ho", mix, world.share, x, optimize=True),
+        processing_s=world.mean(world.time_s, mix, x),
+        g_per_kwh=window.g_per_kwh,
+        evaluator_grams=operator.evaluator_grams,
+        evaluation_hours=tuple(operator.evaluated),
+    )
