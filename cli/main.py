@@ -15,6 +15,7 @@ SUBCOMMANDS: dict[str, str] = {
     "logs": "cli.logs:logs",
     "send": "cli.send:send",
     "report": "cli.report:report",
+    "simulate": "cli.simulate:simulate",
     "topics": "cli.topics:app",
     "asyncapi": "cli.asyncapi:asyncapi",
 }

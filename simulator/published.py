@@ -29,7 +29,6 @@ POOL = "pool"
 EMBODIED_G_PER_S = 26_356.568 / (5 * 365 * 86_400)
 """k1: the server's embodied carbon over five years of 365 days (paper, section 5)."""
 
-LARGE = 13
 STATIC_QUALITY = (1.0, 0.9168)
 """q0 and q1 that SPROUT_STA was solved with, relative to q0."""
 
@@ -270,7 +269,7 @@ def oracle(case: PublishedCase) -> Outcome:
     judged = measured.judged
     weights = case.mix[:, measured.task] / np.bincount(measured.task)[measured.task]
     judged_weights = case.mix[:, measured.task] * judged / np.bincount(measured.task[judged])[measured.task]
-    shares, grams, seconds, preference = (np.empty(case.hours) for _ in range(4))
+    grams, seconds, preference = (np.empty(case.hours) for _ in range(3))
     mix = np.zeros((case.hours, len(levels)))
     for h in range(case.hours):
         k0 = float(case.window.g_per_kwh[h])
@@ -284,7 +283,6 @@ def oracle(case: PublishedCase) -> Outcome:
             judged_weights[h] @ (measured.preferred == level) / (judged_weights[h] @ (measured.preferred == 0))
         )
         mix[h] = [weights[h] @ (level == one) for one in range(len(levels))]
-    del shares
     return Outcome(
         zone=case.window.zone,
         window_start_hour=case.window.start_hour,

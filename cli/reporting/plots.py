@@ -18,7 +18,7 @@ HEIGHT = 320
 
 def intensity_figure(report: Report) -> go.Figure:
     """Carbon intensity per zone, evaluations marked."""
-    figure = _figure("gCO₂eq per kWh")
+    figure = blank_figure("gCO₂eq per kWh")
     colours = (AMBER, BLUE, PURPLE, RED)
     for number, zone in enumerate(sorted({point.zone for point in report.grid})):
         points = [point for point in report.grid if point.zone == zone]
@@ -46,7 +46,7 @@ def intensity_figure(report: Report) -> go.Figure:
 
 def mix_figure(report: Report) -> go.Figure:
     """Share of every option per hour, stacked."""
-    figure = _figure("share of requests, %")
+    figure = blank_figure("share of requests, %")
     names = option_names(report)
     for number, option in enumerate(report.options):
         figure.add_bar(
@@ -63,7 +63,7 @@ def mix_figure(report: Report) -> go.Figure:
 
 def grams_figure(report: Report) -> go.Figure:
     """Grams per request as emitted and had the reference served all, with its interval."""
-    figure = _figure("mgCO₂eq per request")
+    figure = blank_figure("mgCO₂eq per request")
     rows = [row for row in report.hours if row.compared]
     moments = [_middle(row) for row in rows]
     banded = [row for row in rows if row.reference_interval is not None]
@@ -103,7 +103,7 @@ def grams_figure(report: Report) -> go.Figure:
 
 def quality_figure(report: Report) -> go.Figure:
     """Preference relative to the reference: expected by the policies, from judged counts, and the bound."""
-    figure = _figure("preference, % of the reference's")
+    figure = blank_figure("preference, % of the reference's")
     lines: tuple[tuple[str, list[float | None], dict[str, Any]], ...] = (
         ("bound to keep", [row.quality_bound for row in report.hours], {"color": RED, "dash": "dot", "shape": "hvh"}),
         ("expected by the policies", [row.expected_quality for row in report.hours], {"color": BLUE}),
@@ -137,7 +137,7 @@ def energy_figure(report: Report) -> go.Figure:
         ("unattributed", account.unattributed_j, RED),
         ("not settled yet", account.unsettled_j, AMBER),
     )
-    figure = _figure("")
+    figure = blank_figure("")
     figure.add_bar(
         y=["meters"],
         x=[account.metered_j / 3600.0],
@@ -164,7 +164,7 @@ def energy_figure(report: Report) -> go.Figure:
 
 def group_figure(report: Report) -> go.Figure:
     """Per prompt group: the saving with its interval, above the use of the options."""
-    figure = _figure("")
+    figure = blank_figure("")
     names = option_names(report)
     rows = list(reversed(report.groups))
     groups = [row.group for row in rows]
@@ -217,7 +217,8 @@ def figures(report: Report) -> Sequence[tuple[str, str, go.Figure]]:
     return found
 
 
-def _figure(y_title: str) -> go.Figure:
+def blank_figure(y_title: str) -> go.Figure:
+    """A figure without data, text colour or grid colour."""
     return go.Figure(
         layout={
             "height": HEIGHT,

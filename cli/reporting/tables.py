@@ -21,7 +21,7 @@ def render_tables(report: Report, console: Console, *, hours: bool = True) -> No
     console.print(summary)
     for table in tables(report, hours=hours):
         console.print()
-        console.print(_rich(table))
+        console.print(rich_table(table))
 
 
 def headline(report: Report) -> str:
@@ -32,7 +32,8 @@ def headline(report: Report) -> str:
     return f"{models} in {zones}, {moment(scope.first)} to {moment(scope.last)} UTC"
 
 
-def _rich(table: TextTable) -> Table:
+def rich_table(table: TextTable) -> Table:
+    """A table for a terminal."""
     shown = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
     for number, name in enumerate(table.columns):
         shown.add_column(name, justify="left" if number < table.labels else "right", no_wrap=number == 0)

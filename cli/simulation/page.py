@@ -1,0 +1,25 @@
+"""A simulation as one HTML file that needs nothing else."""
+
+from collections.abc import Sequence
+
+from cli.reporting.shell import plot_cards, table_card
+from cli.reporting.shell import render_page as render
+from cli.simulation.figures import figures
+from cli.simulation.tables import means_table, windows_table
+from simulator.outcome import Outcome
+
+TITLE = "Sprout: simulation"
+
+
+def render_page(outcomes: Sequence[Outcome]) -> str:
+    """The page; see `cli.reporting.shell`."""
+    zones = sorted({one.zone for one in outcomes})
+    hours = len(outcomes[0].grams)
+    about = f"{len(zones)} zones ({', '.join(zones)}), windows of {hours} hours, {len(outcomes)} runs"
+    parts = [
+        f'<p class="about">{about}</p>',
+        table_card(means_table(outcomes)),
+        plot_cards(figures(outcomes)),
+        table_card(windows_table(outcomes)),
+    ]
+    return render(TITLE, parts, with_plots=True)

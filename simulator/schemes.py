@@ -1,0 +1,208 @@
+"""The schemes by name: which world each lives in, what it may choose among, and how it decides."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from services.optimizer.settings import OptimizerSettings
+from simulator import published
+from simulator.errors import SimulationInputError
+from simulator.grid import Window
+from simulator.judging import JudgeCost, LevelJudge, ModelJudge
+from simulator.measured import Floats, Ints, Measured
+from simulator.outcome import Outcome
+from simulator.production import Operation, ProductionCase, Rule, simulate
+from simulator.published import PublishedCase, QualityDraws
+from simulator.world import CORRECTNESS, PREFERENCE, world_of_levels, world_of_models
+
+Variant = Literal["production", "published"]
+VARIANTS: tuple[Variant, ...] = ("production", "published")
+
+SCHEMES: Mapping[str, str] = {
+    "base": "only the reference",
+    "co2_opt": "the level of least carbon, whatever its quality",
+    "model_opt": "a larger and a smaller model, no directives",
+    "sprout_sta": "the program with one prompt group, solved once",
+    "sprout": "the program with one prompt group, every hour",
+    "sprout_task": "the program with the producers' task labels as prompt groups",
+    "sprout_context": "the program with prompt groups learned from the prompts",
+    "oracle": "the upper bound: every request's own energy and preferred level are known",
+}
+DEFAULT_SCHEMES = tuple(name for name in SCHEMES if name != "sprout_task")
+
+STUDY_PROMPTS_OF_MODELS = 1_000
+"""Judged before the first hour where two models are compared, of whose verdicts the shares alone are known."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grouping:
+    """Prompt groups, and where the prompts lie.
+
+    Attributes:
+        learn: group of every prompt that may be learned from, as a grouping would say that had not seen it.
+        measured: group of every prompt that results are measured on.
+    """
+
+    names: tuple[str, ...]
+    learn: Ints
+    measured: Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Study:
+    """All that the runs of one invocation share.
+
+    Attributes:
+        mix: (hours, tasks).
+        draws: of quality, for the published variant.
+        contexts: learned groups; null where no scheme needs them.
+        large_preferred: by task; null where two models were not compared.
+    """
+
+    variant: Variant
+    learn: Measured
+    measured: Measured
+    mix: Floats
+    optimizer: OptimizerSettings
+    large_preferred: Floats | None = None
+    draws: QualityDraws | None = None
+    contexts: Grouping | None = None
+    prompts_per_evaluation: int = 150
+    judge: JudgeCost = field(default_factory=JudgeCost)
+    seed: int = 1
+
+
+def run(study: Study, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
+    """One scheme in one window.
+
+    Raises:
+        SimulationInputError: the scheme needs what was not given.
+    """
+    if study.variant == "published":
+        return _published(study, scheme, window, xi)
+    return _production(study, scheme, window, xi)
+
+
+def _published(study: Study, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
+    decide = published.SCHEMES.get(scheme)
+    if decide is None:
+        raise SimulationInputError(
+            f"scheme {scheme!r} was not published; --variant published has {', '.join(published.SCHEMES)}"
+        )
+    if CORRECTNESS in xi:
+        raise SimulationInputError("--xi-correctness needs --variant production: the published code bounds preference")
+    if study.draws is None:
+        raise ValueError("the published variant needs draws of quality")
+    return decide(
+        PublishedCase(window=window, measured=study.measured, mix=study.mix, draws=study.draws, xi=xi[PREFERENCE])
+    )
+
+
+def _production(study: Study, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
+    if scheme == "oracle":
+        return _oracle(study, window, xi)
+    if scheme == "model_opt":
+        return _model_opt(study, window, xi)
+    grouping = _GROUPINGS[scheme](study) if scheme in _GROUPINGS else _one_group(study)
+    case = ProductionCase(
+        scheme=scheme,
+        rule=_RULES[scheme],
+        window=window,
+        mix=study.mix,
+        world=world_of_levels(study.measured, grouping.measured, grouping.names),
+        judge=LevelJudge(study.learn, grouping.learn, grouping.names, study.judge),
+        operation=_operation(study, xi),
+    )
+    return simulate(case)
+
+
+def _model_opt(study: Study, window: Window, xi: Mapping[str, float]) -> Outcome:
+    if study.large_preferred is None:
+        raise SimulationInputError("scheme model_opt needs --model-preference: how often the larger model is preferred")
+    case = ProductionCase(
+        scheme="model_opt",
+        rule="program",
+        window=window,
+        mix=study.mix,
+        world=world_of_models(study.measured, study.large_preferred),
+        judge=ModelJudge(study.learn, study.large_preferred, study_prompts=STUDY_PROMPTS_OF_MODELS, cost=study.judge),
+        # Which of two models is right on a prompt was not measured.
+        operation=_operation(study, {PREFERENCE: xi[PREFERENCE]}),
+    )
+    return simulate(case)
+
+
+def _oracle(study: Study, window: Window, xi: Mapping[str, float]) -> Outcome:
+    """With the true quality of every hour, and the year's range: hindsight is what makes it a bound."""
+    judged = study.measured.taken(study.measured.judged)
+    shares = np.array(
+        [
+            [np.mean(judged.preferred[judged.task == task] == level) for level in range(len(judged.levels))]
+            for task in range(len(judged.tasks))
+        ]
+    )
+    quality = study.mix @ shares
+    halves = np.full(len(study.mix), 0.5)
+    draws = QualityDraws(quality, halves, quality[:, :2], quality)
+    return published.oracle(
+        PublishedCase(window=window, measured=study.measured, mix=study.mix, draws=draws, xi=xi[PREFERENCE])
+    )
+
+
+def _operation(study: Study, xi: Mapping[str, float]) -> Operation:
+    return Operation(
+        xi=dict(xi),
+        optimizer=study.optimizer,
+        prompts_per_evaluation=study.prompts_per_evaluation,
+        seed=study.seed,
+    )
+
+
+def _one_group(study: Study) -> Grouping:
+    return Grouping(("all",), np.zeros(len(study.learn), np.int64), np.zeros(len(study.measured), np.int64))
+
+
+def _by_task(study: Study) -> Grouping:
+    return Grouping(study.measured.tasks, study.learn.task, study.measured.task)
+
+
+def _learned(study: Study) -> Grouping:
+    if study.contexts is None:
+        raise ValueError("no groups were learned")
+    return study.contexts
+
+
+_RULES: Mapping[str, Rule] = {
+    "base": "reference",
+    "co2_opt": "cheapest",
+    "sprout_sta": "program_once",
+    "sprout": "program",
+    "sprout_task": "program",
+    "sprout_context": "program",
+}
+_GROUPINGS: Mapping[str, Callable[[Study], Grouping]] = {"sprout_task": _by_task, "sprout_context": _learned}
+
+
+def without_texts(study: Study) -> Study:
+    """The same without what no run needs, so that it travels to other processes quickly."""
+
+    def bare(measured: Measured) -> Measured:
+        return replace(measured, prompts=("",) * len(measured))
+
+    return replace(study, learn=bare(study.learn), measured=bare(study.measured))
+
+
+def names_of(text: str) -> Sequence[str]:
+    """Scheme names in a comma-separated list.
+
+    Raises:
+        SimulationInputError: one is unknown, or there is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or (unknown := [name for name in names if name not in SCHEMES]):
+        raise SimulationInputError(
+            f"there is no scheme {', '.join(unknown) if names else text!r}; there are {', '.join(SCHEMES)}"
+        )
+    return names
