@@ -4,13 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from services.evaluator.grouping import TooFewPromptsError, learn_groups
 from services.optimizer.settings import OptimizerSettings
 from simulator.errors import SimulationInputError
 from simulator.grid import Grid, Window, read_grids
 from simulator.jobs import Job
 from simulator.measured import Floats, Measured, read_measured
 from simulator.published import QualityDraws, draw_quality, read_draws
-from simulator.schemes import Study, Variant
+from simulator.schemes import Grouping, Study, Variant
 from simulator.traffic import constant_mix, read_mix, read_model_preference
 from simulator.world import CORRECTNESS, PREFERENCE
 
@@ -77,6 +80,7 @@ def prepare(asked: Inputs, say: Say) -> tuple[Study, list[Job]]:
         optimizer=OptimizerSettings(holdout=0.0),
         large_preferred=preferred,
         draws=_draws(asked, measured, mix, preferred),
+        contexts=_contexts(learn, measured, say) if "sprout_context" in asked.schemes else None,
         seed=asked.seed,
     )
     return study, _jobs(asked, windows)
@@ -95,6 +99,19 @@ def _halves(measured: Measured, asked: Inputs) -> tuple[Measured, Measured]:
         return read_measured(asked.learn, model=measured.model).with_tasks(measured.tasks), measured
     # The published protocol knows no such difference.
     return (measured, measured) if asked.variant == "published" else measured.halves(asked.seed)
+
+
+def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:
+    """Groups learned from the judged prompts; each of these lies where a model would put it that had not seen it."""
+    judged = learn.taken(learn.judged)
+    say(f"learning prompt groups from {len(judged):,} judged prompts")
+    try:
+        learned = learn_groups(judged.prompts, judged.preferred, judged.energy_kwh)
+    except TooFewPromptsError as error:
+        raise SimulationInputError(f"scheme sprout_context: {error}; leave it out of --schemes") from error
+    places = np.zeros(len(learn), dtype=np.int64)
+    places[learn.judged] = learned.unseen
+    return Grouping(learned.groups.names, places, learned.groups.places(measured.prompts))
 
 
 def _draws(asked: Inputs, measured: Measured, mix: Floats, preferred: Floats | None) -> QualityDraws | None:
@@ -120,6 +137,8 @@ def _windows(grids: Sequence[Grid], asked: Inputs) -> list[Window]:
 
 
 def _jobs(asked: Inputs, windows: Sequence[Window]) -> list[Job]:
+    if not asked.xi:
+        raise SimulationInputError("--xi names no number; give one at least, such as 0.1")
     if wrong := [value for value in asked.xi if not 0.0 <= value <= 1.0]:
         raise SimulationInputError(f"--xi must lie between 0 and 1, got {wrong[0]:g}")
     more = {} if asked.xi_correctness is None else {CORRECTNESS: asked.xi_correctness}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
+from services.optimizer.program import warm_up
 from simulator.grid import Window
 from simulator.outcome import Outcome
 from simulator.schemes import Study, run, without_texts
@@ -30,6 +31,7 @@ def run_all(study: Study, jobs: Sequence[Job], *, processes: int) -> Iterator[tu
         SimulationInputError: a scheme needs what was not given.
     """
     if processes <= 1:
+        warm_up()
         for place, job in enumerate(jobs):
             yield place, run(study, job.scheme, job.window, job.xi)
         return
@@ -60,6 +62,7 @@ _study: Study | None = None
 
 def _prepare(study: Study) -> None:
     global _study  # noqa: PLW0603 - what every job of this process shares
+    warm_up()
     _study = study
 
 

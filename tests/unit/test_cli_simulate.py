@@ -1,0 +1,103 @@
+"""`sprout simulate` as a person uses it: on what is shipped, and on inputs that do not do."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from deploy.local.grid import shipped_trace
+
+KEYS = (
+    "zone", "window_start_hour", "scheme", "xi", "carbon_saving_pct", "preference_pct", "correctness_pct",
+    "hours_bound_kept_pct", "evaluations", "evaluation_hours", "evaluator_share_pct", "mean_gco2_per_request",
+)  # fmt: skip
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["simulate", *arguments], env={"COLUMNS": "200"})
+
+
+def test_without_inputs_it_runs_on_what_is_shipped(tmp_path):
+    result = run("--hours", "48", "--xi", "0,0.1", "--jobs", "2", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert all(tuple(row)[: len(KEYS)] == KEYS for row in rows)
+    assert {row["scheme"] for row in rows} == {"base", "co2_opt", "sprout_sta", "sprout", "sprout_context", "oracle"}
+    assert [row["xi"] for row in rows if row["scheme"] == "sprout"] == [0.0, 0.1]
+    page = (tmp_path / "report.html").read_text()
+    for title in ("Saving by zone", "Pareto front over xi", "Directive mix", "Evaluator", "Throughput", "Every window"):
+        assert f"<h2>{title}</h2>" in page
+    assert "sprout_context" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--xi", "2"), "--xi must lie between 0 and 1, got 2"),
+        (("--xi", "little"), "--xi must be numbers separated by commas"),
+        (("--xi", ","), "--xi names no number"),
+        (("--windows", "9000"), "begins after the end of the shortest trace"),
+        (("--windows", "100", "--hours", "720"), "does not lie within the trace's 240 hours"),
+        (("--zones", "ATLANTIS"), "no trace of zone ATLANTIS; there are SAMPLE-SOLAR"),
+        (("--schemes", "sprout,wish"), "there is no scheme 'wish'"),
+        (("--schemes", "model_opt"), "needs --model-preference"),
+        (("--variant", "dream"), "--variant must be production or published, got 'dream'"),
+        (("--variant", "published", "--schemes", "sprout_context"), "was not published"),
+        (("--quality-draws", "q.csv"), "--quality-draws needs --variant published"),
+        (("--requests", "none.jsonl"), "none.jsonl cannot be read"),
+        (("--model", "gpt"), "has no model 'gpt'; it has llama-2-13b-chat"),
+    ],
+)
+def test_what_does_not_do_is_named_with_the_remedy(tmp_path, arguments, message):
+    result = run("--out", str(tmp_path / "out"), "--jobs", "1", *arguments)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("hour,factual\n0,1.0\n", "has 1 hours, 48 are simulated"),
+        ("hour,factual\n" + "0,0.5\n" * 48, "line 2: the shares must sum to 1, they sum to 0.5"),
+        ("hour,factual\n" + "0,much\n" * 48, "line 2: 'factual' must be a share from 0 to 1, got 'much'"),
+        ("hour,factual\n" + "0,1.0\n" * 48, "have no place among the tasks factual"),
+        ("a,b\n1,2\n", "has no column 'hour'"),
+        ("", "has no column 'hour'; its columns: none"),
+    ],
+)
+def test_a_mix_that_does_not_do_is_named_with_its_line(tmp_path, rows, message):
+    (tmp_path / "mix.csv").write_text(rows)
+    result = run("--hours", "48", "--mix", str(tmp_path / "mix.csv"), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_gap_in_a_window_is_named_and_never_filled(tmp_path):
+    lines = shipped_trace().read_text(encoding="utf-8").splitlines()
+    del lines[101]
+    (tmp_path / "trace.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result = run("--carbon", str(tmp_path / "trace.csv"), "--windows", "80", "--hours", "48", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "1 hours without a value in the window from hour 80 (the first: 2024-02-05 04:00)" in result.stderr
+
+
+def test_a_column_that_the_trace_lacks_is_named(tmp_path):
+    (tmp_path / "trace.csv").write_text(
+        "Datetime (UTC),Zone Id,Carbon Intensity gCO₂eq/kWh (direct)\n2024-02-01 00:00:00,Z,100\n", encoding="utf-8"
+    )
+    result = run("--carbon", str(tmp_path / "trace.csv"), "--life-cycle", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "has no life-cycle intensity" in result.stderr
+
+
+def test_prompts_without_a_level_or_a_verdict_are_named(tmp_path):
+    answer = {"energy_j": 100.0, "time_s": 1.0, "tokens": 10}
+    whole = {"task": "t", "prompt": "a", "preferred": "L1", "responses": {"m/L0": answer, "m/L1": answer}}
+    lacking = {"task": "t", "prompt": "b", "preferred": None, "responses": {"m/L0": answer}}
+    file = tmp_path / "requests.jsonl"
+    file.write_text(json.dumps(whole) + "\n" + json.dumps(lacking) + "\n")
+    assert "1 prompts lack 'm/L1' (the first is prompt 2)" in run("--requests", str(file)).stderr
+    file.write_text(json.dumps({**whole, "preferred": None}) + "\n")
+    assert "no prompt was judged" in run("--requests", str(file)).stderr
