@@ -22,12 +22,14 @@ class Memory:
     """How long consumption is remembered, event time.
 
     Attributes:
-        half_life_s: of energy, time and traffic shares.
+        half_life_s: of energy and time.
+        traffic_half_life_s: of the groups' shares of the traffic.
         rate_half_life_s: of the request rate.
         max_groups: beyond which the groups with the least traffic are forgotten; task labels are the producers' choice.
     """
 
     half_life_s: float
+    traffic_half_life_s: float
     rate_half_life_s: float
     max_groups: int
 
@@ -74,7 +76,7 @@ class Consumption:
         cell.add(sums, at_s=at_s, half_life_s=memory.half_life_s)
         if asked:
             self.traffic.setdefault(group, DecayedSums(at_s, [0.0])).add(
-                (taken.requests,), at_s=at_s, half_life_s=memory.half_life_s
+                (taken.requests,), at_s=at_s, half_life_s=memory.traffic_half_life_s
             )
             self.recent = self.recent or DecayedSums(at_s, [0.0])
             self.recent.add((taken.requests,), at_s=at_s, half_life_s=memory.rate_half_life_s)
@@ -91,7 +93,7 @@ class Consumption:
 
     def requests(self, now_s: float, memory: Memory) -> dict[str, float]:
         """Effective requests by group."""
-        return {group: sums.at(now_s, memory.half_life_s)[0] for group, sums in self.traffic.items()}
+        return {group: sums.at(now_s, memory.traffic_half_life_s)[0] for group, sums in self.traffic.items()}
 
     def requests_per_s(self, now_s: float, memory: Memory) -> float:
         """The recent request rate.

@@ -46,7 +46,10 @@ class OptimizerSettings(BaseSettings):
     )
 
     # Energy, time and traffic
-    footprint_half_life_h: float = Field(default=24.0, gt=0, description="Of energy, time and traffic shares, event")
+    footprint_half_life_h: float = Field(default=24.0, gt=0, description="Of energy and time, event")
+    traffic_half_life_h: float = Field(
+        default=1.0, gt=0, description="Of the groups' shares of the traffic, which change with the hour, event"
+    )
     rate_half_life_h: float = Field(default=1.0, gt=0, description="Of the request rate, event")
     pseudo_requests: float = Field(
         default=10.0, gt=0, description="Requests that the whole counts as, in each group's energy and time"
@@ -60,16 +63,16 @@ class OptimizerSettings(BaseSettings):
     max_groups: int = Field(default=64, ge=1, le=1_000, description="Groups with probabilities of their own")
 
     # Quality
-    quality_half_life_h: float = Field(default=72.0, gt=0, description="Of a judged prompt, event")
+    quality_half_life_h: float = Field(default=720.0, gt=0, description="Of a judged prompt, event")
     pseudo_trials: float = Field(
-        default=20.0, ge=0, description="Judged prompts that the whole counts as, in each group's quality"
+        default=5.0, ge=0, description="Judged prompts that the whole counts as, in each group's quality"
     )
     prior_trials: float = Field(default=2.0, ge=0, description="Judged prompts that the weak prior counts as")
     min_trials: float = Field(
         default=20.0, gt=0, description="Effective judged prompts of an option, in all groups, before it may be used"
     )
     caution: float = Field(
-        default=1.0,
+        default=1.25,
         ge=0,
         description="Standard deviations by which less than the mean is counted on; the reference excepted",
     )
@@ -120,6 +123,7 @@ class OptimizerSettings(BaseSettings):
         return EstimateRules(
             memory=Memory(
                 half_life_s=self.footprint_half_life_h * _HOUR_S,
+                traffic_half_life_s=self.traffic_half_life_h * _HOUR_S,
                 rate_half_life_s=self.rate_half_life_h * _HOUR_S,
                 max_groups=self.max_groups,
             ),
