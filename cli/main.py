@@ -1,7 +1,6 @@
 """The `sprout` command; every subcommand lives in a module of its own, loaded when it is called for."""
 
 import importlib
-import importlib.util
 from typing import Any
 
 import typer
@@ -22,6 +21,10 @@ SUBCOMMANDS: dict[str, str] = {
 """Name to `module:attribute`, in the order of the help; the attribute is a function or a Typer application."""
 
 
+OURS = frozenset({"cli", "deploy", "services", "shared", "simulator"})
+"""Packages of which an image may lack a part."""
+
+
 class LazyGroup(TyperGroup):
     """Loads a subcommand's module only when the subcommand, or the help, is asked for."""
 
@@ -34,8 +37,7 @@ class LazyGroup(TyperGroup):
         target = SUBCOMMANDS.get(cmd_name)
         if target is None or not _present(target):
             return super().get_command(ctx, cmd_name)
-        module, _, attribute = target.partition(":")
-        found = getattr(importlib.import_module(module), attribute)
+        found = _loaded(target)
         if not isinstance(found, typer.Typer):
             alone = typer.Typer(add_completion=False)
             alone.command(name=cmd_name)(found)
@@ -46,7 +48,19 @@ class LazyGroup(TyperGroup):
 
 
 def _present(target: str) -> bool:
-    return importlib.util.find_spec(target.partition(":")[0]) is not None
+    """Whether a subcommand can run here; an image holds only those that make sense in a container."""
+    try:
+        _loaded(target)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OURS:
+            return False
+        raise
+    return True
+
+
+def _loaded(target: str) -> Any:  # noqa: ANN401 - a function or a Typer application
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 app = typer.Typer(

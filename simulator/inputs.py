@@ -8,11 +8,11 @@ import numpy as np
 
 from services.evaluator.grouping import TooFewPromptsError, learn_groups
 from services.optimizer.settings import OptimizerSettings
+from simulator.draws import QualityDraws, draw_quality, read_draws
 from simulator.errors import SimulationInputError
 from simulator.grid import Grid, Window, read_grids
 from simulator.jobs import Job
 from simulator.measured import Floats, Measured, read_measured
-from simulator.published import QualityDraws, draw_quality, read_draws
 from simulator.schemes import Grouping, Study, Variant
 from simulator.traffic import constant_mix, read_mix, read_model_preference
 from simulator.world import CORRECTNESS, PREFERENCE

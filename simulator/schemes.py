@@ -8,13 +8,14 @@ import numpy as np
 
 from services.optimizer.settings import OptimizerSettings
 from simulator import published
+from simulator.draws import QualityDraws
 from simulator.errors import SimulationInputError
 from simulator.grid import Window
 from simulator.judging import JudgeCost, LevelJudge, ModelJudge
 from simulator.measured import Floats, Ints, Measured
 from simulator.outcome import Outcome
 from simulator.production import Operation, ProductionCase, Rule, simulate
-from simulator.published import PublishedCase, QualityDraws
+from simulator.published import PublishedCase
 from simulator.world import CORRECTNESS, PREFERENCE, world_of_levels, world_of_models
 
 Variant = Literal["production", "published"]

@@ -1,9 +1,15 @@
 """The `sprout` command where nothing runs: help, errors with remedies, exit codes."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from deploy.local.paths import REPOSITORY
 from deploy.local.state import StackState
 
 
@@ -87,3 +93,24 @@ def test_bad_options_of_up_are_named_before_anything_starts(tmp_path):
     never = sprout("up", "--carbon", str(trace), "--start", "yesterday")
     assert never.exit_code == 1
     assert "yesterday" in never.stderr
+
+
+def test_where_a_part_of_the_project_is_absent_its_subcommands_are_too(tmp_path):
+    """As in the image `sprout/cli`, which holds what makes sense in a container."""
+    kept = ("cli", "shared", "services/ledger/report", "deploy/local")
+    for folder in kept:
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("services", "services/ledger", "deploy"):
+        shutil.copy(REPOSITORY / package / "__init__.py", tmp_path / package / "__init__.py")
+    program = (
+        "import sys; sys.meta_path = [one for one in sys.meta_path if 'editable' not in repr(one).lower()]; "
+        "from cli.main import app; app(['--help'])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+        check=True,
+    ).stdout  # fmt: skip
+    commands = {words[1] for line in shown.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
+    assert {"send", "report", "topics"} <= commands
+    assert not {"demo", "simulate"} & commands

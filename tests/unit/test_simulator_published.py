@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from simulator.draws import QualityDraws, read_draws
 from simulator.grid import Grid, read_grids
 from simulator.measured import Measured, read_measured
-from simulator.published import SCHEMES, PublishedCase, QualityDraws, evaluation_hours, read_draws
+from simulator.published import SCHEMES, PublishedCase, evaluation_hours
 from simulator.traffic import read_mix
 
 WINDOWS = (800, 3900, 7000)
