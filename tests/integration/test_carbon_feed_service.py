@@ -94,7 +94,7 @@ async def heard(kafka: KafkaSettings, *, messages: int) -> list[CarbonIntensity]
 
 
 async def test_a_recorded_day_is_replayed_in_event_time_and_a_gap_stays_a_gap(feeds, kafka, tmp_path):
-    clock = Clock.starting(DAY, rate=3600.0)
+    clock = Clock.starting(DAY, rate=1800.0)
     feeds.start([{"kind": "csv", "path": str(write_trace(tmp_path / "trace.csv"))}], clock=clock)
     messages = await heard(kafka, messages=4)
     first = messages[0].latest.at
