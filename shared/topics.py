@@ -15,6 +15,7 @@ from shared.messages import (
     GenerationResponse,
     Message,
     Policy,
+    PromptGrouping,
     Quality,
     ResponseChunk,
     Sample,
@@ -127,6 +128,14 @@ QUALITY: Final = TopicSpec(
     cleanup=Cleanup.COMPACT,
     partitions=1,
 )
+PROMPT_GROUPS: Final = TopicSpec(
+    name="prompt-groups",
+    message=PromptGrouping,
+    key="model",
+    cleanup=Cleanup.COMPACT,
+    partitions=1,
+    max_message_bytes=4 * MEBIBYTE,
+)
 POLICIES: Final = TopicSpec(
     name="policies",
     message=Policy,
@@ -153,6 +162,7 @@ TOPICS: Final = (
     CARBON_INTENSITY,
     FOOTPRINTS,
     QUALITY,
+    PROMPT_GROUPS,
     POLICIES,
     DEAD_LETTERS,
 )

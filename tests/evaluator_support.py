@@ -17,6 +17,7 @@ from deploy.local.triton import free_triton_ports, install, ready_probe
 from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.repository import write_repository
 from deploy.triton.stand_in.judge import JudgeRules
+from services.evaluator.judged import JudgedAnswer, JudgedPrompt, Looks
 from shared.clock import Clock
 from shared.messages import CarbonIntensity, ChatMessage, IntensityPoint, Sample
 from shared.settings import DatabaseSettings, KafkaSettings
@@ -134,6 +135,29 @@ class EvaluatorProcess:
         for name in self.names:
             if name in self.supervisor.names:
                 self.supervisor.stop(name)
+
+
+def judged_answer(
+    level: str,
+    *,
+    options: Sequence[str] = (),
+    tokens: int = 50,
+    seconds: float = 1.0,
+    **successes: float,
+) -> JudgedAnswer:
+    held = tuple(options) or (f"p/{level}",)
+    return JudgedAnswer(level, held, held[0], tokens, seconds, successes)
+
+
+def judged_prompt(
+    name: str,
+    *,
+    answers: Sequence[JudgedAnswer],
+    text: str = "Why?",
+    stratum: str = "qa",
+    at: datetime = datetime(2023, 2, 10, 12, tzinfo=UTC),
+) -> JudgedPrompt:
+    return JudgedPrompt(name, stratum, stratum, at, Looks.of(text), tuple(answers))
 
 
 def shares(counts: Sequence[Any], *, group: str) -> dict[str, float]:

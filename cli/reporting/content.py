@@ -43,6 +43,7 @@ def summary_lines(report: Report) -> tuple[tuple[str, str], ...]:
         ("preference", f"{percent(quality.preference_pct)} of the reference's, by judged counts{_unjudged(report)}"),
         ("quality bound", _bound_line(report)),
         ("evaluations", _evaluations_line(report)),
+        ("prompt groups", _groups_line(report)),
         ("energy", _energy_line(report)),
         ("all carbon", _carbon_line(report)),
         ("tokens", f"{requests.prompt_tokens:,} read, {requests.completion_tokens:,} generated"),
@@ -105,10 +106,11 @@ def group_table(report: Report) -> TextTable:
     levels = levels_of(report)
     return TextTable(
         "Prompt groups",
-        ("group", "requests", *levels, "energy", "saving", "95 % interval", "preference"),
+        ("group", "mostly", "requests", *levels, "energy", "saving", "95 % interval", "preference"),
         tuple(
             (
                 row.group,
+                f"{row.task} {percent(row.task_pct)}" if row.task else "",
                 f"{row.requests:,}",
                 *level_shares(row.mix, levels),
                 energy(row.energy_j),
@@ -118,6 +120,7 @@ def group_table(report: Report) -> TextTable:
             )
             for row in report.groups
         ),
+        labels=2,
     )
 
 
@@ -218,6 +221,16 @@ def _evaluations_line(report: Report) -> str:
     return (
         f"{len(report.evaluations)}, {quality.prompts:,} prompts, {quality.abstentions:,} abstentions, "
         f"{grams(carbon.evaluation_g + carbon.judge_g)} ({percent(carbon.evaluation_share_pct)} of the requests')"
+    )
+
+
+def _groups_line(report: Report) -> str:
+    if not report.groupings:
+        return "by task label"
+    newest = report.groupings[-1]
+    return (
+        f"version {newest.version}, learned from {newest.prompts:,} judged prompts on {moment(newest.at)}; "
+        f"{report.requests_by_learned_groups:,} requests by learned groups"
     )
 
 

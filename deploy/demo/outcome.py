@@ -45,6 +45,8 @@ def outcome_of(*, planned: int, sent: int, tally: Tally, report: Report, broker:
         "preference_pct": report.quality.preference_pct,
         "evaluations": len(report.evaluations),
         "evaluation_share_pct": report.carbon.evaluation_share_pct,
+        "prompt_groups_learned": len(report.groupings),
+        "requests_by_learned_groups": report.requests_by_learned_groups,
         "policies_published": tally.policies_published,
         "broker": broker,
         "seconds": round(seconds, 1),

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from urllib.parse import parse_qs
 
 from faststream.asgi import AsgiFastStream, AsgiResponse, HttpHandler, post
@@ -15,8 +15,10 @@ from prometheus_client import CollectorRegistry
 
 from services.evaluator.calls import ModelCalls
 from services.evaluator.delivery import Delivery
-from services.evaluator.evaluation import Evaluation
+from services.evaluator.evaluation import Evaluation, GroupOf
 from services.evaluator.grid import Grid
+from services.evaluator.group_storage import GroupStorage
+from services.evaluator.groups import Groups
 from services.evaluator.intake import Intake
 from services.evaluator.judging import Judge, OpenAIJudge, TritonJudge
 from services.evaluator.metrics import EvaluatorMetrics
@@ -35,7 +37,16 @@ from shared.health import Health
 from shared.messages import CarbonIntensity, Footprint, Sample
 from shared.service import build_service, run_service
 from shared.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings, LogSettings
-from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, QUALITY, SAMPLES, USAGE, TopicSpec
+from shared.topics import (
+    CARBON_INTENSITY,
+    DEAD_LETTERS,
+    FOOTPRINTS,
+    PROMPT_GROUPS,
+    QUALITY,
+    SAMPLES,
+    USAGE,
+    TopicSpec,
+)
 from shared.triton.attempts import Attempts
 from shared.triton.pools import Pools
 
@@ -122,9 +133,11 @@ class Evaluator:
                 pool,
                 capacity=self.settings.samples_per_group,
                 max_age=timedelta(hours=self.settings.max_sample_age_h),
+                max_judged_age=timedelta(hours=self.settings.max_judged_age_h),
             )
             await self.watch.restore(storage)
-            session = self._session(storage, await self._open_judge(stack))
+            group_storage = GroupStorage(pool, storage.watched)
+            session = self._session(storage, group_storage, await self._open_judge(stack))
             health.spawn("look after endpoints", self._pools.watch())
             health.spawn("evaluate", self._evaluate(storage, session, health))
             # Background work uses what is closed next.
@@ -135,12 +148,14 @@ class Evaluator:
         """The broker has started: evaluations may publish."""
         self._broker_started.set()
 
-    def _session(self, storage: Storage, judge: Judge) -> Session:
-        def begin(evaluation_id: str, model: str) -> Evaluation:
+    def _session(self, storage: Storage, group_storage: GroupStorage, judge: Judge) -> Session:
+        def begin(evaluation_id: str, model: str, at: datetime, group_of: GroupOf) -> Evaluation:
             return Evaluation(
                 evaluation_id,
                 model,
                 self._contestants[model],
+                at=at,
+                group_of=group_of,
                 calls=self._calls,
                 judge=judge,
                 metrics=self.metrics,
@@ -150,6 +165,8 @@ class Evaluator:
 
         return Session(
             storage=storage,
+            group_storage=group_storage,
+            groups=Groups(group_storage, rules=self.settings.learning_rules, levels=self._fleet.levels),
             delivery=self._delivery,
             begin=begin,
             possible=self._reachable,
@@ -184,6 +201,7 @@ class Evaluator:
 
     async def _evaluate(self, storage: Storage, session: Session, health: Health) -> None:
         await self._broker_started.wait()
+        await session.groups.give_up(self._contestants, self._clock.now())
         await session.publish_results()
         await self.watch.run(storage, session, health)
 
@@ -256,7 +274,7 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, USAGE, QUALITY, DEAD_LETTERS),
+        topics=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, USAGE, QUALITY, PROMPT_GROUPS, DEAD_LETTERS),
         registry=registry,
         health=health,
         lifespan=lambda: evaluator.running(health),

@@ -2,10 +2,10 @@
 
 from faststream.kafka import KafkaBroker
 
-from shared.messages import Quality, UsageRecord
+from shared.messages import PromptGrouping, Quality, UsageRecord
 from shared.publishing import insist
 from shared.settings import KafkaSettings
-from shared.topics import QUALITY, USAGE
+from shared.topics import PROMPT_GROUPS, QUALITY, USAGE
 
 
 class Delivery:
@@ -18,6 +18,9 @@ class Delivery:
         self._quality = broker.publisher(
             kafka.topic(QUALITY), description="The outcome of an evaluation", schema=Quality
         )
+        self._groupings = broker.publisher(
+            kafka.topic(PROMPT_GROUPS), description="Prompt groups learned from judged prompts", schema=PromptGrouping
+        )
 
     async def usage(self, record: UsageRecord) -> None:
         """Publish a finished call."""
@@ -26,3 +29,7 @@ class Delivery:
     async def quality(self, quality: Quality) -> None:
         """Publish an evaluation's outcome."""
         await insist(lambda: self._quality.publish(quality, key=quality.model.encode()))
+
+    async def grouping(self, grouping: PromptGrouping) -> None:
+        """Publish a version of prompt groups."""
+        await insist(lambda: self._groupings.publish(grouping, key=grouping.model.encode()))

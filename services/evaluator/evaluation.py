@@ -1,23 +1,28 @@
 """Carries an evaluation out: every prompt is answered by every contestant, and the answers are judged."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TypeVar
 
 from services.evaluator.calls import Answer, CallError, ModelCalls
-from services.evaluator.counting import Finding, preference
+from services.evaluator.counting import PREFERENCE, preference
+from services.evaluator.judged import JudgedAnswer, JudgedPrompt, Looks
 from services.evaluator.judging import Ballot, Comparison, Judge, JudgeError, Opinion
 from services.evaluator.judging.prompt import LETTERS, question_of
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import Contestant
 from services.evaluator.spending import Call, Errand
+from shared.grouping import prompt_text
 from shared.logs import get_logger
-from shared.messages import Sample
+from shared.messages import Sample, option_key
 
 _log = get_logger(__name__)
 
 T = TypeVar("T")
+
+GroupOf = Callable[[Sample], str]
 
 
 class EvaluationFailedError(RuntimeError):
@@ -29,12 +34,13 @@ class Results:
     """What an evaluation has found so far.
 
     Attributes:
+        judged: prompts with a verdict.
         evaluated: ids of the prompts that were answered and judged, abstentions included.
         dropped: prompts that a failed call took out.
         calls: that finished, of dropped prompts too.
     """
 
-    findings: list[Finding] = field(default_factory=list)
+    judged: list[JudgedPrompt] = field(default_factory=list)
     evaluated: list[str] = field(default_factory=list)
     abstentions: int = 0
     dropped: int = 0
@@ -51,12 +57,22 @@ class Evaluation:
         model: str,
         contestants: Sequence[Contestant],
         *,
+        at: datetime,
+        group_of: GroupOf,
         calls: ModelCalls,
         judge: Judge,
         metrics: EvaluatorMetrics,
         max_tokens: int,
         give_up_after: int,
     ) -> None:
+        """Prepare.
+
+        Args:
+            at: event time that the evaluation counts from.
+            group_of: the group that a sample is counted in.
+        """
+        self._at = at
+        self._group_of = group_of
         self._evaluation_id = evaluation_id
         self._model = model
         self._contestants = contestants
@@ -84,7 +100,7 @@ class Evaluation:
             failure = failures.exceptions[0]
         if failure is not None:
             raise failure
-        if not self.results.findings:
+        if not self.results.judged:
             raise EvaluationFailedError(
                 f"of {len(prompts)} prompts none has a verdict: {self.results.abstentions} abstained, "
                 f"{self.results.dropped} could not be answered or judged"
@@ -92,7 +108,7 @@ class Evaluation:
         return self.results
 
     async def _evaluate(self, sample: Sample, turn: int) -> None:
-        errand = Errand(self._evaluation_id, self._model, sample.group)
+        errand = Errand(self._evaluation_id, self._model, self._group_of(sample))
         try:
             answers = await self._answers(sample, errand, turn)
             await self._decide(sample, errand, answers)
@@ -142,7 +158,30 @@ class Evaluation:
         self._metrics.votes.labels("yes").inc(verdict.agreeing)
         self._metrics.votes.labels("no").inc(verdict.votes - verdict.agreeing)
         winners = [self._contestants[place] for place in verdict.winners]
-        self.results.findings.append(preference(sample.group, self._contestants, winners))
+        self.results.judged.append(self._judged(sample, errand.group, answers, winners))
+
+    def _judged(
+        self, sample: Sample, group: str, answers: Sequence[Answer], winners: Sequence[Contestant]
+    ) -> JudgedPrompt:
+        successes = preference(self._contestants, winners)
+        return JudgedPrompt(
+            request_id=sample.request_id,
+            stratum=sample.group,
+            group=group,
+            evaluated_at=self._at,
+            looks=Looks.of(prompt_text(sample.messages)),
+            answers=tuple(
+                JudgedAnswer(
+                    level=contestant.level,
+                    options=contestant.options,
+                    asked=option_key(answer.call.pool, contestant.level),
+                    tokens=answer.call.tokens,
+                    seconds=answer.call.seconds,
+                    successes={PREFERENCE: success},
+                )
+                for contestant, answer, success in zip(self._contestants, answers, successes, strict=True)
+            ),
+        )
 
     def _drop(self, error: Exception) -> None:
         self.results.dropped += 1

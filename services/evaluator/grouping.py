@@ -55,18 +55,23 @@ def learn_groups(prompts: Sequence[str], preferred: Places, energy_kwh: Doubles)
     Raises:
         TooFewPromptsError: fewer than make two groups.
     """
-    if len(prompts) < 2 * LEAST_PROMPTS:
-        raise TooFewPromptsError(f"{len(prompts)} judged prompts, {2 * LEAST_PROMPTS} at least are needed")
+    return learn_from(np.stack([features(prompt) for prompt in prompts]), preferred, energy_kwh)
+
+
+def learn_from(raw: NDArray[np.float32], preferred: Places, energy_kwh: Doubles) -> Learned:
+    """The same from the prompts' features, a row each."""
+    if len(raw) < 2 * LEAST_PROMPTS:
+        raise TooFewPromptsError(f"{len(raw)} judged prompts, {2 * LEAST_PROMPTS} at least are needed")
     levels = energy_kwh.shape[1]
-    raw = np.stack([features(prompt) for prompt in prompts])
     scaling = _scaling(raw)
     rows = scaling.scaled(raw)
     wanted = np.concatenate([np.eye(levels)[preferred], np.log(energy_kwh)], axis=1)
     weights, intercept, unseen = _ridge(rows, wanted)
     reaction = _reaction(unseen, energy_kwh)
-    names = tuple(f"c{place:02}" for place in range(int(reaction.group_of.max()) + 1))
-    digest = hashlib.blake2b(weights.tobytes() + intercept.tobytes(), digest_size=6).hexdigest()
-    groups = PromptGroups(digest, names, scaling, weights, intercept, reaction)
+    version = hashlib.blake2b(weights.tobytes() + intercept.tobytes(), digest_size=4).hexdigest()
+    # No two versions share a name: what is counted by one is never taken for what is counted by another.
+    names = tuple(f"{version}.{place:02}" for place in range(int(reaction.group_of.max()) + 1))
+    groups = PromptGroups(version, names, scaling, weights, intercept, reaction)
     return Learned(groups, np.asarray(reaction.group_of[reaction.codes(unseen)]))
 
 

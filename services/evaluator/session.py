@@ -1,15 +1,17 @@
 """One evaluation from its claim to its published result."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 from uuid import uuid4
 
 from services.evaluator.counting import tally
 from services.evaluator.delivery import Delivery
-from services.evaluator.evaluation import Evaluation, EvaluationFailedError, Results, chosen
+from services.evaluator.evaluation import Evaluation, EvaluationFailedError, GroupOf, Results, chosen
 from services.evaluator.grid import Grid
+from services.evaluator.group_storage import GroupStorage
+from services.evaluator.groups import Groups
 from services.evaluator.plan import allocate, in_turn
 from services.evaluator.spending import cost_of
 from services.evaluator.storage import Storage
@@ -21,8 +23,10 @@ from shared.messages import Quality, Sample
 
 _log = get_logger(__name__)
 
-Begin = Callable[[str, str], Evaluation]
-"""Makes an evaluation of (evaluation id, model)."""
+Begin = Callable[[str, str, datetime, GroupOf], Evaluation]
+"""Makes an evaluation of (evaluation id, model, event time, the group of a sample)."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class Session:
     """
 
     storage: Storage
+    group_storage: GroupStorage
+    groups: Groups
     delivery: Delivery
     begin: Begin
     possible: Callable[[str], bool]
@@ -94,16 +100,20 @@ class Session:
             return await self._run(evaluation_id, model, occasion)
 
     async def publish_results(self) -> None:
-        """Publish every result that Kafka may not have."""
-        for quality in await self._insist_unpublished():
+        """Publish every result that Kafka may not have, and then the groups that were learned from them."""
+        for quality in await self._insist(self.storage.unpublished):
             await self.delivery.quality(quality)
             await self.storage.published(quality.evaluation_id)
+        for grouping in await self._insist(self.group_storage.unpublished):
+            await self.delivery.grouping(grouping)
+            await self.group_storage.published(grouping)
 
     async def _run(self, evaluation_id: str, model: str, occasion: Occasion) -> Outcome:
         log = _log.bind(model=model, evaluation=evaluation_id, trigger=occasion.trigger)
         prompts = await self._prompts(model)
         log.info("evaluation begins", prompts=len(prompts), intensity=occasion.intensity)
-        evaluation = self.begin(evaluation_id, model)
+        group_of = await self.groups.assignment(model, prompts)
+        evaluation = self.begin(evaluation_id, model, occasion.at, group_of)
         try:
             results = await evaluation.run(prompts)
         except EvaluationFailedError as error:
@@ -111,8 +121,10 @@ class Session:
             await self.storage.failed(evaluation_id, str(error))
             return Outcome("failed")
         quality = await self._quality(evaluation_id, model, occasion, results)
-        await self._insist_finished(quality, results)
+        # A result has cost energy: it is recorded, however long the database is away.
+        await self._insist(lambda: self.storage.finished(quality, evaluated=results.evaluated, judged=results.judged))
         await self.publish_results()
+        await self._learn(model)
         log.info(
             "evaluation finished",
             prompts=quality.prompts,
@@ -140,7 +152,7 @@ class Session:
             evaluated_at=occasion.at,
             trigger=occasion.trigger,
             intensity_g_per_kwh=occasion.intensity,
-            counts=tally(results.findings),
+            counts=tally((one.group, one) for one in results.judged),
             prompts=len(results.evaluated),
             abstentions=results.abstentions,
             cost=cost_of(
@@ -152,19 +164,24 @@ class Session:
             ),
         )
 
-    async def _insist_finished(self, quality: Quality, results: Results) -> None:
-        """Record a result, however long the database is away: it has cost energy."""
-        while True:
-            try:
-                await self.storage.finished(quality, evaluated=results.evaluated)
-            except RetryLaterError:
-                await self.storage.pause()
-            else:
-                return
+    async def _learn(self, model: str) -> None:
+        """Learn prompt groups from what was judged, if it is time; an evaluation stands without them."""
+        try:
+            learned = await self.groups.learn(
+                model,
+                traffic=await self.storage.traffic(model),
+                book=await self.storage.energy(),
+                now=self.clock.now(),
+            )
+        except RetryLaterError as error:
+            _log.warning("prompt groups are learned another time", model=model, reason=str(error))
+            return
+        if learned is not None:
+            await self.publish_results()
 
-    async def _insist_unpublished(self) -> list[Quality]:
+    async def _insist(self, work: Callable[[], Awaitable[T]]) -> T:
         while True:
             try:
-                return await self.storage.unpublished()
+                return await work()
             except RetryLaterError:
                 await self.storage.pause()

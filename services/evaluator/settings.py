@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from services.evaluator.learning import LearningRules
 from services.evaluator.opportunity import (
     PUBLISHED_URGENCY_PER_HOUR,
     URGENCY_PER_HOUR,
@@ -53,6 +54,22 @@ class EvaluatorSettings(BaseSettings):
     min_prompts_per_group: int = Field(default=5, ge=0, description="From each group before traffic share counts")
     max_tokens: int = Field(default=1_024, ge=1, description="Most tokens of an answer; the request's own limit counts")
 
+    # Prompt groups
+    prompt_groups: Literal["learned", "task"] = Field(
+        default="learned",
+        description="Groups learned from judged prompts, once there are enough of these, or the producers' task labels",
+    )
+    min_judged_to_learn: int = Field(default=600, ge=40, description="Judged prompts before groups are learned")
+    learn_again_share: float = Field(
+        default=0.5, gt=0, description="Of the prompts learned from; so many newly judged ones have them learned anew"
+    )
+    max_judged_to_learn: int = Field(
+        default=3_000, ge=40, description="Newest judged prompts learned from; memory and time grow with the square"
+    )
+    max_judged_age_h: float = Field(
+        default=60 * 24.0, gt=0, description="Verdicts and the prompts' features are deleted after so long, event hours"
+    )
+
     # Model servers
     concurrency: int = Field(default=16, ge=1, le=1_000, description="Calls at once, of all evaluations")
     call_timeout_s: float = Field(default=120.0, gt=0, description="For one call with its retries, wall")
@@ -93,6 +110,8 @@ class EvaluatorSettings(BaseSettings):
             raise ValueError("SPROUT_EVALUATOR_JUDGE=openai needs SPROUT_EVALUATOR_JUDGE_URL and _JUDGE_MODEL")
         if self.judge_api_key is not None and self.judge_api_key_file is not None:
             raise ValueError("give SPROUT_EVALUATOR_JUDGE_API_KEY or _JUDGE_API_KEY_FILE, not both")
+        if self.max_judged_to_learn < self.min_judged_to_learn:
+            raise ValueError("max_judged_to_learn must not be below min_judged_to_learn")
         if self.overdue_h <= self.grace_h:
             raise ValueError(f"overdue_h ({self.overdue_h:g}) must be longer than grace_h ({self.grace_h:g})")
         if self.judge_api_key_file is not None:
@@ -114,6 +133,15 @@ class EvaluatorSettings(BaseSettings):
             grace_h=self.grace_h,
             overdue_h=self.overdue_h,
             urgency_per_hour=standard if self.urgency_per_hour is None else self.urgency_per_hour,
+        )
+
+    @property
+    def learning_rules(self) -> LearningRules | None:
+        """When prompt groups are learned; null: never."""
+        if self.prompt_groups == "task":
+            return None
+        return LearningRules(
+            least=self.min_judged_to_learn, growth=self.learn_again_share, most=self.max_judged_to_learn
         )
 
     @property

@@ -10,6 +10,8 @@ from typing import Any
 
 import asyncpg
 
+from services.evaluator.group_storage import keep_judged
+from services.evaluator.judged import JudgedPrompt
 from services.evaluator.reservoir import Held, admit, drawn
 from services.evaluator.spending import Energy
 from shared.database import TRANSIENT_ERRORS
@@ -40,16 +42,18 @@ class Storage:
         problem: what is wrong with the database, as far as is known; null while it works.
     """
 
-    def __init__(self, pool: asyncpg.Pool, *, capacity: int, max_age: timedelta) -> None:
+    def __init__(self, pool: asyncpg.Pool, *, capacity: int, max_age: timedelta, max_judged_age: timedelta) -> None:
         """Use an open pool whose `search_path` is the evaluator's schema.
 
         Args:
             capacity: samples kept for each model and group.
             max_age: event time that a sample is kept for.
+            max_judged_age: event time that verdicts are kept for.
         """
         self._pool = pool
         self._capacity = capacity
         self._max_age = max_age
+        self._max_judged_age = max_judged_age
         self.problem: str | None = None
 
     # Samples
@@ -59,7 +63,7 @@ class Storage:
         arrivals: dict[Stratum, dict[str, Sample]] = defaultdict(dict)
         for sample in samples:
             arrivals[sample.model, sample.group][sample.request_id] = sample
-        with self._watched():
+        with self.watched():
             async with self._pool.acquire() as connection, connection.transaction():
                 held = await self._held(connection, list(arrivals))
                 await self._change(connection, arrivals, held, oldest=now - self._max_age)
@@ -67,20 +71,21 @@ class Storage:
     async def expire(self, *, now: datetime) -> None:
         """Delete what is too old, prompts first of all."""
         oldest = now - self._max_age
-        with self._watched():
+        with self.watched():
             async with self._pool.acquire() as connection, connection.transaction():
                 await connection.execute("DELETE FROM reservoir WHERE sampled_at < $1", oldest)
                 await connection.execute("DELETE FROM arrivals WHERE hour < $1", _hour(oldest))
+                await connection.execute("DELETE FROM judged WHERE evaluated_at < $1", now - self._max_judged_age)
 
     async def sample_count(self, model: str) -> int:
         """Samples of a model in the reservoir."""
-        with self._watched():
+        with self.watched():
             count: int = await self._pool.fetchval("SELECT count(*) FROM reservoir WHERE model = $1", model)
         return count
 
     async def available(self, model: str) -> dict[str, list[str]]:
         """Ids of a model's samples by group, in the order in which to take them."""
-        with self._watched():
+        with self.watched():
             rows = await self._pool.fetch(
                 "SELECT prompt_group, request_id FROM reservoir WHERE model = $1 "
                 "ORDER BY evaluations, draw, request_id",
@@ -93,7 +98,7 @@ class Storage:
 
     async def traffic(self, model: str) -> dict[str, float]:
         """How many samples of each group of a model have come lately."""
-        with self._watched():
+        with self.watched():
             rows = await self._pool.fetch(
                 "SELECT prompt_group, sum(samples) AS samples FROM arrivals WHERE model = $1 GROUP BY prompt_group",
                 model,
@@ -102,7 +107,7 @@ class Storage:
 
     async def samples(self, model: str, ids: Sequence[str]) -> dict[str, Sample]:
         """The samples themselves, by id; one that has been deleted meanwhile is missing."""
-        with self._watched():
+        with self.watched():
             rows = await self._pool.fetch(
                 "SELECT request_id, sample FROM reservoir WHERE model = $1 AND request_id = ANY($2::text[])",
                 model,
@@ -115,10 +120,10 @@ class Storage:
     @asynccontextmanager
     async def claim(self, model: str) -> AsyncIterator[bool]:
         """Be the one that evaluates a model; yields whether it is so. Another process may hold the claim."""
-        with self._watched():
+        with self.watched():
             connection = await self._pool.acquire()
         try:
-            with self._watched():
+            with self.watched():
                 key = f"sprout.evaluate.{model}"
                 claimed: bool = await connection.fetchval("SELECT pg_try_advisory_lock(hashtext($1))", key)
             yield claimed
@@ -128,7 +133,7 @@ class Storage:
 
     async def last_evaluation(self, model: str) -> datetime | None:
         """Event time of a model's last finished evaluation."""
-        with self._watched():
+        with self.watched():
             found: datetime | None = await self._pool.fetchval(
                 "SELECT max(evaluated_at) FROM evaluations WHERE model = $1 AND status = 'finished'", model
             )
@@ -140,7 +145,7 @@ class Storage:
         Returns:
             The newest of them; null where there is none.
         """
-        with self._watched():
+        with self.watched():
             rows = await self._pool.fetch(
                 "UPDATE evaluations SET status = 'interrupted' WHERE model = $1 AND status = 'running' "
                 "RETURNING trigger, evaluated_at",
@@ -151,7 +156,7 @@ class Storage:
 
     async def began(self, evaluation_id: str, *, model: str, trigger: str, at: datetime) -> None:
         """An evaluation begins."""
-        with self._watched():
+        with self.watched():
             await self._pool.execute(
                 "INSERT INTO evaluations (evaluation_id, model, trigger, evaluated_at, status) "
                 "VALUES ($1, $2, $3, $4, 'running')",
@@ -163,18 +168,19 @@ class Storage:
 
     async def failed(self, evaluation_id: str, reason: str) -> None:
         """An evaluation came to nothing."""
-        with self._watched():
+        with self.watched():
             await self._pool.execute(
                 "UPDATE evaluations SET status = 'failed', reason = $2 WHERE evaluation_id = $1", evaluation_id, reason
             )
 
-    async def finished(self, quality: Quality, *, evaluated: Iterable[str]) -> None:
+    async def finished(self, quality: Quality, *, evaluated: Iterable[str], judged: Sequence[JudgedPrompt]) -> None:
         """An evaluation has its result, which is to be published.
 
         Args:
             evaluated: ids of the samples that took part.
+            judged: those that have a verdict, for prompt groups to be learned from.
         """
-        with self._watched():
+        with self.watched():
             async with self._pool.acquire() as connection, connection.transaction():
                 await connection.execute(
                     "UPDATE evaluations SET status = 'finished', quality = $2 WHERE evaluation_id = $1",
@@ -187,10 +193,11 @@ class Storage:
                     quality.model,
                     list(evaluated),
                 )
+                await keep_judged(connection, quality.model, judged)
 
     async def unpublished(self) -> list[Quality]:
         """Results that may not have reached Kafka, oldest first."""
-        with self._watched():
+        with self.watched():
             rows = await self._pool.fetch(
                 "SELECT quality FROM evaluations WHERE status = 'finished' AND NOT published ORDER BY evaluated_at"
             )
@@ -198,14 +205,14 @@ class Storage:
 
     async def published(self, evaluation_id: str) -> None:
         """A result has reached Kafka."""
-        with self._watched():
+        with self.watched():
             await self._pool.execute("UPDATE evaluations SET published = true WHERE evaluation_id = $1", evaluation_id)
 
     # Energy
 
     async def add_energy(self, book: Mapping[tuple[str, str], Energy]) -> None:
         """Add what the ledger attributed; a repetition adds joules and tokens alike and so leaves their ratio."""
-        with self._watched():
+        with self.watched():
             await self._pool.executemany(
                 "INSERT INTO energy AS known (purpose, pool, joules, tokens) VALUES ($1, $2, $3, $4) "
                 "ON CONFLICT (purpose, pool) DO UPDATE SET joules = known.joules + excluded.joules, "
@@ -215,7 +222,7 @@ class Storage:
 
     async def energy(self) -> dict[tuple[str, str], Energy]:
         """The energy of earlier evaluations' calls by (purpose, pool)."""
-        with self._watched():
+        with self.watched():
             rows = await self._pool.fetch("SELECT purpose, pool, joules, tokens FROM energy")
         return {(row["purpose"], row["pool"]): Energy(row["joules"], row["tokens"]) for row in rows}
 
@@ -272,7 +279,7 @@ class Storage:
         )
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def watched(self) -> Iterator[None]:
         """Tells apart a database that is away from a mistake, and remembers which."""
         try:
             yield

@@ -14,7 +14,16 @@ from prometheus_client import CollectorRegistry
 from services.ledger.backlog import Backlog
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.publishing import Publishing
-from services.ledger.rows import Row, intensity_rows, policy_row, quality_row, refusal_row, request_row, usage_row
+from services.ledger.rows import (
+    Row,
+    grouping_row,
+    intensity_rows,
+    policy_row,
+    quality_row,
+    refusal_row,
+    request_row,
+    usage_row,
+)
 from services.ledger.scraping import scrapers_of
 from services.ledger.settings import LedgerSettings
 from services.ledger.settling import Settler
@@ -26,7 +35,15 @@ from shared.dead_letters import DeadLetterOffice, RetryLaterError, batch_decoder
 from shared.fleet import Fleet, load_fleet
 from shared.health import Health
 from shared.logs import get_logger
-from shared.messages import CarbonIntensity, Footprint, GenerationResponse, Policy, Quality, UsageRecord
+from shared.messages import (
+    CarbonIntensity,
+    Footprint,
+    GenerationResponse,
+    Policy,
+    PromptGrouping,
+    Quality,
+    UsageRecord,
+)
 from shared.service import build_service, run_service
 from shared.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings, LogSettings
 from shared.topics import (
@@ -34,6 +51,7 @@ from shared.topics import (
     DEAD_LETTERS,
     FOOTPRINTS,
     POLICIES,
+    PROMPT_GROUPS,
     QUALITY,
     RESPONSES,
     USAGE,
@@ -163,6 +181,7 @@ class Ledger:
         intensities = self._subscriber(CARBON_INTENSITY)
         policies = self._subscriber(POLICIES)
         qualities = self._subscriber(QUALITY)
+        groupings = self._subscriber(PROMPT_GROUPS)
 
         @responses
         async def on_responses(batch: list[GenerationResponse]) -> None:
@@ -186,6 +205,11 @@ class Ledger:
         @qualities
         async def on_qualities(batch: list[Quality]) -> None:
             await self._keep(self.storage.put, "quality", [quality_row(one) for one in batch])
+
+        @groupings
+        async def on_groupings(batch: list[PromptGrouping]) -> None:
+            learned = [grouping_row(one) for one in batch if one.version is not None]
+            await self._keep(self.storage.put, "prompt_groups", learned)
 
         return [lambda: responses.consumer, lambda: usage.consumer]
 
@@ -253,7 +277,7 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(RESPONSES, USAGE, CARBON_INTENSITY, POLICIES, QUALITY, FOOTPRINTS, DEAD_LETTERS),
+        topics=(RESPONSES, USAGE, CARBON_INTENSITY, POLICIES, QUALITY, PROMPT_GROUPS, FOOTPRINTS, DEAD_LETTERS),
         registry=registry,
         health=health,
         lifespan=lambda: ledger.running(health, database),

@@ -4,7 +4,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from shared.messages import CarbonIntensity, Footprint, GenerationResponse, IntensityPoint, Policy, Quality, UsageRecord
+from shared.messages import (
+    CarbonIntensity,
+    Footprint,
+    GenerationResponse,
+    IntensityPoint,
+    Policy,
+    PromptGrouping,
+    Quality,
+    UsageRecord,
+)
 
 Row = dict[str, Any]
 """Column to value; instants as ISO 8601 text."""
@@ -83,6 +92,12 @@ def quality_row(quality: Quality) -> Row:
     """An evaluation's outcome, whole."""
     whole = quality.model_dump(mode="json")
     return _clean({**{name: whole[name] for name in ("evaluation_id", "model", "evaluated_at")}, "quality": whole})
+
+
+def grouping_row(grouping: PromptGrouping) -> Row:
+    """A version of learned prompt groups: what had been judged before it."""
+    whole = grouping.model_dump(mode="json", include={"model", "version", "learned_at", "prompts", "evidence"})
+    return _clean({**{name: whole[name] for name in ("model", "version", "learned_at")}, "grouping": whole})
 
 
 def footprint_of(row: Mapping[str, Any]) -> Footprint:

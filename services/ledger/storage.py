@@ -22,6 +22,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "intensity": ("zone", "at"),
     "policies": ("model", "version", "created_at"),
     "quality": ("evaluation_id",),
+    "prompt_groups": ("model", "version", "learned_at"),
 }
 
 _ADD_READINGS = """

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
+from faststream.kafka.subscriber.usecase import BatchSubscriber
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
@@ -20,16 +21,19 @@ from shared.clock import Clock
 from shared.database import migrate, open_pool
 from shared.dead_letters import DeadLetterOffice, batch_decoder
 from shared.fleet import Fleet, load_fleet
-from shared.following import POLL_MS, follow
+from shared.following import POLL_MS, follow, read_to_end
 from shared.health import Health
-from shared.messages import CarbonIntensity, Footprint, Policy, Quality
+from shared.logs import get_logger
+from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality
 from shared.publishing import insist
 from shared.service import build_service, run_service
 from shared.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings, LogSettings
-from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, POLICIES, QUALITY
+from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY
 
 NAME = "optimizer"
 DESCRIPTION = "Solves with which probability each directive is used, and publishes the policy."
+
+_log = get_logger(__name__)
 
 
 def subscribe(
@@ -39,8 +43,13 @@ def subscribe(
     *,
     kafka: KafkaSettings,
     settings: OptimizerSettings,
-) -> None:
-    """Register the consumers: the compacted topics from their start at each start, footprints as a group."""
+) -> tuple[BatchSubscriber, ...]:
+    """Register the consumers: the compacted topics from their start at each start, footprints as a group.
+
+    Returns:
+        Those of the compacted topics.
+    """
+    groupings = follow(broker, kafka, office, PROMPT_GROUPS, description="Learned prompt groups")
     intensities = follow(broker, kafka, office, CARBON_INTENSITY, description="What the grid emits")
     evaluations = follow(broker, kafka, office, QUALITY, description="What the judge preferred")
     footprints = broker.subscriber(
@@ -56,6 +65,10 @@ def subscribe(
         ack_policy=AckPolicy.NACK_ON_ERROR,
     )
 
+    @groupings
+    async def on_groupings(news: list[PromptGrouping]) -> None:
+        optimizing.learn_groupings(news)
+
     @intensities
     async def on_intensities(news: list[CarbonIntensity]) -> None:
         optimizing.learn_intensities(news)
@@ -67,6 +80,8 @@ def subscribe(
     @footprints
     async def on_footprints(news: list[Footprint]) -> None:
         await optimizing.learn_footprints(news)
+
+    return groupings, intensities, evaluations
 
 
 def build_app(
@@ -97,8 +112,13 @@ def build_app(
         await insist(lambda: publisher.publish(policy, key=policy.model.encode()))
 
     optimizing = Optimizing(fleet=fleet, clock=clock, settings=settings, metrics=metrics, publish=publish)
-    subscribe(broker, office, optimizing, kafka=kafka, settings=settings)
+    followed = subscribe(broker, office, optimizing, kafka=kafka, settings=settings)
     _watch_ages(optimizing, metrics, fleet, clock)
+
+    async def make_policies() -> None:
+        if not await read_to_end(followed, within_s=settings.state_wait_s):
+            _log.warning("policies are made without all that is in force having been read")
+        await optimizing.run()
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
@@ -106,7 +126,7 @@ def build_app(
         try:
             await migrate(pool, schema=NAME, package=migrations.__name__)
             await optimizing.restore(Store(pool, remembered_footprints=settings.remembered_footprints))
-            health.spawn("make policies", optimizing.run())
+            health.spawn("make policies", make_policies())
             yield
         finally:
             await health.cancel_background()
@@ -119,7 +139,7 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(CARBON_INTENSITY, QUALITY, FOOTPRINTS, POLICIES, DEAD_LETTERS),
+        topics=(CARBON_INTENSITY, PROMPT_GROUPS, QUALITY, FOOTPRINTS, POLICIES, DEAD_LETTERS),
         registry=registry,
         health=health,
         lifespan=running,

@@ -6,7 +6,7 @@ once.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,20 @@ class Consumption:
         if len(self.cells) > 2 * memory.max_groups:
             self._forget_small_groups(at_s, memory)
 
+    def of_groups(self, names: Iterable[str]) -> "Consumption":
+        """A copy that knows these groups alone, and the request rate of all."""
+        kept = set(names)
+        return Consumption(
+            cells={
+                group: {option: _copied(sums) for option, sums in row.items()}
+                for group, row in self.cells.items()
+                if group in kept
+            },
+            traffic={group: _copied(sums) for group, sums in self.traffic.items() if group in kept},
+            recent=self.recent,
+            first_request_s=self.first_request_s,
+        )
+
     def consumed(self, now_s: float, memory: Memory) -> dict[str, dict[str, Consumed]]:
         """What every group took under every option, by group, then option."""
         return {
@@ -138,6 +152,10 @@ class Consumption:
         for group in by_traffic[memory.max_groups :]:
             del self.cells[group]
             self.traffic.pop(group, None)
+
+
+def _copied(sums: DecayedSums) -> DecayedSums:
+    return DecayedSums(sums.as_of_s, list(sums.values))
 
 
 def _stored(sums: DecayedSums) -> list[float]:

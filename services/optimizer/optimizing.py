@@ -4,16 +4,15 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-from services.optimizer.bounds import InForce
+from services.optimizer.beliefs import Beliefs
 from services.optimizer.consumption import Consumption
-from services.optimizer.estimates import Estimates, estimate
 from services.optimizer.grid import Grid
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.planning import Situation, make_policy
-from services.optimizer.quality import QualityEvidence
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
 from services.optimizer.triggers import Basis, Trigger, due, expiring, look_due, material, moved
@@ -21,7 +20,7 @@ from shared.clock import Clock
 from shared.dead_letters import RetryLaterError
 from shared.fleet import Fleet
 from shared.logs import get_logger
-from shared.messages import CarbonIntensity, Footprint, Policy, Quality, option_key
+from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality, option_key
 
 FORGOTTEN_HALF_LIVES = 10
 """An evaluation so old weighs less than a thousandth, and is dropped."""
@@ -53,17 +52,17 @@ class Optimizing:
         self._clock = clock
         self._settings = settings
         self._aims = settings.aims
-        self._rules = settings.estimate_rules
+        self._quality_half_life_s = settings.estimate_rules.quality.half_life_s
         self._triggers = settings.trigger_rules
         self._metrics = metrics
         self._publish = publish
         self._options = {model.name: frozenset(fleet.options_of(model.name)) for model in fleet.models}
         self._store: Store | None = None
-        self._consumption: dict[str, Consumption] = {}
-        self._evidence: dict[str, QualityEvidence] = {}
+        self._beliefs = Beliefs(fleet, metrics=tuple(settings.xi), rules=settings.estimate_rules)
         self._published: dict[str, Policy] = {}
         self._bases: dict[str, Basis] = {}
         self._waiting: list[Quality] = []
+        self._recount = False
         self._news = asyncio.Event()
         self._remarks: set[str] = set()
         # PuLP is not made for several threads at once.
@@ -82,10 +81,10 @@ class Optimizing:
 
     async def restore(self, store: Store) -> None:
         """Take up what was known when the last process ended."""
-        self._consumption = await store.consumption()
+        self._beliefs.consumption = await store.consumption()
         self._published = await store.policies()
         self._store = store
-        await self._add_up_evaluations()
+        self._beliefs.add_up(await store.evaluations())
         for policy in self._published.values():
             self._metrics.in_force(policy)
 
@@ -99,6 +98,13 @@ class Optimizing:
         """Take the newest of every zone."""
         taken = [self.grid.learn(one) for one in news]
         if any(taken):
+            self._news.set()
+
+    def learn_groupings(self, news: Sequence[PromptGrouping]) -> None:
+        """Take the newest prompt groups of every model."""
+        taken = [self._beliefs.learn_grouping(one) for one in news]
+        if any(taken):
+            self._recount = True
             self._news.set()
 
     def learn_quality(self, news: Sequence[Quality]) -> None:
@@ -127,7 +133,7 @@ class Optimizing:
             except RetryLaterError:
                 await asyncio.sleep(self._settings.retry_pause_s)
                 raise
-            self._consumption |= changed
+            self._beliefs.consumption |= changed
             self._metrics.footprints.labels("counted").inc(fresh)
             self._metrics.footprints.labels("known").inc(len(mine) - fresh)
             self._news.set()
@@ -163,11 +169,12 @@ class Optimizing:
         self._news.clear()
         if self.store.problem is not None:
             await self.store.probe()
-        if self._waiting:
+        if self._waiting or self._recount:
             taken = list(self._waiting)
             await self.store.add_evaluations(taken, oldest=self._oldest_evaluation())
-            await self._add_up_evaluations()
+            self._beliefs.add_up(await self.store.evaluations())
             del self._waiting[: len(taken)]
+            self._recount = False
         for model in self._options:
             await self._consider(model)
 
@@ -177,35 +184,42 @@ class Optimizing:
         intensities = self.grid.in_force({pool.zone for pool in self._fleet.pools_of(model)}, now)
         if self._zone(model) not in intensities:
             return
-        evidence = self._evidence.get(model)
-        latest = evidence.latest.evaluation_id if evidence is not None and evidence.latest is not None else None
+        latest = self._beliefs.latest_evaluation(model)
+        evaluation, groups = None if latest is None else latest.evaluation_id, self._beliefs.group_version(model)
         basis, published = self._bases.get(model), self._published.get(model)
         trigger = due(
-            basis, intensities=intensities, evaluation=latest, published=published, now=now, rules=self._triggers
+            basis,
+            intensities=intensities,
+            groups=groups,
+            evaluation=evaluation,
+            published=published,
+            now=now,
+            rules=self._triggers,
         )
         if trigger is None and (basis is None or not look_due(basis, now, self._triggers)):
             return
-        estimates = await self._in_solver(lambda: self._estimate(model, now))
+        estimates = await self._in_solver(lambda: self._beliefs.estimate(model, now))
         if estimates is None:
             return
+        looked = Basis(
+            looked_at=now, intensities=intensities, groups=groups, evaluation=evaluation, estimates=estimates
+        )
         if trigger is None and basis is not None and not moved(basis.estimates, estimates, self._triggers):
-            self._bases[model] = Basis(
-                looked_at=now, intensities=intensities, evaluation=latest, estimates=basis.estimates
-            )
+            self._bases[model] = replace(looked, estimates=basis.estimates)
             return
-        await self._solve(model, now, trigger or "estimates", intensities, estimates)
-        self._bases[model] = Basis(looked_at=now, intensities=intensities, evaluation=latest, estimates=estimates)
+        await self._solve(model, trigger or "estimates", looked)
+        self._bases[model] = looked
 
-    async def _solve(
-        self, model: str, now: datetime, trigger: Trigger, intensities: dict[str, InForce], estimates: Estimates
-    ) -> None:
+    async def _solve(self, model: str, trigger: Trigger, basis: Basis) -> None:
+        now = basis.looked_at
         situation = Situation(
             model=model,
             now=now,
             trigger=trigger,
-            intensities=intensities,
+            intensities=basis.intensities,
             range=self.grid.range(self._zone(model)),
-            estimates=estimates,
+            estimates=basis.estimates,
+            group_version=basis.groups,
         )
         started = time.perf_counter()
         policy = await self._in_solver(lambda: make_policy(situation, fleet=self._fleet, aims=self._aims, version=1))
@@ -233,38 +247,14 @@ class Optimizing:
 
     def evaluation_age_s(self, model: str) -> float | None:
         """Event seconds since a model's latest evaluation; null without one."""
-        evidence = self._evidence.get(model)
-        if evidence is None or evidence.latest is None:
-            return None
-        return (self._clock.now() - evidence.latest.evaluated_at).total_seconds()
-
-    def _estimate(self, model: str, now: datetime) -> Estimates | None:
-        return estimate(
-            self._consumption.get(model, Consumption()),
-            self._evidence.get(model) or QualityEvidence((), half_life_s=self._rules.quality.half_life_s),
-            options=self._fleet.options_of(model),
-            reference=self._fleet.reference_of(model),
-            metrics=tuple(self._aims.xi),
-            rules=self._rules,
-            now_s=now.timestamp(),
-        )
+        latest = self._beliefs.latest_evaluation(model)
+        return None if latest is None else (self._clock.now() - latest.evaluated_at).total_seconds()
 
     def _count(self, consumption: Consumption, footprints: Sequence[Footprint]) -> None:
-        now_s = self._clock.now_s()
-        for footprint in footprints:
-            consumption.observe(footprint, now_s=now_s, memory=self._rules.memory)
-
-    async def _add_up_evaluations(self) -> None:
-        by_model: dict[str, list[Quality]] = {}
-        for one in await self.store.evaluations():
-            by_model.setdefault(one.model, []).append(one)
-        half_life_s = self._rules.quality.half_life_s
-        self._evidence = {
-            model: QualityEvidence(evaluations, half_life_s=half_life_s) for model, evaluations in by_model.items()
-        }
+        self._beliefs.count(consumption, footprints, now_s=self._clock.now_s())
 
     def _oldest_evaluation(self) -> datetime:
-        return self._clock.now() - timedelta(seconds=FORGOTTEN_HALF_LIVES * self._rules.quality.half_life_s)
+        return self._clock.now() - timedelta(seconds=FORGOTTEN_HALF_LIVES * self._quality_half_life_s)
 
     async def _in_solver(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._solver, work)

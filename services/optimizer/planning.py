@@ -17,6 +17,7 @@ WHOLE = "*"
 _BECAUSE: dict[Trigger, str] = {
     "start": "the optimizer started",
     "intensity": "the carbon intensity changed",
+    "groups": "the prompt groups changed",
     "quality": "an evaluation came in",
     "estimates": "energy, time or traffic changed",
     "validity": "the last policy was about to expire",
@@ -47,6 +48,7 @@ class Situation:
     Attributes:
         intensities: in force, by zone; the reference's zone is among them.
         range: of k0, over the trailing window of the reference's zone.
+        group_version: of the learned prompt groups that the estimates go by; null: task labels.
     """
 
     model: str
@@ -55,6 +57,7 @@ class Situation:
     intensities: Mapping[str, InForce]
     range: TrailingRange
     estimates: Estimates
+    group_version: str | None = None
 
 
 def make_policy(situation: Situation, *, fleet: Fleet, aims: Aims, version: int) -> Policy:
@@ -76,6 +79,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, aims: Aims, version: int)
     return Policy(
         model=situation.model,
         version=version,
+        group_version=situation.group_version,
         created_at=situation.now,
         valid_until=situation.now + aims.validity,
         status=solution.status,

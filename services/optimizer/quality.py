@@ -1,11 +1,11 @@
 """Quality by group and option: judged outcomes that are forgotten by and by, and what they let believe."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from services.optimizer.decay import DecayedSums
-from shared.messages import Quality
+from shared.messages import Quality, QualityCount
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Judged:
 class QualityEvidence:
     """The judged outcomes of one model's evaluations."""
 
-    def __init__(self, evaluations: Iterable[Quality], *, half_life_s: float) -> None:
+    def __init__(self, evaluations: Iterable[Quality] = (), *, half_life_s: float) -> None:
         """Add up evaluations, each of them given once."""
         self._half_life_s = half_life_s
         self._sums: dict[str, dict[str, dict[str, DecayedSums]]] = {}
@@ -51,16 +51,24 @@ class QualityEvidence:
         for evaluation in evaluations:
             self.add(evaluation)
 
-    def add(self, evaluation: Quality) -> None:
-        """Take one more evaluation."""
-        at_s = evaluation.evaluated_at.timestamp()
-        for count in evaluation.counts:
+    def add(self, evaluation: Quality, *, groups: Container[str] | None = None) -> None:
+        """Take one more evaluation.
+
+        Args:
+            groups: whose counts are taken; null: all.
+        """
+        counts = [count for count in evaluation.counts if groups is None or count.group in groups]
+        self.count(counts, at_s=evaluation.evaluated_at.timestamp())
+        if self.latest is None or evaluation.evaluated_at > self.latest.evaluated_at:
+            self.latest = evaluation
+
+    def count(self, counts: Iterable[QualityCount], *, at_s: float) -> None:
+        """Take counts of an event time."""
+        for count in counts:
             row = self._sums.setdefault(count.metric, {}).setdefault(count.group, {})
             sums = row.setdefault(count.option, DecayedSums(at_s, [0.0, 0.0]))
             outcome = (min(count.successes, count.trials), count.trials)
             sums.add(outcome, at_s=at_s, half_life_s=self._half_life_s)
-        if self.latest is None or evaluation.evaluated_at > self.latest.evaluated_at:
-            self.latest = evaluation
 
     def posterior(self, metric: str, now_s: float, rules: QualityRules) -> "Posterior":
         """What the evidence lets believe of a metric at an event time."""

@@ -92,6 +92,9 @@ class OptimizerSettings(BaseSettings):
 
     # The shell
     turn_interval_s: float = Field(default=0.25, gt=0, description="Between two looks at what has come in, wall")
+    state_wait_s: float = Field(
+        default=10.0, ge=0, description="At the start, for what is in force to be read before policies are made; wall"
+    )
     check_interval_min: float = Field(
         default=5.0, gt=0, description="Between two looks when nothing comes in: at validity and ages; event"
     )

@@ -13,7 +13,7 @@ from services.optimizer.bounds import InForce
 from services.optimizer.estimates import Estimates
 from shared.messages import OptionEstimate, Policy
 
-Trigger = Literal["start", "intensity", "quality", "estimates", "validity"]
+Trigger = Literal["start", "intensity", "groups", "quality", "estimates", "validity"]
 
 _LIGHT_GROUP = 0.01
 """Traffic share below which a group's estimates do not make a policy stale."""
@@ -47,11 +47,13 @@ class Basis:
     Attributes:
         looked_at: when the estimates were last looked at; event time.
         intensities: in force, by zone.
+        groups: version of the learned prompt groups; null: task labels.
         evaluation: id of the latest evaluation.
     """
 
     looked_at: datetime
     intensities: Mapping[str, InForce]
+    groups: str | None
     evaluation: str | None
     estimates: Estimates
 
@@ -60,6 +62,7 @@ def due(
     basis: Basis | None,
     *,
     intensities: Mapping[str, InForce],
+    groups: str | None,
     evaluation: str | None,
     published: Policy | None,
     now: datetime,
@@ -75,6 +78,8 @@ def due(
         return "start"
     if intensities != basis.intensities:
         return "intensity"
+    if groups != basis.groups:
+        return "groups"
     if evaluation != basis.evaluation:
         return "quality"
     if published is not None and expiring(published, now, rules):

@@ -1,7 +1,7 @@
 """The messages that a request is answered with."""
 
 from services.router.admission import Arrival
-from services.router.grouping import prompt_group
+from services.router.grouping import DEFAULT_GROUP
 from shared.clock import Clock
 from shared.messages import Decision, ErrorDetail, GenerationResponse, Sample, Timing, Usage
 from shared.triton import Generation
@@ -74,7 +74,7 @@ def sample(arrival: Arrival, *, clock: Clock) -> Sample:
     return Sample(
         request_id=arrival.request_id,
         model=arrival.model,
-        group=prompt_group(arrival.request),
+        group=arrival.request.task or DEFAULT_GROUP,
         task=arrival.request.task,
         messages=arrival.request.conversation(),
         sampling=arrival.request.sampling,

@@ -1,15 +1,14 @@
 """Wires the router together; everything it decides is decided elsewhere."""
 
-import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from aiokafka.errors import KafkaError
 from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker, KafkaMessage
+from faststream.kafka.subscriber.usecase import BatchSubscriber
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
@@ -23,16 +22,17 @@ from shared.broker import build_broker
 from shared.clock import Clock
 from shared.dead_letters import DeadLetterOffice
 from shared.fleet import Fleet, load_fleet
-from shared.following import follow
+from shared.following import follow, read_to_end
 from shared.health import Health
 from shared.logs import get_logger
-from shared.messages import CarbonIntensity, GenerationRequest, Policy
+from shared.messages import CarbonIntensity, GenerationRequest, Policy, PromptGrouping
 from shared.service import build_service, run_service
 from shared.settings import FleetSettings, HttpSettings, KafkaSettings, LogSettings
 from shared.topics import (
     CARBON_INTENSITY,
     DEAD_LETTERS,
     POLICIES,
+    PROMPT_GROUPS,
     REQUESTS,
     RESPONSE_CHUNKS,
     RESPONSES,
@@ -149,10 +149,19 @@ class Router:
 
     def _subscribe_state(
         self, broker: KafkaBroker, office: DeadLetterOffice, kafka: KafkaSettings
-    ) -> list[Callable[[], Any]]:
+    ) -> tuple[BatchSubscriber, ...]:
         """Compacted topics: every router reads all of them from the start."""
+        groupings = follow(
+            broker, kafka, office, PROMPT_GROUPS, description="Prompt groups learned from judged prompts"
+        )
         policies = follow(broker, kafka, office, POLICIES, description="Probabilities of the options")
         intensities = follow(broker, kafka, office, CARBON_INTENSITY, description="What the grid emits")
+
+        @groupings
+        async def on_groupings(news: list[PromptGrouping]) -> None:
+            for grouping in news:
+                if self.knowledge.groups.learn(grouping):
+                    _log.info("prompt groups", model=grouping.model, version=grouping.version)
 
         @policies
         async def on_policies(news: list[Policy]) -> None:
@@ -165,18 +174,11 @@ class Router:
             for intensity in news:
                 self.knowledge.learn_intensity(intensity)
 
-        return [lambda: policies.consumer, lambda: intensities.consumer]
+        return groupings, policies, intensities
 
     async def _learn_first(self) -> None:
         """Let requests in once the policies and intensities that are in force have been read."""
-        try:
-            async with asyncio.timeout(self.settings.policy_wait_s):
-                for consumer in self._state_topics:
-                    while not await _read_to_end(consumer()):  # noqa: ASYNC110 - a position has no event
-                        await asyncio.sleep(0.05)
-                # What was read last is being handled now.
-                await asyncio.sleep(0.05)
-        except TimeoutError:
+        if not await read_to_end(self._state_topics, within_s=self.settings.policy_wait_s):
             _log.warning("serving begins without all policies having been read")
         self.intake.release()
 
@@ -228,7 +230,7 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(REQUESTS, RESPONSES, RESPONSE_CHUNKS, SAMPLES, POLICIES, CARBON_INTENSITY, DEAD_LETTERS),
+        topics=(REQUESTS, RESPONSES, RESPONSE_CHUNKS, SAMPLES, POLICIES, PROMPT_GROUPS, CARBON_INTENSITY, DEAD_LETTERS),
         registry=registry,
         health=health,
         lifespan=lambda: router.running(health),
@@ -245,15 +247,3 @@ def main() -> None:
 async def _leave_unparsed(message: KafkaMessage) -> list[GenerationRequest]:  # noqa: ARG001
     """Records are parsed one by one where they are served, so that a bad one is no other's concern."""
     return []
-
-
-async def _read_to_end(consumer: Any) -> bool:  # noqa: ANN401 - aiokafka has no types
-    """Whether a consumer without a group has been handed all that its topic held a moment ago."""
-    if consumer is None:
-        return False
-    try:
-        partitions = consumer.assignment()
-        ends = await consumer.end_offsets(partitions) if partitions else {}
-        return bool(ends) and all([await consumer.position(one) >= end for one, end in ends.items()])
-    except KafkaError:
-        return False

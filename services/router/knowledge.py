@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from services.router.grouping import LearnedGroups
 from shared.fleet import Fleet
 from shared.messages import CarbonIntensity, Policy
 
@@ -35,7 +36,11 @@ class _Known:
 
 
 class Knowledge:
-    """The newest policy of every model and the newest intensity of every zone."""
+    """The newest policy of every model and the newest intensity of every zone.
+
+    Attributes:
+        groups: learned prompt groups, which policies refer to.
+    """
 
     def __init__(self, fleet: Fleet, *, max_intensity_age_s: float | None) -> None:
         """Begin without any.
@@ -43,6 +48,7 @@ class Knowledge:
         Args:
             max_intensity_age_s: event seconds after which an intensity is stale; null: never.
         """
+        self.groups = LearnedGroups()
         self._fleet = fleet
         self._max_age_s = max_intensity_age_s
         self._zones = {model.name: {pool.zone for pool in fleet.pools_of(model.name)} for model in fleet.models}

@@ -65,6 +65,12 @@ class RouterMetrics:
             ("model", "reason"),
             registry=registry,
         )
+        self.ungrouped = Counter(
+            "sprout_router_ungrouped",
+            "Requests served by the row for all traffic because the policy's prompt groups were not known here",
+            ("model",),
+            registry=registry,
+        )
         self.control_sequences = Counter(
             "sprout_router_control_sequences",
             "Requests whose text held control sequences of the chat template",

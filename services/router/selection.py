@@ -7,6 +7,7 @@ drawn from what, and with which probability, is part of the answer: savings are 
 from collections.abc import Mapping
 from typing import Literal
 
+from services.router.grouping import Assignment
 from shared.fleet import Fleet
 from shared.hashing import uniform
 from shared.messages import Decision, Policy, option_key, split_option
@@ -44,7 +45,7 @@ def select(
     *,
     request_id: str,
     model: str,
-    group: str,
+    assignment: Assignment,
     policy: Policy | None,
     fleet: Fleet,
     forced_level: str | None = None,
@@ -53,6 +54,7 @@ def select(
 
     Args:
         model: one that the fleet serves.
+        assignment: the request's prompt group, and the policy's row for it.
         policy: in force for the model; null: none may be followed, which leads to the reference.
         forced_level: the producer's wish; the policy then only chooses among pools.
 
@@ -64,7 +66,7 @@ def select(
             f"directive {forced_level!r} is not in the catalogue (there are {', '.join(fleet.levels)}): name one of "
             "these, or leave 'directive' out"
         )
-    row = {fleet.reference_of(model): 1.0} if policy is None else policy.row(group)
+    row = {fleet.reference_of(model): 1.0} if assignment.row is None else assignment.row
     if forced_level is not None:
         row = _at_level(row, forced_level)
     option = draw(row, uniform(_SALT + model, request_id))
@@ -72,7 +74,7 @@ def select(
     drawn: Literal["policy", "fallback"] = "fallback" if policy is None else "policy"
     return Decision(
         source=drawn if forced_level is None else "forced",
-        group=group,
+        group=assignment.group,
         pool=pool,
         level=level,
         zone=fleet.pool(pool).zone,

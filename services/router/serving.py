@@ -8,7 +8,6 @@ from typing import Any
 from services.router import answers
 from services.router.admission import Arrival, Limits, arrive, refusal
 from services.router.delivery import Delivery
-from services.router.grouping import prompt_group
 from services.router.knowledge import Knowledge
 from services.router.metrics import RouterMetrics
 from services.router.sampling import becomes_sample
@@ -111,10 +110,13 @@ class Serving:
 
     def _decide(self, arrival: Arrival) -> Decision:
         standing = self.knowledge.standing(arrival.model, arrival.received_at)
+        assignment = self.knowledge.groups.assign(arrival.request, model=arrival.model, policy=standing.policy)
+        if assignment.missing:
+            self.metrics.ungrouped.labels(arrival.model).inc()
         decision = select(
             request_id=arrival.request_id,
             model=arrival.model,
-            group=prompt_group(arrival.request),
+            assignment=assignment,
             policy=standing.policy,
             fleet=self.fleet,
             forced_level=arrival.request.directive,

@@ -6,10 +6,16 @@ counts. Texts stay where they are: of a prompt nothing is kept but numbers.
 
 import math
 import re
+from collections.abc import Sequence
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shared.messages import ChatMessage
+
+FEATURES = 1
+"""Version of all that follows: weights learned for one are of no use for another."""
 
 WORD_BUCKETS = 16_384
 OPENING_BUCKETS = 1_024
@@ -23,6 +29,11 @@ _COUNTED = ("\n", "?", ".", "$", "(", '"', "_", ",", ":")
 _SHAPES = 10 + len(_COUNTED)
 
 Floats = NDArray[np.float32]
+
+
+def prompt_text(messages: Sequence[ChatMessage]) -> str:
+    """What of a conversation tells its group: its last turn, the user's."""
+    return messages[-1].content
 
 
 def feature_count() -> int:

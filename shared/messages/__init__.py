@@ -5,6 +5,7 @@ from shared.messages.carbon import CarbonIntensity, IntensityPoint
 from shared.messages.dead_letters import DeadLetter
 from shared.messages.evaluation import EvaluationCost, Quality, QualityCount, Sample, UsageRecord
 from shared.messages.footprints import Footprint
+from shared.messages.grouping import GroupEvidence, GroupTaken, PackedArray, PromptGrouping
 from shared.messages.policies import OptionEstimate, Policy, PolicyInputs
 from shared.messages.requests import ChatMessage, GenerationRequest, SamplingParameters
 from shared.messages.responses import (
@@ -26,11 +27,15 @@ __all__ = [
     "Footprint",
     "GenerationRequest",
     "GenerationResponse",
+    "GroupEvidence",
+    "GroupTaken",
     "IntensityPoint",
     "Message",
     "OptionEstimate",
+    "PackedArray",
     "Policy",
     "PolicyInputs",
+    "PromptGrouping",
     "Quality",
     "QualityCount",
     "ResponseChunk",

@@ -25,6 +25,7 @@ def report():
             grid={ZONE: CLEAN_DAY},
             policies=[policy_at(hour) for hour in range(24)],
             qualities=[quality_at(1)],
+            groupings=[],
         )
     )
     balanced = replace(found.energy, metered_j=found.energy.attributed_j)

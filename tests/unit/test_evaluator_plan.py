@@ -4,11 +4,12 @@ import tomllib
 from datetime import UTC, datetime
 
 import pytest
+from evaluator_support import judged_answer, judged_prompt
 from hypothesis import given
 from hypothesis import strategies as st
 from router_support import MODEL, fleet_toml
 
-from services.evaluator.counting import Finding, preference, tally
+from services.evaluator.counting import PREFERENCE, preference, tally
 from services.evaluator.plan import Contestant, PlanError, allocate, contestants, in_turn
 from services.evaluator.spending import Call, Energy, cost_of, energy_of
 from shared.fleet import Fleet
@@ -75,12 +76,25 @@ L0, L1, L2 = Contestant("L0", ("p", "q")), Contestant("L1", ("p", "q")), Contest
 ALL = (L0, L1, L2)
 
 
-def counted(*findings: Finding):
-    return {(one.metric, one.group, one.option): (one.successes, one.trials) for one in tally(findings)}
+def verdict(winners, *, correct=()):
+    """A prompt on which these contestants won; and of whose answers it is known whether they are right, if given."""
+    successes = preference(ALL, winners)
+    return judged_prompt(
+        "r",
+        answers=[
+            judged_answer(one.level, options=one.options, preference=success, **right)
+            for one, success in zip(ALL, successes, strict=True)
+            for right in ({"correctness": float(one in correct)} if correct else {},)
+        ],
+    )
+
+
+def counted(*judged):
+    return {(one.metric, one.group, one.option): (one.successes, one.trials) for one in tally(judged)}
 
 
 def test_wins_are_successes_and_every_option_had_a_trial():
-    found = counted(preference("qa", ALL, [L0]), preference("qa", ALL, [L1]), preference("code", ALL, [L1]))
+    found = counted(("qa", verdict([L0])), ("qa", verdict([L1])), ("code", verdict([L1])))
     assert found["preference", "qa", "p/L0"] == found["preference", "qa", "q/L0"] == (1.0, 2.0)
     assert found["preference", "qa", "p/L2"] == (0.0, 2.0)
     assert found["preference", "code", "p/L1"] == (1.0, 1.0)
@@ -88,14 +102,15 @@ def test_wins_are_successes_and_every_option_had_a_trial():
 
 
 def test_the_same_answer_at_two_levels_shares_the_success():
-    found = counted(preference("qa", ALL, [L1, L2]))
+    found = counted(("qa", verdict([L1, L2])))
     assert [found["preference", "qa", f"p/{level}"][0] for level in ("L0", "L1", "L2")] == [0.0, 0.5, 0.5]
 
 
 def test_another_metric_is_counted_beside():
-    found = counted(preference("qa", ALL, [L0]), Finding("qa", "correctness", {L0: 1.0, L1: 1.0}))
+    found = counted(("qa", verdict([L0], correct=[L0, L1])), ("qa", verdict([L0])))
     assert found["correctness", "qa", "p/L1"] == (1.0, 1.0)
-    assert ("correctness", "qa", "p/L2") not in found
+    assert found["correctness", "qa", "p/L2"] == (0.0, 1.0)
+    assert found[PREFERENCE, "qa", "p/L1"] == (0.0, 2.0)
 
 
 def footprint(purpose: str, energy_j: float, tokens: int) -> Footprint:

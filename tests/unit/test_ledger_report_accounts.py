@@ -42,6 +42,7 @@ def books_of(
     grid=None,
     policies=(),
     qualities=(),
+    groupings=(),
     unsettled=0,
     selection=None,
 ):
@@ -62,6 +63,7 @@ def books_of(
         grid=grid or {},
         policies=PolicyBook.of(policies),
         qualities=list(qualities),
+        groupings=list(groupings),
         evaluation_costs={"evaluation-12": EvaluationSums(3, 60.0, 0.5)},
     )
 

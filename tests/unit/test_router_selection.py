@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from router_support import MODEL, ZONE, fleet_toml, intensity, policy, request
 
-from services.router.grouping import prompt_group
+from services.router.grouping import LearnedGroups
 from services.router.knowledge import Knowledge
 from services.router.sampling import becomes_sample
 from services.router.selection import UnknownLevelError, draw, select
@@ -29,8 +29,10 @@ TWO_POOLS = Fleet.model_validate(
 ROW = {"L0": 0.2, "L1": 0.5, "L2": 0.3}
 
 
-def decide(request_id: str = "r", *, fleet: Fleet = FLEET, group: str = "default", **changes) -> Decision:
-    return select(request_id=request_id, model=MODEL, group=group, fleet=fleet, **{"policy": policy(ROW), **changes})
+def decide(request_id: str = "r", *, fleet: Fleet = FLEET, task: str | None = None, **changes) -> Decision:
+    given = {"policy": policy(ROW), **changes}
+    assignment = LearnedGroups().assign(request(1, task=task), model=MODEL, policy=given["policy"])
+    return select(request_id=request_id, model=MODEL, assignment=assignment, fleet=fleet, **given)
 
 
 def test_the_drawn_number_is_the_documented_one_so_that_others_can_draw_it_too():
@@ -83,8 +85,8 @@ def test_the_same_request_draws_the_same_option_and_says_with_which_probability(
 
 def test_a_group_has_its_own_row_and_an_unnamed_one_the_overall_row():
     made = policy({"L0": 1.0}, groups={"qa": {"p/L2": 1.0}})
-    assert decide(policy=made, group="qa").level == "L2"
-    assert decide(policy=made, group="maths").level == "L0"
+    assert decide(policy=made, task="qa").level == "L2"
+    assert decide(policy=made, task="maths").level == "L0"
 
 
 def test_without_a_policy_the_reference_is_served():
@@ -107,11 +109,6 @@ def test_a_forced_level_keeps_the_policys_choice_of_pools_and_is_not_taken_for_a
 def test_an_unknown_level_is_refused_with_the_levels_that_exist():
     with pytest.raises(UnknownLevelError, match=r"'L9' is not in the catalogue.*L0, L1, L2"):
         decide(forced_level="L9")
-
-
-def test_the_group_is_the_task_or_the_default():
-    assert prompt_group(request(1, task="maths")) == "maths"
-    assert prompt_group(request(1)) == "default"
 
 
 def known(*, max_intensity_age_s: float | None = 3_600.0, fleet: Fleet = FLEET) -> Knowledge:

@@ -9,7 +9,7 @@ from services.ledger.report.books import Books
 from services.ledger.report.calls import Calls, Floats, partition
 from services.ledger.report.counterfactual import NO_REFERENCE, Comparable, Counterfactual, references_of
 from services.ledger.report.grams import sites_of
-from services.ledger.report.model import GridPoint, OptionRow, QualitySummary, Report, RequestCounts, Scope
+from services.ledger.report.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
 from services.ledger.report.policies import PolicyBook
 from services.ledger.report.preference import PREFERENCE, JudgedShares, policies_below_bound, relative_pct
 from services.ledger.report.rows import (
@@ -55,7 +55,7 @@ def assemble(books: Books) -> Report:
             unjudged=int(np.count_nonzero(np.isnan(served.quality) | np.isnan(served.reference_quality))),
             abstentions=sum(quality.abstentions for quality in books.qualities),
             prompts=sum(quality.prompts for quality in books.qualities),
-            judged=JudgedShares(books.qualities).all(),
+            judged=JudgedShares(books.qualities, books.groupings).all(),
             policies_below_bound=policies_below_bound(published),
         ),
         zones=tuple(
@@ -76,6 +76,7 @@ def assemble(books: Books) -> Report:
             for (group, option), cell in sorted(counterfactual.means.measured())
         ),
         evaluations=evaluation_rows(books.qualities, books.evaluation_costs),
+        groupings=tuple(GroupingRow(one.version, one.learned_at, one.prompts) for one in books.groupings),
         grid=_grid(books),
         policies=Counter(policy.status for policy in published),
     )
@@ -86,7 +87,7 @@ def _served(books: Books) -> Served:
     calls = books.requests
     if books.selection.zone is not None:
         calls = calls.where(calls.zone == books.selection.zone)
-    judged = JudgedShares(books.qualities)
+    judged = JudgedShares(books.qualities, books.groupings)
     reference = references_of(calls, books.policies)
     return Served(
         calls=calls,

@@ -7,7 +7,7 @@ from datetime import datetime
 from services.ledger.report.calls import Calls
 from services.ledger.report.grams import IntensitySeries
 from services.ledger.report.policies import PolicyBook
-from shared.messages import Quality
+from shared.messages import Quality, QualityCount
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,21 @@ class EvaluationSums:
 
 
 @dataclass(frozen=True, slots=True)
+class Regrouping:
+    """A version of learned prompt groups.
+
+    Attributes:
+        prompts: judged prompts that it was learned from.
+        counts: what had been judged before, by its groups.
+    """
+
+    version: str
+    learned_at: datetime
+    prompts: int
+    counts: tuple[QualityCount, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Books:
     """A snapshot.
 
@@ -63,6 +78,7 @@ class Books:
         unsettled_calls: calls of any purpose, model and zone that are not settled yet.
         purposes: by `request`, `evaluation`, `judge`.
         policies: all that were ever published: earlier ones may still be in force.
+        groupings: versions of prompt groups that were learned in the period, oldest first.
     """
 
     selection: Selection
@@ -78,4 +94,5 @@ class Books:
     grid: Mapping[str, IntensitySeries]
     policies: PolicyBook
     qualities: Sequence[Quality]
+    groupings: Sequence[Regrouping]
     evaluation_costs: Mapping[str, EvaluationSums]

@@ -20,6 +20,7 @@ class Calls:
     Attributes:
         model: logical model.
         group: prompt group.
+        task: the producer's label; empty without one.
         option: `<pool>/<level>`.
         pool: pool that served the call.
         zone: the pool's grid zone.
@@ -38,6 +39,7 @@ class Calls:
 
     model: Texts
     group: Texts
+    task: Texts
     option: Texts
     pool: Texts
     zone: Texts

@@ -36,7 +36,7 @@ class CallColumns:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._texts: dict[str, list[str]] = {
-            name: [] for name in ("model", "group", "option", "pool", "zone", "source")
+            name: [] for name in ("model", "group", "task", "option", "pool", "zone", "source")
         }
         self._numbers: dict[str, list[float]] = {name: [] for name in _NUMBERS}
 
@@ -45,6 +45,7 @@ class CallColumns:
         texts, numbers = self._texts, self._numbers
         texts["model"].append(sys.intern(record["model"]))
         texts["group"].append(sys.intern(record["grp"]))
+        texts["task"].append(sys.intern(record["task"] or ""))
         texts["option"].append(sys.intern(option_key(record["pool"], record["level"])))
         texts["pool"].append(sys.intern(record["pool"]))
         texts["zone"].append(sys.intern(record["zone"]))

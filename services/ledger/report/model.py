@@ -195,9 +195,16 @@ class HourRow:
 
 @dataclass(frozen=True, slots=True)
 class GroupRow:
-    """Requests of one prompt group."""
+    """Requests of one prompt group.
+
+    Attributes:
+        task: the label that most of its requests carry; empty where most carry none.
+        task_pct: share of its requests with that label.
+    """
 
     group: str
+    task: str
+    task_pct: float
     requests: int
     mix: Mapping[str, int]
     energy_j: float
@@ -233,6 +240,15 @@ class EvaluationRow:
     carbon_g: float
     preference: Mapping[str, float]
     """Share preferred by option, all groups together."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupingRow:
+    """A version of prompt groups that was learned."""
+
+    version: str
+    at: datetime
+    prompts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +288,7 @@ class Report:
     groups: tuple[GroupRow, ...]
     measured: tuple[OptionRow, ...]
     evaluations: tuple[EvaluationRow, ...]
+    groupings: tuple[GroupingRow, ...]
     grid: tuple[GridPoint, ...]
     policies: Mapping[str, int]
 
@@ -279,6 +296,12 @@ class Report:
     def empty(self) -> bool:
         """Whether nothing was answered or evaluated in the period."""
         return self.requests.answered == 0 and self.requests.refused == 0 and not self.evaluations
+
+    @property
+    def requests_by_learned_groups(self) -> int:
+        """Requests that a learned prompt group was found for."""
+        learned = tuple(f"{one.version}." for one in self.groupings)
+        return sum(row.requests for row in self.groups if row.group.startswith(learned))
 
     @property
     def policies_published(self) -> int:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from services.ledger.report.books import Regrouping
 from services.ledger.report.calls import Calls, Floats, Texts, partition
 from services.ledger.report.policies import PolicyBook
-from shared.messages import Policy, Quality
+from shared.messages import Policy, Quality, QualityCount
 
 PREFERENCE = "preference"
 SLACK = 1e-6
@@ -33,14 +34,26 @@ class JudgedShare:
 class JudgedShares:
     """Shares by metric, group and option; an option's share over all groups stands in for a group never judged."""
 
-    def __init__(self, evaluations: Iterable[Quality]) -> None:
+    def __init__(self, evaluations: Iterable[Quality], regroupings: Iterable[Regrouping] = ()) -> None:
+        """Add up.
+
+        Args:
+            regroupings: the same verdicts by other groups; they say nothing new of all groups together.
+        """
         pooled: dict[tuple[str, str | None, str], list[float]] = {}
+
+        def add(group: str | None, count: QualityCount) -> None:
+            sums = pooled.setdefault((count.metric, group, count.option), [0.0, 0.0])
+            sums[0] += count.successes
+            sums[1] += count.trials
+
         for quality in evaluations:
             for count in quality.counts:
-                for group in (count.group, None):
-                    sums = pooled.setdefault((count.metric, group, count.option), [0.0, 0.0])
-                    sums[0] += count.successes
-                    sums[1] += count.trials
+                add(count.group, count)
+                add(None, count)
+        for regrouping in regroupings:
+            for count in regrouping.counts:
+                add(count.group, count)
         self._shares = {
             (metric, group, option): JudgedShare(group, option, metric, successes, trials)
             for (metric, group, option), (successes, trials) in pooled.items()

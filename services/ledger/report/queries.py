@@ -1,5 +1,6 @@
 """Reads a snapshot of the ledger's tables for a report. Only reads; the tables are those of the ledger's migrations."""
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
@@ -7,12 +8,12 @@ import asyncpg
 import numpy as np
 from asyncpg.pool import PoolConnectionProxy
 
-from services.ledger.report.books import Books, CallSums, EvaluationSums, IntervalSums, Selection
+from services.ledger.report.books import Books, CallSums, EvaluationSums, IntervalSums, Regrouping, Selection
 from services.ledger.report.calls import Calls
 from services.ledger.report.columns import CallColumns, Rows
 from services.ledger.report.grams import MAX_AGE_S, IntensitySeries
 from services.ledger.report.policies import PolicyBook
-from shared.messages import Policy, Quality
+from shared.messages import GroupEvidence, Policy, Quality
 
 MOST_CALLS = 2_000_000
 """Calls that one report takes in: about 600 MB and a minute of arithmetic."""
@@ -36,7 +37,8 @@ _MODEL = "($3::text IS NULL OR model = $3)"
 _ZONE = "($4::text IS NULL OR zone = $4)"
 
 _FOOTPRINTS = f"""
-SELECT purpose, model, grp, pool, level, zone, decision_source, policy_version, propensities::text AS propensities,
+SELECT purpose, model, grp, task, pool, level, zone, decision_source, policy_version,
+       propensities::text AS propensities,
        extract(epoch FROM started_at)::float8 AS started_s, processing_s::float8 AS processing_s,
        coalesce(prompt_tokens, 0) AS prompt_tokens, completion_tokens, energy_j::float8 AS energy_j,
        intensity_g_per_kwh::float8 AS intensity_g_per_kwh, operational_g::float8 AS operational_g,
@@ -110,6 +112,11 @@ SELECT quality::text AS quality FROM ledger.quality
 WHERE {_PERIOD.format(at="evaluated_at")} AND {_MODEL} ORDER BY evaluated_at, evaluation_id
 """
 
+_GROUPINGS = f"""
+SELECT version, learned_at, grouping::text AS grouping FROM ledger.prompt_groups
+WHERE {_PERIOD.format(at="learned_at")} AND {_MODEL} ORDER BY learned_at, version
+"""
+
 _EVALUATION_COSTS = f"""
 SELECT evaluation_id, count(*) AS calls, sum(energy_j)::float8 AS energy_j,
        coalesce(sum(total_g), 0)::float8 AS grams
@@ -149,6 +156,7 @@ async def _read(connection: Connection, selection: Selection) -> Books:
     intervals = await connection.fetch(_INTERVALS, since, until, zone)
     policies = await connection.fetch(_POLICIES, until, model)
     qualities = await connection.fetch(_QUALITY, since, until, model)
+    groupings = await connection.fetch(_GROUPINGS, since, until, model)
     costs = await connection.fetch(_EVALUATION_COSTS, since, None)
     return Books(
         selection=selection,
@@ -167,10 +175,18 @@ async def _read(connection: Connection, selection: Selection) -> Books:
         grid=await _grid(connection, selection, requests, evaluations),
         policies=PolicyBook.of(Policy.model_validate_json(row["policy"]) for row in policies),
         qualities=[Quality.model_validate_json(row["quality"]) for row in qualities],
+        groupings=[_regrouping(row) for row in groupings],
         evaluation_costs={
             row["evaluation_id"]: EvaluationSums(row["calls"], row["energy_j"], row["grams"]) for row in costs
         },
     )
+
+
+def _regrouping(row: asyncpg.Record) -> Regrouping:
+    grouping = json.loads(row["grouping"])
+    evidence = [GroupEvidence.model_validate(one) for one in grouping["evidence"]]
+    counts = tuple(count for one in evidence for count in one.counts)
+    return Regrouping(row["version"], row["learned_at"], grouping["prompts"], counts)
 
 
 async def _footprints(connection: Connection, selection: Selection, rows: Rows) -> tuple[Calls, Calls]:

@@ -1,5 +1,6 @@
 """The report's tables: zones, hours, groups, evaluations."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -65,6 +66,8 @@ def group_rows(served: Served, compared: Calls, comparison: Comparison) -> tuple
     return tuple(
         GroupRow(
             group=group,
+            task=task,
+            task_pct=100.0 * count / len(where),
             requests=len(where),
             mix=_mix(calls.option[where]),
             energy_j=float(calls.energy_j[where].sum()),
@@ -73,6 +76,7 @@ def group_rows(served: Served, compared: Calls, comparison: Comparison) -> tuple
             preference_pct=relative_pct(served.quality[where], served.reference_quality[where]),
         )
         for (group,), where in partition(calls.group).items()
+        for task, count in Counter(calls.task[where].tolist()).most_common(1)
     )
 
 

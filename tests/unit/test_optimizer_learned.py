@@ -1,0 +1,125 @@
+"""What the optimizer believes by learned groups: from the moment they are known, and by nothing that others counted."""
+
+import tomllib
+from datetime import timedelta
+
+import pytest
+from grouping_support import NOW
+from router_support import MODEL, fleet_toml
+
+from services.optimizer.beliefs import Beliefs
+from services.optimizer.consumption import Consumed, Consumption
+from services.optimizer.settings import OptimizerSettings
+from shared.fleet import Fleet
+from shared.messages import (
+    EvaluationCost,
+    GroupEvidence,
+    GroupTaken,
+    PackedArray,
+    PromptGrouping,
+    Quality,
+    QualityCount,
+)
+
+FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
+RULES = OptimizerSettings(caution=0.0).estimate_rules
+LEVELS = ("p/L0", "p/L1", "p/L2")
+NO_COST = EvaluationCost(generations=0, judgements=0, completion_tokens=0, processing_s=0.0)
+LATER = NOW + timedelta(hours=1)
+
+
+def counts(group: str, won: tuple[float, float, float], trials: float = 100.0) -> tuple[QualityCount, ...]:
+    return tuple(
+        QualityCount(group=group, option=option, metric="preference", successes=one, trials=trials)
+        for option, one in zip(LEVELS, won, strict=True)
+    )
+
+
+def evaluation(name: str, *found: tuple[QualityCount, ...], at=NOW) -> Quality:
+    return Quality(
+        evaluation_id=name, model=MODEL, evaluated_at=at, trigger="first", prompts=100, abstentions=0, cost=NO_COST,
+        counts=tuple(count for one in found for count in one),
+    )  # fmt: skip
+
+
+def grouping(version: str | None = "v", **changes) -> PromptGrouping:
+    taken = {"v.00": (9e-5, 8e-5, 7e-5), "v.01": (5e-5, 2e-5, 1e-5)}
+    made = {
+        "model": MODEL,
+        "version": version,
+        "learned_at": NOW,
+        "prompts": 400,
+        "names": ("v.00", "v.01"),
+        "features": 1,
+        "arrays": {"weights": PackedArray(dtype="<f4", shape=(0,), data="")},
+        "traffic": {"v.00": 0.25, "v.01": 0.75},
+        "evidence": [GroupEvidence(evaluated_at=NOW, counts=counts("v.00", (90, 5, 5)) + counts("v.01", (20, 30, 50)))],
+        "taken": [
+            GroupTaken(group=group, option=option, requests=100, energy_kwh=100 * kwh, processing_s=100.0)
+            for group, row in taken.items()
+            for option, kwh in zip(LEVELS, row, strict=True)
+        ],
+    }
+    return PromptGrouping.model_validate(made | changes)
+
+
+def beliefs(*groupings: PromptGrouping, evaluations=(), consumption: Consumption | None = None) -> Beliefs:
+    found = Beliefs(FLEET, metrics=("preference",), rules=RULES)
+    if consumption is not None:
+        found.consumption[MODEL] = consumption
+    for one in groupings:
+        found.learn_grouping(one)
+    found.add_up(evaluations)
+    return found
+
+
+def asked(**requests: float) -> Consumption:
+    consumption = Consumption()
+    for group, number in requests.items():
+        consumption.add(
+            group,
+            "p/L0",
+            Consumed(number, number * 6e-5, number),
+            at_s=LATER.timestamp(),
+            memory=RULES.memory,
+            asked=True,
+        )
+    return consumption
+
+
+def test_a_version_is_enough_to_believe_in_before_a_request_was_served_by_it():
+    found = beliefs(grouping()).estimate(MODEL, NOW)
+    assert found is not None
+    assert found.weights == pytest.approx({"v.00": 0.25, "v.01": 0.75})
+    assert found.withheld == {}
+    assert found.groups["v.00"]["p/L0"].energy_kwh == pytest.approx(9e-5, rel=0.05)
+    assert found.groups["v.01"]["p/L2"].quality["preference"] > found.groups["v.00"]["p/L2"].quality["preference"]
+
+
+def test_what_other_groups_counted_is_restated_already_and_does_not_count_again():
+    before = evaluation("e1", counts("qa", (0, 0, 100), trials=100))
+    with_it = beliefs(grouping(), evaluations=[before]).estimate(MODEL, NOW)
+    assert with_it == beliefs(grouping()).estimate(MODEL, NOW)
+
+
+def test_evaluations_and_requests_by_the_groups_come_on_top():
+    since = evaluation("e2", counts("v.01", (100, 0, 0)), at=LATER)
+    consumption = asked(**{"v.00": 9_000.0, "v.01": 1_000.0, "qa": 5_000.0})
+    found = beliefs(grouping(), evaluations=[since], consumption=consumption).estimate(MODEL, LATER)
+    assert found is not None
+    assert found.weights["v.00"] == pytest.approx(0.9, abs=0.01)
+    assert found.groups.keys() == {"v.00", "v.01"}
+    assert found.groups["v.01"]["p/L0"].trials == pytest.approx(200, rel=0.01)
+
+
+def test_the_newest_version_counts_and_one_without_a_version_leads_back_to_tasks():
+    given_up = grouping(None, learned_at=LATER, names=(), arrays={}, evidence=(), taken=(), traffic={})
+    found = beliefs(grouping(), consumption=asked(qa=100.0))
+    assert found.group_version(MODEL) == "v"
+    assert found.learn_grouping(given_up)
+    assert not found.learn_grouping(grouping())
+    found.add_up([evaluation("e1", counts("qa", (50, 25, 25)))])
+    assert found.group_version(MODEL) is None
+    estimates = found.estimate(MODEL, LATER)
+    assert estimates is not None
+    assert estimates.weights == {"qa": 1.0}

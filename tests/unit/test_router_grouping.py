@@ -1,0 +1,119 @@
+"""Which prompt group a request belongs to: a learned one, if the policy goes by it and it is known; else its task."""
+
+from datetime import timedelta
+
+import numpy as np
+import pytest
+from grouping_support import NOW, judged_kinds, question, sum_of
+from router_support import MODEL, policy, request
+
+from services.evaluator.learning import learn
+from services.router.grouping import LearnedGroups
+from shared.grouping import GroupingError, unpack
+from shared.messages import GenerationRequest, PromptGrouping
+
+RNG = np.random.default_rng(3)
+
+
+def grouping(seed: int = 1, *, hours: float = 0.0) -> PromptGrouping:
+    learned = learn(
+        MODEL, judged_kinds(200, seed=seed), levels=("L0", "L1"), traffic={}, book={}, learned_at=NOW
+    ).grouping
+    return learned.model_copy(update={"learned_at": NOW + timedelta(hours=hours)})
+
+
+def known(*groupings: PromptGrouping) -> LearnedGroups:
+    groups = LearnedGroups()
+    for one in groupings:
+        groups.learn(one)
+    return groups
+
+
+def by(version: str | None, **rows):
+    made = policy({"L0": 0.5, "L1": 0.5})
+    return made.model_copy(update={"group_version": version, "groups": {**made.groups, **rows}})
+
+
+def asking(text: str, *, task: str | None = None) -> GenerationRequest:
+    return GenerationRequest(id="r", model=MODEL, prompt=text, task=task)
+
+
+def test_by_task_labels_the_group_is_the_task_or_the_default():
+    groups = known(grouping())
+    assert groups.assign(request(1, task="maths"), model=MODEL, policy=by(None)).group == "maths"
+    assert groups.assign(request(1), model=MODEL, policy=by(None)).group == "default"
+
+
+def test_by_learned_groups_the_prompt_alone_decides():
+    made = grouping()
+    text = sum_of(RNG)
+    name = unpack(made).assign(text)
+    following = by(made.version, **{name: {"p/L0": 1.0}})
+    for task in (None, "maths"):
+        found = known(made).assign(asking(text, task=task), model=MODEL, policy=following)
+        assert (found.group, found.row, found.missing) == (name, {"p/L0": 1.0}, False)
+    questions = [known(made).assign(asking(question(RNG)), model=MODEL, policy=following) for _ in range(20)]
+    others = [found for found in questions if found.group != name]
+    assert len(others) > 10
+    assert all(found.group in made.names and found.row == following.overall for found in others)
+
+
+def test_a_version_that_is_not_known_leads_to_the_row_for_all_traffic():
+    made = grouping()
+    following = by("another", qa={"p/L0": 1.0})
+    found = known(made).assign(asking("Why?", task="qa"), model=MODEL, policy=following)
+    assert (found.group, found.row, found.missing) == ("qa", following.overall, True)
+
+
+def test_without_a_policy_requests_are_told_apart_by_the_newest_groups():
+    made = grouping()
+    found = known(made).assign(asking(sum_of(RNG)), model=MODEL, policy=None)
+    assert found.row is None
+    assert found.group in made.names
+    assert LearnedGroups().assign(asking("Why?", task="qa"), model=MODEL, policy=None).group == "qa"
+
+
+def test_earlier_versions_stay_for_policies_that_have_not_followed_yet():
+    first, second = grouping(1), grouping(2, hours=1)
+    groups = known(first, second)
+    for made in (first, second):
+        assert groups.assign(asking("Why?"), model=MODEL, policy=by(made.version)).group in made.names
+    assert not groups.learn(first)  # older than what is known
+    many = known(*(grouping(seed, hours=seed) for seed in range(5)))
+    assert many.assign(asking("Why?"), model=MODEL, policy=by(grouping(0).version)).missing
+
+
+def test_groups_that_are_given_up_are_used_no_more():
+    made = grouping()
+    groups = known(made, PromptGrouping(model=MODEL, version=None, learned_at=NOW + timedelta(hours=1)))
+    assert groups.assign(asking("Why?", task="qa"), model=MODEL, policy=None).group == "qa"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"features": 99}, "features 99 there"),
+        ({"arrays": {}}, "no array 'telling'"),
+        ({"names": ("a.00",)}, "names groups that there are not"),
+    ],
+)
+def test_groups_that_cannot_be_used_are_refused_with_the_reason(change, why):
+    damaged = grouping().model_copy(update=change)
+    with pytest.raises(GroupingError, match=why):
+        unpack(damaged)
+    groups = LearnedGroups()
+    assert not groups.learn(damaged)
+    assert groups.assign(asking("Why?", task="qa"), model=MODEL, policy=by(damaged.version)).missing
+
+
+def test_damaged_arrays_are_refused():
+    made = grouping()
+    weights = made.arrays["weights"]
+    for packed, why in (
+        (weights.model_copy(update={"data": "%%%"}), "'weights' is damaged"),
+        (weights.model_copy(update={"shape": (3, 4)}), "'weights' does not hold what its shape"),
+        (weights.model_copy(update={"shape": (1 << 40,)}), "'weights' is larger"),
+        (made.arrays["intercept"], "'weights' has shape"),
+    ):
+        with pytest.raises(GroupingError, match=why):
+            unpack(made.model_copy(update={"arrays": made.arrays | {"weights": packed}}))
