@@ -17,6 +17,7 @@ class Pace:
         max_tokens: of every answer.
         evaluated_prompts: in one evaluation, at most; each is answered at every level and judged in every order.
         first_samples: before the first evaluation; the optimizer trusts no option that was judged on fewer than 20.
+        first_lesson: judged prompts before prompt groups are learned.
         evaluator_concurrency: calls that the evaluator makes at once.
         sample_share: of the requests, kept for the evaluator.
         caution: of the optimizer, in standard deviations of judged quality.
@@ -28,6 +29,7 @@ class Pace:
     max_tokens: int
     evaluated_prompts: int
     first_samples: int
+    first_lesson: int
     evaluator_concurrency: int
     sample_share: float
     caution: float = 1.0
@@ -39,10 +41,11 @@ PACES: dict[ModelName, Pace] = {
         requests=4_000,
         wall_s=120.0,
         max_tokens=1024,
-        evaluated_prompts=120,
-        first_samples=60,
+        evaluated_prompts=200,
+        first_samples=200,
+        first_lesson=180,
         evaluator_concurrency=12,
-        sample_share=0.5,
+        sample_share=1.0,
     ),
     # A real model on the processor cores that everything else runs on as well: it has time for two dozen judged
     # prompts, too few for any caution to leave something to save. It is asked what a model of its size can answer.
@@ -52,6 +55,8 @@ PACES: dict[ModelName, Pace] = {
         max_tokens=96,
         evaluated_prompts=30,
         first_samples=26,
+        # More than a day judges: of so few nothing can be learned.
+        first_lesson=600,
         evaluator_concurrency=4,
         sample_share=1.0,
         caution=0.0,

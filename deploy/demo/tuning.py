@@ -31,6 +31,7 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             "SPROUT_EVALUATOR_MIN_SAMPLES": str(day.pace.first_samples),
             "SPROUT_EVALUATOR_CONCURRENCY": str(day.pace.evaluator_concurrency),
             "SPROUT_EVALUATOR_MAX_TOKENS": str(day.pace.max_tokens),
+            "SPROUT_EVALUATOR_MIN_JUDGED_TO_LEARN": str(day.pace.first_lesson),
         },
         "ledger": {
             "SPROUT_LEDGER_SCRAPE_INTERVAL_S": "0.5",

@@ -84,14 +84,12 @@ class Consumption:
         if len(self.cells) > 2 * memory.max_groups:
             self._forget_small_groups(at_s, memory)
 
-    def of_groups(self, names: Iterable[str]) -> "Consumption":
-        """A copy that knows these groups alone, and the request rate of all."""
+    def asked_by(self, names: Iterable[str]) -> "Consumption":
+        """A copy whose traffic is that of these groups; energy and time, and the request rate, are those of all."""
         kept = set(names)
         return Consumption(
             cells={
-                group: {option: _copied(sums) for option, sums in row.items()}
-                for group, row in self.cells.items()
-                if group in kept
+                group: {option: _copied(sums) for option, sums in row.items()} for group, row in self.cells.items()
             },
             traffic={group: _copied(sums) for group, sums in self.traffic.items() if group in kept},
             recent=self.recent,

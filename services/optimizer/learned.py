@@ -1,7 +1,8 @@
 """What is believed once prompt groups are learned: by these groups alone, from the moment that they are known.
 
 A version restates all that was judged before it, and says what the judged answers took and how the traffic was made up.
-What has come in since by its names is added; what was counted by other groups is left out, for it is restated.
+What has come in since by its names is added. What was judged by other groups is left out, for it is restated; what was
+consumed by them stays: it tells how much an option takes in relation to another, whatever the group.
 """
 
 from collections.abc import Iterable
@@ -27,9 +28,9 @@ def evidence_by(grouping: PromptGrouping, evaluations: Iterable[Quality], *, hal
 
 
 def consumption_by(grouping: PromptGrouping, consumption: Consumption, memory: Memory) -> Consumption:
-    """What was consumed by the learned groups, the judged answers before the version included."""
+    """What was consumed, the judged answers before the version by its groups, with the traffic of these groups."""
     at_s = grouping.learned_at.timestamp()
-    found = consumption.of_groups(grouping.names)
+    found = consumption.asked_by(grouping.names)
     for one in grouping.taken:
         taken = Consumed(one.requests, one.energy_kwh, one.processing_s)
         found.add(one.group, one.option, taken, at_s=at_s, memory=memory, asked=False)

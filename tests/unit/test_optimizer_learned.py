@@ -112,6 +112,19 @@ def test_evaluations_and_requests_by_the_groups_come_on_top():
     assert found.groups["v.01"]["p/L0"].trials == pytest.approx(200, rel=0.01)
 
 
+def test_what_options_take_is_known_from_other_groups_where_the_judged_answers_took_is_not():
+    consumption = Consumption()
+    for option, kwh in zip(LEVELS, (6e-5, 3e-5, 1.5e-5), strict=True):
+        taken = Consumed(100.0, 100 * kwh, 100.0)
+        consumption.add("qa", option, taken, at_s=NOW.timestamp(), memory=RULES.memory, asked=False)
+    found = beliefs(grouping(taken=()), consumption=consumption).estimate(MODEL, NOW)
+    assert found is not None
+    assert found.withheld == {}
+    assert found.groups.keys() == {"v.00", "v.01"}
+    row = found.groups["v.00"]
+    assert row["p/L1"].energy_kwh / row["p/L0"].energy_kwh == pytest.approx(0.5, rel=0.05)
+
+
 def test_the_newest_version_counts_and_one_without_a_version_leads_back_to_tasks():
     given_up = grouping(None, learned_at=LATER, names=(), arrays={}, evidence=(), taken=(), traffic={})
     found = beliefs(grouping(), consumption=asked(qa=100.0))
