@@ -246,9 +246,9 @@ class Producer:
     async def post(self, spec: TopicSpec, message: Message, key: str) -> None:
         await self.producer.send_and_wait(self.kafka.topic(spec), message.model_dump_json().encode(), key=key.encode())
 
-    async def prepare(self, row: Mapping[str, float]) -> Policy:
+    async def prepare(self, row: Mapping[str, float], **changes: Any) -> Policy:
         """Put a policy and a fresh intensity in force."""
-        made = policy(row)
+        made = policy(row, **changes)
         await self.post(CARBON_INTENSITY, intensity(), ZONE)
         await self.post(POLICIES, made, MODEL)
         return made

@@ -88,9 +88,7 @@ class Consumption:
         """A copy whose traffic is that of these groups; energy and time, and the request rate, are those of all."""
         kept = set(names)
         return Consumption(
-            cells={
-                group: {option: _copied(sums) for option, sums in row.items()} for group, row in self.cells.items()
-            },
+            cells={group: {option: _copied(sums) for option, sums in row.items()} for group, row in self.cells.items()},
             traffic={group: _copied(sums) for group, sums in self.traffic.items() if group in kept},
             recent=self.recent,
             first_request_s=self.first_request_s,

@@ -76,6 +76,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         """What stands against readiness; null when all is well."""
         if self._stopping:
             return "stopping"
+        if not self._open.is_set():
+            return "policies and intensities that are in force are being read"
         if not self._assigned:
             return "no partitions assigned yet, or a rebalance is under way"
         if self._commit_failures > COMMIT_FAILURES_TOLERATED:

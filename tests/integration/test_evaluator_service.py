@@ -15,9 +15,10 @@ from router_support import MODEL, ZONE, Producer, TritonServer, producing, quest
 
 from deploy.local.processes import Supervisor
 from shared.clock import Clock
-from shared.messages import Footprint, Quality, UsageRecord
+from shared.grouping import unpack
+from shared.messages import Footprint, PromptGrouping, Quality, UsageRecord
 from shared.settings import DatabaseSettings, KafkaSettings
-from shared.topics import CARBON_INTENSITY, FOOTPRINTS, QUALITY, SAMPLES, USAGE
+from shared.topics import CARBON_INTENSITY, FOOTPRINTS, PROMPT_GROUPS, QUALITY, SAMPLES, USAGE
 
 pytestmark = pytest.mark.integration
 
@@ -154,12 +155,52 @@ async def test_it_learns_what_it_costs_and_survives_a_restart(kafka, database, e
         assert second.cost.energy_kwh == pytest.approx((generated * 6 + 90 * 50) / 3.6e6)
         assert second.cost.carbon_g > second.cost.energy_kwh * 130
         # A person wants one now.
-        request = urllib.request.Request(f"{evaluators.url(again)}/evaluations?model={MODEL}", method="POST")
-        assert (await asyncio.to_thread(urllib.request.urlopen, request)).status == 202
+        await ask_for_evaluation(evaluators.url(again))
         await found.read(until=3)
         assert qualities(found)[2].trigger == "requested"
         await found.read(settle_s=0.5)
         assert len(found.records) == 3
+
+
+async def test_prompt_groups_are_learned_from_what_was_judged_and_given_up_when_told(
+    kafka, database, evaluators, producer
+):
+    await send_samples(producer, range(120))
+    few = {"SPROUT_EVALUATOR_MIN_JUDGED_TO_LEARN": "60", "SPROUT_EVALUATOR_LEARN_AGAIN_SHARE": "9"}
+    name = evaluators.start(**few, SPROUT_EVALUATOR_MIN_SAMPLES="120")
+    async with reading(kafka, PROMPT_GROUPS) as learned, reading(kafka, QUALITY) as found:
+        await found.read(until=1)
+        await learned.read(until=1)
+        (first,) = qualities(found)
+        assert {one.group for one in first.counts} == {"qa"}  # counted before anything was learned
+        made = PromptGrouping.model_validate_json(learned.records[0].value)
+        assert learned.records[0].key == MODEL.encode()
+        assert unpack(made).assign(question(1)) in made.names
+        (restated,) = made.evidence
+        judged = first.prompts - first.abstentions
+        assert made.prompts == judged
+        assert sum(one.trials for one in restated.counts if one.option == "p/L0") == judged
+        assert restated.evaluated_at == first.evaluated_at
+        kept = await stored(database, "SELECT answers::text AS answers, prompt_group FROM evaluator.judged")
+        assert len(kept) == judged
+        assert {row["prompt_group"] for row in kept} <= set(made.names)
+        assert not any("word" in row["answers"] for row in kept)
+
+        await ask_for_evaluation(evaluators.url(name))
+        await found.read(until=2)
+        assert {one.group for one in qualities(found)[1].counts} <= set(made.names)
+        evaluators.supervisor.stop(name)
+        # Another process knows them too; one that is told to go by task labels takes them back.
+        again = evaluators.start(**few)
+        await ask_for_evaluation(evaluators.url(again))
+        await found.read(until=3)
+        assert {one.group for one in qualities(found)[2].counts} <= set(made.names)
+        evaluators.supervisor.stop(again)
+        evaluators.start(SPROUT_EVALUATOR_PROMPT_GROUPS="task")
+        await learned.read(until=2)
+        given_up = PromptGrouping.model_validate_json(learned.records[1].value)
+        assert given_up.version is None
+        assert given_up.learned_at > made.learned_at
 
 
 async def test_an_evaluation_that_a_kill_interrupts_begins_again(kafka, database, evaluators, producer):
@@ -199,6 +240,11 @@ async def test_without_postgresql_it_waits_and_then_goes_on_where_it_was(
         await found.read(until=1)
         assert qualities(found)[0].prompts == 40
     assert supervisor.process(name).alive
+
+
+async def ask_for_evaluation(url: str) -> None:
+    request = urllib.request.Request(f"{url}/evaluations?model={MODEL}", method="POST")
+    assert (await asyncio.to_thread(urllib.request.urlopen, request)).status == 202
 
 
 async def until_status(url: str, wanted: int) -> str:

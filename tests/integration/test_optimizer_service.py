@@ -17,14 +17,17 @@ from shared.messages import (
     CarbonIntensity,
     EvaluationCost,
     Footprint,
+    GroupEvidence,
     IntensityPoint,
     Message,
+    PackedArray,
     Policy,
+    PromptGrouping,
     Quality,
     QualityCount,
 )
 from shared.settings import DatabaseSettings, KafkaSettings
-from shared.topics import CARBON_INTENSITY, FOOTPRINTS, POLICIES, QUALITY, TopicSpec
+from shared.topics import CARBON_INTENSITY, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY, TopicSpec
 
 pytestmark = pytest.mark.integration
 
@@ -72,6 +75,20 @@ def quality(name: str, *, successes: dict[str, float]) -> Quality:
     return Quality(
         evaluation_id=name, model="m", evaluated_at=NOW, trigger="first", counts=counts, prompts=100, abstentions=0,
         cost=cost,
+    )  # fmt: skip
+
+
+def grouping(*, learned_at: datetime) -> PromptGrouping:
+    """Two groups: in the first L0 is preferred, in the second L1."""
+    counts = [
+        QualityCount(group=group, option=f"p/{level}", metric="preference", successes=won, trials=100)
+        for group, row in {"v.00": {"L0": 90, "L1": 10}, "v.01": {"L0": 20, "L1": 80}}.items()
+        for level, won in row.items()
+    ]
+    return PromptGrouping(
+        model="m", version="v", learned_at=learned_at, prompts=200, names=("v.00", "v.01"), features=1,
+        arrays={"weights": PackedArray(dtype="<f4", shape=(0,), data="")}, traffic={"v.00": 0.5, "v.01": 0.5},
+        evidence=(GroupEvidence(evaluated_at=learned_at, counts=counts),),
     )  # fmt: skip
 
 
@@ -161,5 +178,17 @@ async def test_evidence_becomes_a_policy_and_a_restart_goes_on_where_it_was(supe
             assert clean.bounds["preference"] == 1.0
             assert clean.row("qa") == {"p/L0": 1.0}
             assert clean.inputs.estimates["qa"]["p/L0"].requests == pytest.approx(40.0, rel=0.01)
+
+            learned = grouping(learned_at=datetime.now(UTC))
+            await around.send(CARBON_INTENSITY, "GB", intensity(292.0))
+            await around.send(PROMPT_GROUPS, "m", learned)
+            grouped = await around.policy(lambda one: one.group_version == "v")
+            assert grouped.groups.keys() == {"v.00", "v.01"}
+            assert grouped.row("v.01").get("p/L1", 0.0) > grouped.row("v.00").get("p/L1", 0.0)
+
+            supervisor.kill(name)
+            name = start(supervisor, kafka, database, fleet)
+            again = await around.policy(lambda one: one.version > grouped.version)
+            assert again.group_version == "v"  # never back to task labels for want of having read
     finally:
         supervisor.stop(name)
