@@ -71,9 +71,7 @@ class Conversation:
             KafkaError: the broker could not be reached or refused the request.
         """
         specs = {self._kafka.topic(spec): spec for spec in (RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS)}
-        consumer: Any = AIOKafkaConsumer(
-            bootstrap_servers=self._kafka.bootstrap_servers, enable_auto_commit=False, fetch_max_wait_ms=50
-        )
+        consumer: Any = AIOKafkaConsumer(**self._kafka.client_options(), enable_auto_commit=False, fetch_max_wait_ms=50)
         await consumer.start()
         try:
             await self._from_now_on(consumer, list(specs))
@@ -112,7 +110,7 @@ class Conversation:
 
     async def _publish(self) -> None:
         producer: Any = AIOKafkaProducer(
-            bootstrap_servers=self._kafka.bootstrap_servers, acks="all", max_request_size=REQUESTS.max_message_bytes
+            **self._kafka.client_options(), acks="all", max_request_size=REQUESTS.max_message_bytes
         )
         await producer.start()
         try:

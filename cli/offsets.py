@@ -14,7 +14,7 @@ async def existing_partitions(kafka: KafkaSettings, topics: list[str]) -> list[T
     Raises:
         KafkaError: the broker could not be reached.
     """
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers, request_timeout_ms=5_000)
+    admin = AIOKafkaAdminClient(**kafka.client_options(), request_timeout_ms=5_000)
     try:
         await admin.start()
         wanted = sorted(set(await admin.list_topics()) & set(topics))
@@ -31,7 +31,7 @@ async def offsets_by_topic(kafka: KafkaSettings, topics: list[str]) -> dict[str,
         KafkaError: the broker could not be reached.
     """
     partitions = await existing_partitions(kafka, topics)
-    consumer: Any = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap_servers, enable_auto_commit=False)
+    consumer: Any = AIOKafkaConsumer(**kafka.client_options(), enable_auto_commit=False)
     try:
         await consumer.start()
         first = await consumer.beginning_offsets(partitions)

@@ -13,7 +13,7 @@ from rich.status import Status
 
 from cli.answer import Answer, Conversation, MissingTopicError, NoAnswerError
 from cli.console import Exit, err, fail, out, quiet_clients
-from cli.target import Bootstrap, find_target
+from cli.target import Bootstrap, find_target, unreachable
 from shared.clock import Clock
 from shared.dead_letters import describe
 from shared.fleet import Fleet
@@ -74,11 +74,7 @@ def send(
     except MessageSizeTooLargeError:
         _too_large(request)
     except (KafkaError, OSError) as error:
-        fail(
-            f"no Kafka answers at {target.kafka.bootstrap_servers} ({type(error).__name__})",
-            remedy="check the address, or start the local stack: sprout up",
-            code=Exit.NOT_RUNNING,
-        )
+        unreachable(target, error)
     finally:
         metering.stop()
     if as_json:

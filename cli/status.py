@@ -90,7 +90,7 @@ async def _lags(state: StackState) -> dict[str, int]:
 
 async def _committed(kafka: KafkaSettings, services: list[str]) -> dict[str, dict[TopicPartition, int]]:
     """By service: the offsets that its consumer group has committed."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers, request_timeout_ms=3_000)
+    admin = AIOKafkaAdminClient(**kafka.client_options(), request_timeout_ms=3_000)
     try:
         await admin.start()
         return {
@@ -107,7 +107,7 @@ async def _committed(kafka: KafkaSettings, services: list[str]) -> dict[str, dic
 
 async def _ends(kafka: KafkaSettings, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
     """By partition: the offset that its next record gets."""
-    consumer: Any = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap_servers, enable_auto_commit=False)
+    consumer: Any = AIOKafkaConsumer(**kafka.client_options(), enable_auto_commit=False)
     try:
         await consumer.start()
         ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)

@@ -1,16 +1,20 @@
 """Which Kafka a subcommand talks to: the one named, the environment's, or the local stack's."""
 
+import asyncio
 import os
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+from pydantic import ValidationError
 
 from cli.console import Exit, fail
 from deploy.local.config import state_dir_from_environment
 from deploy.local.state import StackState, StateError, read_state
 from shared.clock import Clock
+from shared.dead_letters import describe
 from shared.fleet import Fleet, FleetError, load_fleet
+from shared.kafka_refusal import refusal
 from shared.settings import FleetSettings, KafkaSettings
 
 BOOTSTRAP_VARIABLE = "SPROUT_KAFKA_BOOTSTRAP_SERVERS"
@@ -48,6 +52,18 @@ class Target:
             fail(str(error))
 
 
+def unreachable(target: Target, error: Exception) -> NoReturn:
+    """Leave because Kafka did not answer, or does not let us in."""
+    refused = asyncio.run(refusal(target.kafka))
+    if refused is not None:
+        fail(refused, code=Exit.NOT_RUNNING)
+    fail(
+        f"no Kafka answers at {target.kafka.bootstrap_servers} ({type(error).__name__})",
+        remedy="check the address and SPROUT_KAFKA_SECURITY_PROTOCOL, or start the local stack: sprout up",
+        code=Exit.NOT_RUNNING,
+    )
+
+
 def local_state() -> StackState | None:
     """The state file of the local stack; leaves with an error where it is unreadable."""
     try:
@@ -72,10 +88,11 @@ def running_stack() -> StackState:
 
 def find_target(bootstrap: str | None) -> Target:
     """The deployment that a subcommand is about; leaves with an error where there is none."""
-    if bootstrap:
-        return Target(KafkaSettings(bootstrap_servers=bootstrap), None)
-    if os.environ.get(BOOTSTRAP_VARIABLE):
-        return Target(KafkaSettings(), None)
+    if bootstrap or os.environ.get(BOOTSTRAP_VARIABLE):
+        try:
+            return Target(KafkaSettings(bootstrap_servers=bootstrap) if bootstrap else KafkaSettings(), None)
+        except ValidationError as error:
+            fail(describe(error, whole="Kafka settings"))
     state = local_state()
     if state is None or not state.running or not state.bootstrap_servers:
         fail(

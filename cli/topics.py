@@ -1,7 +1,7 @@
 """`sprout topics`: create, list and describe the declared topics."""
 
 import asyncio
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from aiokafka.errors import KafkaError
@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from cli.console import Exit, fail, out, quiet_clients
 from cli.offsets import offsets_by_topic
-from cli.target import Bootstrap, Target, find_target
+from cli.target import Bootstrap, find_target, unreachable
 from shared.provisioning import ProvisioningError, create_topics
 from shared.topics import TOPICS, TopicSpec
 
@@ -36,7 +36,7 @@ def create(
     except ProvisioningError as error:
         fail(str(error))
     except (KafkaError, OSError) as error:
-        _unreachable(target, error)
+        unreachable(target, error)
     for outcome in outcomes:
         note = f"  ({outcome.note})" if outcome.note else ""
         word = "created" if outcome.created else "exists"
@@ -51,7 +51,7 @@ def list_topics(bootstrap: Bootstrap = None) -> None:
     try:
         found = asyncio.run(offsets_by_topic(target.kafka, [target.kafka.topic(spec) for spec in TOPICS]))
     except (KafkaError, OSError) as error:
-        _unreachable(target, error)
+        unreachable(target, error)
     table = Table(Column("topic", no_wrap=True), "partitions", "records", "cleanup", "retention")
     for spec in TOPICS:
         name = target.kafka.topic(spec)
@@ -87,7 +87,7 @@ def describe(
     try:
         offsets = asyncio.run(offsets_by_topic(target.kafka, [target.kafka.topic(spec)]))
     except (KafkaError, OSError) as error:
-        _unreachable(target, error)
+        unreachable(target, error)
     offsets_by_partition = offsets.get(target.kafka.topic(spec), {})
     out.print(f"{target.kafka.topic(spec)}  (key: {spec.key})", style="bold")
     out.print(f"cleanup {spec.cleanup.value}, retention {_retention(spec)}, {spec.max_message_bytes} bytes at most")
@@ -108,11 +108,3 @@ def _retention(spec: TopicSpec) -> str:
         return "for ever"
     hours = spec.retention_ms / 3_600_000
     return f"{hours:g} h" if hours < 48 else f"{hours / 24:g} d"
-
-
-def _unreachable(target: Target, error: Exception) -> NoReturn:
-    fail(
-        f"no Kafka answers at {target.kafka.bootstrap_servers} ({type(error).__name__})",
-        remedy="check the address, or start the local stack: sprout up",
-        code=Exit.NOT_RUNNING,
-    )

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from shared.clock import Clock
 from shared.dead_letters import DeadLetterMiddleware, DeadLetterOffice
+from shared.kafka_refusal import KafkaRefusedError, refusal
 from shared.logs import get_logger
 from shared.settings import KafkaSettings
 
@@ -41,6 +42,7 @@ def build_broker(
         allow_auto_create_topics=False,
         acks="all",
         enable_idempotence=True,
+        security=kafka.broker_security(),
         max_request_size=LARGEST_REQUEST_BYTES,
         linger_ms=linger_ms,
         ack_policy=AckPolicy.NACK_ON_ERROR,
@@ -59,6 +61,7 @@ async def wait_for_kafka(kafka: KafkaSettings, topics: list[str]) -> None:
     """Wait until the broker answers and every topic exists; FastStream itself gives up at once.
 
     Raises:
+        KafkaRefusedError: the broker answers and does not accept the credentials, or its certificate is not trusted.
         TimeoutError: not within `kafka.connect_attempts_s`; the message says what was missing.
     """
     waiting_for = f"the broker at {kafka.bootstrap_servers}"
@@ -76,17 +79,20 @@ async def wait_for_kafka(kafka: KafkaSettings, topics: list[str]) -> None:
     except TimeoutError:
         raise TimeoutError(
             f"Kafka is not ready after {kafka.connect_attempts_s:.0f} s: {waiting_for}. Check SPROUT_KAFKA_BOOTSTRAP_"
-            "SERVERS; create missing topics with 'sprout topics create'"
+            "SERVERS and SPROUT_KAFKA_SECURITY_PROTOCOL; create missing topics with 'sprout topics create'"
         ) from None
 
 
 async def _still_missing(kafka: KafkaSettings, topics: list[str]) -> str:
     """What is not there yet, in words; empty when nothing is."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers, request_timeout_ms=5_000)
+    admin = AIOKafkaAdminClient(**kafka.client_options(), request_timeout_ms=5_000)
     try:
         await admin.start()
         missing = sorted(set(topics) - set(await admin.list_topics()))
     except (KafkaError, OSError) as error:
+        refused = await refusal(kafka)
+        if refused is not None:
+            raise KafkaRefusedError(refused) from None
         return f"no broker answers at {kafka.bootstrap_servers} ({type(error).__name__})"
     finally:
         await admin.close()

@@ -48,10 +48,14 @@ class RetryLaterError(RuntimeError):
     """A handler's word that the message is fine but something it needs is away; it will be redelivered."""
 
 
-def describe(error: ValidationError) -> str:
-    """What is wrong with a message, by field, without any of its content."""
+def describe(error: ValidationError, *, whole: str = "message") -> str:
+    """What is wrong with a message, by field, without any of its content.
+
+    Args:
+        whole: the name of what is wrong as a whole.
+    """
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    shown = [f"{'.'.join(str(part) for part in p['loc']) or 'message'}: {p['msg']}" for p in problems[:10]]
+    shown = [f"{'.'.join(str(part) for part in p['loc']) or whole}: {p['msg']}" for p in problems[:10]]
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
     return "; ".join(shown)

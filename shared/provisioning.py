@@ -38,7 +38,7 @@ async def create_topics(
         ProvisioningError: the broker refused a topic, or does not serve it in time.
     """
     declared = tuple(specs)
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    admin = AIOKafkaAdminClient(**kafka.client_options())
     await admin.start()
     try:
         response = await admin.create_topics(

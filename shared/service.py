@@ -12,8 +12,10 @@ from faststream.asgi.types import Scope
 from faststream.kafka import KafkaBroker
 from faststream.specification import AsyncAPI
 from prometheus_client import CollectorRegistry, make_asgi_app
+from pydantic import ValidationError
 
 from shared.broker import wait_for_kafka
+from shared.dead_letters import describe
 from shared.health import Health
 from shared.logs import configure_logging, get_logger
 from shared.settings import HttpSettings, KafkaSettings, LogSettings
@@ -91,8 +93,22 @@ def build_service(
     )
 
 
-def run_service(app: AsgiFastStream, *, name: str, http: HttpSettings, logs: LogSettings) -> None:
-    """Serve until SIGINT or SIGTERM; exits with status 1 when the service could not start."""
+def run_service(
+    build: Callable[[], AsgiFastStream], *, name: str, configuration_errors: tuple[type[Exception], ...] = ()
+) -> None:
+    """Serve until SIGINT or SIGTERM; exits with status 1 when the service could not start.
+
+    Args:
+        build: puts the service together from its environment.
+        configuration_errors: of `build`, whose text says all there is to say; a `ValidationError` is always one.
+    """
+    try:
+        http, logs = HttpSettings(), LogSettings()
+        app = build()
+    except ValidationError as error:
+        sys.exit(f"{name}: {describe(error, whole=error.title)}")
+    except configuration_errors as error:
+        sys.exit(f"{name}: {error}")
     configure_logging(name, logs)
     server = uvicorn.Server(
         uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)

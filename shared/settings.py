@@ -1,19 +1,19 @@
 """Configuration that several services share; one class per concern, each with its own environment prefix."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 from urllib.parse import quote, urlsplit
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.kafka_security import KafkaSecuritySettings
+from shared.secret_files import read_secret
 from shared.topics import TopicSpec
 
 
-class KafkaSettings(BaseSettings):
+class KafkaSettings(KafkaSecuritySettings):
     """How to reach Kafka, and what the topics are called."""
-
-    model_config = SettingsConfigDict(env_prefix="SPROUT_KAFKA_", extra="ignore")
 
     bootstrap_servers: str = Field(default="localhost:9092", description="host:port,host:port")
     topic_prefix: str = Field(default="sprout.", description="Put before every topic's name")
@@ -21,6 +21,10 @@ class KafkaSettings(BaseSettings):
     connect_attempts_s: float = Field(
         default=300.0, gt=0, description="How long a starting service waits for the broker"
     )
+
+    def client_options(self) -> dict[str, Any]:
+        """Where an aiokafka client connects to, and how; for every client there is. Holds the password."""
+        return {"bootstrap_servers": self.bootstrap_servers, **self.security_options()}
 
     def topic(self, spec: TopicSpec) -> str:
         """The full name of a topic."""
@@ -34,7 +38,7 @@ class KafkaSettings(BaseSettings):
 class DatabaseSettings(BaseSettings):
     """How to reach PostgreSQL; every service owns one schema there."""
 
-    model_config = SettingsConfigDict(env_prefix="SPROUT_DATABASE_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="SPROUT_DATABASE_", extra="ignore", hide_input_in_errors=True)
 
     url: SecretStr = Field(
         default=SecretStr("postgresql://sprout:sprout@localhost:5432/sprout"),
@@ -57,12 +61,7 @@ class DatabaseSettings(BaseSettings):
                 "SPROUT_DATABASE_PASSWORD_FILE is for a SPROUT_DATABASE_URL that names a user and no password: "
                 "postgresql://user@host:port/database"
             )
-        try:
-            password = self.password_file.read_text(encoding="utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"SPROUT_DATABASE_PASSWORD_FILE cannot be read: {error}") from error
-        if not password:
-            raise ValueError(f"SPROUT_DATABASE_PASSWORD_FILE {self.password_file} is empty")
+        password = read_secret(self.password_file, "SPROUT_DATABASE_PASSWORD_FILE")
         whole = parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}")
         self.url = SecretStr(whole.geturl())
         return self

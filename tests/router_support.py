@@ -205,7 +205,7 @@ class Answers:
 @asynccontextmanager
 async def reading(kafka: KafkaSettings, spec: TopicSpec = RESPONSES) -> AsyncIterator[Answers]:
     consumer = AIOKafkaConsumer(
-        kafka.topic(spec), bootstrap_servers=kafka.bootstrap_servers, group_id=None, auto_offset_reset="earliest"
+        kafka.topic(spec), **kafka.client_options(), group_id=None, auto_offset_reset="earliest"
     )
     await consumer.start()
     try:
@@ -216,7 +216,7 @@ async def reading(kafka: KafkaSettings, spec: TopicSpec = RESPONSES) -> AsyncIte
 
 @asynccontextmanager
 async def producing(kafka: KafkaSettings) -> AsyncIterator["Producer"]:
-    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, linger_ms=2)
+    producer = AIOKafkaProducer(**kafka.client_options(), linger_ms=2)
     await producer.start()
     try:
         yield Producer(producer, kafka)
@@ -314,9 +314,7 @@ class RouterProcess:
 async def committed(kafka: KafkaSettings, group: str = "router") -> dict[int, tuple[int, int]]:
     """Committed offset and end of every partition of the topic `requests`."""
     topic = kafka.topic(REQUESTS)
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=kafka.bootstrap_servers, group_id=kafka.group(group), enable_auto_commit=False
-    )
+    consumer = AIOKafkaConsumer(**kafka.client_options(), group_id=kafka.group(group), enable_auto_commit=False)
     await consumer.start()
     try:
         partitions = [TopicPartition(topic, number) for number in range(REQUESTS.partitions)]

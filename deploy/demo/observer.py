@@ -73,7 +73,7 @@ class Observer:
         self._specs = {kafka.topic(spec): spec for spec in WATCHED}
         self._consumer = AIOKafkaConsumer(
             *self._specs,
-            bootstrap_servers=kafka.bootstrap_servers,
+            **kafka.client_options(),
             group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="earliest",

@@ -28,9 +28,7 @@ class Producer:
         Raises:
             KafkaError: a request could not be published.
         """
-        producer = AIOKafkaProducer(
-            bootstrap_servers=self._kafka.bootstrap_servers, acks="all", enable_idempotence=True, linger_ms=5
-        )
+        producer = AIOKafkaProducer(**self._kafka.client_options(), acks="all", enable_idempotence=True, linger_ms=5)
         await producer.start()
         acknowledgements: set[asyncio.Future[object]] = set()
         try:

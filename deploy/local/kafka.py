@@ -10,6 +10,8 @@ import socket
 import subprocess
 import tempfile
 from base64 import urlsafe_b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -72,14 +74,44 @@ def install_kafka(install_dir: Path, *, java: Java, say: Say) -> Path:
     return libs
 
 
-def kafka_spec(data_dir: Path, *, libs: Path, java: Java, name: str = "kafka") -> tuple[ProcessSpec, str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """A listener beside the plaintext one.
+
+    Attributes:
+        protocol: SSL, SASL_PLAINTEXT or SASL_SSL.
+        properties: Kafka's, of this listener alone, such as `ssl.keystore.location`.
+    """
+
+    name: str
+    protocol: str
+    port: int
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        """Its bootstrap servers."""
+        return f"{LOOPBACK}:{self.port}"
+
+
+def kafka_spec(
+    data_dir: Path,
+    *,
+    libs: Path,
+    java: Java,
+    name: str = "kafka",
+    listeners: Sequence[Listener] = (),
+    scram_users: Mapping[str, str] | None = None,
+) -> tuple[ProcessSpec, str]:
     """Prepare the storage of a fresh broker, and say how to run it.
 
     Args:
         data_dir: everything in it is replaced.
+        listeners: beside the plaintext one.
+        scram_users: passwords by user, known to the listeners with SCRAM.
 
     Returns:
-        The process, and its bootstrap servers.
+        The process, and its bootstrap servers, in plaintext.
 
     Raises:
         KafkaInstallationError: the storage could not be formatted.
@@ -89,12 +121,12 @@ def kafka_spec(data_dir: Path, *, libs: Path, java: Java, name: str = "kafka") -
     port, controller_port = free_ports(2)
     bootstrap = f"{LOOPBACK}:{port}"
     properties = data_dir / "server.properties"
-    properties.write_text(_properties(port, controller_port, data_dir / "log"), encoding="utf-8")
+    properties.write_text(_properties(port, controller_port, data_dir / "log", listeners), encoding="utf-8")
     base = (str(java.program), *JVM_FLAGS, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{libs}/*")
     cluster_id = urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
     _run(
         [*base, "kafka.tools.StorageTool", "format", "--standalone", f"--cluster-id={cluster_id}",
-         f"--config={properties}"],
+         f"--config={properties}", *_scram_arguments(scram_users or {})],
         f"Kafka's storage in {data_dir} could not be formatted",
         timeout_s=120,
     )  # fmt: skip
@@ -136,15 +168,27 @@ def kafka_probe(bootstrap_servers: str) -> Probe:
     return probe
 
 
-def _properties(port: int, controller_port: int, log_dir: Path) -> str:
+def _scram_arguments(users: Mapping[str, str]) -> list[str]:
+    return [
+        argument
+        for user, password in users.items()
+        for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")
+        for argument in ("--add-scram", f"{mechanism}=[name={user},password={password}]")
+    ]
+
+
+def _properties(port: int, controller_port: int, log_dir: Path, listeners: Sequence[Listener]) -> str:
+    addresses = {"PLAINTEXT": port, "CONTROLLER": controller_port} | {one.name: one.port for one in listeners}
+    listening = ",".join(f"{listener}://{LOOPBACK}:{number}" for listener, number in addresses.items())
+    protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT"} | {one.name: one.protocol for one in listeners}
     settings = {
         "process.roles": "broker,controller",
         "node.id": "1",
         "controller.quorum.bootstrap.servers": f"{LOOPBACK}:{controller_port}",
-        "listeners": f"PLAINTEXT://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller_port}",
-        "advertised.listeners": f"PLAINTEXT://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller_port}",
+        "listeners": listening,
+        "advertised.listeners": listening,
         "controller.listener.names": "CONTROLLER",
-        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "listener.security.protocol.map": ",".join(f"{one}:{protocol}" for one, protocol in protocols.items()),
         "log.dirs": str(log_dir),
         "auto.create.topics.enable": "false",
         "message.max.bytes": str(LARGEST_MESSAGE_BYTES),
@@ -167,6 +211,8 @@ def _properties(port: int, controller_port: int, log_dir: Path) -> str:
         "num.io.threads": "4",
         "log.cleaner.dedupe.buffer.size": str(4 * 1024 * 1024),
     }
+    for one in listeners:
+        settings |= {f"listener.name.{one.name.lower()}.{key}": value for key, value in one.properties.items()}
     return "".join(f"{name}={value}\n" for name, value in settings.items())
 
 

@@ -1,6 +1,5 @@
 """Wires carbon_feed together."""
 
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,7 +16,7 @@ from shared.health import Health
 from shared.messages import CarbonIntensity
 from shared.publishing import insist
 from shared.service import build_service, run_service
-from shared.settings import FleetSettings, HttpSettings, KafkaSettings, LogSettings
+from shared.settings import FleetSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY
 
 NAME = "carbon_feed"
@@ -92,8 +91,4 @@ def build_app(
 
 def main() -> None:
     """Run until told to stop."""
-    try:
-        app = build_app()
-    except (FleetError, TraceError, ConfigurationError) as error:
-        sys.exit(f"{NAME}: {error}")
-    run_service(app, name=NAME, http=HttpSettings(), logs=LogSettings())
+    run_service(build_app, name=NAME, configuration_errors=(FleetError, TraceError, ConfigurationError))

@@ -28,15 +28,16 @@ from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.storage import Storage
 from services.evaluator.watch import Watch
 from shared.broker import build_broker
+from shared.chat import ChatTemplateError
 from shared.clock import Clock
 from shared.database import migrate, open_pool
 from shared.dead_letters import DeadLetterOffice, batch_decoder
-from shared.fleet import Fleet, load_fleet
+from shared.fleet import Fleet, FleetError, load_fleet
 from shared.following import follow
 from shared.health import Health
 from shared.messages import CarbonIntensity, Footprint, Sample
 from shared.service import build_service, run_service
-from shared.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings, LogSettings
+from shared.settings import DatabaseSettings, FleetSettings, KafkaSettings
 from shared.topics import (
     CARBON_INTENSITY,
     DEAD_LETTERS,
@@ -302,4 +303,4 @@ def _requests(watch: Watch) -> HttpHandler:
 
 def main() -> None:
     """Run until told to stop."""
-    run_service(build_app(), name=NAME, http=HttpSettings(), logs=LogSettings())
+    run_service(build_app, name=NAME, configuration_errors=(FleetError, ChatTemplateError, PlanError))

@@ -32,7 +32,7 @@ from shared.broker import build_broker
 from shared.clock import Clock
 from shared.database import migrate, open_pool
 from shared.dead_letters import DeadLetterOffice, RetryLaterError, batch_decoder
-from shared.fleet import Fleet, load_fleet
+from shared.fleet import Fleet, FleetError, load_fleet
 from shared.health import Health
 from shared.logs import get_logger
 from shared.messages import (
@@ -45,7 +45,7 @@ from shared.messages import (
     UsageRecord,
 )
 from shared.service import build_service, run_service
-from shared.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings, LogSettings
+from shared.settings import DatabaseSettings, FleetSettings, KafkaSettings
 from shared.topics import (
     CARBON_INTENSITY,
     DEAD_LETTERS,
@@ -289,4 +289,4 @@ def build_app(
 
 def main() -> None:
     """Run until told to stop."""
-    run_service(build_app(), name=NAME, http=HttpSettings(), logs=LogSettings())
+    run_service(build_app, name=NAME, configuration_errors=(FleetError,))

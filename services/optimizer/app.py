@@ -20,14 +20,14 @@ from shared.broker import build_broker
 from shared.clock import Clock
 from shared.database import migrate, open_pool
 from shared.dead_letters import DeadLetterOffice, batch_decoder
-from shared.fleet import Fleet, load_fleet
+from shared.fleet import Fleet, FleetError, load_fleet
 from shared.following import POLL_MS, follow, read_to_end
 from shared.health import Health
 from shared.logs import get_logger
 from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality
 from shared.publishing import insist
 from shared.service import build_service, run_service
-from shared.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings, LogSettings
+from shared.settings import DatabaseSettings, FleetSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY
 
 NAME = "optimizer"
@@ -149,7 +149,7 @@ def build_app(
 def main() -> None:
     """Run until told to stop."""
     warm_up()
-    run_service(build_app(), name=NAME, http=HttpSettings(), logs=LogSettings())
+    run_service(build_app, name=NAME, configuration_errors=(FleetError,))
 
 
 def _watch_ages(optimizing: Optimizing, metrics: OptimizerMetrics, fleet: Fleet, clock: Clock) -> None:

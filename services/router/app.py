@@ -19,15 +19,16 @@ from services.router.metrics import RouterMetrics
 from services.router.serving import Serving
 from services.router.settings import RouterSettings
 from shared.broker import build_broker
+from shared.chat import ChatTemplateError
 from shared.clock import Clock
 from shared.dead_letters import DeadLetterOffice
-from shared.fleet import Fleet, load_fleet
+from shared.fleet import Fleet, FleetError, load_fleet
 from shared.following import follow, read_to_end
 from shared.health import Health
 from shared.logs import get_logger
 from shared.messages import CarbonIntensity, GenerationRequest, Policy, PromptGrouping
 from shared.service import build_service, run_service
-from shared.settings import FleetSettings, HttpSettings, KafkaSettings, LogSettings
+from shared.settings import FleetSettings, KafkaSettings
 from shared.topics import (
     CARBON_INTENSITY,
     DEAD_LETTERS,
@@ -241,7 +242,7 @@ def build_app(
 
 def main() -> None:
     """Run until told to stop."""
-    run_service(build_app(), name=NAME, http=HttpSettings(), logs=LogSettings())
+    run_service(build_app, name=NAME, configuration_errors=(FleetError, ChatTemplateError))
 
 
 async def _leave_unparsed(message: KafkaMessage) -> list[GenerationRequest]:  # noqa: ARG001

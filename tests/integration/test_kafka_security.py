@@ -1,0 +1,223 @@
+"""Kafka with credentials and TLS: the services as processes and the command line, let in and turned away."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from certificate_support import Authority, Certificate
+from router_support import RouterProcess, TritonServer, fleet_toml, question, start_triton
+from typer.testing import CliRunner
+
+from cli.console import Exit
+from cli.main import app
+from deploy.local.java import NoJavaError, ensure_java
+from deploy.local.kafka import KafkaInstallationError, Listener, install_kafka, kafka_spec
+from deploy.local.paths import default_state_dir
+from deploy.local.ports import free_ports
+from deploy.local.processes import Supervisor
+from shared.settings import KafkaSettings
+
+pytestmark = pytest.mark.integration
+
+USER, PASSWORD = "sprout-user", "v3ry-s3cret"
+JAAS = "org.apache.kafka.common.security"
+
+
+@dataclass(frozen=True)
+class SecuredKafka:
+    """One broker with a listener for each way in."""
+
+    listeners: dict[str, Listener]
+    authority: Authority
+    client: Certificate
+
+    def way(self, name: str, *, password: str = PASSWORD) -> dict[str, str]:
+        """The environment of a client that comes in that way."""
+        login = {"SASL_USERNAME": USER, "SASL_PASSWORD": password}
+        ca = {"SSL_CA_FILE": str(self.authority.certificate)}
+        ways: dict[str, tuple[str, dict[str, str]]] = {
+            "plain": ("SASL", {"SECURITY_PROTOCOL": "SASL_PLAINTEXT", "SASL_MECHANISM": "PLAIN", **login}),
+            "scram": ("SASL", {"SECURITY_PROTOCOL": "SASL_PLAINTEXT", "SASL_MECHANISM": "SCRAM-SHA-256", **login}),
+            "scram over tls": (
+                "SASLTLS",
+                {"SECURITY_PROTOCOL": "SASL_SSL", "SASL_MECHANISM": "SCRAM-SHA-512", **login, **ca},
+            ),
+            "client certificate": (
+                "MUTUAL",
+                {
+                    "SECURITY_PROTOCOL": "SSL",
+                    **ca,
+                    "SSL_CERTIFICATE_FILE": str(self.client.certificate),
+                    "SSL_KEY_FILE": str(self.client.key),
+                    "SSL_KEY_PASSWORD": "key-secret",
+                },
+            ),
+            "another name": ("OTHERNAME", {"SECURITY_PROTOCOL": "SSL", **ca}),
+        }
+        listener, variables = ways[name]
+        variables["BOOTSTRAP_SERVERS"] = self.listeners[listener].address
+        return {f"SPROUT_KAFKA_{variable}": value for variable, value in variables.items()}
+
+
+@pytest.fixture(scope="module")
+def secured(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredKafka]:
+    try:
+        java = ensure_java(default_state_dir(), print)
+        libs = install_kafka(default_state_dir(), java=java, say=print)
+    except (NoJavaError, KafkaInstallationError) as error:
+        pytest.skip(f"no real Kafka: {error}")
+    authority = Authority(tmp_path_factory.mktemp("certificates"))
+    server = authority.issue("server")
+    other = authority.issue("other", alternative="DNS:kafka.example")
+
+    def tls(certificate: Certificate) -> dict[str, str]:
+        return {
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.location": str(certificate.both),
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": str(authority.certificate),
+        }
+
+    scram = {
+        f"scram-sha-{bits}.sasl.jaas.config": f"{JAAS}.scram.ScramLoginModule required;" for bits in ("256", "512")
+    }
+    plain = {"plain.sasl.jaas.config": f'{JAAS}.plain.PlainLoginModule required user_{USER}="{PASSWORD}";'}
+    ports = free_ports(4)
+    listeners = [
+        Listener(
+            name="SASL",
+            protocol="SASL_PLAINTEXT",
+            port=ports[0],
+            properties={"sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512", **scram, **plain},
+        ),
+        Listener(
+            name="SASLTLS",
+            protocol="SASL_SSL",
+            port=ports[1],
+            properties={"sasl.enabled.mechanisms": "SCRAM-SHA-512", **scram, **tls(server)},
+        ),
+        Listener(
+            name="MUTUAL", protocol="SSL", port=ports[2], properties={"ssl.client.auth": "required", **tls(server)}
+        ),
+        Listener(name="OTHERNAME", protocol="SSL", port=ports[3], properties=tls(other)),
+    ]
+    spec, _ = kafka_spec(
+        tmp_path_factory.mktemp("kafka"),
+        libs=libs,
+        java=java,
+        name="secured-kafka",
+        listeners=listeners,
+        scram_users={USER: PASSWORD},
+    )
+    supervisor.start(spec)
+    client = authority.issue("client", password="key-secret")
+    yield SecuredKafka({one.name: one for one in listeners}, authority, client)
+    supervisor.stop(spec.name)
+
+
+@pytest.fixture(scope="module")
+def triton(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    server = start_triton(supervisor, tmp_path_factory.mktemp("triton"), name="secured-triton")
+    yield server
+    supervisor.stop(server.name)
+
+
+@pytest.fixture
+def enter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Sets the environment, of this process and so of those that it starts; returns what they read from it."""
+
+    def settings(variables: dict[str, str]) -> KafkaSettings:
+        prefix = f"t{uuid4().hex[:10]}."
+        monkeypatch.setenv("SPROUT_LOCAL_STATE", str(tmp_path))
+        monkeypatch.setenv("COLUMNS", "200")
+        for name in ("TOPIC_PREFIX", "GROUP_PREFIX"):
+            monkeypatch.setenv(f"SPROUT_KAFKA_{name}", prefix)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return KafkaSettings()
+
+    return settings
+
+
+async def sprout(*arguments: str):
+    return await asyncio.to_thread(CliRunner().invoke, app, list(arguments))
+
+
+async def ended(supervisor: Supervisor, name: str) -> None:
+    process = supervisor.process(name)
+    async with asyncio.timeout(60):
+        while process.alive:
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("way", ["plain", "scram", "scram over tls", "client certificate"])
+async def test_topics_are_created_and_a_request_answered(way, secured, triton, enter, supervisor, tmp_path):
+    kafka = enter(secured.way(way))
+    created = await sprout("topics", "create")
+    assert created.exit_code == 0, created.output
+    listed = await sprout("topics", "list")
+    assert listed.exit_code == 0, listed.output
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(fleet_toml([triton.address]))
+    routers = RouterProcess(supervisor, kafka, fleet)
+    name = routers.start()
+    try:
+        sent = await sprout("send", question(3), "--directive", "L2", "--footprint-wait", "0")
+        assert sent.exit_code == 0, sent.output
+        assert "L2 says: word" in sent.output
+        routers.stop_gently(name, within_s=30)
+        assert PASSWORD not in routers.log(name)
+    finally:
+        supervisor.stop(name)
+
+
+@pytest.mark.parametrize(
+    ("way", "changes", "said"),
+    [
+        ("plain", {"SPROUT_KAFKA_SASL_PASSWORD": "wr0ng-s3cret"}, f"refuses the credentials of user '{USER}' (PLAIN)"),
+        ("scram", {"SPROUT_KAFKA_SASL_PASSWORD": "wr0ng-s3cret"}, f"refuses the credentials of user '{USER}' (SCRAM"),
+        ("scram over tls", {"SPROUT_KAFKA_SASL_MECHANISM": "PLAIN"}, "does not take PLAIN on this listener"),
+        ("another name", {}, "is not trusted: IP address mismatch"),
+        ("another name", {"SPROUT_KAFKA_SSL_CA_FILE": None}, "is not trusted: self-signed certificate in cert"),
+    ],
+)
+async def test_who_is_turned_away_is_told_why_and_ends(
+    way, changes, said, secured, enter, supervisor, tmp_path, monkeypatch
+):
+    variables = secured.way(way)
+    kafka = enter({name: value for name, value in (variables | changes).items() if value is not None})
+    created = await sprout("topics", "create")
+    assert (created.exit_code, said in created.output) == (Exit.NOT_RUNNING, True), created.output
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(fleet_toml(["127.0.0.1:9"]))
+    routers = RouterProcess(supervisor, kafka, fleet)
+    name = routers.start_unready()
+    await ended(supervisor, name)
+    log = routers.log(name)
+    assert said in log, log
+    for secret in (PASSWORD, "wr0ng-s3cret"):
+        assert secret not in log + created.output
+    supervisor.stop(name)
+
+
+async def test_the_name_in_the_certificate_may_be_left_unchecked(secured, enter):
+    enter(secured.way("another name") | {"SPROUT_KAFKA_SSL_CHECK_HOSTNAME": "false"})
+    created = await sprout("topics", "create")
+    assert created.exit_code == 0, created.output
+
+
+async def test_settings_that_contradict_each_other_end_a_service_with_one_line(secured, enter, supervisor, tmp_path):
+    kafka = enter(secured.way("plain"))
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(fleet_toml(["127.0.0.1:9"]))
+    routers = RouterProcess(supervisor, kafka, fleet)
+    name = routers.start_unready(SPROUT_KAFKA_SECURITY_PROTOCOL="PLAINTEXT")
+    await ended(supervisor, name)
+    log = routers.log(name)
+    assert log.startswith("router: KafkaSettings: Value error, SPROUT_KAFKA_SASL_MECHANISM, "), log
+    assert len(log.splitlines()) == 1
+    assert PASSWORD not in log
+    supervisor.stop(name)
