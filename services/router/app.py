@@ -18,6 +18,7 @@ from services.router.knowledge import Knowledge
 from services.router.metrics import RouterMetrics
 from services.router.serving import Serving
 from services.router.settings import RouterSettings
+from services.router.tracing import Tracing
 from shared.broker import build_broker
 from shared.chat import ChatTemplateError
 from shared.clock import Clock
@@ -27,7 +28,7 @@ from shared.following import follow, read_to_end
 from shared.health import Health
 from shared.logs import get_logger
 from shared.messages import CarbonIntensity, GenerationRequest, Policy, PromptGrouping
-from shared.service import build_service, run_service
+from shared.service import VERSION, build_service, run_service
 from shared.settings import FleetSettings, KafkaSettings
 from shared.topics import (
     CARBON_INTENSITY,
@@ -39,6 +40,7 @@ from shared.topics import (
     RESPONSES,
     SAMPLES,
 )
+from shared.tracing import TelemetryError, tracer_provider
 from shared.triton.attempts import Attempts
 from shared.triton.pools import Pools
 
@@ -61,8 +63,10 @@ class Router:
         fleet: Fleet,
         clock: Clock,
         registry: CollectorRegistry,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
+        self._tracing = tracing
         self.metrics = RouterMetrics(registry)
         self.knowledge = Knowledge(fleet, max_intensity_age_s=settings.max_intensity_age_s)
         self.pools = Pools(
@@ -86,11 +90,12 @@ class Router:
                 first_chunk_timeout_s=settings.first_chunk_timeout_s,
                 stream_always=settings.stream_always,
             ),
-            delivery=Delivery(broker, office, kafka=kafka, metrics=self.metrics),
+            delivery=Delivery(broker, office, kafka=kafka, metrics=self.metrics, tracing=tracing),
             metrics=self.metrics,
             control_sequences=settings.control_sequences,
             chunk_interval_s=settings.chunk_interval_ms / 1_000,
             sample_share=settings.sample_share,
+            tracing=tracing,
         )
         self.intake = Intake(
             serving.serve,
@@ -113,6 +118,8 @@ class Router:
             yield
         finally:
             await self.pools.close()
+            if self._tracing is not None:
+                await self._tracing.close()
 
     async def drain(self) -> None:
         """Finish what is running; before the broker is stopped."""
@@ -214,7 +221,8 @@ def build_app(
     """The router, without connecting; what is not given is read from the environment.
 
     Raises:
-        FleetError, ChatTemplateError, ValidationError: the configuration does not do; the message says why.
+        FleetError, ChatTemplateError, TelemetryError, ValidationError: the configuration does not do; the message
+            says why.
     """
     kafka = kafka or KafkaSettings()
     settings = settings or RouterSettings()
@@ -223,7 +231,16 @@ def build_app(
     registry = CollectorRegistry()
     health = Health()
     broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms)
-    router = Router(broker, office, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
+    router = Router(
+        broker,
+        office,
+        kafka=kafka,
+        settings=settings,
+        fleet=fleet,
+        clock=clock,
+        registry=registry,
+        tracing=_tracing(kafka),
+    )
     health.add_check("intake", router.intake.problem)
     health.add_check("endpoints", router.pools.unreachable)
     app = build_service(
@@ -242,7 +259,12 @@ def build_app(
 
 def main() -> None:
     """Run until told to stop."""
-    run_service(build_app, name=NAME, configuration_errors=(FleetError, ChatTemplateError))
+    run_service(build_app, name=NAME, configuration_errors=(FleetError, ChatTemplateError, TelemetryError))
+
+
+def _tracing(kafka: KafkaSettings) -> Tracing | None:
+    provider = tracer_provider(NAME, version=VERSION)
+    return None if provider is None else Tracing(provider, version=VERSION, group=kafka.group(NAME))
 
 
 async def _leave_unparsed(message: KafkaMessage) -> list[GenerationRequest]:  # noqa: ARG001

@@ -5,6 +5,7 @@ from typing import Any
 from faststream.kafka import KafkaBroker
 
 from services.router.metrics import RouterMetrics
+from services.router.tracing import Tracing
 from shared.dead_letters import DeadLetterOffice, PoisonMessageError
 from shared.logs import get_logger
 from shared.messages import ErrorDetail, GenerationResponse, ResponseChunk, Sample
@@ -23,7 +24,13 @@ class Delivery:
     """
 
     def __init__(
-        self, broker: KafkaBroker, office: DeadLetterOffice, *, kafka: KafkaSettings, metrics: RouterMetrics
+        self,
+        broker: KafkaBroker,
+        office: DeadLetterOffice,
+        *,
+        kafka: KafkaSettings,
+        metrics: RouterMetrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self._responses = broker.publisher(kafka.topic(RESPONSES), description="Answers", schema=GenerationResponse)
         self._chunks = broker.publisher(
@@ -34,6 +41,7 @@ class Delivery:
         )
         self._office = office
         self._metrics = metrics
+        self._tracing = tracing
 
     async def respond(self, response: GenerationResponse) -> GenerationResponse:
         """Publish an answer; returns what was published, an error if the answer was too large for the topic."""
@@ -42,11 +50,14 @@ class Delivery:
         except TOO_LARGE:
             response = _without_bulk(response)
             await self._send(self._responses, response, response.request_id)
+        if self._tracing is not None:
+            self._tracing.answered(response)
         return response
 
     async def chunk(self, chunk: ResponseChunk) -> None:
-        """Publish a piece of an answer."""
-        await self._send(self._chunks, chunk, chunk.request_id)
+        """Publish a piece of an answer; no span, there are many."""
+        headers = None if self._tracing is None else self._tracing.headers()
+        await _publish(self._chunks, chunk, chunk.request_id, headers)
 
     async def sample(self, sample: Sample) -> None:
         """Publish a prompt for the evaluator; one that is too large is left out."""
@@ -59,13 +70,27 @@ class Delivery:
 
     async def dead_letter(self, record: Any, error: PoisonMessageError) -> None:  # noqa: ANN401 - FastStream's record
         """Publish a message that is no request, as it came."""
+        if self._tracing is not None:
+            self._tracing.refused(error.reason)
         await insist(lambda: self._office.post(record, error))
         self._metrics.dead_letters.labels(error.reason).inc()
 
-    @staticmethod
-    async def _send(publisher: Any, message: GenerationResponse | ResponseChunk | Sample, key: str) -> None:  # noqa: ANN401
-        encoded = key.encode("utf-8", errors="surrogatepass")
-        await insist(lambda: publisher.publish(message, key=encoded))
+    async def _send(self, publisher: Any, message: GenerationResponse | Sample, key: str) -> None:  # noqa: ANN401
+        if self._tracing is None:
+            await _publish(publisher, message, key, None)
+        else:
+            with self._tracing.sending(publisher.topic) as headers:
+                await _publish(publisher, message, key, headers)
+
+
+async def _publish(
+    publisher: Any,  # noqa: ANN401 - generic in FastStream
+    message: GenerationResponse | ResponseChunk | Sample,
+    key: str,
+    headers: dict[str, str] | None,
+) -> None:
+    encoded = key.encode("utf-8", errors="surrogatepass")
+    await insist(lambda: publisher.publish(message, key=encoded, headers=headers))
 
 
 def _without_bulk(response: GenerationResponse) -> GenerationResponse:

@@ -13,6 +13,7 @@ from services.router.metrics import RouterMetrics
 from services.router.sampling import becomes_sample
 from services.router.selection import UnknownLevelError, select
 from services.router.streaming import ChunkStream
+from services.router.tracing import Tracing
 from shared.chat import ControlSequencePolicy, ConversationError
 from shared.clock import Clock
 from shared.dead_letters import PoisonMessageError
@@ -41,12 +42,19 @@ class Serving:
     control_sequences: ControlSequencePolicy
     chunk_interval_s: float
     sample_share: float
+    tracing: Tracing | None = None
 
     async def serve(self, record: Any) -> None:  # noqa: ANN401 - FastStream's record
         """Answer a record; returns once Kafka has the answer, or the dead letter.
 
         Only cancellation ends it early; the record is then to be delivered again.
         """
+        if self.tracing is None:
+            await self._serve(record)
+        else:
+            await self.tracing.processing(record, self._serve(record))
+
+    async def _serve(self, record: Any) -> None:  # noqa: ANN401
         began = perf_counter()
         arrival = None
         try:
@@ -105,7 +113,8 @@ class Serving:
         job = Job(
             request_id=arrival.request_id, prompt=prompt, parameters=parameters, deadline=arrival.deadline, sink=chunks
         )
-        outcome = await self.attempts.run(pool, job)
+        run = self.attempts.run(pool, job)
+        outcome = await (run if self.tracing is None else self.tracing.generating(arrival, decision, run))
         return _concluded(arrival, decision, outcome), outcome.model_s
 
     def _decide(self, arrival: Arrival) -> Decision:
