@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from shared.broker import wait_for_kafka
 from shared.dead_letters import describe
-from shared.health import Health
+from shared.health import Health, ProgressCollector
 from shared.logs import configure_logging, get_logger
 from shared.settings import HttpSettings, KafkaSettings, LogSettings
 from shared.topics import TopicSpec
@@ -78,6 +78,7 @@ def build_service(
         started = True
         _log.info("started", service=name, version=VERSION)
 
+    registry.register(ProgressCollector(health))
     health.add_check("broker", lambda: None if started else "not started yet")
     return AsgiFastStream(
         broker,

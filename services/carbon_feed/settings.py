@@ -13,6 +13,7 @@ from services.carbon_feed.recorded import ConstantProvider, TraceProvider
 from services.carbon_feed.trace import Column, load_trace
 from shared.dead_letters import describe
 from shared.fleet import Fleet
+from shared.secret_files import read_secret
 
 
 class ConfigurationError(ValueError):
@@ -83,10 +84,7 @@ class CarbonFeedSettings(BaseSettings):
                     f"SPROUT_CARBON_FEED_PROVIDERS_FILE {self.providers_file}: {describe(error)}"
                 ) from error
         if self.electricity_maps_token_file is not None:
-            try:
-                token = self.electricity_maps_token_file.read_text(encoding="utf-8").strip()
-            except OSError as error:
-                raise ValueError(f"SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN_FILE cannot be read: {error}") from error
+            token = read_secret(self.electricity_maps_token_file, "SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN_FILE")
             self.electricity_maps_token = SecretStr(token)
         return self
 

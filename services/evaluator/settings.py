@@ -13,6 +13,7 @@ from services.evaluator.opportunity import (
     OpportunityRules,
     Variant,
 )
+from shared.secret_files import read_secret
 from shared.triton.endpoints import CoolDownRules
 from shared.triton.retrying import RetryRules
 
@@ -115,12 +116,7 @@ class EvaluatorSettings(BaseSettings):
         if self.overdue_h <= self.grace_h:
             raise ValueError(f"overdue_h ({self.overdue_h:g}) must be longer than grace_h ({self.grace_h:g})")
         if self.judge_api_key_file is not None:
-            try:
-                key = self.judge_api_key_file.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"SPROUT_EVALUATOR_JUDGE_API_KEY_FILE cannot be read: {error}") from error
-            if not key:
-                raise ValueError(f"SPROUT_EVALUATOR_JUDGE_API_KEY_FILE {self.judge_api_key_file} is empty")
+            key = read_secret(self.judge_api_key_file, "SPROUT_EVALUATOR_JUDGE_API_KEY_FILE")
             self.judge_api_key = SecretStr(key)
         return self
 

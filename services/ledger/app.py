@@ -64,6 +64,9 @@ FETCH_MIN_BYTES = 1_000_000
 """Kafka holds records back until there are so many bytes or the wait is over: few, large batches."""
 LINGER_MS = 5
 
+LONGEST_ROUND_S = 300.0
+"""Wall seconds that looking and settling may take before the ledger says that it is not ready."""
+
 _log = get_logger(__name__)
 
 
@@ -132,8 +135,12 @@ class Ledger:
                 async with asyncio.timeout(self.settings.stop_grace_s):
                     await pool.close()
 
-    async def settle_forever(self) -> None:
-        """Settle and publish, over and over; waits while PostgreSQL, Kafka or messages are away."""
+    async def settle_forever(self, *, on_round: Callable[[], None]) -> None:
+        """Settle and publish, over and over; waits while PostgreSQL, Kafka or messages are away.
+
+        Args:
+            on_round: told whenever it has looked, and settled what there was.
+        """
         while True:
             await asyncio.sleep(self.settings.settle_interval_s)
             waiting = await self._backlog.look()
@@ -141,6 +148,7 @@ class Ledger:
                 self.metrics.lag_records.set(waiting)
             self._kafka_problem = "Kafka does not tell what is still to be read" if waiting is None else ""
             await self.close_books()
+            on_round()
 
     async def close_books(self) -> None:
         """One settlement of what is old enough, then its publication.
@@ -269,7 +277,8 @@ def build_app(
         health.add_check(f"meters {number}", scraper.problem)
 
     async def begin() -> None:
-        health.spawn("settle", ledger.settle_forever())
+        rounds = health.expect_progress("settling", within_s=LONGEST_ROUND_S + settings.settle_interval_s)
+        health.spawn("settle", ledger.settle_forever(on_round=rounds.made))
         health.spawn("remove old rows", ledger.clean_forever())
 
     app = build_service(

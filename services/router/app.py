@@ -12,6 +12,7 @@ from faststream.kafka.subscriber.usecase import BatchSubscriber
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
+from services.router.backlog import Backlog
 from services.router.delivery import Delivery
 from services.router.intake import Intake
 from services.router.knowledge import Knowledge
@@ -46,6 +47,9 @@ from shared.triton.pools import Pools
 
 NAME = "router"
 DESCRIPTION = "Draws a generation directive for every request, has a model answer it, publishes the answer."
+
+LONGEST_COMMIT_S = 60.0
+"""Wall seconds that a commit may take before the router says that it is not ready: aiokafka tries for as long as 40."""
 
 _log = get_logger(__name__)
 
@@ -104,7 +108,7 @@ class Router:
             metrics=self.metrics,
         )
         self._state_topics = self._subscribe_state(broker, office, kafka)
-        self._subscribe_requests(broker, kafka)
+        self._backlog = self._subscribe_requests(broker, kafka)
         self._watch_ages(fleet, clock)
 
     @asynccontextmanager
@@ -113,7 +117,11 @@ class Router:
         self.intake.hold()
         health.spawn("learn what is in force", self._learn_first())
         health.spawn("look after endpoints", self.pools.watch())
-        health.spawn("commit offsets", self.intake.commit_forever(self.settings.commit_interval_s))
+        health.spawn("watch the backlog", self._backlog.watch())
+        commits = health.expect_progress("commits", within_s=LONGEST_COMMIT_S + self.settings.commit_interval_s)
+        health.spawn(
+            "commit offsets", self.intake.commit_forever(self.settings.commit_interval_s, on_round=commits.made)
+        )
         try:
             yield
         finally:
@@ -125,7 +133,7 @@ class Router:
         """Finish what is running; before the broker is stopped."""
         await self.intake.drain(self.settings.drain_grace_s)
 
-    def _subscribe_requests(self, broker: KafkaBroker, kafka: KafkaSettings) -> None:
+    def _subscribe_requests(self, broker: KafkaBroker, kafka: KafkaSettings) -> Backlog:
         settings = self.settings
         subscriber = broker.subscriber(
             kafka.topic(REQUESTS),
@@ -154,6 +162,7 @@ class Router:
             await self.intake.take(raw if isinstance(raw, tuple | list) else (raw,))
 
         self.intake.bind(lambda: subscriber.consumer)
+        return Backlog(lambda: subscriber.consumer, finished=self.intake.finished, metrics=self.metrics)
 
     def _subscribe_state(
         self, broker: KafkaBroker, office: DeadLetterOffice, kafka: KafkaSettings

@@ -5,6 +5,7 @@ waits, and with it the fetching. See `docs/decisions/0002-router-commits.md` for
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
@@ -54,6 +55,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         self._stopping = False
         self._commit_failures = 0
         self._unfinished = 0
+        self._waiting: Any = None
+        metrics.watch_waiting(self._waiting_age_s)
 
     def bind(self, consumer: Callable[[], AIOKafkaConsumer | None]) -> None:
         """The consumer to commit with, once there is one."""
@@ -71,6 +74,10 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
     def in_flight(self) -> int:
         """Requests that are being worked on."""
         return len(self._tasks)
+
+    def finished(self, partition: TopicPartition) -> int | None:
+        """The offset of a partition before which all is finished; null where nothing was begun here."""
+        return self._tracker.finished(partition)
 
     def problem(self) -> str | None:
         """What stands against readiness; null when all is well."""
@@ -91,7 +98,12 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         epoch = self._tracker.epoch
         await self._open.wait()
         for record in records:
-            await self._capacity.acquire()
+            if self._capacity.locked():
+                self._waiting = record
+                await self._capacity.acquire()
+                self._waiting = None
+            else:
+                await self._capacity.acquire()
             partition = TopicPartition(record.topic, record.partition)
             claim = None if self._stopping else self._tracker.begin(partition, record.offset, epoch=epoch)
             if claim is None:
@@ -105,11 +117,12 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
             task.add_done_callback(self._ended)
             self._metrics.in_flight.set(len(self._tasks))
 
-    async def commit_forever(self, interval_s: float) -> None:
-        """Commit what is finished, every `interval_s` wall seconds."""
+    async def commit_forever(self, interval_s: float, *, on_round: Callable[[], None] = lambda: None) -> None:
+        """Commit what is finished, every `interval_s` wall seconds; `on_round` is told of every try."""
         while True:
             await asyncio.sleep(interval_s)
             await self._commit(None)
+            on_round()
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """A rebalance begins: let what runs finish for a moment, and commit it."""
@@ -143,6 +156,10 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         await self._give_up(unfinished)
         await self._commit(None)
         _log.info("drained", finished=running - len(unfinished), given_up=len(unfinished))
+
+    def _waiting_age_s(self) -> float:
+        """Wall seconds since the record that waits for a free place was sent; it is the oldest of its batch."""
+        return 0.0 if self._waiting is None else max(0.0, time.time() - self._waiting.timestamp / 1_000)
 
     async def _work(self, record: Any, claim: Claim[TopicPartition]) -> None:  # noqa: ANN401
         await self._serve(record)

@@ -23,10 +23,21 @@ class RouterMetrics:
         self.tokens = Counter(
             "sprout_router_tokens",
             "Tokens of served requests",
-            ("model", "level", "kind"),
+            ("model", "pool", "level", "kind"),
             registry=registry,
         )
         self.in_flight = Gauge("sprout_router_in_flight", "Requests being served", registry=registry)
+        self.lag_records = Gauge(
+            "sprout_router_lag_records",
+            "Records of an assigned partition that are not finished, as far as the consumer has heard of them",
+            ("partition",),
+            registry=registry,
+        )
+        self._waiting_age_s = Gauge(
+            "sprout_router_waiting_age_seconds",
+            "Wall time since the record that waits for a free place was sent; 0 when none waits",
+            registry=registry,
+        )
         self.overhead_s = Histogram(
             "sprout_router_overhead_seconds",
             "Wall time from a request's receipt to its published answer, less the time on model servers",
@@ -104,6 +115,10 @@ class RouterMetrics:
             registry=registry,
         )
 
+    def watch_waiting(self, age_s: Callable[[], float]) -> None:
+        """Read the age of the oldest waiting record whenever it is asked for."""
+        self._waiting_age_s.set_function(age_s)
+
     def watch_policy(self, model: str, age_s: Callable[[], float]) -> None:
         """Read a policy's age whenever it is asked for."""
         self._policy_age_s.labels(model).set_function(age_s)
@@ -127,9 +142,9 @@ class RouterMetrics:
         self.overhead_s.observe(overhead_s)
         if response.usage is None or response.timing is None:
             return
-        self.tokens.labels(model, level, "completion").inc(response.usage.completion_tokens)
+        self.tokens.labels(model, pool, level, "completion").inc(response.usage.completion_tokens)
         if response.usage.prompt_tokens is not None:
-            self.tokens.labels(model, level, "prompt").inc(response.usage.prompt_tokens)
+            self.tokens.labels(model, pool, level, "prompt").inc(response.usage.prompt_tokens)
         timing = response.timing
         self.queued_s.observe(max(0.0, (timing.received_at - response.requested_at).total_seconds()))
         self.generation_s.labels(model, level).observe((timing.finished_at - timing.started_at).total_seconds())

@@ -124,6 +124,11 @@ class OffsetTracker(Generic[P]):
             if window is not None:
                 window.committed = max(window.committed, offset)
 
+    def finished(self, partition: P) -> int | None:
+        """The offset before which all is finished here; null where nothing was begun."""
+        window = self._windows.get(partition)
+        return None if window is None else window.next
+
     def knows(self, partition: P) -> bool:
         """Whether anything of a partition was ever begun here and not forgotten."""
         return partition in self._windows

@@ -19,7 +19,9 @@ class ErrorDetail(Value):
     """Why a request could not be answered."""
 
     code: ErrorCode
-    message: str = Field(description="What went wrong and what to do; never contains the prompt")
+    message: str = Field(
+        description="What went wrong and what to do; quotes nothing of the prompt unless a model server's own words do"
+    )
 
 
 class Decision(Value):

@@ -131,7 +131,9 @@ class Attempts:
             self._give_up(outcome, "deadline_exceeded")
         except InvalidRequest as error:
             pool.succeeded(endpoint)
-            outcome.error = ErrorDetail(code="invalid_request", message=f"the model server refused it: {error}")
+            outcome.error = ErrorDetail(
+                code="invalid_request", message=f"the model server refused it: {error.for_requester}"
+            )
         else:
             pool.succeeded(endpoint)
         finally:
@@ -162,6 +164,6 @@ class Attempts:
 
     @staticmethod
     def _give_up(outcome: Outcome, code: GiveUp, error: GenerationError | None = None) -> Outcome:
-        said = f" ({error})" if error is not None else ""
+        said = f" ({error.for_requester})" if error is not None else ""
         outcome.error = ErrorDetail(code=code, message=_EXPLANATIONS[code] + said)
         return outcome

@@ -257,7 +257,9 @@ class TritonClient:
                 while (response := await self._read(call, limit_s)) is not None:
                     limit_s = None
                     if response.error_message:
-                        raise EndpointUnavailable(f"{self.name}: {_shortened(response.error_message)}")
+                        raise EndpointUnavailable(
+                            f"{self.name}: the model failed", said=_shortened(response.error_message)
+                        )
                     yield decode(contract, response.infer_response)
             except grpc.RpcError as error:
                 raise self._typed(error) from error
@@ -287,14 +289,15 @@ class TritonClient:
         return self._classified(error.code(), error.details())
 
     def _classified(self, code: grpc.StatusCode, details: str | None) -> GenerationError:
-        said = f"{self.name}: {code.name}: {_shortened(details or '')}"
+        text, said = f"{self.name}: {code.name}", _shortened(details or "")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(said)
+            return DeadlineExceeded(text, said=said)
         if code in _INVALID:
-            return InvalidRequest(said)
-        return EndpointUnavailable(said)
+            return InvalidRequest(text, said=said)
+        return EndpointUnavailable(text, said=said)
 
     def _describe(self, error: grpc.RpcError) -> str:
+        """An error of a call that carried no prompt."""
         return f"{self.name}: {error.code().name}: {_shortened(error.details() or '')}"
 
 

@@ -2,7 +2,20 @@
 
 
 class GenerationError(RuntimeError):
-    """A generation failed; the message names the endpoint and never quotes the prompt."""
+    """A generation failed; the text names the endpoint and never quotes the prompt.
+
+    Attributes:
+        said: the model server's own words about a prompt; they may quote it, so they are for who asked, not for a log.
+    """
+
+    def __init__(self, text: str, *, said: str = "") -> None:
+        super().__init__(text)
+        self.said = said
+
+    @property
+    def for_requester(self) -> str:
+        """The text with the server's words."""
+        return f"{self}: {self.said}" if self.said else str(self)
 
 
 class EndpointUnavailable(GenerationError):  # noqa: N818 - the state, not the exception, is what callers speak of

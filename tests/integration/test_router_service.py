@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -322,7 +323,44 @@ async def test_metrics_tell_what_was_done(kafka, routers, producer):
     url = routers.supervisor.process(name).spec.url
     text = await asyncio.to_thread(page, f"{url}/metrics")
     assert 'sprout_router_requests_total{level="L1",model="m",outcome="ok",pool="p",source="policy"} 10.0' in text
-    assert 'sprout_router_tokens_total{kind="completion",level="L1",model="m"} 300.0' in text
+    assert 'sprout_router_tokens_total{kind="completion",level="L1",model="m",pool="p"} 300.0' in text
     assert "sprout_router_overhead_seconds_count 10.0" in text
+    assert 'sprout_router_first_token_seconds_count{model="m"} 10.0' in text
+    assert re.search(r'sprout_progress_age_seconds\{work="commits"\} \d', text)
     assert 'sprout_router_policy_age_seconds{model="m"}' in text
     assert question(1) not in routers.log(name)
+
+
+def measured(text: str, metric: str) -> list[float]:
+    """Every value of a metric."""
+    return [float(value) for value in re.findall(rf"^{metric}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)]
+
+
+async def test_metrics_tell_what_waits(kafka, routers, producer):
+    """Two places for twelve long answers: two are given, one record waits for a place, all twelve are unfinished."""
+    await producer.prepare({"L1": 1.0})
+    name = routers.start(SPROUT_ROUTER_MAX_IN_FLIGHT="2")
+    url = routers.supervisor.process(name).spec.url
+    await producer.ask(*(request(number, prompt=LONG_PROMPT) for number in range(12)))
+    async with asyncio.timeout(30):
+        while True:
+            text = await asyncio.to_thread(page, f"{url}/metrics")
+            if sum(measured(text, "sprout_router_lag_records")) > 2 and measured(text, "sprout_router_in_flight") == [
+                2
+            ]:
+                break
+            await asyncio.sleep(0.1)
+    (waiting_s,) = measured(text, "sprout_router_waiting_age_seconds")
+    assert 0 < waiting_s < 60
+    assert len(measured(text, "sprout_router_lag_records")) <= REQUESTS.partitions
+    async with reading(kafka) as answers:
+        await answers.read(until=12)
+    async with asyncio.timeout(30):
+        while True:
+            text = await asyncio.to_thread(page, f"{url}/metrics")
+            lags = measured(text, "sprout_router_lag_records")
+            if len(lags) == REQUESTS.partitions and not any(lags):
+                break
+            await asyncio.sleep(0.1)
+    assert measured(text, "sprout_router_waiting_age_seconds") == [0]
+    assert measured(text, "sprout_router_in_flight") == [0]
