@@ -33,6 +33,8 @@ def follow(
         decoder=batch_decoder(spec.message, office),
         title=spec.name,
         description=description,
+        # A record's header `reply_to` names a topic that FastStream would answer to.
+        no_reply=True,
         batch=True,
         batch_timeout_ms=POLL_MS,
         auto_offset_reset="earliest",

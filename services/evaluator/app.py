@@ -216,6 +216,8 @@ class Evaluator:
                 decoder=batch_decoder(spec.message, office),
                 title=spec.name,
                 description=description,
+                # A record's header `reply_to` names a topic that FastStream would answer to.
+                no_reply=True,
                 batch=True,
                 group_id=kafka.group(NAME),
                 max_records=settings.fetch_max_records,

@@ -224,6 +224,8 @@ class Ledger:
     def _subscriber(self, spec: TopicSpec) -> BatchSubscriber:
         return self._broker.subscriber(
             self._kafka.topic(spec),
+            # A record's header `reply_to` names a topic that FastStream would answer to.
+            no_reply=True,
             batch=True,
             max_records=self.settings.batch_records,
             batch_timeout_ms=self.settings.poll_ms,

@@ -57,6 +57,8 @@ def subscribe(
         decoder=batch_decoder(Footprint, office),
         title="footprints",
         description="What every call took",
+        # A record's header `reply_to` names a topic that FastStream would answer to.
+        no_reply=True,
         batch=True,
         batch_timeout_ms=POLL_MS,
         max_records=settings.batch_records,

@@ -137,6 +137,8 @@ class Router:
         settings = self.settings
         subscriber = broker.subscriber(
             kafka.topic(REQUESTS),
+            # A record's header `reply_to` names a topic that FastStream would answer to.
+            no_reply=True,
             batch=True,
             max_records=settings.fetch_max_records,
             batch_timeout_ms=settings.poll_ms,
