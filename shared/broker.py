@@ -93,7 +93,7 @@ async def _still_missing(kafka: KafkaSettings, topics: list[str]) -> str:
         refused = await refusal(kafka)
         if refused is not None:
             raise KafkaRefusedError(refused) from None
-        return f"no broker answers at {kafka.bootstrap_servers} ({type(error).__name__})"
+        return f"no broker answers at {kafka.bootstrap_servers} in {kafka.security_protocol} ({type(error).__name__})"
     finally:
         await admin.close()
     return f"topics {', '.join(missing)}" if missing else ""
