@@ -133,8 +133,17 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """A rebalance has ended: go on with what came back, give up what went to another router."""
-        floors = {partition: await self._floor(partition) for partition in assigned}
-        lost = self._tracker.resume(floors)
+        # Asking for the floors takes a while. A record that is delivered meanwhile would be begun, then given up with
+        # its partition's state, and never come again, because the consumer has moved past it.
+        consumer = self._consumer()
+        if consumer is not None:
+            consumer.pause(*assigned)
+        try:
+            floors = {partition: await self._floor(partition) for partition in assigned}
+            lost = self._tracker.resume(floors)
+        finally:
+            if consumer is not None and not self._stopping:
+                consumer.resume(*assigned)
         given_up = [task for task, partition in self._tasks.items() if partition in lost]
         await self._give_up(given_up)
         self._assigned = True
