@@ -74,7 +74,7 @@ def install(state_dir: Path, *, smollm2: bool = False, say: Say = lambda _: None
         with _lock(root.with_suffix(".lock")):
             if not stamp.is_file():
                 server = _make(root, locks, version, interpreter, say)
-                stamp.write_text("".join(f"{folder}\n" for folder in server.library_path), encoding="utf-8")
+                stamp.write_text("".join(f"{folder}\n" for folder in server.linker_folders), encoding="utf-8")
     libraries = tuple(Path(line) for line in stamp.read_text(encoding="utf-8").splitlines())
     program = _site_packages(root, version) / "pytriton" / "tritonserver" / "bin" / "tritonserver"
     return TritonInstallation(root, Server(program, root / "backends", _python(root), libraries))

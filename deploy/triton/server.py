@@ -44,13 +44,13 @@ class Server:
         program: the binary.
         backends: folder of its backends.
         python: interpreter whose packages the models may use.
-        library_path: folders of shared libraries that it needs.
+        linker_folders: folders of shared libraries that it needs.
     """
 
     program: Path
     backends: Path
     python: Path
-    library_path: tuple[Path, ...]
+    linker_folders: tuple[Path, ...]
 
     def command(self, repository: Path, ports: TritonPorts, *, address: str) -> list[str]:
         """The command line that serves a model repository.
@@ -84,7 +84,7 @@ class Server:
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """What to add to the server's environment, `extra` included: libraries, interpreter, our own modules."""
         return {
-            "LD_LIBRARY_PATH": _joined(*self.library_path, os.environ.get("LD_LIBRARY_PATH")),
+            "LD_LIBRARY_PATH": _joined(*self.linker_folders, os.environ.get("LD_LIBRARY_PATH")),
             # The backend finds the packages by the first python3 on PATH.
             "PATH": _joined(self.python.parent, os.environ.get("PATH", os.defpath)),
             "PYTHONPATH": str(REPOSITORY_ROOT),
