@@ -167,10 +167,12 @@ def test_however_its_owner_ends_the_stack_ends(tmp_path, how):
         pytest.skip("only Linux ties a child's life to its parent's")
     program = textwrap.dedent(
         f"""
-        import time
+        import signal, time
         from pathlib import Path
         from deploy.local.stack import LocalStack
         from tests.integration.test_local_stack import IdleModels, config
+        # A shell that runs the tests in the background has them ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with LocalStack(config(Path({str(tmp_path)!r})), IdleModels()):
             time.sleep(600)
         """
