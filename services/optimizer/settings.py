@@ -77,6 +77,10 @@ class OptimizerSettings(BaseSettings):
         description="Standard deviations by which less than the mean is counted on; the reference excepted",
     )
 
+    cautions: dict[str, float] = Field(
+        default={}, description='The same by metric, where it differs: JSON {"correctness": 0.5}'
+    )
+
     # When
     estimates_interval_min: float = Field(default=30.0, gt=0, description="Between two looks at the estimates, event")
     estimates_change: float = Field(
@@ -136,6 +140,7 @@ class OptimizerSettings(BaseSettings):
                 prior_trials=self.prior_trials,
                 min_trials=self.min_trials,
                 caution=self.caution,
+                cautions=self.cautions,
             ),
             pseudo_requests=self.pseudo_requests,
             min_requests=self.min_requests,

@@ -45,16 +45,20 @@ def consumed(*footprints: Footprint) -> Consumption:
     return made
 
 
-def judged(*counts: tuple[str, str, float, float], at=NOW) -> QualityEvidence:
+def evaluated(*counts: QualityCount, at=NOW) -> QualityEvidence:
     quality = Quality(
-        evaluation_id="e", model="m", evaluated_at=at, trigger="first", prompts=1, abstentions=0,
+        evaluation_id="e", model="m", evaluated_at=at, trigger="first", prompts=1, abstentions=0, counts=counts,
         cost=EvaluationCost(generations=0, judgements=0, completion_tokens=0, processing_s=0),
-        counts=[
-            QualityCount(group=group, option=option, metric="preference", successes=won, trials=trials)
-            for group, option, won, trials in counts
-        ],
     )  # fmt: skip
     return QualityEvidence([quality], half_life_s=RULES.quality.half_life_s)
+
+
+def judged(*counts: tuple[str, str, float, float], at=NOW) -> QualityEvidence:
+    made = [
+        QualityCount(group=group, option=option, metric="preference", successes=won, trials=trials)
+        for group, option, won, trials in counts
+    ]
+    return evaluated(*made, at=at)
 
 
 def believed(consumption: Consumption, evidence: QualityEvidence | None = None, now=NOW) -> Estimates | None:
@@ -148,6 +152,42 @@ def test_nothing_is_taken_off_the_reference():
     found = believed(seen, judged(("a", "p/L0", 30, 60), ("a", "p/L1", 30, 60)))
     assert found.groups["a"]["p/L0"].quality["preference"] == pytest.approx(0.5)
     assert found.groups["a"]["p/L1"].quality["preference"] < 0.46
+
+
+def told(**groups: dict[str, tuple[float, float]]) -> QualityEvidence:
+    """Of 100 judged prompts a group; by metric: successes at L1, and of how many prompts it could be told."""
+    counts = [
+        QualityCount(group=group, option=option, metric=metric, successes=won, trials=known)
+        for group, metrics in groups.items()
+        for metric, (won, known) in metrics.items()
+        for option in ("p/L0", "p/L1")
+    ]
+    return evaluated(*counts)
+
+
+def test_a_metric_counts_for_the_share_of_a_groups_prompts_that_it_can_be_told_of():
+    evidence = told(
+        essays={"preference": (50, 100)},
+        mixed={"preference": (50, 100), "correctness": (25, 50)},
+        sums={"preference": (50, 100), "correctness": (50, 100)},
+    )
+    rules = RULES.quality
+    correct = evidence.posterior("correctness", NOW.timestamp(), rules)
+    # Half of all prompts can be checked, which two prompts' worth of every group leans on.
+    assert correct.share("essays") == pytest.approx(1 / 102)
+    assert correct.share("mixed") == pytest.approx(0.5)
+    assert correct.share("sums") == pytest.approx(101 / 102)
+    assert correct.mean("mixed", "p/L1") == pytest.approx(0.25)
+    preferred = evidence.posterior("preference", NOW.timestamp(), rules)
+    assert [preferred.share(group) for group in ("essays", "mixed", "sums", "unheard-of")] == [1.0] * 4
+
+
+def test_caution_may_differ_by_metric():
+    evidence = told(sums={"preference": (50, 100), "correctness": (50, 100)})
+    rules = OptimizerSettings(caution=1.0, cautions={"correctness": 0.0}).estimate_rules.quality
+    careful, plain = (evidence.posterior(name, NOW.timestamp(), rules) for name in ("preference", "correctness"))
+    assert plain.counted_on("sums", "p/L1") == pytest.approx(plain.mean("sums", "p/L1"))
+    assert careful.counted_on("sums", "p/L1") < careful.mean("sums", "p/L1")
 
 
 def test_only_a_material_change_of_the_estimates_calls_for_a_solve():
