@@ -16,8 +16,13 @@ TRANSIENT_ERRORS = (
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
 )
-"""Errors after which the same statement may succeed later."""
+"""Errors after which the same statement may succeed later.
+
+`InterfaceError` and `InternalClientError` are what asyncpg says of a connection whose server vanished in the middle of
+an operation; the pool gives such a connection up.
+"""
 
 _log = get_logger(__name__)
 

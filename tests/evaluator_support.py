@@ -1,7 +1,7 @@
 """What the evaluator's tests share: samples, grids, a Triton with stand-in model and judge, and the service itself."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,12 +26,30 @@ PREFERRED = ("L0", "L0", "L0", "L1", "L1", "L2")
 """By the prompt's number: shares 1/2, 1/3, 1/6."""
 
 
-def sample(number: int, *, group: str = "qa", model: str = MODEL, at: datetime | None = None) -> Sample:
+KINDS = 400
+"""Prompts of two kinds, for groups to be learned."""
+
+
+def of_a_kind(number: int) -> str:
+    """Questions, whose shortest answer is preferred, and sums, whose longest one is, in turn."""
+    if number % 2 == 0:
+        return f"Which country is the city of number {number} the capital of?"
+    return f"Ann has {number} apples and gives {number % 9} away. How many remain?"
+
+
+def sample(
+    number: int,
+    *,
+    group: str = "qa",
+    model: str = MODEL,
+    at: datetime | None = None,
+    text: Callable[[int], str] = question,
+) -> Sample:
     return Sample(
         request_id=f"r{number}",
         model=model,
         group=group,
-        messages=(ChatMessage(role="user", content=question(number)),),
+        messages=(ChatMessage(role="user", content=text(number)),),
         sampled_at=at or datetime.now(UTC),
     )
 
@@ -57,11 +75,11 @@ def judged_fleet(address: str) -> str:
 
 
 def write_judged_workload(path: Path, *, prompts: int) -> Path:
-    def entry(number: int) -> dict[str, Any]:
+    def entry(number: int, prompt: str, preferred: str) -> dict[str, Any]:
         return {
             "task": "test",
-            "prompt": question(number),
-            "preferred": PREFERRED[number % 6],
+            "prompt": prompt,
+            "preferred": preferred,
             "responses": {
                 f"{MODEL}/{level}": {
                     "text": f"{level} on {number}: " + "word " * tokens,
@@ -73,7 +91,9 @@ def write_judged_workload(path: Path, *, prompts: int) -> Path:
             },
         }
 
-    path.write_text("".join(json.dumps(entry(number)) + "\n" for number in range(prompts)))
+    entries = [entry(number, question(number), PREFERRED[number % 6]) for number in range(prompts)]
+    entries += [entry(number, of_a_kind(number), ("L2", "L0")[number % 2]) for number in range(KINDS)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in entries))
     return path
 
 

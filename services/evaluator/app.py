@@ -1,14 +1,11 @@
 """Wires the evaluator together; everything it decides is decided elsewhere."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
-from urllib.parse import parse_qs
 
-from faststream.asgi import AsgiFastStream, AsgiResponse, HttpHandler, post
-from faststream.asgi.types import Scope
+from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
 from faststream.kafka.subscriber.usecase import BatchSubscriber
 from prometheus_client import CollectorRegistry
@@ -23,6 +20,7 @@ from services.evaluator.intake import Intake
 from services.evaluator.judging import Judge, OpenAIJudge, TritonJudge
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import PlanError, contestants
+from services.evaluator.requests import requests
 from services.evaluator.session import Session
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.storage import Storage
@@ -285,22 +283,8 @@ def build_app(
     app.after_startup(evaluator.begin)
     # Before the broker stops, so that nothing is evaluated that could not be published.
     app.on_shutdown(health.cancel_background)
-    app.mount("/evaluations", _requests(evaluator.watch))
+    app.mount("/evaluations", requests(evaluator.watch))
     return app
-
-
-def _requests(watch: Watch) -> HttpHandler:
-    """`POST /evaluations?model=NAME` asks for an evaluation now, whatever the grid does."""
-
-    @post(description="Evaluate a model now")
-    async def request(scope: Scope) -> AsgiResponse:
-        (model, *_) = parse_qs(scope["query_string"].decode()).get("model", [""])
-        if watch.request(model):
-            return AsgiResponse(b'{"status": "requested"}', 202, {"Content-Type": "application/json"})
-        body = json.dumps({"error": "give ?model= with the name of a model of the fleet file"})
-        return AsgiResponse(body.encode(), 404, {"Content-Type": "application/json"})
-
-    return request
 
 
 def main() -> None:

@@ -70,10 +70,9 @@ class Groups:
         progress = await self._storage.progress(model)
         if not learning_due(rules, judged=progress.judged, fresh=progress.fresh, learned_from=progress.learned_from):
             return None
-        prompts = comparable(await self._storage.judged(model, most=rules.most), self._levels)
-        if len(prompts) < rules.least:
-            return None
+        kept = await self._storage.judged(model, most=rules.most)
         try:
+            prompts = comparable(kept, self._levels, least=rules.least)
             lesson = await asyncio.to_thread(
                 learn, model, prompts, levels=self._levels, traffic=traffic, book=book, learned_at=now
             )

@@ -12,7 +12,7 @@ from datetime import date, datetime
 import numpy as np
 
 from services.evaluator.counting import PREFERENCE, tally
-from services.evaluator.grouping import Doubles, Places, learn_from
+from services.evaluator.grouping import Doubles, Places, TooFewPromptsError, learn_from
 from services.evaluator.judged import JudgedPrompt, stacked
 from services.evaluator.spending import JOULES_PER_KWH, EnergyBook
 from shared.grouping import FEATURES, pack
@@ -60,10 +60,17 @@ def learning_due(rules: LearningRules, *, judged: int, fresh: int, learned_from:
     return learned_from is None or fresh >= rules.growth * min(learned_from, rules.most)
 
 
-def comparable(prompts: Sequence[JudgedPrompt], levels: Sequence[str]) -> list[JudgedPrompt]:
-    """The prompts that were answered at these very levels by the reference's weights."""
+def comparable(prompts: Sequence[JudgedPrompt], levels: Sequence[str], *, least: int) -> list[JudgedPrompt]:
+    """The prompts that were answered at these very levels by the reference's weights.
+
+    Raises:
+        TooFewPromptsError: fewer than `least`.
+    """
     wanted = tuple(levels)
-    return [one for one in prompts if tuple(answer.level for answer in one.answers[: len(wanted)]) == wanted]
+    found = [one for one in prompts if tuple(answer.level for answer in one.answers[: len(wanted)]) == wanted]
+    if len(found) < least:
+        raise TooFewPromptsError(f"{len(found)} prompts were judged at levels {', '.join(wanted)}, {least} are needed")
+    return found
 
 
 def learn(
@@ -83,9 +90,11 @@ def learn(
         book: energy per token comes from here; a pool without an entry counts by its tokens.
 
     Raises:
-        TooFewPromptsError: fewer than make two groups.
+        TooFewPromptsError: no two groups can be told apart; task labels, where there are any, tell more than one group.
     """
     learned = learn_from(stacked(list(prompts)), _preferred(prompts, levels), _energy_kwh(prompts, len(levels), book))
+    if len(learned.groups.names) < 2:
+        raise TooFewPromptsError(f"{len(prompts)} judged prompts do not tell two groups apart")
     names = [learned.groups.names[place] for place in learned.unseen]
     counted = list(zip(names, prompts, strict=True))
     grouping = PromptGrouping(

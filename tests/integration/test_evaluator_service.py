@@ -10,7 +10,16 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from evaluator_support import EvaluatorProcess, grid, judged_fleet, sample, shares, start_judged_triton
+from evaluator_support import (
+    KINDS,
+    EvaluatorProcess,
+    grid,
+    judged_fleet,
+    of_a_kind,
+    sample,
+    shares,
+    start_judged_triton,
+)
 from router_support import MODEL, ZONE, Producer, TritonServer, producing, question, reading
 
 from deploy.local.processes import Supervisor
@@ -60,8 +69,9 @@ async def producer(kafka: KafkaSettings) -> AsyncIterator[Producer]:
         yield made
 
 
-async def send_samples(producer: Producer, numbers: range, *, group: str = "qa") -> None:
-    sends = [producer.post(SAMPLES, sample(number, group=group, at=CLOCK.now()), group) for number in numbers]
+async def send_samples(producer: Producer, numbers: range, *, group: str = "qa", text=question) -> None:
+    samples = [sample(number, group=group, at=CLOCK.now(), text=text) for number in numbers]
+    sends = [producer.post(SAMPLES, one, group) for one in samples]
     await asyncio.gather(*sends)
 
 
@@ -165,9 +175,15 @@ async def test_it_learns_what_it_costs_and_survives_a_restart(kafka, database, e
 async def test_prompt_groups_are_learned_from_what_was_judged_and_given_up_when_told(
     kafka, database, evaluators, producer
 ):
-    await send_samples(producer, range(120))
-    few = {"SPROUT_EVALUATOR_MIN_JUDGED_TO_LEARN": "60", "SPROUT_EVALUATOR_LEARN_AGAIN_SHARE": "9"}
-    name = evaluators.start(**few, SPROUT_EVALUATOR_MIN_SAMPLES="120")
+    await send_samples(producer, range(KINDS), text=of_a_kind)
+    few = {
+        "SPROUT_EVALUATOR_MIN_JUDGED_TO_LEARN": "100",
+        "SPROUT_EVALUATOR_LEARN_AGAIN_SHARE": "9",
+        "SPROUT_EVALUATOR_SAMPLES_PER_GROUP": str(KINDS),
+    }
+    name = evaluators.start(
+        **few, SPROUT_EVALUATOR_MIN_SAMPLES=str(KINDS), SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION=str(KINDS)
+    )
     async with reading(kafka, PROMPT_GROUPS) as learned, reading(kafka, QUALITY) as found:
         await found.read(until=1)
         await learned.read(until=1)
@@ -175,7 +191,8 @@ async def test_prompt_groups_are_learned_from_what_was_judged_and_given_up_when_
         assert {one.group for one in first.counts} == {"qa"}  # counted before anything was learned
         made = PromptGrouping.model_validate_json(learned.records[0].value)
         assert learned.records[0].key == MODEL.encode()
-        assert unpack(made).assign(question(1)) in made.names
+        questions, sums = ({unpack(made).assign(of_a_kind(n)) for n in range(first, 20, 2)} for first in (0, 1))
+        assert questions != sums
         (restated,) = made.evidence
         judged = first.prompts - first.abstentions
         assert made.prompts == judged

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from grouping_support import NOW, judged_kinds, question, sum_of
 
+from services.evaluator.grouping import TooFewPromptsError
 from services.evaluator.judged import JudgedAnswer, Looks
 from services.evaluator.learning import LearningRules, comparable, learn, learning_due
 from services.evaluator.spending import Energy
@@ -45,8 +46,9 @@ def test_groups_are_learned_from_enough_verdicts_and_again_once_enough_are_new(j
 
 def test_prompts_answered_at_other_levels_are_left_out():
     prompts = judged_kinds(4, seed=2)
-    assert comparable(prompts, LEVELS) == prompts
-    assert comparable(prompts, ("L0", "L1", "L2")) == []
+    assert comparable(prompts, LEVELS, least=4) == prompts
+    with pytest.raises(TooFewPromptsError, match="0 prompts were judged at levels L0, L1, L2, 4 are needed"):
+        comparable(prompts, ("L0", "L1", "L2"), least=4)
 
 
 def test_the_groups_tell_the_kinds_apart_for_prompts_that_were_not_judged():
@@ -59,6 +61,11 @@ def test_the_groups_tell_the_kinds_apart_for_prompts_that_were_not_judged():
     fewer, more = sorted(found.total() - found[usual] for found in (questions, sums))
     assert more > 20
     assert fewer < 0.05 * more
+
+
+def test_one_group_for_all_is_no_lesson():
+    with pytest.raises(TooFewPromptsError, match="60 judged prompts do not tell two groups apart"):
+        lesson(judged_kinds(60, seed=3))
 
 
 def test_every_verdict_is_counted_once_on_its_day():
