@@ -20,6 +20,9 @@ LAST_CHUNK_WAIT_S = 2.0
 """For the last chunk of a stream to be read after the answer, which has a topic of its own."""
 
 
+BEGINS_AGAIN = "\n[the router was replaced; the answer begins again]\n"
+
+
 class MissingTopicError(RuntimeError):
     """A topic that is needed does not exist."""
 
@@ -61,6 +64,7 @@ class Conversation:
         self._streaming = request.stream
         self._response: GenerationResponse | None = None
         self._footprint: Footprint | None = None
+        self._stream: str | None = None
 
     async def run(self, *, timeout_s: float, footprint_wait_s: float) -> Answer:
         """Publish, wait for the answer, then a moment longer for its footprint.
@@ -136,6 +140,9 @@ class Conversation:
             return  # somebody else's broken record that happens to quote our id
         match message:
             case ResponseChunk() if message.request_id == self._id:
+                if message.sequence == 0 and self._stream not in (None, message.stream):
+                    self._on_chunk(BEGINS_AGAIN)
+                self._stream = message.stream
                 self._on_chunk(message.text)
                 self._streaming = not message.final
             case GenerationResponse() if message.request_id == self._id:

@@ -114,8 +114,17 @@ class DeadLetterOffice:
         """The broker to publish through; `build_broker` calls this."""
         self._broker = broker
 
-    async def post(self, record: "ConsumerRecord[bytes, bytes]", error: PoisonMessageError) -> None:
+    async def post(
+        self,
+        record: "ConsumerRecord[bytes, bytes]",
+        error: PoisonMessageError,
+        *,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         """Publish a record's dead letter; returns once Kafka has it.
+
+        Args:
+            headers: of the dead letter's own message.
 
         Raises:
             KafkaError: it could not be published; the record must not be acknowledged.
@@ -125,7 +134,7 @@ class DeadLetterOffice:
         letter = dead_letter_for(
             record, service=self._service, reason=error.reason, detail=error.detail, clock=self._clock
         )
-        await self._broker.publish(letter, topic=self._topic, key=record.key)
+        await self._broker.publish(letter, topic=self._topic, key=record.key, headers=headers)
         self.posted += 1
         _log.warning(
             "dead letter",

@@ -14,9 +14,11 @@ from prometheus_client import CollectorRegistry
 
 from services.router.backlog import Backlog
 from services.router.delivery import Delivery
+from services.router.gate import Gate
 from services.router.intake import Intake
 from services.router.knowledge import Knowledge
 from services.router.metrics import RouterMetrics
+from services.router.recovery import Recovery
 from services.router.serving import Serving
 from services.router.settings import RouterSettings
 from services.router.tracing import Tracing
@@ -103,6 +105,8 @@ class Router:
         )
         self.intake = Intake(
             serving.serve,
+            Recovery(kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS))),
+            Gate(session_timeout_s=settings.session_timeout_s),
             max_in_flight=settings.max_in_flight,
             rebalance_grace_s=settings.rebalance_grace_s,
             metrics=self.metrics,

@@ -1,6 +1,7 @@
 """When a piece of a streamed answer is published: not every token is a message."""
 
 from collections import deque
+from uuid import uuid4
 
 from shared.messages import ErrorDetail, ResponseChunk
 from shared.messages.responses import FinishReason
@@ -9,7 +10,7 @@ from shared.messages.responses import FinishReason
 class Chunker:
     """Gathers an answer's text and cuts it into numbered chunks, at most one in an interval."""
 
-    __slots__ = ("_interval_s", "_last_s", "_pending", "_request_id", "_sequence")
+    __slots__ = ("_interval_s", "_last_s", "_pending", "_request_id", "_sequence", "_stream")
 
     def __init__(self, request_id: str, *, interval_s: float) -> None:
         """Begin.
@@ -18,6 +19,7 @@ class Chunker:
             interval_s: between two chunks; 0 makes every piece a chunk.
         """
         self._request_id = request_id
+        self._stream = uuid4().hex[:16]
         self._interval_s = interval_s
         self._pending: deque[str] = deque()
         self._sequence = 0
@@ -62,6 +64,6 @@ class Chunker:
         return text
 
     def _next(self, text: str) -> ResponseChunk:
-        chunk = ResponseChunk(request_id=self._request_id, sequence=self._sequence, text=text)
+        chunk = ResponseChunk(request_id=self._request_id, stream=self._stream, sequence=self._sequence, text=text)
         self._sequence += 1
         return chunk

@@ -4,7 +4,9 @@ from typing import Any
 
 from faststream.kafka import KafkaBroker
 
+from services.router.gate import Passage
 from services.router.metrics import RouterMetrics
+from services.router.recovery import SOURCE_HEADER
 from services.router.tracing import Tracing
 from shared.dead_letters import DeadLetterOffice, PoisonMessageError
 from shared.logs import get_logger
@@ -43,21 +45,25 @@ class Delivery:
         self._metrics = metrics
         self._tracing = tracing
 
-    async def respond(self, response: GenerationResponse) -> GenerationResponse:
+    async def respond(self, response: GenerationResponse, passage: Passage) -> GenerationResponse:
         """Publish an answer; returns what was published, an error if the answer was too large for the topic."""
         try:
-            await self._send(self._responses, response, response.request_id)
+            await self._send(self._responses, response, response.request_id, passage)
         except TOO_LARGE:
             response = _without_bulk(response)
-            await self._send(self._responses, response, response.request_id)
+            await self._send(self._responses, response, response.request_id, passage)
         if self._tracing is not None:
             self._tracing.answered(response)
         return response
 
-    async def chunk(self, chunk: ResponseChunk) -> None:
-        """Publish a piece of an answer; no span, there are many."""
-        headers = None if self._tracing is None else self._tracing.headers()
-        await _publish(self._chunks, chunk, chunk.request_id, headers)
+    async def chunk(self, chunk: ResponseChunk, passage: Passage | None = None) -> None:
+        """Publish a piece of an answer; no span, there are many.
+
+        Args:
+            passage: for the last one, which nobody else may publish too.
+        """
+        headers = {} if self._tracing is None else self._tracing.headers()
+        await _publish(self._chunks, chunk, chunk.request_id, headers, passage)
 
     async def sample(self, sample: Sample) -> None:
         """Publish a prompt for the evaluator; one that is too large is left out."""
@@ -68,29 +74,48 @@ class Delivery:
             return
         self._metrics.samples.labels(sample.model).inc()
 
-    async def dead_letter(self, record: Any, error: PoisonMessageError) -> None:  # noqa: ANN401 - FastStream's record
+    async def dead_letter(
+        self,
+        record: Any,  # noqa: ANN401 - FastStream's record
+        error: PoisonMessageError,
+        passage: Passage,
+    ) -> None:
         """Publish a message that is no request, as it came."""
         if self._tracing is not None:
             self._tracing.refused(error.reason)
-        await insist(lambda: self._office.post(record, error))
+        headers = {SOURCE_HEADER: passage.source}
+        await insist(lambda: passage.through(lambda: self._office.post(record, error, headers=headers)))
         self._metrics.dead_letters.labels(error.reason).inc()
 
-    async def _send(self, publisher: Any, message: GenerationResponse | Sample, key: str) -> None:  # noqa: ANN401
+    async def _send(
+        self,
+        publisher: Any,  # noqa: ANN401 - generic in FastStream
+        message: GenerationResponse | Sample,
+        key: str,
+        passage: Passage | None = None,
+    ) -> None:
+        source = {} if passage is None else {SOURCE_HEADER: passage.source}
         if self._tracing is None:
-            await _publish(publisher, message, key, None)
+            await _publish(publisher, message, key, source, passage)
         else:
             with self._tracing.sending(publisher.topic) as headers:
-                await _publish(publisher, message, key, headers)
+                await _publish(publisher, message, key, headers | source, passage)
 
 
 async def _publish(
     publisher: Any,  # noqa: ANN401 - generic in FastStream
     message: GenerationResponse | ResponseChunk | Sample,
     key: str,
-    headers: dict[str, str] | None,
+    headers: dict[str, str],
+    passage: Passage | None,
 ) -> None:
     encoded = key.encode("utf-8", errors="surrogatepass")
-    await insist(lambda: publisher.publish(message, key=encoded, headers=headers))
+
+    async def publish() -> None:
+        await publisher.publish(message, key=encoded, headers=headers)
+
+    # Every attempt passes the gate again: much may have happened since the one before.
+    await insist(publish if passage is None else lambda: passage.through(publish))
 
 
 def _without_bulk(response: GenerationResponse) -> GenerationResponse:

@@ -8,6 +8,7 @@ from typing import Any
 from services.router import answers
 from services.router.admission import Arrival, Limits, arrive, refusal
 from services.router.delivery import Delivery
+from services.router.gate import Passage
 from services.router.knowledge import Knowledge
 from services.router.metrics import RouterMetrics
 from services.router.sampling import becomes_sample
@@ -44,26 +45,26 @@ class Serving:
     sample_share: float
     tracing: Tracing | None = None
 
-    async def serve(self, record: Any) -> None:  # noqa: ANN401 - FastStream's record
+    async def serve(self, record: Any, passage: Passage) -> None:  # noqa: ANN401 - FastStream's record
         """Answer a record; returns once Kafka has the answer, or the dead letter.
 
         Only cancellation ends it early; the record is then to be delivered again.
         """
         if self.tracing is None:
-            await self._serve(record)
+            await self._serve(record, passage)
         else:
-            await self.tracing.processing(record, self._serve(record))
+            await self.tracing.processing(record, self._serve(record, passage))
 
-    async def _serve(self, record: Any) -> None:  # noqa: ANN401
+    async def _serve(self, record: Any, passage: Passage) -> None:  # noqa: ANN401
         began = perf_counter()
         arrival = None
         try:
             arrival = arrive(
                 record, received_at=self.clock.now(), clock=self.clock, fleet=self.fleet, limits=self.limits
             )
-            await self._answer(arrival, began)
+            await self._answer(arrival, passage, began)
         except PoisonMessageError as error:
-            await self.delivery.dead_letter(record, error)
+            await self.delivery.dead_letter(record, error, passage)
         except Exception as error:  # noqa: BLE001 - one request must not end the others
             # The text of an unforeseen error may quote the request.
             _log.error(
@@ -74,20 +75,21 @@ class Serving:
                 error=type(error).__name__,
                 where=where(error),
             )
-            await self.delivery.dead_letter(record, PoisonMessageError("handler_error", type(error).__name__))
+            poison = PoisonMessageError("handler_error", type(error).__name__)
+            await self.delivery.dead_letter(record, poison, passage)
             if arrival is not None:
                 detail = ErrorDetail(
                     code="upstream_error", message="the router failed; the request was kept for people"
                 )
-                await self.delivery.respond(answers.failure(arrival, detail))
+                await self.delivery.respond(answers.failure(arrival, detail), passage)
 
-    async def _answer(self, arrival: Arrival, began: float) -> None:
+    async def _answer(self, arrival: Arrival, passage: Passage, began: float) -> None:
         chunks = None
         if arrival.request.stream:
             chunks = ChunkStream(arrival.request_id, self.delivery, interval_s=self.chunk_interval_s)
         try:
             response, model_s = await self._response(arrival, chunks)
-            await self._publish(arrival, response, chunks)
+            await self._publish(arrival, response, chunks, passage)
         except BaseException:
             if chunks is not None:
                 await chunks.abandon()
@@ -144,10 +146,12 @@ class Serving:
             control_sequences=self.control_sequences,
         )
 
-    async def _publish(self, arrival: Arrival, response: GenerationResponse, chunks: ChunkStream | None) -> None:
+    async def _publish(
+        self, arrival: Arrival, response: GenerationResponse, chunks: ChunkStream | None, passage: Passage
+    ) -> None:
         if chunks is not None:
             # A reader of the stream does not wait for the whole answer.
-            await chunks.end(finish_reason=response.finish_reason, error=response.error)
+            await chunks.end(passage, finish_reason=response.finish_reason, error=response.error)
         decision = response.decision
         if (
             response.status == "ok"
@@ -155,10 +159,11 @@ class Serving:
             and becomes_sample(arrival.request_id, arrival.request, decision, share=self.sample_share)
         ):
             await asyncio.gather(
-                self.delivery.respond(response), self.delivery.sample(answers.sample(arrival, clock=self.clock))
+                self.delivery.respond(response, passage),
+                self.delivery.sample(answers.sample(arrival, clock=self.clock)),
             )
         else:
-            await self.delivery.respond(response)
+            await self.delivery.respond(response, passage)
 
 
 def _concluded(arrival: Arrival, decision: Decision, outcome: Outcome) -> GenerationResponse:

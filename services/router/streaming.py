@@ -4,6 +4,7 @@ import asyncio
 
 from services.router.chunking import Chunker
 from services.router.delivery import Delivery
+from services.router.gate import Passage
 from shared.messages import ErrorDetail
 from shared.messages.responses import FinishReason
 
@@ -35,14 +36,16 @@ class ChunkStream:
         if self._pump is None:
             self._pump = asyncio.create_task(self._run())
 
-    async def end(self, *, finish_reason: FinishReason | None = None, error: ErrorDetail | None = None) -> None:
-        """Publish the last chunk, after all others."""
+    async def end(
+        self, passage: Passage, *, finish_reason: FinishReason | None = None, error: ErrorDetail | None = None
+    ) -> None:
+        """Publish the last chunk, after all others, once it is certain that nobody else answers the request."""
         self._ending.set()
         self._wake.set()
         if self._pump is not None:
             await self._pump
         for chunk in self._chunker.finish(finish_reason=finish_reason, error=error):
-            await self._delivery.chunk(chunk)
+            await self._delivery.chunk(chunk, passage if chunk.final else None)
 
     async def abandon(self) -> None:
         """Stop without a last chunk; the request will be redelivered."""

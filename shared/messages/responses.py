@@ -88,9 +88,14 @@ class GenerationResponse(Message):
 
 
 class ResponseChunk(Message):
-    """A piece of a streamed answer; `sequence` counts from 0 without gaps, the last one is `final`."""
+    """A piece of a streamed answer; `sequence` counts from 0 without gaps, the last one is `final`.
+
+    A router that dies in the middle of an answer leaves a stream without an end; whoever takes the request over begins
+    another `stream`, and what came before it is void.
+    """
 
     request_id: Identifier
+    stream: Identifier | None = Field(default=None, description="Names the attempt whose chunks belong together")
     sequence: int = Field(ge=0)
     text: str
     final: bool = False

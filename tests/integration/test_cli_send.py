@@ -87,8 +87,13 @@ def footprint(request: GenerationRequest) -> Footprint:
 
 
 @asynccontextmanager
-async def answering(kafka: KafkaSettings, *, failed: bool = False, metered: bool = True) -> AsyncIterator[list[bytes]]:
-    """Answers every request in the background; yields the requests as they came."""
+async def answering(
+    kafka: KafkaSettings, *, failed: bool = False, metered: bool = True, attempts: int = 1
+) -> AsyncIterator[list[bytes]]:
+    """Answers every request in the background; yields the requests as they came.
+
+    Every attempt to stream an answer but the last ends without a last chunk.
+    """
     consumer = AIOKafkaConsumer(
         kafka.topic(REQUESTS), bootstrap_servers=kafka.bootstrap_servers, group_id=None, auto_offset_reset="earliest"
     )
@@ -105,9 +110,13 @@ async def answering(kafka: KafkaSettings, *, failed: bool = False, metered: bool
             seen.append(record.value)
             request = GenerationRequest.model_validate_json(record.value)
             if request.stream:
-                for number, piece in enumerate(PIECES):
-                    chunk = ResponseChunk(request_id=request.id or "", sequence=number, text=piece)
-                    await post(RESPONSE_CHUNKS, chunk, record.key)
+                for attempt in range(attempts):
+                    pieces = PIECES if attempt == attempts - 1 else PIECES[:1]
+                    for number, piece in enumerate(pieces):
+                        chunk = ResponseChunk(
+                            request_id=request.id or "", stream=f"s{attempt}", sequence=number, text=piece
+                        )
+                        await post(RESPONSE_CHUNKS, chunk, record.key)
             await post(RESPONSES, answer(request, failed=failed), record.key)
             if metered and not failed:
                 await post(FOOTPRINTS, footprint(request), record.key)
@@ -145,6 +154,13 @@ async def test_a_streamed_answer_is_printed_once(environment):
         result = await sprout("send", "Why?", "--stream")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("Light scatters.") == 1
+
+
+async def test_an_answer_that_another_router_begins_again_says_so(environment):
+    async with answering(environment, attempts=2):
+        result = await sprout("send", "Why?", "--stream")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("the answer begins again") == 1
 
 
 async def test_a_system_message_makes_a_conversation_and_a_level_can_be_forced(environment):

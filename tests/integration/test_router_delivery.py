@@ -1,10 +1,9 @@
-"""Two thousand requests through real Kafka, routers as processes, and a real Triton server: none lost.
+"""Two thousand requests through real Kafka, routers as processes, and a real Triton server: none lost, none doubled.
 
 What was counted and how long it took is printed; `pytest -s` shows it.
 """
 
 import asyncio
-import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -110,30 +109,23 @@ async def test_every_request_is_answered_exactly_once(kafka, routers, producer):
     print(f"{COUNT} requests answered once each in {took_s:.1f} s: {COUNT / took_s:.0f} requests/s")
 
 
-async def test_a_router_killed_in_the_middle_loses_none(kafka, routers, producer):
-    doomed = routers.start()
-    routers.start()
+async def test_routers_killed_in_the_middle_lose_none_and_answer_none_twice(kafka, routers, producer):
+    running = [routers.start(), routers.start()]
     began = time.monotonic()
     await producer.ask(*(request(number) for number in range(COUNT)))
+    before = []
     async with reading(kafka) as answers:
-        await answers.read(until=COUNT // 4)
-        routers.supervisor.kill(doomed)
-        before = len(answers.records)
-        assert before < COUNT
-        await asyncio.to_thread(routers.start)
+        for kill in range(3):
+            await answers.read(until=COUNT * (kill + 1) // 5)
+            routers.supervisor.kill(running.pop(0))
+            before.append(len(answers.records))
+            running.append(await asyncio.to_thread(routers.start))
         await answers.ids(ids())
         took_s = time.monotonic() - began
         await answers.read(until=COUNT, settle_s=1.0)
-    levels: dict[str, set[str]] = {}
-    for record in answers.records:
-        levels.setdefault(record.key.decode(), set()).add(json.loads(record.value)["decision"]["level"])
-    assert sorted(levels) == sorted(ids())
-    assert all(len(drawn) == 1 for drawn in levels.values())  # a redelivered request draws the same
+    assert before[0] < COUNT
+    assert Counter(record.key.decode() for record in answers.records) == Counter(ids())
     for response in answers.responses().values():
         check(response)
     await settled(kafka)
-    duplicates = len(answers.records) - COUNT
-    print(
-        f"{COUNT} requests, a router killed after {before} answers: all answered within {took_s:.1f} s, "
-        f"{duplicates} of them twice (same id, same directive)"
-    )
+    print(f"{COUNT} requests, routers killed after {before} answers: answered once each within {took_s:.1f} s")

@@ -1,24 +1,28 @@
-"""What the intake asks of its consumer while a rebalance is settled."""
+"""What the intake asks of its consumer and its group while a rebalance is settled."""
 
 import asyncio
 from types import SimpleNamespace
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.structs import OffsetAndMetadata
 from prometheus_client import CollectorRegistry
 
+from services.router.gate import Gate
 from services.router.intake import Intake
 from services.router.metrics import RouterMetrics
+from services.router.offsets import Commit, Standing
+from services.router.recovery import stored
 
 KNOWN, NEW = TopicPartition("requests", 0), TopicPartition("requests", 1)
 
 
 class ConsumerStandIn:
-    """Says what it was asked for, and answers for the committed offset once it is told to."""
+    """Keeps what it is told."""
 
     def __init__(self) -> None:
         self.paused: set[TopicPartition] = set()
-        self.answer = asyncio.Event()
+        self.committed: dict[TopicPartition, OffsetAndMetadata] = {}
 
     def assignment(self):
         return {KNOWN, NEW}
@@ -29,26 +33,45 @@ class ConsumerStandIn:
     def resume(self, *partitions):
         self.paused -= set(partitions)
 
-    async def committed(self, partition):
-        await self.answer.wait()
-        return 1
+    async def beginning_offsets(self, partitions):
+        return dict.fromkeys(partitions, 0)
 
     async def commit(self, offsets):
-        return None
+        self.committed |= offsets
+
+
+class GroupStandIn:
+    """Answers, once it is told to, where the group stands."""
+
+    def __init__(self) -> None:
+        self.stored: dict[TopicPartition, OffsetAndMetadata] = {}
+        self.answered: dict[TopicPartition, dict[int, int]] = {}
+        self.answer = asyncio.Event()
+        self.answer.set()
+
+    async def commits(self, partitions):
+        return {one: self.stored[one] for one in partitions if one in self.stored}
+
+    async def standings(self, commits):
+        await self.answer.wait()
+        return {one: Standing(commit, self.answered.get(one, {})) for one, commit in commits.items()}
 
 
 class Served:
-    """Records that were begun; each is done at once."""
+    """Records that were begun; each is done at once, unless it is held."""
 
     def __init__(self) -> None:
         self.offsets: list[tuple[int, int]] = []
+        self.go = asyncio.Event()
+        self.go.set()
 
-    async def __call__(self, record):
+    async def __call__(self, record, passage):
         self.offsets.append((record.partition, record.offset))
+        await self.go.wait()
 
 
 def record(partition: TopicPartition, offset: int) -> SimpleNamespace:
-    return SimpleNamespace(topic=partition.topic, partition=partition.partition, offset=offset, timestamp=0)
+    return SimpleNamespace(topic=partition.topic, partition=partition.partition, offset=offset, timestamp=offset)
 
 
 @pytest.fixture
@@ -57,38 +80,104 @@ def served() -> Served:
 
 
 @pytest.fixture
-def intake(served: Served) -> Intake:
-    return Intake(served, max_in_flight=4, rebalance_grace_s=0.0, metrics=RouterMetrics(CollectorRegistry()))
+def group() -> GroupStandIn:
+    return GroupStandIn()
 
 
-async def rebalancing(intake: Intake, consumer: ConsumerStandIn) -> asyncio.Task[None]:
-    """One partition is known, another comes to it; where the group stands is being asked for."""
-    intake.bind(lambda: consumer)
-    await intake.on_partitions_assigned([KNOWN])
+@pytest.fixture
+def consumer() -> ConsumerStandIn:
+    return ConsumerStandIn()
+
+
+@pytest.fixture
+def intake(served: Served, group: GroupStandIn, consumer: ConsumerStandIn) -> Intake:
+    gate = Gate(session_timeout_s=10.0)
+    made = Intake(
+        served, group, gate, max_in_flight=4, rebalance_grace_s=0.0, metrics=RouterMetrics(CollectorRegistry())
+    )
+    made.bind(lambda: consumer)
+    return made
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def assigned(intake: Intake, *partitions: TopicPartition) -> None:
+    await intake.on_partitions_assigned(partitions)
+    await settle()
+
+
+async def test_nothing_is_delivered_before_it_is_known_where_the_group_stands(intake, served, group, consumer):
+    await assigned(intake, KNOWN)
     await intake.take([record(KNOWN, 0)])
     await intake.on_partitions_revoked([KNOWN])
-    task = asyncio.create_task(intake.on_partitions_assigned([KNOWN, NEW]))
-    await asyncio.sleep(0)
-    return task
-
-
-async def test_nothing_is_delivered_before_it_is_known_where_the_group_stands(intake, served):
-    consumer = ConsumerStandIn()
-    task = await rebalancing(intake, consumer)
-    assert not task.done()
+    group.stored, group.answer = dict(consumer.committed), asyncio.Event()
+    await assigned(intake, KNOWN, NEW)
+    assert intake.problem() == "no partitions assigned yet, or a rebalance is under way"
     assert consumer.paused == {KNOWN, NEW}
-    consumer.answer.set()
-    await task
+    group.answer.set()
+    await settle()
+    assert intake.problem() is None
     assert consumer.paused == set()
     await intake.take([record(NEW, 0), record(KNOWN, 1)])
-    await asyncio.sleep(0)
+    await settle()
     assert served.offsets == [(0, 0), (1, 0), (0, 1)]
 
 
-async def test_a_router_that_stops_takes_nothing_up_again(intake):
-    consumer = ConsumerStandIn()
-    task = await rebalancing(intake, consumer)
+async def test_a_router_that_stops_takes_nothing_up_again(intake, group, consumer):
+    group.answer.clear()
+    await assigned(intake, KNOWN, NEW)
     await intake.drain(0.0)
-    consumer.answer.set()
-    await task
+    group.answer.set()
+    await settle()
     assert consumer.paused == {KNOWN, NEW}
+
+
+async def test_a_group_without_commits_is_given_one_before_anything_is_begun(intake, group, consumer):
+    group.answer.clear()
+    await assigned(intake, KNOWN)
+    first = consumer.committed[KNOWN]
+    assert first.offset == 0
+    assert first.metadata.startswith("since-ms=")
+
+
+async def test_a_commit_without_a_time_is_kept_and_given_one(intake, group, consumer):
+    group.stored = {KNOWN: OffsetAndMetadata(41, "")}
+    await assigned(intake, KNOWN)
+    assert consumer.committed[KNOWN].offset == 41
+    assert consumer.committed[KNOWN].metadata.startswith("since-ms=")
+
+
+async def test_what_was_answered_before_is_finished_and_what_runs_of_it_is_given_up(intake, served, group, consumer):
+    await assigned(intake, KNOWN)
+    served.go.clear()
+    await intake.take([record(KNOWN, 0), record(KNOWN, 1)])
+    await settle()
+    assert intake.in_flight == 2
+    await intake.on_partitions_revoked([KNOWN])
+    group.stored, group.answered = stored({KNOWN: Commit(0, 5)}), {KNOWN: {1: 1, 2: 2}}
+    await assigned(intake, KNOWN)
+    assert intake.in_flight == 1
+    await intake.take([record(KNOWN, offset) for offset in range(4)])
+    served.go.set()
+    await settle()
+    assert served.offsets == [(0, 0), (0, 1), (0, 3)]
+    await intake.on_partitions_revoked([KNOWN])
+    assert consumer.committed[KNOWN].offset == 4
+
+
+async def test_it_asks_again_where_the_group_stands_until_it_is_told(intake, group, consumer, monkeypatch):
+    monkeypatch.setattr("services.router.takeover.PAUSE_S", 0.0)
+    failures = iter([OSError("away"), RuntimeError("unforeseen")])
+
+    async def commits(_):
+        for failure in failures:
+            raise failure
+        return {}
+
+    monkeypatch.setattr(group, "commits", commits)
+    await assigned(intake, KNOWN)
+    await settle()
+    assert intake.problem() is None
