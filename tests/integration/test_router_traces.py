@@ -63,6 +63,8 @@ async def test_a_request_is_one_trace_from_the_producer_to_the_answer(
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(fleet_toml([triton.address]))
     routers = RouterProcess(supervisor, kafka, fleet)
+    async with producing(kafka) as producer:
+        await producer.prepare({"L1": 1.0})
     name = routers.start(
         OTEL_EXPORTER_OTLP_ENDPOINT=endpoint,
         OTEL_BSP_SCHEDULE_DELAY="600000",  # what comes, comes because the router is stopped
@@ -76,7 +78,6 @@ async def test_a_request_is_one_trace_from_the_producer_to_the_answer(
             reading(kafka, RESPONSE_CHUNKS) as chunks,
             reading(kafka, SAMPLES) as samples,
         ):
-            await producer.prepare({"L1": 1.0})
             await producer.raw(
                 asked.model_copy(update={"directive": None}).model_dump_json().encode(),
                 headers=[("traceparent", f"00-{TRACE}-{PARENT}-01".encode())],
