@@ -23,9 +23,10 @@ from tritonclient.grpc.service_pb2 import (
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from shared.clock import Clock
+from shared.logs import get_logger
 from shared.triton.contract import Contract, ContractError
 from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError, InvalidRequest
-from shared.triton.generation import Assembly, Generation
+from shared.triton.generation import Assembly, BrokenStreamError, Generation
 from shared.triton.parameters import GenerationParameters
 from shared.triton.wire import Part, decode, encode
 
@@ -53,6 +54,8 @@ STATUS_MODE: Final = (("triton_grpc_error", "true"),)
 _INVALID: Final = frozenset(
     {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.ALREADY_EXISTS}
 )
+
+_log = get_logger(__name__)
 
 _Call = Any
 """`grpc.aio.StreamStreamCall`, which is not generic in the installed stubs."""
@@ -139,8 +142,11 @@ class TritonClient:
             answer = await self._stub.ModelConfig(ModelConfigRequest(name=self._model), timeout=timeout_s)
         except grpc.RpcError as error:
             raise EndpointUnavailable(self._describe(error)) from error
-        self._contract = Contract.from_config(answer.config)
-        return self._contract
+        contract = Contract.from_config(answer.config)
+        if contract != self._contract:
+            self._tell(contract)
+        self._contract = contract
+        return contract
 
     async def generate(
         self,
@@ -185,8 +191,9 @@ class TritonClient:
             prompt: with its chat template already applied.
             timeout_s: wall seconds for everything.
             first_chunk_timeout_s: wall seconds until the server must have said something; null: no such limit.
-            streamed: False asks for a single response, which costs less but tells no time of the first token. A model
-                that does not count its tokens is streamed all the same, so that they can be counted.
+            streamed: False asks for a single response, which costs less but tells no time of the first token. It is
+                streamed all the same where that is the only way to count tokens, or to stop the server at a sequence
+                that it is not told of.
 
         Raises:
             EndpointUnavailable: another endpoint may do better.
@@ -198,9 +205,15 @@ class TritonClient:
         contract = self._contract
         if contract is None:
             contract = await self._first_probe(timeout_s)
-        streamed = streamed or contract.completion_tokens is None
+        streamed = streamed or contract.completion_tokens is None or (contract.stop is None and bool(parameters.stop))
         request = encode(contract, prompt, parameters, request_id=request_id, stream=streamed)
-        assembly = Assembly(prompt, parameters, started_at_s=self._clock.now_s(), echoes=contract.exclude_input is None)
+        assembly = Assembly(
+            prompt,
+            parameters,
+            started_at_s=self._clock.now_s(),
+            echoes=contract.exclude_input is None,
+            cumulative=contract.cumulative,
+        )
         parts = self._streamed(request, contract, timeout_s, first_chunk_timeout_s)
         if not contract.decoupled:
             parts = self._single(request, contract, timeout_s)
@@ -212,13 +225,38 @@ class TritonClient:
                     break  # closing the stream stops the server
                 heard = True
                 last_s = self._clock.now_s()
-                fresh = assembly.take(part, now_s=last_s)
+                try:
+                    fresh = assembly.take(part, now_s=last_s)
+                except BrokenStreamError as error:
+                    raise EndpointUnavailable(f"{self.name}: {error}") from error
                 if fresh:
                     yield Chunk(fresh)
+                if assembly.overrun and contract.stop is None:
+                    break  # nobody told the server of the sequence at which the answer ended
         if not heard:
             raise EndpointUnavailable(f"{self.name}: the stream ended without an answer")
         rest = assembly.rest()
         yield Chunk(rest, assembly.result(now_s=last_s))
+
+    def _tell(self, contract: Contract) -> None:
+        """Say once what the model cannot do, before somebody wonders."""
+        _log.info(
+            "model server",
+            endpoint=self.name,
+            model=contract.model,
+            contract=contract.dialect,
+            streams=contract.decoupled,
+            counts_tokens=contract.completion_tokens is not None,
+            told_of_stop_sequences=contract.stop is not None,
+            refused_sampling=list(contract.unserved),
+        )
+        if not contract.decoupled and contract.stop is None:
+            _log.warning(
+                "the model goes on after a stop sequence: it is not told of any, and an answer in one piece cannot be "
+                "cut short; serve it with 'decoupled: true'",
+                endpoint=self.name,
+                model=contract.model,
+            )
 
     @property
     def _stub(self) -> GRPCInferenceServiceStub:
@@ -257,9 +295,7 @@ class TritonClient:
                 while (response := await self._read(call, limit_s)) is not None:
                     limit_s = None
                     if response.error_message:
-                        raise EndpointUnavailable(
-                            f"{self.name}: the model failed", said=_shortened(response.error_message)
-                        )
+                        raise self._failed(_shortened(response.error_message))
                     yield decode(contract, response.infer_response)
             except grpc.RpcError as error:
                 raise self._typed(error) from error
@@ -292,9 +328,18 @@ class TritonClient:
         text, said = f"{self.name}: {code.name}", _shortened(details or "")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(text, said=said)
-        if code in _INVALID:
+        if code in _INVALID or self._refuses(said):
             return InvalidRequest(text, said=said)
         return EndpointUnavailable(text, said=said)
+
+    def _failed(self, said: str) -> GenerationError:
+        """An error in a stream that goes on, which has no status."""
+        kind = InvalidRequest if self._refuses(said) else EndpointUnavailable
+        return kind(f"{self.name}: the model failed", said=said)
+
+    def _refuses(self, said: str) -> bool:
+        """Whether the server's words, rather than its status, blame the request."""
+        return self._contract is not None and any(words in said for words in self._contract.refusals)
 
     def _describe(self, error: grpc.RpcError) -> str:
         """An error of a call that carried no prompt."""

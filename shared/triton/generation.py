@@ -47,6 +47,10 @@ class Generation:
         return datetime.fromtimestamp(self.finished_at_s, UTC)
 
 
+class BrokenStreamError(ValueError):
+    """A stream whose parts do not fit together: the model does not answer as its contract says."""
+
+
 class Assembly:
     """Takes the parts of a generation in order and says which text is new.
 
@@ -55,16 +59,28 @@ class Assembly:
     """
 
     __slots__ = (
-        "_first_s", "_pieces", "_prompt", "_prompt_tokens", "_responses", "_scanner", "_started_s", "_tokens",
-        "_wanted",
+        "_cumulative", "_first_s", "_pieces", "_prompt", "_prompt_tokens", "_reason", "_responses", "_scanner",
+        "_started_s", "_tokens", "_wanted", "_whole",
     )  # fmt: skip
 
-    def __init__(self, prompt: str, parameters: GenerationParameters, *, started_at_s: float, echoes: bool) -> None:
+    def __init__(
+        self,
+        prompt: str,
+        parameters: GenerationParameters,
+        *,
+        started_at_s: float,
+        echoes: bool = False,
+        cumulative: bool = False,
+    ) -> None:
         """Begin.
 
         Args:
             echoes: the model cannot be told to leave the prompt out, so an answer that begins with it loses it.
+            cumulative: every part carries the whole answer so far.
         """
+        self._cumulative = cumulative
+        self._whole = ""
+        self._reason: FinishReason | None = None
         self._prompt = prompt if echoes else ""
         self._wanted = parameters
         self._scanner = StopScanner(parameters.stop)
@@ -81,10 +97,15 @@ class Assembly:
         return self._scanner.stopped
 
     def take(self, part: Part, *, now_s: float) -> str:
-        """Take the next part; returns the new text of the answer."""
+        """Take the next part; returns the new text of the answer.
+
+        Raises:
+            BrokenStreamError: it does not go on from what came before.
+        """
+        self._reason = part.finish_reason or self._reason
         if part.prompt_tokens is not None:
             self._prompt_tokens = part.prompt_tokens
-        text, tokens = part.text, part.tokens
+        text, tokens = self._news(part), part.tokens
         if self._prompt and text.startswith(self._prompt) and not self._responses:
             text = text[len(self._prompt) :]
             if tokens is not None and self._prompt_tokens is not None:
@@ -112,10 +133,9 @@ class Assembly:
     def result(self, *, now_s: float) -> Generation:
         """The whole."""
         tokens = self._responses if self._tokens is None else self._tokens
-        cut = tokens >= self._wanted.max_tokens and not self._scanner.stopped
         return Generation(
             text="".join(self._pieces),
-            finish_reason="length" if cut else "stop",
+            finish_reason=self._finish_reason(tokens),
             completion_tokens=tokens,
             prompt_tokens=self._prompt_tokens,
             token_count_source="stream" if self._tokens is None else "server",
@@ -123,3 +143,23 @@ class Assembly:
             first_token_at_s=self._first_s,
             finished_at_s=now_s,
         )
+
+    def _news(self, part: Part) -> str:
+        if not self._cumulative:
+            return part.text
+        # A character that is not complete yet is shown as this one, and as itself later.
+        text = part.text if part.final else part.text.rstrip("\ufffd")
+        before = self._whole
+        if before.startswith(text):
+            return ""
+        if not text.startswith(before):
+            raise BrokenStreamError("the parts of the model's answer do not go on from one another")
+        self._whole = text
+        return text[len(before) :]
+
+    def _finish_reason(self, tokens: int) -> FinishReason:
+        if self._scanner.stopped:
+            return "stop"
+        if self._reason is not None:
+            return self._reason
+        return "length" if tokens >= self._wanted.max_tokens else "stop"
