@@ -25,6 +25,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from shared.clock import Clock
 from shared.logs import get_logger
 from shared.triton.contract import Contract, ContractError
+from shared.triton.counting import TokenCounts, Tokenizer
 from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError, InvalidRequest
 from shared.triton.generation import Assembly, BrokenStreamError, Generation
 from shared.triton.parameters import GenerationParameters
@@ -88,6 +89,8 @@ class TritonClient:
         clock: Clock,
         name: str = "",
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Set up.
 
@@ -96,12 +99,18 @@ class TritonClient:
             model: name in Triton's repository.
             name: of the endpoint, for messages; default: the address.
             credentials: for TLS; null: plain text.
+            server_name: that the server's certificate has; null: the host of the address.
+            tokenizer: counts tokens where the server does not; null: the parts of a stream are counted.
         """
         self.address = address
         self.name = name or address
         self._model = model
         self._clock = clock
         self._credentials = credentials
+        self._tokenizer = tokenizer
+        self._options: tuple[tuple[str, str | int], ...] = CHANNEL_OPTIONS
+        if server_name is not None:
+            self._options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", server_name))
         self._contract: Contract | None = None
         self._channel: grpc.aio.Channel | None = None
         self._connected: Any = None
@@ -205,7 +214,7 @@ class TritonClient:
         contract = self._contract
         if contract is None:
             contract = await self._first_probe(timeout_s)
-        streamed = streamed or contract.completion_tokens is None or (contract.stop is None and bool(parameters.stop))
+        streamed = streamed or self._must_stream(contract, parameters)
         request = encode(contract, prompt, parameters, request_id=request_id, stream=streamed)
         assembly = Assembly(
             prompt,
@@ -236,7 +245,8 @@ class TritonClient:
         if not heard:
             raise EndpointUnavailable(f"{self.name}: the stream ended without an answer")
         rest = assembly.rest()
-        yield Chunk(rest, assembly.result(now_s=last_s))
+        counts = await self._counts(prompt, assembly)
+        yield Chunk(rest, assembly.result(now_s=last_s, counts=counts))
 
     def _tell(self, contract: Contract) -> None:
         """Say once what the model cannot do, before somebody wonders."""
@@ -262,11 +272,21 @@ class TritonClient:
     def _stub(self) -> GRPCInferenceServiceStub:
         if self._connected is None:
             if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+                self._channel = grpc.aio.insecure_channel(self.address, options=self._options)
             else:
-                self._channel = grpc.aio.secure_channel(self.address, self._credentials, options=CHANNEL_OPTIONS)
+                self._channel = grpc.aio.secure_channel(self.address, self._credentials, options=self._options)
             self._connected = GRPCInferenceServiceStub(self._channel)
         return self._connected
+
+    def _must_stream(self, contract: Contract, parameters: GenerationParameters) -> bool:
+        """Whether a stream is the only way to count tokens, or to stop the server at a sequence it is not told of."""
+        uncounted = contract.completion_tokens is None and self._tokenizer is None
+        return uncounted or (contract.stop is None and bool(parameters.stop))
+
+    async def _counts(self, prompt: str, assembly: Assembly) -> TokenCounts | None:
+        if self._tokenizer is None or assembly.counted:
+            return None
+        return await self._tokenizer.count(prompt, assembly.received)
 
     async def _first_probe(self, timeout_s: float) -> Contract:
         try:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from shared.messages.responses import FinishReason, TokenCountSource
+from shared.triton.counting import TokenCounts
 from shared.triton.parameters import GenerationParameters
 from shared.triton.stops import StopScanner
 from shared.triton.wire import Part
@@ -16,7 +17,7 @@ class Generation:
     Attributes:
         text: the answer, without the prompt and without the stop sequence that ended it.
         completion_tokens: counted by `token_count_source`.
-        prompt_tokens: null where the server does not count.
+        prompt_tokens: null where nothing counts them.
         started_at_s: sent to the model server.
         first_token_at_s: first text received; null for an empty answer.
         finished_at_s: last token received.
@@ -54,13 +55,14 @@ class BrokenStreamError(ValueError):
 class Assembly:
     """Takes the parts of a generation in order and says which text is new.
 
-    Token counts come from the server where it counts. Otherwise every response with text is taken for one token,
-    which is what TensorRT-LLM streams; asking for log probabilities only to count them would cost the server more.
+    Token counts come from the server where it counts, else from a tokenizer where there is one. Otherwise every
+    response with text is taken for one token, which is what TensorRT-LLM streams unless it is set to send several at
+    once; asking for log probabilities only to count them would cost the server more.
     """
 
     __slots__ = (
-        "_cumulative", "_first_s", "_pieces", "_prompt", "_prompt_tokens", "_reason", "_responses", "_scanner",
-        "_started_s", "_tokens", "_wanted", "_whole",
+        "_cumulative", "_first_s", "_pieces", "_prompt", "_prompt_tokens", "_reason", "_received", "_responses",
+        "_scanner", "_started_s", "_tokens", "_wanted", "_whole",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +89,7 @@ class Assembly:
         self._started_s = started_at_s
         self._first_s: float | None = None
         self._pieces: list[str] = []
+        self._received: list[str] = []
         self._responses = 0
         self._tokens: int | None = None
         self._prompt_tokens: int | None = None
@@ -95,6 +98,16 @@ class Assembly:
     def overrun(self) -> bool:
         """The answer ended at a stop sequence, and yet the server goes on: it does not know the sequence."""
         return self._scanner.stopped
+
+    @property
+    def counted(self) -> bool:
+        """Whether the server has counted both the prompt's tokens and the answer's."""
+        return self._tokens is not None and self._prompt_tokens is not None
+
+    @property
+    def received(self) -> str:
+        """All that the server generated, the stop sequence and what came after it included."""
+        return "".join(self._received)
 
     def take(self, part: Part, *, now_s: float) -> str:
         """Take the next part; returns the new text of the answer.
@@ -113,6 +126,7 @@ class Assembly:
         if tokens is not None:
             self._tokens = (self._tokens or 0) + tokens
         if text:
+            self._received.append(text)
             self._responses += 1
             if self._first_s is None:
                 self._first_s = now_s
@@ -130,15 +144,27 @@ class Assembly:
             self._pieces.append(fresh)
         return fresh
 
-    def result(self, *, now_s: float) -> Generation:
-        """The whole."""
-        tokens = self._responses if self._tokens is None else self._tokens
+    def result(self, *, now_s: float, counts: TokenCounts | None = None) -> Generation:
+        """The whole.
+
+        Args:
+            counts: a tokenizer's; used where the server has none.
+        """
+        tokens = self._responses
+        source: TokenCountSource = "stream"
+        if self._tokens is not None:
+            tokens, source = self._tokens, "server"
+        elif counts is not None:
+            tokens, source = counts.completion, "tokenizer"
+        prompt_tokens = self._prompt_tokens
+        if prompt_tokens is None and counts is not None:
+            prompt_tokens = counts.prompt
         return Generation(
             text="".join(self._pieces),
             finish_reason=self._finish_reason(tokens),
             completion_tokens=tokens,
-            prompt_tokens=self._prompt_tokens,
-            token_count_source="stream" if self._tokens is None else "server",
+            prompt_tokens=prompt_tokens,
+            token_count_source=source,
             started_at_s=self._started_s,
             first_token_at_s=self._first_s,
             finished_at_s=now_s,

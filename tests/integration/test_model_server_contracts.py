@@ -9,6 +9,7 @@ from urllib.request import urlopen
 
 import pytest
 from router_support import LONG_PROMPT, MODEL, question, write_workload
+from tokenizer_support import write_tokenizer
 
 from deploy.local.paths import default_state_dir
 from deploy.local.processes import ProcessSpec, Supervisor
@@ -18,6 +19,7 @@ from deploy.triton.repository import write_repository
 from deploy.triton.server import TritonPorts
 from shared.clock import Clock
 from shared.triton import GenerationParameters, InvalidRequest, TritonClient
+from shared.triton.counting import Tokenizer
 from shared.triton.errors import EndpointUnavailable
 
 pytestmark = pytest.mark.integration
@@ -184,3 +186,34 @@ async def test_the_llm_apis_errors_have_one_status_and_so_another_endpoint_is_tr
         await ask(client, temperature=-1.0)
     assert "Error generating request" in caught.value.said
     assert (await ask(client, max_tokens=3))[1].text
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.mark.parametrize("model", ["llmapi", WHOLE])
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_tokenizer_counts_where_the_server_does_not(server, tokenizer, model, streamed):
+    address = f"127.0.0.1:{server.ports.grpc}"
+    async with TritonClient(address, model=model, clock=server.clock, tokenizer=tokenizer) as client:
+        pieces, generation = await ask(client, streamed=streamed)
+    assert generation.token_count_source == "tokenizer"
+    assert generation.completion_tokens == 102  # words: "L0", "says:", and "word" a hundred times
+    assert generation.prompt_tokens == 1 + len(prompt(question(1)).split())  # with begin-of-sequence
+    assert (len(pieces) > 10) == (streamed and model == "llmapi")
+
+
+async def test_a_tokenizer_counts_what_the_server_generated_not_only_what_is_kept(server, tokenizer):
+    address = f"127.0.0.1:{server.ports.grpc}"
+    async with TritonClient(address, model=WHOLE, clock=server.clock, tokenizer=tokenizer) as client:
+        _, generation = await ask(client, stop=("word word",))
+    assert (generation.text, generation.completion_tokens) == ("L0 says: ", 102)
+
+
+async def test_a_server_that_counts_is_believed_rather_than_a_tokenizer(server, tokenizer):
+    address = f"127.0.0.1:{server.ports.grpc}"
+    async with TritonClient(address, model="ensemble", clock=server.clock, tokenizer=tokenizer) as client:
+        _, generation = await ask(client)
+    assert (generation.completion_tokens, generation.token_count_source) == (100, "server")
