@@ -23,10 +23,15 @@ metrics = "http://triton-0:8002/metrics"
 
 [judge]                           # optional: the evaluator's judge
 pool = "judge"                    # a pool that no model names
+
+[[tenants]]                       # optional: defaults of a tenant's requests, see shared/tenants.py
+name = "support-desk"
+directive = "L1"
 ```
 """
 
 import tomllib
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -34,6 +39,7 @@ from pydantic import Field, HttpUrl, ValidationError, model_validator
 
 from shared.fleet_parts import FleetError, FleetPart, FleetPath, TlsFields
 from shared.messages.base import Identifier, Level, Zone, option_key
+from shared.tenants import OPTIMIZE, Tenant
 
 __all__ = ["Directive", "Endpoint", "Fleet", "FleetError", "Judge", "Model", "Pool", "load_fleet"]
 
@@ -100,6 +106,7 @@ class Fleet(FleetPart):
     models: tuple[Model, ...] = Field(min_length=1)
     pools: tuple[Pool, ...] = Field(min_length=1)
     judge: Judge | None = None
+    tenants: tuple[Tenant, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -132,7 +139,30 @@ class Fleet(FleetPart):
                 raise ValueError(f"model {model.name!r} has no pool: add one to 'pools' with model = {model.name!r}")
         if self.judge is not None and self.judge.pool not in {pool.name for pool in self.pools}:
             raise ValueError(f"judge.pool names {self.judge.pool!r}, which 'pools' does not list")
+        self._check_tenants(known)
         return self
+
+    def _check_tenants(self, models: set[str]) -> None:
+        _unique("tenants.name", [tenant.name for tenant in self.tenants])
+        for tenant in self.tenants:
+            if tenant.model is not None and tenant.model not in models:
+                raise ValueError(
+                    f"tenant {tenant.name!r} has model {tenant.model!r}, which 'models' does not list "
+                    f"(listed: {', '.join(sorted(models))})"
+                )
+            if tenant.directive not in (OPTIMIZE, *self.levels):
+                raise ValueError(
+                    f"tenant {tenant.name!r} has directive {tenant.directive!r}, which 'directives' does not list "
+                    f"(listed: {', '.join(self.levels)}; or {OPTIMIZE})"
+                )
+
+    def tenant(self, name: str | None) -> Tenant | None:
+        """The defaults of a tenant; null for an unknown one."""
+        return None if name is None else self._tenants_by_name.get(name)
+
+    @cached_property
+    def _tenants_by_name(self) -> dict[str, Tenant]:
+        return {tenant.name: tenant for tenant in self.tenants}
 
     @property
     def default_model(self) -> str:

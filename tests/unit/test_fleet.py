@@ -88,6 +88,28 @@ def test_embodied_carbon_defaults_to_the_papers_server(tmp_path: Path) -> None:
             'grpc = "triton-1:8001"\ntls = true\ntls_cert_file = "c.pem"',
             "a client's certificate and its key go together: add 'tls_key_file'",
         ),
+        (
+            "[judge]",
+            '[[tenants]]\nname = "a"\nmodel = "gpt"\n[judge]',
+            "tenant 'a' has model 'gpt', which 'models' does not list",
+        ),
+        (
+            "[judge]",
+            '[[tenants]]\nname = "a"\ndirective = "L7"\n[judge]',
+            r"tenant 'a' has directive 'L7', which 'directives' does not list \(listed: L0, L1; or optimize\)",
+        ),
+        ("[judge]", '[[tenants]]\nname = "a"\ndirective = "brief"\n[judge]', "tenants.0.directive"),
+        ("[judge]", '[[tenants]]\nname = "a"\n[[tenants]]\nname = "a"\n[judge]', "tenants.name must be unique"),
+        (
+            "[judge]",
+            '[[tenants]]\nname = "a"\nsampling = { temperatur = 1.0 }\n[judge]',
+            "tenants.0.sampling.temperatur: Extra inputs",
+        ),
+        (
+            "[judge]",
+            '[[tenants]]\nname = "a"\nsampling = { max_tokens = 0 }\n[judge]',
+            "tenants.0.sampling.max_tokens",
+        ),
         ('zone = "US-TEX-ERCO"', 'zone = "US-TEX-ERCO"\nzoen = 1', "pools.1.zoen: Extra inputs"),
         ("[[models]]", "[[models", "not valid TOML"),
     ],
