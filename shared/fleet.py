@@ -37,7 +37,7 @@ from typing import Self
 
 from pydantic import Field, HttpUrl, ValidationError, model_validator
 
-from shared.fleet_parts import FleetError, FleetPart, FleetPath, TlsFields
+from shared.fleet_parts import FleetError, FleetPart, FleetPath, FleetTemplate, TlsFields
 from shared.messages.base import Identifier, Level, Zone, option_key
 from shared.tenants import OPTIMIZE, Tenant
 
@@ -71,7 +71,7 @@ class Pool(TlsFields):
     variant: Identifier | None = Field(default=None, description="Weights served; default: the model's name")
     triton_model: Identifier = Field(default="ensemble", description="Model name in Triton's repository")
     zone: Zone
-    chat_template: Identifier | None = Field(default=None, description="Default: the model's")
+    chat_template: FleetTemplate | None = Field(default=None, description="Default: the model's")
     tokenizer: FleetPath | None = Field(default=None, description="Default: the model's")
     endpoints: tuple[Endpoint, ...] = Field(min_length=1)
     pue: float = Field(default=1.0, ge=1.0, description="Power usage effectiveness of the site")
@@ -86,7 +86,9 @@ class Model(FleetPart):
     """A logical model that producers ask for."""
 
     name: Identifier
-    chat_template: Identifier = Field(description="Built-in name or path of a Jinja file")
+    chat_template: FleetTemplate = Field(
+        description="Built-in name, or path of a Jinja file, of a tokenizer_config.json, or of a model's folder"
+    )
     tokenizer: FleetPath | None = Field(
         default=None,
         description="tokenizer.json, or a folder with one: counts tokens where the model server does not",

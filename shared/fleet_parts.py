@@ -5,6 +5,8 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
+from shared.messages.base import Identifier
+
 
 class FleetError(ValueError):
     """The fleet file is missing, not TOML, or inconsistent; the message names the place and the remedy."""
@@ -17,6 +19,19 @@ def _beside_the_fleet_file(path: Path, info: ValidationInfo) -> Path:
 
 FleetPath = Annotated[Path, AfterValidator(_beside_the_fleet_file)]
 """A file or folder; a relative path starts at the fleet file's folder. Only who uses it asks whether it exists."""
+
+
+def _template_beside_the_fleet_file(name: str, info: ValidationInfo) -> str:
+    folder = (info.context or {}).get("folder")
+    if folder is None or not ("/" in name or name.endswith((".jinja", ".json"))):
+        return name
+    beside = Path(folder) / name
+    return str(beside) if beside.exists() else name
+
+
+FleetTemplate = Annotated[Identifier, AfterValidator(_template_beside_the_fleet_file)]
+"""A chat template: the name of a built-in one, or the path of a file or folder; with a `/` or an ending it is a path,
+looked for in the fleet file's folder and then in the working directory."""
 
 
 class FleetPart(BaseModel):

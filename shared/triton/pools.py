@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from shared.chat import ChatTemplate, ChatTemplates
+from shared.chat import ChatTemplate
+from shared.chat_sources import ChatTemplates
 from shared.clock import Clock
 from shared.fleet import Fleet, Pool
 from shared.logs import get_logger

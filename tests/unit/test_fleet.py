@@ -144,3 +144,10 @@ def test_an_endpoint_is_secured_by_its_own_fields_and_else_by_its_pools(tmp_path
     security = security_of(pool, pool.endpoints[0])
     assert (security.tls, security.tls_ca_file, security.tls_server_name) == (True, tmp_path / "ca.pem", "b")
     assert not security_of(fleet.pool("california"), fleet.pool("california").endpoints[0]).tls
+
+
+def test_a_chat_templates_path_starts_at_the_fleet_file_and_else_at_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    for name, found in (("mine.jinja", str(tmp_path / "mine.jinja")), ("./llama-2", "./llama-2"), ("gemma", "gemma")):
+        fleet = load_fleet(written(tmp_path, GOOD.replace('"llama-2"', f'"{name}"', 1)))
+        assert fleet.chat_template_of(fleet.pool("texas")) == found
