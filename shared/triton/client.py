@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import grpc
 from tritonclient.grpc.service_pb2 import (
@@ -24,37 +24,14 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from shared.clock import Clock
 from shared.logs import get_logger
+from shared.triton.channel import STATUS_MODE, open_channel
 from shared.triton.contract import Contract, ContractError
 from shared.triton.counting import TokenCounts, Tokenizer
-from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError, InvalidRequest
+from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError
+from shared.triton.failures import failure, failure_in_stream, shortened
 from shared.triton.generation import Assembly, BrokenStreamError, Generation
 from shared.triton.parameters import GenerationParameters
 from shared.triton.wire import Part, decode, encode
-
-LARGEST_MESSAGE_BYTES: Final = 64 * 1024 * 1024
-
-CHANNEL_OPTIONS: Final = (
-    ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
-    # A server that vanished without a word is noticed within 30 s while something waits for it. Two pings without data
-    # are as many as a server with default settings bears.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.http2.max_pings_without_data", 2),
-    # A server that comes back is found soon.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 3_000),
-    ("grpc.use_local_subchannel_pool", 1),
-)
-
-STATUS_MODE: Final = (("triton_grpc_error", "true"),)
-"""Metadata that makes Triton end a stream with the error's gRPC status instead of a bare text in the stream."""
-
-_INVALID: Final = frozenset(
-    {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.ALREADY_EXISTS}
-)
 
 _log = get_logger(__name__)
 
@@ -108,9 +85,7 @@ class TritonClient:
         self._clock = clock
         self._credentials = credentials
         self._tokenizer = tokenizer
-        self._options: tuple[tuple[str, str | int], ...] = CHANNEL_OPTIONS
-        if server_name is not None:
-            self._options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", server_name))
+        self._server_name = server_name
         self._contract: Contract | None = None
         self._channel: grpc.aio.Channel | None = None
         self._connected: Any = None
@@ -271,10 +246,7 @@ class TritonClient:
     @property
     def _stub(self) -> GRPCInferenceServiceStub:
         if self._connected is None:
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.address, options=self._options)
-            else:
-                self._channel = grpc.aio.secure_channel(self.address, self._credentials, options=self._options)
+            self._channel = open_channel(self.address, credentials=self._credentials, server_name=self._server_name)
             self._connected = GRPCInferenceServiceStub(self._channel)
         return self._connected
 
@@ -315,7 +287,7 @@ class TritonClient:
                 while (response := await self._read(call, limit_s)) is not None:
                     limit_s = None
                     if response.error_message:
-                        raise self._failed(_shortened(response.error_message))
+                        raise failure_in_stream(self.name, response.error_message, refusals=self._refusals)
                     yield decode(contract, response.infer_response)
             except grpc.RpcError as error:
                 raise self._typed(error) from error
@@ -339,34 +311,18 @@ class TritonClient:
         return None if response is grpc.aio.EOF else response  # type: ignore[attr-defined]
 
     async def _ended(self, call: _Call) -> GenerationError:
-        return self._classified(await call.code(), await call.details())
+        return self._failure(await call.code(), await call.details())
 
     def _typed(self, error: grpc.RpcError) -> GenerationError:
-        return self._classified(error.code(), error.details())
+        return self._failure(error.code(), error.details())
 
-    def _classified(self, code: grpc.StatusCode, details: str | None) -> GenerationError:
-        text, said = f"{self.name}: {code.name}", _shortened(details or "")
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(text, said=said)
-        if code in _INVALID or self._refuses(said):
-            return InvalidRequest(text, said=said)
-        return EndpointUnavailable(text, said=said)
+    def _failure(self, code: grpc.StatusCode, details: str | None) -> GenerationError:
+        return failure(self.name, code, details, refusals=self._refusals)
 
-    def _failed(self, said: str) -> GenerationError:
-        """An error in a stream that goes on, which has no status."""
-        kind = InvalidRequest if self._refuses(said) else EndpointUnavailable
-        return kind(f"{self.name}: the model failed", said=said)
-
-    def _refuses(self, said: str) -> bool:
-        """Whether the server's words, rather than its status, blame the request."""
-        return self._contract is not None and any(words in said for words in self._contract.refusals)
+    @property
+    def _refusals(self) -> tuple[str, ...]:
+        return () if self._contract is None else self._contract.refusals
 
     def _describe(self, error: grpc.RpcError) -> str:
         """An error of a call that carried no prompt."""
-        return f"{self.name}: {error.code().name}: {_shortened(error.details() or '')}"
-
-
-def _shortened(text: str) -> str:
-    """A server's words, on one line and of bounded length."""
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else f"{line[:297]}..."
+        return f"{self.name}: {error.code().name}: {shortened(error.details() or '')}"

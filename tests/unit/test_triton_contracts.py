@@ -8,10 +8,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from deploy.triton.contract import CONTRACTS
-from shared.clock import Clock
-from shared.triton.client import TritonClient
 from shared.triton.contract import Contract, ContractError
 from shared.triton.errors import EndpointUnavailable, InvalidRequest
+from shared.triton.failures import failure, failure_in_stream
 from shared.triton.generation import Assembly, BrokenStreamError
 from shared.triton.parameters import GenerationParameters
 from shared.triton.stops import StopScanner
@@ -104,11 +103,14 @@ def test_the_servers_finish_reason_is_read_and_its_word_for_none_is_none(word, r
         ("ensemble", "The sum of prompt length", EndpointUnavailable),
     ],
 )
-async def test_a_prompt_that_is_too_long_for_the_llm_api_is_not_taken_for_a_broken_endpoint(name, said, kind):
-    async with TritonClient("nowhere:1", model="m", clock=Clock()) as client:
-        client._contract = Contract.from_config(config(name))
-        assert type(client._classified(grpc.StatusCode.INTERNAL, said)) is kind
-        assert type(client._failed(said)) is kind
+def test_a_prompt_that_is_too_long_for_the_llm_api_is_not_taken_for_a_broken_endpoint(name, said, kind):
+    refusals = Contract.from_config(config(name)).refusals
+    for error in (
+        failure("e0", grpc.StatusCode.INTERNAL, said, refusals=refusals),
+        failure_in_stream("e0", said, refusals=refusals),
+    ):
+        assert type(error) is kind
+        assert (said in error.for_requester, said in str(error)) == (True, False)
 
 
 def assembled(texts, *, reason="stop", **options):
