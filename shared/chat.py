@@ -17,19 +17,18 @@ so the rendered text does not start with it; between turns it stands where the t
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any, Final, Literal, NoReturn
+from datetime import UTC, datetime
+from typing import Final, Literal, NoReturn
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shared.messages import ChatMessage
 
 ControlSequencePolicy = Literal["break", "refuse"]
-
-LARGEST_TEMPLATE_BYTES: Final = 256 * 1024
 
 SYSTEM_SEPARATOR: Final = "\n\n"
 """Between two system messages that become one, and before the user's text where a template has no system role."""
@@ -42,60 +41,6 @@ class ChatTemplateError(ValueError):
 class ConversationError(ValueError):
     """A conversation cannot be rendered with this template; the message says why, and quotes no content."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What is known of a built-in template."""
-
-    stop: tuple[str, ...]
-    control: tuple[str, ...]
-    bos_token: str = ""
-    eos_token: str = ""
-
-
-_FAMILIES: Final[dict[str, _Family]] = {
-    "llama-2": _Family(
-        stop=("</s>",),
-        control=("<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
-        bos_token="<s>",
-        eos_token="</s>",
-    ),
-    "chatml": _Family(
-        stop=("<|im_end|>",),
-        control=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
-        eos_token="<|im_end|>",
-    ),
-    "llama-3": _Family(
-        stop=("<|eot_id|>",),
-        control=(
-            "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-            "<|eom_id|>", "<|python_tag|>",
-        ),
-        bos_token="<|begin_of_text|>",
-        eos_token="<|eot_id|>",
-    ),
-    "mistral": _Family(
-        stop=("</s>",),
-        control=(
-            "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
-            "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-        ),
-        bos_token="<s>",
-        eos_token="</s>",
-    ),
-    "gemma": _Family(
-        stop=("<end_of_turn>",),
-        control=("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
-        bos_token="<bos>",
-        eos_token="<eos>",
-    ),
-}  # fmt: skip
-
-BUILT_IN: Final = tuple(_FAMILIES)
-"""Names of the built-in templates."""
-
-_MARKUP: Final = re.compile(r"<\|[^|<>\s]{1,64}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<bos>|<eos>")
-"""Control sequences of the common families, to be recognised in the source of a template that is not built in."""
 
 _PROBE_SYSTEM: Final = "sprout-system-probe"
 _PROBE_USER: Final = "sprout-user-probe"
@@ -234,122 +179,35 @@ class ChatTemplate:
             return False
 
 
-class ChatTemplates:
-    """Loads templates, each once."""
+class _Generation(Extension):
+    """The tag `generation`, which marks the model's own turns for training and means nothing here."""
 
-    def __init__(self) -> None:
-        self._loaded: dict[str, ChatTemplate] = {}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja types it
 
-    def load(self, name: str) -> ChatTemplate:
-        """A built-in template by name, or one from a Jinja file or a model's folder.
-
-        Raises:
-            ChatTemplateError: there is no such template, or it is unusable.
-        """
-        if name not in self._loaded:
-            self._loaded[name] = _built_in(name) if name in _FAMILIES else _from_path(name)
-        return self._loaded[name]
-
-
-def _built_in(name: str) -> ChatTemplate:
-    family = _FAMILIES[name]
-    source = resources.files("shared.chat_templates").joinpath(f"{name}.jinja").read_text(encoding="utf-8")
-    return ChatTemplate(
-        name,
-        source,
-        stop=family.stop,
-        control=family.control,
-        bos_token=family.bos_token,
-        eos_token=family.eos_token,
-    )
-
-
-def _from_path(name: str) -> ChatTemplate:
-    """A template file, or a folder as models are published: `chat_template.jinja`, `tokenizer_config.json`."""
-    path = Path(name)
-    if not path.exists():
-        raise ChatTemplateError(
-            f"chat template {name!r} is neither built in ({', '.join(BUILT_IN)}) nor a file or folder that exists"
-        )
-    folder = path if path.is_dir() else path.parent
-    tokenizer = _tokenizer_config(folder)
-    if path.is_file():
-        source = _read(path)
-    elif (folder / "chat_template.jinja").is_file():
-        source = _read(folder / "chat_template.jinja")
-    else:
-        source = _template_of(tokenizer, folder)
-    bos_token, eos_token = _token(tokenizer, "bos_token"), _token(tokenizer, "eos_token")
-    control = {*_MARKUP.findall(source), *(token for token in (bos_token, eos_token) if token), *_special(tokenizer)}
-    return ChatTemplate(
-        name,
-        source,
-        stop=(eos_token,) if eos_token else (),
-        control=control,
-        bos_token=bos_token,
-        eos_token=eos_token,
-    )
-
-
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > LARGEST_TEMPLATE_BYTES:
-            raise ChatTemplateError(f"chat template {path} is larger than {LARGEST_TEMPLATE_BYTES} bytes")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ChatTemplateError(f"chat template {path} cannot be read: {error}") from error
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ChatTemplateError(f"{path} cannot be read: {error}") from error
-    if not isinstance(document, dict):
-        raise ChatTemplateError(f"{path} must hold a JSON object")
-    return document
-
-
-def _template_of(tokenizer: dict[str, Any], folder: Path) -> str:
-    """The `chat_template` of a tokenizer's configuration: a text, or a list of named ones with a `default`."""
-    found = tokenizer.get("chat_template")
-    if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get("default")
-    if not isinstance(found, str):
-        raise ChatTemplateError(
-            f"{folder} has neither 'chat_template.jinja' nor a 'chat_template' in 'tokenizer_config.json'"
-        )
-    return found
-
-
-def _token(tokenizer: dict[str, Any], name: str) -> str:
-    """A special token's text: published either as a string or as an object with `content`."""
-    value = tokenizer.get(name)
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else ""
-
-
-def _special(tokenizer: dict[str, Any]) -> set[str]:
-    decoder = tokenizer.get("added_tokens_decoder")
-    if not isinstance(decoder, dict):
-        return set()
-    entries = (entry for entry in decoder.values() if isinstance(entry, dict) and entry.get("special"))
-    return {text for entry in entries if isinstance(text := entry.get("content"), str) and text.strip()}
+    def parse(self, parser: Parser) -> list[Node]:
+        """Only what is between the tags is kept."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _compile(name: str, source: str) -> Template:
-    """Compile in a sandbox that can change nothing: a template is data that came with a model."""
+    """Compile in a sandbox that can change nothing: a template is data that came with a model.
+
+    The environment is the one that Hugging Face's templates are written for.
+    """
 
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    def to_json(value: object, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)  # Jinja's own would escape for HTML
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now(UTC).strftime(form)
+    environment.filters["tojson"] = to_json
     try:
         return environment.from_string(source)
     except TemplateSyntaxError as error:

@@ -23,37 +23,38 @@ metrics = "http://triton-0:8002/metrics"
 
 [judge]                           # optional: the evaluator's judge
 pool = "judge"                    # a pool that no model names
+
+[[tenants]]                       # optional: defaults of a tenant's requests, see shared/tenants.py
+name = "support-desk"
+directive = "L1"
 ```
 """
 
 import tomllib
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError, model_validator
+from pydantic import Field, HttpUrl, ValidationError, model_validator
 
+from shared.fleet_parts import FleetError, FleetPart, FleetPath, FleetTemplate, TlsFields
 from shared.messages.base import Identifier, Level, Zone, option_key
+from shared.tenants import OPTIMIZE, Tenant
+
+__all__ = ["Directive", "Endpoint", "Fleet", "FleetError", "Judge", "Model", "Pool", "load_fleet"]
 
 DEFAULT_EMBODIED_G_PER_S = 26_356.568 / (5 * 365 * 86_400)
 """k1 of one A100 server: 26.36 kgCO2eq over five years (paper, section 4)."""
 
 
-class FleetError(ValueError):
-    """The fleet file is missing, not TOML, or inconsistent; the message names the place and the remedy."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Directive(_Part):
+class Directive(FleetPart):
     """A level and its text; the catalogue is ordered from no directive to the most brief."""
 
     level: Level
     text: str = ""
 
 
-class Endpoint(_Part):
+class Endpoint(TlsFields):
     """One Triton server."""
 
     name: Identifier
@@ -62,7 +63,7 @@ class Endpoint(_Part):
     gpus: tuple[str, ...] = Field(default=(), description="uuids of this endpoint's GPUs; empty: all that it reports")
 
 
-class Pool(_Part):
+class Pool(TlsFields):
     """Interchangeable endpoints that serve one model variant in one zone."""
 
     name: Identifier
@@ -70,7 +71,8 @@ class Pool(_Part):
     variant: Identifier | None = Field(default=None, description="Weights served; default: the model's name")
     triton_model: Identifier = Field(default="ensemble", description="Model name in Triton's repository")
     zone: Zone
-    chat_template: Identifier | None = Field(default=None, description="Default: the model's")
+    chat_template: FleetTemplate | None = Field(default=None, description="Default: the model's")
+    tokenizer: FleetPath | None = Field(default=None, description="Default: the model's")
     endpoints: tuple[Endpoint, ...] = Field(min_length=1)
     pue: float = Field(default=1.0, ge=1.0, description="Power usage effectiveness of the site")
     embodied_g_per_s: float = Field(default=DEFAULT_EMBODIED_G_PER_S, ge=0, description="k1")
@@ -80,26 +82,33 @@ class Pool(_Part):
     concurrency: int | None = Field(default=None, ge=1, description="Requests at once, all endpoints; null: unbounded")
 
 
-class Model(_Part):
+class Model(FleetPart):
     """A logical model that producers ask for."""
 
     name: Identifier
-    chat_template: Identifier = Field(description="Built-in name or path of a Jinja file")
+    chat_template: FleetTemplate = Field(
+        description="Built-in name, or path of a Jinja file, of a tokenizer_config.json, or of a model's folder"
+    )
+    tokenizer: FleetPath | None = Field(
+        default=None,
+        description="tokenizer.json, or a folder with one: counts tokens where the model server does not",
+    )
 
 
-class Judge(_Part):
+class Judge(FleetPart):
     """The judge model's pool."""
 
     pool: Identifier
 
 
-class Fleet(_Part):
+class Fleet(FleetPart):
     """All that can serve, as configured."""
 
     directives: tuple[Directive, ...] = Field(min_length=1)
     models: tuple[Model, ...] = Field(min_length=1)
     pools: tuple[Pool, ...] = Field(min_length=1)
     judge: Judge | None = None
+    tenants: tuple[Tenant, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -120,12 +129,42 @@ class Fleet(_Part):
                     f"pool {pool.name!r} serves model {pool.model!r}, which 'models' does not list "
                     f"(listed: {', '.join(sorted(known))})"
                 )
+            for endpoint in pool.endpoints:
+                security = endpoint.over(pool)
+                if not security.tls and (unused := security.tls_files_named()):
+                    raise ValueError(
+                        f"endpoint {endpoint.name!r}: {', '.join(unused)} would not be used: set tls = true, or leave "
+                        "them out"
+                    )
         for model in self.models:
             if not any(pool.model == model.name for pool in self.pools):
                 raise ValueError(f"model {model.name!r} has no pool: add one to 'pools' with model = {model.name!r}")
         if self.judge is not None and self.judge.pool not in {pool.name for pool in self.pools}:
             raise ValueError(f"judge.pool names {self.judge.pool!r}, which 'pools' does not list")
+        self._check_tenants(known)
         return self
+
+    def _check_tenants(self, models: set[str]) -> None:
+        _unique("tenants.name", [tenant.name for tenant in self.tenants])
+        for tenant in self.tenants:
+            if tenant.model is not None and tenant.model not in models:
+                raise ValueError(
+                    f"tenant {tenant.name!r} has model {tenant.model!r}, which 'models' does not list "
+                    f"(listed: {', '.join(sorted(models))})"
+                )
+            if tenant.directive not in (OPTIMIZE, *self.levels):
+                raise ValueError(
+                    f"tenant {tenant.name!r} has directive {tenant.directive!r}, which 'directives' does not list "
+                    f"(listed: {', '.join(self.levels)}; or {OPTIMIZE})"
+                )
+
+    def tenant(self, name: str | None) -> Tenant | None:
+        """The defaults of a tenant; null for an unknown one."""
+        return None if name is None else self._tenants_by_name.get(name)
+
+    @cached_property
+    def _tenants_by_name(self) -> dict[str, Tenant]:
+        return {tenant.name: tenant for tenant in self.tenants}
 
     @property
     def default_model(self) -> str:
@@ -177,6 +216,12 @@ class Fleet(_Part):
                 return model.chat_template
         return "chatml"
 
+    def tokenizer_of(self, pool: Pool) -> Path | None:
+        """Where the tokenizer of a pool lies: its own, else its model's; null for none."""
+        if pool.tokenizer is not None:
+            return pool.tokenizer
+        return next((model.tokenizer for model in self.models if model.name == pool.model), None)
+
     def options_of(self, model: str) -> tuple[str, ...]:
         """Every option of a model: its pools times the levels."""
         return tuple(option_key(pool.name, level) for pool in self.pools_of(model) for level in self.levels)
@@ -212,7 +257,7 @@ def load_fleet(path: Path) -> Fleet:
     except tomllib.TOMLDecodeError as error:
         raise FleetError(f"fleet file {path} is not valid TOML: {error}") from error
     try:
-        return Fleet.model_validate(document)
+        return Fleet.model_validate(document, context={"folder": path.parent})
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in problem['loc']) or 'file'}: {problem['msg']}"

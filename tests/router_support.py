@@ -18,6 +18,7 @@ from deploy.local.ports import free_ports
 from deploy.local.processes import ProcessSpec, Supervisor
 from deploy.local.services import Surroundings, service_spec
 from deploy.local.triton import free_triton_ports, install, ready_probe
+from deploy.triton.contract import ContractName
 from deploy.triton.models import stand_in_llm
 from deploy.triton.repository import write_repository
 from shared.clock import Clock
@@ -140,10 +141,13 @@ class TritonServer:
     address: str
 
 
-def start_triton(supervisor: Supervisor, folder: Path, *, name: str, clock: Clock | None = None) -> TritonServer:
+def start_triton(
+    supervisor: Supervisor, folder: Path, *, name: str, clock: Clock | None = None, contract: ContractName = "ensemble"
+) -> TritonServer:
     """Start one; needs its environment, which is made once."""
     installation = install(default_state_dir(), say=print)
-    write_repository(folder / "models", [stand_in_llm(write_workload(folder / "w.jsonl"), model=MODEL)])
+    workload = write_workload(folder / "w.jsonl")
+    write_repository(folder / "models", [stand_in_llm(workload, model=MODEL, contract=contract)])
     ports = free_triton_ports()
     supervisor.start(
         ProcessSpec(

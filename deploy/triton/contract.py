@@ -1,16 +1,19 @@
-"""The tensors of TensorRT-LLM's `ensemble` model, as its clients see them.
+"""The tensors of TensorRT-LLM's models on Triton, as their clients see them.
 
-Names, types and shapes follow `triton_backend/all_models/inflight_batcher_llm/ensemble/config.pbtxt` of
-NVIDIA/TensorRT-LLM (INT32 counts; `max_tokens` is required). Models here leave out the tensors that only make sense
-on a GPU (prompt tables, LoRA weights, logits, KV-cache statistics): a request that carries one is answered by
-Triton's own error, which names it.
+Names, types and shapes follow NVIDIA/TensorRT-LLM: contract `ensemble` is
+`triton_backend/all_models/inflight_batcher_llm/ensemble/config.pbtxt` (INT32 counts; `max_tokens` is required),
+contract `llm-api` is `triton_backend/all_models/llmapi/tensorrt_llm/config.pbtxt`. Models here leave out the tensors
+that only make sense on a GPU or concern other things than one text (prompt tables, LoRA weights, images, logits,
+KV-cache statistics): a request that carries one is answered by Triton's own error, which names it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from types import MappingProxyType
+from typing import Final, Literal, get_args
 
-MAX_BATCH_SIZE: Final = 64
-"""First dimension that Triton allows; clients send `[1, 1]` tensors because it is not 0."""
+ContractName = Literal["ensemble", "llm-api"]
+CONTRACT_NAMES: Final[tuple[ContractName, ...]] = get_args(ContractName)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,4 +66,46 @@ OUTPUTS: Final = (
     TensorSpec("output_log_probs", "FP32", (-1, -1)),
     TensorSpec("num_input_tokens", "INT32"),
     TensorSpec("num_output_tokens", "INT32"),
+)
+
+LLM_API_PREFIX: Final = "sampling_param_"
+
+_LLM_API_INPUTS: Final = (
+    TensorSpec("text_input", "STRING", (-1,), optional=False),
+    TensorSpec("streaming", "BOOL"),
+    TensorSpec("sampling_param_best_of", "INT32"),
+    TensorSpec("sampling_param_temperature", "FP32"),
+    TensorSpec("sampling_param_top_k", "INT32"),
+    TensorSpec("sampling_param_top_p", "FP32"),
+    TensorSpec("sampling_param_frequency_penalty", "FP32"),
+    TensorSpec("sampling_param_presence_penalty", "FP32"),
+    TensorSpec("sampling_param_max_tokens", "INT32"),
+    TensorSpec("sampling_param_stop", "STRING", (-1,)),
+    TensorSpec("sampling_param_seed", "UINT64"),
+    TensorSpec("sampling_param_exclude_input_from_output", "BOOL"),
+    TensorSpec("return_finish_reason", "BOOL"),
+)
+
+_LLM_API_OUTPUTS: Final = (TensorSpec("text_output", "STRING", (-1,)), TensorSpec("finish_reason", "STRING", (-1,)))
+
+
+@dataclass(frozen=True, slots=True)
+class ContractSpec:
+    """A set of tensors.
+
+    Attributes:
+        max_batch_size: first dimension that Triton allows; 0: tensors have no dimension for a batch.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch_size: int
+
+
+CONTRACTS: Final[Mapping[ContractName, ContractSpec]] = MappingProxyType(
+    {
+        "ensemble": ContractSpec(INPUTS, OUTPUTS, 64),
+        # "The current implementation does not support batching", says its model.yaml.
+        "llm-api": ContractSpec(_LLM_API_INPUTS, _LLM_API_OUTPUTS, 0),
+    }
 )

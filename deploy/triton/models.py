@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from deploy.triton.contract import ContractName
 from deploy.triton.repository import SMOLLM2, STAND_IN, RepositoryModel
 from deploy.triton.smollm2.parameters import EnergySource, SmolLm2Parameters
 from deploy.triton.smollm2.power import available_source, energy_label
@@ -31,6 +32,8 @@ def stand_in_llm(
     directives: Sequence[Directive] = DEFAULT_DIRECTIVES,
     batch: BatchRules | None = None,
     tick_ms: float = 5.0,
+    contract: ContractName = "ensemble",
+    decoupled: bool = True,
 ) -> RepositoryModel:
     """A stand-in for one language model of a workload.
 
@@ -39,6 +42,8 @@ def stand_in_llm(
         name: what clients ask Triton for; several stand-ins in one repository need several names.
         gpu_uuid: label of its energy counters; by default `stand-in-` and the model.
         idle_power_w: an A100 that waits takes about 55 W.
+        contract: which of TensorRT-LLM's sets of tensors it has.
+        decoupled: it can stream; TensorRT-LLM's `llm-api` model cannot unless it is told to.
     """
     parameters = StandInParameters(
         workload=workload.resolve(),
@@ -48,9 +53,17 @@ def stand_in_llm(
         directives=tuple(directives),
         tick_ms=tick_ms,
         batch=batch or BatchRules(),
+        contract=contract,
+        decoupled=decoupled,
     )
     return RepositoryModel(
-        name, STAND_IN, parameters.to_texts(), gpu_uuid=parameters.gpu_uuid, idle_power_w=idle_power_w
+        name,
+        STAND_IN,
+        parameters.to_texts(),
+        gpu_uuid=parameters.gpu_uuid,
+        idle_power_w=idle_power_w,
+        contract=contract,
+        decoupled=decoupled,
     )
 
 

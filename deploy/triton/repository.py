@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.triton.contract import INPUTS, MAX_BATCH_SIZE, OUTPUTS, TensorSpec
+from deploy.triton.contract import CONTRACTS, ContractName, TensorSpec
 
 STAND_IN = "deploy.triton.stand_in.model"
 SMOLLM2 = "deploy.triton.smollm2.model"
@@ -35,6 +35,8 @@ class RepositoryModel:
         parameters: string parameters, as the module reads them.
         gpu_uuid: label of its energy counters.
         idle_power_w: power while nothing runs, W; null where it is not known beforehand.
+        contract: which tensors it has.
+        decoupled: it may answer a request in several responses.
     """
 
     name: str
@@ -42,6 +44,8 @@ class RepositoryModel:
     parameters: Mapping[str, str]
     gpu_uuid: str
     idle_power_w: float | None
+    contract: ContractName = "ensemble"
+    decoupled: bool = True
 
 
 def write_repository(folder: Path, models: Sequence[RepositoryModel]) -> None:
@@ -74,14 +78,15 @@ def _check(models: Sequence[RepositoryModel]) -> None:
 
 
 def _configuration(model: RepositoryModel) -> str:
+    contract = CONTRACTS[model.contract]
     lines = [
         f"name: {_quoted(model.name)}",
         'backend: "python"',
-        f"max_batch_size: {MAX_BATCH_SIZE}",
-        "model_transaction_policy { decoupled: true }",
+        f"max_batch_size: {contract.max_batch_size}",
+        f"model_transaction_policy {{ decoupled: {str(model.decoupled).lower()} }}",
         "instance_group [ { count: 1 kind: KIND_CPU } ]",
-        *(_tensor("input", tensor) for tensor in INPUTS),
-        *(_tensor("output", tensor) for tensor in OUTPUTS),
+        *(_tensor("input", tensor) for tensor in contract.inputs),
+        *(_tensor("output", tensor) for tensor in contract.outputs),
         *(
             f"parameters {{ key: {_quoted(name)} value {{ string_value: {_quoted(value)} }} }}"
             for name, value in model.parameters.items()

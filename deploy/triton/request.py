@@ -28,7 +28,8 @@ class GenerationRequest:
         stop_words: generation ends after the first of these; as in TensorRT-LLM the word itself is part of the output.
         stream: one response for the tokens of each step, else a single one at the end.
         exclude_input: leave the prompt out of the output; a streamed output never has it.
-        return_log_probs, return_num_input_tokens, return_num_output_tokens: outputs that the client wants as well.
+        return_log_probs, return_num_input_tokens, return_num_output_tokens, return_finish_reason: outputs that the
+            client wants as well.
         temperature, top_p, top_k, seed: sampling; null means the model's default.
     """
 
@@ -40,6 +41,7 @@ class GenerationRequest:
     return_log_probs: bool = False
     return_num_input_tokens: bool = False
     return_num_output_tokens: bool = False
+    return_finish_reason: bool = False
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -80,6 +82,7 @@ def read_request(tensors: Tensors) -> GenerationRequest:
         return_log_probs=_flag(tensors, "return_log_probs"),
         return_num_input_tokens=_flag(tensors, "return_num_input_tokens"),
         return_num_output_tokens=_flag(tensors, "return_num_output_tokens"),
+        return_finish_reason=_flag(tensors, "return_finish_reason"),
         temperature=_number(tensors, "temperature", least=0.0),
         top_p=_number(tensors, "top_p", least=0.0, most=1.0),
         top_k=top_k,

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from deploy.triton.contract import CONTRACT_NAMES, ContractName
 from deploy.triton.models import (
     JUDGE_NAME,
     LLM_NAME,
@@ -35,7 +36,7 @@ def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.
     """Read the command line; what it leaves out comes from the environment, else is the default."""
     parser = argparse.ArgumentParser(
         prog="python -m deploy.triton.serve",
-        description="Serve stand-in models, or SmolLM2, behind TensorRT-LLM's 'ensemble' contract.",
+        description="Serve stand-in models, or SmolLM2, behind TensorRT-LLM's contracts.",
     )
 
     def option(flag: str, variable: str, default: str, text: str) -> None:
@@ -48,6 +49,7 @@ def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.
         f"{LLM_NAME}=llama-2-13b-chat",
         f"name=model, separated by commas; the model is one of the workload's, or {SMOLLM2_MODEL}",
     )
+    option("--contract", "SPROUT_TRITON_CONTRACT", "ensemble", "of the stand-in models: ensemble or llm-api")
     option("--judge", "SPROUT_TRITON_JUDGE", JUDGE_NAME, "name of the stand-in judge; 'none' for none")
     option("--directives", "SPROUT_TRITON_DIRECTIVES", "", 'the catalogue as JSON: [{"level": ..., "text": ...}]')
     option("--idle-power-w", "SPROUT_TRITON_IDLE_POWER_W", "55", "power of each stand-in's GPU while nothing runs")
@@ -92,6 +94,7 @@ def chosen_models(options: argparse.Namespace, *, say: Callable[[str], None]) ->
             idle_power_w=float(options.idle_power_w),
             directives=directives,
             batch=batch,
+            contract=_contract(str(options.contract)),
         )
         for name, model in bindings
     ]
@@ -125,6 +128,13 @@ def _binding(text: str) -> tuple[str, str]:
     if not (name and equals and model):
         raise ParameterError(f"--models must be name=model, separated by commas; got {text.strip()!r}")
     return name, model
+
+
+def _contract(name: str) -> ContractName:
+    for known in CONTRACT_NAMES:
+        if known == name:
+            return known
+    raise ParameterError(f"--contract must be one of {', '.join(CONTRACT_NAMES)}; got {name!r}")
 
 
 def _say(message: str) -> None:

@@ -10,6 +10,7 @@ from shared.clock import Clock
 from shared.dead_letters import parse
 from shared.fleet import Fleet
 from shared.messages import ErrorDetail, GenerationRequest
+from shared.tenants import with_defaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,8 @@ class Arrival:
 
     Attributes:
         request_id: the producer's, or made from the record's place.
-        model: asked for, or the fleet's default.
+        model: asked for, or the tenant's or the fleet's default.
+        request: with its tenant's defaults where it says nothing.
         received_at, requested_at, deadline: event time.
         size_bytes: of the message.
     """
@@ -53,7 +55,9 @@ def arrive(
     Raises:
         PoisonMessageError: it is no request at all.
     """
-    request = parse(GenerationRequest, record.value)
+    sent = parse(GenerationRequest, record.value)
+    tenant = fleet.tenant(sent.tenant)
+    request = with_defaults(sent, tenant)
     return Arrival(
         request_id=request.id or f"{record.topic}-{record.partition}-{record.offset}",
         model=request.model or fleet.default_model,
@@ -61,7 +65,7 @@ def arrive(
         requested_at=request.requested_at or _event_time(record.timestamp, clock, received_at),
         received_at=received_at,
         deadline=deadline_of(
-            request.deadline,
+            request.deadline or (tenant.deadline(received_at) if tenant is not None else None),
             received_at=received_at,
             clock=clock,
             default_s=limits.default_deadline_s,

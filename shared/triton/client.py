@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import grpc
 from tritonclient.grpc.service_pb2 import (
@@ -23,36 +23,17 @@ from tritonclient.grpc.service_pb2 import (
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from shared.clock import Clock
+from shared.logs import get_logger
+from shared.triton.channel import STATUS_MODE, open_channel
 from shared.triton.contract import Contract, ContractError
-from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError, InvalidRequest
-from shared.triton.generation import Assembly, Generation
+from shared.triton.counting import TokenCounts, Tokenizer
+from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError
+from shared.triton.failures import failure, failure_in_stream, shortened
+from shared.triton.generation import Assembly, BrokenStreamError, Generation
 from shared.triton.parameters import GenerationParameters
 from shared.triton.wire import Part, decode, encode
 
-LARGEST_MESSAGE_BYTES: Final = 64 * 1024 * 1024
-
-CHANNEL_OPTIONS: Final = (
-    ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
-    # A server that vanished without a word is noticed within 30 s while something waits for it. Two pings without data
-    # are as many as a server with default settings bears.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.http2.max_pings_without_data", 2),
-    # A server that comes back is found soon.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 3_000),
-    ("grpc.use_local_subchannel_pool", 1),
-)
-
-STATUS_MODE: Final = (("triton_grpc_error", "true"),)
-"""Metadata that makes Triton end a stream with the error's gRPC status instead of a bare text in the stream."""
-
-_INVALID: Final = frozenset(
-    {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.ALREADY_EXISTS}
-)
+_log = get_logger(__name__)
 
 _Call = Any
 """`grpc.aio.StreamStreamCall`, which is not generic in the installed stubs."""
@@ -85,6 +66,8 @@ class TritonClient:
         clock: Clock,
         name: str = "",
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Set up.
 
@@ -93,12 +76,16 @@ class TritonClient:
             model: name in Triton's repository.
             name: of the endpoint, for messages; default: the address.
             credentials: for TLS; null: plain text.
+            server_name: that the server's certificate has; null: the host of the address.
+            tokenizer: counts tokens where the server does not; null: the parts of a stream are counted.
         """
         self.address = address
         self.name = name or address
         self._model = model
         self._clock = clock
         self._credentials = credentials
+        self._tokenizer = tokenizer
+        self._server_name = server_name
         self._contract: Contract | None = None
         self._channel: grpc.aio.Channel | None = None
         self._connected: Any = None
@@ -139,8 +126,11 @@ class TritonClient:
             answer = await self._stub.ModelConfig(ModelConfigRequest(name=self._model), timeout=timeout_s)
         except grpc.RpcError as error:
             raise EndpointUnavailable(self._describe(error)) from error
-        self._contract = Contract.from_config(answer.config)
-        return self._contract
+        contract = Contract.from_config(answer.config)
+        if contract != self._contract:
+            self._tell(contract)
+        self._contract = contract
+        return contract
 
     async def generate(
         self,
@@ -185,8 +175,9 @@ class TritonClient:
             prompt: with its chat template already applied.
             timeout_s: wall seconds for everything.
             first_chunk_timeout_s: wall seconds until the server must have said something; null: no such limit.
-            streamed: False asks for a single response, which costs less but tells no time of the first token. A model
-                that does not count its tokens is streamed all the same, so that they can be counted.
+            streamed: False asks for a single response, which costs less but tells no time of the first token. It is
+                streamed all the same where that is the only way to count tokens, or to stop the server at a sequence
+                that it is not told of.
 
         Raises:
             EndpointUnavailable: another endpoint may do better.
@@ -198,9 +189,15 @@ class TritonClient:
         contract = self._contract
         if contract is None:
             contract = await self._first_probe(timeout_s)
-        streamed = streamed or contract.completion_tokens is None
+        streamed = streamed or self._must_stream(contract, parameters)
         request = encode(contract, prompt, parameters, request_id=request_id, stream=streamed)
-        assembly = Assembly(prompt, parameters, started_at_s=self._clock.now_s(), echoes=contract.exclude_input is None)
+        assembly = Assembly(
+            prompt,
+            parameters,
+            started_at_s=self._clock.now_s(),
+            echoes=contract.exclude_input is None,
+            cumulative=contract.cumulative,
+        )
         parts = self._streamed(request, contract, timeout_s, first_chunk_timeout_s)
         if not contract.decoupled:
             parts = self._single(request, contract, timeout_s)
@@ -212,23 +209,56 @@ class TritonClient:
                     break  # closing the stream stops the server
                 heard = True
                 last_s = self._clock.now_s()
-                fresh = assembly.take(part, now_s=last_s)
+                try:
+                    fresh = assembly.take(part, now_s=last_s)
+                except BrokenStreamError as error:
+                    raise EndpointUnavailable(f"{self.name}: {error}") from error
                 if fresh:
                     yield Chunk(fresh)
+                if assembly.overrun and contract.stop is None:
+                    break  # nobody told the server of the sequence at which the answer ended
         if not heard:
             raise EndpointUnavailable(f"{self.name}: the stream ended without an answer")
         rest = assembly.rest()
-        yield Chunk(rest, assembly.result(now_s=last_s))
+        counts = await self._counts(prompt, assembly)
+        yield Chunk(rest, assembly.result(now_s=last_s, counts=counts))
+
+    def _tell(self, contract: Contract) -> None:
+        """Say once what the model cannot do, before somebody wonders."""
+        _log.info(
+            "model server",
+            endpoint=self.name,
+            model=contract.model,
+            contract=contract.dialect,
+            streams=contract.decoupled,
+            counts_tokens=contract.completion_tokens is not None,
+            told_of_stop_sequences=contract.stop is not None,
+            refused_sampling=list(contract.unserved),
+        )
+        if not contract.decoupled and contract.stop is None:
+            _log.warning(
+                "the model goes on after a stop sequence: it is not told of any, and an answer in one piece cannot be "
+                "cut short; serve it with 'decoupled: true'",
+                endpoint=self.name,
+                model=contract.model,
+            )
 
     @property
     def _stub(self) -> GRPCInferenceServiceStub:
         if self._connected is None:
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
-            else:
-                self._channel = grpc.aio.secure_channel(self.address, self._credentials, options=CHANNEL_OPTIONS)
+            self._channel = open_channel(self.address, credentials=self._credentials, server_name=self._server_name)
             self._connected = GRPCInferenceServiceStub(self._channel)
         return self._connected
+
+    def _must_stream(self, contract: Contract, parameters: GenerationParameters) -> bool:
+        """Whether a stream is the only way to count tokens, or to stop the server at a sequence it is not told of."""
+        uncounted = contract.completion_tokens is None and self._tokenizer is None
+        return uncounted or (contract.stop is None and bool(parameters.stop))
+
+    async def _counts(self, prompt: str, assembly: Assembly) -> TokenCounts | None:
+        if self._tokenizer is None or assembly.counted:
+            return None
+        return await self._tokenizer.count(prompt, assembly.received)
 
     async def _first_probe(self, timeout_s: float) -> Contract:
         try:
@@ -257,9 +287,7 @@ class TritonClient:
                 while (response := await self._read(call, limit_s)) is not None:
                     limit_s = None
                     if response.error_message:
-                        raise EndpointUnavailable(
-                            f"{self.name}: the model failed", said=_shortened(response.error_message)
-                        )
+                        raise failure_in_stream(self.name, response.error_message, refusals=self._refusals)
                     yield decode(contract, response.infer_response)
             except grpc.RpcError as error:
                 raise self._typed(error) from error
@@ -283,25 +311,18 @@ class TritonClient:
         return None if response is grpc.aio.EOF else response  # type: ignore[attr-defined]
 
     async def _ended(self, call: _Call) -> GenerationError:
-        return self._classified(await call.code(), await call.details())
+        return self._failure(await call.code(), await call.details())
 
     def _typed(self, error: grpc.RpcError) -> GenerationError:
-        return self._classified(error.code(), error.details())
+        return self._failure(error.code(), error.details())
 
-    def _classified(self, code: grpc.StatusCode, details: str | None) -> GenerationError:
-        text, said = f"{self.name}: {code.name}", _shortened(details or "")
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(text, said=said)
-        if code in _INVALID:
-            return InvalidRequest(text, said=said)
-        return EndpointUnavailable(text, said=said)
+    def _failure(self, code: grpc.StatusCode, details: str | None) -> GenerationError:
+        return failure(self.name, code, details, refusals=self._refusals)
+
+    @property
+    def _refusals(self) -> tuple[str, ...]:
+        return () if self._contract is None else self._contract.refusals
 
     def _describe(self, error: grpc.RpcError) -> str:
         """An error of a call that carried no prompt."""
-        return f"{self.name}: {error.code().name}: {_shortened(error.details() or '')}"
-
-
-def _shortened(text: str) -> str:
-    """A server's words, on one line and of bounded length."""
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else f"{line[:297]}..."
+        return f"{self.name}: {error.code().name}: {shortened(error.details() or '')}"

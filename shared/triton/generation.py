@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from shared.messages.responses import FinishReason, TokenCountSource
+from shared.triton.counting import TokenCounts
 from shared.triton.parameters import GenerationParameters
 from shared.triton.stops import StopScanner
 from shared.triton.wire import Part
@@ -16,7 +17,7 @@ class Generation:
     Attributes:
         text: the answer, without the prompt and without the stop sequence that ended it.
         completion_tokens: counted by `token_count_source`.
-        prompt_tokens: null where the server does not count.
+        prompt_tokens: null where nothing counts them.
         started_at_s: sent to the model server.
         first_token_at_s: first text received; null for an empty answer.
         finished_at_s: last token received.
@@ -47,30 +48,48 @@ class Generation:
         return datetime.fromtimestamp(self.finished_at_s, UTC)
 
 
+class BrokenStreamError(ValueError):
+    """A stream whose parts do not fit together: the model does not answer as its contract says."""
+
+
 class Assembly:
     """Takes the parts of a generation in order and says which text is new.
 
-    Token counts come from the server where it counts. Otherwise every response with text is taken for one token,
-    which is what TensorRT-LLM streams; asking for log probabilities only to count them would cost the server more.
+    Token counts come from the server where it counts, else from a tokenizer where there is one. Otherwise every
+    response with text is taken for one token, which is what TensorRT-LLM streams unless it is set to send several at
+    once; asking for log probabilities only to count them would cost the server more.
     """
 
     __slots__ = (
-        "_first_s", "_pieces", "_prompt", "_prompt_tokens", "_responses", "_scanner", "_started_s", "_tokens",
-        "_wanted",
+        "_cumulative", "_first_s", "_pieces", "_prompt", "_prompt_tokens", "_reason", "_received", "_responses",
+        "_scanner", "_started_s", "_tokens", "_wanted", "_whole",
     )  # fmt: skip
 
-    def __init__(self, prompt: str, parameters: GenerationParameters, *, started_at_s: float, echoes: bool) -> None:
+    def __init__(
+        self,
+        prompt: str,
+        parameters: GenerationParameters,
+        *,
+        started_at_s: float,
+        echoes: bool = False,
+        cumulative: bool = False,
+    ) -> None:
         """Begin.
 
         Args:
             echoes: the model cannot be told to leave the prompt out, so an answer that begins with it loses it.
+            cumulative: every part carries the whole answer so far.
         """
+        self._cumulative = cumulative
+        self._whole = ""
+        self._reason: FinishReason | None = None
         self._prompt = prompt if echoes else ""
         self._wanted = parameters
         self._scanner = StopScanner(parameters.stop)
         self._started_s = started_at_s
         self._first_s: float | None = None
         self._pieces: list[str] = []
+        self._received: list[str] = []
         self._responses = 0
         self._tokens: int | None = None
         self._prompt_tokens: int | None = None
@@ -80,11 +99,26 @@ class Assembly:
         """The answer ended at a stop sequence, and yet the server goes on: it does not know the sequence."""
         return self._scanner.stopped
 
+    @property
+    def counted(self) -> bool:
+        """Whether the server has counted both the prompt's tokens and the answer's."""
+        return self._tokens is not None and self._prompt_tokens is not None
+
+    @property
+    def received(self) -> str:
+        """All that the server generated, the stop sequence and what came after it included."""
+        return "".join(self._received)
+
     def take(self, part: Part, *, now_s: float) -> str:
-        """Take the next part; returns the new text of the answer."""
+        """Take the next part; returns the new text of the answer.
+
+        Raises:
+            BrokenStreamError: it does not go on from what came before.
+        """
+        self._reason = part.finish_reason or self._reason
         if part.prompt_tokens is not None:
             self._prompt_tokens = part.prompt_tokens
-        text, tokens = part.text, part.tokens
+        text, tokens = self._news(part), part.tokens
         if self._prompt and text.startswith(self._prompt) and not self._responses:
             text = text[len(self._prompt) :]
             if tokens is not None and self._prompt_tokens is not None:
@@ -92,6 +126,7 @@ class Assembly:
         if tokens is not None:
             self._tokens = (self._tokens or 0) + tokens
         if text:
+            self._received.append(text)
             self._responses += 1
             if self._first_s is None:
                 self._first_s = now_s
@@ -109,17 +144,48 @@ class Assembly:
             self._pieces.append(fresh)
         return fresh
 
-    def result(self, *, now_s: float) -> Generation:
-        """The whole."""
-        tokens = self._responses if self._tokens is None else self._tokens
-        cut = tokens >= self._wanted.max_tokens and not self._scanner.stopped
+    def result(self, *, now_s: float, counts: TokenCounts | None = None) -> Generation:
+        """The whole.
+
+        Args:
+            counts: a tokenizer's; used where the server has none.
+        """
+        tokens = self._responses
+        source: TokenCountSource = "stream"
+        if self._tokens is not None:
+            tokens, source = self._tokens, "server"
+        elif counts is not None:
+            tokens, source = counts.completion, "tokenizer"
+        prompt_tokens = self._prompt_tokens
+        if prompt_tokens is None and counts is not None:
+            prompt_tokens = counts.prompt
         return Generation(
             text="".join(self._pieces),
-            finish_reason="length" if cut else "stop",
+            finish_reason=self._finish_reason(tokens),
             completion_tokens=tokens,
-            prompt_tokens=self._prompt_tokens,
-            token_count_source="stream" if self._tokens is None else "server",
+            prompt_tokens=prompt_tokens,
+            token_count_source=source,
             started_at_s=self._started_s,
             first_token_at_s=self._first_s,
             finished_at_s=now_s,
         )
+
+    def _news(self, part: Part) -> str:
+        if not self._cumulative:
+            return part.text
+        # A character that is not complete yet is shown as this one, and as itself later.
+        text = part.text if part.final else part.text.rstrip("\ufffd")
+        before = self._whole
+        if before.startswith(text):
+            return ""
+        if not text.startswith(before):
+            raise BrokenStreamError("the parts of the model's answer do not go on from one another")
+        self._whole = text
+        return text[len(before) :]
+
+    def _finish_reason(self, tokens: int) -> FinishReason:
+        if self._scanner.stopped:
+            return "stop"
+        if self._reason is not None:
+            return self._reason
+        return "length" if tokens >= self._wanted.max_tokens else "stop"

@@ -4,14 +4,17 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from shared.chat import ChatTemplate, ChatTemplates
+from shared.chat import ChatTemplate
+from shared.chat_sources import ChatTemplates
 from shared.clock import Clock
 from shared.fleet import Fleet, Pool
 from shared.logs import get_logger
 from shared.triton.client import TritonClient
 from shared.triton.contract import ContractError
+from shared.triton.counting import Tokenizer, Tokenizers
 from shared.triton.endpoints import Balancer, CoolDownRules
 from shared.triton.errors import EndpointUnavailable
+from shared.triton.tls import credentials_of, security_of
 
 TICK_S = 0.25
 """Wall seconds between two looks whether an endpoint that was left alone may be probed."""
@@ -33,11 +36,28 @@ class ServingPool:
         clock: Clock,
         rules: CoolDownRules,
         on_failure: Callable[[str], None],
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        """Set up; nothing connects yet.
+
+        Args:
+            tokenizer: counts tokens where the servers do not.
+
+        Raises:
+            FleetError: a file for TLS cannot be used.
+        """
         self.name = pool.name
         self.template = template
         self._clients = {
-            endpoint.name: TritonClient(endpoint.grpc, model=pool.triton_model, clock=clock, name=endpoint.name)
+            endpoint.name: TritonClient(
+                endpoint.grpc,
+                model=pool.triton_model,
+                clock=clock,
+                name=endpoint.name,
+                credentials=credentials_of(pool, endpoint),
+                server_name=security_of(pool, endpoint).tls_server_name,
+                tokenizer=tokenizer,
+            )
             for endpoint in pool.endpoints
         }
         self._balancer = Balancer(self._clients, rules)
@@ -146,12 +166,18 @@ class Pools:
 
         Raises:
             ChatTemplateError: a pool's chat template is missing or unusable.
+            FleetError: a pool's tokenizer or a file for TLS is.
         """
-        templates = ChatTemplates()
+        templates, tokenizers = ChatTemplates(), Tokenizers()
         judge = None if fleet.judge is None else fleet.judge.pool
         self._pools = {
             pool.name: ServingPool(
-                pool, templates.load(fleet.chat_template_of(pool)), clock=clock, rules=rules, on_failure=on_failure
+                pool,
+                templates.load(fleet.chat_template_of(pool)),
+                clock=clock,
+                rules=rules,
+                on_failure=on_failure,
+                tokenizer=tokenizers.load(fleet.tokenizer_of(pool)),
             )
             for pool in fleet.pools
             if pool.model is not None or (with_judge and pool.name == judge)

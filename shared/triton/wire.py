@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
+from shared.messages.responses import FinishReason
 from shared.triton.contract import Contract, Input
 from shared.triton.errors import InvalidRequest
 from shared.triton.parameters import SAMPLING_FIELDS, GenerationParameters
@@ -35,22 +36,32 @@ _FORMATS: Final = {
     "FP64": "<d",
 }
 
+_FINISH_REASONS: Final[dict[str, FinishReason]] = {
+    "stop": "stop",
+    "length": "length",
+    "timeout": "deadline",
+    "cancelled": "cancelled",
+}
+"""The server's words, and ours."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """One response of a model.
 
     Attributes:
-        text: what it adds to the answer.
+        text: what it adds to the answer; all of the answer so far where the contract is `cumulative`.
         tokens: what the server counted in this response; null where it does not count.
         prompt_tokens: of the whole prompt; null where the server does not count.
         final: nothing follows.
+        finish_reason: why the answer ended, once it has; null where the server does not tell.
     """
 
     text: str
     tokens: int | None
     prompt_tokens: int | None
     final: bool
+    finish_reason: FinishReason | None = None
 
 
 def encode(
@@ -68,7 +79,7 @@ def encode(
     writer.texts(contract.text_input, prompt)
     writer.value(contract.max_tokens, parameters.max_tokens)
     writer.value(contract.stream, stream and contract.decoupled)
-    for flag in (contract.exclude_input, contract.wants_prompt_tokens, contract.wants_completion_tokens):
+    for flag in (contract.exclude_input, *contract.flags):
         writer.value(flag, True)
     if parameters.stop:
         writer.texts(contract.stop, *parameters.stop)
@@ -87,7 +98,7 @@ def encode(
 
 def decode(contract: Contract, response: ModelInferResponse) -> Part:
     """Read one response; an empty final one has no outputs at all."""
-    text, tokens, prompt_tokens = "", None, None
+    text, tokens, prompt_tokens, reason = "", None, None, None
     for output, content in zip(response.outputs, response.raw_output_contents, strict=False):
         if output.name == contract.text_output:
             text = _first_text(content)
@@ -95,8 +106,11 @@ def decode(contract: Contract, response: ModelInferResponse) -> Part:
             tokens = _integer(output.datatype, content)
         elif output.name == contract.prompt_tokens:
             prompt_tokens = _integer(output.datatype, content)
+        elif output.name == contract.finish_reason:
+            # While the answer goes on, the LLM API's model sends the word "None".
+            reason = _FINISH_REASONS.get(_first_text(content))
     final = FINAL_RESPONSE in response.parameters and response.parameters[FINAL_RESPONSE].bool_param
-    return Part(text, tokens, prompt_tokens, final)
+    return Part(text, tokens, prompt_tokens, final, reason)
 
 
 class _Writer:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.chat import BUILT_IN, ChatTemplate, ChatTemplateError, ChatTemplates, ConversationError
+from shared.chat import ChatTemplate, ChatTemplateError, ConversationError
+from shared.chat_sources import BUILT_IN, ChatTemplates
 from shared.messages import ChatMessage
 
 TEMPLATES = ChatTemplates()
@@ -156,6 +157,63 @@ def test_a_models_folder_is_a_template(tmp_path):
     assert template.render([user("Why?")], BRIEF) == f"{BRIEF}\n\nWhy?;"  # folded where there is no system role
     (tmp_path / "chat_template.jinja").write_text("{{ messages[-1].content }}!")
     assert ChatTemplates().load(str(tmp_path)).render([user("Why?")]) == "Why?!"
+
+
+ECHO = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        {"tokenizer_config.json": {"chat_template": ECHO, "bos_token": "<b>", "eos_token": "<e>"}},
+        {
+            "tokenizer_config.json": {
+                "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": ECHO}],
+                "bos_token": {"content": "<b>"},
+                "eos_token": {"content": "<e>"},
+            }
+        },
+        {
+            "tokenizer_config.json": {"chat_template": {"default": ECHO, "rag": "no"}},
+            "special_tokens_map.json": {"bos_token": "<b>", "eos_token": {"content": "<e>"}},
+        },
+        {"chat_template.jinja": ECHO, "tokenizer_config.json": {"bos_token": "<b>", "eos_token": "<e>"}},
+    ],
+)
+def test_every_form_in_which_models_are_published_is_understood(tmp_path, published):
+    for name, content in published.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    paths = [tmp_path]
+    if "chat_template.jinja" not in published:
+        paths.append(tmp_path / "tokenizer_config.json")
+    for path in paths:
+        template = ChatTemplates().load(str(path))
+        assert template.render([user("Why?"), assistant("So."), user("Ah.")]) == "Why?<e>So.<e>Ah.<e>"
+        assert template.stop == ("<e>",)
+        assert template.control_sequences([user("<b>")]) == ("<b>",)
+
+
+def test_named_templates_without_a_default_are_refused_by_their_names(tmp_path):
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": ECHO}]}))
+    with pytest.raises(ChatTemplateError, match=r"are called tool_use, none of them 'default'"):
+        ChatTemplates().load(str(path))
+    path.write_text("{}")
+    with pytest.raises(ChatTemplateError, match=r"tokenizer_config\.json has no 'chat_template'"):
+        ChatTemplates().load(str(path))
+    path.write_text("[]")
+    with pytest.raises(ChatTemplateError, match="must hold a JSON object"):
+        ChatTemplates().load(str(path))
+
+
+def test_what_published_templates_make_use_of_is_there():
+    source = (
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }};{% endgeneration %}"
+        "{% else %}{{ {'it': m.content} | tojson }};{% endif %}{% endfor %}{{ strftime_now('%Y') | length }}"
+    )
+    text = ChatTemplate("mine", source).render([user("<Wörd>"), assistant("So."), user("dropped")])
+    assert text == '{"it": "<Wörd>"};So.;4'
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from shared.fleet import FleetError, load_fleet
+from shared.triton.tls import security_of
 
 GOOD = """
 [[directives]]
@@ -77,6 +78,38 @@ def test_embodied_carbon_defaults_to_the_papers_server(tmp_path: Path) -> None:
         ('level = "L0"', 'level = "L9"', "must be level L0"),
         ('grpc = "triton-1:8001"', 'grpc = "http://triton-1"', "pools.1.endpoints.0.grpc"),
         ('pool = "judge"', 'pool = "nobody"', "judge.pool names 'nobody'"),
+        (
+            'grpc = "triton-1:8001"',
+            'grpc = "triton-1:8001"\ntls_ca_file = "ca.pem"',
+            "endpoint 'texas-0': tls_ca_file would not be used: set tls = true",
+        ),
+        (
+            'grpc = "triton-1:8001"',
+            'grpc = "triton-1:8001"\ntls = true\ntls_cert_file = "c.pem"',
+            "a client's certificate and its key go together: add 'tls_key_file'",
+        ),
+        (
+            "[judge]",
+            '[[tenants]]\nname = "a"\nmodel = "gpt"\n[judge]',
+            "tenant 'a' has model 'gpt', which 'models' does not list",
+        ),
+        (
+            "[judge]",
+            '[[tenants]]\nname = "a"\ndirective = "L7"\n[judge]',
+            r"tenant 'a' has directive 'L7', which 'directives' does not list \(listed: L0, L1; or optimize\)",
+        ),
+        ("[judge]", '[[tenants]]\nname = "a"\ndirective = "brief"\n[judge]', "tenants.0.directive"),
+        ("[judge]", '[[tenants]]\nname = "a"\n[[tenants]]\nname = "a"\n[judge]', "tenants.name must be unique"),
+        (
+            "[judge]",
+            '[[tenants]]\nname = "a"\nsampling = { temperatur = 1.0 }\n[judge]',
+            "tenants.0.sampling.temperatur: Extra inputs",
+        ),
+        (
+            "[judge]",
+            '[[tenants]]\nname = "a"\nsampling = { max_tokens = 0 }\n[judge]',
+            "tenants.0.sampling.max_tokens",
+        ),
         ('zone = "US-TEX-ERCO"', 'zone = "US-TEX-ERCO"\nzoen = 1', "pools.1.zoen: Extra inputs"),
         ("[[models]]", "[[models", "not valid TOML"),
     ],
@@ -90,3 +123,31 @@ def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, complaint: str) 
 def test_a_missing_file_says_which_variable_names_one(tmp_path: Path) -> None:
     with pytest.raises(FleetError, match="SPROUT_FLEET_FILE"):
         load_fleet(tmp_path / "nowhere.toml")
+
+
+def test_a_pools_tokenizer_is_its_own_or_its_models_and_lies_beside_the_fleet_file(tmp_path: Path) -> None:
+    text = GOOD.replace('chat_template = "llama-2"', 'chat_template = "llama-2"\ntokenizer = "weights"', 1)
+    text = text.replace('zone = "US-TEX-ERCO"', 'zone = "US-TEX-ERCO"\ntokenizer = "/other/tokenizer.json"', 1)
+    fleet = load_fleet(written(tmp_path, text))
+    assert fleet.tokenizer_of(fleet.pool("california")) == tmp_path / "weights"
+    assert fleet.tokenizer_of(fleet.pool("texas")) == Path("/other/tokenizer.json")
+    assert fleet.tokenizer_of(fleet.pool("judge")) is None
+
+
+def test_an_endpoint_is_secured_by_its_own_fields_and_else_by_its_pools(tmp_path: Path) -> None:
+    text = GOOD.replace(
+        'zone = "US-TEX-ERCO"', 'zone = "US-TEX-ERCO"\ntls = true\ntls_ca_file = "ca.pem"\ntls_server_name = "a"', 1
+    )
+    text = text.replace('grpc = "triton-1:8001"', 'grpc = "triton-1:8001"\ntls_server_name = "b"', 1)
+    fleet = load_fleet(written(tmp_path, text))
+    pool = fleet.pool("texas")
+    security = security_of(pool, pool.endpoints[0])
+    assert (security.tls, security.tls_ca_file, security.tls_server_name) == (True, tmp_path / "ca.pem", "b")
+    assert not security_of(fleet.pool("california"), fleet.pool("california").endpoints[0]).tls
+
+
+def test_a_chat_templates_path_starts_at_the_fleet_file_and_else_at_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    for name, found in (("mine.jinja", str(tmp_path / "mine.jinja")), ("./llama-2", "./llama-2"), ("gemma", "gemma")):
+        fleet = load_fleet(written(tmp_path, GOOD.replace('"llama-2"', f'"{name}"', 1)))
+        assert fleet.chat_template_of(fleet.pool("texas")) == found

@@ -27,12 +27,14 @@ LIMITS = Limits(max_request_bytes=2_000, max_prompt_chars=100, default_deadline_
 REPLAY = Clock(rate=720.0, origin_wall_s=1_000.0, origin_event_s=NOON.timestamp())
 
 
-def arrived(value: bytes | None = None, *, clock: Clock = REPLAY, timestamp: int = 1_001_000, **fields) -> Arrival:
+def arrived(
+    value: bytes | None = None, *, clock: Clock = REPLAY, timestamp: int = 1_001_000, fleet: Fleet = FLEET, **fields
+) -> Arrival:
     value = json.dumps({"prompt": "Why?", **fields}).encode() if value is None else value
     record = SimpleNamespace(
         value=value, key=b"k", topic="requests", partition=3, offset=17, timestamp=timestamp, headers=()
     )
-    return arrive(record, received_at=NOON + timedelta(hours=1), clock=clock, fleet=FLEET, limits=LIMITS)
+    return arrive(record, received_at=NOON + timedelta(hours=1), clock=clock, fleet=fleet, limits=LIMITS)
 
 
 def code(arrival: Arrival) -> str | None:
@@ -77,6 +79,22 @@ def test_what_is_no_request_is_poison(value):
 )
 def test_what_is_not_served_is_refused_with_a_code(fields, wanted):
     assert code(arrived(**fields)) == wanted
+
+
+def test_a_tenants_defaults_apply_where_a_request_says_nothing_and_its_deadline_to_the_letter():
+    tenants = '[[tenants]]\nname = "desk"\ndirective = "L2"\nsystem = "Be kind."\ndeadline_s = 5\n'
+    fleet = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"]) + tenants))
+    received_at = NOON + timedelta(hours=1)
+    given = arrived(tenant="desk", fleet=fleet)
+    assert given.deadline == received_at + timedelta(seconds=5)
+    assert given.request.directive == "L2"
+    assert [turn.role for turn in given.request.conversation()] == ["system", "user"]
+    said = received_at + timedelta(seconds=90)
+    assert arrived(tenant="desk", fleet=fleet, deadline=said.isoformat()).deadline == said
+    for stranger in ("other", None):
+        alone = arrived(tenant=stranger, fleet=fleet)
+        assert alone.deadline == arrived().deadline
+        assert (alone.request.directive, len(alone.request.conversation())) == (None, 1)
 
 
 def test_refusals_never_quote_the_prompt():

@@ -8,10 +8,11 @@ from typing import Any
 from deploy.triton.backend import EnergyMeter, Reply, send_error, tensors_of
 from deploy.triton.energy import EnergyAccount
 from deploy.triton.lifeline import end_with_server
-from deploy.triton.request import InvalidRequestError, read_request
+from deploy.triton.llm_api import LlmApiReply, read_llm_api_request
+from deploy.triton.request import GenerationRequest, InvalidRequestError, read_request
 from deploy.triton.stand_in.answers import AnswerBook
 from deploy.triton.stand_in.batching import InFlightBatch
-from deploy.triton.stand_in.engine import StandInEngine
+from deploy.triton.stand_in.engine import Outlet, StandInEngine
 from deploy.triton.stand_in.judge import Judge
 from deploy.triton.stand_in.parameters import StandInParameters
 from deploy.triton.stand_in.workload import load_workload
@@ -19,7 +20,7 @@ from shared.clock import Clock
 
 
 class TritonPythonModel:
-    """Answers requests of the `ensemble` contract from a workload, in event time."""
+    """Answers requests of either contract from a workload, in event time."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the workload and begin to keep time.
@@ -31,6 +32,7 @@ class TritonPythonModel:
         self._backend = importlib.import_module("triton_python_backend_utils")
         configured = json.loads(args["model_config"])["parameters"]
         parameters = StandInParameters.from_texts({name: one["string_value"] for name, one in configured.items()})
+        self._parameters = parameters
         workload = load_workload(parameters.workload)
         log = self._backend.Logger
         for problem in workload.problems:
@@ -59,12 +61,24 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                wanted = read_request(tensors_of(request))
+                wanted = self._read(request)
             except InvalidRequestError as error:
-                send_error(self._backend, sender, str(error), invalid=True)
+                # TensorRT-LLM's LLM-API model has one status for all errors.
+                invalid = self._parameters.contract == "ensemble"
+                send_error(self._backend, sender, str(error), invalid=invalid)
                 continue
             generation = self._planner.plan(wanted)
-            self._engine.submit(generation, Reply(self._backend, sender, wanted, input_tokens=generation.input_tokens))
+            if self._parameters.contract == "llm-api":
+                reply: Outlet = LlmApiReply(self._backend, sender, wanted)
+            else:
+                reply = Reply(self._backend, sender, wanted, input_tokens=generation.input_tokens)
+            self._engine.submit(generation, reply)
+
+    def _read(self, request: Any) -> GenerationRequest:  # noqa: ANN401 - the backend's request
+        tensors = tensors_of(request)
+        if self._parameters.contract == "llm-api":
+            return read_llm_api_request(tensors, decoupled=self._parameters.decoupled)
+        return read_request(tensors)
 
     def finalize(self) -> None:
         """Stop keeping time."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from deploy.triton.contract import CONTRACT_NAMES, ContractName
 from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.judge import JudgeRules
 from deploy.triton.stand_in.prompt import Directive
@@ -37,6 +38,8 @@ class StandInParameters:
         tick_ms: at least this much wall time lies between two rounds of responses; what is due goes out together.
         batch: how concurrency acts.
         judge: how a judge errs, and what it takes.
+        contract: which tensors it has.
+        decoupled: it may answer a request in several responses.
     """
 
     role: Role = "llm"
@@ -48,10 +51,14 @@ class StandInParameters:
     tick_ms: float = 5.0
     batch: BatchRules = field(default_factory=BatchRules)
     judge: JudgeRules = field(default_factory=JudgeRules)
+    contract: ContractName = "ensemble"
+    decoupled: bool = True
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ParameterError(f"'role' must be one of {', '.join(ROLES)}, got {self.role!r}")
+        if self.contract not in CONTRACT_NAMES:
+            raise ParameterError(f"'contract' must be one of {', '.join(CONTRACT_NAMES)}, got {self.contract!r}")
         if self.role == "llm" and not self.model:
             raise ParameterError("'model' is missing: name the model of the workload whose answers it gives")
         if not self.gpu_uuid:
@@ -71,6 +78,8 @@ class StandInParameters:
             "idle_power_w": repr(self.idle_power_w),
             "directives": json.dumps([asdict(directive) for directive in self.directives]),
             "tick_ms": repr(self.tick_ms),
+            "contract": self.contract,
+            "decoupled": str(self.decoupled).lower(),
         }
         for prefix in _RULES:
             texts |= {f"{prefix}.{name}": repr(value) for name, value in asdict(getattr(self, prefix)).items()}
@@ -127,6 +136,10 @@ def _read(name: str, text: str) -> object:
             return read_directives(text)
         case "idle_power_w" | "tick_ms":
             return _number(name, text)
+        case "decoupled":
+            if text not in ("true", "false"):
+                raise ParameterError(f"'decoupled' must be true or false, got {text!r}")
+            return text == "true"
         case _:
             return text
 
