@@ -7,6 +7,7 @@ from deploy.triton.repository import SMOLLM2, STAND_IN, RepositoryModel
 from deploy.triton.smollm2.parameters import EnergySource, SmolLm2Parameters
 from deploy.triton.smollm2.power import available_source, energy_label
 from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
 from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, StandInParameters
 from deploy.triton.stand_in.prompt import Directive
@@ -31,6 +32,7 @@ def stand_in_llm(
     directives: Sequence[Directive] = DEFAULT_DIRECTIVES,
     batch: BatchRules | None = None,
     tick_ms: float = 5.0,
+    faults: FaultRules | None = None,
 ) -> RepositoryModel:
     """A stand-in for one language model of a workload.
 
@@ -39,6 +41,7 @@ def stand_in_llm(
         name: what clients ask Triton for; several stand-ins in one repository need several names.
         gpu_uuid: label of its energy counters; by default `stand-in-` and the model.
         idle_power_w: an A100 that waits takes about 55 W.
+        faults: how often it fails on purpose; default: never.
     """
     parameters = StandInParameters(
         workload=workload.resolve(),
@@ -48,6 +51,7 @@ def stand_in_llm(
         directives=tuple(directives),
         tick_ms=tick_ms,
         batch=batch or BatchRules(),
+        faults=faults or FaultRules(),
     )
     return RepositoryModel(
         name, STAND_IN, parameters.to_texts(), gpu_uuid=parameters.gpu_uuid, idle_power_w=idle_power_w

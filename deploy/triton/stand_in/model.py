@@ -11,7 +11,8 @@ from deploy.triton.lifeline import end_with_server
 from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.stand_in.answers import AnswerBook
 from deploy.triton.stand_in.batching import InFlightBatch
-from deploy.triton.stand_in.engine import StandInEngine
+from deploy.triton.stand_in.engine import Outlet, StandInEngine
+from deploy.triton.stand_in.faults import FailingOutlet, FaultDraws
 from deploy.triton.stand_in.judge import Judge
 from deploy.triton.stand_in.parameters import StandInParameters
 from deploy.triton.stand_in.workload import load_workload
@@ -42,6 +43,7 @@ class TritonPythonModel:
             if parameters.role == "judge"
             else AnswerBook(workload, model=parameters.model, catalogue=parameters.directives)
         )
+        self._faults = FaultDraws(parameters.faults)
         clock = Clock.from_environment()
         now_s = clock.now_s()
         account = EnergyAccount(idle_power_w=parameters.idle_power_w, now_s=now_s)
@@ -64,7 +66,12 @@ class TritonPythonModel:
                 send_error(self._backend, sender, str(error), invalid=True)
                 continue
             generation = self._planner.plan(wanted)
-            self._engine.submit(generation, Reply(self._backend, sender, wanted, input_tokens=generation.input_tokens))
+            outlet: Outlet = Reply(self._backend, sender, wanted, input_tokens=generation.input_tokens)
+            share = self._faults.fails_after(request.request_id())
+            if share is not None:
+                generation = generation.truncated(max(1, int(share * generation.tokens)))
+                outlet = FailingOutlet(outlet)
+            self._engine.submit(generation, outlet)
 
     def finalize(self) -> None:
         """Stop keeping time."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
 from deploy.triton.stand_in.prompt import Directive
 
@@ -16,7 +17,9 @@ ROLES: tuple[Role, ...] = get_args(Role)
 DEFAULT_DIRECTIVES = (Directive("L1", "Always answer briefly."), Directive("L2", "Always answer very briefly."))
 """The paper's catalogue, without L0, which has no text."""
 
-_RULES = {"batch": BatchRules, "judge": JudgeRules}
+_RULES = {"batch": BatchRules, "judge": JudgeRules, "faults": FaultRules}
+_WHOLE = frozenset({"slots", "seed"})
+"""Rules that are whole numbers."""
 
 
 class ParameterError(ValueError):
@@ -37,6 +40,7 @@ class StandInParameters:
         tick_ms: at least this much wall time lies between two rounds of responses; what is due goes out together.
         batch: how concurrency acts.
         judge: how a judge errs, and what it takes.
+        faults: how often an LLM fails on purpose.
     """
 
     role: Role = "llm"
@@ -48,6 +52,7 @@ class StandInParameters:
     tick_ms: float = 5.0
     batch: BatchRules = field(default_factory=BatchRules)
     judge: JudgeRules = field(default_factory=JudgeRules)
+    faults: FaultRules = field(default_factory=FaultRules)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -89,7 +94,7 @@ class StandInParameters:
         for name, text in texts.items():
             prefix, dot, rest = name.partition(".")
             if dot and prefix in _RULES and rest in {one.name for one in fields(_RULES[prefix])}:
-                rules[prefix][rest] = int(_number(name, text)) if rest == "slots" else _number(name, text)
+                rules[prefix][rest] = int(_number(name, text)) if rest in _WHOLE else _number(name, text)
             elif name in known:
                 values[name] = _read(name, text)
             else:
