@@ -15,9 +15,9 @@ from shared.topics import CARBON_INTENSITY, POLICIES, REQUESTS, TopicSpec
 
 
 @asynccontextmanager
-async def producing(kafka: KafkaSettings) -> AsyncIterator["Producer"]:
-    """A connected producer."""
-    producer = AIOKafkaProducer(**kafka.client_options(), linger_ms=2)
+async def producing(kafka: KafkaSettings, **options: Any) -> AsyncIterator["Producer"]:  # noqa: ANN401 - aiokafka's
+    """A connected producer, with further options of aiokafka's."""
+    producer = AIOKafkaProducer(**kafka.client_options(), linger_ms=2, **options)
     await producer.start()
     try:
         yield Producer(producer, kafka)
