@@ -25,8 +25,9 @@ from shared.settings import KafkaSettings
 
 KAFKA: Final = "kafka"
 PROMPTS: Final = 40
-LEVELS: Final = {"L0": (12, 1.2), "L1": (6, 0.8), "L2": (3, 0.4)}
-"""Tokens and seconds of the answers: long enough for hundreds to be in flight, with few messages each."""
+LEVELS: Final = {"L0": (12, 2.4), "L1": (6, 1.5), "L2": (3, 0.8)}
+"""Tokens and seconds of the answers: long enough for hundreds to be in flight and for a backlog to last through several
+faults, with few messages each."""
 BATCH: Final = BatchRules(slots=1_000, slowdown=0.0)
 """The model servers must not be what limits the routers."""
 WATCH_S: Final = 0.25

@@ -33,6 +33,9 @@ SESSION_TIMEOUT_S: Final = 6.0
 """The shortest that Kafka allows: a killed router's requests wait for so long."""
 STALL_S: Final = 60.0
 """A request that nobody has answered after so much silence is lost."""
+SETTLE_S: Final = 20.0
+"""For the routers to commit, at the end, what they have answered."""
+BUSY_WAIT_S: Final = 3.0
 SAMPLE_S: Final = 0.25
 SAY_EVERY_S: Final = 3.0
 POLICY: Final = {"L0": 0.2, "L1": 0.5, "L2": 0.3}
@@ -126,14 +129,20 @@ class Run:
         self.say(f"sending {len(messages)} messages, {'all at once' if rate is None else f'{rate:g} a second'}")
         self.traffic.send(messages, rate=rate)
 
-    async def busy(self, router: str) -> None:
-        """Wait until a router has most of its places taken, while there is still enough left to fill them."""
-        deadline = time.monotonic() + 15.0
-        while time.monotonic() < deadline:
-            left = self.traffic.total - self.traffic.books.answered
-            if await self._in_flight(router) >= min(0.9 * MAX_IN_FLIGHT, 0.25 * left):
-                return
+    async def busy(self, place: int) -> str:
+        """Wait until a router has nearly all its places taken; returns its name.
+
+        Args:
+            place: of the one that was drawn. Where it has run out of requests, it is the busiest one instead.
+        """
+        drawn = self.routers[place]
+        patience = time.monotonic() + BUSY_WAIT_S
+        while time.monotonic() < patience:
+            if await self._in_flight(drawn) >= 0.9 * MAX_IN_FLIGHT:
+                return drawn
             await asyncio.sleep(0.05)
+        in_flight = {name: await self._in_flight(name) for name in (drawn, *self.routers)}
+        return max(in_flight, key=lambda name: in_flight[name])
 
     async def strike(self, what: str, name: str, number: signal.Signals) -> None:
         """Send a signal, as a fault; a router's requests in flight are told."""
@@ -179,11 +188,14 @@ class Run:
         uncommitted = 0
         try:
             await self.traffic.answered(stall_s=STALL_S)
+            deadline = time.monotonic() + SETTLE_S
+            while await self._uncommitted() and time.monotonic() < deadline:
+                await asyncio.sleep(0.5)
             await self._sample()
-            # What a router still does, late, must be seen.
+            # Routers that have ended say nothing more: what comes late has come.
             await self.ground.stop(*(one.spec.name for one in await self.ground.running(set(self.routers))))
             await self.traffic.close_books()
-            uncommitted = sum(end - offset for offset, end in (await committed(self.kafka)).values())
+            uncommitted = await self._uncommitted()
         except Exception as error:  # noqa: BLE001 - what could be counted is told all the same
             self.failed(error)
         counts = count(self.traffic.books)
@@ -213,6 +225,10 @@ class Run:
         for process in left:
             process.signal(signal.SIGCONT)
         await self.ground.stop(*(process.spec.name for process in left))
+
+    async def _uncommitted(self) -> int:
+        """Records of the topic `requests` that the routers' group has not committed."""
+        return sum(end - offset for offset, end in (await committed(self.kafka)).values())
 
     async def _watch(self) -> None:
         said = time.monotonic()

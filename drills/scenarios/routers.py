@@ -11,9 +11,9 @@ async def sigkill(run: Run) -> None:
     """One of two routers is killed with hundreds of requests in flight, again and again, and started each time."""
     await run.serve(routers=2)
     run.flow(run.requests(5_000))
-    for fault in faults(run.rng, number=run.number(3), victims=2, hold_s=(0.0, 2.0), within=(0.05, 0.75)):
+    for fault in faults(run.rng, number=run.number(3), victims=2, hold_s=(0.0, 2.0), within=(0.04, 0.7)):
         await run.traffic.until(fault.after)
-        await _down_and_up(run, run.routers[fault.victim], "SIGKILL", signal.SIGKILL, fault.hold_s)
+        await _down_and_up(run, fault.victim, "SIGKILL", signal.SIGKILL, fault.hold_s)
 
 
 async def sigterm(run: Run) -> None:
@@ -22,21 +22,21 @@ async def sigterm(run: Run) -> None:
     run.flow(run.requests(4_000))
     for fault in faults(run.rng, number=run.number(4), victims=2, hold_s=(0.0, 1.5), within=(0.05, 0.85)):
         await run.traffic.until(fault.after)
-        await _down_and_up(run, run.routers[fault.victim], "SIGTERM", signal.SIGTERM, fault.hold_s)
+        await _down_and_up(run, fault.victim, "SIGTERM", signal.SIGTERM, fault.hold_s)
 
 
 async def rebalance_storm(run: Run) -> None:
     """Routers join and leave every few seconds; then one sleeps for longer than its session lasts, and wakes up."""
     await run.serve(routers=2)
-    run.flow(run.requests(4_500), rate=100.0)
-    for move in storm(run.rng, moves=run.number(8), routers=2, most=4, within=(0.04, 0.65)):
+    run.flow(run.requests(5_000), rate=100.0)
+    for move in storm(run.rng, moves=run.number(7), routers=2, most=4, within=(0.03, 0.55)):
         await run.traffic.until(move.after)
         if move.kind == "join":
             run.note("a router joins")
             await run.join()
         else:
             await run.leave(move.victim)
-    (fault,) = faults(run.rng, number=1, victims=len(run.routers), hold_s=(1.5, 4.0), within=(0.7, 0.8))
+    (fault,) = faults(run.rng, number=1, victims=len(run.routers), hold_s=(1.5, 4.0), within=(0.6, 0.65))
     await run.traffic.until(fault.after)
     zombie = run.routers[fault.victim]
     await run.strike("SIGSTOP", zombie, signal.SIGSTOP)
@@ -44,8 +44,8 @@ async def rebalance_storm(run: Run) -> None:
     await run.strike("SIGCONT", zombie, signal.SIGCONT)
 
 
-async def _down_and_up(run: Run, victim: str, what: str, number: signal.Signals, hold_s: float) -> None:
-    await run.busy(victim)
+async def _down_and_up(run: Run, place: int, what: str, number: signal.Signals, hold_s: float) -> None:
+    victim = await run.busy(place)
     await run.strike(what, victim, number)
     await asyncio.sleep(hold_s)
     await run.again(victim)
