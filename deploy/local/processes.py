@@ -91,6 +91,11 @@ class ManagedProcess:
         """Whether it still runs."""
         return self._popen.poll() is None
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone, such as SIGSTOP and SIGCONT, if it still runs."""
+        if self.alive:
+            self._popen.send_signal(number)
+
     def check(self) -> None:
         """Say so if it ended.
 

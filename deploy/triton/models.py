@@ -8,6 +8,7 @@ from deploy.triton.repository import SMOLLM2, STAND_IN, RepositoryModel
 from deploy.triton.smollm2.parameters import EnergySource, SmolLm2Parameters
 from deploy.triton.smollm2.power import available_source, energy_label
 from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
 from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, StandInParameters
 from deploy.triton.stand_in.prompt import Directive
@@ -34,6 +35,7 @@ def stand_in_llm(
     tick_ms: float = 5.0,
     contract: ContractName = "ensemble",
     decoupled: bool = True,
+    faults: FaultRules | None = None,
 ) -> RepositoryModel:
     """A stand-in for one language model of a workload.
 
@@ -44,6 +46,7 @@ def stand_in_llm(
         idle_power_w: an A100 that waits takes about 55 W.
         contract: which of TensorRT-LLM's sets of tensors it has.
         decoupled: it can stream; TensorRT-LLM's `llm-api` model cannot unless it is told to.
+        faults: how often it fails on purpose; default: never.
     """
     parameters = StandInParameters(
         workload=workload.resolve(),
@@ -55,6 +58,7 @@ def stand_in_llm(
         batch=batch or BatchRules(),
         contract=contract,
         decoupled=decoupled,
+        faults=faults or FaultRules(),
     )
     return RepositoryModel(
         name,

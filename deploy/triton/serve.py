@@ -24,6 +24,7 @@ from deploy.triton.models import (
 from deploy.triton.repository import RepositoryError, RepositoryModel, write_repository
 from deploy.triton.server import ServerError, TritonPorts, assemble_here
 from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
 from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, ParameterError, read_directives
 from deploy.triton.stand_in.workload import WorkloadError
@@ -59,6 +60,9 @@ def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.
         "--position-bias", "SPROUT_TRITON_POSITION_BIAS", "0.15", "probability that the judge names the first answer"
     )
     option("--unparseable", "SPROUT_TRITON_UNPARSEABLE", "0", "probability that the judge names none")
+    option(
+        "--error-share", "SPROUT_TRITON_ERROR_SHARE", "0", "probability that a stand-in's generation fails on purpose"
+    )
     option("--address", "SPROUT_TRITON_ADDRESS", "127.0.0.1", "what to bind; in a container 0.0.0.0")
     option("--grpc-port", "SPROUT_TRITON_GRPC_PORT", "8001", "gRPC service")
     option("--http-port", "SPROUT_TRITON_HTTP_PORT", "8000", "HTTP service, with /v2/health/ready")
@@ -84,6 +88,7 @@ def chosen_models(options: argparse.Namespace, *, say: Callable[[str], None]) ->
         checked_workload(workload, models=recorded, say=say)
     directives = read_directives(options.directives) if options.directives else DEFAULT_DIRECTIVES
     batch = BatchRules(slots=int(options.slots), slowdown=float(options.slowdown))
+    faults = FaultRules(error_share=float(options.error_share))
     models = [
         smollm2(name=name)
         if model == SMOLLM2_MODEL
@@ -95,6 +100,7 @@ def chosen_models(options: argparse.Namespace, *, say: Callable[[str], None]) ->
             directives=directives,
             batch=batch,
             contract=_contract(str(options.contract)),
+            faults=faults,
         )
         for name, model in bindings
     ]

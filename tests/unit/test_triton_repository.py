@@ -12,6 +12,7 @@ from deploy.triton.repository import RepositoryError, write_repository
 from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.serve import arguments, chosen_models
 from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
 from deploy.triton.stand_in.parameters import ParameterError, StandInParameters, read_directives
 from deploy.triton.stand_in.prompt import Directive
@@ -85,6 +86,7 @@ def test_parameters_survive_the_way_through_a_configuration():
         tick_ms=7.0,
         batch=BatchRules(slots=9, slowdown=0.5, shared_energy=0.25),
         judge=JudgeRules(position_bias=0.3, unparseable=0.01),
+        faults=FaultRules(error_share=0.3, seed=7),
     )
     assert StandInParameters.from_texts(parameters.to_texts()) == parameters
 
@@ -97,6 +99,7 @@ def test_parameters_survive_the_way_through_a_configuration():
         ({"model": ""}, "'model' is missing"),
         ({"tick_ms": "soon"}, "'tick_ms' must be a number, got 'soon'"),
         ({"judge.position_bias": "2"}, "'position_bias' is a probability"),
+        ({"faults.error_share": "-1"}, "'error_share' is a probability"),
         ({"directives": "L1"}, "'directives' must be a JSON list"),
     ],
 )

@@ -13,6 +13,7 @@ from deploy.triton.request import GenerationRequest, InvalidRequestError, read_r
 from deploy.triton.stand_in.answers import AnswerBook
 from deploy.triton.stand_in.batching import InFlightBatch
 from deploy.triton.stand_in.engine import Outlet, StandInEngine
+from deploy.triton.stand_in.faults import FailingOutlet, FaultDraws
 from deploy.triton.stand_in.judge import Judge
 from deploy.triton.stand_in.parameters import StandInParameters
 from deploy.triton.stand_in.workload import load_workload
@@ -44,6 +45,7 @@ class TritonPythonModel:
             if parameters.role == "judge"
             else AnswerBook(workload, model=parameters.model, catalogue=parameters.directives)
         )
+        self._faults = FaultDraws(parameters.faults)
         clock = Clock.from_environment()
         now_s = clock.now_s()
         account = EnergyAccount(idle_power_w=parameters.idle_power_w, now_s=now_s)
@@ -68,11 +70,17 @@ class TritonPythonModel:
                 send_error(self._backend, sender, str(error), invalid=invalid)
                 continue
             generation = self._planner.plan(wanted)
-            if self._parameters.contract == "llm-api":
-                reply: Outlet = LlmApiReply(self._backend, sender, wanted)
-            else:
-                reply = Reply(self._backend, sender, wanted, input_tokens=generation.input_tokens)
-            self._engine.submit(generation, reply)
+            outlet = self._outlet(sender, wanted, input_tokens=generation.input_tokens)
+            share = self._faults.fails_after(request.request_id())
+            if share is not None:
+                generation = generation.truncated(max(1, int(share * generation.tokens)))
+                outlet = FailingOutlet(outlet)
+            self._engine.submit(generation, outlet)
+
+    def _outlet(self, sender: Any, wanted: GenerationRequest, *, input_tokens: int) -> Outlet:  # noqa: ANN401
+        if self._parameters.contract == "llm-api":
+            return LlmApiReply(self._backend, sender, wanted)
+        return Reply(self._backend, sender, wanted, input_tokens=input_tokens)
 
     def _read(self, request: Any) -> GenerationRequest:  # noqa: ANN401 - the backend's request
         tensors = tensors_of(request)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from deploy.triton.contract import CONTRACT_NAMES, ContractName
 from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
 from deploy.triton.stand_in.prompt import Directive
 
@@ -17,7 +18,9 @@ ROLES: tuple[Role, ...] = get_args(Role)
 DEFAULT_DIRECTIVES = (Directive("L1", "Always answer briefly."), Directive("L2", "Always answer very briefly."))
 """The paper's catalogue, without L0, which has no text."""
 
-_RULES = {"batch": BatchRules, "judge": JudgeRules}
+_RULES = {"batch": BatchRules, "judge": JudgeRules, "faults": FaultRules}
+_WHOLE = frozenset({"slots", "seed"})
+"""Rules that are whole numbers."""
 
 
 class ParameterError(ValueError):
@@ -40,6 +43,7 @@ class StandInParameters:
         judge: how a judge errs, and what it takes.
         contract: which tensors it has.
         decoupled: it may answer a request in several responses.
+        faults: how often an LLM fails on purpose.
     """
 
     role: Role = "llm"
@@ -53,6 +57,7 @@ class StandInParameters:
     judge: JudgeRules = field(default_factory=JudgeRules)
     contract: ContractName = "ensemble"
     decoupled: bool = True
+    faults: FaultRules = field(default_factory=FaultRules)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -98,7 +103,7 @@ class StandInParameters:
         for name, text in texts.items():
             prefix, dot, rest = name.partition(".")
             if dot and prefix in _RULES and rest in {one.name for one in fields(_RULES[prefix])}:
-                rules[prefix][rest] = int(_number(name, text)) if rest == "slots" else _number(name, text)
+                rules[prefix][rest] = int(_number(name, text)) if rest in _WHOLE else _number(name, text)
             elif name in known:
                 values[name] = _read(name, text)
             else:
