@@ -15,8 +15,13 @@ ZONE ?=
 OPTIONS = $(if $(WORKLOAD),--workload "$(WORKLOAD)") $(if $(MODEL),--model "$(MODEL)") \
           $(if $(CARBON),--carbon "$(CARBON)") $(if $(ZONE),--zone "$(ZONE)")
 
+# For `make drill`: another seed, other moments and victims; SCENARIO=sigkill,malformed plays these alone, SCALE=0.1 less of it.
+SEED ?= 1
+SCENARIO ?=
+SCALE ?= 1
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test up down lint types bench locks clean
+.PHONY: help install demo test up down lint types bench drill locks clean
 
 help:  ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +61,9 @@ bench: install  ## Benchmarks; prints what was compared
 	@found=0; for file in benchmarks/bench_*.py; do \
 	  if [ -f "$$file" ]; then found=1; echo "== $$file"; $(BIN)/python "$$file" || exit 1; fi; done; \
 	  [ $$found = 1 ] || { echo "no benchmarks/bench_*.py" >&2; exit 1; }
+
+drill: install  ## A seeded fault drill of the router, about seven minutes: make drill SEED=2; see build/drill.json
+	$(BIN)/python -m drills --seed $(SEED) --scale $(SCALE) $(if $(SCENARIO),--scenario "$(SCENARIO)")
 
 locks: install  ## Refresh requirements/*.lock from pyproject.toml
 	@for service in $(SERVICES); do \

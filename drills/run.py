@@ -188,9 +188,7 @@ class Run:
         uncommitted = 0
         try:
             await self.traffic.answered(stall_s=STALL_S)
-            deadline = time.monotonic() + SETTLE_S
-            while await self._uncommitted() and time.monotonic() < deadline:  # noqa: ASYNC110 - Kafka tells nobody
-                await asyncio.sleep(0.5)
+            await self._settle()
             await self._sample()
             # Routers that have ended say nothing more: what comes late has come.
             await self.ground.stop(*(one.spec.name for one in await self.ground.running(set(self.routers))))
@@ -225,6 +223,14 @@ class Run:
         for process in left:
             process.signal(signal.SIGCONT)
         await self.ground.stop(*(process.spec.name for process in left))
+
+    async def _settle(self) -> None:
+        """Let the routers commit what they have answered, and a zombie find out that it is one."""
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline:
+            if not await self._uncommitted():
+                return
+            await asyncio.sleep(0.5)
 
     async def _uncommitted(self) -> int:
         """Records of the topic `requests` that the routers' group has not committed."""

@@ -70,11 +70,17 @@ class Traffic:
             await asyncio.sleep(POLL_S)
 
     async def answered(self, *, stall_s: float) -> None:
-        """Wait until all has been sent and every request answered, or nothing has come for `stall_s`."""
+        """Wait until all has been sent and every request answered, or nothing has come for `stall_s`.
+
+        Raises:
+            ValueError: what came is no answer.
+        """
         if self._sending is not None:
             await self._sending
         self._last_answer = time.monotonic()
         while self.books.answered < len(self.books.sent):
+            if self._reading is not None and self._reading.done():
+                self._reading.result()
             if time.monotonic() - self._last_answer > stall_s:
                 return
             await asyncio.sleep(POLL_S)

@@ -9,16 +9,20 @@ from drills.ground import KAFKA
 from drills.run import Run
 from drills.schedule import faults
 
+BREATH_S = 5.0
+"""Between a return and the next absence: serving must have begun again."""
+
 
 async def kafka_restarted(run: Run) -> None:
     """Kafka is stopped under load and started again, on the same data and port."""
     await run.serve()
-    run.flow(run.requests(3_000), rate=90.0)
+    run.flow(run.requests(3_500), rate=90.0)
     for fault in faults(run.rng, number=run.number(2), victims=1, hold_s=(1.0, 4.0), within=(0.15, 0.85)):
         await run.traffic.until(fault.after)
         await run.strike("SIGTERM", KAFKA, signal.SIGTERM)
         await asyncio.sleep(fault.hold_s)
         await run.again(KAFKA)
+        await asyncio.sleep(BREATH_S)
 
 
 async def postgres_absent(run: Run) -> None:
