@@ -61,6 +61,9 @@ class Endpoint(TlsFields):
     grpc: str = Field(pattern=r"^[^/\s]+:[0-9]+$", description="host:port of Triton's gRPC service")
     metrics: HttpUrl | None = Field(default=None, description="Triton's Prometheus metrics; null: energy unmetered")
     gpus: tuple[str, ...] = Field(default=(), description="uuids of this endpoint's GPUs; empty: all that it reports")
+    max_in_flight: int | None = Field(
+        default=None, ge=1, description="Requests of one router at once; the others wait in Kafka; null: unbounded"
+    )
 
 
 class Pool(TlsFields):

@@ -110,6 +110,7 @@ class Router:
             max_in_flight=settings.max_in_flight,
             rebalance_grace_s=settings.rebalance_grace_s,
             metrics=self.metrics,
+            room=self.pools.room,
         )
         self._state_topics = self._subscribe_state(broker, office, kafka)
         self._backlog = self._subscribe_requests(broker, kafka)

@@ -44,14 +44,17 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         max_in_flight: int,
         rebalance_grace_s: float,
         metrics: RouterMetrics,
+        room: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Set up; nothing is taken before `take` is called.
 
         Args:
+            room: returns when another request may be begun; records wait for it, and with them the fetching.
             rebalance_grace_s: wall seconds for requests of a partition that is taken away to finish.
         """
         self._serve = serve
         self._gate = gate
+        self._room = room
         self._takeover = Takeover(group, self._current, self._resume)
         self._capacity = asyncio.Semaphore(max_in_flight)
         self._rebalance_grace_s = rebalance_grace_s
@@ -112,12 +115,11 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         epoch = self._tracker.epoch
         await self._open.wait()
         for record in records:
-            if self._capacity.locked():
-                self._waiting = record
-                await self._capacity.acquire()
-                self._waiting = None
-            else:
-                await self._capacity.acquire()
+            self._waiting = record
+            if self._room is not None:
+                await self._room()
+            await self._capacity.acquire()
+            self._waiting = None
             claim = None if self._stopping else self._begin(record, epoch)
             if claim is None:
                 self._capacity.release()

@@ -1,10 +1,10 @@
-"""Which endpoint of a pool is asked: the least busy one that is not known to fail.
+"""Which endpoint of a pool is asked: the least busy one that has room and is not known to fail.
 
 An endpoint that fails several times in a row is left alone for a while, longer after each relapse. Then one request, or
 the health check, is let through; if it succeeds the endpoint is back, if not it cools down again.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 
@@ -28,6 +28,7 @@ class EndpointState:
     """What is known of one endpoint.
 
     Attributes:
+        limit: most requests at once; null: unbounded.
         outstanding: requests that it is working on.
         failures: in a row.
         relapses: how often it was left alone since it last worked.
@@ -36,23 +37,34 @@ class EndpointState:
     """
 
     name: str
+    limit: int | None = None
     outstanding: int = 0
     failures: int = 0
     relapses: int = 0
     closed_until_s: float | None = None
     probing: bool = False
 
+    @property
+    def full(self) -> bool:
+        """Whether it works on as many requests as it may."""
+        return self.limit is not None and self.outstanding >= self.limit
+
 
 class Balancer:
     """Chooses among the endpoints of one pool."""
 
-    def __init__(self, names: Iterable[str], rules: CoolDownRules) -> None:
-        self._endpoints = {name: EndpointState(name) for name in names}
+    def __init__(self, limits: Mapping[str, int | None], rules: CoolDownRules) -> None:
+        """Set up.
+
+        Args:
+            limits: most requests at once, by endpoint; null: unbounded.
+        """
+        self._endpoints = {name: EndpointState(name, limit) for name, limit in limits.items()}
         self._rules = rules
         self._turn = 0
 
     def choose(self, now_s: float, *, avoid: Collection[str] = ()) -> str | None:
-        """The endpoint to ask next; null while all are left alone. `began` must follow.
+        """The endpoint to ask next; null while all are full or left alone. `began` must follow.
 
         Args:
             avoid: endpoints that have already failed this request; asked again only if there is no other.
@@ -75,11 +87,12 @@ class Balancer:
         return fresh[best].name
 
     def opens_in_s(self, now_s: float) -> float:
-        """Seconds until an endpoint may be asked again, 0 if one may be now; infinite while only probes are out."""
+        """Seconds until an endpoint may be asked again, 0 if one may be now; infinite while
+        all are full or tried by a probe."""
         waits = [
             0.0 if one.closed_until_s is None else max(0.0, one.closed_until_s - now_s)
             for one in self._endpoints.values()
-            if not one.probing
+            if not one.probing and not one.full
         ]
         return min(waits, default=float("inf"))
 
@@ -133,11 +146,18 @@ class Balancer:
             if one.closed_until_s is not None and now_s >= one.closed_until_s and not one.probing
         ]
 
+    @property
+    def full(self) -> bool:
+        """Whether every endpoint works on as many requests as it may."""
+        return all(one.full for one in self._endpoints.values())
+
     def outstanding(self) -> dict[str, int]:
         """Requests being worked on, by endpoint."""
         return {one.name: one.outstanding for one in self._endpoints.values()}
 
     def _admits(self, endpoint: EndpointState, now_s: float) -> bool:
+        if endpoint.full:
+            return False
         if endpoint.closed_until_s is None:
             return True
         return now_s >= endpoint.closed_until_s and not endpoint.probing

@@ -1,6 +1,7 @@
 """The model servers: a client for each endpoint, chosen by the pool's balancer and looked after in the background."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -36,11 +37,13 @@ class ServingPool:
         clock: Clock,
         rules: CoolDownRules,
         on_failure: Callable[[str], None],
+        on_room: Callable[[], None] = lambda: None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         """Set up; nothing connects yet.
 
         Args:
+            on_room: told when a request has left an endpoint.
             tokenizer: counts tokens where the servers do not.
 
         Raises:
@@ -60,9 +63,12 @@ class ServingPool:
             )
             for endpoint in pool.endpoints
         }
-        self._balancer = Balancer(self._clients, rules)
+        limits = {endpoint.name: endpoint.max_in_flight for endpoint in pool.endpoints}
+        self.limited = None not in limits.values()
+        self._balancer = Balancer(limits, rules)
         self._on_failure = on_failure
-        self._changed = asyncio.Event()
+        self._on_room = on_room
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._heard: set[str] = set()
         self._quiet = set(self._clients)
 
@@ -78,6 +84,13 @@ class ServingPool:
             yield self._clients[endpoint]
         finally:
             self._balancer.ended(endpoint, probe=probe)
+            self._wake(1)
+            self._on_room()
+
+    @property
+    def full(self) -> bool:
+        """Whether one more request would have to wait for others to end."""
+        return self._balancer.full or (self.limited and bool(self._waiting))
 
     def succeeded(self, endpoint: str) -> None:
         """An endpoint answered."""
@@ -85,23 +98,28 @@ class ServingPool:
         self._quiet.discard(endpoint)
         if self._balancer.succeeded(endpoint):
             _log.info("endpoint is back", endpoint=endpoint, pool=self.name)
-            self._tell_waiting()
+            self._wake(len(self._waiting))
 
     def failed(self, endpoint: str, error: str) -> None:
         """An endpoint failed."""
         self._on_failure(endpoint)
         if self._balancer.failed(endpoint, _now_s()):
             _log.warning("endpoint is left alone for a while", endpoint=endpoint, pool=self.name, error=error)
-            self._tell_waiting()
+            self._wake(len(self._waiting))
 
     async def wait_for_endpoint(self, longest_s: float) -> None:
         """Wait until an endpoint may be asked again, at most `longest_s` (wall)."""
         wait_s = min(longest_s, self._balancer.opens_in_s(_now_s()), LONGEST_WAIT_S)
+        changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(changed)
         try:
             async with asyncio.timeout(max(wait_s, 0.001)):
-                await self._changed.wait()
+                await changed
         except TimeoutError:
             return
+        finally:
+            if changed in self._waiting:
+                self._waiting.remove(changed)
 
     @property
     def reachable(self) -> bool:
@@ -138,9 +156,12 @@ class ServingPool:
             self._heard.discard(endpoint)
             self.failed(endpoint, problem)
 
-    def _tell_waiting(self) -> None:
-        self._changed.set()
-        self._changed.clear()
+    def _wake(self, count: int) -> None:
+        """Let so many of the requests that wait for an endpoint look again, those that came first."""
+        for _ in range(min(count, len(self._waiting))):
+            changed = self._waiting.popleft()
+            if not changed.done():
+                changed.set_result(None)
 
 
 class Pools:
@@ -170,6 +191,7 @@ class Pools:
         """
         templates, tokenizers = ChatTemplates(), Tokenizers()
         judge = None if fleet.judge is None else fleet.judge.pool
+        self._room = asyncio.Event()
         self._pools = {
             pool.name: ServingPool(
                 pool,
@@ -177,6 +199,7 @@ class Pools:
                 clock=clock,
                 rules=rules,
                 on_failure=on_failure,
+                on_room=self._room.set,
                 tokenizer=tokenizers.load(fleet.tokenizer_of(pool)),
             )
             for pool in fleet.pools
@@ -190,6 +213,19 @@ class Pools:
 
     def __getitem__(self, name: str) -> ServingPool:
         return self._pools[name]
+
+    async def room(self) -> None:
+        """Wait until a further request need not wait for others on its way: until some endpoint has room.
+
+        Where no endpoint of a pool has a limit, that is always.
+        """
+        if not all(pool.limited for pool in self._pools.values()):
+            return
+        # What was begun just now takes its place first.
+        await asyncio.sleep(0)
+        while all(pool.full for pool in self._pools.values()):
+            self._room.clear()
+            await self._room.wait()
 
     def unreachable(self) -> str | None:
         """Models that no endpoint serves at the moment, in words; null when every model is served."""

@@ -11,7 +11,7 @@ RULES = CoolDownRules(failures=3, first_s=1.0, longest_s=4.0)
 
 @pytest.fixture
 def balancer() -> Balancer:
-    return Balancer(["a", "b", "c"], RULES)
+    return Balancer(dict.fromkeys("abc"), RULES)
 
 
 def fail(balancer: Balancer, name: str, now_s: float, times: int = 3) -> None:
@@ -38,7 +38,7 @@ def test_a_request_avoids_the_endpoint_that_failed_it_while_there_is_another(bal
     balancer.began("b")
     balancer.began("c")
     assert balancer.choose(0.0, avoid={"a"}) in {"b", "c"}
-    assert Balancer(["a"], RULES).choose(0.0, avoid={"a"}) == "a"
+    assert Balancer({"a": None}, RULES).choose(0.0, avoid={"a"}) == "a"
 
 
 def test_a_single_failure_is_forgiven_and_several_in_a_row_are_not(balancer):
@@ -79,7 +79,7 @@ def test_requests_that_fail_late_do_not_prolong_the_pause(balancer):
 
 
 def test_when_all_are_left_alone_it_says_for_how_long():
-    balancer = Balancer(["a", "b"], RULES)
+    balancer = Balancer(dict.fromkeys("ab"), RULES)
     fail(balancer, "a", 0.0)
     fail(balancer, "b", 0.5)
     assert balancer.choose(0.6) is None
@@ -88,3 +88,23 @@ def test_when_all_are_left_alone_it_says_for_how_long():
     balancer.began("a")
     assert balancer.opens_in_s(1.0) == pytest.approx(0.5)
     assert balancer.outstanding() == {"a": 1, "b": 0}
+
+
+def test_an_endpoint_is_given_no_more_than_it_may_have_at_once():
+    balancer = Balancer({"a": 1, "b": 2}, RULES)
+    given = []
+    while (name := balancer.choose(0.0)) is not None:
+        balancer.began(name)
+        given.append(name)
+    assert Counter(given) == {"a": 1, "b": 2}
+    assert balancer.full
+    assert balancer.opens_in_s(0.0) == float("inf")
+    balancer.ended("b", probe=False)
+    assert balancer.choose(0.0) == "b"
+    assert balancer.opens_in_s(0.0) == 0.0
+
+
+def test_a_full_endpoint_is_no_way_out_for_a_request_that_failed_elsewhere():
+    balancer = Balancer({"a": 1, "b": None}, RULES)
+    balancer.began("a")
+    assert balancer.choose(0.0, avoid={"b"}) == "b"
