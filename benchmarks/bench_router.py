@@ -10,7 +10,6 @@ import asyncio
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,19 +19,11 @@ from pathlib import Path
 
 import psutil
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from ground import LEVELS, Ground, laid, prompt
 from results import record
 
-from deploy.local.java import ensure_java
-from deploy.local.kafka import install_kafka, kafka_spec
-from deploy.local.paths import default_state_dir
-from deploy.local.ports import free_ports
-from deploy.local.processes import ProcessSpec, Supervisor
-from deploy.local.services import Surroundings, service_spec
-from deploy.local.triton import free_triton_ports, install, ready_probe
-from deploy.triton.models import stand_in_llm
-from deploy.triton.repository import write_repository
+from deploy.local.processes import ProcessSpec
 from shared.clock import Clock
-from shared.provisioning import create_topics
 from shared.settings import KafkaSettings
 
 RATE = 720.0
@@ -40,7 +31,6 @@ ROUNDS = 3
 REQUESTS = 1_500
 PACED_S = 5.0
 """Wall seconds of evenly spread requests."""
-MODEL = "m"
 PROMPTS = 100
 TIMEOUT_S = 60.0
 
@@ -99,7 +89,7 @@ class Conversation:
         contestant = self._contestant
         name, number = f"{contestant.name}-{contestant.asked}", contestant.asked % PROMPTS
         contestant.asked += 1
-        request = {"id": name, "prompt": f"Question {number}?", "sampling": {"max_tokens": 512}}
+        request = {"id": name, "prompt": prompt(number), "sampling": {"max_tokens": 512}}
         at = time.perf_counter()
         await self._producer.send(
             contestant.kafka.topic_prefix + "requests", json.dumps(request).encode(), key=name.encode()
@@ -137,67 +127,17 @@ async def talking(contestant: Contestant) -> AsyncIterator[Conversation]:
         await consumer.stop()
 
 
-def made_up_workload(path: Path) -> Path:
-    """Answers of 40 tokens."""
-    answer = {"tokens": 40, "energy_j": 240.0, "time_s": 1.0, "text": "some words of an answer " * 8}
-    lines = [
-        {"task": "t", "prompt": f"Question {number}?", "preferred": None, "responses": {f"{MODEL}/L0": answer}}
-        for number in range(PROMPTS)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def start_servers(supervisor: Supervisor, folder: Path, clock: Clock) -> tuple[str, str]:
-    """Kafka's and Triton's addresses."""
-    installed = default_state_dir()
-    java = ensure_java(installed, print)
-    spec, servers = kafka_spec(folder / "kafka", libs=install_kafka(installed, java=java, say=print), java=java)
-    supervisor.start(spec)
-    installation = install(installed, say=print)
-    write_repository(folder / "models", [stand_in_llm(made_up_workload(folder / "workload.jsonl"), model=MODEL)])
-    ports = free_triton_ports()
-    supervisor.start(
-        ProcessSpec(
-            name="triton",
-            command=tuple(installation.command(folder / "models", ports)),
-            environment=installation.environment(clock.environment()),
-            ready=ready_probe(ports),
-        )
-    )
-    return servers, f"127.0.0.1:{ports.grpc}"
-
-
-def start_contestants(
-    supervisor: Supervisor, folder: Path, servers: str, triton: str, clock: Clock
-) -> list[Contestant]:
+def start_contestants(ground: Ground, clock: Clock) -> list[Contestant]:
     """Both processes, ready."""
-    kafkas = {
-        name: KafkaSettings(bootstrap_servers=servers, topic_prefix=f"{name}.", group_prefix=f"{name}.")
-        for name in ("router", "bare")
-    }
-    for kafka in kafkas.values():
-        asyncio.run(create_topics(kafka))
-    fleet = folder / "fleet.toml"
-    fleet.write_text(
-        f'[[directives]]\nlevel = "L0"\n[[models]]\nname = "{MODEL}"\nchat_template = "llama-2"\n'
-        f'[[pools]]\nname = "p"\nmodel = "{MODEL}"\nzone = "Z"\n[[pools.endpoints]]\nname = "e"\ngrpc = "{triton}"\n',
-        encoding="utf-8",
-    )
-    (port,) = free_ports(1)
-    around = Surroundings(
-        bootstrap_servers=servers,
-        topic_prefix="router.",
-        database_url="",
-        fleet_file=fleet,
-        clock=clock.environment(),
-        log_level="WARNING",
-    )
-    settings = {"SPROUT_KAFKA_GROUP_PREFIX": "router.", "SPROUT_ROUTER_SAMPLE_SHARE": "0"}
-    router = supervisor.start(service_spec("router", port=port, around=around, settings=settings))
+    kafkas = {name: ground.topics(name) for name in ("router", "bare")}
+    routers = ground.routers(kafkas["router"], clock=clock)
+    supervisor = ground.supervisor
     loop = Path(__file__).with_name("bare_loop.py")
-    bare = supervisor.start(ProcessSpec(name="bare", command=(sys.executable, str(loop), servers, "bare.", triton)))
-    pids = {"router": router.pid, "bare": bare.pid}
+    command = (sys.executable, str(loop), ground.servers, kafkas["bare"].topic_prefix, ground.triton)
+    pids = {
+        "router": supervisor.process(routers.start()).pid,
+        "bare": supervisor.start(ProcessSpec(name="bare", command=command)).pid,
+    }
     return [Contestant(name, kafka, psutil.Process(pids[name])) for name, kafka in kafkas.items()]
 
 
@@ -247,17 +187,13 @@ def main() -> None:
     print(
         f"the router against a bare loop, {REQUESTS} requests at once, then {PACED_S:g} s at half load; {ROUNDS} rounds"
     )
-    with tempfile.TemporaryDirectory(prefix="sprout-bench-") as scratch:
-        folder = Path(scratch)
-        clock = Clock.starting(datetime(2024, 2, 8, tzinfo=UTC), rate=RATE)
-        supervisor = Supervisor(folder / "logs")
-        try:
-            servers, triton = start_servers(supervisor, folder, clock)
-            contestants = start_contestants(supervisor, folder, servers, triton, clock)
-            asyncio.run(compete(contestants))
-            supervisor.check()
-        finally:
-            supervisor.stop_all()
+    clock = Clock.starting(datetime(2024, 2, 8, tzinfo=UTC), rate=RATE)
+    with laid(
+        workload={prompt(number): dict.fromkeys(LEVELS, (40, 1.0)) for number in range(PROMPTS)}, clock=clock
+    ) as ground:
+        contestants = start_contestants(ground, clock)
+        asyncio.run(compete(contestants))
+        ground.supervisor.check()
     report(*contestants)
 
 
