@@ -2,7 +2,8 @@
 
 One, two and three router processes of one consumer group are given the same burst of requests on the same Kafka and
 Triton. Then a backlog of 200,000 requests is laid down before two routers that are just starting, and served to its
-end, while their resident memory is watched. All on this machine: with fewer cores than processes they share what there is.
+end, while their resident memory is watched. All of it runs on one machine: with fewer cores than processes they share
+what there is.
 """
 
 import argparse
