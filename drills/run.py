@@ -51,7 +51,7 @@ class Run:
     Attributes:
         rng: the scenario's own draws.
         scale: share of the full number of requests and faults.
-        routers: names of its routers that run.
+        routers: names of its routers that have become ready and not left.
     """
 
     ground: Ground
@@ -78,6 +78,7 @@ class Run:
         self._faults: list[str] = []
         self._problems: list[str] = []
         self._peak_kb = 0
+        self._made = 0
         self._watching: asyncio.Task[None] | None = None
 
     def number(self, full: int) -> int:
@@ -114,14 +115,15 @@ class Run:
         """Start routers and wait until they are ready."""
         specs = [self._process.spec({}) for _ in range(number)]
         self._specs |= {spec.name: spec for spec in specs}
-        self.routers += [spec.name for spec in specs]
         await self.ground.start(*specs)
+        self.routers += [spec.name for spec in specs]
 
     def requests(self, full: int) -> list[GenerationRequest]:
-        """Valid requests, as many as the scale makes of `full`."""
+        """Valid requests with new ids, as many as the scale makes of `full`."""
+        first, self._made = self._made, self._made + self.number(full)
         return [
             GenerationRequest(id=f"{self.scenario}-{number}", model=MODEL, prompt=prompt(number))
-            for number in range(self.number(full))
+            for number in range(first, self._made)
         ]
 
     def flow(self, messages: Sequence[GenerationRequest | Malformed], *, rate: float | None = None) -> None:
@@ -162,8 +164,11 @@ class Run:
         self.note(f"{self._short(name)} is back")
 
     async def leave(self, place: int) -> None:
-        """SIGTERM one of the routers, for good."""
-        name = self.routers.pop(place)
+        """SIGTERM one of the routers, for good; `place` is counted round those that are ready."""
+        if not self.routers:
+            self.note("no router is ready, so none leaves")
+            return
+        name = self.routers.pop(place % len(self.routers))
         await self.strike("SIGTERM", name, signal.SIGTERM)
 
     async def failing_server(self, faults: FaultRules) -> Endpoint:
@@ -191,7 +196,7 @@ class Run:
             await self._settle()
             await self._sample()
             # Routers that have ended say nothing more: what comes late has come.
-            await self.ground.stop(*(one.spec.name for one in await self.ground.running(set(self.routers))))
+            await self.ground.stop(*(one.spec.name for one in await self.ground.running(self._specs.keys())))
             await self.traffic.close_books()
             uncommitted = await self._uncommitted()
         except Exception as error:  # noqa: BLE001 - what could be counted is told all the same

@@ -37,7 +37,7 @@ class Traffic:
         self._acknowledged_at: dict[str, float] = {}
         self._began = 0.0
         self._duration_s: float | None = None
-        self._sending: asyncio.Task[None] | None = None
+        self._sending: list[asyncio.Task[None]] = []
         self._reading: asyncio.Task[None] | None = None
         self._last_answer = time.monotonic()
         self._consumer: AIOKafkaConsumer | None = None
@@ -50,18 +50,18 @@ class Traffic:
         self._reading = asyncio.create_task(self._read(self._consumer))
 
     def send(self, messages: Sequence[GenerationRequest | Malformed], *, rate: float | None = None) -> None:
-        """Begin to send.
+        """Begin to send; called again, to send more.
 
         Args:
             rate: messages a second, evenly spread; null: all at once.
         """
-        self.total = len(messages)
+        self.total += len(messages)
         self._began = self._last_answer = time.monotonic()
-        self._duration_s = None if rate is None else self.total / rate
-        self._sending = asyncio.create_task(self._send(messages, rate))
+        self._duration_s = None if rate is None else len(messages) / rate
+        self._sending.append(asyncio.create_task(self._send(messages, rate, self._began)))
 
     async def until(self, share: float) -> None:
-        """Wait until this share of the traffic is through: of its time where it is spread, else of its answers."""
+        """Wait until a share of what was sent last is through: of its time where it is spread, else of the answers."""
         if self._duration_s is not None:
             await asyncio.sleep(max(0.0, self._began + share * self._duration_s - time.monotonic()))
         while self._duration_s is None and self.books.answered < share * self.total:
@@ -75,8 +75,7 @@ class Traffic:
         Raises:
             ValueError: what came is no answer.
         """
-        if self._sending is not None:
-            await self._sending
+        await asyncio.gather(*self._sending)
         self._last_answer = time.monotonic()
         while self.books.answered < len(self.books.sent):
             if self._reading is not None and self._reading.done():
@@ -99,10 +98,10 @@ class Traffic:
 
     async def close(self) -> None:
         """Stop sending and reading."""
-        for task in (self._sending, self._reading):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        tasks = [*self._sending, *([self._reading] if self._reading is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._consumer is not None:
             await self._consumer.stop()
 
@@ -111,14 +110,14 @@ class Traffic:
             self._kafka.topic(spec), **self._kafka.client_options(), group_id=None, auto_offset_reset="earliest"
         )
 
-    async def _send(self, messages: Sequence[GenerationRequest | Malformed], rate: float | None) -> None:
+    async def _send(self, messages: Sequence[GenerationRequest | Malformed], rate: float | None, began: float) -> None:
         if self._producer is None:
             raise RuntimeError("Traffic.open(producer) comes before Traffic.send")
         send, topic = self._producer.producer.send, self._kafka.topic(REQUESTS)
         acknowledgements = []
         for number, message in enumerate(messages):
             if rate is not None:
-                await asyncio.sleep(max(0.0, self._began + number / rate - time.monotonic()))
+                await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
             if isinstance(message, Malformed):
                 # Keys spread the records over all partitions, among those of the requests.
                 future = await send(topic, message.value, key=f"malformed-{number}".encode())

@@ -6,6 +6,9 @@ import signal
 from drills.run import SESSION_TIMEOUT_S, Run
 from drills.schedule import faults, storm
 
+RATE = 100.0
+"""Requests a second, in a storm."""
+
 
 async def sigkill(run: Run) -> None:
     """One of two routers is killed with hundreds of requests in flight, again and again, and started each time."""
@@ -17,10 +20,10 @@ async def sigkill(run: Run) -> None:
 
 
 async def sigterm(run: Run) -> None:
-    """One of two routers is asked to end with hundreds of requests in flight, a few times, and started each time."""
+    """One of two routers is asked to end with hundreds of requests in flight, three times, and started each time."""
     await run.serve(routers=2)
     run.flow(run.requests(4_000))
-    for fault in faults(run.rng, number=run.number(4), victims=2, hold_s=(0.0, 1.5), within=(0.05, 0.85)):
+    for fault in faults(run.rng, number=run.number(3), victims=2, hold_s=(0.0, 1.5), within=(0.05, 0.7)):
         await run.traffic.until(fault.after)
         await _down_and_up(run, fault.victim, "SIGTERM", signal.SIGTERM, fault.hold_s)
 
@@ -28,17 +31,22 @@ async def sigterm(run: Run) -> None:
 async def rebalance_storm(run: Run) -> None:
     """Routers join and leave every few seconds; then one sleeps for longer than its session lasts, and wakes up."""
     await run.serve(routers=2)
-    run.flow(run.requests(5_000), rate=100.0)
-    for move in storm(run.rng, moves=run.number(7), routers=2, most=4, within=(0.03, 0.55)):
+    run.flow(run.requests(3_500), rate=RATE)
+    joining = []
+    for move in storm(run.rng, moves=run.number(8), routers=2, most=4):
         await run.traffic.until(move.after)
         if move.kind == "join":
             run.note("a router joins")
-            await run.join()
+            # The next move does not wait for it to be ready.
+            joining.append(asyncio.create_task(run.join()))
         else:
             await run.leave(move.victim)
-    (fault,) = faults(run.rng, number=1, victims=len(run.routers), hold_s=(1.5, 4.0), within=(0.6, 0.65))
+    await asyncio.gather(*joining)
+    (fault,) = faults(run.rng, number=1, victims=len(run.routers), hold_s=(1.5, 4.0), within=(0.05, 0.15))
+    # Not scaled: it is to flow for longer than a session lasts.
+    run.flow(run.requests(round(1_800 / run.scale)), rate=RATE)
     await run.traffic.until(fault.after)
-    zombie = run.routers[fault.victim]
+    zombie = await run.busy(fault.victim)
     await run.strike("SIGSTOP", zombie, signal.SIGSTOP)
     await asyncio.sleep(SESSION_TIMEOUT_S + fault.hold_s)
     await run.strike("SIGCONT", zombie, signal.SIGCONT)
