@@ -94,8 +94,7 @@ def test_groups_that_are_given_up_are_used_no_more():
     [
         ({"features": 99}, "features 99 there"),
         ({"arrays": {}}, "no array 'telling'"),
-        ({"classifier": 1}, "classifier 1 there and 2 here"),
-        ({"names": ("a.00",)}, "array 'weights' has shape"),
+        ({"names": ("a.00",)}, "names groups that there are not"),
     ],
 )
 def test_groups_that_cannot_be_used_are_refused_with_the_reason(change, why):
