@@ -40,9 +40,9 @@ async def test_malformed_messages_and_a_killed_router_are_counted(played):
     assert (mixed.sent, mixed.answered, mixed.malformed_sent, mixed.dead_lettered) == (200, 200, 200, 200)
     assert mixed.errors == {"unknown_model": 10}
     killed = results["sigkill"]
+    assert killed.passed, killed.problems
     assert (killed.counts.sent, killed.counts.answered, killed.counts.lost) == (500, 500, 0)
     assert any("SIGKILL router" in fault for fault in killed.faults)
-    assert killed.problems in ((), (f"{killed.counts.answered_twice} requests answered twice",))
     for result in results.values():
         assert 30 < result.peak_rss_mb < 2_000
         assert (result.uncommitted, result.router_died) == (0, ())
