@@ -26,7 +26,7 @@ async def triton_killed(run: Run) -> None:
 
 async def triton_hung(run: Run) -> None:
     """One of two model servers accepts requests and says nothing for a while, then goes on."""
-    await run.serve(settings={"SPROUT_ROUTER_FIRST_CHUNK_TIMEOUT_S": "2"})
+    await run.serve(settings={"SPROUT_ROUTER_FIRST_CHUNK_TIMEOUT_S": "2", "SPROUT_ROUTER_CHUNK_TIMEOUT_S": "2"})
     names = [endpoint.name for endpoint in run.ground.endpoints]
     run.flow(run.requests(2_700), rate=RATE)
     for fault in faults(run.rng, number=run.number(2), victims=2, hold_s=(6.0, 9.0), within=(0.1, 0.9)):

@@ -47,6 +47,7 @@ from shared.topics import (
     TopicSpec,
 )
 from shared.triton.attempts import Attempts
+from shared.triton.parameters import Patience
 from shared.triton.pools import Pools
 
 NAME = "evaluator"
@@ -92,7 +93,7 @@ class Evaluator:
                 clock=clock,
                 rules=settings.retry_rules,
                 on_retry=lambda pool: self.metrics.retries.labels(pool).inc(),
-                first_chunk_timeout_s=settings.first_chunk_timeout_s,
+                patience=Patience(settings.first_chunk_timeout_s, settings.first_chunk_timeout_s),
                 stream_always=settings.stream,
             ),
             clock=clock,

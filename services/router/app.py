@@ -93,7 +93,7 @@ class Router:
                 clock=clock,
                 rules=settings.retry_rules,
                 on_retry=lambda pool: self.metrics.retries.labels(pool).inc(),
-                first_chunk_timeout_s=settings.first_chunk_timeout_s,
+                patience=settings.patience,
                 stream_always=settings.stream_always,
             ),
             delivery=Delivery(broker, office, kafka=kafka, metrics=self.metrics, tracing=tracing),

@@ -8,6 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from services.router.admission import Limits
 from shared.chat import ControlSequencePolicy
 from shared.triton.endpoints import CoolDownRules
+from shared.triton.parameters import Patience
 from shared.triton.retrying import RetryRules
 
 
@@ -59,6 +60,7 @@ class RouterSettings(BaseSettings):
     first_chunk_timeout_s: float = Field(
         default=60.0, gt=0, description="A streaming server that says nothing for so long has failed, wall"
     )
+    chunk_timeout_s: float = Field(default=20.0, gt=0, description="The same between two parts of an answer, wall")
     max_attempts: int = Field(default=6, ge=1, description="Endpoints asked for one request")
     backoff_s: float = Field(default=0.05, gt=0, description="Before the second attempt; doubles, with jitter; wall")
     backoff_max_s: float = Field(default=2.0, gt=0, description="Longest pause between attempts, wall")
@@ -107,6 +109,11 @@ class RouterSettings(BaseSettings):
             default_deadline_s=self.default_deadline_s,
             default_deadline_wall_s=self.default_deadline_wall_s,
         )
+
+    @property
+    def patience(self) -> Patience:
+        """With a model server that is silent."""
+        return Patience(self.first_chunk_timeout_s, self.chunk_timeout_s)
 
     @property
     def retry_rules(self) -> RetryRules:

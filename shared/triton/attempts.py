@@ -14,7 +14,7 @@ from shared.messages import ErrorDetail
 from shared.triton.client import TritonClient
 from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError, InvalidRequest
 from shared.triton.generation import Generation
-from shared.triton.parameters import GenerationParameters
+from shared.triton.parameters import GenerationParameters, Patience
 from shared.triton.pools import ServingPool
 from shared.triton.retrying import GiveUp, RetryRules
 
@@ -79,14 +79,14 @@ class Attempts:
 
     Attributes:
         on_retry: told the pool's name at every attempt that follows a failed one.
-        first_chunk_timeout_s: wall seconds until a streaming server must have said something.
+        patience: with a streaming server that is silent.
         stream_always: stream from the model server whether or not the text has a sink.
     """
 
     clock: Clock
     rules: RetryRules
     on_retry: Callable[[str], None]
-    first_chunk_timeout_s: float
+    patience: Patience
     stream_always: bool
 
     async def run(self, pool: ServingPool, job: Job) -> Outcome:
@@ -148,7 +148,7 @@ class Attempts:
             job.parameters,
             request_id=job.request_id,
             timeout_s=self._remaining_s(job),
-            first_chunk_timeout_s=self.first_chunk_timeout_s if streamed else None,
+            patience=self.patience if streamed else None,
             streamed=streamed,
         )
         async with aclosing(pieces):

@@ -30,7 +30,7 @@ from shared.triton.counting import TokenCounts, Tokenizer
 from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError
 from shared.triton.failures import failure, failure_in_stream, shortened
 from shared.triton.generation import Assembly, BrokenStreamError, Generation
-from shared.triton.parameters import GenerationParameters
+from shared.triton.parameters import GenerationParameters, Patience
 from shared.triton.wire import Part, decode, encode
 
 _log = get_logger(__name__)
@@ -139,7 +139,7 @@ class TritonClient:
         *,
         request_id: str,
         timeout_s: float,
-        first_chunk_timeout_s: float | None = None,
+        patience: Patience | None = None,
         streamed: bool = True,
     ) -> Generation:
         """Generate, and return the whole answer; see `stream`."""
@@ -148,7 +148,7 @@ class TritonClient:
             parameters,
             request_id=request_id,
             timeout_s=timeout_s,
-            first_chunk_timeout_s=first_chunk_timeout_s,
+            patience=patience,
             streamed=streamed,
         )
         async with aclosing(chunks):
@@ -164,7 +164,7 @@ class TritonClient:
         *,
         request_id: str,
         timeout_s: float,
-        first_chunk_timeout_s: float | None = None,
+        patience: Patience | None = None,
         streamed: bool = True,
     ) -> AsyncGenerator[Chunk, None]:
         """Generate; yields the answer's text as it comes, and last a chunk with the `Generation`.
@@ -174,7 +174,7 @@ class TritonClient:
         Args:
             prompt: with its chat template already applied.
             timeout_s: wall seconds for everything.
-            first_chunk_timeout_s: wall seconds until the server must have said something; null: no such limit.
+            patience: with a server that is silent; null: until `timeout_s`.
             streamed: False asks for a single response, which costs less but tells no time of the first token. It is
                 streamed all the same where that is the only way to count tokens, or to stop the server at a sequence
                 that it is not told of.
@@ -198,7 +198,7 @@ class TritonClient:
             echoes=contract.exclude_input is None,
             cumulative=contract.cumulative,
         )
-        parts = self._streamed(request, contract, timeout_s, first_chunk_timeout_s)
+        parts = self._streamed(request, contract, timeout_s, patience)
         if not contract.decoupled:
             parts = self._single(request, contract, timeout_s)
         last_s = self._clock.now_s()
@@ -276,16 +276,16 @@ class TritonClient:
         yield decode(contract, response)
 
     async def _streamed(
-        self, request: ModelInferRequest, contract: Contract, timeout_s: float, first_timeout_s: float | None
+        self, request: ModelInferRequest, contract: Contract, timeout_s: float, patience: Patience | None
     ) -> AsyncGenerator[Part, None]:
         call: _Call = self._stub.ModelStreamInfer(timeout=timeout_s, metadata=STATUS_MODE)
         try:
-            limit_s = first_timeout_s
+            limit_s = None if patience is None else patience.first_s
             try:
                 await call.write(request)
                 await call.done_writing()
                 while (response := await self._read(call, limit_s)) is not None:
-                    limit_s = None
+                    limit_s = None if patience is None else patience.next_s
                     if response.error_message:
                         raise failure_in_stream(self.name, response.error_message, refusals=self._refusals)
                     yield decode(contract, response.infer_response)

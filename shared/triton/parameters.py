@@ -19,6 +19,19 @@ SAMPLING_FIELDS: Final = (
 """Fields of `GenerationParameters` that are sent only when they are given."""
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a streaming server may be silent before it has failed; wall seconds.
+
+    Attributes:
+        first_s: until the first part of the answer, which may wait behind other requests.
+        next_s: between two parts.
+    """
+
+    first_s: float
+    next_s: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParameters:
     """How to generate; what is null is left to the model server.

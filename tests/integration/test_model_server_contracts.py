@@ -21,6 +21,7 @@ from shared.clock import Clock
 from shared.triton import GenerationParameters, InvalidRequest, TritonClient
 from shared.triton.counting import Tokenizer
 from shared.triton.errors import EndpointUnavailable
+from shared.triton.parameters import Patience
 
 pytestmark = pytest.mark.integration
 
@@ -217,3 +218,23 @@ async def test_a_server_that_counts_is_believed_rather_than_a_tokenizer(server, 
     async with TritonClient(address, model="ensemble", clock=server.clock, tokenizer=tokenizer) as client:
         _, generation = await ask(client)
     assert (generation.completion_tokens, generation.token_count_source) == (100, "server")
+
+
+@pytest.mark.parametrize("client", DECOUPLED, indirect=True)
+async def test_a_server_that_falls_silent_in_the_middle_has_failed(client):
+    chunks = client.stream(
+        prompt(LONG_PROMPT),
+        GenerationParameters(max_tokens=500),
+        request_id="r",
+        timeout_s=20,
+        patience=Patience(first_s=5.0, next_s=0.02),  # its parts come every tenth of a second
+    )
+    heard = []
+
+    async def listen() -> None:
+        async for chunk in chunks:
+            heard.append(chunk.text)  # noqa: PERF401 - what came before the error counts
+
+    with pytest.raises(EndpointUnavailable, match=r"nothing was heard within 0\.02 s"):
+        await listen()
+    assert "".join(heard).startswith("L0")
