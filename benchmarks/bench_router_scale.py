@@ -8,25 +8,27 @@ what there is.
 
 import argparse
 import asyncio
-import json
 import os
 import time
 from datetime import UTC, datetime
 
 import psutil
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer
 from ground import LEVELS, Ground, laid, prompt
 from results import record
 
 from deploy.trial.processes import RouterProcess
+from deploy.trial.traffic import producing
 from deploy.triton.stand_in.batching import BatchRules
 from shared.clock import Clock
+from shared.messages import GenerationRequest
 from shared.settings import KafkaSettings
-from shared.topics import REQUESTS, RESPONSES
+from shared.topics import RESPONSES
 
 RATE = 720.0
 PROMPTS = 100
 BURST = 3_000
+BATCH = 1_000
 ROUNDS = 3
 PROCESSES = (1, 2, 3)
 BACKLOG = 200_000
@@ -39,16 +41,14 @@ MIB = 1024 * 1024
 
 async def ask(kafka: KafkaSettings, run: str, count: int) -> None:
     """Publish requests; returns once Kafka has them all."""
-    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, linger_ms=5)
-    await producer.start()
-    try:
-        for number in range(count):
-            name = f"{run}-{number}"
-            request = {"id": name, "prompt": prompt(number % PROMPTS), "sampling": {"max_tokens": 512}}
-            await producer.send(kafka.topic(REQUESTS), json.dumps(request).encode(), key=name.encode())
-        await producer.flush()
-    finally:
-        await producer.stop()
+    async with producing(kafka) as producer:
+        for first in range(0, count, BATCH):
+            await producer.ask(
+                *(
+                    GenerationRequest(id=f"{run}-{number}", prompt=prompt(number % PROMPTS))
+                    for number in range(first, min(first + BATCH, count))
+                )
+            )
 
 
 class Answers:

@@ -19,7 +19,6 @@ POLL_MS = 100
 LAST_CHUNK_WAIT_S = 2.0
 """For the last chunk of a stream to be read after the answer, which has a topic of its own."""
 
-
 BEGINS_AGAIN = "\n[the router was replaced; the answer begins again]\n"
 
 

@@ -12,20 +12,12 @@ RATE = 100.0
 
 async def sigkill(run: Run) -> None:
     """One of two routers is killed with hundreds of requests in flight, again and again, and started each time."""
-    await run.serve(routers=2)
-    run.flow(run.requests(5_000))
-    for fault in faults(run.rng, number=run.number(3), victims=2, hold_s=(0.0, 2.0), within=(0.04, 0.7)):
-        await run.traffic.until(fault.after)
-        await _down_and_up(run, fault.victim, "SIGKILL", signal.SIGKILL, fault.hold_s)
+    await _three_times(run, signal.SIGKILL, requests=5_000, hold_s=(0.0, 2.0), within=(0.04, 0.7))
 
 
 async def sigterm(run: Run) -> None:
     """One of two routers is asked to end with hundreds of requests in flight, three times, and started each time."""
-    await run.serve(routers=2)
-    run.flow(run.requests(4_000))
-    for fault in faults(run.rng, number=run.number(3), victims=2, hold_s=(0.0, 1.5), within=(0.05, 0.7)):
-        await run.traffic.until(fault.after)
-        await _down_and_up(run, fault.victim, "SIGTERM", signal.SIGTERM, fault.hold_s)
+    await _three_times(run, signal.SIGTERM, requests=4_000, hold_s=(0.0, 1.5), within=(0.05, 0.7))
 
 
 async def rebalance_storm(run: Run) -> None:
@@ -52,8 +44,14 @@ async def rebalance_storm(run: Run) -> None:
     await run.strike("SIGCONT", zombie, signal.SIGCONT)
 
 
-async def _down_and_up(run: Run, place: int, what: str, number: signal.Signals, hold_s: float) -> None:
-    victim = await run.busy(place)
-    await run.strike(what, victim, number)
-    await asyncio.sleep(hold_s)
-    await run.again(victim)
+async def _three_times(
+    run: Run, number: signal.Signals, *, requests: int, hold_s: tuple[float, float], within: tuple[float, float]
+) -> None:
+    await run.serve(routers=2)
+    run.flow(run.requests(requests))
+    for fault in faults(run.rng, number=run.number(3), victims=2, hold_s=hold_s, within=within):
+        await run.traffic.until(fault.after)
+        victim = await run.busy(fault.victim)
+        await run.strike(number.name, victim, number)
+        await asyncio.sleep(fault.hold_s)
+        await run.again(victim)

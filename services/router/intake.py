@@ -55,7 +55,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         self._serve = serve
         self._gate = gate
         self._room = room
-        self._takeover = Takeover(group, self._current, self._resume)
+        self._takeover = Takeover(group, self._bound, self._resume)
         self._capacity = asyncio.Semaphore(max_in_flight)
         self._rebalance_grace_s = rebalance_grace_s
         self._metrics = metrics
@@ -75,9 +75,6 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
     def bind(self, consumer: Callable[[], AIOKafkaConsumer | None]) -> None:
         """The consumer to commit with, once there is one."""
         self._consumer = consumer
-
-    def _current(self) -> AIOKafkaConsumer | None:
-        return self._consumer()
 
     def hold(self) -> None:
         """Begin nothing until `release`."""
@@ -142,9 +139,11 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         self._assigned = False
         await self._takeover.stop()
         self._tracker.suspend(revoked)
-        await self._settle(revoked, self._rebalance_grace_s)
+        # What is known here of the others may be older than what their last owner committed.
+        taken_over = [partition for partition in revoked if self._gate.is_open(partition)]
+        await self._settle(taken_over, self._rebalance_grace_s)
         await self._shut(revoked)
-        await self._commit(revoked)
+        await self._commit(taken_over)
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """A rebalance has ended: give up what went to another router; the rest is seen to beside the heartbeats."""
@@ -196,6 +195,9 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         self._gate.shut(partitions)
         if not await self._gate.quiet(QUIET_S):
             _log.warning("answers are still on their way to Kafka; the next owner may not see them")
+
+    def _bound(self) -> AIOKafkaConsumer | None:
+        return self._consumer()
 
     def _waiting_age_s(self) -> float:
         """Wall seconds since the record that waits for a free place was sent; it is the oldest of its batch."""

@@ -129,9 +129,7 @@ class OffsetTracker(Generic[P]):
         self._suspended: set[P] = set()
         self.epoch = 0
 
-    def begin(
-        self, partition: P, offset: int, *, epoch: int, timestamp_ms: int = -1, now_ms: int = 0
-    ) -> Claim[P] | None:
+    def begin(self, partition: P, offset: int, *, epoch: int, timestamp_ms: int, now_ms: int) -> Claim[P] | None:
         """A record has arrived; returns a claim when it is to be worked on.
 
         It is not when it was fetched before the last rebalance, when its partition is being taken away, or when it is
@@ -174,7 +172,7 @@ class OffsetTracker(Generic[P]):
         )
 
     def committable(
-        self, partitions: Collection[P] | None = None, *, now_ms: int = 0, everything: bool = False
+        self, partitions: Collection[P] | None = None, *, now_ms: int, everything: bool = False
     ) -> dict[P, Commit]:
         """What there is to commit, by partition, where it has moved since the last commit.
 

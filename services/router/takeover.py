@@ -51,7 +51,7 @@ class Takeover:
         return self._task is not None and not self._task.done()
 
     def begin(self, partitions: Collection[TopicPartition]) -> None:
-        """Take partitions over, for as long as it takes."""
+        """Take partitions over, trying again for as long as it takes."""
         self._task = asyncio.create_task(self._run(partitions))
 
     async def stop(self) -> None:
@@ -64,12 +64,10 @@ class Takeover:
     async def _run(self, partitions: Collection[TopicPartition]) -> None:
         while True:
             try:
-                standings = await self._standings(partitions)
+                return await self._resume(await self._standings(partitions))
             except Exception as error:  # noqa: BLE001 - a partition that nobody serves must not be left alone
-                _log.warning("where the group stands is not known yet", error=type(error).__name__, where=where(error))
+                _log.warning("partitions cannot be taken over yet", error=type(error).__name__, where=where(error))
                 await asyncio.sleep(PAUSE_S)
-            else:
-                return await self._resume(standings)
 
     async def _standings(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, Standing]:
         found = await self._group.commits(partitions)

@@ -189,7 +189,7 @@ class TritonClient:
         contract = self._contract
         if contract is None:
             contract = await self._first_probe(timeout_s)
-        streamed = streamed or self._must_stream(contract, parameters)
+        streamed = streamed or contract.must_stream(tokenizer=self._tokenizer is not None, stops=bool(parameters.stop))
         request = encode(contract, prompt, parameters, request_id=request_id, stream=streamed)
         assembly = Assembly(
             prompt,
@@ -249,11 +249,6 @@ class TritonClient:
             self._channel = open_channel(self.address, credentials=self._credentials, server_name=self._server_name)
             self._connected = GRPCInferenceServiceStub(self._channel)
         return self._connected
-
-    def _must_stream(self, contract: Contract, parameters: GenerationParameters) -> bool:
-        """Whether a stream is the only way to count tokens, or to stop the server at a sequence it is not told of."""
-        uncounted = contract.completion_tokens is None and self._tokenizer is None
-        return uncounted or (contract.stop is None and bool(parameters.stop))
 
     async def _counts(self, prompt: str, assembly: Assembly) -> TokenCounts | None:
         if self._tokenizer is None or assembly.counted:

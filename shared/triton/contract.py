@@ -78,6 +78,15 @@ class Contract:
         """Sampling parameters that the model has no input for; a request that sets one is refused."""
         return tuple(name for name in SAMPLING_FIELDS if name not in self.sampling)
 
+    def must_stream(self, *, tokenizer: bool, stops: bool) -> bool:
+        """Whether a stream is the only way to count tokens, or to stop the server at a sequence it is not told of.
+
+        Args:
+            tokenizer: tokens can be counted here.
+            stops: the answer may end at a stop sequence.
+        """
+        return (self.completion_tokens is None and not tokenizer) or (self.stop is None and stops)
+
     @classmethod
     def from_config(cls, config: ModelConfig) -> Self:
         """Read a model's configuration.

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 from prometheus_client import CollectorRegistry
 
@@ -181,3 +182,38 @@ async def test_it_asks_again_where_the_group_stands_until_it_is_told(intake, gro
     await assigned(intake, KNOWN)
     await settle()
     assert intake.problem() is None
+
+
+async def test_partitions_that_could_not_be_resumed_are_tried_again(intake, consumer, monkeypatch):
+    monkeypatch.setattr("services.router.takeover.PAUSE_S", 0.0)
+    failures = iter([RuntimeError("unforeseen")])
+    resume = consumer.resume
+
+    def failing(*partitions):
+        for failure in failures:
+            raise failure
+        resume(*partitions)
+
+    monkeypatch.setattr(consumer, "resume", failing)
+    await assigned(intake, KNOWN)
+    await settle()
+    assert consumer.paused == set()
+    assert intake.problem() is None
+
+
+async def test_a_partition_that_was_never_taken_over_is_given_back_as_it_is(intake, group, consumer, monkeypatch):
+    async def refused(_):
+        raise IllegalStateError("not a member any more")
+
+    await assigned(intake, KNOWN)
+    await intake.take([record(KNOWN, 0)])
+    await settle()
+    with monkeypatch.context() as patch:
+        patch.setattr(consumer, "commit", refused)
+        await intake.on_partitions_revoked([KNOWN])
+    # Meanwhile another router owned it and went further.
+    consumer.committed = dict(stored({KNOWN: Commit(9, 5)}))
+    group.stored, group.answer = dict(consumer.committed), asyncio.Event()
+    await assigned(intake, KNOWN)
+    await intake.on_partitions_revoked([KNOWN])
+    assert consumer.committed[KNOWN].offset == 9

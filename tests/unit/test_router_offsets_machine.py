@@ -1,0 +1,123 @@
+"""Offsets under any order of events: nothing is committed that is not done, and nothing is answered twice."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from services.router.offsets import Claim, Commit, OffsetTracker, Standing
+
+
+class Consumer(RuleBasedStateMachine):
+    """One partition of a real group: fetched, worked on, rebalanced, committed, crashed, in any order.
+
+    The log is what a broker has: records, and offsets between them that no record ever bears. Whoever owns the
+    partition is delivered its records in order, after an assignment from the committed offset on. Every answer has a
+    time; the next owner finds those that are not older than the commit says, and only those.
+    """
+
+    @initialize(log=st.sets(st.integers(0, 60), min_size=20))
+    def start(self, log):
+        self.tracker: OffsetTracker[str] = OffsetTracker()
+        self.log = sorted(log)
+        self.position = 0
+        self.now = 1
+        self.committed = Commit(0, 0)
+        self.running: dict[int, Claim[str]] = {}
+        self.answers: dict[int, int] = {}
+        self.assigned = False
+        self.tracker.keep({"p"})
+        self._resume()
+
+    @rule(count=st.integers(1, 5))
+    def fetch(self, count):
+        if not self.assigned:
+            return
+        for offset in [one for one in self.log if one >= self.position][:count]:
+            self.now += 1
+            claim = self.tracker.begin("p", offset, epoch=self.tracker.epoch, timestamp_ms=offset, now_ms=self.now)
+            if claim is not None:
+                assert offset not in self.running
+                assert offset not in self.answers, "answered twice"
+                self.running[offset] = claim
+            else:
+                assert offset in self.running or offset in self.answers
+            self.position = offset + 1
+
+    @rule(data=st.data(), dies=st.booleans())
+    def answer(self, data, dies):
+        if not self.running:
+            return
+        offset = data.draw(st.sampled_from(sorted(self.running)))
+        self.now += 1
+        self.answers[offset] = self.now
+        if dies:  # between the answer and its being noted
+            self.crash()
+        else:
+            self.tracker.finish(self.running.pop(offset))
+
+    @rule(fails=st.booleans(), everything=st.booleans())
+    def commit(self, fails, everything):
+        self.now += 1
+        self._commit(self.tracker.committable(now_ms=self.now, everything=everything), fails=fails)
+
+    @rule(fails=st.booleans())
+    def revoke(self, fails):
+        if self.assigned:
+            self.assigned = False
+            self.tracker.suspend({"p"})
+            self._commit(self.tracker.committable({"p"}, now_ms=self.now), fails=fails)
+
+    @rule(other_did=st.sets(st.integers(0, 4)), other_committed=st.booleans(), back=st.booleans())
+    def assign(self, other_did, other_committed, back):
+        if self.assigned:
+            return
+        ahead = [one for one in self.log if one >= self.committed.offset and one not in self.answers]
+        for place in sorted(other_did & set(range(len(ahead)))):
+            self.now += 1
+            self.answers[ahead[place]] = self.now
+        if other_committed and (left := [one for one in self.log if one not in self.answers]):
+            since = min(self.committed.since_ms, self.now) if left[0] < max(self.answers, default=-1) else self.now
+            self.committed = Commit(max(self.committed.offset, left[0]), since)
+        self.tracker.keep({"p"} if back else set())
+        if back:
+            self._resume()
+        self._drop_unwanted()
+
+    @rule()
+    def crash(self):
+        self.running.clear()
+        self.tracker = OffsetTracker()
+        self.tracker.keep({"p"})
+        self._resume()
+
+    @invariant()
+    def everything_committed_is_done(self):
+        assert self.answers.keys() >= {one for one in self.log if one < self.committed.offset}
+
+    @invariant()
+    def what_may_be_committed_is_done_and_no_answer_beyond_it_is_older_than_it_says(self):
+        for commit in self.tracker.committable(now_ms=self.now, everything=True).values():
+            assert self.answers.keys() >= {one for one in self.log if one < commit.offset}
+            assert all(at >= commit.since_ms for offset, at in self.answers.items() if offset >= commit.offset)
+
+    def _resume(self):
+        found = {
+            offset: offset
+            for offset, at in self.answers.items()
+            if offset >= self.committed.offset and at >= self.committed.since_ms
+        }
+        self.tracker.resume({"p": Standing(self.committed, found)})
+        self.assigned = True
+        self.position = self.committed.offset
+
+    def _drop_unwanted(self):
+        self.running = {offset: claim for offset, claim in self.running.items() if self.tracker.wanted(claim)}
+
+    def _commit(self, commits, *, fails):
+        if commits and not fails:
+            self.committed = commits["p"]
+            self.tracker.note_committed(commits)
+
+
+TestConsumer = Consumer.TestCase
+TestConsumer.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
