@@ -162,10 +162,11 @@ class Router:
             description="Prompts to be answered",
         )
 
-        # The parameter's type is for the AsyncAPI document.
+        # The parameter's type is for the AsyncAPI document. A parameter for the message itself would be resolved in a
+        # thread, for every batch: milliseconds while the loop is busy.
         @subscriber
-        async def on_requests(requests: list[GenerationRequest], message: KafkaMessage) -> None:  # noqa: ARG001
-            raw: Any = message.raw_message
+        async def on_requests(requests: list[GenerationRequest]) -> None:  # noqa: ARG001
+            raw: Any = broker.context.get("message").raw_message
             await self.intake.take(raw if isinstance(raw, tuple | list) else (raw,))
 
         self.intake.bind(lambda: subscriber.consumer)

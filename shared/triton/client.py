@@ -3,7 +3,9 @@
 It speaks the inference protocol through the stubs that `tritonclient` generates from it. `tritonclient.grpc.aio`'s own
 `stream_infer` is not enough: it cannot ask for the empty final response by which a decoupled model that sends no last
 word is heard to end, drops the gRPC status of an error, and builds every tensor as an array. Every generation has a
-stream of its own on one shared connection, because a stream is what gRPC can cancel.
+stream of its own on one shared connection, because a stream is what gRPC can cancel. The stub's method is for many
+requests to a stream; ours carries one, so it is called as a method that takes one, whose request goes out in a single
+step instead of three. On the wire both are the same.
 """
 
 import asyncio
@@ -36,7 +38,9 @@ from shared.triton.wire import Part, decode, encode
 _log = get_logger(__name__)
 
 _Call = Any
-"""`grpc.aio.StreamStreamCall`, which is not generic in the installed stubs."""
+"""`grpc.aio.UnaryStreamCall`, which is not generic in the installed stubs."""
+
+_STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class TritonClient:
         self._contract: Contract | None = None
         self._channel: grpc.aio.Channel | None = None
         self._connected: Any = None
+        self._ask: Any = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -98,7 +103,7 @@ class TritonClient:
 
     async def close(self) -> None:
         """Cancel what runs and close the connection."""
-        channel, self._channel, self._connected = self._channel, None, None
+        channel, self._channel = self._channel, None
         if channel is not None:
             await channel.close(None)
 
@@ -245,10 +250,18 @@ class TritonClient:
 
     @property
     def _stub(self) -> GRPCInferenceServiceStub:
-        if self._connected is None:
+        self._connect()
+        return self._connected
+
+    def _connect(self) -> None:
+        if self._channel is None:
             self._channel = open_channel(self.address, credentials=self._credentials, server_name=self._server_name)
             self._connected = GRPCInferenceServiceStub(self._channel)
-        return self._connected
+            self._ask = self._channel.unary_stream(
+                _STREAM_METHOD,
+                request_serializer=ModelInferRequest.SerializeToString,
+                response_deserializer=ModelStreamInferResponse.FromString,
+            )
 
     async def _counts(self, prompt: str, assembly: Assembly) -> TokenCounts | None:
         if self._tokenizer is None or assembly.counted:
@@ -273,12 +286,11 @@ class TritonClient:
     async def _streamed(
         self, request: ModelInferRequest, contract: Contract, timeout_s: float, patience: Patience | None
     ) -> AsyncGenerator[Part, None]:
-        call: _Call = self._stub.ModelStreamInfer(timeout=timeout_s, metadata=STATUS_MODE)
+        self._connect()
+        call: _Call = self._ask(request, timeout=timeout_s, metadata=STATUS_MODE)
         try:
             limit_s = None if patience is None else patience.first_s
             try:
-                await call.write(request)
-                await call.done_writing()
                 while (response := await self._read(call, limit_s)) is not None:
                     limit_s = None if patience is None else patience.next_s
                     if response.error_message:
@@ -286,9 +298,6 @@ class TritonClient:
                     yield decode(contract, response.infer_response)
             except grpc.RpcError as error:
                 raise self._typed(error) from error
-            except asyncio.InvalidStateError as error:
-                # Writing to a stream that the server has already ended: its status says why.
-                raise await self._ended(call) from error
         finally:
             # Without effect on a stream that ended; a stream that is given up stops the server's work.
             call.cancel()
@@ -305,14 +314,8 @@ class TritonClient:
             raise EndpointUnavailable(f"{self.name}: nothing was heard within {limit_s:g} s") from error
         return None if response is grpc.aio.EOF else response  # type: ignore[attr-defined]
 
-    async def _ended(self, call: _Call) -> GenerationError:
-        return self._failure(await call.code(), await call.details())
-
     def _typed(self, error: grpc.RpcError) -> GenerationError:
-        return self._failure(error.code(), error.details())
-
-    def _failure(self, code: grpc.StatusCode, details: str | None) -> GenerationError:
-        return failure(self.name, code, details, refusals=self._refusals)
+        return failure(self.name, error.code(), error.details(), refusals=self._refusals)
 
     @property
     def _refusals(self) -> tuple[str, ...]:
