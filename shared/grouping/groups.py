@@ -77,7 +77,4 @@ class PromptGroups:
 
     def assign(self, prompt: str) -> str:
         """Name of a prompt's group."""
-        (row,) = self.scaling.scaled(features(prompt)[None])
-        # Few features differ from 0: what the others weigh need not be read.
-        told = np.flatnonzero(row)
-        return self.names[int((row[told] @ self.weights[told] + self.intercept).argmax())]
+        return self.names[int(self.places([prompt])[0])]
