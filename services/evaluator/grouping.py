@@ -28,7 +28,7 @@ COMPONENTS = 30
 REACTION = 0.3
 """Spread of each prediction, where the spread of all that prompts are about is 1."""
 
-MOST_GROUPS = 24
+MOST_GROUPS = 16
 USUAL_PROMPTS = 40
 """Judged prompts for each group, where there are not enough for all groups."""
 
