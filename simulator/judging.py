@@ -85,8 +85,8 @@ class LevelJudge:
     def draw(self, mix: Floats, prompts: int, rng: np.random.Generator) -> Findings:
         """See `Judge`; a task without a judged prompt is left out.
 
-        No prompt comes again before all of its task have come: traffic seldom asks the same twice, and a verdict that is
-        counted twice tells nothing more.
+        No prompt comes again before all of its task have come: traffic seldom asks the same twice, and a verdict that
+        is counted twice tells nothing more.
         """
         there = np.array([len(rows) > 0 for rows in self._by_task])
         shares = np.where(there, mix, 0.0)

@@ -16,12 +16,12 @@ Totals = Mapping[str, Mapping[str, tuple[float, float]]]
 def main_effects(totals: Totals, *, pseudo_requests: float) -> Callable[[str, str], float]:
     """Fit mean(group, option) = level(group) × ratio(option), so that the margins agree.
 
-    The fit of the method of marginal totals of insurance rating, which is the likeliest one of a log-linear Poisson model:
-    each group is compared with itself, so that an option does not look cheap because it is drawn for cheap groups. A
-    group's level leans on the mean of all by pseudo-requests, of the option that is served most.
+    This is the method of marginal totals of insurance rating, and the likeliest fit of a log-linear Poisson model: each
+    group is compared with itself, so that an option does not look cheap because it is drawn for cheap groups. A group's
+    level leans on the mean of all by pseudo-requests, of the option that is served most.
 
-    It is found by Newton's method on the ratios' logarithms, the levels eliminated. Fitting the margins in turn, the usual
-    way, takes hundreds of rounds where almost every group is served by one option, as a policy has it.
+    It is found by Newton's method on the ratios' logarithms, the levels eliminated. Fitting the margins in turn, the
+    usual way, takes hundreds of rounds where almost every group is served by one option, as a policy has it.
 
     Returns:
         The fitted mean; the usual level for an unknown group, the usual ratio for an unknown option.

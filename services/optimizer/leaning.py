@@ -14,9 +14,9 @@ def leaning(outcomes: Sequence[tuple[float, float]], *, usual: float) -> float:
     """Judged prompts that the whole counts as, in each group: the weight of the Beta prior that groups are drawn from.
 
     The variance between groups is what their rates differ by beyond what sampling explains (method of moments, as in an
-    analysis of variance with groups of different sizes). With r the rate of all and M judged prompts that the whole counts
-    as, it is r·(1 − r)/(M + 1). Few groups, or small ones, tell that variance badly: it is then near the one that
-    `usual` means, each of the two weighing by the inverse of its own variance.
+    analysis of variance with groups of different sizes). With r the rate of all and M judged prompts that the whole
+    counts as, it is r·(1 − r)/(M + 1). Few groups, or small ones, tell that variance badly: it is then near the one
+    that `usual` means, each of the two weighing by the inverse of its own variance.
 
     Args:
         outcomes: (successes, trials) of every group.
@@ -36,5 +36,5 @@ def leaning(outcomes: Sequence[tuple[float, float]], *, usual: float) -> float:
     found = max(0.0, apart / (trials - sum(count**2 for _, count in seen) / trials))
     expected = 1.0 / (usual + 1.0)
     doubt = 2.0 / more * (len(seen) / trials + expected) ** 2
-    between = (found / doubt + expected / expected**2) / (1.0 / doubt + 1.0 / expected**2)
+    between = (found / doubt + 1.0 / expected) / (1.0 / doubt + 1.0 / expected**2)
     return min(max(1.0 / between - 1.0, LEAST), MOST)
