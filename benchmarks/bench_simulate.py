@@ -62,7 +62,7 @@ def main() -> None:
     learn, measured = made_up_requests(rng).halves(1)
     judged = learn.taken(learn.judged)
     begun = time.perf_counter()
-    learned = learn_groups(judged.prompts, judged.preferred, judged.energy_kwh)
+    learned = learn_groups(judged.prompts, judged.preferred, judged.energy_kwh, [judged.correct])
     learning_s = time.perf_counter() - begun
     places = np.zeros(len(learn), dtype=np.int64)
     places[learn.judged] = learned.unseen

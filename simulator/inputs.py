@@ -106,7 +106,7 @@ def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:
     judged = learn.taken(learn.judged)
     say(f"learning prompt groups from {len(judged):,} judged prompts")
     try:
-        learned = learn_groups(judged.prompts, judged.preferred, judged.energy_kwh)
+        learned = learn_groups(judged.prompts, judged.preferred, judged.energy_kwh, [judged.correct])
     except TooFewPromptsError as error:
         raise SimulationInputError(f"scheme sprout_context: {error}; leave it out of --schemes") from error
     places = np.zeros(len(learn), dtype=np.int64)

@@ -76,18 +76,29 @@ class LevelJudge:
         self._cost = cost
         self._options = tuple(f"{POOL}/{level}" for level in learn.levels)
         self._by_task = [np.flatnonzero(self._learn.task == task) for task in range(len(learn.tasks))]
+        self._fresh = [np.empty(0, dtype=np.int64) for _ in self._by_task]
 
     def study(self) -> Findings:
         """See `Judge`."""
         return self._findings(np.arange(len(self._learn)))
 
     def draw(self, mix: Floats, prompts: int, rng: np.random.Generator) -> Findings:
-        """See `Judge`; a task without a judged prompt is left out."""
+        """See `Judge`; a task without a judged prompt is left out.
+
+        No prompt comes again before all of its task have come: traffic seldom asks the same twice, and a verdict that
+        is counted twice tells nothing more.
+        """
         there = np.array([len(rows) > 0 for rows in self._by_task])
         shares = np.where(there, mix, 0.0)
         numbers = rng.multinomial(prompts, shares / shares.sum())
-        rows = [rng.choice(self._by_task[task], number) for task, number in enumerate(numbers) if number]
+        rows = [self._next(task, number, rng) for task, number in enumerate(numbers) if number]
         return self._findings(np.concatenate(rows))
+
+    def _next(self, task: int, number: int, rng: np.random.Generator) -> Ints:
+        while len(self._fresh[task]) < number:
+            self._fresh[task] = np.concatenate([self._fresh[task], rng.permutation(self._by_task[task])])
+        drawn, self._fresh[task] = np.split(self._fresh[task], [number])
+        return np.asarray(drawn)
 
     def _findings(self, rows: Ints) -> Findings:
         learn, group = self._learn, self._group[rows]

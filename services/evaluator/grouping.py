@@ -1,8 +1,10 @@
 """Learns prompt groups from judged prompts alone (docs/decisions/0008-prompt-groups.md); nothing is read or written.
 
-Kernel ridge regression, strongly regularised, predicts preference and energy of every level: single verdicts are noisy.
-Its leave-one-out predictions come for free, and say in which group each learned prompt would have been put by a model
-that had not seen it: quality counted by those groups is not flattered by what was learned by heart.
+Prompts come together that are about alike things and are predicted to react alike: k-means on the principal components
+of their features, and on what kernel ridge regression, strongly regularised for single verdicts are noisy, predicts of
+every level: preference, energy, and whatever else was judged. Its leave-one-out predictions come for free, and say in
+which group each learned prompt would have been put by a model that had not seen its verdict: quality counted by those
+groups is not flattered by what was learned by heart.
 """
 
 import hashlib
@@ -14,19 +16,33 @@ from numpy.typing import NDArray
 
 from shared.grouping import PromptGroups, features
 from shared.grouping.features import HASHED
-from shared.grouping.groups import Reaction, Scaling
+from shared.grouping.groups import Scaling
 
 Doubles = NDArray[np.float64]
 Places = NDArray[np.int64]
 
-REGULARISATION = 30.0
-PRICED_AT = (1.3, 1.15, 1.05, 0.97, 0.9, 0.8)
-"""Bounds on preference at whose prices of quality the best levels are compared."""
+REGULARISATION = 100.0
+COMPONENTS = 30
+"""Principal components that tell what a prompt is about."""
+
+REACTION = 0.3
+"""Spread of each prediction, where the spread of all that prompts are about is 1."""
+
+MOST_GROUPS = 16
+USUAL_PROMPTS = 40
+"""Judged prompts for each group, where there are not enough for all groups."""
 
 LEAST_PROMPTS = 20
-"""That make a group of their own."""
+"""That make a group of their own; fewer join the nearest."""
 
-MOST_GROUPS = 64
+_SEED = 1
+_STARTS = 5
+"""Of k-means, of which the best end is taken."""
+
+_ROUNDS = 60
+_POWERS = 8
+_MORE = 10
+"""Directions that are followed besides, so that the last components are found as well as the first."""
 
 
 class TooFewPromptsError(ValueError):
@@ -38,41 +54,67 @@ class Learned:
     """What was learned.
 
     Attributes:
-        unseen: place of the group of every prompt learned from, by a model that had not seen it.
+        unseen: place of the group of every prompt learned from, by a model that had not seen its verdict.
     """
 
     groups: PromptGroups
     unseen: Places
 
 
-def learn_groups(prompts: Sequence[str], preferred: Places, energy_kwh: Doubles) -> Learned:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Space:
+    """Coordinates of prompts, linear in their features.
+
+    Attributes:
+        weights, intercept: from features to coordinates.
+        learned: coordinates of the prompts learned from, as if their verdicts had not been seen.
+    """
+
+    weights: Doubles
+    intercept: Doubles
+    learned: Doubles
+
+
+def learn_groups(
+    prompts: Sequence[str], preferred: Places, energy_kwh: Doubles, judged: Sequence[Doubles] = ()
+) -> Learned:
     """Learn from judged prompts.
 
     Args:
         preferred: place of the level that the judge preferred, by prompt.
         energy_kwh: (prompts, levels) of the answers that were judged, all greater than 0.
+        judged: (prompts, levels) of every other metric; NaN where it cannot be told.
 
     Raises:
         TooFewPromptsError: fewer than make two groups.
     """
-    return learn_from(np.stack([features(prompt) for prompt in prompts]), preferred, energy_kwh)
+    return learn_from(np.stack([features(prompt) for prompt in prompts]), preferred, energy_kwh, judged)
 
 
-def learn_from(raw: NDArray[np.float32], preferred: Places, energy_kwh: Doubles) -> Learned:
+def learn_from(
+    raw: NDArray[np.float32], preferred: Places, energy_kwh: Doubles, judged: Sequence[Doubles] = ()
+) -> Learned:
     """The same from the prompts' features, a row each."""
     if len(raw) < 2 * LEAST_PROMPTS:
         raise TooFewPromptsError(f"{len(raw)} judged prompts, {2 * LEAST_PROMPTS} at least are needed")
-    levels = energy_kwh.shape[1]
     scaling = _scaling(raw)
     rows = scaling.scaled(raw)
-    wanted = np.concatenate([np.eye(levels)[preferred], np.log(energy_kwh)], axis=1)
-    weights, intercept, unseen = _ridge(rows, wanted)
-    reaction = _reaction(unseen, energy_kwh)
-    version = hashlib.blake2b(weights.tobytes() + intercept.tobytes(), digest_size=4).hexdigest()
+    kernel = (rows @ rows.T).astype(np.float64)
+    # Correctness of a prompt that nobody can check counts for nothing at any level: so the program weighs it.
+    wanted = [np.eye(energy_kwh.shape[1])[preferred], np.log(energy_kwh), *map(np.nan_to_num, judged)]
+    topics = _topics(rows, kernel)
+    reactions = _reactions(rows, kernel, np.concatenate(wanted, axis=1))
+    learned = np.concatenate([topics.learned, reactions.learned], axis=1)
+    centres = _centres(learned, min(MOST_GROUPS, max(1, len(raw) // USUAL_PROMPTS)))
+    # |s - c|² is least where s·c - |c|²/2 is greatest, which is linear in the features too.
+    weights = np.concatenate([topics.weights, reactions.weights], axis=1) @ centres.T
+    intercept = np.concatenate([topics.intercept, reactions.intercept]) @ centres.T - _half_squares(centres)
+    rounded = weights.astype(np.float16)
+    version = hashlib.blake2b(rounded.tobytes() + intercept.tobytes(), digest_size=4).hexdigest()
     # No two versions share a name: what is counted by one is never taken for what is counted by another.
-    names = tuple(f"{version}.{place:02}" for place in range(int(reaction.group_of.max()) + 1))
-    groups = PromptGroups(version, names, scaling, weights, intercept, reaction)
-    return Learned(groups, np.asarray(reaction.group_of[reaction.codes(unseen)]))
+    names = tuple(f"{version}.{place:02}" for place in range(len(centres)))
+    groups = PromptGroups(version, names, scaling, rounded.astype(np.float32), intercept.astype(np.float32))
+    return Learned(groups, _nearest(learned, centres))
 
 
 def _scaling(raw: NDArray[np.float32]) -> Scaling:
@@ -84,46 +126,89 @@ def _scaling(raw: NDArray[np.float32]) -> Scaling:
     )
 
 
-def _ridge(rows: NDArray[np.float32], wanted: Doubles) -> tuple[NDArray[np.float32], NDArray[np.float32], Doubles]:
-    """Weights, intercept, and leave-one-out predictions.
+def _topics(rows: NDArray[np.float32], kernel: Doubles) -> _Space:
+    """Principal components, over the spread of all features together.
+
+    In the dual too: an eigenvector of the centred kernel holds the coordinates of the prompts learned from.
+    """
+    centred = kernel - kernel.mean(axis=0) - kernel.mean(axis=1)[:, None] + kernel.mean()
+    count = min(COMPONENTS, len(rows) - 1)
+    values, vectors = _leading(centred, count)
+    spread = np.sqrt(max(float(np.trace(centred)) / len(rows), 1e-12))
+    told = values > 1e-6 * max(float(np.trace(centred)), 1e-12)
+    dual = vectors[:, told] / np.sqrt(values[told]) / spread
+    weights = (rows.T @ dual.astype(np.float32)).astype(np.float64)
+    return _Space(weights, -rows.mean(axis=0).astype(np.float64) @ weights, centred @ dual)
+
+
+def _leading(matrix: Doubles, count: int) -> tuple[Doubles, Doubles]:
+    """The greatest eigenvalues of a symmetric matrix and their vectors, by subspace iteration: a fraction of the time
+    that all of them would take."""
+    rng = np.random.default_rng(_SEED)
+    basis = rng.normal(size=(len(matrix), min(count + _MORE, len(matrix))))
+    for _ in range(_POWERS):
+        basis, _ = np.linalg.qr(matrix @ basis)
+    values, vectors = np.linalg.eigh(basis.T @ matrix @ basis)
+    return values[::-1][:count], (basis @ vectors)[:, ::-1][:, :count]
+
+
+def _reactions(rows: NDArray[np.float32], kernel: Doubles, wanted: Doubles) -> _Space:
+    """Predictions, each with the same spread.
 
     In the dual: with K = XXᵀ + 1 and A = (K + λ)⁻¹, the coefficients are A·y, and the leave-one-out residual of a row
     is its coefficient over the diagonal of A.
     """
+    wanted = wanted[:, wanted.std(axis=0) > 0.0]
     mean = wanted.mean(axis=0)
-    kernel = (rows @ rows.T).astype(np.float64) + 1.0
-    inverse = np.linalg.inv(kernel + REGULARISATION * np.eye(len(rows)))
+    inverse = np.linalg.inv(kernel + 1.0 + REGULARISATION * np.eye(len(rows)))
     dual = inverse @ (wanted - mean)
     unseen = wanted - dual / np.diag(inverse)[:, None]
-    weights = rows.T @ dual.astype(np.float32)
-    return weights, (mean + dual.sum(axis=0)).astype(np.float32), unseen
+    usual = unseen.mean(axis=0)
+    scale = REACTION / np.maximum(unseen.std(axis=0), 1e-12)
+    weights = (rows.T @ dual.astype(np.float32)).astype(np.float64) * scale
+    return _Space(weights, (mean + dual.sum(axis=0) - usual) * scale, (unseen - usual) * scale)
 
 
-def _reaction(predicted: Doubles, energy_kwh: Doubles) -> Reaction:
-    """Groups of alike reaction; rare ones join the nearest."""
-    levels = energy_kwh.shape[1]
-    smearing = energy_kwh.mean(axis=0) / np.exp(predicted[:, levels:]).mean(axis=0)
-    quality, energy = predicted[:, :levels], np.exp(predicted[:, levels:]) * smearing
-    prices = np.array([_price(quality, energy, bound) for bound in PRICED_AT])
-    all_codes = levels ** len(prices)
-    reaction = Reaction(prices, smearing, np.zeros(all_codes, dtype=np.int64))
-    seen = np.bincount(reaction.codes(predicted), minlength=all_codes)
-    kept = [int(code) for code in np.argsort(-seen, kind="stable")[:MOST_GROUPS] if seen[code] >= LEAST_PROMPTS]
-    kept = kept or [int(seen.argmax())]
-    digits = np.array([[code // levels**place % levels for place in range(len(prices))] for code in range(all_codes)])
-    apart = np.abs(digits[:, None, :] - digits[None, kept, :]).sum(axis=2)
-    return Reaction(prices, smearing, apart.argmin(axis=1))
+def _centres(points: Doubles, count: int) -> Doubles:
+    """k-means: centres that the points lie near to, each of enough of them."""
+    rng = np.random.default_rng(_SEED)
+    found = [_descended(points, _spread_out(points, count, rng)) for _ in range(_STARTS)]
+    centres = min(found, key=lambda centres: float(np.square(points - centres[_nearest(points, centres)]).sum()))
+    while len(centres) > 1:
+        members = np.bincount(_nearest(points, centres), minlength=len(centres))
+        if members.min() >= LEAST_PROMPTS:
+            break
+        centres = np.delete(centres, members.argmin(), axis=0)
+    return centres
 
 
-def _price(quality: Doubles, energy: Doubles, bound: float) -> float:
-    """The least price of quality at which the best levels keep a bound on preference; by bisection."""
-    needed = bound * float(quality[:, 0].sum())
-    rows = np.arange(len(quality))
-    # In units of the mean energy: from nothing to far more than any level can differ by.
-    low, high = np.log(1e-6), np.log(1e6)
-    scale = float(energy.mean())
-    for _ in range(60):
-        middle = (low + high) / 2
-        best = (energy - scale * np.exp(middle) * quality).argmin(axis=1)
-        low, high = (low, middle) if quality[rows, best].sum() >= needed else (middle, high)
-    return float(scale * np.exp(high))
+def _spread_out(points: Doubles, count: int, rng: np.random.Generator) -> Doubles:
+    """Some of the points, far from each other (k-means++)."""
+    chosen = [points[rng.integers(len(points))]]
+    apart = np.square(points - chosen[0]).sum(axis=1)
+    while len(chosen) < count and apart.sum() > 0.0:
+        chosen.append(points[rng.choice(len(points), p=apart / apart.sum())])
+        apart = np.minimum(apart, np.square(points - chosen[-1]).sum(axis=1))
+    return np.array(chosen)
+
+
+def _descended(points: Doubles, centres: Doubles) -> Doubles:
+    """Lloyd's iteration from these centres."""
+    before = np.full(len(points), -1)
+    for _ in range(_ROUNDS):
+        places = _nearest(points, centres)
+        if np.array_equal(places, before):
+            break
+        before = places
+        member = np.eye(len(centres))[places]
+        sizes = member.sum(axis=0)[:, None]
+        centres = np.where(sizes > 0.0, member.T @ points / np.maximum(sizes, 1.0), centres)
+    return centres
+
+
+def _nearest(points: Doubles, centres: Doubles) -> Places:
+    return np.asarray((points @ centres.T - _half_squares(centres)).argmax(axis=1))
+
+
+def _half_squares(centres: Doubles) -> Doubles:
+    return np.asarray(np.square(centres).sum(axis=1) / 2.0)

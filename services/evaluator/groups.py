@@ -68,7 +68,9 @@ class Groups:
         if rules is None:
             return None
         progress = await self._storage.progress(model)
-        if not learning_due(rules, judged=progress.judged, fresh=progress.fresh, learned_from=progress.learned_from):
+        # A version that this release cannot use, another one's, is as good as none.
+        learned_from = progress.learned_from if await self._in_force(model) is not None else None
+        if not learning_due(rules, judged=progress.judged, fresh=progress.fresh, learned_from=learned_from):
             return None
         kept = await self._storage.judged(model, most=rules.most)
         try:

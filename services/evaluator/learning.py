@@ -15,7 +15,7 @@ from services.evaluator.counting import PREFERENCE, tally
 from services.evaluator.grouping import Doubles, Places, TooFewPromptsError, learn_from
 from services.evaluator.judged import JudgedPrompt, stacked
 from services.evaluator.spending import JOULES_PER_KWH, EnergyBook
-from shared.grouping import FEATURES, pack
+from shared.grouping import CLASSIFIER, FEATURES, pack
 from shared.messages import GroupEvidence, GroupTaken, PromptGrouping
 
 
@@ -92,7 +92,12 @@ def learn(
     Raises:
         TooFewPromptsError: no two groups can be told apart; task labels, where there are any, tell more than one group.
     """
-    learned = learn_from(stacked(list(prompts)), _preferred(prompts, levels), _energy_kwh(prompts, len(levels), book))
+    learned = learn_from(
+        stacked(list(prompts)),
+        _preferred(prompts, levels),
+        _energy_kwh(prompts, len(levels), book),
+        _judged_otherwise(prompts, len(levels)),
+    )
     if len(learned.groups.names) < 2:
         raise TooFewPromptsError(f"{len(prompts)} judged prompts do not tell two groups apart")
     names = [learned.groups.names[place] for place in learned.unseen]
@@ -104,6 +109,7 @@ def learn(
         prompts=len(prompts),
         names=learned.groups.names,
         features=FEATURES,
+        classifier=CLASSIFIER,
         arrays=pack(learned.groups),
         traffic=_traffic(counted, traffic),
         evidence=tuple(_evidence(counted)),
@@ -127,6 +133,16 @@ def _energy_kwh(prompts: Sequence[JudgedPrompt], levels: int, book: EnergyBook) 
             for found in (prompt.answers[:levels] for prompt in prompts)
         ]
     )
+
+
+def _judged_otherwise(prompts: Sequence[JudgedPrompt], levels: int) -> list[Doubles]:
+    """(prompts, levels) of every metric but preference, of the reference's weights; NaN where it was not told."""
+    answers = [prompt.answers[:levels] for prompt in prompts]
+    metrics = {metric for found in answers for one in found for metric in one.successes} - {PREFERENCE}
+    return [
+        np.array([[one.successes.get(metric, np.nan) for one in found] for found in answers])
+        for metric in sorted(metrics)
+    ]
 
 
 def _joules_per_token(option: str, book: EnergyBook) -> float | None:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.optimizer.consumption import Consumed, Consumption, Memory
+from services.optimizer.effects import main_effects
 from services.optimizer.quality import Posterior, QualityEvidence, QualityRules
 from shared.messages import OptionEstimate
-
-_ITERATIONS = 30
 
 Row = dict[str, OptionEstimate]
 
@@ -100,38 +99,6 @@ def estimate(
         requests_per_s=consumption.requests_per_s(now_s, rules.memory),
         withheld=withheld,
     )
-
-
-def main_effects(
-    totals: Mapping[str, Mapping[str, tuple[float, float]]], *, pseudo_requests: float
-) -> Callable[[str, str], float]:
-    """Fit mean(group, option) = level(group) × ratio(option).
-
-    Iterative proportional fitting of the margins, the method of marginal totals of insurance rating: each group is
-    compared with itself, so that an option does not look cheap because it is drawn for cheap groups. A group's level
-    leans on the mean of all by pseudo-requests.
-
-    Args:
-        totals: (requests, sum) by group, then option.
-
-    Returns:
-        The fitted mean; the usual level for an unknown group, the usual ratio for an unknown option.
-    """
-    levels = dict.fromkeys(totals, 1.0)
-    ratios = {option: 1.0 for row in totals.values() for option in row}
-    usual = 1.0
-    for _ in range(_ITERATIONS):
-        expected = sum(count * ratios[option] for row in totals.values() for option, (count, _) in row.items())
-        usual = _quotient(sum(taken for row in totals.values() for _, taken in row.values()), expected, usual)
-        for group, row in totals.items():
-            taken = sum(one for _, one in row.values()) + pseudo_requests * usual
-            weight = sum(count * ratios[option] for option, (count, _) in row.items()) + pseudo_requests
-            levels[group] = _quotient(taken, weight, usual)
-        for option, ratio in ratios.items():
-            seen = [(levels[group], *row[option]) for group, row in totals.items() if option in row]
-            taken = sum(one for _, _, one in seen)
-            ratios[option] = _quotient(taken, sum(level * count for level, count, _ in seen), ratio)
-    return lambda group, option: levels.get(group, usual) * ratios.get(option, 1.0)
 
 
 class _Costs:
@@ -230,7 +197,3 @@ def _averaged(rows: Mapping[str, Row], weights: Mapping[str, float]) -> Row:
         )
         for option in options
     }
-
-
-def _quotient(dividend: float, divisor: float, otherwise: float) -> float:
-    return dividend / divisor if divisor > 0.0 else otherwise

@@ -5,6 +5,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from services.optimizer.decay import DecayedSums
+from services.optimizer.leaning import leaning
 from shared.messages import Quality, QualityCount
 
 
@@ -14,7 +15,7 @@ class QualityRules:
 
     Attributes:
         half_life_s: of a count, event time.
-        pseudo_trials: judged prompts that the whole counts as, in each group.
+        pseudo_trials: judged prompts that the whole counts as, in each group, until the groups tell (`leaning.py`).
         prior_trials: judged prompts that the weak prior counts as, in the whole.
         min_trials: effective judged prompts of an option, in the whole, before it may be used.
         caution: standard deviations of the posterior by which less than its mean is counted on.
@@ -122,7 +123,13 @@ class Posterior:
                 self._whole[option] = Judged(known.successes + one.successes, known.trials + one.trials)
         trials = sum(one.trials for one in self._whole.values())
         self._prior = sum(one.successes for one in self._whole.values()) / trials if trials > 0.0 else 0.0
-
+        self._leaning = {
+            option: leaning(
+                [(row[option].successes, row[option].trials) for row in judged.values() if option in row],
+                usual=rules.pseudo_trials,
+            )
+            for option in self._whole
+        }
         told = sum(map(self._told, self._asked))
         everything = sum(self._asked.values())
         self._usual_share = min(told / everything, 1.0) if everything > 0.0 else 1.0
@@ -153,7 +160,7 @@ class Posterior:
 
     def _rate(self, group: str, option: str) -> float:
         whole = self._whole.get(option, Judged()).mean(self._prior, self._rules.prior_trials)
-        return self._of(group, option).mean(whole, self._rules.pseudo_trials)
+        return self._of(group, option).mean(whole, self._leans(option))
 
     def counted_on(self, group: str, option: str) -> float:
         """The mean less `caution` standard deviations of the Beta posterior, at least 0.
@@ -162,9 +169,12 @@ class Posterior:
         the mean makes up for it (docs/decisions/0004-optimizer-estimates.md).
         """
         rate = self._rate(group, option)
-        trials = self._of(group, option).trials + self._rules.pseudo_trials
+        trials = self._of(group, option).trials + self._leans(option)
         deviation = math.sqrt(rate * (1.0 - rate) / (trials + 1.0))
         return self.share(group) * max(0.0, rate - self._rules.caution * deviation)
+
+    def _leans(self, option: str) -> float:
+        return self._leaning.get(option, self._rules.pseudo_trials)
 
     def _told(self, group: str) -> float:
         return max((one.trials for one in self._judged.get(group, {}).values()), default=0.0)

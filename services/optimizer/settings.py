@@ -65,7 +65,9 @@ class OptimizerSettings(BaseSettings):
     # Quality
     quality_half_life_h: float = Field(default=720.0, gt=0, description="Of a judged prompt, event")
     pseudo_trials: float = Field(
-        default=20.0, ge=0, description="Judged prompts that the whole counts as, in each group's quality"
+        default=20.0,
+        ge=0,
+        description="Judged prompts that the whole counts as, in each group's quality, until the groups tell; 0: none",
     )
     prior_trials: float = Field(default=2.0, ge=0, description="Judged prompts that the weak prior counts as")
     min_trials: float = Field(

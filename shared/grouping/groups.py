@@ -1,8 +1,8 @@
 """Learned prompt groups: from a prompt to the name of its group, in microseconds.
 
-A linear model predicts, for every level, how likely the judge is to prefer it and how much energy it takes. For a given
-price of quality one level is best; the levels that are best at a few prices, from lenient to strict, are the prompt's
-reaction to directives, and prompts with the same reaction are one group.
+A group is a place in a space of few dimensions: what a prompt is about, and how it is predicted to react to directives
+(docs/decisions/0008-prompt-groups.md). Both are linear in a prompt's features, and a prompt belongs to the nearest
+place; what is left of that is one linear score for every group, of which the highest one wins.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from shared.grouping.features import HASHED, WORD_BUCKETS, features
 
 Floats = NDArray[np.float32]
+
+CLASSIFIER = 2
+"""Version of how a prompt's group is found: the arrays of one are of no use to another."""
 
 CHUNK = 512
 """Prompts whose features are in memory at once."""
@@ -48,42 +51,13 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reaction:
-    """From predictions to groups.
-
-    Attributes:
-        prices: of quality, kWh for a whole preference; one level is best at each.
-        smearing: by level: mean energy over the mean of what the logarithms predict.
-        group_of: by code of the best levels: place of the group, the nearest one for codes that were hardly seen.
-    """
-
-    prices: NDArray[np.float64]
-    smearing: NDArray[np.float64]
-    group_of: NDArray[np.int64]
-
-    def levels(self) -> int:
-        """How many levels are told apart."""
-        return len(self.smearing)
-
-    def codes(self, predicted: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Code of the best levels of every row.
-
-        Args:
-            predicted: (prompts, 2 · levels): preference, then the logarithm of energy, by level.
-        """
-        levels = self.levels()
-        quality, energy = predicted[:, :levels], np.exp(predicted[:, levels:]) * self.smearing
-        best = [(energy - price * quality).argmin(axis=1) for price in self.prices]
-        return np.asarray(sum(levels**place * level for place, level in enumerate(best)))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class PromptGroups:
     """A version of learned groups.
 
     Attributes:
         names: of the groups.
-        weights: (features, 2 · levels); `intercept` (2 · levels).
+        weights: (features, groups), rounded to float16, as they travel.
+        intercept: (groups).
     """
 
     version: str
@@ -91,7 +65,6 @@ class PromptGroups:
     scaling: Scaling
     weights: Floats
     intercept: Floats
-    reaction: Reaction
 
     def places(self, prompts: Sequence[str]) -> NDArray[np.int64]:
         """Place of every prompt's group in `names`."""
@@ -99,8 +72,7 @@ class PromptGroups:
         for begin in range(0, len(prompts), CHUNK):
             some = prompts[begin : begin + CHUNK]
             rows = self.scaling.scaled(np.stack([features(prompt) for prompt in some]))
-            predicted = (rows @ self.weights + self.intercept).astype(np.float64)
-            found[begin : begin + len(some)] = self.reaction.group_of[self.reaction.codes(predicted)]
+            found[begin : begin + len(some)] = (rows @ self.weights + self.intercept).argmax(axis=1)
         return found
 
     def assign(self, prompt: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.grouping.features import FEATURES, HASHED, feature_count
-from shared.grouping.groups import PromptGroups, Reaction, Scaling
+from shared.grouping.groups import CLASSIFIER, PromptGroups, Scaling
 from shared.messages import PackedArray, PromptGrouping
 
 LARGEST_ARRAY_BYTES: Final = 64 * 1024 * 1024
@@ -27,11 +27,8 @@ def pack(groups: PromptGroups) -> dict[str, PackedArray]:
         "telling": _packed(groups.scaling.telling, "<f4"),
         "mean": _packed(groups.scaling.mean, "<f4"),
         "spread": _packed(groups.scaling.spread, "<f4"),
-        "weights": _packed(groups.weights, "<f4"),
+        "weights": _packed(groups.weights, "<f2"),
         "intercept": _packed(groups.intercept, "<f4"),
-        "prices": _packed(groups.reaction.prices, "<f8"),
-        "smearing": _packed(groups.reaction.smearing, "<f8"),
-        "group_of": _packed(groups.reaction.group_of, "<i8"),
     }
 
 
@@ -47,15 +44,19 @@ def unpack(message: PromptGrouping) -> PromptGroups:
         raise GroupingError(
             f"prompts are described by features {message.features} there and {FEATURES} here: run one release of Sprout"
         )
+    if message.classifier != CLASSIFIER:
+        raise GroupingError(
+            f"groups are told apart by classifier {message.classifier} there and {CLASSIFIER} here: run one release of "
+            "Sprout; the evaluator learns groups anew after its next evaluation"
+        )
     arrays = {name: _unpacked(name, packed) for name, packed in message.arrays.items()}
     try:
         groups = PromptGroups(
             version=message.version,
             names=message.names,
             scaling=Scaling(arrays["telling"], arrays["mean"], arrays["spread"]),
-            weights=arrays["weights"],
+            weights=arrays["weights"].astype(np.float32),
             intercept=arrays["intercept"],
-            reaction=Reaction(arrays["prices"], arrays["smearing"], arrays["group_of"]),
         )
     except KeyError as error:
         raise GroupingError(f"there is no array {error}") from None
@@ -64,21 +65,16 @@ def unpack(message: PromptGrouping) -> PromptGroups:
 
 
 def _check(groups: PromptGroups) -> None:
-    levels = groups.reaction.levels()
     wanted: dict[str, tuple[NDArray[Any], tuple[int, ...]]] = {
         "telling": (groups.scaling.telling, (HASHED,)),
         "mean": (groups.scaling.mean, (feature_count() - HASHED,)),
         "spread": (groups.scaling.spread, (feature_count() - HASHED,)),
-        "weights": (groups.weights, (feature_count(), 2 * levels)),
-        "intercept": (groups.intercept, (2 * levels,)),
-        "group_of": (groups.reaction.group_of, (levels ** len(groups.reaction.prices),)),
+        "weights": (groups.weights, (feature_count(), len(groups.names))),
+        "intercept": (groups.intercept, (len(groups.names),)),
     }
     for name, (array, shape) in wanted.items():
         if array.shape != shape:
             raise GroupingError(f"array {name!r} has shape {array.shape}, {shape} is needed")
-    places = groups.reaction.group_of
-    if places.min() < 0 or places.max() >= len(groups.names):
-        raise GroupingError("array 'group_of' names groups that there are not")
 
 
 def _packed(array: NDArray[Any], dtype: str) -> PackedArray:

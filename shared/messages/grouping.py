@@ -11,7 +11,7 @@ from shared.messages.evaluation import QualityCount
 class PackedArray(Value):
     """An array: little-endian bytes in C order, compressed by zlib, in base64."""
 
-    dtype: Literal["<f4", "<f8", "<i8"]
+    dtype: Literal["<f2", "<f4", "<f8", "<i8"]
     shape: tuple[int, ...]
     data: str = Field(repr=False)
 
@@ -46,6 +46,7 @@ class PromptGrouping(Message):
     prompts: int = Field(default=0, ge=0, description="Judged prompts learned from")
     names: tuple[Identifier, ...] = Field(default=(), description="Of the groups; no two versions share one")
     features: int = Field(default=0, ge=0, description="Version of the features that prompts are described by")
+    classifier: int = Field(default=1, ge=1, description="Version of how a prompt's group is found")
     arrays: dict[str, PackedArray] = Field(default={}, description="The classifier: see shared/grouping/packing.py")
     traffic: dict[str, Probability] = Field(default={}, description="Share of the traffic by group, as sampled")
     evidence: tuple[GroupEvidence, ...] = Field(default=(), description="Oldest first")

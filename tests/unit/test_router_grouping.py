@@ -94,7 +94,8 @@ def test_groups_that_are_given_up_are_used_no_more():
     [
         ({"features": 99}, "features 99 there"),
         ({"arrays": {}}, "no array 'telling'"),
-        ({"names": ("a.00",)}, "names groups that there are not"),
+        ({"classifier": 1}, "classifier 1 there and 2 here"),
+        ({"names": ("a.00",)}, "array 'weights' has shape"),
     ],
 )
 def test_groups_that_cannot_be_used_are_refused_with_the_reason(change, why):
