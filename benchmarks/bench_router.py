@@ -2,8 +2,12 @@
 
 The router process against a bare loop of aiokafka and tritonclient (`bare_loop.py`) on the same Kafka broker and the
 same Triton with the stand-in model, as it streams answers 720 times as fast as recorded. In every round each is given
-the same 1,500 requests at once, the one or the other first; then each gets requests at half the router's throughput,
-evenly spread. Medians of the rounds are printed and recorded, as ratios and differences of this one run.
+the same 1,500 requests at once, the one or the other first; then each gets requests evenly spread, at two loads.
+Medians of the rounds are printed and recorded, as ratios and differences of this one run.
+
+The loads: the rate at which the machine is half busy, and half the router's throughput. The second is far more than
+half of what the machine can do: requests that come one by one have each a fetch, a send and a turn of every process of
+their own, which requests that come at once share, and Kafka, Triton, the clients and the contestant share cores.
 """
 
 import asyncio
@@ -29,10 +33,16 @@ from shared.settings import KafkaSettings
 RATE = 720.0
 ROUNDS = 3
 REQUESTS = 1_500
-PACED_S = 5.0
+PACED_S = 6.0
 """Wall seconds of evenly spread requests."""
+TRIAL_S = 2.0
+"""The same, to see how busy a rate keeps the machine."""
+TRIALS = 6
 PROMPTS = 100
 TIMEOUT_S = 60.0
+HALF_BUSY, HALF_THROUGHPUT = "half busy", "half throughput"
+LOADS = {HALF_BUSY: "added_latency", HALF_THROUGHPUT: "added_latency_half_throughput"}
+"""How the figures of each are called."""
 
 
 @dataclass
@@ -42,7 +52,7 @@ class Contestant:
     Attributes:
         throughputs: requests a second, by round.
         cpu_s: CPU seconds per 1,000 requests, by round.
-        latencies_ms: of the evenly spread requests, from before the send until the answer was read.
+        latencies_ms: of the evenly spread requests, from before the send until the answer was read; by load, by round.
     """
 
     name: str
@@ -51,7 +61,7 @@ class Contestant:
     asked: int = 0
     throughputs: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
-    latencies_ms: list[list[float]] = field(default_factory=list)
+    latencies_ms: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
 class Conversation:
@@ -72,18 +82,19 @@ class Conversation:
         contestant.throughputs.append(REQUESTS / took_s)
         contestant.cpu_s.append((_cpu_s(contestant.process) - before) * 1_000 / REQUESTS)
 
-    async def paced(self, rate: float) -> None:
-        """Evenly spread: latency."""
+    async def paced(self, rate: float, *, seconds: float = PACED_S) -> list[float]:
+        """Evenly spread: latencies, ms."""
+        count = round(seconds * rate)
         sent: dict[str, float] = {}
         arrived: dict[str, float] = {}
-        reader = asyncio.create_task(self._collect(arrived, round(PACED_S * rate)))
+        reader = asyncio.create_task(self._collect(arrived, count))
         begin = time.perf_counter()
-        for number in range(round(PACED_S * rate)):
+        for number in range(count):
             await asyncio.sleep(max(0.0, begin + number / rate - time.perf_counter()))
             name, at = await self._ask()
             sent[name] = at
         await asyncio.wait_for(reader, TIMEOUT_S)
-        self._contestant.latencies_ms.append([1e3 * (arrived[name] - at) for name, at in sent.items()])
+        return [1e3 * (arrived[name] - at) for name, at in sent.items()]
 
     async def _ask(self) -> tuple[str, float]:
         contestant = self._contestant
@@ -153,39 +164,60 @@ async def compete(contestants: list[Contestant]) -> None:
             async with talking(contestant) as conversation:
                 await conversation.burst()
     router = contestants[0]
-    half = statistics.median(router.throughputs) / 2
-    for number in range(ROUNDS):
-        for contestant in contestants if number % 2 == 0 else reversed(contestants):
-            async with talking(contestant) as conversation:
-                await conversation.paced(half)
+    loads = {HALF_BUSY: await half_busy(router), HALF_THROUGHPUT: statistics.median(router.throughputs) / 2}
+    print("evenly spread: " + ", ".join(f"{rate:.0f} requests/s ({load})" for load, rate in loads.items()))
+    for load, rate in loads.items():
+        for number in range(ROUNDS):
+            for contestant in contestants if number % 2 == 0 else reversed(contestants):
+                async with talking(contestant) as conversation:
+                    contestant.latencies_ms.setdefault(load, []).append(await conversation.paced(rate))
+
+
+async def half_busy(router: Contestant) -> float:
+    """The rate of evenly spread requests through the router at which the machine's cores are half busy."""
+    rate = statistics.median(router.throughputs) / 8
+    for _ in range(TRIALS):
+        async with talking(router) as conversation:
+            psutil.cpu_percent()
+            await conversation.paced(rate, seconds=TRIAL_S)
+            busy = psutil.cpu_percent() / 100.0
+        # The busier, the less each further request takes: twice the rate is about 1.4 times as busy.
+        rate *= min(2.0, max(0.5, (0.5 / max(busy, 0.01)) ** 1.5))
+    return rate
+
+
+def percentiles(contestant: Contestant, load: str) -> tuple[float, float]:
+    """p50 and p99 of the latencies, ms: medians of the rounds."""
+    cuts = [statistics.quantiles(latencies, n=100) for latencies in contestant.latencies_ms[load]]
+    return statistics.median(cut[49] for cut in cuts), statistics.median(cut[98] for cut in cuts)
 
 
 def report(router: Contestant, bare: Contestant) -> None:
     """Print and record."""
-    print("          requests/s   CPU s per 1,000   latency p50 ms   p99 ms")
-    percentiles: dict[str, tuple[float, float]] = {}
+    print("          requests/s   CPU s per 1,000" + "".join(f"   p50, p99 ms, {load}" for load in LOADS))
     for one in (router, bare):
-        cuts = [statistics.quantiles(latencies, n=100) for latencies in one.latencies_ms]
-        percentiles[one.name] = statistics.median(cut[49] for cut in cuts), statistics.median(cut[98] for cut in cuts)
-        p50, p99 = percentiles[one.name]
-        print(
-            f"{one.name:8}{statistics.median(one.throughputs):>12.0f}{statistics.median(one.cpu_s):>18.2f}"
-            f"{p50:>17.1f}{p99:>9.1f}"
+        latencies = "".join(
+            f"{p50:>{len(load) + 8}.1f}, {p99:>6.1f}" for load in LOADS for p50, p99 in (percentiles(one, load),)
         )
-    for name, value in {
+        print(
+            f"{one.name:8}{statistics.median(one.throughputs):>12.0f}{statistics.median(one.cpu_s):>18.2f}{latencies}"
+        )
+    found = {
         "throughput_ratio": statistics.median(a / b for a, b in zip(router.throughputs, bare.throughputs, strict=True)),
         "cpu_ratio": statistics.median(a / b for a, b in zip(router.cpu_s, bare.cpu_s, strict=True)),
-        "added_latency_p50_ms": percentiles["router"][0] - percentiles["bare"][0],
-        "added_latency_p99_ms": percentiles["router"][1] - percentiles["bare"][1],
-    }.items():
-        print(f"{name:22} {value:.3f}")
+    }
+    for load, name in LOADS.items():
+        (p50, p99), (bare_p50, bare_p99) = percentiles(router, load), percentiles(bare, load)
+        found[f"{name}_p50_ms"], found[f"{name}_p99_ms"] = p50 - bare_p50, p99 - bare_p99
+    for name, value in found.items():
+        print(f"{name:38} {value:.3f}")
         record(name, value)
 
 
 def main() -> None:
     """Run the benchmark."""
     print(
-        f"the router against a bare loop, {REQUESTS} requests at once, then {PACED_S:g} s at half load; {ROUNDS} rounds"
+        f"the router against a bare loop: {REQUESTS} requests at once, then {PACED_S:g} s at each load; {ROUNDS} rounds"
     )
     clock = Clock.starting(datetime(2024, 2, 8, tzinfo=UTC), rate=RATE)
     with laid(

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from services.router.backlog import Backlog
 from services.router.delivery import Delivery
+from services.router.fetching import wait_for_records
 from services.router.gate import Gate
 from services.router.intake import Intake
 from services.router.knowledge import Knowledge
@@ -146,7 +147,6 @@ class Router:
             no_reply=True,
             batch=True,
             max_records=settings.fetch_max_records,
-            batch_timeout_ms=settings.poll_ms,
             group_id=kafka.group(NAME),
             group_instance_id=settings.instance_id,
             auto_offset_reset="earliest",
@@ -161,6 +161,8 @@ class Router:
             title="requests",
             description="Prompts to be answered",
         )
+
+        wait_for_records(subscriber, least_interval_s=settings.batch_interval_ms / 1_000)
 
         # The parameter's type is for the AsyncAPI document. A parameter for the message itself would be resolved in a
         # thread, for every batch: milliseconds while the loop is busy.

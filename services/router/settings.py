@@ -20,8 +20,8 @@ class RouterSettings(BaseSettings):
     # Intake
     max_in_flight: int = Field(default=500, ge=1, le=10_000, description="Requests being served at once")
     fetch_max_records: int = Field(default=200, ge=1, description="Records taken from Kafka's buffer at once")
-    poll_ms: int = Field(
-        default=2, ge=1, le=1_000, description="Pause between two looks for requests when there are none, wall"
+    batch_interval_ms: int = Field(
+        default=3, ge=1, le=1_000, description="From one batch of requests to the next, at least, wall"
     )
     commit_interval_s: float = Field(default=0.2, gt=0, le=60, description="Between two commits, wall")
     session_timeout_s: float = Field(
