@@ -220,7 +220,10 @@ async def test_a_streamed_answer_comes_in_ordered_chunks_and_whole(kafka, router
     routers.start(SPROUT_ROUTER_CHUNK_INTERVAL_MS="100")
     async with reading(kafka) as answers, reading(kafka, RESPONSE_CHUNKS) as chunks:
         await answers.read(until=1)
-        pieces = [ResponseChunk.model_validate_json(record.value) for record in await chunks.read()]
+        pieces: list[ResponseChunk] = []
+        while not (pieces and pieces[-1].final):
+            records = await chunks.read(until=len(pieces) + 1)
+            pieces = [ResponseChunk.model_validate_json(record.value) for record in records]
         assert [piece.sequence for piece in pieces] == list(range(len(pieces)))
         assert [piece.final for piece in pieces] == [False] * (len(pieces) - 1) + [True]
         assert pieces[-1].finish_reason == "stop"
