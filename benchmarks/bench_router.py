@@ -5,9 +5,9 @@ same Triton with the stand-in model, as it streams answers 720 times as fast as 
 the same 1,500 requests at once, the one or the other first; then each gets requests evenly spread, at two loads.
 Medians of the rounds are printed and recorded, as ratios and differences of this one run.
 
-The loads: the rate at which the machine is half busy, and half the router's throughput. The second is far more than
-half of what the machine can do: requests that come one by one have each a fetch, a send and a turn of every process of
-their own, which requests that come at once share, and Kafka, Triton, the clients and the contestant share cores.
+The loads: half the router's throughput, and the rate at which the machine's cores are half busy. The two differ where
+Kafka, Triton, the clients and the contestant share few cores: requests that come one by one have each a fetch, a send
+and a turn of every process of their own, which requests that come at once share. How busy the cores were is printed.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -40,8 +40,8 @@ TRIAL_S = 2.0
 TRIALS = 6
 PROMPTS = 100
 TIMEOUT_S = 60.0
-HALF_BUSY, HALF_THROUGHPUT = "half busy", "half throughput"
-LOADS = {HALF_BUSY: "added_latency", HALF_THROUGHPUT: "added_latency_half_throughput"}
+HALF_THROUGHPUT, HALF_BUSY = "half throughput", "half busy"
+LOADS = {HALF_THROUGHPUT: "added_latency", HALF_BUSY: "added_latency_half_busy"}
 """How the figures of each are called."""
 
 
@@ -53,6 +53,7 @@ class Contestant:
         throughputs: requests a second, by round.
         cpu_s: CPU seconds per 1,000 requests, by round.
         latencies_ms: of the evenly spread requests, from before the send until the answer was read; by load, by round.
+        busy: share of the machine's cores meanwhile; by load, by round.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Contestant:
     throughputs: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     latencies_ms: dict[str, list[list[float]]] = field(default_factory=dict)
+    busy: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Conversation:
@@ -164,13 +166,15 @@ async def compete(contestants: list[Contestant]) -> None:
             async with talking(contestant) as conversation:
                 await conversation.burst()
     router = contestants[0]
-    loads = {HALF_BUSY: await half_busy(router), HALF_THROUGHPUT: statistics.median(router.throughputs) / 2}
+    loads = {HALF_THROUGHPUT: statistics.median(router.throughputs) / 2, HALF_BUSY: await half_busy(router)}
     print("evenly spread: " + ", ".join(f"{rate:.0f} requests/s ({load})" for load, rate in loads.items()))
     for load, rate in loads.items():
         for number in range(ROUNDS):
             for contestant in contestants if number % 2 == 0 else reversed(contestants):
                 async with talking(contestant) as conversation:
-                    contestant.latencies_ms.setdefault(load, []).append(await conversation.paced(rate))
+                    latencies, busy = await watched(conversation.paced(rate))
+                contestant.latencies_ms.setdefault(load, []).append(latencies)
+                contestant.busy.setdefault(load, []).append(busy)
 
 
 async def half_busy(router: Contestant) -> float:
@@ -178,12 +182,17 @@ async def half_busy(router: Contestant) -> float:
     rate = statistics.median(router.throughputs) / 8
     for _ in range(TRIALS):
         async with talking(router) as conversation:
-            psutil.cpu_percent()
-            await conversation.paced(rate, seconds=TRIAL_S)
-            busy = psutil.cpu_percent() / 100.0
-        # The busier, the less each further request takes: twice the rate is about 1.4 times as busy.
+            _, busy = await watched(conversation.paced(rate, seconds=TRIAL_S))
+        # The busier, the less a further request takes, so the rate must change by more than the share.
         rate *= min(2.0, max(0.5, (0.5 / max(busy, 0.01)) ** 1.5))
     return rate
+
+
+async def watched(paced: Awaitable[list[float]]) -> tuple[list[float], float]:
+    """Latencies, and the share of the machine's cores that was busy meanwhile."""
+    psutil.cpu_percent()
+    latencies = await paced
+    return latencies, psutil.cpu_percent() / 100.0
 
 
 def percentiles(contestant: Contestant, load: str) -> tuple[float, float]:
@@ -194,14 +203,15 @@ def percentiles(contestant: Contestant, load: str) -> tuple[float, float]:
 
 def report(router: Contestant, bare: Contestant) -> None:
     """Print and record."""
-    print("          requests/s   CPU s per 1,000" + "".join(f"   p50, p99 ms, {load}" for load in LOADS))
     for one in (router, bare):
-        latencies = "".join(
-            f"{p50:>{len(load) + 8}.1f}, {p99:>6.1f}" for load in LOADS for p50, p99 in (percentiles(one, load),)
-        )
         print(
-            f"{one.name:8}{statistics.median(one.throughputs):>12.0f}{statistics.median(one.cpu_s):>18.2f}{latencies}"
+            f"{one.name}: {statistics.median(one.throughputs):.0f} requests/s, {statistics.median(one.cpu_s):.2f} CPU s "
+            "per 1,000 requests"
         )
+        for load in LOADS:
+            p50, p99 = percentiles(one, load)
+            busy = statistics.median(one.busy[load])
+            print(f"  {load}: p50 {p50:.1f} ms, p99 {p99:.1f} ms; the cores {busy:.0%} busy")
     found = {
         "throughput_ratio": statistics.median(a / b for a, b in zip(router.throughputs, bare.throughputs, strict=True)),
         "cpu_ratio": statistics.median(a / b for a, b in zip(router.cpu_s, bare.cpu_s, strict=True)),
