@@ -205,8 +205,8 @@ def report(router: Contestant, bare: Contestant) -> None:
     """Print and record."""
     for one in (router, bare):
         print(
-            f"{one.name}: {statistics.median(one.throughputs):.0f} requests/s, {statistics.median(one.cpu_s):.2f} CPU s "
-            "per 1,000 requests"
+            f"{one.name}: {statistics.median(one.throughputs):.0f} requests/s, "
+            f"{statistics.median(one.cpu_s):.2f} CPU s per 1,000 requests"
         )
         for load in LOADS:
             p50, p99 = percentiles(one, load)
