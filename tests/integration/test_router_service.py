@@ -1,13 +1,10 @@
 """The router as a process, on real Kafka and a real Triton server with the stand-in model."""
 
 import asyncio
-import json
 import re
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,56 +15,24 @@ from router_support import (
     LONG_PROMPT,
     MODEL,
     ZONE,
-    Producer,
-    RouterProcess,
-    TritonServer,
     committed,
     fleet_toml,
     policy,
-    producing,
     question,
     reading,
     request,
-    start_triton,
 )
 
 from deploy.local.ports import free_ports
-from deploy.local.processes import Supervisor
 from services.evaluator.learning import learn
 from shared.grouping import unpack
 from shared.messages import DeadLetter, ResponseChunk, Sample
-from shared.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS, POLICIES, PROMPT_GROUPS, REQUESTS, RESPONSE_CHUNKS, SAMPLES
 
 pytestmark = pytest.mark.integration
 
 GONE = "127.0.0.1:9"
 """Nothing listens there."""
-
-
-@pytest.fixture(scope="module")
-def triton(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    server = start_triton(supervisor, tmp_path_factory.mktemp("triton"), name="router-triton")
-    yield server
-    supervisor.stop(server.name)
-
-
-@pytest.fixture
-def routers(
-    supervisor: Supervisor, kafka: KafkaSettings, triton: TritonServer, tmp_path: Path
-) -> Iterator[RouterProcess]:
-    fleet = tmp_path / "fleet.toml"
-    fleet.write_text(fleet_toml([triton.address]))
-    running = RouterProcess(supervisor, kafka, fleet)
-    yield running
-    for name in [name for name in supervisor.names if name.startswith(kafka.topic_prefix)]:
-        supervisor.stop(name)
-
-
-@pytest.fixture
-async def producer(kafka: KafkaSettings) -> AsyncIterator[Producer]:
-    async with producing(kafka) as made:
-        yield made
 
 
 async def test_five_hundred_requests_at_once_are_each_answered_once_by_what_the_policy_says(kafka, routers, producer):
@@ -130,25 +95,6 @@ async def test_a_policy_by_learned_groups_is_followed_by_what_the_prompt_says(ka
         await answers.ids(["r100"])
         last = answers.responses()["r100"].decision
         assert (last.group, last.level) == ("qa", "L0")
-
-
-async def test_a_router_that_is_killed_loses_nothing(kafka, routers, producer):
-    await producer.prepare({"L0": 0.5, "L1": 0.5})
-    await producer.ask(*(request(number) for number in range(600)))
-    first = routers.start()
-    async with reading(kafka) as answers:
-        await answers.read(until=150)
-        routers.supervisor.kill(first)
-        before = len(answers.records)
-        assert before < 600
-        routers.start()
-        seen = await answers.ids(f"r{number}" for number in range(600))
-        assert len(seen) == 600
-        levels: dict[str, set[str]] = {}
-        await answers.read(settle_s=0.5)
-        for record in answers.records:
-            levels.setdefault(record.key.decode(), set()).add(json.loads(record.value)["decision"]["level"])
-        assert all(len(drawn) == 1 for drawn in levels.values())  # a redelivered request draws the same
 
 
 async def test_what_is_no_request_becomes_a_dead_letter_and_the_rest_goes_on(kafka, routers, producer):
@@ -273,59 +219,6 @@ async def test_with_no_endpoint_at_all_requests_fail_at_their_deadline(kafka, ro
         error = answers.responses()["r0"].error
         assert error.code in {"upstream_error", "deadline_exceeded", "no_endpoint"}
     assert "no endpoint answers for m" in routers.supervisor.process(around).spec.ready()
-
-
-async def test_a_router_that_is_asked_to_stop_finishes_what_is_running_and_begins_nothing_new(kafka, routers, producer):
-    name = routers.start(SPROUT_ROUTER_MAX_IN_FLIGHT="4")
-    await producer.ask(*(request(number, prompt=LONG_PROMPT) for number in range(12)))
-    await asyncio.sleep(1.0)
-    took_s = routers.stop_gently(name, within_s=15)
-    assert 1.0 < took_s < 8.0  # the running four last four seconds
-    async with reading(kafka) as answers:
-        await answers.read(settle_s=0.5)
-        assert len(answers.records) == 4
-        routers.start(SPROUT_ROUTER_MAX_IN_FLIGHT="100")
-        seen = await answers.ids(f"r{number}" for number in range(12))
-        await answers.read(settle_s=0.5)
-        assert len(answers.records) == sum(seen.values()) == 12  # nothing was answered twice
-    await asyncio.sleep(0.5)
-    assert all(offset == end for offset, end in (await committed(kafka)).values())
-
-
-async def test_routers_that_come_and_go_lose_nothing_and_repeat_nothing(kafka, routers, producer):
-    await producer.prepare({"L1": 1.0})
-    first = routers.start()
-    async with reading(kafka) as answers:
-        asked = 0
-        for leaving in (None, None, first):
-            await producer.ask(*(request(number) for number in range(asked, asked + 300)))
-            asked += 300
-            if leaving is None:
-                routers.start()
-            else:
-                routers.stop_gently(leaving, within_s=20)
-        seen = await answers.ids(f"r{number}" for number in range(asked))
-        await answers.read(settle_s=1.0)
-        assert len(seen) == asked
-        assert len(answers.records) == asked
-    await asyncio.sleep(0.5)
-    assert all(offset == end for offset, end in (await committed(kafka)).values())
-
-
-async def test_a_member_by_name_that_dies_and_returns_moves_nothing(kafka, routers, producer):
-    await producer.prepare({"L1": 1.0})
-    names = [routers.start(SPROUT_ROUTER_INSTANCE_ID=f"member-{number}") for number in range(2)]
-    stays, dies = names
-    settled = routers.log(stays).count("partitions assigned")
-    async with reading(kafka) as answers:
-        await producer.ask(*(request(number) for number in range(400)))
-        await answers.read(until=100)
-        routers.supervisor.kill(dies)
-        routers.start(SPROUT_ROUTER_INSTANCE_ID="member-1")
-        seen = await answers.ids(f"r{number}" for number in range(400))
-        await answers.read(settle_s=1.0)
-    assert len(answers.records) == sum(seen.values()) == 400
-    assert routers.log(stays).count("partitions assigned") == settled
 
 
 async def test_an_endpoint_gets_no_more_than_it_may_have_and_the_rest_waits_in_kafka(kafka, routers, producer):

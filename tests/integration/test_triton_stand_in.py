@@ -1,10 +1,6 @@
 """The stand-in models in a real Triton server, asked by a real gRPC client, in event time ten times as fast as ours."""
 
 import asyncio
-import json
-import os
-import signal
-import subprocess
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -16,11 +12,12 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc.aio as grpcclient
+from triton_support import LEVELS, model_processes, text_of, write_entries
 from tritonclient.utils import InferenceServerException
 
-from deploy.local.paths import REPOSITORY, default_state_dir
+from deploy.local.paths import default_state_dir
 from deploy.local.processes import ProcessSpec, Supervisor
-from deploy.local.triton import TritonInstallation, free_triton_ports, install, metrics_url, ready_probe, wait_ready
+from deploy.local.triton import TritonInstallation, free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.repository import write_repository
 from deploy.triton.server import TritonPorts
@@ -32,26 +29,7 @@ pytestmark = pytest.mark.integration
 
 RATE = 10.0
 IDLE_W = 50.0
-LEVELS = {"L0": (100, 2.0), "L1": (30, 0.6), "L2": (10, 0.2)}
 SYSTEM = {"L0": "", "L1": "Always answer briefly.", "L2": "Always answer very briefly."}
-
-
-def text_of(number: int, level: str) -> str:
-    tokens, _ = LEVELS[level]
-    return f"Answer {number} at {level}: " + "word " * tokens + "end."
-
-
-def entry(number: int) -> dict[str, object]:
-    return {
-        "task": "test",
-        "prompt": f"Question number {number}?",
-        "preferred": ("L0", "L1", "L2")[number % 3],
-        "reference": None,
-        "responses": {
-            f"m/{level}": {"text": text_of(number, level), "tokens": tokens, "energy_j": tokens * 6.0, "time_s": time_s}
-            for level, (tokens, time_s) in LEVELS.items()
-        },
-    }
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +40,7 @@ def triton() -> TritonInstallation:
 @pytest.fixture(scope="module")
 def workload(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("workload") / "w.jsonl"
-    path.write_text("".join(json.dumps(entry(number)) + "\n" for number in range(30)) + "{broken\n")
-    return path
+    return write_entries(path)
 
 
 @dataclass(frozen=True)
@@ -306,11 +283,6 @@ async def test_the_judge_names_the_preferred_answer(client, server):
         assert server.energy_j("stand-in-judge") - before_j > 30.0
 
 
-def model_processes(server: int) -> list[psutil.Process]:
-    """Those of the models, without what looks after them and comes and goes."""
-    return [process for process in psutil.Process(server).children() if process.name().startswith("triton_python")]
-
-
 def test_it_listens_on_loopback_alone(server):
     listening = {
         (one.laddr.ip.removeprefix("::ffff:"), one.laddr.port)
@@ -326,78 +298,3 @@ def test_its_log_names_the_broken_line_and_no_prompt(server):
     log = server.log.read_text()
     assert "line 31: not JSON" in log
     assert "Question number" not in log
-
-
-def test_an_installation_is_found_again_at_once(triton):
-    said: list[str] = []
-    began = time.monotonic()
-    assert install(default_state_dir(), say=said.append) == triton
-    assert time.monotonic() - began < 0.5
-    assert said == []
-
-
-def serve(triton: TritonInstallation, *arguments: str, **changes: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [str(triton.server.python), "-m", "deploy.triton.serve", *arguments],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **changes},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_serve_writes_the_repository_and_becomes_the_server(triton, workload, tmp_path):
-    ports = free_triton_ports()
-    process = serve(
-        triton, "--models", "ensemble=m", "--folder", str(tmp_path),
-        WORKLOAD=str(workload),
-        SPROUT_TRITON_GRPC_PORT=str(ports.grpc),
-        SPROUT_TRITON_HTTP_PORT=str(ports.http),
-        SPROUT_TRITON_METRICS_PORT=str(ports.metrics),
-    )  # fmt: skip
-    try:
-        wait_ready(ports, 60, alive=lambda: process.poll() is None)
-        assert (tmp_path / "models" / "judge" / "config.pbtxt").is_file()
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=20)
-    assert process.returncode == 0
-    assert "serving ensemble; its energy is counted under gpu_uuid 'stand-in-m'" in said
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE  # whoever inherits it may never look after it
-    except psutil.NoSuchProcess:
-        return False
-
-
-def test_the_models_processes_end_with_a_server_that_is_killed(triton, workload, tmp_path):
-    write_repository(tmp_path / "models", [stand_in_llm(workload, model="m"), stand_in_judge(workload)])
-    ports = free_triton_ports()
-    server = subprocess.Popen(
-        triton.command(tmp_path / "models", ports),
-        env={**os.environ, **triton.environment()},
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        wait_ready(ports, 60, alive=lambda: server.poll() is None)
-        models = model_processes(server.pid)
-        assert len(models) == 2
-    finally:
-        server.kill()
-        server.wait()
-    deadline = time.monotonic() + 20
-    while (alive := [process for process in models if lives(process)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in alive:
-        process.kill()
-    assert not alive
-
-
-def test_serve_refuses_a_workload_that_does_not_do(triton, tmp_path):
-    (tmp_path / "empty.jsonl").write_text("")
-    process = serve(triton, WORKLOAD=str(tmp_path / "empty.jsonl"))
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == 2
-    assert "cannot serve: workload" in said
-    assert "has no usable line" in said
