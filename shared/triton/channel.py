@@ -1,8 +1,10 @@
 """The connection to a Triton server, and how its calls are made."""
 
-from typing import Final
+from typing import Any, Final
 
 import grpc
+from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelStreamInferResponse
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 LARGEST_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 
@@ -24,6 +26,49 @@ CHANNEL_OPTIONS: Final = (
 
 STATUS_MODE: Final = (("triton_grpc_error", "true"),)
 """Metadata that makes Triton end a stream with the error's gRPC status instead of a bare text in the stream."""
+
+STREAM_METHOD: Final = "/inference.GRPCInferenceService/ModelStreamInfer"
+
+
+class Connection:
+    """The calls of one Triton server; connects when the first is made, and again after `close`.
+
+    The stub's method of a stream is for many requests; ours carries one, so it is called as a method that takes one,
+    whose request goes out in a single step instead of three. On the wire both are the same.
+    """
+
+    def __init__(self, address: str, *, credentials: grpc.ChannelCredentials | None, server_name: str | None) -> None:
+        """Take what `open_channel` takes."""
+        self._address = address
+        self._credentials = credentials
+        self._server_name = server_name
+        self._opened: tuple[grpc.aio.Channel, GRPCInferenceServiceStub, Any] | None = None
+
+    @property
+    def stub(self) -> Any:  # noqa: ANN401 - its methods have no types
+        """For calls with one answer."""
+        return self._open()[1]
+
+    def stream(self, request: ModelInferRequest, *, timeout_s: float) -> Any:  # noqa: ANN401 - not generic in the stubs
+        """Begin a generation; returns gRPC's `UnaryStreamCall` of `ModelStreamInferResponse`."""
+        return self._open()[2](request, timeout=timeout_s, metadata=STATUS_MODE)
+
+    async def close(self) -> None:
+        """Cancel what runs and disconnect."""
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await opened[0].close(None)
+
+    def _open(self) -> tuple[grpc.aio.Channel, GRPCInferenceServiceStub, Any]:
+        if self._opened is None:
+            channel = open_channel(self._address, credentials=self._credentials, server_name=self._server_name)
+            stream = channel.unary_stream(
+                STREAM_METHOD,
+                request_serializer=ModelInferRequest.SerializeToString,
+                response_deserializer=ModelStreamInferResponse.FromString,
+            )
+            self._opened = channel, GRPCInferenceServiceStub(channel), stream
+        return self._opened
 
 
 def open_channel(

@@ -3,9 +3,7 @@
 It speaks the inference protocol through the stubs that `tritonclient` generates from it. `tritonclient.grpc.aio`'s own
 `stream_infer` is not enough: it cannot ask for the empty final response by which a decoupled model that sends no last
 word is heard to end, drops the gRPC status of an error, and builds every tensor as an array. Every generation has a
-stream of its own on one shared connection, because a stream is what gRPC can cancel. The stub's method is for many
-requests to a stream; ours carries one, so it is called as a method that takes one, whose request goes out in a single
-step instead of three. On the wire both are the same.
+stream of its own on one shared connection, because a stream is what gRPC can cancel.
 """
 
 import asyncio
@@ -22,11 +20,10 @@ from tritonclient.grpc.service_pb2 import (
     ModelReadyRequest,
     ModelStreamInferResponse,
 )
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from shared.clock import Clock
 from shared.logs import get_logger
-from shared.triton.channel import STATUS_MODE, open_channel
+from shared.triton.channel import Connection
 from shared.triton.contract import Contract, ContractError
 from shared.triton.counting import TokenCounts, Tokenizer
 from shared.triton.errors import DeadlineExceeded, EndpointUnavailable, GenerationError
@@ -39,8 +36,6 @@ _log = get_logger(__name__)
 
 _Call = Any
 """`grpc.aio.UnaryStreamCall`, which is not generic in the installed stubs."""
-
-_STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +82,9 @@ class TritonClient:
         self.name = name or address
         self._model = model
         self._clock = clock
-        self._credentials = credentials
         self._tokenizer = tokenizer
-        self._server_name = server_name
         self._contract: Contract | None = None
-        self._channel: grpc.aio.Channel | None = None
-        self._connected: Any = None
-        self._ask: Any = None
+        self._connection = Connection(address, credentials=credentials, server_name=server_name)
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,9 +94,7 @@ class TritonClient:
 
     async def close(self) -> None:
         """Cancel what runs and close the connection."""
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await channel.close(None)
+        await self._connection.close()
 
     @property
     def contract(self) -> Contract | None:
@@ -115,7 +104,7 @@ class TritonClient:
     async def is_ready(self, *, timeout_s: float) -> bool:
         """Whether the server answers within `timeout_s` (wall) and has the model loaded."""
         try:
-            answer = await self._stub.ModelReady(ModelReadyRequest(name=self._model), timeout=timeout_s)
+            answer = await self._connection.stub.ModelReady(ModelReadyRequest(name=self._model), timeout=timeout_s)
         except grpc.RpcError:
             return False
         return bool(answer.ready)
@@ -128,7 +117,7 @@ class TritonClient:
             ContractError: it is not a text model.
         """
         try:
-            answer = await self._stub.ModelConfig(ModelConfigRequest(name=self._model), timeout=timeout_s)
+            answer = await self._connection.stub.ModelConfig(ModelConfigRequest(name=self._model), timeout=timeout_s)
         except grpc.RpcError as error:
             raise EndpointUnavailable(self._describe(error)) from error
         contract = Contract.from_config(answer.config)
@@ -248,21 +237,6 @@ class TritonClient:
                 model=contract.model,
             )
 
-    @property
-    def _stub(self) -> GRPCInferenceServiceStub:
-        self._connect()
-        return self._connected
-
-    def _connect(self) -> None:
-        if self._channel is None:
-            self._channel = open_channel(self.address, credentials=self._credentials, server_name=self._server_name)
-            self._connected = GRPCInferenceServiceStub(self._channel)
-            self._ask = self._channel.unary_stream(
-                _STREAM_METHOD,
-                request_serializer=ModelInferRequest.SerializeToString,
-                response_deserializer=ModelStreamInferResponse.FromString,
-            )
-
     async def _counts(self, prompt: str, assembly: Assembly) -> TokenCounts | None:
         if self._tokenizer is None or assembly.counted:
             return None
@@ -278,7 +252,7 @@ class TritonClient:
         self, request: ModelInferRequest, contract: Contract, timeout_s: float
     ) -> AsyncGenerator[Part, None]:
         try:
-            response: ModelInferResponse = await self._stub.ModelInfer(request, timeout=timeout_s)
+            response: ModelInferResponse = await self._connection.stub.ModelInfer(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise self._typed(error) from error
         yield decode(contract, response)
@@ -286,8 +260,7 @@ class TritonClient:
     async def _streamed(
         self, request: ModelInferRequest, contract: Contract, timeout_s: float, patience: Patience | None
     ) -> AsyncGenerator[Part, None]:
-        self._connect()
-        call: _Call = self._ask(request, timeout=timeout_s, metadata=STATUS_MODE)
+        call: _Call = self._connection.stream(request, timeout_s=timeout_s)
         try:
             limit_s = None if patience is None else patience.first_s
             try:
