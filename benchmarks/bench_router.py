@@ -178,13 +178,17 @@ async def compete(contestants: list[Contestant]) -> None:
 
 
 async def half_busy(router: Contestant) -> float:
-    """The rate of evenly spread requests through the router at which the machine's cores are half busy."""
-    rate = statistics.median(router.throughputs) / 8
+    """The rate of evenly spread requests through the router at which the machine's cores are half busy.
+
+    No more than half the router's throughput: one router cannot keep a machine of many cores half busy.
+    """
+    most = statistics.median(router.throughputs) / 2
+    rate = most / 4
     for _ in range(TRIALS):
         async with talking(router) as conversation:
             _, busy = await watched(conversation.paced(rate, seconds=TRIAL_S))
         # The busier, the less a further request takes, so the rate must change by more than the share.
-        rate *= min(2.0, max(0.5, (0.5 / max(busy, 0.01)) ** 1.5))
+        rate = min(most, rate * min(2.0, max(0.5, (0.5 / max(busy, 0.01)) ** 1.5)))
     return rate
 
 

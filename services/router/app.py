@@ -3,18 +3,17 @@
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from faststream.asgi import AsgiFastStream
-from faststream.kafka import KafkaBroker, KafkaMessage
+from faststream.kafka import KafkaBroker
 from faststream.kafka.subscriber.usecase import BatchSubscriber
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
 from services.router.backlog import Backlog
 from services.router.delivery import Delivery
-from services.router.fetching import wait_for_records
+from services.router.fetching import feed
 from services.router.gate import Gate
 from services.router.intake import Intake
 from services.router.knowledge import Knowledge
@@ -157,20 +156,15 @@ class Router:
             rebalance_timeout_ms=int(settings.rebalance_timeout_s * 1_000),
             partition_assignment_strategy=(StickyPartitionAssignor,),
             listener=self.intake,
-            decoder=_leave_unparsed,
             title="requests",
             description="Prompts to be answered",
         )
 
-        wait_for_records(subscriber, least_interval_s=settings.batch_interval_ms / 1_000)
-
-        # The parameter's type is for the AsyncAPI document. A parameter for the message itself would be resolved in a
-        # thread, for every batch: milliseconds while the loop is busy.
         @subscriber
-        async def on_requests(requests: list[GenerationRequest]) -> None:  # noqa: ARG001
-            raw: Any = broker.context.get("message").raw_message
-            await self.intake.take(raw if isinstance(raw, tuple | list) else (raw,))
+        async def on_requests(requests: list[GenerationRequest]) -> None:
+            """Tells the AsyncAPI document what the topic holds; `feed` leads the records past it."""
 
+        feed(subscriber, self.intake.take, least_interval_s=settings.batch_interval_ms / 1_000)
         self.intake.bind(lambda: subscriber.consumer)
         return Backlog(lambda: subscriber.consumer, finished=self.intake.finished, metrics=self.metrics)
 
@@ -284,8 +278,3 @@ def main() -> None:
 def _tracing(kafka: KafkaSettings) -> Tracing | None:
     provider = tracer_provider(NAME, version=VERSION)
     return None if provider is None else Tracing(provider, version=VERSION, group=kafka.group(NAME))
-
-
-async def _leave_unparsed(message: KafkaMessage) -> list[GenerationRequest]:  # noqa: ARG001
-    """Records are parsed one by one where they are served, so that a bad one is no other's concern."""
-    return []

@@ -1,7 +1,13 @@
-"""How records come to the router: at once where they come one by one, together where there are many."""
+"""How records come to the router: at once where they come one by one, together where there are many.
+
+FastStream looks after the consumer: its life, its errors, its listener. What it does with records is left out, because
+the router does all of it itself, for every record: it looks at the consumer over and over, whether or not something has
+come, and leads every batch through parsers, middlewares and injection, which takes longer than to begin the requests.
+"""
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,12 +17,12 @@ from faststream.kafka.subscriber.usecase import BatchSubscriber
 LONGEST_WAIT_MS = 250
 """Wall time that one look at the consumer may take: a stop waits for it."""
 
+Take = Callable[[Sequence[Any]], Awaitable[None]]
+"""Takes aiokafka's records; the next are fetched when it returns."""
 
-def wait_for_records(subscriber: BatchSubscriber, *, least_interval_s: float) -> None:
-    """Have a subscriber of batches wait for records.
 
-    FastStream's own looks, sleeps as long as it has looked, and looks again, whether or not records have come by then:
-    with looks as short as a request calls for, that costs it a millisecond, and an idle router a twentieth of a core.
+def feed(subscriber: BatchSubscriber, take: Take, *, least_interval_s: float) -> None:
+    """Have a subscriber of batches wait for records and hand them over as they are.
 
     Args:
         least_interval_s: wall time from one batch to the next: a batch has a price, which many records share.
@@ -30,4 +36,8 @@ def wait_for_records(subscriber: BatchSubscriber, *, least_interval_s: float) ->
         taken_s = time.monotonic()
         return tuple(chain(*records.values()))
 
+    async def consume_one(msg: tuple[Any, ...]) -> None:
+        await take(msg)
+
     subscriber.get_msg = get_msg  # type: ignore[method-assign]
+    subscriber.consume_one = consume_one  # type: ignore[method-assign]

@@ -43,6 +43,7 @@ class Connection:
         self._credentials = credentials
         self._server_name = server_name
         self._opened: tuple[grpc.aio.Channel, GRPCInferenceServiceStub, Any] | None = None
+        self._streams: set[Any] = set()
 
     @property
     def stub(self) -> Any:  # noqa: ANN401 - its methods have no types
@@ -50,8 +51,15 @@ class Connection:
         return self._open()[1]
 
     def stream(self, request: ModelInferRequest, *, timeout_s: float) -> Any:  # noqa: ANN401 - not generic in the stubs
-        """Begin a generation; returns gRPC's `UnaryStreamCall` of `ModelStreamInferResponse`."""
-        return self._open()[2](request, timeout=timeout_s, metadata=STATUS_MODE)
+        """Begin a generation; returns gRPC's `UnaryStreamCall` of `ModelStreamInferResponse`.
+
+        It may be left when its last message was read, and ends by itself.
+        """
+        call = self._open()[2](request, timeout=timeout_s, metadata=STATUS_MODE)
+        # One that nobody refers to would be cancelled.
+        self._streams.add(call)
+        call.add_done_callback(self._streams.discard)
+        return call
 
     async def close(self) -> None:
         """Cancel what runs and disconnect."""

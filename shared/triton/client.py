@@ -261,19 +261,24 @@ class TritonClient:
         self, request: ModelInferRequest, contract: Contract, timeout_s: float, patience: Patience | None
     ) -> AsyncGenerator[Part, None]:
         call: _Call = self._connection.stream(request, timeout_s=timeout_s)
+        final = False
         try:
             limit_s = None if patience is None else patience.first_s
             try:
-                while (response := await self._read(call, limit_s)) is not None:
+                while not final and (response := await self._read(call, limit_s)) is not None:
                     limit_s = None if patience is None else patience.next_s
                     if response.error_message:
                         raise failure_in_stream(self.name, response.error_message, refusals=self._refusals)
-                    yield decode(contract, response.infer_response)
+                    part = decode(contract, response.infer_response)
+                    # The answer is whole: its status, which is still to come, has nothing to add.
+                    final = part.final
+                    yield part
             except grpc.RpcError as error:
                 raise self._typed(error) from error
         finally:
-            # Without effect on a stream that ended; a stream that is given up stops the server's work.
-            call.cancel()
+            if not final:
+                # Without effect on a stream that ended; a stream that is given up stops the server's work.
+                call.cancel()
 
     async def _read(self, call: _Call, limit_s: float | None) -> ModelStreamInferResponse | None:
         """The next response; null at the stream's end."""

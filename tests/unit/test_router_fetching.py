@@ -2,9 +2,10 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 
-from services.router.fetching import LONGEST_WAIT_MS, wait_for_records
+from services.router.fetching import LONGEST_WAIT_MS, feed
 
 
 class Consumer:
@@ -32,8 +33,12 @@ class Consumer:
 
 
 def subscriber(*, least_interval_s: float) -> SimpleNamespace:
-    made = SimpleNamespace(max_records=3)
-    wait_for_records(made, least_interval_s=least_interval_s)
+    made = SimpleNamespace(max_records=3, taken=[])
+
+    async def take(records: Sequence[str]) -> None:
+        made.taken.append(records)
+
+    feed(made, take, least_interval_s=least_interval_s)
     return made
 
 
@@ -64,3 +69,9 @@ async def test_no_batch_is_larger_than_asked_and_none_is_no_error():
     assert await waiting.get_msg(consumer) == ("a", "b", "c")
     assert await waiting.get_msg(consumer) == ("d",)
     assert await waiting.get_msg(consumer) == ()
+
+
+async def test_records_are_handed_over_as_they_are():
+    fed = subscriber(least_interval_s=0.001)
+    await fed.consume_one(("a", "b"))
+    assert fed.taken == [("a", "b")]
