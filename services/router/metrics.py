@@ -1,6 +1,7 @@
 """What the router tells Prometheus."""
 
 from collections.abc import Callable
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -115,6 +116,12 @@ class RouterMetrics:
             registry=registry,
         )
 
+        # A series is looked up for every answer, which `labels` makes dearer than counting in it.
+        self._requests_of = cache(self.requests.labels)
+        self._tokens_of = cache(self.tokens.labels)
+        self._generation_s_of = cache(self.generation_s.labels)
+        self._first_token_s_of = cache(self.first_token_s.labels)
+
     def watch_waiting(self, age_s: Callable[[], float]) -> None:
         """Read the age of the oldest waiting record whenever it is asked for."""
         self._waiting_age_s.set_function(age_s)
@@ -138,15 +145,15 @@ class RouterMetrics:
         outcome = response.error.code if response.error is not None else "ok"
         # Producers choose the name of a model that is not served: it must not become a time series.
         model = response.model if outcome != "unknown_model" else ""
-        self.requests.labels(model, outcome, pool, level, source).inc()
+        self._requests_of(model, outcome, pool, level, source).inc()
         self.overhead_s.observe(overhead_s)
         if response.usage is None or response.timing is None:
             return
-        self.tokens.labels(model, pool, level, "completion").inc(response.usage.completion_tokens)
+        self._tokens_of(model, pool, level, "completion").inc(response.usage.completion_tokens)
         if response.usage.prompt_tokens is not None:
-            self.tokens.labels(model, pool, level, "prompt").inc(response.usage.prompt_tokens)
+            self._tokens_of(model, pool, level, "prompt").inc(response.usage.prompt_tokens)
         timing = response.timing
         self.queued_s.observe(max(0.0, (timing.received_at - response.requested_at).total_seconds()))
-        self.generation_s.labels(model, level).observe((timing.finished_at - timing.started_at).total_seconds())
+        self._generation_s_of(model, level).observe((timing.finished_at - timing.started_at).total_seconds())
         if timing.first_token_at is not None:
-            self.first_token_s.labels(model).observe((timing.first_token_at - timing.started_at).total_seconds())
+            self._first_token_s_of(model).observe((timing.first_token_at - timing.started_at).total_seconds())
