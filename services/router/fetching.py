@@ -31,7 +31,8 @@ def feed(subscriber: BatchSubscriber, take: Take, *, least_interval_s: float) ->
 
     async def get_msg(consumer: AIOKafkaConsumer) -> tuple[Any, ...]:
         nonlocal taken_s
-        await asyncio.sleep(max(0.0, taken_s + least_interval_s - time.monotonic()))
+        if (early_s := taken_s + least_interval_s - time.monotonic()) > 0.0:
+            await asyncio.sleep(early_s)
         records = await consumer.getmany(timeout_ms=LONGEST_WAIT_MS, max_records=subscriber.max_records)
         taken_s = time.monotonic()
         return tuple(chain(*records.values()))
