@@ -164,7 +164,7 @@ class Router:
         async def on_requests(requests: list[GenerationRequest]) -> None:
             """Tells the AsyncAPI document what the topic holds; `feed` leads the records past it."""
 
-        feed(subscriber, self.intake.take, least_interval_s=settings.batch_interval_ms / 1_000)
+        feed(subscriber, self.intake.take)
         self.intake.bind(lambda: subscriber.consumer)
         return Backlog(lambda: subscriber.consumer, finished=self.intake.finished, metrics=self.metrics)
 

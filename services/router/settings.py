@@ -20,9 +20,6 @@ class RouterSettings(BaseSettings):
     # Intake
     max_in_flight: int = Field(default=500, ge=1, le=10_000, description="Requests being served at once")
     fetch_max_records: int = Field(default=200, ge=1, description="Records taken from Kafka's buffer at once")
-    batch_interval_ms: int = Field(
-        default=1, ge=0, le=1_000, description="From one batch of requests to the next, at least, wall"
-    )
     commit_interval_s: float = Field(default=0.2, gt=0, le=60, description="Between two commits, wall")
     session_timeout_s: float = Field(
         default=6.0, ge=1.0, description="A router that is silent for so long is given up by the group, wall"
