@@ -7,7 +7,7 @@ from drills.run import Run
 from drills.scenarios.model_servers import triton_errors, triton_hung, triton_killed
 from drills.scenarios.producers import malformed
 from drills.scenarios.routers import rebalance_storm, sigkill, sigterm
-from drills.scenarios.servers import kafka_restarted, postgres_absent
+from drills.scenarios.servers import kafka_frozen, kafka_restarted, postgres_absent
 
 Scenario = Callable[[Run], Awaitable[None]]
 
@@ -21,6 +21,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         triton_hung,
         triton_errors,
         kafka_restarted,
+        kafka_frozen,
         postgres_absent,
         malformed,
     )

@@ -1,4 +1,4 @@
-"""Kafka is away for a while; PostgreSQL is not there at all."""
+"""Kafka is away for a while, or says nothing for longer than its clients wait; PostgreSQL is not there at all."""
 
 import asyncio
 import signal
@@ -23,6 +23,21 @@ async def kafka_restarted(run: Run) -> None:
         await asyncio.sleep(fault.hold_s)
         await run.again(KAFKA)
         await asyncio.sleep(BREATH_S)
+
+
+async def kafka_frozen(run: Run) -> None:
+    """Kafka's process is stopped for longer than the routers wait for it to acknowledge an answer, and goes on.
+
+    What the routers had sent meanwhile it then finds in its sockets, and takes; they never hear of it. Their session
+    outlasts it: no rebalance makes them look.
+    """
+    await run.serve(settings={"SPROUT_ROUTER_SESSION_TIMEOUT_S": "120"})
+    run.flow(run.requests(3_000))
+    for fault in faults(run.rng, number=1, victims=1, hold_s=(43.0, 48.0), within=(0.2, 0.6)):
+        await run.traffic.until(fault.after)
+        await run.strike("SIGSTOP", KAFKA, signal.SIGSTOP)
+        await asyncio.sleep(fault.hold_s)
+        await run.strike("SIGCONT", KAFKA, signal.SIGCONT)
 
 
 async def postgres_absent(run: Run) -> None:

@@ -5,6 +5,9 @@ where it was, while another router has answered in its stead. So what proves tha
 an accepted commit, is good for a while (the lease), shorter than the session that it prolonged. In a rebalance the gate
 is shut before the partitions are given back, and what is on its way is waited for: whoever takes over finds either an
 answer or none, never one that comes later.
+
+Nor is an answer sent again that Kafka may have: where it does not say whether it has, the gate is shut until somebody
+has looked.
 """
 
 import asyncio
@@ -15,6 +18,9 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
+
+from shared.publishing import TOO_LARGE
 
 T = TypeVar("T")
 
@@ -40,6 +46,11 @@ class Gate:
         self._open: set[TopicPartition] = set()
         self._passing: Counter[TopicPartition] = Counter()
         self._changed = asyncio.Event()
+        self._on_doubt: Callable[[], None] = lambda: None
+
+    def watch(self, on_doubt: Callable[[], None]) -> None:
+        """Have somebody told, every time that Kafka may have a message or not and the gate was shut for it."""
+        self._on_doubt = on_doubt
 
     def prove(self, at_s: float) -> None:
         """The group accepted a commit that was begun at `at_s`, by the gate's own clock."""
@@ -75,12 +86,22 @@ class Gate:
         return True
 
     async def through(self, partition: TopicPartition, publish: Callable[[], Awaitable[T]]) -> T:
-        """Publish, once the gate is open and the lease holds."""
+        """Publish, once the gate is open and the lease holds.
+
+        Raises:
+            KafkaError: of `publish`; unless it is one of `TOO_LARGE`, Kafka may have the message all the same.
+        """
         while partition not in self._open or not self._held_for(self.lease_s):
             await self._change()
         self._passing[partition] += 1
         try:
             return await publish()
+        except TOO_LARGE:
+            raise
+        except KafkaError:
+            self.shut()
+            self._on_doubt()
+            raise
         finally:
             self._passing[partition] -= 1
             if not self._passing[partition]:

@@ -55,7 +55,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         self._serve = serve
         self._gate = gate
         self._room = room
-        self._takeover = Takeover(group, self._bound, self._resume)
+        self._takeover = Takeover(group, self._bound, quiet=self._until_quiet, resume=self._resume)
+        gate.watch(self._in_doubt)
         self._capacity = asyncio.Semaphore(max_in_flight)
         self._rebalance_grace_s = rebalance_grace_s
         self._metrics = metrics
@@ -187,9 +188,27 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         await self._commit(standings, everything=True)
         consumer = self._consumer()
         if consumer is not None and not self._stopping:
+            for partition, standing in standings.items():
+                # As Kafka has it after a rebalance: what is known here is recognised.
+                consumer.seek(partition, standing.commit.offset)
             consumer.resume(*standings)
         known = sum(len(standing.answered) for standing in standings.values())
         _log.info("partitions taken over", partitions=len(standings), answered_before=known, given_up=given_up)
+
+    def _in_doubt(self) -> None:
+        """Kafka may have an answer or not: see what it has, as if another router had owned the partitions until now."""
+        consumer = self._consumer()
+        # Otherwise nothing more is sent, or a takeover is about to begin anyway.
+        if consumer is None or self._stopping or not self._assigned:
+            return
+        partitions = consumer.assignment()
+        consumer.pause(*partitions)
+        self._tracker.suspend(partitions)
+        self._takeover.begin(partitions)
+
+    async def _until_quiet(self) -> None:
+        while not await self._gate.quiet(QUIET_S):
+            _log.warning("answers are still on their way to Kafka: partitions are taken over when it is known of each")
 
     async def _shut(self, partitions: Collection[TopicPartition] | None) -> None:
         self._gate.shut(partitions)

@@ -20,6 +20,9 @@ from shared.logs import get_logger, where
 PAUSE_S: Final = 0.5
 """Wall seconds before Kafka is asked again, after it could not be."""
 
+Quiet = Callable[[], Awaitable[None]]
+"""Waits until nothing of this router's own is on its way to Kafka, which would come after what is read."""
+
 Resume = Callable[[Mapping[TopicPartition, Standing]], Awaitable[None]]
 """Goes on with the partitions."""
 
@@ -39,8 +42,11 @@ class Group(Protocol):
 class Takeover:
     """One takeover at a time; a new rebalance ends the one before."""
 
-    def __init__(self, group: Group, consumer: Callable[[], AIOKafkaConsumer | None], resume: Resume) -> None:
+    def __init__(
+        self, group: Group, consumer: Callable[[], AIOKafkaConsumer | None], *, quiet: Quiet, resume: Resume
+    ) -> None:
         self._group = group
+        self._quiet = quiet
         self._consumer = consumer
         self._resume = resume
         self._task: asyncio.Task[None] | None = None
@@ -51,7 +57,9 @@ class Takeover:
         return self._task is not None and not self._task.done()
 
     def begin(self, partitions: Collection[TopicPartition]) -> None:
-        """Take partitions over, trying again for as long as it takes."""
+        """Take partitions over, trying again for as long as it takes; what was under way ends."""
+        if self._task is not None:
+            self._task.cancel()
         self._task = asyncio.create_task(self._run(partitions))
 
     async def stop(self) -> None:
@@ -64,6 +72,7 @@ class Takeover:
     async def _run(self, partitions: Collection[TopicPartition]) -> None:
         while True:
             try:
+                await self._quiet()
                 return await self._resume(await self._standings(partitions))
             except Exception as error:  # noqa: BLE001 - a partition that nobody serves must not be left alone
                 _log.warning("partitions cannot be taken over yet", error=type(error).__name__, where=where(error))

@@ -1,61 +1,15 @@
 """What the intake asks of its consumer and its group while a rebalance is settled."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
-from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
-from prometheus_client import CollectorRegistry
 
-from services.router.gate import Gate
 from services.router.intake import Intake
-from services.router.metrics import RouterMetrics
-from services.router.offsets import Commit, Standing
+from services.router.offsets import Commit
 from services.router.recovery import stored
-
-KNOWN, NEW = TopicPartition("requests", 0), TopicPartition("requests", 1)
-
-
-class ConsumerStandIn:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.paused: set[TopicPartition] = set()
-        self.committed: dict[TopicPartition, OffsetAndMetadata] = {}
-
-    def assignment(self):
-        return {KNOWN, NEW}
-
-    def pause(self, *partitions):
-        self.paused |= set(partitions)
-
-    def resume(self, *partitions):
-        self.paused -= set(partitions)
-
-    async def beginning_offsets(self, partitions):
-        return dict.fromkeys(partitions, 0)
-
-    async def commit(self, offsets):
-        self.committed |= offsets
-
-
-class GroupStandIn:
-    """Answers, once it is told to, where the group stands."""
-
-    def __init__(self) -> None:
-        self.stored: dict[TopicPartition, OffsetAndMetadata] = {}
-        self.answered: dict[TopicPartition, dict[int, int]] = {}
-        self.answer = asyncio.Event()
-        self.answer.set()
-
-    async def commits(self, partitions):
-        return {one: self.stored[one] for one in partitions if one in self.stored}
-
-    async def standings(self, commits):
-        await self.answer.wait()
-        return {one: Standing(commit, self.answered.get(one, {})) for one, commit in commits.items()}
+from tests.intake_support import KNOWN, NEW, ConsumerStandIn, GroupStandIn, assigned, intake_of, record, settle
 
 
 class Served:
@@ -69,10 +23,6 @@ class Served:
     async def __call__(self, record, passage):
         self.offsets.append((record.partition, record.offset))
         await self.go.wait()
-
-
-def record(partition: TopicPartition, offset: int) -> SimpleNamespace:
-    return SimpleNamespace(topic=partition.topic, partition=partition.partition, offset=offset, timestamp=offset)
 
 
 @pytest.fixture
@@ -92,22 +42,7 @@ def consumer() -> ConsumerStandIn:
 
 @pytest.fixture
 def intake(served: Served, group: GroupStandIn, consumer: ConsumerStandIn) -> Intake:
-    gate = Gate(session_timeout_s=10.0)
-    made = Intake(
-        served, group, gate, max_in_flight=4, rebalance_grace_s=0.0, metrics=RouterMetrics(CollectorRegistry())
-    )
-    made.bind(lambda: consumer)
-    return made
-
-
-async def settle() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
-
-
-async def assigned(intake: Intake, *partitions: TopicPartition) -> None:
-    await intake.on_partitions_assigned(partitions)
-    await settle()
+    return intake_of(served, group, consumer)
 
 
 async def test_nothing_is_delivered_before_it_is_known_where_the_group_stands(intake, served, group, consumer):
