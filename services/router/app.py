@@ -53,6 +53,9 @@ DESCRIPTION = "Draws a generation directive for every request, has a model answe
 LONGEST_COMMIT_S = 60.0
 """Wall seconds that a commit may take before the router says that it is not ready: aiokafka tries for as long as 40."""
 
+LONGEST_HEARTBEAT_S = 3.0
+"""Wall seconds between two heartbeats: so late may a router hear of a rebalance, and the whole group waits for it."""
+
 _log = get_logger(__name__)
 
 
@@ -151,7 +154,7 @@ class Router:
             auto_offset_reset="earliest",
             ack_policy=AckPolicy.MANUAL,
             session_timeout_ms=int(settings.session_timeout_s * 1_000),
-            heartbeat_interval_ms=int(settings.session_timeout_s * 1_000 / 4),
+            heartbeat_interval_ms=int(min(settings.session_timeout_s / 4, LONGEST_HEARTBEAT_S) * 1_000),
             max_poll_interval_ms=int(settings.max_poll_interval_s * 1_000),
             rebalance_timeout_ms=int(settings.rebalance_timeout_s * 1_000),
             partition_assignment_strategy=(StickyPartitionAssignor,),
