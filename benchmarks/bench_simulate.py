@@ -25,6 +25,7 @@ STARTS = (800, 3_900, 7_000)
 ZONES = 5
 TASKS = 6
 PROCESSES = 2
+WORDS = ("which", "of", "these", "planets", "is", "larger", "than", "Earth", "and", "has", "7", "moons")
 
 
 def made_up_requests(rng: np.random.Generator) -> Measured:
@@ -82,11 +83,12 @@ def main() -> None:
     seconds = time.perf_counter() - begun
     print(f"{done} runs of {HOURS} hours on {PROCESSES} processes: {seconds:.1f} s")
     print(f"groups learned from {len(judged):,} prompts: {learning_s:.1f} s, {len(learned.groups.names)} groups")
-    some = measured.prompts[:1_000]
-    begun = time.perf_counter()
-    for prompt in some:
-        learned.groups.assign(prompt)
-    print(f"one prompt assigned: {1e6 * (time.perf_counter() - begun) / len(some):.0f} µs")
+    for words in (10, 40, 160, 4_000):
+        some = [" ".join(f"{word}," for word in rng.choice(WORDS, words)) for _ in range(200)]
+        begun = time.perf_counter()
+        for prompt in some:
+            learned.groups.assign(prompt)
+        print(f"one prompt of {words:,} words assigned: {1e6 * (time.perf_counter() - begun) / len(some):.0f} µs")
     record("simulate_15x7_s", round(seconds, 2))
 
 

@@ -1,12 +1,15 @@
 """What a prompt looks like, in numbers: its words, its opening, its shape. No second language model, no vocabulary.
 
 Words and pairs of words, and the opening and closing ones by their place, are hashed into buckets; the shape is a few
-counts. Texts stay where they are: of a prompt nothing is kept but numbers.
+counts. Texts stay where they are: of a prompt nothing is kept but numbers. However long it is, looking at it takes no
+longer than a router can wait.
 """
 
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from zlib import crc32
 
 import numpy as np
@@ -14,21 +17,41 @@ from numpy.typing import NDArray
 
 from shared.messages import ChatMessage
 
-FEATURES = 1
+FEATURES = 2
 """Version of all that follows: weights learned for one are of no use for another."""
 
 WORD_BUCKETS = 16_384
 OPENING_BUCKETS = 1_024
 HASHED = WORD_BUCKETS + OPENING_BUCKETS
 MOST_WORDS = 160
-"""Of a prompt that are looked at: its beginning tells its kind, and the time to read it is bounded."""
+"""Of a prompt that are looked at: its beginning tells its kind."""
+
+MOST_CHARACTERS = 2_000
+"""The same for its shape, but for its lengths."""
 
 _WORD = re.compile(r"[a-z]+|\d|[^\sa-z\d]")
 _NUMBER = re.compile(r"\d+")
 _COUNTED = ("\n", "?", ".", "$", "(", '"', "_", ",", ":")
 _SHAPES = 10 + len(_COUNTED)
+_DIGITS = b"0123456789"
+_CAPITALS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Looks:
+    """A prompt's features, not scaled yet; hardly any bucket of many thousands is hit.
+
+    Attributes:
+        buckets: that were hit, in growing order; the words' before the opening's.
+        counts: logarithms of how often (log1p), in the same order.
+        shape: the counts that are not hashed.
+    """
+
+    buckets: NDArray[np.int64]
+    counts: Floats
+    shape: Floats
 
 
 def prompt_text(messages: Sequence[ChatMessage]) -> str:
@@ -41,23 +64,40 @@ def feature_count() -> int:
     return HASHED + _SHAPES
 
 
+def look(prompt: str) -> Looks:
+    """Look at a prompt."""
+    words = _WORD.findall(prompt[: 8 * MOST_WORDS].lower())[:MOST_WORDS]
+    buckets = [*_word_buckets(words), *(WORD_BUCKETS + _hash(text) % OPENING_BUCKETS for text in _ends(words))]
+    hit, times = np.unique(np.array(buckets, dtype=np.int64), return_counts=True)
+    return Looks(hit, np.log1p(times, dtype=np.float32), np.array(_shape(prompt), dtype=np.float32))
+
+
 def features(prompt: str) -> Floats:
-    """A prompt's features, not scaled yet: log counts."""
+    """A prompt's features in a row: the buckets, hit or not, then the shape."""
+    looks = look(prompt)
     found = np.zeros(feature_count(), dtype=np.float32)
-    words = ["^", *_WORD.findall(prompt[: 8 * MOST_WORDS].lower())[:MOST_WORDS], "$"]
-    for first, second in zip(words, [*words[1:], ""], strict=True):
-        found[_bucket(first, WORD_BUCKETS)] += 1.0
-        found[_bucket(f"{first} {second}", WORD_BUCKETS)] += 1.0
-    for text in _ends(words[1:-1]):
-        found[WORD_BUCKETS + _bucket(text, OPENING_BUCKETS)] += 1.0
-    np.log1p(found, out=found)
-    found[HASHED:] = _shape(prompt)
+    found[looks.buckets] = looks.counts
+    found[HASHED:] = looks.shape
     return found
 
 
-def _bucket(text: str, buckets: int) -> int:
+def _word_buckets(words: list[str]) -> list[int]:
+    """Of every word and of every two that follow each other, beginning and end of the prompt being words too."""
+    encoded = [b"^", *(_bytes(word) for word in words), b"$", b""]
+    buckets: list[int] = []
+    for first, second in pairwise(encoded):
+        alone = crc32(first)
+        buckets += (alone % WORD_BUCKETS, crc32(b" " + second, alone) % WORD_BUCKETS)
+    return buckets
+
+
+def _hash(text: str) -> int:
+    return crc32(_bytes(text))
+
+
+def _bytes(text: str) -> bytes:
     # JSON can say lone surrogates, UTF-8 cannot.
-    return crc32(text.encode("utf-8", errors="surrogatepass")) % buckets
+    return text.encode("utf-8", errors="surrogatepass")
 
 
 def _ends(words: list[str]) -> list[str]:
@@ -68,18 +108,26 @@ def _ends(words: list[str]) -> list[str]:
 
 
 def _shape(prompt: str) -> list[float]:
-    words = prompt.split()
-    stripped = prompt.rstrip()
+    seen, ending = prompt[:MOST_CHARACTERS], prompt[-MOST_CHARACTERS:].rstrip()
+    words = max(1, round(len(seen.split()) * len(prompt) / max(1, len(seen))))
+    digits, capitals = _digits_and_capitals(seen)
     return [
         math.log1p(len(prompt)),
-        math.log1p(len(words)),
-        len(prompt) / max(1, len(words)),
-        math.log1p(sum(map(str.isdigit, prompt))),
-        math.log1p(len(_NUMBER.findall(prompt))),
-        math.log1p(sum(map(str.isupper, prompt))),
-        math.log1p(len(prompt.partition("\n")[0])),
-        float(stripped.endswith("?")),
-        float(stripped.endswith(".")),
-        float("(A)" in prompt or "A." in prompt),
-        *(math.log1p(prompt.count(sign)) for sign in _COUNTED),
+        math.log1p(words),
+        len(prompt) / words,
+        math.log1p(digits),
+        math.log1p(len(_NUMBER.findall(seen))),
+        math.log1p(capitals),
+        math.log1p(len(seen.partition("\n")[0])),
+        float(ending.endswith("?")),
+        float(ending.endswith(".")),
+        float("(A)" in seen or "A." in seen),
+        *(math.log1p(seen.count(sign)) for sign in _COUNTED),
     ]
+
+
+def _digits_and_capitals(text: str) -> tuple[int, int]:
+    if text.isascii():
+        content = text.encode("ascii")
+        return len(text) - len(content.translate(None, _DIGITS)), len(text) - len(content.translate(None, _CAPITALS))
+    return sum(map(str.isdigit, text)), sum(map(str.isupper, text))

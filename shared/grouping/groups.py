@@ -5,13 +5,14 @@ A group is a place in a space of few dimensions: what a prompt is about, and how
 place; what is left of that is one linear score for every group, of which the highest one wins.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.grouping.features import HASHED, WORD_BUCKETS, features
+from shared.grouping.features import HASHED, WORD_BUCKETS, Looks, features, look
 
 Floats = NDArray[np.float32]
 
@@ -45,9 +46,20 @@ class Scaling:
         for begin, end in ((0, WORD_BUCKETS), (WORD_BUCKETS, HASHED)):
             length = np.sqrt(np.square(found[:, begin:end]).sum(axis=1, keepdims=True))
             found[:, begin:end] /= np.maximum(length, 1e-9)
-        shapes = np.clip((found[:, HASHED:] - self.mean) / self.spread, -CLIPPED, CLIPPED)
-        found[:, HASHED:] = shapes / np.sqrt(shapes.shape[1])
+        found[:, HASHED:] = self._scaled_shape(found[:, HASHED:])
         return found
+
+    def scaled_looks(self, looks: Looks) -> tuple[Floats, Floats]:
+        """The same of one prompt: the buckets that it hits, and its shape."""
+        hashed = looks.counts * self.telling[looks.buckets]
+        opening = int(looks.buckets.searchsorted(WORD_BUCKETS))
+        for part in (slice(opening), slice(opening, None)):
+            hashed[part] /= max(math.sqrt(hashed[part] @ hashed[part]), 1e-9)
+        return hashed, self._scaled_shape(looks.shape)
+
+    def _scaled_shape(self, shape: Floats) -> Floats:
+        found: Floats = np.minimum(np.maximum((shape - self.mean) / self.spread, -CLIPPED), CLIPPED)
+        return found / np.float32(math.sqrt(shape.shape[-1]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,5 +88,11 @@ class PromptGroups:
         return found
 
     def assign(self, prompt: str) -> str:
-        """Name of a prompt's group."""
-        return self.names[int(self.places([prompt])[0])]
+        """Name of a prompt's group.
+
+        By the buckets alone that the prompt hits: a whole row of features would take as long as all the rest.
+        """
+        looks = look(prompt)
+        hashed, shape = self.scaling.scaled_looks(looks)
+        scores = hashed @ self.weights[looks.buckets] + shape @ self.weights[HASHED:] + self.intercept
+        return self.names[int(scores.argmax())]

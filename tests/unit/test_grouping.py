@@ -7,6 +7,7 @@ from services.evaluator.grouping import LEAST_PROMPTS, MOST_GROUPS, TooFewPrompt
 from shared.grouping import PromptGroups, feature_count, features
 
 CITIES = ("Oslo", "Lima", "Cairo", "Delhi", "Quito", "Seoul", "Tunis", "Dakar", "Hanoi", "Minsk")
+ODD_TEXTS = ("", " ", "?", "a" * 100_000, "\ud800 lone", "多言語の質問です", "1 2 3\n" * 10_000)
 THINGS = ("apples", "marbles", "stamps", "coins", "books", "shells", "cards", "beads", "pens", "keys")
 
 
@@ -68,8 +69,8 @@ def test_there_are_as_many_groups_as_the_verdicts_allow():
 def test_one_prompt_gets_the_name_that_it_gets_among_many():
     prompts, _, preferred, energy = made(100, seed=3)
     groups = learn_groups(prompts, preferred, energy).groups
-    places = groups.places(prompts)
-    assert [groups.assign(prompt) for prompt in prompts[:20]] == [groups.names[place] for place in places[:20]]
+    asked = [*prompts, *ODD_TEXTS]
+    assert [groups.assign(prompt) for prompt in asked] == [groups.names[place] for place in groups.places(asked)]
 
 
 def test_the_version_is_that_of_what_was_learned():
@@ -86,7 +87,7 @@ def test_too_few_prompts_are_refused():
         learn_groups(prompts, preferred, energy)
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "?", "a" * 100_000, "\ud800 lone", "多言語の質問です", "1 2 3\n" * 10_000])
+@pytest.mark.parametrize("prompt", ODD_TEXTS)
 def test_any_text_has_features(prompt):
     found = features(prompt)
     assert found.shape == (feature_count(),)
