@@ -2,7 +2,9 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -64,7 +66,7 @@ def simulate(
         float | None, typer.Option(min=0.0, max=1.0, help="The same of correctness; default: not bounded")
     ] = None,
     life_cycle: Annotated[bool, typer.Option("--life-cycle", help="Life-cycle intensities, not direct ones")] = False,
-    seed: Annotated[int, typer.Option(help="Of the halves and of the evaluator's draws")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the halves and of the evaluator's draws")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Processes")] = os.cpu_count() or 1,
     out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="For summary.json and report.html")] = Path(
         "simulation"
@@ -74,7 +76,9 @@ def simulate(
 
     Exit codes: 0 done, 1 an input does not do (it says which), 2 wrong usage.
     """
+    summary, page = out_dir / "summary.json", out_dir / "report.html"
     try:
+        _check_writable(out_dir, summary, page)
         asked = Inputs(
             requests=requests or SHIPPED_WORKLOAD,
             carbon=tuple(carbon or (shipped_trace(),)),
@@ -101,12 +105,40 @@ def simulate(
         fail(describe(error))
     except KeyboardInterrupt:
         fail("interrupted; nothing was written")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    summary, page = out_dir / "summary.json", out_dir / "report.html"
-    summary.write_text(json.dumps([one.summary() for one in outcomes], indent=1) + "\n", encoding="utf-8")
-    page.write_text(render_page(outcomes), encoding="utf-8")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        summary.write_text(json.dumps([one.summary() for one in outcomes], indent=1) + "\n", encoding="utf-8")
+        page.write_text(render_page(outcomes), encoding="utf-8")
+    except OSError as error:
+        fail(f"--out {out_dir} cannot be written: {error}")
     print_summary(outcomes, out)
     out.print(f"wrote {summary} and {page}")
+
+
+def _check_writable(folder: Path, *files: Path) -> None:
+    """Try to write before anything runs, and leave nothing behind.
+
+    Raises:
+        SimulationInputError: it cannot be done.
+    """
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            for file in files:
+                if file.exists():
+                    with file.open("ab"):
+                        pass
+        finally:
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
+    except FileExistsError:
+        raise SimulationInputError(f"--out {folder} is a file; name a folder, which need not exist") from None
+    except OSError as error:
+        raise SimulationInputError(f"--out {folder} cannot be written: {error}; name another folder") from error
 
 
 def _run(study: Study, todo: list[Job], *, processes: int) -> list[Outcome]:

@@ -14,6 +14,7 @@ from shared.clock import Clock
 from shared.dead_letters import DeadLetterMiddleware, DeadLetterOffice
 from shared.kafka_refusal import KafkaRefusedError, refusal
 from shared.logs import get_logger
+from shared.renewal import RenewingProducer
 from shared.settings import KafkaSettings
 
 LARGEST_REQUEST_BYTES = 8 * 1024 * 1024
@@ -32,8 +33,9 @@ def build_broker(
     """A broker that is not connected yet, and the office that keeps its poison messages.
 
     Differs from FastStream's defaults where they would lose or invent something: topics are never created by a
-    subscriber, records are produced idempotently with `acks=all`, an unhandled error leads to a dead letter, and
-    what remains unacknowledged is redelivered rather than skipped.
+    subscriber, records are produced idempotently with `acks=all`, a producer that Kafka does not take from any more is
+    replaced, an unhandled error leads to a dead letter, and what remains unacknowledged is redelivered rather than
+    skipped.
     """
     office = DeadLetterOffice(kafka=kafka, service=service, clock=clock)
     broker = KafkaBroker(
@@ -53,6 +55,7 @@ def build_broker(
         logger=logging.getLogger(f"faststream.{service}"),
         log_level=logging.DEBUG,
     )
+    broker.config.broker_config.producer = RenewingProducer(broker)
     office.attach(broker)
     return broker, office
 

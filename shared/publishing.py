@@ -1,16 +1,32 @@
 """Publishing that does not give up while Kafka is away."""
 
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import stamina
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError, RecordTooLargeError
 
 from shared.logs import get_logger
+from shared.topics import TopicSpec
 
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError, RecordTooLargeError)
 """What Kafka will never take, however often it is sent."""
 
+BATCH_BYTES: Final = 512
+"""What a batch of one message has around it, at most."""
+
 _log = get_logger(__name__)
+
+
+def check_size(spec: TopicSpec, *parts: bytes) -> None:
+    """Refuse a message that Kafka would refuse, before it is sent.
+
+    Raises:
+        MessageSizeTooLargeError: its parts (value, key, headers) are together more than the topic's limit.
+    """
+    size = sum(map(len, parts)) + BATCH_BYTES
+    if size > spec.max_message_bytes:
+        raise MessageSizeTooLargeError(f"{size} bytes; the topic {spec.name!r} takes {spec.max_message_bytes}")
 
 
 async def insist(publish: Callable[[], Awaitable[object]]) -> None:

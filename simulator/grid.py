@@ -1,15 +1,15 @@
 """Recorded grids, hour by hour, and the windows of them that are simulated."""
 
+import csv
+import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 
-from deploy.local.grid import TraceError as GridError
-from deploy.local.grid import zone_of
-from services.carbon_feed.trace import Column, Trace, TraceError, load_trace
+from services.carbon_feed.trace import TIME, ZONE, Column, TraceError, load_trace
 from simulator.errors import SimulationInputError
 from simulator.measured import Floats
 
@@ -23,6 +23,11 @@ class Grid:
     zone: str
     begin: datetime
     g_per_kwh: Floats
+
+    @property
+    def missing(self) -> int:
+        """Hours without a value."""
+        return int(np.count_nonzero(np.isnan(self.g_per_kwh)))
 
     def window(self, start_hour: int, hours: int) -> "Window":
         """Some hours of it.
@@ -66,32 +71,100 @@ class Window:
         """When an hour of the window begins."""
         return self.begin + hour * HOUR
 
+    def missing_before(self, hours: int) -> int:
+        """Hours without a value among the last ones before it; fewer are looked at where the trace begins later."""
+        return int(np.count_nonzero(np.isnan(self.past[max(0, len(self.past) - hours) :])))
+
 
 def read_grids(paths: Sequence[Path], *, column: Column, zones: Sequence[str] = ()) -> list[Grid]:
-    """Read traces: files, or folders of them.
+    """Read traces: files, or folders of them; a file may hold several zones.
 
     Args:
         column: direct or life-cycle emissions.
         zones: those to keep, in this order; none: every zone found.
 
     Raises:
-        SimulationInputError: a trace cannot be used, or a zone is not there.
+        SimulationInputError: a trace cannot be used, a zone is not there, or it is there in two files.
     """
     files = [file for path in paths for file in (sorted(path.glob("*.csv*")) if path.is_dir() else [path])]
     if not files:
         raise SimulationInputError(f"no trace (*.csv, *.csv.gz) in {', '.join(map(str, paths))}")
+    found: dict[str, list[tuple[Path, list[_Row]]]] = {}
+    for file in files:
+        for zone, rows in _rows_by_zone(file).items():
+            found.setdefault(zone, []).append((file, rows))
+    if missing := [zone for zone in zones if zone not in found]:
+        raise SimulationInputError(f"no trace of zone {', '.join(missing)}; there are {', '.join(sorted(found))}")
+    grids = []
+    for zone in dict.fromkeys(zones) or sorted(found):
+        if len(found[zone]) > 1:
+            raise SimulationInputError(
+                f"zone {zone} is in several files: {', '.join(str(file) for file, _ in found[zone])}; join them in "
+                "order of time in one file, or name one of them with --carbon"
+            )
+        file, rows = found[zone][0]
+        grids.append(_grid(zone, file, rows, column))
+    return grids
+
+
+_Row = tuple[int, str]
+"""Line and time, as text, of a row of a trace."""
+
+
+def _rows_by_zone(file: Path) -> dict[str, list[_Row]]:
+    """Every row by its zone, those without a value too: the feed's reader knows nothing of these."""
+    rows: dict[str, list[_Row]] = {}
     try:
-        found = {zone_of(file): file for file in files}
-        if missing := [zone for zone in zones if zone not in found]:
-            raise SimulationInputError(f"no trace of zone {', '.join(missing)}; there are {', '.join(sorted(found))}")
-        return [_grid(zone, load_trace(found[zone], zone=zone, column=column)) for zone in zones or sorted(found)]
-    except (GridError, TraceError) as error:
+        with (
+            gzip.open(file, "rt", encoding="utf-8-sig", newline="")
+            if file.suffix == ".gz"
+            else file.open(encoding="utf-8-sig", newline="") as lines
+        ):
+            reader = csv.DictReader(lines)
+            for row in reader:
+                if zone := (row.get(ZONE) or "").strip():
+                    rows.setdefault(zone, []).append((reader.line_num, row.get(TIME) or ""))
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise SimulationInputError(f"trace {file} cannot be read: {error}") from error
+    if not rows:
+        raise SimulationInputError(f"trace {file} names no zone: it needs a column {ZONE!r} and one row at least")
+    return rows
+
+
+def _grid(zone: str, file: Path, rows: Sequence[_Row], column: Column) -> Grid:
+    try:
+        trace = load_trace(file, zone=zone, column=column)
+    except TraceError as error:
         raise SimulationInputError(str(error)) from error
+    # Hours count from the first row, not from the first value: a gap at the start must not shift the windows.
+    begin = before = _time(file, *rows[0])
+    for line, text in rows[1:]:
+        at = _time(file, line, text)
+        if at <= before:
+            raise SimulationInputError(
+                f"trace {file}, line {line}: {at:%Y-%m-%d %H:%M} does not come after the row before; sort by time"
+            )
+        if (at - begin) % HOUR:
+            raise SimulationInputError(
+                f"trace {file}, line {line}: zone {zone} has a value {_minutes(at - before)} after the one before; one "
+                "row an hour is needed: give hourly means"
+            )
+        before = at
+    values = np.full((before - begin) // HOUR + 1, np.nan)
+    for point in trace.between(begin, before + HOUR):
+        values[(point.at - begin) // HOUR] = point.intensity_g_per_kwh
+    return Grid(zone, begin, values)
 
 
-def _grid(zone: str, trace: Trace) -> Grid:
-    hours = round((trace.end - trace.begin) / HOUR) + 1
-    values = np.full(hours, np.nan)
-    for point in trace.between(trace.begin, trace.end + HOUR):
-        values[(point.at - trace.begin) // HOUR] = point.intensity_g_per_kwh
-    return Grid(zone, trace.begin, values)
+def _minutes(span: timedelta) -> str:
+    return f"{span / timedelta(minutes=1):g} minutes"
+
+
+def _time(file: Path, line: int, text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise SimulationInputError(
+            f"trace {file}, line {line}: {TIME!r} must be a time such as 2024-02-01 13:00:00, got {text!r}"
+        ) from None
+    return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)

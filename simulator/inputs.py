@@ -1,10 +1,13 @@
 """From files and options to what the runs share; whatever does not do is named before anything runs."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from services.evaluator.grouping import TooFewPromptsError, learn_groups
 from services.optimizer.settings import OptimizerSettings
@@ -12,9 +15,9 @@ from simulator.draws import QualityDraws, draw_quality, read_draws
 from simulator.errors import SimulationInputError
 from simulator.grid import Grid, Window, read_grids
 from simulator.jobs import Job
-from simulator.measured import Floats, Measured, read_measured
+from simulator.measured import REFERENCE, Floats, Measured, read_measured
 from simulator.schemes import Grouping, Study, Variant
-from simulator.traffic import constant_mix, read_mix, read_model_preference
+from simulator.traffic import Traffic, check_shares_by_hour, constant_mix, read_mix, read_model_preference
 from simulator.world import CORRECTNESS, PREFERENCE
 
 PAPER_WINDOWS = (800, 3900, 7000)
@@ -23,6 +26,13 @@ PAPER_WINDOWS = (800, 3900, 7000)
 PAPER_HOURS = 720
 WITHOUT_BOUND = frozenset({"base", "co2_opt"})
 """Schemes that run once, whatever the list of xi."""
+
+NOT_BOUND_BY_CORRECTNESS = frozenset({"base", "co2_opt", "model_opt", "oracle"})
+HINDSIGHT = frozenset({"oracle"})
+"""Schemes that look at the whole trace in the production variant."""
+
+PUBLISHED_LEVELS = 3
+"""The published rules and draws are written for so many."""
 
 Say = Callable[[str], None]
 
@@ -60,14 +70,14 @@ def prepare(asked: Inputs, say: Say) -> tuple[Study, list[Job]]:
     Raises:
         SimulationInputError: something of it does not do.
     """
+    optimizer = _optimizer()
     say("reading requests and traces")
     grids = read_grids(asked.carbon, column="life-cycle" if asked.life_cycle else "direct", zones=asked.zones)
     windows = _windows(grids, asked)
-    measured = read_measured(asked.requests, model=asked.model)
-    for note in measured.notes:
-        say(f"left out {note}")
-    measured, mix = _with_mix(measured, asked.mix, hours=len(windows[0].g_per_kwh))
-    learn, measured = _halves(measured, asked)
+    _say_missing_hours(grids, windows, asked, int(optimizer.window_h), say)
+    traffic = _traffic(asked, len(windows[0].g_per_kwh), say)
+    learn, measured = traffic.learn, traffic.measured
+    _check_correctness(traffic, asked, say)
     preferred = None
     if asked.model_preference is not None:
         preferred = read_model_preference(asked.model_preference, measured.tasks)
@@ -75,30 +85,148 @@ def prepare(asked: Inputs, say: Say) -> tuple[Study, list[Job]]:
         variant=asked.variant,
         learn=learn,
         measured=measured,
-        mix=mix,
-        # A holdout is the price of measuring; what is simulated need not be measured.
-        optimizer=OptimizerSettings(holdout=0.0),
+        mix=traffic.mix,
+        optimizer=optimizer,
         large_preferred=preferred,
-        draws=_draws(asked, measured, mix, preferred),
+        draws=_draws(asked, measured, traffic.mix, preferred),
         contexts=_contexts(learn, measured, say) if "sprout_context" in asked.schemes else None,
         seed=asked.seed,
     )
     return study, _jobs(asked, windows)
 
 
-def _with_mix(measured: Measured, path: Path | None, *, hours: int) -> tuple[Measured, Floats]:
-    if path is None:
-        return measured, constant_mix(measured, hours=hours)
-    tasks, mix = read_mix(path, hours=hours)
-    return measured.with_tasks(tasks), mix
+def _optimizer() -> OptimizerSettings:
+    prefix = "SPROUT_OPTIMIZER_"
+    try:
+        # A holdout is the price of measuring; what is simulated need not be measured.
+        return OptimizerSettings(holdout=0.0)
+    except SettingsError as error:
+        name = re.search(r'field "(\w+)"', str(error))
+        raise SimulationInputError(
+            f"{prefix}{name[1].upper() if name else '*'} is no JSON of the form that is needed; correct it, or unset it"
+        ) from error
+    except ValidationError as error:
+        # A check of several settings together names them itself.
+        wrong = [
+            f"{prefix + str(one['loc'][0]).upper()}: {one['msg']}" if one["loc"] else one["msg"]
+            for one in error.errors(include_url=False, include_context=False, include_input=False)
+        ]
+        raise SimulationInputError(f"{'; '.join(wrong)}: correct it, or unset it") from error
 
 
-def _halves(measured: Measured, asked: Inputs) -> tuple[Measured, Measured]:
-    """What may be learned from, and what results are measured on."""
+def _traffic(asked: Inputs, hours: int, say: Say) -> Traffic:
+    """Prompts to learn from and to measure on, and what is asked in every hour."""
+    requests = _read(asked.requests, asked.model, say)
+    if asked.variant == "published" and len(requests.levels) != PUBLISHED_LEVELS:
+        raise SimulationInputError(
+            f"--variant published needs a model measured at {PUBLISHED_LEVELS} levels; {requests.model!r} was at "
+            f"{', '.join(requests.levels)}: name another with --model, or take --variant production"
+        )
+    if asked.mix is None:
+        mix = constant_mix(requests, hours=hours)
+    else:
+        tasks, mix = read_mix(asked.mix, hours=hours)
+        requests = requests.with_tasks(tasks)
     if asked.learn is not None:
-        return read_measured(asked.learn, model=measured.model).with_tasks(measured.tasks), measured
-    # The published protocol knows no such difference.
-    return (measured, measured) if asked.variant == "published" else measured.halves(asked.seed)
+        if asked.variant == "published":
+            say("--learn is not made use of: the published protocol measures on what it learns from")
+        learn = _read_learn(asked.learn, requests, asked, say)
+        return Traffic(learn, f"{asked.learn} has", requests, f"{asked.requests} has", mix).checked(say)
+    if asked.variant == "published":
+        # The published protocol measures on what it learns from.
+        return Traffic(requests, f"{asked.requests} has", requests, f"{asked.requests} has", mix).checked(say)
+    half = f"of {asked.requests} (--seed {asked.seed}) has"
+    learn, measured = requests.halves(asked.seed)
+    return Traffic(learn, f"the half to learn from {half}", measured, f"the half to measure on {half}", mix).checked(
+        say
+    )
+
+
+def _read(path: Path, model: str | None, say: Say) -> Measured:
+    measured = read_measured(path, model=model)
+    for note in measured.notes:
+        say(f"left out {note}")
+    return measured
+
+
+def _read_learn(path: Path, requests: Measured, asked: Inputs, say: Say) -> Measured:
+    learn = _read(path, requests.model, say)
+    if learn.levels != requests.levels:
+        raise SimulationInputError(
+            f"--learn {path} has {requests.model!r} at {', '.join(learn.levels)}, {asked.requests} at "
+            f"{', '.join(requests.levels)}: both need the same levels"
+        )
+    if "model_opt" in asked.schemes and requests.small_kwh is not None and learn.small_kwh is None:
+        raise SimulationInputError(
+            f"--learn {path} lacks the second model that scheme model_opt needs, at {REFERENCE} on every prompt; "
+            "measure it, or leave model_opt out of --schemes"
+        )
+    try:
+        learn = learn.with_tasks(requests.tasks)
+    except SimulationInputError as error:
+        raise SimulationInputError(
+            f"--learn {path}: {error}; leave them out, or give prompts of these tasks"
+        ) from error
+    known = set(learn.prompts)
+    if both := sum(prompt in known for prompt in requests.prompts):
+        say(
+            f"{both:,} of {len(requests):,} prompts of {asked.requests} are in --learn {path} too: results are not on "
+            "fresh prompts alone"
+        )
+    return learn
+
+
+def _check_correctness(traffic: Traffic, asked: Inputs, say: Say) -> None:
+    """Whether a bound of correctness can be kept, and which schemes know none."""
+    if asked.xi_correctness is None or asked.variant == "published":
+        return
+    learn = traffic.learn
+    parts = (
+        (traffic.measured_name, traffic.measured.checkable, "prompt"),
+        (traffic.learn_name, learn.checkable & learn.judged, "judged prompt"),
+    )
+    for name, rows, kind in parts:
+        if not rows.any():
+            raise SimulationInputError(
+                f"--xi-correctness: {name} no {kind} with 'correct' at every level: it cannot be checked; give it, "
+                "or leave --xi-correctness out"
+            )
+    if unbound := [name for name in asked.schemes if name in NOT_BOUND_BY_CORRECTNESS]:
+        say(f"--xi-correctness does not bind {', '.join(unbound)}: they have no such bound")
+
+
+def _say_missing_hours(
+    grids: Sequence[Grid], windows: Sequence[Window], asked: Inputs, trailing_hours: int, say: Say
+) -> None:
+    """Gaps outside the windows of which use is made: least, greatest and mean are of the other hours.
+
+    Raises:
+        SimulationInputError: there are no other hours.
+    """
+    published = asked.variant == "published"
+    for grid in grids:
+        if grid.missing and (published or HINDSIGHT & set(asked.schemes)):
+            say(
+                f"zone {grid.zone}: {grid.missing} of the trace's {len(grid.g_per_kwh):,} hours have no value; the "
+                "range and mean of the whole trace are of the others"
+            )
+    for window in windows:
+        # The window's own first hour is the last of the trailing ones.
+        looked_back = min(trailing_hours - 1, len(window.past))
+        missing = window.missing_before(looked_back)
+        if missing and not published:
+            say(
+                f"zone {window.zone}: {missing} of the {looked_back} hours looked back on before hour "
+                f"{window.start_hour} have no value; the trailing range and mean are of the others"
+            )
+        known = min(PAPER_HOURS, len(window.past))
+        # What is solved once needs a mean of the past; of the first season it is the whole trace's.
+        once = published and "sprout_sta" in asked.schemes and window.start_hour != PAPER_WINDOWS[0]
+        if once and known and window.missing_before(known) == known:
+            raise SimulationInputError(
+                f"zone {window.zone}: none of the {known} hours before hour {window.start_hour} has a value, of which "
+                "sprout_sta needs the mean; choose other --windows, or leave sprout_sta out of --schemes"
+            )
 
 
 def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:
@@ -121,6 +249,7 @@ def _draws(asked: Inputs, measured: Measured, mix: Floats, preferred: Floats | N
         return None
     if asked.quality_draws is None:
         return draw_quality(measured, mix, preferred, seed=asked.seed)
+    check_shares_by_hour(asked.quality_draws, hours=len(mix))
     return read_draws(asked.quality_draws, hours=len(mix))
 
 

@@ -13,13 +13,20 @@ from simulator.world import CORRECTNESS, POOL, PREFERENCE, SMALL_POOL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeCost:
-    """What judging one prompt takes: a call for each order of the answers, one token of output each.
+    """What one call of the judge takes. A prompt takes as many calls as it has answers: the evaluator shows them in all
+    their cyclic rotations (docs/decisions/0005).
 
-    The default is six orders of 600 prompt tokens at 0.3 J and 0.3 ms each, as the project's stand-in judge has it.
+    The default is a prompt of 600 tokens at 0.3 J and 0.3 ms each, as the project's stand-in judge has them; the one
+    token that it answers with is not counted.
     """
 
-    energy_j: float = 6 * 600 * 0.3
-    time_s: float = 6 * 600 * 0.0003
+    energy_j: float = 600 * 0.3
+    time_s: float = 600 * 0.0003
+
+    def of(self, prompts: int, *, answers: int) -> tuple[float, float]:
+        """(kWh, s) for judging some prompts."""
+        calls = prompts * answers
+        return calls * self.energy_j / JOULES_PER_KWH, calls * self.time_s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,12 +124,7 @@ class LevelJudge:
                     )
                 energy, time_s = learn.energy_kwh[mine, level], learn.time_s[mine, level]
                 taken[name][option] = (float(len(mine)), float(energy.sum()), float(time_s.sum()))
-        return Findings(
-            tuple(counts),
-            taken,
-            len(rows) * self._cost.energy_j / JOULES_PER_KWH,
-            len(rows) * self._cost.time_s,
-        )
+        return Findings(tuple(counts), taken, *self._cost.of(len(rows), answers=len(self._options)))
 
 
 class ModelJudge:
@@ -162,7 +164,7 @@ class ModelJudge:
                 for place, option in enumerate(options)
             }
         }
-        return Findings(counts, taken, prompts * self._cost.energy_j / JOULES_PER_KWH, prompts * self._cost.time_s)
+        return Findings(counts, taken, *self._cost.of(prompts, answers=len(options)))
 
 
 def _count(group: str, option: str, metric: str, successes: float, trials: float) -> QualityCount:

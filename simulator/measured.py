@@ -1,5 +1,7 @@
 """Measured requests as arrays: what every prompt takes and how its answer is judged, at every level."""
 
+import gzip
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,15 @@ class Measured:
         """Which prompts were judged."""
         return np.asarray(self.preferred != UNJUDGED)
 
+    @property
+    def checkable(self) -> Flags:
+        """Of which prompts it is known at every level whether the answer is correct."""
+        return np.asarray(~np.isnan(self.correct).any(axis=1))
+
+    def prompts_of_tasks(self, rows: Flags | None = None) -> Ints:
+        """How many prompts each task has, of all or of some."""
+        return np.bincount(self.task if rows is None else self.task[rows], minlength=len(self.tasks))
+
     def taken(self, rows: Flags) -> "Measured":
         """Some of the prompts; tasks keep their places."""
         return Measured(
@@ -77,16 +88,19 @@ class Measured:
         return self.taken(first), self.taken(~first)
 
     def with_tasks(self, tasks: tuple[str, ...]) -> "Measured":
-        """The same with tasks in another order.
+        """The same with other tasks, or these in another order.
 
         Raises:
             SimulationInputError: a prompt's task is not among them.
         """
-        if missing := sorted(set(self.tasks) - set(tasks)):
+        asked = self.prompts_of_tasks() > 0
+        if missing := sorted(
+            task for task, any_prompt in zip(self.tasks, asked, strict=True) if any_prompt and task not in tasks
+        ):
             raise SimulationInputError(
                 f"prompts of {', '.join(missing)} have no place among the tasks {', '.join(tasks)}"
             )
-        places = np.array([tasks.index(task) for task in self.tasks])
+        places = np.array([tasks.index(task) if task in tasks else -1 for task in self.tasks])
         return Measured(
             **{name: getattr(self, name) for name in self.__slots__ if name not in ("tasks", "task")},
             tasks=tasks,
@@ -101,7 +115,8 @@ def read_measured(path: Path, *, model: str | None = None) -> Measured:
         model: whose levels are simulated; by default the one that was measured at most levels.
 
     Raises:
-        SimulationInputError: the file cannot be read, a prompt lacks a level, or none was judged.
+        SimulationInputError: the file cannot be read, a prompt lacks a level, a preferred level was not measured, or
+            no prompt was judged.
     """
     try:
         workload = load_workload(path)
@@ -118,12 +133,34 @@ def read_measured(path: Path, *, model: str | None = None) -> Measured:
                 f"{path}: {len(lacking)} prompts lack '{chosen}/{level}' (the first is prompt {lacking[0]}); "
                 "measure it, or leave these prompts out"
             )
-    if not any(entry.preferred in levels for entry in workload.entries):
+    for entry in workload.entries:
+        if entry.preferred is not None and entry.preferred not in levels:
+            raise SimulationInputError(
+                f"{path}, line {_line_of(path, entry)}: 'preferred' is {entry.preferred!r}, at which {chosen!r} was "
+                f"not measured; its levels are {', '.join(levels)}: correct it, or give null where none was judged"
+            )
+    if not any(entry.preferred is not None for entry in workload.entries):
         raise SimulationInputError(f"{path}: no prompt was judged; give 'preferred' a level, for a part at least")
     notes = list(workload.problems)
     if workload.skipped > len(notes):
         notes.append(f"{path}: {workload.skipped} lines left out in all")
     return _arrays(workload.entries, chosen, levels, _smaller(workload, chosen), tuple(notes))
+
+
+def _line_of(path: Path, entry: Entry) -> int:
+    """Where an entry stands; read again, for a message alone."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, start=1):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(line, dict) and (line.get("prompt"), line.get("preferred")) == (
+                entry.prompt,
+                entry.preferred,
+            ):
+                return number
+    raise ValueError(f"{path} changed while it was read")
 
 
 def _model(workload: Workload, wanted: str | None, path: Path) -> str:

@@ -4,6 +4,9 @@ Every hour the trigger decides whether to evaluate, the estimates are made from 
 program is solved: by the services' own modules. What is served is the expectation over the measured prompts.
 """
 
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,16 +17,16 @@ import numpy as np
 from services.evaluator.opportunity import Opportunity, OpportunityRules
 from services.optimizer.bounds import TrailingRange, quality_bounds
 from services.optimizer.consumption import Consumed, Consumption
-from services.optimizer.estimates import estimate
-from services.optimizer.program import Option, Problem, solve
+from services.optimizer.estimates import Estimates, estimate
+from services.optimizer.program import Option, Problem, Solution, solve
 from services.optimizer.quality import QualityEvidence
 from services.optimizer.settings import OptimizerSettings
 from shared.messages import EvaluationCost, Quality
+from simulator.case import EMBODIED_G_PER_S, NO_SOLUTION
 from simulator.grid import Window
 from simulator.judging import Findings, Judge
 from simulator.measured import Floats
-from simulator.outcome import Outcome
-from simulator.published import EMBODIED_G_PER_S
+from simulator.outcome import Outcome, relative
 from simulator.world import CORRECTNESS, PREFERENCE, World
 
 Rule = Literal["reference", "program", "program_once", "cheapest"]
@@ -76,6 +79,21 @@ def simulate(case: ProductionCase) -> Outcome:
     return _outcome(case, operator, x)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Decision:
+    """What serves an hour.
+
+    Attributes:
+        x: (G, O).
+        fallback: why only the reference could be served; null where there was a choice.
+        withheld: options that could not be used because too little is known of them.
+    """
+
+    x: Floats
+    fallback: str | None = None
+    withheld: tuple[str, ...] = ()
+
+
 class _Operator:
     """The evaluator and the optimizer of one window, fed by what the ledger and the judge would tell."""
 
@@ -88,7 +106,9 @@ class _Operator:
         self._opportunity = Opportunity(case.operation.trigger)
         self._rng = np.random.default_rng([case.operation.seed, case.window.start_hour])
         self._metrics = tuple(case.operation.xi) if case.rule in ("program", "program_once") else ()
-        self._once: Floats | None = None
+        self._once: _Decision | None = None
+        self.fallbacks: Counter[str] = Counter()
+        self.withheld: Counter[str] = Counter()
         self.evaluated: list[int] = []
         self.evaluator_grams = np.zeros(len(case.window.g_per_kwh))
         self.bounds: dict[str, Floats] = {name: np.full(len(case.window.g_per_kwh), np.nan) for name in self._metrics}
@@ -98,26 +118,31 @@ class _Operator:
         case, now = self._case, self._case.window.at(hour)
         k0 = float(case.window.g_per_kwh[hour])
         trailing = self._trailing(hour)
+        mean = float(trailing.mean())
         # What is to be judged without a metric that counts would be energy for nothing; so would be a later look at
         # what is decided once.
         if hour == 0:
             self._learn(case.judge.study(), hour, charged=bool(self._metrics))
             self._opportunity.evaluated(now)
-        elif case.rule == "program" and self._opportunity.follow(now, k0, threshold=float(np.nanmean(trailing))):
+        elif case.rule == "program" and self._opportunity.follow(now, k0, threshold=mean):
             draws = case.judge.draw(case.mix[hour - 1], case.operation.prompts_per_evaluation, self._rng)
             self._learn(draws, hour, charged=True)
             self._opportunity.evaluated(now)
             self.evaluated.append(hour)
-        span = TrailingRange(float(np.nanmin(trailing)), float(np.nanmax(trailing)))
+        span = self._span(trailing)
         bounds = quality_bounds(span.dirtiness(k0), case.operation.xi)
         for metric in self._metrics:
             self.bounds[metric][hour] = bounds[metric]
         if case.rule != "program_once":
-            return self._solved(now, k0, bounds if self._metrics else {})
-        if self._once is None:
-            mean = float(np.nanmean(trailing))
-            self._once = self._solved(now, mean, quality_bounds(span.dirtiness(mean), case.operation.xi))
-        return self._once
+            decision = self._solved(now, k0, bounds if self._metrics else {})
+        else:
+            if self._once is None:
+                self._once = self._solved(now, mean, quality_bounds(span.dirtiness(mean), case.operation.xi))
+            decision = self._once
+        if decision.fallback is not None:
+            self.fallbacks[decision.fallback] += 1
+        self.withheld.update(decision.withheld)
+        return decision.x
 
     def serve(self, hour: int, x: Floats) -> None:
         """Tell the optimizer what an hour's requests took."""
@@ -133,10 +158,19 @@ class _Operator:
             self._consumption.add(world.groups[g], world.options[o], taken, at_s=at_s, memory=self._memory, asked=True)
 
     def _trailing(self, hour: int) -> Floats:
-        """Intensities of the trailing window, this hour's the last."""
+        """Known intensities of the trailing window, this hour's the last; hours without a value are left out."""
         window = self._case.window
-        length = int(self._case.operation.optimizer.window_h)
-        return np.concatenate([window.past, window.g_per_kwh[: hour + 1]])[-length:]
+        length = math.ceil(self._case.operation.optimizer.window_h)
+        values = np.concatenate([window.past[-length:], window.g_per_kwh[: hour + 1]])[-length:]
+        return np.asarray(values[~np.isnan(values)])
+
+    def _span(self, trailing: Floats) -> TrailingRange:
+        """As `services.optimizer.bounds.trailing_range` says it of messages, which would take as long as all the rest:
+        with too few hours known the range is this hour's alone, and no loss is tolerated.
+        """
+        if len(trailing) < self._case.operation.optimizer.min_window_hours:
+            trailing = trailing[-1:]
+        return TrailingRange(float(trailing.min()), float(trailing.max()))
 
     def _learn(self, findings: Findings, hour: int, *, charged: bool) -> None:
         case, now = self._case, self._case.window.at(hour)
@@ -155,7 +189,7 @@ class _Operator:
             grams = findings.energy_kwh * float(case.window.g_per_kwh[hour]) + EMBODIED_G_PER_S * findings.time_s
             self.evaluator_grams[hour] += grams / case.operation.requests_per_hour
 
-    def _solved(self, now: datetime, k0: float, bounds: Mapping[str, float]) -> Floats:
+    def _solved(self, now: datetime, k0: float, bounds: Mapping[str, float]) -> _Decision:
         world = self._case.world
         x = np.zeros((len(world.groups), len(world.options)))
         believed = estimate(
@@ -169,7 +203,7 @@ class _Operator:
         )
         if believed is None:
             x[:, 0] = 1.0
-            return x
+            return _Decision(x=x, fallback="no footprint of the reference")
         problem = Problem(
             reference=world.options[0],
             options={
@@ -181,11 +215,22 @@ class _Operator:
             bounds=bounds,
             holdout=self._case.operation.optimizer.holdout,
         )
-        rows = solve(problem).rows
+        solution = solve(problem)
         for g, group in enumerate(world.groups):
-            row = rows.get(group, {world.options[0]: 1.0})
+            row = solution.rows.get(group, {world.options[0]: 1.0})
             x[g] = [row.get(option, 0.0) for option in world.options]
-        return x
+        return _Decision(x=x, fallback=_fallback(solution, believed), withheld=tuple(believed.withheld))
+
+
+def _fallback(solution: Solution, believed: Estimates) -> str | None:
+    """Why the program had to serve the reference; null where it did not have to."""
+    if solution.status == "optimal":
+        return None
+    if len(believed.whole) > 1:
+        return NO_SOLUTION
+    # The numbers differ from hour to hour; what is scarce does not.
+    scarce = {re.sub(r"^\S+ of \S+ ", "too few ", why) for why in believed.withheld.values()}
+    return "; ".join(sorted(scarce)) or "there is no other option"
 
 
 def _outcome(case: ProductionCase, operator: _Operator, x: Floats) -> Outcome:
@@ -196,9 +241,12 @@ def _outcome(case: ProductionCase, operator: _Operator, x: Floats) -> Outcome:
         energy = world.mean(world.energy_kwh, mix, served)
         return energy * window.g_per_kwh + EMBODIED_G_PER_S * world.mean(world.time_s, mix, served)
 
-    def relative(metric: str) -> Floats:
+    only_reference = np.asarray((x[:, :, 0] >= 1.0).all(axis=1))
+
+    def compared(metric: str) -> Floats:
         values = world.quality[metric]
-        return world.mean(values, mix, x) / world.mean(values, mix, reference)
+        whole = world.mean(values, mix, reference)
+        return relative(world.mean(values, mix, x), whole, only_reference=only_reference)
 
     return Outcome(
         zone=window.zone,
@@ -208,13 +256,16 @@ def _outcome(case: ProductionCase, operator: _Operator, x: Floats) -> Outcome:
         options=world.options,
         grams=grams(x),
         base_grams=grams(reference),
-        preference=relative(PREFERENCE),
+        preference=compared(PREFERENCE),
         bound=operator.bounds.get(PREFERENCE, np.full(len(mix), np.nan)),
-        correctness=relative(CORRECTNESS) if CORRECTNESS in world.quality else None,
+        correctness=compared(CORRECTNESS) if CORRECTNESS in world.quality else None,
         correctness_bound=operator.bounds.get(CORRECTNESS),
         mix=np.einsum("ht,tg,hgo->ho", mix, world.share, x, optimize=True),
         processing_s=world.mean(world.time_s, mix, x),
+        base_processing_s=world.mean(world.time_s, mix, reference),
         g_per_kwh=window.g_per_kwh,
         evaluator_grams=operator.evaluator_grams,
         evaluation_hours=tuple(operator.evaluated),
+        fallbacks=dict(operator.fallbacks),
+        withheld=dict(operator.withheld),
     )

@@ -8,14 +8,15 @@ import numpy as np
 
 from services.optimizer.settings import OptimizerSettings
 from simulator import published
+from simulator.case import PublishedCase
 from simulator.draws import QualityDraws
 from simulator.errors import SimulationInputError
 from simulator.grid import Window
 from simulator.judging import JudgeCost, LevelJudge, ModelJudge
 from simulator.measured import Floats, Ints, Measured
+from simulator.oracle import oracle
 from simulator.outcome import Outcome
 from simulator.production import Operation, ProductionCase, Rule, simulate
-from simulator.published import PublishedCase
 from simulator.world import CORRECTNESS, PREFERENCE, world_of_levels, world_of_models
 
 Variant = Literal["production", "published"]
@@ -79,11 +80,22 @@ def run(study: Study, scheme: str, window: Window, xi: Mapping[str, float]) -> O
     """One scheme in one window.
 
     Raises:
-        SimulationInputError: the scheme needs what was not given.
+        SimulationInputError: the scheme needs what was not given, or a task is asked that was not measured.
     """
+    _require_prompts(study)
     if study.variant == "published":
         return _published(study, scheme, window, xi)
     return _production(study, scheme, window, xi)
+
+
+def _require_prompts(study: Study) -> None:
+    there = np.bincount(study.measured.task, minlength=len(study.measured.tasks)) > 0
+    lacking = [study.measured.tasks[task] for task in np.flatnonzero(study.mix.any(axis=0) & ~there)]
+    if lacking:
+        raise SimulationInputError(
+            f"the mix asks for task {', '.join(lacking)}, of which there is no prompt to measure on: add prompts of it "
+            "to --requests, try another --seed for the halves, or a mix without it"
+        )
 
 
 def _published(study: Study, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
@@ -138,18 +150,15 @@ def _model_opt(study: Study, window: Window, xi: Mapping[str, float]) -> Outcome
 def _oracle(study: Study, window: Window, xi: Mapping[str, float]) -> Outcome:
     """With the true quality of every hour, and the year's range: hindsight is what makes it a bound."""
     judged = study.measured.taken(study.measured.judged)
-    shares = np.array(
-        [
-            [np.mean(judged.preferred[judged.task == task] == level) for level in range(len(judged.levels))]
-            for task in range(len(judged.tasks))
-        ]
-    )
+    # As in `world`: a task without a judged prompt adds nothing at any level.
+    shares = np.zeros((len(judged.tasks), len(judged.levels)))
+    for task in np.unique(judged.task):
+        shares[task] = np.bincount(judged.preferred[judged.task == task], minlength=len(judged.levels))
+        shares[task] /= shares[task].sum()
     quality = study.mix @ shares
     halves = np.full(len(study.mix), 0.5)
     draws = QualityDraws(quality, halves, quality[:, :2], quality)
-    return published.oracle(
-        PublishedCase(window=window, measured=study.measured, mix=study.mix, draws=draws, xi=xi[PREFERENCE])
-    )
+    return oracle(PublishedCase(window=window, measured=study.measured, mix=study.mix, draws=draws, xi=xi[PREFERENCE]))
 
 
 def _operation(study: Study, xi: Mapping[str, float]) -> Operation:

@@ -2,13 +2,14 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from simulator.errors import SimulationInputError
-from simulator.measured import Floats, Measured
+from simulator.measured import Flags, Floats, Measured
 
 
 def read_mix(path: Path, *, hours: int) -> tuple[tuple[str, ...], Floats]:
@@ -17,23 +18,80 @@ def read_mix(path: Path, *, hours: int) -> tuple[tuple[str, ...], Floats]:
     The file is a table with a column `hour` (0, 1, ...) and a column per task; each row's shares sum to 1.
 
     Raises:
-        SimulationInputError: the file cannot be read, is too short, or a share is wrong.
+        SimulationInputError: the file cannot be read, is too short, an hour is out of order, or a share is wrong.
     """
-    header, rows = _table(path, needed=("hour",))
-    tasks = tuple(name for name in header if name != "hour")
-    if len(rows) < hours:
-        raise SimulationInputError(f"{path} has {len(rows)} hours, {hours} are simulated: add rows or lower --hours")
-    shares = np.array([[_number(path, line, task, row[task]) for task in tasks] for line, row in rows[:hours]])
-    for (line, _), total in zip(rows, shares.sum(axis=1), strict=False):
+    tasks, lines, shares = _shares_by_hour(path, hours=hours)
+    for line, total in zip(lines, shares.sum(axis=1), strict=True):
         if not math.isclose(total, 1.0, abs_tol=1e-3):
             raise SimulationInputError(f"{path}, line {line}: the shares must sum to 1, they sum to {total:.4f}")
     return tasks, shares / shares.sum(axis=1, keepdims=True)
 
 
+def check_shares_by_hour(path: Path, *, hours: int) -> None:
+    """Look at a table with a column `hour` (0, 1, ...) and columns of shares.
+
+    Raises:
+        SimulationInputError: it cannot be read, is too short, an hour is out of order, or a value is no share.
+    """
+    _shares_by_hour(path, hours=hours)
+
+
 def constant_mix(measured: Measured, *, hours: int) -> Floats:
     """The shares that the tasks have among the prompts, in every hour."""
-    counts = np.bincount(measured.task, minlength=len(measured.tasks))
+    counts = measured.prompts_of_tasks()
     return np.tile(counts / counts.sum(), (hours, 1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Traffic:
+    """Prompts, and how often their tasks are asked.
+
+    Attributes:
+        learn: those that may be learned from; `learn_name` says where they come from.
+        measured: those that results are measured on; `measured_name` likewise.
+        mix: (hours, tasks); `learn` and `measured` have the same tasks.
+    """
+
+    learn: Measured
+    learn_name: str
+    measured: Measured
+    measured_name: str
+    mix: Floats
+
+    def checked(self, say: Callable[[str], None]) -> "Traffic":
+        """The same without tasks that are never asked; what nothing is known of is named.
+
+        Raises:
+            SimulationInputError: a task is asked, and has no prompts, or none by which quality is measured.
+        """
+        asked = self.mix.max(axis=0) > 0.0
+        if not asked.all():
+            say(f"left out {_names(self.measured, ~asked)} with all prompts: no share in any simulated hour")
+        tasks = tuple(task for task, kept in zip(self.measured.tasks, asked, strict=True) if kept)
+        learn, measured = (part.taken(asked[part.task]).with_tasks(tasks) for part in (self.learn, self.measured))
+        for part, name in ((measured, self.measured_name), (learn, self.learn_name)):
+            if (lacking := part.prompts_of_tasks() == 0).any():
+                raise SimulationInputError(
+                    f"{name} no prompt of {_names(part, lacking)}, which is asked: add prompts of it, take another "
+                    "--seed where the requests are split, or give it no share in --mix"
+                )
+        if (lacking := measured.prompts_of_tasks(measured.judged) == 0).any():
+            raise SimulationInputError(
+                f"{self.measured_name} no judged prompt of {_names(measured, lacking)}, which is asked: quality cannot "
+                "be measured on it; give 'preferred' a level, for a part at least, or give it no share in --mix"
+            )
+        if not learn.judged.any():
+            raise SimulationInputError(
+                f"{self.learn_name} no judged prompt: nothing can be learned; give 'preferred' a level, for a part at "
+                "least"
+            )
+        if (lacking := learn.prompts_of_tasks(learn.judged) == 0).any():
+            say(f"{self.learn_name} no judged prompt of {_names(learn, lacking)}: the evaluator learns nothing on it")
+        return replace(self, learn=learn, measured=measured, mix=self.mix[:, asked])
+
+
+def _names(measured: Measured, which: Flags) -> str:
+    return "task " + ", ".join(task for task, one in zip(measured.tasks, which, strict=True) if one)
 
 
 def read_model_preference(path: Path, tasks: Sequence[str]) -> Floats:
@@ -48,6 +106,30 @@ def read_model_preference(path: Path, tasks: Sequence[str]) -> Floats:
     if missing := [task for task in tasks if task not in found]:
         raise SimulationInputError(f"{path} has no row for task {', '.join(missing)}")
     return np.array([found[task] for task in tasks])
+
+
+def _shares_by_hour(path: Path, *, hours: int) -> tuple[tuple[str, ...], list[int], Floats]:
+    """Column names, lines of the rows, and their values."""
+    header, rows = _table(path, needed=("hour",))
+    names = tuple(name for name in header if name != "hour")
+    if len(rows) < hours:
+        raise SimulationInputError(f"{path} has {len(rows)} hours, {hours} are simulated: add rows or lower --hours")
+    del rows[hours:]
+    for place, (line, row) in enumerate(rows):
+        if not _is(place, row["hour"]):
+            raise SimulationInputError(
+                f"{path}, line {line}: 'hour' must be {place}, got {row['hour']!r}; give one row for every hour, in "
+                "order from 0"
+            )
+    shares = np.array([[_number(path, line, name, row[name]) for name in names] for line, row in rows])
+    return names, [line for line, _ in rows], shares
+
+
+def _is(number: int, text: str | None) -> bool:
+    try:
+        return float(text or "") == number
+    except ValueError:
+        return False
 
 
 def _table(path: Path, *, needed: Sequence[str]) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:

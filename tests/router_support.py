@@ -1,6 +1,7 @@
 """What the router's tests share: recorded answers, requests, and readers of what comes."""
 
 import asyncio
+import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -58,6 +59,11 @@ def write_workload(path: Path, *, prompts: int = 40) -> Path:
 
 def question(number: int) -> str:
     return f"Question number {number}?"
+
+
+def page(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return answer.read().decode()
 
 
 def request(number: int, **changes: Any) -> GenerationRequest:

@@ -23,7 +23,11 @@ def figures(outcomes: Sequence[Outcome]) -> list[NamedFigure]:
     usual = max({one.xi for one in outcomes}, key=lambda xi: len([one for one in outcomes if one.xi == xi]))
     mine = [one for one in outcomes if one.xi == usual or one.scheme in ("base", "co2_opt")]
     found = [
-        ("Saving by zone", f"Carbon saving, % of BASE's; xi = {usual:g}, mean over windows.", _by_zone(mine, _saving)),
+        (
+            "Saving by zone",
+            f"Carbon saving net of the evaluator's, % of BASE's; xi = {usual:g}, mean over windows.",
+            _by_zone(mine, _saving),
+        ),
         ("Preference by zone", "Relative to the reference's, %.", _by_zone(mine, _preference)),
     ]
     if len({one.window_start_hour for one in mine}) > 1:
@@ -47,16 +51,22 @@ def figures(outcomes: Sequence[Outcome]) -> list[NamedFigure]:
     return found
 
 
-def _saving(one: Outcome) -> float:
+def _saving(one: Outcome) -> float | None:
     return one.saving_pct
 
 
-def _preference(one: Outcome) -> float:
-    return float(100.0 * one.preference.mean())
+def _preference(one: Outcome) -> float | None:
+    return one.preference_pct
 
 
-def _evaluator(one: Outcome) -> float:
-    return float(100.0 * one.evaluator_grams.mean() / one.base_grams.mean())
+def _evaluator(one: Outcome) -> float | None:
+    return one.evaluator_share_pct
+
+
+def _mean(value: Callable[[Outcome], float | None], outcomes: Sequence[Outcome]) -> float | None:
+    """Over those in which it is known; null, a gap in the plot, where it is in none."""
+    known = [found for one in outcomes if (found := value(one)) is not None]
+    return fmean(known) if known else None
 
 
 def _named(outcomes: Sequence[Outcome], name: Callable[[Outcome], str]) -> dict[str, list[Outcome]]:
@@ -66,13 +76,13 @@ def _named(outcomes: Sequence[Outcome], name: Callable[[Outcome], str]) -> dict[
     return found
 
 
-def _by_zone(outcomes: Sequence[Outcome], value: Callable[[Outcome], float]) -> go.Figure:
+def _by_zone(outcomes: Sequence[Outcome], value: Callable[[Outcome], float | None]) -> go.Figure:
     figure = blank_figure("%")
     for scheme, rows in _named(outcomes, lambda one: one.scheme).items():
         by_zone = _named(rows, lambda one: one.zone)
         figure.add_bar(
             x=list(by_zone),
-            y=[fmean(map(value, found)) for found in by_zone.values()],
+            y=[_mean(value, found) for found in by_zone.values()],
             name=scheme,
             marker={"color": COLOURS[scheme]},
             hovertemplate="%{y:.2f} %",
@@ -86,8 +96,8 @@ def _seasons(outcomes: Sequence[Outcome]) -> go.Figure:
     for scheme, rows in _named(outcomes, lambda one: one.scheme).items():
         by_start = _named(rows, lambda one: f"from hour {one.window_start_hour}")
         figure.add_scatter(
-            x=[fmean(map(_saving, found)) for found in by_start.values()],
-            y=[fmean(map(_preference, found)) for found in by_start.values()],
+            x=[_mean(_saving, found) for found in by_start.values()],
+            y=[_mean(_preference, found) for found in by_start.values()],
             text=list(by_start),
             name=scheme,
             mode="markers",
@@ -106,8 +116,8 @@ def _front(outcomes: Sequence[Outcome]) -> go.Figure:
     for number, (zone, rows) in enumerate(_named(by_scheme.get(scheme or "", []), lambda one: one.zone).items()):
         by_xi = sorted(_named(rows, lambda one: f"{one.xi:.6f}").items())
         figure.add_scatter(
-            x=[fmean(map(_saving, found)) for _, found in by_xi],
-            y=[fmean(map(_preference, found)) for _, found in by_xi],
+            x=[_mean(_saving, found) for _, found in by_xi],
+            y=[_mean(_preference, found) for _, found in by_xi],
             text=[f"xi {float(xi):g}" for xi, _ in by_xi],
             name=f"{scheme}, {zone}",
             mode="lines+markers",
@@ -175,11 +185,12 @@ def _intensity(one: Outcome) -> go.Figure:
 def _throughput(outcomes: Sequence[Outcome]) -> go.Figure:
     by_scheme = _named(outcomes, lambda one: one.scheme)
     seconds = {scheme: fmean(float(one.processing_s.mean()) for one in rows) for scheme, rows in by_scheme.items()}
-    whole = seconds.get("base", max(seconds.values()))
+    # Each scheme's windows know BASE's time, whether BASE itself was run or not.
+    whole = {scheme: fmean(float(one.base_processing_s.mean()) for one in rows) for scheme, rows in by_scheme.items()}
     figure = blank_figure("%")
     figure.add_bar(
         x=list(seconds),
-        y=[100.0 * whole / one for one in seconds.values()],
+        y=[100.0 * whole[scheme] / one for scheme, one in seconds.items()],
         marker={"color": [COLOURS[scheme] for scheme in seconds]},
         text=[f"{3600.0 / one:,.0f}/h" for one in seconds.values()],
         hovertemplate="%{y:.0f} %, %{text}<extra></extra>",

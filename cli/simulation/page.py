@@ -1,6 +1,7 @@
 """A simulation as one HTML file that needs nothing else."""
 
 from collections.abc import Sequence
+from html import escape
 
 from cli.reporting.shell import plot_cards, table_card
 from cli.reporting.shell import render_page as render
@@ -17,9 +18,20 @@ def render_page(outcomes: Sequence[Outcome]) -> str:
     hours = len(outcomes[0].grams)
     about = f"{len(zones)} zones ({', '.join(zones)}), windows of {hours} hours, {len(outcomes)} runs"
     parts = [
-        f'<p class="about">{about}</p>',
+        *(f'<p class="about">{escape(text)}</p>' for text in (about, *_remarks(outcomes))),
         table_card(means_table(outcomes)),
         plot_cards(figures(outcomes)),
         table_card(windows_table(outcomes)),
     ]
     return render(TITLE, parts, with_plots=True)
+
+
+def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
+    """What the figures do not tell by themselves."""
+    found = []
+    if hours := sum(sum(one.fallbacks.values()) for one in outcomes):
+        reasons = sorted({reason for one in outcomes for reason in one.fallbacks})
+        found.append(f"In {hours:,} hours of all runs only the reference could be served: {'; '.join(reasons)}.")
+    if unknown := sum(1 for one in outcomes if one.notes):
+        found.append(f"{unknown} runs lack figures; summary.json says why.")
+    return found

@@ -17,9 +17,9 @@ from services.router.tracing import Tracing
 from shared.dead_letters import DeadLetterOffice, PoisonMessageError
 from shared.logs import get_logger
 from shared.messages import ErrorDetail, GenerationResponse, ResponseChunk, Sample
-from shared.publishing import TOO_LARGE, insist
+from shared.publishing import TOO_LARGE, check_size, insist
 from shared.settings import KafkaSettings
-from shared.topics import RESPONSE_CHUNKS, RESPONSES, SAMPLES
+from shared.topics import RESPONSE_CHUNKS, RESPONSES, SAMPLES, TopicSpec
 
 _log = get_logger(__name__)
 
@@ -41,24 +41,22 @@ class Delivery:
         tracing: Tracing | None = None,
     ) -> None:
         self._broker = broker
-        self._responses, self._chunks, self._samples = map(kafka.topic, (RESPONSES, RESPONSE_CHUNKS, SAMPLES))
-        broker.publisher(self._responses, description="Answers", schema=GenerationResponse)
-        broker.publisher(self._chunks, description="Pieces of streamed answers", schema=ResponseChunk)
-        broker.publisher(self._samples, description="Prompts kept aside for the evaluator", schema=Sample)
+        self._kafka = kafka
+        for spec, description in (
+            (RESPONSES, "Answers"),
+            (RESPONSE_CHUNKS, "Pieces of streamed answers"),
+            (SAMPLES, "Prompts kept aside for the evaluator"),
+        ):
+            broker.publisher(kafka.topic(spec), description=description, schema=spec.message)
         self._office = office
         self._metrics = metrics
         self._tracing = tracing
 
-    async def respond(self, response: GenerationResponse, passage: Passage) -> GenerationResponse:
-        """Publish an answer; returns what was published, an error if the answer was too large for the topic."""
-        try:
-            await self._send(self._responses, response, response.request_id, passage)
-        except TOO_LARGE:
-            response = _without_bulk(response)
-            await self._send(self._responses, response, response.request_id, passage)
+    async def respond(self, response: GenerationResponse, passage: Passage) -> None:
+        """Publish an answer, which `fitting` has seen."""
+        await self._send(RESPONSES, response, response.request_id, passage)
         if self._tracing is not None:
             self._tracing.answered(response)
-        return response
 
     async def chunk(self, chunk: ResponseChunk, passage: Passage | None = None) -> None:
         """Publish a piece of an answer; no span, there are many.
@@ -67,12 +65,12 @@ class Delivery:
             passage: for the last one, which nobody else may publish too.
         """
         headers = {} if self._tracing is None else self._tracing.headers()
-        await self._publish(self._chunks, chunk, chunk.request_id, headers, passage)
+        await self._publish(RESPONSE_CHUNKS, chunk, chunk.request_id, headers, passage)
 
     async def sample(self, sample: Sample) -> None:
         """Publish a prompt for the evaluator; one that is too large is left out."""
         try:
-            await self._send(self._samples, sample, sample.group)
+            await self._send(SAMPLES, sample, sample.group)
         except TOO_LARGE:
             _log.warning("sample left out: too large for its topic", request_id=sample.request_id)
             return
@@ -92,27 +90,29 @@ class Delivery:
         self._metrics.dead_letters.labels(error.reason).inc()
 
     async def _send(
-        self, topic: str, message: GenerationResponse | Sample, key: str, passage: Passage | None = None
+        self, spec: TopicSpec, message: GenerationResponse | Sample, key: str, passage: Passage | None = None
     ) -> None:
         source = {} if passage is None else {SOURCE_HEADER: passage.source}
         if self._tracing is None:
-            await self._publish(topic, message, key, source, passage)
+            await self._publish(spec, message, key, source, passage)
         else:
-            with self._tracing.sending(topic) as headers:
-                await self._publish(topic, message, key, headers | source, passage)
+            with self._tracing.sending(self._kafka.topic(spec)) as headers:
+                await self._publish(spec, message, key, headers | source, passage)
 
     async def _publish(
         self,
-        topic: str,
+        spec: TopicSpec,
         message: GenerationResponse | ResponseChunk | Sample,
         key: str,
         headers: dict[str, str],
         passage: Passage | None,
     ) -> None:
+        value, encoded = message.model_dump_json().encode(), key.encode("utf-8", errors="surrogatepass")
+        check_size(spec, value, encoded)
         command = KafkaPublishCommand(
-            message.model_dump_json().encode(),
-            topic=topic,
-            key=key.encode("utf-8", errors="surrogatepass"),
+            value,
+            topic=self._kafka.topic(spec),
+            key=encoded,
             headers={"content-type": "application/json", **headers},
             _publish_type=PublishType.PUBLISH,
         )
@@ -122,6 +122,18 @@ class Delivery:
 
         # Every attempt passes the gate again: much may have happened since the one before.
         await insist(publish if passage is None else lambda: passage.through(publish))
+
+
+def fitting(response: GenerationResponse) -> GenerationResponse:
+    """The answer, or an error in its place where it is larger than the topic takes."""
+    # What producers choose, text and metadata, makes nearly all of it: an answer is written out twice only if large.
+    if len(response.text or "") + sum(map(len, response.metadata.values())) < RESPONSES.max_message_bytes / 16:
+        return response
+    try:
+        check_size(RESPONSES, response.model_dump_json().encode(), response.request_id.encode(errors="surrogatepass"))
+    except TOO_LARGE:
+        return _without_bulk(response)
+    return response
 
 
 def _without_bulk(response: GenerationResponse) -> GenerationResponse:

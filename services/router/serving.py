@@ -7,7 +7,7 @@ from typing import Any
 
 from services.router import answers
 from services.router.admission import Arrival, Limits, arrive, refusal
-from services.router.delivery import Delivery
+from services.router.delivery import Delivery, fitting
 from services.router.gate import Passage
 from services.router.knowledge import Knowledge
 from services.router.metrics import RouterMetrics
@@ -81,7 +81,7 @@ class Serving:
                 detail = ErrorDetail(
                     code="upstream_error", message="the router failed; the request was kept for people"
                 )
-                await self.delivery.respond(answers.failure(arrival, detail), passage)
+                await self.delivery.respond(fitting(answers.failure(arrival, detail)), passage)
 
     async def _answer(self, arrival: Arrival, passage: Passage, began: float) -> None:
         chunks = None
@@ -89,6 +89,7 @@ class Serving:
             chunks = ChunkStream(arrival.request_id, self.delivery, interval_s=self.chunk_interval_s)
         try:
             response, model_s = await self._response(arrival, chunks)
+            response = fitting(response)
             await self._publish(arrival, response, chunks, passage)
         except BaseException:
             if chunks is not None:

@@ -1,5 +1,6 @@
 """The connection to a Triton server, and how its calls are made."""
 
+import asyncio
 from typing import Any, Final
 
 import grpc
@@ -27,6 +28,9 @@ CHANNEL_OPTIONS: Final = (
 STATUS_MODE: Final = (("triton_grpc_error", "true"),)
 """Metadata that makes Triton end a stream with the error's gRPC status instead of a bare text in the stream."""
 
+STATUS_S: Final = 1.0
+"""Wall seconds for the status of a stream that is over; without effect where it has come."""
+
 STREAM_METHOD: Final = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
@@ -43,7 +47,6 @@ class Connection:
         self._credentials = credentials
         self._server_name = server_name
         self._opened: tuple[grpc.aio.Channel, GRPCInferenceServiceStub, Any] | None = None
-        self._streams: set[Any] = set()
 
     @property
     def stub(self) -> Any:  # noqa: ANN401 - its methods have no types
@@ -51,15 +54,17 @@ class Connection:
         return self._open()[1]
 
     def stream(self, request: ModelInferRequest, *, timeout_s: float) -> Any:  # noqa: ANN401 - not generic in the stubs
-        """Begin a generation; returns gRPC's `UnaryStreamCall` of `ModelStreamInferResponse`.
+        """Begin a generation; returns gRPC's `UnaryStreamCall` of `ModelStreamInferResponse`."""
+        return self._open()[2](request, timeout=timeout_s, metadata=STATUS_MODE)
 
-        It may be left when its last message was read, and ends by itself.
+    @staticmethod
+    def leave(call: Any) -> None:  # noqa: ANN401
+        """Let a stream end by itself whose last message was read: its status is on its way, and nobody waits for it.
+
+        A call that nobody refers to is cancelled, so the timer keeps it. gRPC's own callback at a call's end would make
+        a cycle of the call and itself, and of every prompt something for the cyclic collector.
         """
-        call = self._open()[2](request, timeout=timeout_s, metadata=STATUS_MODE)
-        # One that nobody refers to would be cancelled.
-        self._streams.add(call)
-        call.add_done_callback(self._streams.discard)
-        return call
+        asyncio.get_running_loop().call_later(STATUS_S, call.cancel)
 
     async def close(self) -> None:
         """Cancel what runs and disconnect."""

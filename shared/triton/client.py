@@ -276,7 +276,9 @@ class TritonClient:
             except grpc.RpcError as error:
                 raise self._typed(error) from error
         finally:
-            if not final:
+            if final:
+                self._connection.leave(call)
+            else:
                 # Without effect on a stream that ended; a stream that is given up stops the server's work.
                 call.cancel()
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import urllib.request
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 
@@ -17,6 +16,7 @@ from router_support import (
     ZONE,
     committed,
     fleet_toml,
+    page,
     policy,
     question,
     reading,
@@ -231,11 +231,6 @@ async def test_an_endpoint_gets_no_more_than_it_may_have_and_the_rest_waits_in_k
     assert "sprout_router_in_flight 2.0" in page(f"{metrics}/metrics")
     async with reading(kafka) as answers:
         await answers.ids(f"r{number}" for number in range(5))
-
-
-def page(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=5) as answer:
-        return answer.read().decode()
 
 
 async def test_metrics_tell_what_was_done(kafka, routers, producer):

@@ -60,9 +60,15 @@ def test_what_does_not_do_is_named_with_the_remedy(tmp_path, arguments, message)
     ("rows", "message"),
     [
         ("hour,factual\n0,1.0\n", "has 1 hours, 48 are simulated"),
-        ("hour,factual\n" + "0,0.5\n" * 48, "line 2: the shares must sum to 1, they sum to 0.5"),
-        ("hour,factual\n" + "0,much\n" * 48, "line 2: 'factual' must be a share from 0 to 1, got 'much'"),
-        ("hour,factual\n" + "0,1.0\n" * 48, "have no place among the tasks factual"),
+        (
+            "hour,factual\n" + "".join(f"{hour},0.5\n" for hour in range(48)),
+            "line 2: the shares must sum to 1, they sum to 0.5",
+        ),
+        (
+            "hour,factual\n" + "".join(f"{hour},much\n" for hour in range(48)),
+            "line 2: 'factual' must be a share from 0 to 1, got 'much'",
+        ),
+        ("hour,factual\n" + "".join(f"{hour},1.0\n" for hour in range(48)), "have no place among the tasks factual"),
         ("a,b\n1,2\n", "has no column 'hour'"),
         ("", "has no column 'hour'; its columns: none"),
     ],
@@ -101,3 +107,34 @@ def test_prompts_without_a_level_or_a_verdict_are_named(tmp_path):
     assert "1 prompts lack 'm/L1' (the first is prompt 2)" in run("--requests", str(file)).stderr
     file.write_text(json.dumps({**whole, "preferred": None}) + "\n")
     assert "no prompt was judged" in run("--requests", str(file)).stderr
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    (tmp_path / "taken" / "summary.json").mkdir(parents=True)
+    for out, message in (
+        (file, "is a file; name a folder"),
+        (file / "below", "cannot be written"),
+        (tmp_path / ("n" * 300), "cannot be written"),
+        (tmp_path / "taken", "cannot be written"),
+    ):
+        result = run("--requests", "none.jsonl", "--out", str(out))
+        assert result.exit_code == 1
+        assert f"--out {out} {message}" in result.stderr
+        assert "reading" not in result.stderr
+    assert file.read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_a_seed_below_zero_is_wrong_usage():
+    result = run("--seed", "-1")
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
+
+
+def test_a_setting_that_is_no_json_is_named_without_a_traceback(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPROUT_OPTIMIZER_CAUTIONS", "{")
+    result = run("--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "SPROUT_OPTIMIZER_CAUTIONS is no JSON" in result.stderr

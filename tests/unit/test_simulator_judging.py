@@ -1,10 +1,12 @@
 """What evaluations find on measured prompts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from simulator_support import measured
 
-from simulator.judging import JudgeCost, LevelJudge
+from simulator.judging import JudgeCost, LevelJudge, ModelJudge
 
 
 def wins(judge: LevelJudge, mix: list[float], prompts: int, rng: np.random.Generator) -> tuple[float, ...]:
@@ -33,5 +35,18 @@ def test_an_evaluation_draws_by_the_mix_and_takes_energy_at_every_level():
     asked = {task: {cell[0] for cell in row.values()} for task, row in found.taken.items()}
     assert sum(next(iter(counts)) for counts in asked.values()) == 80
     assert 8 <= next(iter(asked["facts"])) <= 32
-    assert found.judging_kwh == pytest.approx(80.0)
+    assert found.judging_kwh == pytest.approx(80.0 * 3)
+    assert found.judging_s == pytest.approx(80.0 * 3)
     assert found.energy_kwh > found.judging_kwh
+
+
+def test_the_judge_is_asked_once_for_each_rotation_of_the_answers():
+    learn, cost, mix = measured(60), JudgeCost(), np.array([0.5, 0.5])
+    assert cost.of(1, answers=1) == pytest.approx((600 * 0.3 / 3.6e6, 600 * 0.0003))
+    two_levels = replace(learn, levels=learn.levels[:2], correct=learn.correct[:, :2])
+    one_group, rng = np.zeros(60, dtype=np.int64), np.random.default_rng(1)
+    for requests, answers in ((learn, 3), (two_levels, 2)):
+        found = LevelJudge(requests, one_group, ("all",), cost).draw(mix, 20, rng)
+        assert (found.judging_kwh, found.judging_s) == pytest.approx(cost.of(20, answers=answers))
+    models = ModelJudge(learn, np.array([0.5, 0.5]), study_prompts=10, cost=cost).draw(mix, 20, rng)
+    assert (models.judging_kwh, models.judging_s) == pytest.approx(cost.of(20, answers=2))

@@ -1,20 +1,41 @@
 """The schemes as they run in production: what each may choose, what is charged, and that the future is not known."""
 
+import json
+import warnings
 from dataclasses import replace
+from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
-from simulator_support import grid, measured
+from simulator_support import BEGIN, grid, measured
 
+from cli.simulation import render_page
+from cli.simulation.figures import figures
+from services.optimizer.bounds import trailing_range
 from services.optimizer.settings import OptimizerSettings
+from shared.messages import CarbonIntensity, IntensityPoint
 from simulator.errors import SimulationInputError
-from simulator.grid import Grid
+from simulator.grid import HOUR, Grid
 from simulator.outcome import Outcome
 from simulator.schemes import Study, run
 from simulator.traffic import constant_mix
 
 HOURS = 96
 START = 200
+KEYS = (
+    "zone", "window_start_hour", "scheme", "xi", "carbon_saving_pct", "preference_pct", "correctness_pct",
+    "hours_bound_kept_pct", "evaluations", "evaluation_hours", "evaluator_share_pct", "mean_gco2_per_request",
+)  # fmt: skip
+
+
+class NamedPlot(NamedTuple):
+    """What `figures` gives."""
+
+    title: str
+    about: str
+    figure: go.Figure
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +102,11 @@ def test_evaluations_are_charged_at_the_grid_that_they_ran_on(study):
     summary = sprout.summary()
     assert summary["evaluator_share_pct"] > 0.0
     assert summary["mean_gco2_per_request"] == pytest.approx(sprout.grams.mean() + sprout.evaluator_grams.mean())
+    # The saving is what is left after the evaluator has been paid for.
+    base_g = sprout.base_grams.mean()
+    assert summary["carbon_saving_pct"] == pytest.approx(100.0 * (1.0 - summary["mean_gco2_per_request"] / base_g))
+    gross = 100.0 * (1.0 - sprout.grams.mean() / base_g)
+    assert summary["carbon_saving_pct"] == pytest.approx(gross - summary["evaluator_share_pct"])
 
 
 def test_the_static_scheme_never_changes_its_mind(study):
@@ -99,3 +125,96 @@ def test_two_models_share_the_traffic_of_model_opt(study):
 
 def test_the_same_seed_gives_the_same_figures(study):
     assert outcome(study, "sprout_task").summary() == outcome(study, "sprout_task").summary()
+
+
+def test_near_the_start_of_a_trace_no_loss_is_tolerated_as_in_the_services(study):
+    known = grid()
+    values = known.g_per_kwh.copy()
+    values[[3, 4, 10]] = np.nan
+    trace = replace(known, g_per_kwh=values)
+    found = run(study, "sprout", trace.window(12, HOURS), {"preference": 0.3})
+    points = [
+        IntensityPoint(at=BEGIN + hour * HOUR, intensity_g_per_kwh=float(value))
+        for hour, value in enumerate(values)
+        if not np.isnan(value)
+    ]
+    for hour in range(HOURS):
+        past = [point for point in points if point.at <= BEGIN + (12 + hour) * HOUR]
+        message = CarbonIntensity(
+            zone="Z", latest=past[-1], history=tuple(past[:-1]), source="test", published_at=past[-1].at
+        )
+        span = trailing_range(message, window=timedelta(hours=720), min_hours=24)
+        dirtiness = span.dirtiness(past[-1].intensity_g_per_kwh)
+        assert found.bound[hour] == pytest.approx(1.0 - 0.3 * dirtiness), hour
+    assert (found.bound[:14] == 1.0).all()  # 9 values before the window and 15 in it are 24
+    assert found.bound[14:].min() < 1.0
+
+
+def test_hours_in_which_only_the_reference_could_be_served_are_counted(study):
+    few = replace(study, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
+    for scheme in ("sprout", "sprout_sta"):
+        found = outcome(few, scheme).summary()
+        assert found["fallback_hours"] == HOURS
+        assert found["fallback_reasons"] == {"too few judged prompts (preference)": HOURS}
+        assert found["withheld_hours"] == {"pool/L1": HOURS, "pool/L2": HOURS}
+        assert found["mix_pct"]["pool/L0"] == pytest.approx(100.0)
+    usual = outcome(study, "sprout").summary()
+    assert (usual["fallback_hours"], usual["fallback_reasons"]) == (0, {})
+    assert list(usual)[:12] == list(KEYS)
+
+
+def test_the_upper_bound_knows_which_of_its_answers_are_right(study):
+    oracle = outcome(study, "oracle", xi=0.3)
+    assert 80.0 < oracle.summary()["correctness_pct"] < 100.0
+    measured_right = study.measured.correct.mean(axis=0)
+    expected = (oracle.mix @ measured_right).mean() / measured_right[0]
+    assert oracle.correctness.mean() == pytest.approx(expected, abs=0.03)
+    unknown = replace(study.measured, correct=np.full_like(study.measured.correct, np.nan))
+    assert outcome(replace(study, measured=unknown), "oracle").summary()["correctness_pct"] is None
+
+
+@pytest.mark.parametrize("scheme", ["base", "co2_opt", "sprout", "sprout_task", "oracle"])
+def test_what_cannot_be_known_is_null_with_a_note_and_never_nan(study, scheme):
+    never = np.maximum(study.measured.preferred, 1)
+    wrong = study.measured.correct.copy()
+    wrong[:, 0] = 0.0
+    lacking = replace(study, measured=replace(study.measured, preferred=never, correct=wrong))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = outcome(lacking, scheme).summary()
+    json.dumps(found, allow_nan=False)
+    if scheme == "base":
+        assert (found["preference_pct"], found["notes"]) == (100.0, [])
+        return
+    assert found["preference_pct"] is found["correctness_pct"] is found["hours_bound_kept_pct"] is None
+    assert [note.split(" is null")[0] for note in found["notes"]] == ["preference_pct", "correctness_pct"]
+    assert found["notes"][0].endswith(f"of {HOURS} hours the reference is never preferred on a measured prompt")
+
+
+@pytest.mark.parametrize("scheme", ["sprout", "oracle"])
+def test_a_task_that_was_not_measured_is_refused(study, scheme):
+    one_task = study.measured.taken(study.measured.task == 0)
+    with pytest.raises(SimulationInputError, match="the mix asks for task sums, of which there is no prompt"):
+        outcome(replace(study, measured=one_task), scheme)
+
+
+def test_the_page_and_the_summary_agree(study):
+    found = [outcome(study, "sprout"), outcome(study, "sprout_task")]
+    plots = {plot.title: plot.figure for plot in map(NamedPlot._make, figures(found))}
+    for title, key in (("Saving by zone", "carbon_saving_pct"), ("Evaluator", "evaluator_share_pct")):
+        shown = {bar.name: bar.y[0] for bar in plots[title].data}
+        assert shown == {one.scheme: pytest.approx(one.summary()[key]) for one in found}
+    # BASE was not run; its time is known all the same.
+    whole = float(study.mix[0] @ [study.measured.time_s[study.measured.task == task, 0].mean() for task in (0, 1)])
+    throughput = plots["Throughput"].data[0]
+    assert list(throughput.y) == pytest.approx([100.0 * whole / one.processing_s.mean() for one in found])
+    assert min(throughput.y) > 100.0
+
+
+def test_the_page_says_what_is_unknown_and_where_nothing_could_be_chosen(study):
+    few = replace(study, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
+    never = replace(study, measured=replace(study.measured, preferred=np.maximum(study.measured.preferred, 1)))
+    page = render_page([outcome(few, "sprout"), outcome(never, "sprout_task")])
+    assert f"In {HOURS} hours of all runs only the reference could be served: too few judged prompts" in page
+    assert "1 runs lack figures; summary.json says why." in page
+    assert "NaN" not in json.dumps(outcome(never, "sprout_task").summary())

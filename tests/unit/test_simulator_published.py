@@ -2,15 +2,20 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from simulator_support import grid, measured
 
-from simulator.draws import QualityDraws, read_draws
+from simulator.case import PublishedCase
+from simulator.draws import QualityDraws, draw_quality, read_draws
+from simulator.errors import SimulationInputError
 from simulator.grid import Grid, read_grids
 from simulator.measured import Measured, read_measured
-from simulator.published import SCHEMES, PublishedCase, evaluation_hours
-from simulator.traffic import read_mix
+from simulator.published import SCHEMES, evaluation_hours
+from simulator.traffic import constant_mix, read_mix
 
 WINDOWS = (800, 3900, 7000)
 ZONES = ("AU-SA", "GB", "NL", "US-CAL-CISO", "US-TEX-ERCO")
@@ -73,3 +78,49 @@ def assert_as_published(scheme, grid, start, inputs, published):
     near_saving, near_preference = TOLERATED.get(scheme, (0.2, 0.2))
     assert found["carbon_saving_pct"] == pytest.approx(saving, abs=near_saving), (grid.zone, start)
     assert found["preference_pct"] == pytest.approx(preference, abs=near_preference), (grid.zone, start)
+
+
+def made_up(requests: Measured, *, hours: int = 24) -> PublishedCase:
+    mix = constant_mix(requests, hours=hours)
+    draws = draw_quality(requests, mix, None, seed=1)
+    return PublishedCase(window=grid().window(200, hours), measured=requests, mix=mix, draws=draws, xi=0.3)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_evaluator_is_free_and_the_time_of_the_reference_is_known(scheme):
+    requests = measured()
+    found = SCHEMES[scheme](made_up(requests))
+    assert not found.evaluator_grams.any()
+    assert found.summary()["mean_gco2_per_request"] == pytest.approx(found.grams.mean())
+    np.testing.assert_allclose(found.base_processing_s, requests.time_s[:, 0].mean())
+    assert found.fallbacks == {}
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "model_opt"])
+def test_correctness_is_the_expectation_over_prompts_whose_answers_are_known(scheme):
+    requests = measured()
+    # Of one task no answer can be checked; of the other every brief answer is wrong in half of the prompts.
+    correct = np.where(requests.task[:, None] == 0, np.nan, 1.0) * np.ones((1, 3))
+    sums = np.flatnonzero(requests.task == 1)
+    correct[sums[: len(sums) // 2], 1:] = 0.0
+    found = SCHEMES[scheme](made_up(replace(requests, correct=correct)))
+    wrong = len(sums) // 2 / len(sums)
+    if scheme != "oracle":
+        np.testing.assert_allclose(found.correctness, 1.0 - wrong * (1.0 - found.mix[:, 0]))
+    assert found.summary()["correctness_pct"] <= 100.0
+    assert (found.summary()["correctness_pct"] == pytest.approx(100.0)) == (scheme == "base")
+    unknown = SCHEMES[scheme](made_up(replace(requests, correct=np.full((400, 3), np.nan))))
+    assert unknown.summary()["correctness_pct"] is None
+
+
+def test_which_of_two_models_is_right_is_not_known():
+    assert SCHEMES["model_opt"](made_up(measured())).summary()["correctness_pct"] is None
+
+
+def test_a_level_without_drawn_quality_is_refused():
+    requests = measured()
+    wide = {name: np.column_stack([getattr(requests, name), 0.1 * getattr(requests, name)[:, 2]])
+            for name in ("energy_kwh", "time_s", "correct")}  # fmt: skip
+    case = made_up(requests)
+    with pytest.raises(SimulationInputError, match=r"serves level L3, of which .* draws no quality"):
+        SCHEMES["co2_opt"](replace(case, measured=replace(requests, levels=("L0", "L1", "L2", "L3"), **wide)))
