@@ -11,7 +11,7 @@ Three ways in, by the kind of subscriber:
 
 import base64
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -31,6 +31,12 @@ M = TypeVar("M", bound=Message)
 
 LARGEST_CARRIED_BYTES = 4 * 1024 * 1024
 """A larger value is cut: base64 of it must still fit the dead-letter topic's largest message."""
+
+LARGEST_KEY_BYTES = 64 * 1024
+"""A longer key is cut; it is carried twice, as the dead letter's own key too."""
+
+LARGEST_HEADERS_BYTES = 256 * 1024
+"""Names and values together, of the first headers; those beyond are left out."""
 
 _log = get_logger(__name__)
 
@@ -86,14 +92,24 @@ def dead_letter_for(
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
-        key_base64=None if record.key is None else _base64(record.key),
+        key_base64=None if record.key is None else _base64(record.key[:LARGEST_KEY_BYTES]),
         value_base64=_base64(value[:LARGEST_CARRIED_BYTES]),
-        headers={name: _base64(content or b"") for name, content in record.headers},
+        headers=_carried(record.headers),
         truncated_bytes=max(0, len(value) - LARGEST_CARRIED_BYTES),
         reason=reason,
         detail=detail,
         failed_at=clock.now(),
     )
+
+
+def _carried(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
+    carried, size = {}, 0
+    for name, content in headers:
+        size += len(name) + len(content or b"")
+        if size > LARGEST_HEADERS_BYTES:
+            break
+        carried[name] = _base64(content or b"")
+    return carried
 
 
 def _base64(content: bytes) -> str:
@@ -134,7 +150,8 @@ class DeadLetterOffice:
         letter = dead_letter_for(
             record, service=self._service, reason=error.reason, detail=error.detail, clock=self._clock
         )
-        await self._broker.publish(letter, topic=self._topic, key=record.key, headers=headers)
+        key = None if record.key is None else record.key[:LARGEST_KEY_BYTES]
+        await self._broker.publish(letter, topic=self._topic, key=key, headers=headers)
         self.posted += 1
         _log.warning(
             "dead letter",

@@ -20,7 +20,7 @@ from aiokafka.errors import (
 )
 from faststream.kafka import KafkaBroker
 from faststream.kafka.publisher.producer import AioKafkaFastProducerImpl
-from faststream.kafka.publisher.state import ProducerState, RealProducer
+from faststream.kafka.publisher.state import EmptyProducerState, ProducerState, RealProducer
 from faststream.kafka.response import KafkaPublishCommand
 
 from shared.publishing import TOO_LARGE
@@ -67,6 +67,12 @@ class RenewingProducer(AioKafkaFastProducerImpl):
                 await self._renew(used, error)
             raise
 
+    async def disconnect(self) -> None:
+        """Stop; messages that Kafka does not take within `FLUSH_S` are not waited for."""
+        state, self._producer = self._producer, EmptyProducerState()
+        if state:
+            await _put_down(state.producer)
+
     async def _renew(self, broken: ProducerState, error: KafkaError) -> None:
         async with self._renewing:
             if self._producer is not broken:
@@ -90,10 +96,10 @@ async def _put_down(producer: AIOKafkaProducer) -> None:
         async with asyncio.timeout(FLUSH_S):
             await producer.stop()
     except (TimeoutError, KafkaError):
-        producer._message_accumulator.fail_all(KafkaError("the producer was replaced"))  # noqa: SLF001
+        producer._message_accumulator.fail_all(KafkaError("the producer was stopped"))  # noqa: SLF001
         try:
             async with asyncio.timeout(FLUSH_S):
                 await producer._sender.close()  # noqa: SLF001
                 await producer.client.close()
         except (TimeoutError, KafkaError) as error:
-            _log.warning("a replaced producer did not end", extra={"error": type(error).__name__})
+            _log.warning("a producer did not end", extra={"error": type(error).__name__})

@@ -52,11 +52,20 @@ class Delivery:
         self._metrics = metrics
         self._tracing = tracing
 
-    async def respond(self, response: GenerationResponse, passage: Passage) -> None:
-        """Publish an answer, which `fitting` has seen."""
-        await self._send(RESPONSES, response, response.request_id, passage)
+    async def respond(self, response: GenerationResponse, passage: Passage) -> GenerationResponse:
+        """Publish an answer, which `fitting` has seen.
+
+        Returns:
+            What was published: an error in its place where the topic was made to take less than it should.
+        """
+        try:
+            await self._send(RESPONSES, response, response.request_id, passage)
+        except TOO_LARGE:
+            response = _without_bulk(response)
+            await self._send(RESPONSES, response, response.request_id, passage)
         if self._tracing is not None:
             self._tracing.answered(response)
+        return response
 
     async def chunk(self, chunk: ResponseChunk, passage: Passage | None = None) -> None:
         """Publish a piece of an answer; no span, there are many.

@@ -29,6 +29,9 @@ COMMIT_FAILURES_TOLERATED = 10
 QUIET_S = 5.0
 """Wall seconds for answers that are on their way when the gate is shut."""
 
+LAST_COMMIT_S = 5.0
+"""Wall seconds for the commit at a stop."""
+
 _log = get_logger(__name__)
 
 
@@ -176,7 +179,12 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         await self._shut(None)
         unfinished = [task for task in self._tasks if not task.done()]
         await self._give_up(unfinished)
-        await self._commit(None)
+        try:
+            # aiokafka goes on for as long as Kafka is away.
+            async with asyncio.timeout(LAST_COMMIT_S):
+                await self._commit(None)
+        except TimeoutError:
+            _log.warning("Kafka does not take the last commit: what was finished since the one before comes again")
         _log.info("drained", finished=running - len(unfinished), given_up=len(unfinished))
 
     async def _resume(self, standings: Mapping[TopicPartition, Standing]) -> None:

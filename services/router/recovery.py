@@ -106,8 +106,8 @@ class Recovery:
             KafkaError: it could not be asked.
         """
         admin = AIOKafkaAdminClient(**self.kafka.client_options())
-        await admin.start()
         try:
+            await admin.start()
             found = await admin.list_consumer_group_offsets(self.group, partitions=list(partitions))
         finally:
             await admin.close()
@@ -129,8 +129,8 @@ class Recovery:
             enable_auto_commit=False,
             auto_offset_reset="earliest",
         )
-        await consumer.start()
         try:
+            await consumer.start()
             async for records in _records_since(consumer, since_ms):
                 answered(records, by_number, found)
         finally:

@@ -89,8 +89,7 @@ class Serving:
             chunks = ChunkStream(arrival.request_id, self.delivery, interval_s=self.chunk_interval_s)
         try:
             response, model_s = await self._response(arrival, chunks)
-            response = fitting(response)
-            await self._publish(arrival, response, chunks, passage)
+            response = await self._publish(arrival, fitting(response), chunks, passage)
         except BaseException:
             if chunks is not None:
                 await chunks.abandon()
@@ -149,7 +148,8 @@ class Serving:
 
     async def _publish(
         self, arrival: Arrival, response: GenerationResponse, chunks: ChunkStream | None, passage: Passage
-    ) -> None:
+    ) -> GenerationResponse:
+        """Publish an answer; returns what was published."""
         if chunks is not None:
             # A reader of the stream does not wait for the whole answer.
             await chunks.end(passage, finish_reason=response.finish_reason, error=response.error)
@@ -159,12 +159,12 @@ class Serving:
             and decision is not None
             and becomes_sample(arrival.request_id, arrival.request, decision, share=self.sample_share)
         ):
-            await asyncio.gather(
+            published, _ = await asyncio.gather(
                 self.delivery.respond(response, passage),
                 self.delivery.sample(answers.sample(arrival, clock=self.clock)),
             )
-        else:
-            await self.delivery.respond(response, passage)
+            return published
+        return await self.delivery.respond(response, passage)
 
 
 def _concluded(arrival: Arrival, decision: Decision, outcome: Outcome) -> GenerationResponse:

@@ -14,9 +14,11 @@ class DeadLetter(Message):
     topic: str
     partition: int
     offset: int
-    key_base64: str | None = None
+    key_base64: str | None = Field(default=None, description="Original key, of a very long one the beginning")
     value_base64: str = Field(description="The original value, byte for byte")
-    headers: dict[str, str] = Field(default_factory=dict, description="Original headers, values in base64")
+    headers: dict[str, str] = Field(
+        default_factory=dict, description="Original headers, values in base64; 256 KiB of them at most"
+    )
     truncated_bytes: int = Field(default=0, ge=0, description="Bytes cut off the end of a value too large to carry")
     reason: str = Field(description="Short code: invalid_json, invalid_message, too_large, handler_error")
     detail: str = Field(description="What is wrong, by field; never the content")

@@ -152,3 +152,17 @@ async def test_a_partition_that_was_never_taken_over_is_given_back_as_it_is(inta
     await assigned(intake, KNOWN)
     await intake.on_partitions_revoked([KNOWN])
     assert consumer.committed[KNOWN].offset == 9
+
+
+async def test_a_stop_does_not_wait_for_a_kafka_that_is_away(intake, consumer, monkeypatch):
+    monkeypatch.setattr("services.router.intake.LAST_COMMIT_S", 0.05)
+    await assigned(intake, KNOWN)
+    await intake.take([record(KNOWN, 0)])
+    await settle()
+
+    async def hanging(_):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(consumer, "commit", hanging)
+    async with asyncio.timeout(2.0):
+        await intake.drain(0.0)
