@@ -74,7 +74,7 @@ class OptimizerSettings(BaseSettings):
         default=20.0, gt=0, description="Effective judged prompts of an option, in all groups, before it may be used"
     )
     caution: float = Field(
-        default=1.25,
+        default=1.1,
         ge=0,
         description="Standard deviations by which less than the mean is counted on; the reference excepted",
     )

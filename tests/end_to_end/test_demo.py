@@ -36,6 +36,8 @@ def test_a_short_day_is_answered_accounted_for_and_cleared_up(tmp_path: Path, ka
     assert figures["duplicates"] == figures["dead_letters"] == 0
     assert figures["evaluations"] >= 1
     assert figures["policies_published"] >= 2
+    assert figures["prompt_groups_learned"] >= 1
+    assert figures["requests_by_learned_groups"] > 0
     assert figures["broker"] == "kafka"
     assert figures["carbon_saving_pct"] > 5
     assert figures["energy_attributed_j"] == pytest.approx(figures["energy_metered_j"], rel=1e-3)

@@ -166,9 +166,10 @@ def test_a_group_with_few_judged_prompts_leans_on_the_whole():
     seen = consumed(*(footprint(group, level, 500) for group in "ab" for level in ("L0", "L1") for _ in range(50)))
     counts = [("a", "p/L0", 500, 1_000), ("a", "p/L1", 400, 1_000), ("b", "p/L1", 2, 2), ("b", "p/L0", 0, 2)]
     found = believed(seen, judged(*counts))
-    # Means of 0.46 and 0.40, less 1.25 standard deviations: much for what hardly was judged, little for what was.
-    assert found.groups["b"]["p/L1"].quality["preference"] == pytest.approx(0.46 - 0.125, abs=0.03)
-    assert found.groups["a"]["p/L1"].quality["preference"] == pytest.approx(0.40 - 0.019, abs=0.005)
+    # Two of two, and the whole's 0.40 counts as four more; less 1.1 standard deviations: much for what hardly was
+    # judged, little for what was.
+    assert found.groups["b"]["p/L1"].quality["preference"] == pytest.approx(0.59 - 0.20, abs=0.01)
+    assert found.groups["a"]["p/L1"].quality["preference"] == pytest.approx(0.40 - 0.017, abs=0.005)
 
 
 def test_nothing_is_taken_off_the_reference():
