@@ -25,7 +25,9 @@ class OptimizerSettings(BaseSettings):
     xi: dict[str, Probability] = Field(
         default={"preference": 0.1},
         min_length=1,
-        description='Largest relative quality loss by metric, tolerated on the dirtiest grid: JSON {"preference": 0.1}',
+        description='Largest relative quality loss by metric, tolerated on the dirtiest grid: JSON {"preference": 0.1}. '
+        "The evaluator judges preference; another metric needs counts from elsewhere on the topic `quality`, and until "
+        "there are enough the reference is served",
     )
     floors: dict[str, Probability] = Field(
         default={},
