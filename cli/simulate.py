@@ -107,7 +107,8 @@ def simulate(
         fail("interrupted; nothing was written")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        summary.write_text(json.dumps([one.summary() for one in outcomes], indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        figures = [one.summary() for one in outcomes]
+        summary.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         page.write_text(render_page(outcomes), encoding="utf-8")
     except OSError as error:
         fail(f"--out {out_dir} cannot be written: {error}")

@@ -25,8 +25,8 @@ class OptimizerSettings(BaseSettings):
     xi: dict[str, Probability] = Field(
         default={"preference": 0.1},
         min_length=1,
-        description='Largest relative quality loss by metric, tolerated on the dirtiest grid: JSON {"preference": 0.1}. '
-        "The evaluator judges preference; another metric needs counts from elsewhere on the topic `quality`, and until "
+        description='Largest relative quality loss by metric, on the dirtiest grid: JSON {"preference": 0.1}; '
+        "the evaluator judges preference; another metric needs counts from elsewhere on the topic `quality`, and until "
         "there are enough the reference is served",
     )
     floors: dict[str, Probability] = Field(
