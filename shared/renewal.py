@@ -51,7 +51,7 @@ class RenewingProducer(AioKafkaFastProducerImpl):
         """For a broker that is not connected yet."""
         super().__init__(parser=None, decoder=None)
         self._broker = broker
-        self._renewing = asyncio.Lock()
+        self._renewal: asyncio.Task[None] | None = None
 
     async def publish(self, cmd: KafkaPublishCommand) -> Any:  # noqa: ANN401 - as FastStream has it
         """Publish a message.
@@ -74,14 +74,22 @@ class RenewingProducer(AioKafkaFastProducerImpl):
             await _put_down(state.producer)
 
     async def _renew(self, broken: ProducerState, error: KafkaError) -> None:
-        async with self._renewing:
-            if self._producer is not broken:
-                return
-            _log.warning("the producer is replaced", extra={"error": type(error).__name__})
-            fresh = AIOKafkaProducer(**self._broker._connection_kwargs)  # noqa: SLF001 - as FastStream makes its own
+        if self._producer is broken and (self._renewal is None or self._renewal.done()):
+            self._renewal = asyncio.create_task(self._replace(broken, error))
+        if self._renewal is not None:
+            # Others wait for it too: it does not end with the request that found the producer broken.
+            await asyncio.shield(self._renewal)
+
+    async def _replace(self, broken: ProducerState, error: KafkaError) -> None:
+        _log.warning("the producer is replaced", extra={"error": type(error).__name__})
+        fresh = AIOKafkaProducer(**self._broker._connection_kwargs)  # noqa: SLF001 - as FastStream makes its own
+        try:
             await fresh.start()
-            self._producer = RealProducer(fresh)
-            await _put_down(broken.producer)
+        except KafkaError:
+            await fresh.stop()
+            raise
+        self._producer = RealProducer(fresh)
+        await _put_down(broken.producer)
 
 
 def _is_dead(state: ProducerState) -> bool:
