@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime
 from time import perf_counter
-from typing import Protocol
+from typing import Final, Protocol
 
 from shared.clock import Clock
 from shared.messages import ErrorDetail
@@ -17,6 +17,9 @@ from shared.triton.generation import Generation
 from shared.triton.parameters import GenerationParameters, Patience
 from shared.triton.pools import ServingPool
 from shared.triton.retrying import GiveUp, RetryRules
+
+LONG_SILENCE_S: Final = 5.0
+"""Wall seconds without a word until the deadline that speak against the endpoint; fewer may be the deadline's fault."""
 
 _EXPLANATIONS: dict[GiveUp, str] = {
     "deadline_exceeded": "there was no answer before the deadline: give it more time",
@@ -63,6 +66,7 @@ class Outcome:
         attempts: endpoints asked.
         model_s: wall seconds spent on model servers.
         span: when the last attempt began and ended, event time.
+        heard: the last endpoint said something.
     """
 
     generation: Generation | None = None
@@ -71,6 +75,7 @@ class Outcome:
     attempts: int = 0
     model_s: float = 0.0
     span: tuple[datetime, datetime] | None = None
+    heard: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ class Attempts:
         began, started_at = perf_counter(), self.clock.now()
         try:
             with pool.lease(endpoint) as client:
-                outcome.generation = await self._ask(client, job)
+                outcome.generation = await self._ask(client, job, outcome)
         except EndpointUnavailable as error:
             pool.failed(endpoint, str(error))
             pause_s = self.rules.pause_s(outcome.attempts, random.random())
@@ -127,7 +132,9 @@ class Attempts:
             if verdict is None:
                 return pause_s
             self._give_up(outcome, verdict, error)
-        except DeadlineExceeded:
+        except DeadlineExceeded as error:
+            if not outcome.heard and perf_counter() - began >= LONG_SILENCE_S:
+                pool.failed(endpoint, str(error))
             self._give_up(outcome, "deadline_exceeded")
         except InvalidRequest as error:
             pool.succeeded(endpoint)
@@ -141,7 +148,8 @@ class Attempts:
             outcome.span = (started_at, self.clock.now())
         return None
 
-    async def _ask(self, client: TritonClient, job: Job) -> Generation:
+    async def _ask(self, client: TritonClient, job: Job, outcome: Outcome) -> Generation:
+        outcome.heard = False
         streamed = job.sink is not None or self.stream_always
         pieces = client.stream(
             job.prompt,
@@ -153,6 +161,7 @@ class Attempts:
         )
         async with aclosing(pieces):
             async for piece in pieces:
+                outcome.heard = True
                 if job.sink is not None and piece.text:
                     job.sink.offer(piece.text)
                 if piece.generation is not None:

@@ -1,7 +1,8 @@
 """Which endpoint of a pool is asked: the least busy one that has room and is not known to fail.
 
 An endpoint that fails several times in a row is left alone for a while, longer after each relapse. Then one request, or
-the health check, is let through; if it succeeds the endpoint is back, if not it cools down again.
+the health check, is let through; if it succeeds the endpoint is back, if not it cools down again. A health check tells
+that the server is there, not that its model generates: until it has answered a request, one failure more sends it back.
 """
 
 from collections.abc import Collection, Mapping
@@ -113,10 +114,18 @@ class Balancer:
             endpoint.probing = False
 
     def succeeded(self, name: str) -> bool:
-        """The endpoint answered; returns whether it was left alone until now."""
+        """The endpoint answered a request; returns whether it was left alone until now."""
         endpoint = self._endpoints[name]
         was_closed = endpoint.closed_until_s is not None
         endpoint.failures = endpoint.relapses = 0
+        endpoint.closed_until_s = None
+        return was_closed
+
+    def healthy(self, name: str) -> bool:
+        """The endpoint's health check succeeded; returns whether it was left alone until now."""
+        endpoint = self._endpoints[name]
+        was_closed = endpoint.closed_until_s is not None
+        endpoint.failures = min(endpoint.failures, self._rules.failures - 1)
         endpoint.closed_until_s = None
         return was_closed
 

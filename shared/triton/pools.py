@@ -93,10 +93,13 @@ class ServingPool:
         return self._balancer.full or (self.limited and bool(self._waiting))
 
     def succeeded(self, endpoint: str) -> None:
-        """An endpoint answered."""
-        self._heard.add(endpoint)
+        """An endpoint answered a request."""
         self._quiet.discard(endpoint)
-        if self._balancer.succeeded(endpoint):
+        self._reached(endpoint, back=self._balancer.succeeded(endpoint))
+
+    def _reached(self, endpoint: str, *, back: bool) -> None:
+        self._heard.add(endpoint)
+        if back:
             _log.info("endpoint is back", endpoint=endpoint, pool=self.name)
             self._wake(len(self._waiting))
 
@@ -150,7 +153,7 @@ class ServingPool:
             except (EndpointUnavailable, ContractError) as error:
                 problem = str(error)
         if problem is None:
-            self.succeeded(endpoint)
+            self._reached(endpoint, back=self._balancer.healthy(endpoint))
             self._quiet.add(endpoint)
         else:
             self._heard.discard(endpoint)

@@ -108,3 +108,28 @@ def test_a_full_endpoint_is_no_way_out_for_a_request_that_failed_elsewhere():
     balancer = Balancer({"a": 1, "b": None}, RULES)
     balancer.began("a")
     assert balancer.choose(0.0, avoid={"b"}) == "b"
+
+
+def test_a_health_check_brings_an_endpoint_back_on_trial(balancer):
+    """It is there, but does it generate?"""
+    fail(balancer, "a", 0.0)
+    assert balancer.healthy("a")
+    assert "a" in balancer.working()
+    assert balancer.failed("a", 1.0)
+    assert balancer.opens_in_s(1.0) == 0.0
+    assert balancer.due_for_probe(2.9) == []  # twice as long as before
+    assert balancer.due_for_probe(3.0) == ["a"]
+
+
+def test_a_health_check_forgives_no_failed_request(balancer):
+    fail(balancer, "a", 0.0, times=2)
+    assert not balancer.healthy("a")
+    assert balancer.failed("a", 0.0)
+
+
+def test_an_answer_forgives_all(balancer):
+    fail(balancer, "a", 0.0)
+    balancer.healthy("a")
+    balancer.succeeded("a")
+    fail(balancer, "a", 5.0, times=2)
+    assert "a" in balancer.working()
