@@ -27,7 +27,7 @@ def send(
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is generated")] = False,
     model: Annotated[str | None, typer.Option(help="Logical model; default: the fleet's first")] = None,
     directive: Annotated[
-        str | None, typer.Option(metavar="LEVEL", help="Force a level (L0, L1, ...) instead of the policy's draw")
+        str | None, typer.Option(metavar="LEVEL", help="Force a level (L0, L1, ...), or forbid one (!L2)")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Kind of task, for the prompt group")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate")] = 512,

@@ -11,6 +11,7 @@ from services.router.grouping import Assignment
 from shared.fleet import Fleet
 from shared.hashing import uniform
 from shared.messages import Decision, Policy, option_key, split_option
+from shared.messages.base import FORBIDDEN
 
 _SALT = "option:"
 
@@ -48,7 +49,7 @@ def select(
     assignment: Assignment,
     policy: Policy | None,
     fleet: Fleet,
-    forced_level: str | None = None,
+    wish: str | None = None,
 ) -> Decision:
     """Decide how a request is served.
 
@@ -56,24 +57,20 @@ def select(
         model: one that the fleet serves.
         assignment: the request's prompt group, and the policy's row for it.
         policy: in force for the model; null: none may be followed, which leads to the reference.
-        forced_level: the producer's wish; the policy then only chooses among pools.
+        wish: the producer's: a level that is forced, so that the policy only chooses among pools, or one that is
+            forbidden.
 
     Raises:
-        UnknownLevelError: there is no such level.
+        UnknownLevelError: there is no such level, or no other.
     """
-    if forced_level is not None and forced_level not in fleet.levels:
-        raise UnknownLevelError(
-            f"directive {forced_level!r} is not in the catalogue (there are {', '.join(fleet.levels)}): name one of "
-            "these, or leave 'directive' out"
-        )
     row = {fleet.reference_of(model): 1.0} if assignment.row is None else assignment.row
-    if forced_level is not None:
-        row = _at_level(row, forced_level)
+    if wish is not None:
+        row = _as_wished(row, wish, fleet.levels)
     option = draw(row, uniform(_SALT + model, request_id))
     pool, level = split_option(option)
     drawn: Literal["policy", "fallback"] = "fallback" if policy is None else "policy"
     return Decision(
-        source=drawn if forced_level is None else "forced",
+        source=drawn if wish is None else "forced",
         group=assignment.group,
         pool=pool,
         level=level,
@@ -82,6 +79,25 @@ def select(
         propensity=min(1.0, row[option]),
         propensities=row,
     )
+
+
+def _as_wished(row: Mapping[str, float], wish: str, levels: tuple[str, ...]) -> dict[str, float]:
+    level = wish.removeprefix(FORBIDDEN)
+    if level not in levels:
+        raise UnknownLevelError(
+            f"directive {wish!r} is not in the catalogue (there are {', '.join(levels)}): name one of these, or leave "
+            "'directive' out"
+        )
+    if level == wish:
+        return _at_level(row, level)
+    others = [other for other in levels if other != level]
+    if not others:
+        raise UnknownLevelError(f"directive {wish!r} forbids the only level that there is: leave 'directive' out")
+    left = {option: share for option, share in row.items() if split_option(option)[1] != level and share > 0.0}
+    if not left:
+        return _at_level(row, others[0])
+    total = sum(left.values())
+    return {option: share / total for option, share in left.items()}
 
 
 def _at_level(row: Mapping[str, float], level: str) -> dict[str, float]:

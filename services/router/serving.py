@@ -130,7 +130,7 @@ class Serving:
             assignment=assignment,
             policy=standing.policy,
             fleet=self.fleet,
-            forced_level=arrival.request.directive,
+            wish=arrival.request.directive,
         )
         if standing.fallback is not None and decision.source == "fallback":
             self.metrics.fallbacks.labels(arrival.model, standing.fallback).inc()

@@ -22,6 +22,11 @@ Zone = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 """A grid zone, named as Electricity Maps does: `US-CAL-CISO`."""
 
 Level = Annotated[str, StringConstraints(pattern=r"^L[0-9]+$")]
+
+FORBIDDEN = "!"
+"""Before a level that a request forbids."""
+
+Wish = Annotated[str, StringConstraints(pattern=rf"^{FORBIDDEN}?L[0-9]+$")]
 """A directive level: `L0`, `L1`, ..."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.messages.base import Identifier, Level, Message, UtcDatetime, Value
+from shared.messages.base import Identifier, Message, UtcDatetime, Value, Wish
 
 
 class ChatMessage(Value):
@@ -42,7 +42,9 @@ class GenerationRequest(Message):
     )
     task: Identifier | None = Field(default=None, description="Kind of task, when the producer knows it")
     tenant: Identifier | None = Field(default=None, description="On whose behalf; for reports by tenant")
-    directive: Level | None = Field(default=None, description="Force this level instead of the policy's draw")
+    directive: Wish | None = Field(
+        default=None, description="Force this level instead of the policy's draw; with '!' before it: forbid it"
+    )
     sampling: SamplingParameters = Field(default_factory=SamplingParameters)
     stream: bool = Field(default=False, description="Publish the answer in chunks as well")
     evaluation_allowed: bool = Field(default=True, description="False keeps the prompt out of the samples")

@@ -95,20 +95,42 @@ def test_without_a_policy_the_reference_is_served():
     assert (decision.propensity, decision.propensities, decision.policy_version) == (1.0, {"p/L0": 1.0}, None)
 
 
+def test_a_forbidden_level_is_never_drawn_and_the_others_share_what_it_had():
+    drawn = Counter((one.level, one.source, round(one.propensity, 3)) for one in decisions(wish="!L1"))
+    assert set(drawn) == {("L0", "forced", 0.4), ("L2", "forced", 0.6)}
+    assert drawn["L0", "forced", 0.4] == pytest.approx(800, abs=80)
+
+
+@pytest.mark.parametrize(("row", "level"), [({"L2": 1.0}, "L0"), ({"L0": 1.0}, "L1")])
+def test_where_all_requests_go_to_the_forbidden_level_the_first_other_one_serves(row, level):
+    forbidden = next(iter(row))
+    assert {one.level for one in decisions(policy=policy(row), wish=f"!{forbidden}")} == {level}
+
+
+def test_the_only_level_cannot_be_forbidden():
+    alone = FLEET.model_copy(update={"directives": FLEET.directives[:1]})
+    with pytest.raises(UnknownLevelError, match="forbids the only level"):
+        decide(policy=None, fleet=alone, wish="!L0")
+
+
+def decisions(**changes):
+    return [decide(f"r{number}", **changes) for number in range(2_000)]
+
+
 def test_a_forced_level_keeps_the_policys_choice_of_pools_and_is_not_taken_for_a_draw():
     made = policy({}, overall={"p/L0": 0.25, "q/L0": 0.5, "q/L1": 0.25})
     drawn = Counter(
         (one.pool, one.level, one.source, one.propensity)
-        for one in (decide(f"r{n}", fleet=TWO_POOLS, policy=made, forced_level="L2") for n in range(2_000))
+        for one in (decide(f"r{n}", fleet=TWO_POOLS, policy=made, wish="L2") for n in range(2_000))
     )
     assert set(drawn) == {("p", "L2", "forced", 0.25), ("q", "L2", "forced", 0.75)}
     assert drawn["p", "L2", "forced", 0.25] == pytest.approx(500, abs=80)
-    assert decide(policy=None, forced_level="L1").pool == "p"
+    assert decide(policy=None, wish="L1").pool == "p"
 
 
 def test_an_unknown_level_is_refused_with_the_levels_that_exist():
     with pytest.raises(UnknownLevelError, match=r"'L9' is not in the catalogue.*L0, L1, L2"):
-        decide(forced_level="L9")
+        decide(wish="L9")
 
 
 def known(*, max_intensity_age_s: float | None = 3_600.0, fleet: Fleet = FLEET) -> Knowledge:
@@ -157,7 +179,7 @@ def test_of_two_policies_the_later_one_counts_even_if_its_version_begins_again()
 
 
 def test_samples_are_a_share_of_the_requests_that_allow_it():
-    decision, forced = decide(), decide(forced_level="L1")
+    decision, forced = decide(), decide(wish="L1")
     kept = [number for number in range(5_000) if becomes_sample(f"r{number}", request(number), decision, share=0.1)]
     assert len(kept) == pytest.approx(500, abs=70)
     assert kept == [n for n in range(5_000) if becomes_sample(f"r{n}", request(n), decision, share=0.1)]
