@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from zlib import crc32
 
 import numpy as np
@@ -67,8 +66,8 @@ def feature_count() -> int:
 def look(prompt: str) -> Looks:
     """Look at a prompt."""
     words = _WORD.findall(prompt[: 8 * MOST_WORDS].lower())[:MOST_WORDS]
-    buckets = [*_word_buckets(words), *(WORD_BUCKETS + _hash(text) % OPENING_BUCKETS for text in _ends(words))]
-    hit, times = np.unique(np.array(buckets, dtype=np.int64), return_counts=True)
+    ends = np.array([WORD_BUCKETS + _hash(text) % OPENING_BUCKETS for text in _ends(words)], dtype=np.int64)
+    hit, times = np.unique(np.concatenate([_word_buckets(words), ends]), return_counts=True)
     return Looks(hit, np.log1p(times, dtype=np.float32), np.array(_shape(prompt), dtype=np.float32))
 
 
@@ -81,14 +80,14 @@ def features(prompt: str) -> Floats:
     return found
 
 
-def _word_buckets(words: list[str]) -> list[int]:
+def _word_buckets(words: list[str]) -> NDArray[np.int64]:
     """Of every word and of every two that follow each other, beginning and end of the prompt being words too."""
-    encoded = [b"^", *(_bytes(word) for word in words), b"$", b""]
-    buckets: list[int] = []
-    for first, second in pairwise(encoded):
-        alone = crc32(first)
-        buckets += (alone % WORD_BUCKETS, crc32(b" " + second, alone) % WORD_BUCKETS)
-    return buckets
+    # No word has a line's end in it, so all are encoded at once.
+    encoded = [b"^", *(_bytes("\n".join(words)).split(b"\n") if words else ()), b"$"]
+    alone = list(map(crc32, encoded))
+    # Of two words the checksum goes on where the first one's ended.
+    pairs = map(crc32, [*(b" " + word for word in encoded[1:]), b" "], alone)
+    return np.array([*alone, *pairs], dtype=np.int64) % WORD_BUCKETS
 
 
 def _hash(text: str) -> int:
