@@ -28,7 +28,7 @@ CHANNEL_OPTIONS: Final = (
 STATUS_MODE: Final = (("triton_grpc_error", "true"),)
 """Metadata that makes Triton end a stream with the error's gRPC status instead of a bare text in the stream."""
 
-STATUS_S: Final = 1.0
+STATUS_S: Final = 0.25
 """Wall seconds for the status of a stream that is over; without effect where it has come."""
 
 STREAM_METHOD: Final = "/inference.GRPCInferenceService/ModelStreamInfer"

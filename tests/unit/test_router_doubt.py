@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 from aiokafka.errors import KafkaTimeoutError, MessageSizeTooLargeError
+from intake_support import KNOWN, ConsumerStandIn, GroupStandIn, assigned, intake_of, record, settle
 
 from services.router.intake import Intake
 from shared.publishing import insist
-from tests.intake_support import KNOWN, ConsumerStandIn, GroupStandIn, assigned, intake_of, record, settle
 
 
 class Broker:
