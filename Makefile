@@ -62,7 +62,7 @@ bench: install  ## Benchmarks; prints what was compared
 	  if [ -f "$$file" ]; then found=1; echo "== $$file"; $(BIN)/python "$$file" || exit 1; fi; done; \
 	  [ $$found = 1 ] || { echo "no benchmarks/bench_*.py" >&2; exit 1; }
 
-drill: install  ## A seeded fault drill of the router, about eight minutes: make drill SEED=2; see build/drill.json
+drill: install  ## A seeded fault drill of the router, about seven minutes: make drill SEED=2; see build/drill.json
 	$(BIN)/python -m drills --seed $(SEED) --scale $(SCALE) $(if $(SCENARIO),--scenario "$(SCENARIO)")
 
 locks: install  ## Refresh requirements/*.lock from pyproject.toml
