@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from services.evaluator.opportunity import Opportunity, OpportunityRules
-from services.optimizer.bounds import TrailingRange, quality_bounds
+from services.optimizer.bounds import quality_bounds, spanned
 from services.optimizer.consumption import Consumed, Consumption
 from services.optimizer.estimates import Estimates, estimate
 from services.optimizer.program import Option, Problem, Solution, solve
@@ -129,7 +129,7 @@ class _Operator:
             self._learn(draws, hour, charged=True)
             self._opportunity.evaluated(now)
             self.evaluated.append(hour)
-        span = self._span(trailing)
+        span = spanned(trailing.tolist(), hours=len(trailing), min_hours=case.operation.optimizer.min_window_hours)
         bounds = quality_bounds(span.dirtiness(k0), case.operation.xi)
         for metric in self._metrics:
             self.bounds[metric][hour] = bounds[metric]
@@ -163,14 +163,6 @@ class _Operator:
         length = math.ceil(self._case.operation.optimizer.window_h)
         values = np.concatenate([window.past[-length:], window.g_per_kwh[: hour + 1]])[-length:]
         return np.asarray(values[~np.isnan(values)])
-
-    def _span(self, trailing: Floats) -> TrailingRange:
-        """As `services.optimizer.bounds.trailing_range` says it of messages, which would take as long as all the rest:
-        with too few hours known the range is this hour's alone, and no loss is tolerated.
-        """
-        if len(trailing) < self._case.operation.optimizer.min_window_hours:
-            trailing = trailing[-1:]
-        return TrailingRange(float(trailing.min()), float(trailing.max()))
 
     def _learn(self, findings: Findings, hour: int, *, charged: bool) -> None:
         case, now = self._case, self._case.window.at(hour)

@@ -3,7 +3,7 @@
 Only the past is looked at: history and the latest value, never the forecast.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from statistics import fmean
@@ -63,10 +63,19 @@ def trailing_range(intensity: CarbonIntensity, *, window: timedelta, min_hours: 
     """
     newest = intensity.latest.at
     points = [point for point in _known(intensity) if point.at > newest - window]
-    if len({_hour(point.at) for point in points}) < min_hours:
-        points = [intensity.latest]
     values = [point.intensity_g_per_kwh for point in points]
-    return TrailingRange(min(values), max(values))
+    return spanned(values, hours=len({_hour(point.at) for point in points}), min_hours=min_hours)
+
+
+def spanned(values: Sequence[float], *, hours: int, min_hours: int) -> TrailingRange:
+    """The range of values, g/kWh, of which the last is the latest.
+
+    Args:
+        hours: that have a value.
+        min_hours: with fewer the range is that of the latest value alone, and no loss is tolerated.
+    """
+    known = values if hours >= min_hours else values[-1:]
+    return TrailingRange(min(known), max(known))
 
 
 def quality_bounds(dirtiness: float, xi: Mapping[str, float]) -> dict[str, float]:

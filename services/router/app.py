@@ -51,7 +51,7 @@ NAME = "router"
 DESCRIPTION = "Draws a generation directive for every request, has a model answer it, publishes the answer."
 
 LONGEST_COMMIT_S = 60.0
-"""Wall seconds that a commit may take before the router says that it is not ready: aiokafka tries for as long as 40."""
+"""Wall seconds that a commit may take before the router says that it is not ready: one try may take 40."""
 
 LONGEST_HEARTBEAT_S = 3.0
 """Wall seconds between two heartbeats: so late may a router hear of a rebalance, and the whole group waits for it."""

@@ -117,7 +117,7 @@ class Delivery:
         passage: Passage | None,
     ) -> None:
         value, encoded = message.model_dump_json().encode(), key.encode("utf-8", errors="surrogatepass")
-        check_size(spec, value, encoded)
+        check_size(spec, value, encoded, *(part.encode() for header in headers.items() for part in header))
         command = KafkaPublishCommand(
             value,
             topic=self._kafka.topic(spec),

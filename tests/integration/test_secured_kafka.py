@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 from certificate_support import Authority, Certificate
-from router_support import RouterProcess, TritonServer, fleet_toml, question, start_triton
+from router_support import RouterProcess, fleet_toml, question
 from typer.testing import CliRunner
 
 from cli.console import Exit
@@ -116,13 +116,6 @@ def secured(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) ->
     client = authority.issue("client", password="key-secret")
     yield SecuredKafka({one.name: one for one in listeners}, authority, client)
     supervisor.stop(spec.name)
-
-
-@pytest.fixture(scope="module")
-def triton(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    server = start_triton(supervisor, tmp_path_factory.mktemp("triton"), name="secured-triton")
-    yield server
-    supervisor.stop(server.name)
 
 
 @pytest.fixture
