@@ -74,7 +74,7 @@ def main() -> None:
         mix=constant_mix(measured, hours=HOURS),
         optimizer=OptimizerSettings(holdout=0.0),
         large_preferred=np.full(TASKS, 0.57),
-        contexts=Grouping(learned.groups.names, places, learned.groups.places(measured.prompts)),
+        contexts=Grouping(learned.groups.names, places, learned.groups.places(measured.prompts), learned.families),
     )
     windows = [made_up_grid(rng, zone).window(start, HOURS) for zone in range(ZONES) for start in STARTS]
     jobs = [Job(scheme, window, {"preference": 0.1}) for window in windows for scheme in DEFAULT_SCHEMES]

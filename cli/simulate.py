@@ -65,6 +65,12 @@ def simulate(
     xi_correctness: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="The same of correctness; default: not bounded")
     ] = None,
+    constant_correctness: Annotated[
+        bool,
+        typer.Option(
+            "--constant-correctness", help="--xi-correctness is tolerated in every hour, not only in the dirtiest"
+        ),
+    ] = False,
     life_cycle: Annotated[bool, typer.Option("--life-cycle", help="Life-cycle intensities, not direct ones")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the halves and of the evaluator's draws")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Processes")] = os.cpu_count() or 1,
@@ -94,6 +100,7 @@ def simulate(
             windows=_numbers(windows, int, "--windows"),
             hours=hours,
             xi_correctness=xi_correctness,
+            constant_correctness=constant_correctness,
             life_cycle=life_cycle,
             seed=seed,
         )

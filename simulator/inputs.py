@@ -60,6 +60,7 @@ class Inputs:
     windows: Sequence[int] = ()
     hours: int | None = None
     xi_correctness: float | None = None
+    constant_correctness: bool = False
     life_cycle: bool = False
     seed: int = 1
 
@@ -87,6 +88,7 @@ def prepare(asked: Inputs, say: Say) -> tuple[Study, list[Job]]:
         measured=measured,
         mix=traffic.mix,
         optimizer=optimizer,
+        constant_bounds=frozenset({CORRECTNESS} if asked.constant_correctness else ()),
         large_preferred=preferred,
         draws=_draws(asked, measured, traffic.mix, preferred),
         contexts=_contexts(learn, measured, say) if "sprout_context" in asked.schemes else None,
@@ -178,6 +180,8 @@ def _read_learn(path: Path, requests: Measured, asked: Inputs, say: Say) -> Meas
 
 def _check_correctness(traffic: Traffic, asked: Inputs, say: Say) -> None:
     """Whether a bound of correctness can be kept, and which schemes know none."""
+    if asked.constant_correctness and asked.xi_correctness is None:
+        raise SimulationInputError("--constant-correctness needs --xi-correctness: how much may be lost in every hour")
     if asked.xi_correctness is None or asked.variant == "published":
         return
     learn = traffic.learn
@@ -239,7 +243,7 @@ def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:
         raise SimulationInputError(f"scheme sprout_context: {error}; leave it out of --schemes") from error
     places = np.zeros(len(learn), dtype=np.int64)
     places[learn.judged] = learned.unseen
-    return Grouping(learned.groups.names, places, learned.groups.places(measured.prompts))
+    return Grouping(learned.groups.names, places, learned.groups.places(measured.prompts), learned.families)
 
 
 def _draws(asked: Inputs, measured: Measured, mix: Floats, preferred: Floats | None) -> QualityDraws | None:

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from shared.messages import QualityCount
-from simulator.measured import JOULES_PER_KWH, Floats, Ints, Measured
+from simulator.measured import JOULES_PER_KWH, Flags, Floats, Ints, Measured
 from simulator.world import CORRECTNESS, POOL, PREFERENCE, SMALL_POOL
 
 
@@ -116,12 +116,11 @@ class LevelJudge:
             known = mine[~np.isnan(learn.correct[mine]).any(axis=1)]
             taken[name] = {}
             for level, option in enumerate(self._options):
-                won = float(np.count_nonzero(learn.preferred[mine] == level))
-                counts.append(_count(name, option, PREFERENCE, won, len(mine)))
+                preferred = learn.preferred[mine]
+                counts.append(_count(name, option, PREFERENCE, preferred == level, preferred == 0))
                 if len(known):
-                    counts.append(
-                        _count(name, option, CORRECTNESS, float(learn.correct[known, level].sum()), len(known))
-                    )
+                    right = learn.correct[known]
+                    counts.append(_count(name, option, CORRECTNESS, right[:, level], right[:, 0]))
                 energy, time_s = learn.energy_kwh[mine, level], learn.time_s[mine, level]
                 taken[name][option] = (float(len(mine)), float(energy.sum()), float(time_s.sum()))
         return Findings(tuple(counts), taken, *self._cost.of(len(rows), answers=len(self._options)))
@@ -154,9 +153,11 @@ class ModelJudge:
     def _findings(self, mix: Floats, won: float, prompts: int) -> Findings:
         options = (f"{POOL}/L0", f"{SMALL_POOL}/L0")
         energy, time_s = prompts * (mix @ self._energy), prompts * (mix @ self._time)
-        counts = (
-            _count("all", options[0], PREFERENCE, won, prompts),
-            _count("all", options[1], PREFERENCE, prompts - won, prompts),
+        counts = tuple(
+            QualityCount(
+                group="all", option=option, metric=PREFERENCE, successes=wins, trials=prompts, with_reference=both
+            )
+            for option, wins, both in ((options[0], won, won), (options[1], prompts - won, 0.0))
         )
         taken = {
             "all": {
@@ -167,5 +168,12 @@ class ModelJudge:
         return Findings(counts, taken, *self._cost.of(prompts, answers=len(options)))
 
 
-def _count(group: str, option: str, metric: str, successes: float, trials: float) -> QualityCount:
-    return QualityCount(group=group, option=option, metric=metric, successes=successes, trials=trials)
+def _count(group: str, option: str, metric: str, won: Flags | Floats, reference_won: Flags | Floats) -> QualityCount:
+    return QualityCount(
+        group=group,
+        option=option,
+        metric=metric,
+        successes=float(won.sum()),
+        trials=float(len(won)),
+        with_reference=float((won * reference_won).sum()),
+    )

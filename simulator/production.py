@@ -41,12 +41,14 @@ class Operation:
 
     Attributes:
         xi: largest relative loss, by metric.
+        constant_bounds: metrics for which it is tolerated in every hour, not only in the dirtiest.
         prompts_per_evaluation: drawn each time.
         requests_per_hour: of the traffic.
         seed: of the evaluator's draws.
     """
 
     xi: Mapping[str, float]
+    constant_bounds: frozenset[str] = frozenset()
     optimizer: OptimizerSettings
     trigger: OpportunityRules = field(default_factory=OpportunityRules)
     prompts_per_evaluation: int = 150
@@ -65,6 +67,7 @@ class ProductionCase:
     world: World
     judge: Judge
     operation: Operation
+    families: Mapping[str, str] | None = None
 
 
 def simulate(case: ProductionCase) -> Outcome:
@@ -102,7 +105,7 @@ class _Operator:
         self._rules = case.operation.optimizer.estimate_rules
         self._memory = self._rules.memory
         self._consumption = Consumption()
-        self._evidence = QualityEvidence((), half_life_s=self._rules.quality.half_life_s)
+        self._evidence = QualityEvidence(half_life_s=self._rules.quality.half_life_s, families=case.families)
         self._opportunity = Opportunity(case.operation.trigger)
         self._rng = np.random.default_rng([case.operation.seed, case.window.start_hour])
         self._metrics = tuple(case.operation.xi) if case.rule in ("program", "program_once") else ()
@@ -130,14 +133,14 @@ class _Operator:
             self._opportunity.evaluated(now)
             self.evaluated.append(hour)
         span = spanned(trailing.tolist(), hours=len(trailing), min_hours=case.operation.optimizer.min_window_hours)
-        bounds = quality_bounds(span.dirtiness(k0), case.operation.xi)
+        bounds = self._bounds(span.dirtiness(k0))
         for metric in self._metrics:
             self.bounds[metric][hour] = bounds[metric]
         if case.rule != "program_once":
             decision = self._solved(now, k0, bounds if self._metrics else {})
         else:
             if self._once is None:
-                self._once = self._solved(now, mean, quality_bounds(span.dirtiness(mean), case.operation.xi))
+                self._once = self._solved(now, mean, self._bounds(span.dirtiness(mean)))
             decision = self._once
         if decision.fallback is not None:
             self.fallbacks[decision.fallback] += 1
@@ -156,6 +159,10 @@ class _Operator:
         for g, o in zip(*np.nonzero(requests), strict=True):
             taken = Consumed(float(requests[g, o]), float(energy[g, o]), float(time_s[g, o]))
             self._consumption.add(world.groups[g], world.options[o], taken, at_s=at_s, memory=self._memory, asked=True)
+
+    def _bounds(self, dirtiness: float) -> dict[str, float]:
+        operation = self._case.operation
+        return quality_bounds(dirtiness, operation.xi, constant=operation.constant_bounds)
 
     def _trailing(self, hour: int) -> Floats:
         """Known intensities of the trailing window, this hour's the last; hours without a value are left out."""

@@ -45,11 +45,13 @@ class Grouping:
     Attributes:
         learn: group of every prompt that may be learned from, as a grouping would say that had not seen it.
         measured: group of every prompt that results are measured on.
+        families: of groups that are about alike things, by group; null: all are of one.
     """
 
     names: tuple[str, ...]
     learn: Ints
     measured: Ints
+    families: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,6 +60,7 @@ class Study:
 
     Attributes:
         mix: (hours, tasks).
+        constant_bounds: metrics whose loss is tolerated in every hour, not only in the dirtiest.
         draws: of quality, for the published variant.
         contexts: learned groups; null where no scheme needs them.
         large_preferred: by task; null where two models were not compared.
@@ -68,6 +71,7 @@ class Study:
     measured: Measured
     mix: Floats
     optimizer: OptimizerSettings
+    constant_bounds: frozenset[str] = frozenset()
     large_preferred: Floats | None = None
     draws: QualityDraws | None = None
     contexts: Grouping | None = None
@@ -126,6 +130,7 @@ def _production(study: Study, scheme: str, window: Window, xi: Mapping[str, floa
         mix=study.mix,
         world=world_of_levels(study.measured, grouping.measured, grouping.names),
         judge=LevelJudge(study.learn, grouping.learn, grouping.names, study.judge),
+        families=grouping.families,
         operation=_operation(study, xi),
     )
     return simulate(case)
@@ -164,6 +169,7 @@ def _oracle(study: Study, window: Window, xi: Mapping[str, float]) -> Outcome:
 def _operation(study: Study, xi: Mapping[str, float]) -> Operation:
     return Operation(
         xi=dict(xi),
+        constant_bounds=study.constant_bounds,
         optimizer=study.optimizer,
         prompts_per_evaluation=study.prompts_per_evaluation,
         seed=study.seed,

@@ -27,16 +27,26 @@ def tally(judged: Iterable[tuple[str, JudgedPrompt]]) -> tuple[QualityCount, ...
         judged: prompts, each with the group to count it in.
     """
     successes: dict[tuple[str, str, str], float] = defaultdict(float)
+    shared: dict[tuple[str, str, str], float] = defaultdict(float)
     trials: dict[tuple[str, str, str], int] = defaultdict(int)
     for group, prompt in judged:
+        of_reference = prompt.answers[0].successes
         for answer in prompt.answers:
             for metric, success in answer.successes.items():
                 for option in answer.options:
                     key = (metric, group, option)
                     successes[key] += success
+                    shared[key] += success * of_reference.get(metric, 0.0)
                     trials[key] += 1
     return tuple(
-        QualityCount(group=group, option=option, metric=metric, successes=successes[key], trials=number)
+        QualityCount(
+            group=group,
+            option=option,
+            metric=metric,
+            successes=successes[key],
+            trials=number,
+            with_reference=shared[key],
+        )
         for key, number in sorted(trials.items())
         for metric, group, option in (key,)
     )

@@ -28,12 +28,19 @@ COMPONENTS = 30
 REACTION = 0.3
 """Spread of each prediction, where the spread of all that prompts are about is 1."""
 
-MOST_GROUPS = 16
+TOLD = 1.0
+"""The same of the prediction whether a metric can be told of a prompt: it matters more than how the prompt will do, for
+where a metric cannot be told its bound costs nothing."""
+
+MOST_GROUPS = 24
 USUAL_PROMPTS = 40
 """Judged prompts for each group, where there are not enough for all groups."""
 
 LEAST_PROMPTS = 20
 """That make a group of their own; fewer join the nearest."""
+
+FAMILY_GROUPS = 6
+"""Groups to a family, on average."""
 
 _SEED = 1
 _STARTS = 5
@@ -55,10 +62,12 @@ class Learned:
 
     Attributes:
         unseen: place of the group of every prompt learned from, by a model that had not seen its verdict.
+        families: by group, the name of the family of groups that lie near each other.
     """
 
     groups: PromptGroups
     unseen: Places
+    families: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,11 +110,12 @@ def learn_from(
     rows = scaling.scaled(raw)
     kernel = (rows @ rows.T).astype(np.float64)
     # Correctness of a prompt that nobody can check counts for nothing at any level: so the program weighs it.
-    wanted = [np.eye(energy_kwh.shape[1])[preferred], np.log(energy_kwh), *map(np.nan_to_num, judged)]
+    reacting = [np.eye(energy_kwh.shape[1])[preferred], np.log(energy_kwh), *map(np.nan_to_num, judged)]
+    told = [np.isfinite(one.sum(axis=1, keepdims=True)).astype(np.float64) for one in judged]
     topics = _topics(rows, kernel)
-    reactions = _reactions(rows, kernel, np.concatenate(wanted, axis=1))
+    reactions = _predicted(rows, kernel, [(one, REACTION) for one in reacting] + [(one, TOLD) for one in told])
     learned = np.concatenate([topics.learned, reactions.learned], axis=1)
-    centres = _centres(learned, min(MOST_GROUPS, max(1, len(raw) // USUAL_PROMPTS)))
+    centres = _centres(learned, min(MOST_GROUPS, max(1, len(raw) // USUAL_PROMPTS)), least=LEAST_PROMPTS)
     # |s - c|² is least where s·c - |c|²/2 is greatest, which is linear in the features too.
     weights = np.concatenate([topics.weights, reactions.weights], axis=1) @ centres.T
     intercept = np.concatenate([topics.intercept, reactions.intercept]) @ centres.T - _half_squares(centres)
@@ -114,7 +124,9 @@ def learn_from(
     # No two versions share a name: what is counted by one is never taken for what is counted by another.
     names = tuple(f"{version}.{place:02}" for place in range(len(centres)))
     groups = PromptGroups(version, names, scaling, rounded.astype(np.float32), intercept.astype(np.float32))
-    return Learned(groups, _nearest(learned, centres))
+    families = _centres(centres, max(1, len(centres) // FAMILY_GROUPS), least=1)
+    of_groups = {name: f"family-{place}" for name, place in zip(names, _nearest(centres, families), strict=True)}
+    return Learned(groups, _nearest(learned, centres), of_groups)
 
 
 def _scaling(raw: NDArray[np.float32]) -> Scaling:
@@ -152,31 +164,34 @@ def _leading(matrix: Doubles, count: int) -> tuple[Doubles, Doubles]:
     return values[::-1][:count], (basis @ vectors)[:, ::-1][:, :count]
 
 
-def _reactions(rows: NDArray[np.float32], kernel: Doubles, wanted: Doubles) -> _Space:
-    """Predictions, each with the same spread.
+def _predicted(rows: NDArray[np.float32], kernel: Doubles, blocks: Sequence[tuple[Doubles, float]]) -> _Space:
+    """Predictions of every column, each block with a spread of its own.
 
     In the dual: with K = XXᵀ + 1 and A = (K + λ)⁻¹, the coefficients are A·y, and the leave-one-out residual of a row
     is its coefficient over the diagonal of A.
     """
-    wanted = wanted[:, wanted.std(axis=0) > 0.0]
+    wanted = np.concatenate([block for block, _ in blocks], axis=1)
+    spread = np.concatenate([np.full(block.shape[1], each) for block, each in blocks])
+    differing = wanted.std(axis=0) > 0.0
+    wanted, spread = wanted[:, differing], spread[differing]
     mean = wanted.mean(axis=0)
     inverse = np.linalg.inv(kernel + 1.0 + REGULARISATION * np.eye(len(rows)))
     dual = inverse @ (wanted - mean)
     unseen = wanted - dual / np.diag(inverse)[:, None]
     usual = unseen.mean(axis=0)
-    scale = REACTION / np.maximum(unseen.std(axis=0), 1e-12)
+    scale = spread / np.maximum(unseen.std(axis=0), 1e-12)
     weights = (rows.T @ dual.astype(np.float32)).astype(np.float64) * scale
     return _Space(weights, (mean + dual.sum(axis=0) - usual) * scale, (unseen - usual) * scale)
 
 
-def _centres(points: Doubles, count: int) -> Doubles:
-    """k-means: centres that the points lie near to, each of enough of them."""
+def _centres(points: Doubles, count: int, *, least: int) -> Doubles:
+    """k-means: centres that the points lie near to, each of them at least that of so many."""
     rng = np.random.default_rng(_SEED)
     found = [_descended(points, _spread_out(points, count, rng)) for _ in range(_STARTS)]
     centres = min(found, key=lambda centres: float(np.square(points - centres[_nearest(points, centres)]).sum()))
     while len(centres) > 1:
         members = np.bincount(_nearest(points, centres), minlength=len(centres))
-        if members.min() >= LEAST_PROMPTS:
+        if members.min() >= least:
             break
         centres = np.delete(centres, members.argmin(), axis=0)
     return centres

@@ -108,6 +108,7 @@ def learn(
         learned_at=learned_at,
         prompts=len(prompts),
         names=learned.groups.names,
+        families=learned.families,
         features=FEATURES,
         classifier=CLASSIFIER,
         arrays=pack(learned.groups),

@@ -3,7 +3,7 @@
 Only the past is looked at: history and the latest value, never the forecast.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from statistics import fmean
@@ -78,9 +78,13 @@ def spanned(values: Sequence[float], *, hours: int, min_hours: int) -> TrailingR
     return TrailingRange(min(known), max(known))
 
 
-def quality_bounds(dirtiness: float, xi: Mapping[str, float]) -> dict[str, float]:
-    """b_m(k0) = 1 − xi_m · dirtiness, by metric."""
-    return {metric: 1.0 - loss * dirtiness for metric, loss in xi.items()}
+def quality_bounds(dirtiness: float, xi: Mapping[str, float], *, constant: Collection[str] = ()) -> dict[str, float]:
+    """b_m(k0) = 1 − xi_m · dirtiness, by metric.
+
+    Args:
+        constant: metrics whose bound is 1 − xi_m at all times: a level of service that the grid has no say in.
+    """
+    return {metric: 1.0 - loss * (1.0 if metric in constant else dirtiness) for metric, loss in xi.items()}
 
 
 def _known(intensity: CarbonIntensity) -> list[IntensityPoint]:

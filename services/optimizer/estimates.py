@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from services.optimizer.consumption import Consumed, Consumption, Memory
 from services.optimizer.effects import main_effects
-from services.optimizer.quality import Posterior, QualityEvidence, QualityRules
+from services.optimizer.posterior import Posterior, Spread
+from services.optimizer.quality import QualityEvidence, QualityRules
 from shared.messages import OptionEstimate
 
 Row = dict[str, OptionEstimate]
@@ -79,19 +80,20 @@ def estimate(
     requests = {option: sum(row[option].requests for row in consumed.values() if option in row) for option in options}
     if requests[reference] <= 0.0:
         return None
-    posteriors = {metric: evidence.posterior(metric, now_s, rules.quality) for metric in metrics}
+    posteriors = {metric: evidence.posterior(metric, reference, now_s, rules.quality) for metric in metrics}
     withheld = _withheld(options, reference, requests, posteriors, rules)
     usable = [option for option in options if option not in withheld]
     groups = _named_groups(consumption.requests(now_s, rules.memory), rules)
     costs = _Costs(consumed, rules.pseudo_requests)
-
-    def row(group: str) -> Row:
-        return {option: _believed(group, option, costs, posteriors, certain=option == reference) for option in usable}
-
-    rows = {group: row(group) for group in groups}
     total = sum(groups.values())
     weights = {group: count / total for group, count in groups.items()}
     everyone = weights or {group: 1.0 / len(consumed) for group in consumed}
+    qualities = [(metric, one, one.spread(everyone)) for metric, one in posteriors.items()]
+
+    def row(group: str) -> Row:
+        return {option: _believed(group, option, costs, qualities) for option in usable}
+
+    rows = {group: row(group) for group in groups}
     return Estimates(
         weights=weights,
         groups=rows,
@@ -147,7 +149,7 @@ def _withheld(
         for metric, posterior in posteriors.items():
             scarce = next((one for one in (option, reference) if not posterior.suffices(one)), None)
             if scarce is not None and option not in reasons:
-                trials = f"{posterior.trials(scarce):.1f} of {rules.quality.min_trials:g} judged prompts"
+                trials = f"{posterior.trials(scarce):.1f} of {rules.quality.posterior.min_trials:g} judged prompts"
                 reasons[option] = f"{trials} ({metric}{' of the reference' if scarce == reference else ''})"
     return reasons
 
@@ -160,19 +162,19 @@ def _named_groups(requests: Mapping[str, float], rules: EstimateRules) -> dict[s
 
 
 def _believed(
-    group: str, option: str, costs: _Costs, posteriors: Mapping[str, Posterior], *, certain: bool
+    group: str, option: str, costs: _Costs, qualities: Sequence[tuple[str, Posterior, Spread]]
 ) -> OptionEstimate:
-    """What to count on; `certain`: the measure of the others, of whose quality nothing is taken off."""
+    """What to count on."""
     cost = costs.of(group, option)
     return OptionEstimate(
         energy_kwh=cost.energy_kwh,
         processing_s=cost.processing_s,
         quality={
-            metric: one.mean(group, option) if certain else one.counted_on(group, option)
-            for metric, one in posteriors.items()
+            metric: one.counted_on(group, option, spread)
+            for metric, one, spread in qualities
             if one.trials(option) > 0.0
         },
-        trials=min((one.group_trials(group, option) for one in posteriors.values()), default=0.0),
+        trials=min((one.group_trials(group, option) for _, one, _ in qualities), default=0.0),
         requests=cost.requests,
     )
 

@@ -18,7 +18,7 @@ TRAFFIC_REQUESTS = 100.0
 
 def evidence_by(grouping: PromptGrouping, evaluations: Iterable[Quality], *, half_life_s: float) -> QualityEvidence:
     """Judged outcomes by the learned groups: what the version restates, and every evaluation by its names since."""
-    evidence = QualityEvidence(half_life_s=half_life_s)
+    evidence = QualityEvidence(half_life_s=half_life_s, families=grouping.families)
     for restated in grouping.evidence:
         evidence.count(restated.counts, at_s=restated.evaluated_at.timestamp())
     names = frozenset(grouping.names)

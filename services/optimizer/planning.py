@@ -1,6 +1,6 @@
 """From what is known of a model to its policy: states the program, has it solved, and words the result."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -30,12 +30,14 @@ class Aims:
 
     Attributes:
         xi: largest relative quality loss, by metric.
+        constant_bounds: metrics for which it is tolerated at all times, not only on the dirtiest grid.
         floors: least quality of every group relative to the reference's, by metric.
         holdout: least probability of the reference.
         validity: of a policy, event time.
     """
 
     xi: Mapping[str, float]
+    constant_bounds: Collection[str] = ()
     floors: Mapping[str, float] = field(default_factory=dict)
     holdout: float
     validity: timedelta
@@ -69,7 +71,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, aims: Aims, version: int)
     reference = fleet.reference_of(situation.model)
     zone = fleet.pools_of(situation.model)[0].zone
     k0 = situation.intensities[zone].g_per_kwh
-    bounds = quality_bounds(situation.range.dirtiness(k0), aims.xi)
+    bounds = quality_bounds(situation.range.dirtiness(k0), aims.xi, constant=aims.constant_bounds)
     estimates = situation.estimates
     overall = solve(_problem(situation, fleet, aims, bounds, weights={WHOLE: 1.0}, rows={WHOLE: estimates.whole}))
     solution = overall
@@ -146,7 +148,7 @@ def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float
     if estimated:
         parts.append(f"no fresh intensity of {', '.join(estimated)}: the mean of this hour on earlier days stands in")
     if situation.range.k0_min >= situation.range.k0_max:
-        parts.append("too little history to tell a dirty grid from a clean one: no loss of quality tolerated")
+        parts.append("too little history to tell a dirty grid from a clean one: it counts as clean")
     parts.extend(f"{metric} at least {bound:.3f} of the reference's" for metric, bound in bounds.items())
     if solution.status in ("floors_dropped", "capacity_dropped"):
         parts.append(

@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from services.optimizer.consumption import Memory
 from services.optimizer.estimates import EstimateRules
 from services.optimizer.planning import Aims
+from services.optimizer.posterior import PosteriorRules
 from services.optimizer.quality import QualityRules
 from services.optimizer.triggers import TriggerRules
 from shared.messages.base import Probability
@@ -28,6 +29,11 @@ class OptimizerSettings(BaseSettings):
         description='Largest relative quality loss by metric, on the dirtiest grid: JSON {"preference": 0.1}; '
         "the evaluator judges preference; another metric needs counts from elsewhere on the topic `quality`, and until "
         "there are enough the reference is served",
+    )
+    constant_bounds: frozenset[str] = Field(
+        default=frozenset(),
+        description="Metrics of xi whose loss is tolerated at all times, not only on the dirtiest grid: JSON "
+        '["correctness"]',
     )
     floors: dict[str, Probability] = Field(
         default={},
@@ -76,11 +82,10 @@ class OptimizerSettings(BaseSettings):
         default=20.0, gt=0, description="Effective judged prompts of an option, in all groups, before it may be used"
     )
     caution: float = Field(
-        default=1.1,
+        default=2.3,
         ge=0,
-        description="Standard deviations by which less than the mean is counted on; the reference excepted",
+        description="Standard deviations of the quality of all traffic by which less than its mean is counted on",
     )
-
     cautions: dict[str, float] = Field(
         default={}, description='The same by metric, where it differs: JSON {"correctness": 0.5}'
     )
@@ -114,19 +119,25 @@ class OptimizerSettings(BaseSettings):
     retry_pause_s: float = Field(default=1.0, gt=0, description="Before PostgreSQL is tried again, wall")
 
     @model_validator(mode="after")
-    def _floors_are_measured(self) -> Self:
-        unknown = sorted(self.floors.keys() - self.xi.keys())
-        if unknown:
-            raise ValueError(
-                f"SPROUT_OPTIMIZER_FLOORS names {', '.join(unknown)}, which SPROUT_OPTIMIZER_XI does not: add it "
-                "there (1.0 sets no bound on the whole)"
-            )
+    def _metrics_are_measured(self) -> Self:
+        for name, metrics in (("FLOORS", self.floors.keys()), ("CONSTANT_BOUNDS", self.constant_bounds)):
+            if unknown := sorted(metrics - self.xi.keys()):
+                raise ValueError(
+                    f"SPROUT_OPTIMIZER_{name} names {', '.join(unknown)}, which SPROUT_OPTIMIZER_XI does not: add it "
+                    "there (1.0 sets no bound on the whole)"
+                )
         return self
 
     @property
     def aims(self) -> Aims:
         """What the operator wants."""
-        return Aims(xi=self.xi, floors=self.floors, holdout=self.holdout, validity=timedelta(hours=self.validity_h))
+        return Aims(
+            xi=self.xi,
+            constant_bounds=self.constant_bounds,
+            floors=self.floors,
+            holdout=self.holdout,
+            validity=timedelta(hours=self.validity_h),
+        )
 
     @property
     def estimate_rules(self) -> EstimateRules:
@@ -140,10 +151,12 @@ class OptimizerSettings(BaseSettings):
             ),
             quality=QualityRules(
                 half_life_s=self.quality_half_life_h * _HOUR_S,
-                pseudo_trials=self.pseudo_trials,
-                prior_trials=self.prior_trials,
-                min_trials=self.min_trials,
-                caution=self.caution,
+                posterior=PosteriorRules(
+                    pseudo_trials=self.pseudo_trials,
+                    prior_trials=self.prior_trials,
+                    min_trials=self.min_trials,
+                    caution=self.caution,
+                ),
                 cautions=self.cautions,
             ),
             pseudo_requests=self.pseudo_requests,

@@ -47,6 +47,12 @@ class QualityCount(Value):
     metric: Identifier = Field(description="`preference`, `correctness`, ...")
     successes: float = Field(ge=0, description="preferred (ties may be shared), or correct, answers")
     trials: float = Field(ge=0, description="prompts with a verdict")
+    with_reference: float | None = Field(
+        default=None,
+        ge=0,
+        description="sum over these prompts of success times the reference's success: for right answers, on how many "
+        "prompts both were right; null: not known",
+    )
 
 
 class EvaluationCost(Value):

@@ -45,6 +45,9 @@ class PromptGrouping(Message):
     learned_at: UtcDatetime
     prompts: int = Field(default=0, ge=0, description="Judged prompts learned from")
     names: tuple[Identifier, ...] = Field(default=(), description="Of the groups; no two versions share one")
+    families: dict[str, Identifier] = Field(
+        default={}, description="By group: the family of groups that are about alike things; none: all are of one"
+    )
     features: int = Field(default=0, ge=0, description="Version of the features that prompts are described by")
     classifier: int = Field(default=1, ge=1, description="Version of how a prompt's group is found")
     arrays: dict[str, PackedArray] = Field(default={}, description="The classifier: see shared/grouping/packing.py")

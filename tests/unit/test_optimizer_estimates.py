@@ -1,5 +1,6 @@
 """Bounds, estimates and triggers of the optimizer."""
 
+import math
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -80,6 +81,13 @@ def test_the_bound_follows_the_paper_and_never_sees_the_forecast():
     assert quality_bounds(found.dirtiness(390.0), {"preference": 0.1}) == {"preference": pytest.approx(0.9)}
     assert quality_bounds(found.dirtiness(100.0), {"preference": 0.1}) == {"preference": 1.0}
     assert found.dirtiness(1_000.0) == 1.0
+
+
+def test_a_constant_bound_does_not_ask_the_grid():
+    xi = {"preference": 0.1, "correctness": 0.03}
+    for dirtiness in (0.0, 0.5, 1.0):
+        bounds = quality_bounds(dirtiness, xi, constant={"correctness"})
+        assert bounds == pytest.approx({"preference": 1.0 - 0.1 * dirtiness, "correctness": 0.97})
 
 
 @pytest.mark.parametrize("history", [(), (100.0, 300.0), (200.0,) * 40])
@@ -166,10 +174,9 @@ def test_a_group_with_few_judged_prompts_leans_on_the_whole():
     seen = consumed(*(footprint(group, level, 500) for group in "ab" for level in ("L0", "L1") for _ in range(50)))
     counts = [("a", "p/L0", 500, 1_000), ("a", "p/L1", 400, 1_000), ("b", "p/L1", 2, 2), ("b", "p/L0", 0, 2)]
     found = believed(seen, judged(*counts))
-    # Two of two, and the whole's 0.40 counts as four more; less 1.1 standard deviations: much for what hardly was
-    # judged, little for what was.
-    assert found.groups["b"]["p/L1"].quality["preference"] == pytest.approx(0.59 - 0.20, abs=0.01)
-    assert found.groups["a"]["p/L1"].quality["preference"] == pytest.approx(0.40 - 0.017, abs=0.005)
+    # Two of two are next to nothing, and half of the traffic is not left to chance; what was judged is hardly doubted.
+    assert found.groups["b"]["p/L1"].quality["preference"] < 0.1
+    assert found.groups["a"]["p/L1"].quality["preference"] == pytest.approx(0.40, abs=0.05)
 
 
 def test_nothing_is_taken_off_the_reference():
@@ -197,22 +204,25 @@ def test_a_metric_counts_for_the_share_of_a_groups_prompts_that_it_can_be_told_o
         sums={"preference": (50, 100), "correctness": (50, 100)},
     )
     rules = RULES.quality
-    correct = evidence.posterior("correctness", NOW.timestamp(), rules)
+    correct = evidence.posterior("correctness", "p/L0", NOW.timestamp(), rules)
     # Half of all prompts can be checked, which two prompts' worth of every group leans on.
     assert correct.share("essays") == pytest.approx(1 / 102)
     assert correct.share("mixed") == pytest.approx(0.5)
     assert correct.share("sums") == pytest.approx(101 / 102)
     assert correct.mean("mixed", "p/L1") == pytest.approx(0.25)
-    preferred = evidence.posterior("preference", NOW.timestamp(), rules)
+    preferred = evidence.posterior("preference", "p/L0", NOW.timestamp(), rules)
     assert [preferred.share(group) for group in ("essays", "mixed", "sums", "unheard-of")] == [1.0] * 4
 
 
 def test_caution_may_differ_by_metric():
     evidence = told(sums={"preference": (50, 100), "correctness": (50, 100)})
     rules = OptimizerSettings(caution=1.0, cautions={"correctness": 0.0}).estimate_rules.quality
-    careful, plain = (evidence.posterior(name, NOW.timestamp(), rules) for name in ("preference", "correctness"))
-    assert plain.counted_on("sums", "p/L1") == pytest.approx(plain.mean("sums", "p/L1"))
-    assert careful.counted_on("sums", "p/L1") < careful.mean("sums", "p/L1")
+    careful, plain = (
+        evidence.posterior(name, "p/L0", NOW.timestamp(), rules) for name in ("preference", "correctness")
+    )
+    for believed_of, margin in ((plain, 0.0), (careful, math.sqrt(0.5 / 100))):
+        counted = believed_of.counted_on("sums", "p/L1", believed_of.spread({"sums": 1.0}))
+        assert believed_of.mean("sums", "p/L1") - counted == pytest.approx(margin, rel=0.05)
 
 
 def test_only_a_material_change_of_the_estimates_calls_for_a_solve():
@@ -223,6 +233,10 @@ def test_only_a_material_change_of_the_estimates_calls_for_a_solve():
     assert moved(at(1_000), at(1_200), SETTINGS.trigger_rules)
 
 
-def test_a_floor_for_an_unknown_metric_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="SPROUT_OPTIMIZER_XI does not: add it"):
-        OptimizerSettings(floors={"correctness": 0.9})
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("FLOORS", {"floors": {"correctness": 0.9}}), ("CONSTANT_BOUNDS", {"constant_bounds": {"correctness"}})],
+)
+def test_an_aim_for_an_unknown_metric_is_refused_with_the_remedy(name, setting):
+    with pytest.raises(ValueError, match=f"SPROUT_OPTIMIZER_{name} names correctness, .*: add it"):
+        OptimizerSettings(**setting)

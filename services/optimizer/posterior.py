@@ -1,0 +1,168 @@
+"""Quality of one metric as believed at one instant, by group and option (docs/decisions/0004-optimizer-estimates.md).
+
+The program asks how much an option loses against the reference. Both were judged on the same prompts, so that is what
+is estimated: the mean difference of their outcomes, which varies far less than the two do, and differs far less between
+groups.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from services.optimizer.differences import Difference, Effect, Judged
+from services.optimizer.leaning import leaning
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PosteriorRules:
+    """How outcomes become beliefs.
+
+    Attributes:
+        pseudo_trials: judged prompts that the whole counts as, in each group, until the groups tell (`leaning.py`).
+        prior_trials: judged prompts without any difference that the weak prior counts as, in the whole.
+        min_trials: effective judged prompts of an option, in the whole, before it may be used.
+        caution: standard deviations of the quality of all traffic by which less than the mean is counted on.
+    """
+
+    pseudo_trials: float
+    prior_trials: float
+    min_trials: float
+    caution: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far the doubts about single groups count for all traffic: those of their own cancel out in part.
+
+    Attributes:
+        factors: of a group's standard deviations, as `Effect.deviations` has them. Summed up over the traffic, they
+            give the standard deviation of the whole, were every group served by the option that is known least.
+    """
+
+    factors: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def of(self, deviations: Iterable[float]) -> float:
+        """The part that a group bears."""
+        return sum(factor * one for factor, one in zip(self.factors, deviations, strict=True))
+
+
+class Posterior:
+    """Quality of one metric at one instant.
+
+    A metric may be told of some prompts alone: whether an answer is right, say, where there is a right answer. A
+    group's quality is then the success rate of these prompts times their share, so that a bound on all traffic weighs
+    them as they occur.
+    """
+
+    def __init__(
+        self,
+        judged: Mapping[str, Mapping[str, Judged]],
+        reference: str,
+        rules: PosteriorRules,
+        asked: Mapping[str, float] | None = None,
+        families: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take effective outcomes of the metric.
+
+        Args:
+            judged: by group, then option.
+            asked: effective judged prompts by group, whatever was told of them; null: the metric was told of all.
+            families: of groups that are about alike things, by group; null: all are of one.
+        """
+        self._families = families or {}
+        self._judged = judged
+        self._reference = reference
+        self._rules = rules
+        self._asked = {group: self._told(group) for group in judged} if asked is None else asked
+        self._whole: dict[str, Judged] = {}
+        for row in judged.values():
+            for option, one in row.items():
+                self._whole[option] = self._whole.get(option, Judged()) + one
+        self._effects = {
+            option: Effect(
+                {
+                    group: Difference.between(row[option], row.get(reference, Judged()))
+                    for group, row in judged.items()
+                    if option in row
+                },
+                self._families,
+                pseudo_trials=rules.pseudo_trials,
+                prior_trials=rules.prior_trials,
+            )
+            for option in self._whole
+            if option != reference
+        }
+        outcomes = [(row[reference].successes, row[reference].trials) for row in judged.values() if reference in row]
+        self._leans = leaning(outcomes, usual=rules.pseudo_trials)
+        told, everything = sum(map(self._told, self._asked)), sum(self._asked.values())
+        self._usual_share = min(told / everything, 1.0) if everything > 0.0 else 1.0
+
+    def share(self, group: str) -> float:
+        """Share of a group's prompts that the metric can be told of; leans weakly on that of all."""
+        prior = self._rules.prior_trials
+        asked = self._asked.get(group, 0.0) + prior
+        if asked <= 0.0:
+            return self._usual_share
+        return min((self._told(group) + prior * self._usual_share) / asked, 1.0)
+
+    def trials(self, option: str) -> float:
+        """Effective judged prompts of an option in all groups."""
+        return self._whole.get(option, Judged()).trials
+
+    def suffices(self, option: str) -> bool:
+        """Whether there is evidence enough to use the option."""
+        return self.trials(option) >= self._rules.min_trials
+
+    def group_trials(self, group: str, option: str) -> float:
+        """Effective judged prompts of an option in a group."""
+        return self._of(group, option).trials
+
+    def mean(self, group: str, option: str) -> float:
+        """q[group, option]; the whole's for a group without evidence."""
+        return self.share(group) * self._rate(group, option)
+
+    def counted_on(self, group: str, option: str, spread: Spread) -> float:
+        """The mean less a margin; nothing is taken off the reference, which the others are measured by.
+
+        A program that may choose among noisy estimates chooses those that chance made too high; counting on less than
+        the mean makes up for it. What is to be kept is a bound on all traffic, so the margin is that of all traffic,
+        `caution` standard deviations, and every group bears its part of it.
+        """
+        effect = self._effects.get(option)
+        if effect is None:
+            return self.mean(group, option)
+        margin = self._rules.caution * spread.of(effect.deviations(group))
+        return self.share(group) * max(0.0, self._rate(group, option) - margin)
+
+    def spread(self, weights: Mapping[str, float]) -> Spread:
+        """For traffic of these shares by group."""
+        # By level of doubt, then by those who share it: the group alone, its family, all.
+        doubts: tuple[dict[str, float], ...] = ({}, {}, {})
+        for group, weight in weights.items():
+            part = weight * self.share(group)
+            levels = zip(*(effect.deviations(group) for effect in self._effects.values()), strict=True)
+            for shared, key, found in zip(doubts, (group, self._families.get(group, ""), ""), levels, strict=False):
+                shared[key] = shared.get(key, 0.0) + part * max(found)
+        sizes = [math.hypot(*shared.values()) for shared in doubts]
+        whole = math.hypot(*sizes)
+        if whole <= 0.0:
+            return Spread()
+        return Spread(
+            tuple(
+                size / sum(shared.values()) * size / whole if size > 0.0 else 0.0
+                for size, shared in zip(sizes, doubts, strict=True)
+            )
+        )
+
+    def _rate(self, group: str, option: str) -> float:
+        one, whole = self._of(group, self._reference), self._whole.get(self._reference, Judged())
+        weight = one.trials + self._leans
+        rate = (one.successes + self._leans * whole.rate) / weight if weight > 0.0 else whole.rate
+        effect = self._effects.get(option)
+        return rate if effect is None else min(max(rate + effect.mean(group), 0.0), 1.0)
+
+    def _told(self, group: str) -> float:
+        return max((one.trials for one in self._judged.get(group, {}).values()), default=0.0)
+
+    def _of(self, group: str, option: str) -> Judged:
+        return self._judged.get(group, {}).get(option, Judged())
