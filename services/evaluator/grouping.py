@@ -29,8 +29,8 @@ REACTION = 0.3
 """Spread of each prediction, where the spread of all that prompts are about is 1."""
 
 TOLD = 1.0
-"""The same of the prediction whether a metric can be told of a prompt: it matters more than how the prompt will do, for
-where a metric cannot be told its bound costs nothing."""
+"""The same of the prediction whether a metric can be told of a prompt, were it always right. It matters more than how
+the prompt will do: where a metric cannot be told its bound costs nothing."""
 
 MOST_GROUPS = 24
 USUAL_PROMPTS = 40
@@ -113,7 +113,7 @@ def learn_from(
     reacting = [np.eye(energy_kwh.shape[1])[preferred], np.log(energy_kwh), *map(np.nan_to_num, judged)]
     told = [np.isfinite(one.sum(axis=1, keepdims=True)).astype(np.float64) for one in judged]
     topics = _topics(rows, kernel)
-    reactions = _predicted(rows, kernel, [(one, REACTION) for one in reacting] + [(one, TOLD) for one in told])
+    reactions = _predicted(rows, kernel, np.concatenate(reacting, axis=1), np.concatenate([*told, rows[:, :0]], axis=1))
     learned = np.concatenate([topics.learned, reactions.learned], axis=1)
     centres = _centres(learned, min(MOST_GROUPS, max(1, len(raw) // USUAL_PROMPTS)), least=LEAST_PROMPTS)
     # |s - c|² is least where s·c - |c|²/2 is greatest, which is linear in the features too.
@@ -164,22 +164,24 @@ def _leading(matrix: Doubles, count: int) -> tuple[Doubles, Doubles]:
     return values[::-1][:count], (basis @ vectors)[:, ::-1][:, :count]
 
 
-def _predicted(rows: NDArray[np.float32], kernel: Doubles, blocks: Sequence[tuple[Doubles, float]]) -> _Space:
-    """Predictions of every column, each block with a spread of its own.
+def _predicted(rows: NDArray[np.float32], kernel: Doubles, reactions: Doubles, told: Doubles) -> _Space:
+    """Predictions of reactions, and of what can be told.
 
     In the dual: with K = XXᵀ + 1 and A = (K + λ)⁻¹, the coefficients are A·y, and the leave-one-out residual of a row
     is its coefficient over the diagonal of A.
     """
-    wanted = np.concatenate([block for block, _ in blocks], axis=1)
-    spread = np.concatenate([np.full(block.shape[1], each) for block, each in blocks])
-    differing = wanted.std(axis=0) > 0.0
-    wanted, spread = wanted[:, differing], spread[differing]
+    reactions, told = (columns[:, columns.std(axis=0) > 0.0] for columns in (reactions, told))
+    wanted = np.concatenate([reactions, told], axis=1)
     mean = wanted.mean(axis=0)
     inverse = np.linalg.inv(kernel + 1.0 + REGULARISATION * np.eye(len(rows)))
     dual = inverse @ (wanted - mean)
     unseen = wanted - dual / np.diag(inverse)[:, None]
     usual = unseen.mean(axis=0)
-    scale = spread / np.maximum(unseen.std(axis=0), 1e-12)
+    deviation = np.maximum(unseen.std(axis=0), 1e-12)
+    # Of what is told badly the prediction is noise.
+    trust = ((unseen - usual) * (wanted - mean)).mean(axis=0) / deviation / wanted.std(axis=0)
+    spread = np.where(np.arange(wanted.shape[1]) < reactions.shape[1], REACTION, TOLD * np.maximum(trust, 0.0))
+    scale = spread / deviation
     weights = (rows.T @ dual.astype(np.float32)).astype(np.float64) * scale
     return _Space(weights, (mean + dual.sum(axis=0) - usual) * scale, (unseen - usual) * scale)
 

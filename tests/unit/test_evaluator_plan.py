@@ -93,6 +93,14 @@ def counted(*judged):
     return {(one.metric, one.group, one.option): (one.successes, one.trials) for one in tally(judged)}
 
 
+def test_it_is_counted_how_often_an_option_succeeds_together_with_the_reference():
+    judged = [("sums", verdict([L0, L1], correct=right)) for right in ((L0, L1), (L1,), (L0,), ())]
+    together = {(one.metric, one.option): one.with_reference for one in tally(judged) if one.option.startswith("p/")}
+    assert [together["correctness", f"p/{level}"] for level in ("L0", "L1", "L2")] == [2.0, 1.0, 0.0]
+    # A shared win is half of one for each.
+    assert [together["preference", f"p/{level}"] for level in ("L0", "L1", "L2")] == [1.0, 1.0, 0.0]
+
+
 def test_wins_are_successes_and_every_option_had_a_trial():
     found = counted(("qa", verdict([L0])), ("qa", verdict([L1])), ("code", verdict([L1])))
     assert found["preference", "qa", "p/L0"] == found["preference", "qa", "q/L0"] == (1.0, 2.0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from services.evaluator.grouping import LEAST_PROMPTS, MOST_GROUPS, TooFewPromptsError, learn_groups
+from services.evaluator.grouping import FAMILY_GROUPS, LEAST_PROMPTS, MOST_GROUPS, TooFewPromptsError, learn_groups
 from shared.grouping import PromptGroups, feature_count, features
 
 CITIES = ("Oslo", "Lima", "Cairo", "Delhi", "Quito", "Seoul", "Tunis", "Dakar", "Hanoi", "Minsk")
@@ -56,6 +56,31 @@ def test_what_else_is_judged_draws_groups_apart_that_preference_and_energy_do_no
         return float(np.sqrt(np.average(np.square(np.bincount(places, hard) / members - 0.5), weights=members)))
 
     assert apart([right]) > 1.5 * apart([])
+
+
+def test_prompts_whose_answers_can_be_checked_are_told_from_others_and_noise_is_not_followed():
+    prompts, kinds, preferred, energy = made(600, seed=8)
+    right = np.ones((600, 2))
+    right[kinds == 0] = np.nan
+    checkable = learn_groups(prompts, preferred, energy, [right])
+    assert checkable.groups.version != learn_groups(prompts, preferred, energy).groups.version
+    for place in np.unique(checkable.unseen):
+        assert len(set(kinds[checkable.unseen == place])) == 1
+    # Whether these can be checked is chance: the groups are by kind all the same.
+    by_chance = np.ones((600, 2))
+    by_chance[np.random.default_rng(1).random(600) < 0.5] = np.nan
+    places = learn_groups(prompts, preferred, energy, [by_chance]).unseen
+    assert all(np.mean(kinds[places == place]) in (0.0, 1.0) for place in np.unique(places))
+
+
+def test_groups_near_each_other_are_of_one_family():
+    prompts, kinds, preferred, energy = made(1_000, seed=10)
+    learned = learn_groups(prompts, preferred, energy)
+    assert set(learned.families) == set(learned.groups.names)
+    assert len(set(learned.families.values())) == max(1, len(learned.families) // FAMILY_GROUPS) > 1
+    for family in set(learned.families.values()):
+        members = [place for place, name in enumerate(learned.groups.names) if learned.families[name] == family]
+        assert len({round(kinds[learned.unseen == place].mean()) for place in members}) == 1
 
 
 def test_there_are_as_many_groups_as_the_verdicts_allow():

@@ -187,6 +187,13 @@ def test_a_bound_of_correctness_that_nobody_can_check_is_refused(asked: Inputs, 
     assert "has no prompt with 'correct' at every level: it cannot be checked" in message
 
 
+def test_a_constant_bound_needs_to_know_what_may_be_lost(asked: Inputs) -> None:
+    message = refused(replace(asked, constant_correctness=True))
+    assert message == "--constant-correctness needs --xi-correctness: how much may be lost in every hour"
+    study, _ = prepared(replace(asked, constant_correctness=True, xi_correctness=0.1))
+    assert study.constant_bounds == {"correctness"}
+
+
 def test_schemes_that_no_bound_of_correctness_binds_are_said(asked: Inputs) -> None:
     _, said = prepared(replace(asked, schemes=("base", "sprout", "oracle"), xi_correctness=0.1))
     assert "--xi-correctness does not bind base, oracle: they have no such bound" in said

@@ -81,6 +81,10 @@ def test_a_bound_on_correctness_costs_saving_and_keeps_answers_right(study):
     assert bound.correctness.mean() > free.correctness.mean()
     assert bound.correctness_bound is not None
     assert bound.correctness_bound.min() == pytest.approx(0.98, abs=0.002)  # nearly the dirtiest hour
+    constant = replace(study, constant_bounds=frozenset({"correctness"}))
+    always = outcome(constant, "sprout_task", xi=0.3, correctness=0.02)
+    assert set(always.correctness_bound) == {0.98}
+    assert bound.saving_pct < always.saving_pct < free.saving_pct
 
 
 @pytest.mark.parametrize("scheme", ["sprout", "sprout_task", "model_opt", "sprout_sta"])
