@@ -240,6 +240,14 @@ class Fleet(FleetPart):
             raise KeyError(model)
         return option_key(pools[0].name, self.levels[0])
 
+    def same_as_reference(self, model: str) -> tuple[str, ...]:
+        """The options that give the reference's own answers: its level on every pool with its weights."""
+        pools = self.pools_of(model)
+        weights = [pool.variant or model for pool in pools]
+        return tuple(
+            option_key(pool.name, self.levels[0]) for pool, one in zip(pools, weights, strict=True) if one == weights[0]
+        )
+
 
 def _unique(what: str, names: list[str]) -> None:
     doubled = sorted({name for name in names if names.count(name) > 1})

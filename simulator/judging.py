@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
-from shared.messages import QualityCount
-from simulator.measured import JOULES_PER_KWH, Flags, Floats, Ints, Measured
+from shared.messages import Paired, QualityCount
+from simulator.measured import JOULES_PER_KWH, REFERENCE, Flags, Floats, Ints, Measured
 from simulator.world import CORRECTNESS, POOL, PREFERENCE, SMALL_POOL
 
 
@@ -155,7 +155,12 @@ class ModelJudge:
         energy, time_s = prompts * (mix @ self._energy), prompts * (mix @ self._time)
         counts = tuple(
             QualityCount(
-                group="all", option=option, metric=PREFERENCE, successes=wins, trials=prompts, with_reference=both
+                group="all",
+                option=option,
+                metric=PREFERENCE,
+                successes=wins,
+                trials=prompts,
+                paired=Paired(reference=options[0], successes=won, both=both),
             )
             for option, wins, both in ((options[0], won, won), (options[1], prompts - won, 0.0))
         )
@@ -175,5 +180,9 @@ def _count(group: str, option: str, metric: str, won: Flags | Floats, reference_
         metric=metric,
         successes=float(won.sum()),
         trials=float(len(won)),
-        with_reference=float((won * reference_won).sum()),
+        paired=Paired(
+            reference=f"{POOL}/{REFERENCE}",
+            successes=float(reference_won.sum()),
+            both=float((won * reference_won).sum()),
+        ),
     )

@@ -58,7 +58,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ProductionCase:
-    """A scheme in a window; `mix` is (hours, tasks)."""
+    """A scheme in a window; `mix` is (hours, tasks), `families` those of prompt groups, null: there are none."""
 
     scheme: str
     rule: Rule

@@ -6,11 +6,11 @@ judge's choice; whatever else judges answers makes those of another metric, and 
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from services.evaluator.judged import JudgedPrompt
 from services.evaluator.plan import Contestant
-from shared.messages import QualityCount
+from shared.messages import Paired, QualityCount
 
 PREFERENCE: Final = "preference"
 
@@ -26,27 +26,41 @@ def tally(judged: Iterable[tuple[str, JudgedPrompt]]) -> tuple[QualityCount, ...
     Args:
         judged: prompts, each with the group to count it in.
     """
-    successes: dict[tuple[str, str, str], float] = defaultdict(float)
-    shared: dict[tuple[str, str, str], float] = defaultdict(float)
-    trials: dict[tuple[str, str, str], int] = defaultdict(int)
+    outcomes: dict[tuple[str, str, str], list[_Outcome]] = defaultdict(list)
     for group, prompt in judged:
-        of_reference = prompt.answers[0].successes
+        reference = prompt.answers[0]
         for answer in prompt.answers:
             for metric, success in answer.successes.items():
+                one = _Outcome(success, reference.options[0], reference.successes.get(metric))
                 for option in answer.options:
-                    key = (metric, group, option)
-                    successes[key] += success
-                    shared[key] += success * of_reference.get(metric, 0.0)
-                    trials[key] += 1
+                    outcomes[metric, group, option].append(one)
     return tuple(
         QualityCount(
             group=group,
             option=option,
             metric=metric,
-            successes=successes[key],
-            trials=number,
-            with_reference=shared[key],
+            successes=sum(one.success for one in found),
+            trials=len(found),
+            paired=_paired(found),
         )
-        for key, number in sorted(trials.items())
-        for metric, group, option in (key,)
+        for (metric, group, option), found in sorted(outcomes.items())
+    )
+
+
+class _Outcome(NamedTuple):
+    success: float
+    reference: str
+    of_reference: float | None
+
+
+def _paired(outcomes: Sequence[_Outcome]) -> Paired | None:
+    """Null where the metric was not told of every answer of the reference, or the reference changed meanwhile."""
+    known = [(one.success, one.of_reference) for one in outcomes if one.of_reference is not None]
+    references = {one.reference for one in outcomes}
+    if len(known) < len(outcomes) or len(references) > 1:
+        return None
+    return Paired(
+        reference=references.pop(),
+        successes=sum(theirs for _, theirs in known),
+        both=sum(min(success, theirs) for success, theirs in known),
     )

@@ -111,9 +111,10 @@ def learn_from(
     kernel = (rows @ rows.T).astype(np.float64)
     # Correctness of a prompt that nobody can check counts for nothing at any level: so the program weighs it.
     reacting = [np.eye(energy_kwh.shape[1])[preferred], np.log(energy_kwh), *map(np.nan_to_num, judged)]
-    told = [np.isfinite(one.sum(axis=1, keepdims=True)).astype(np.float64) for one in judged]
+    checkable = [np.isfinite(one.sum(axis=1, keepdims=True)).astype(np.float64) for one in judged]
+    told = np.concatenate(checkable, axis=1) if checkable else np.empty((len(raw), 0))
     topics = _topics(rows, kernel)
-    reactions = _predicted(rows, kernel, np.concatenate(reacting, axis=1), np.concatenate([*told, rows[:, :0]], axis=1))
+    reactions = _predicted(rows, kernel, np.concatenate(reacting, axis=1), told)
     learned = np.concatenate([topics.learned, reactions.learned], axis=1)
     centres = _centres(learned, min(MOST_GROUPS, max(1, len(raw) // USUAL_PROMPTS)), least=LEAST_PROMPTS)
     # |s - c|² is least where s·c - |c|²/2 is greatest, which is linear in the features too.

@@ -86,6 +86,7 @@ class Beliefs:
             metrics=self._metrics,
             rules=self._rules,
             now_s=now.timestamp(),
+            same=self._fleet.same_as_reference(model),
         )
 
     def _learned(self, model: str) -> PromptGrouping | None:

@@ -16,14 +16,17 @@ class Judged:
     """Effective outcomes of a group under an option.
 
     Attributes:
-        with_reference: sum over prompts of success times the reference's success, of `paired` prompts.
-        paired: prompts of which that is known; for the others the two are taken for independent.
+        paired: prompts of which it is known how the option did together with the reference: how often it succeeded on
+            them (`paired_successes`), how often the reference did (`reference_successes`), and how often both
+            (`both`). The others tell the option's share of successes and no more.
     """
 
     successes: float = 0.0
     trials: float = 0.0
-    with_reference: float = 0.0
     paired: float = 0.0
+    paired_successes: float = 0.0
+    reference_successes: float = 0.0
+    both: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -34,42 +37,46 @@ class Judged:
         return Judged(
             self.successes + other.successes,
             self.trials + other.trials,
-            self.with_reference + other.with_reference,
             self.paired + other.paired,
+            self.paired_successes + other.paired_successes,
+            self.reference_successes + other.reference_successes,
+            self.both + other.both,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of an option's outcomes from the reference's, on the same prompts of a group: the sum, and that of squares."""
+    """Of an option's outcomes from the reference's in a group: the sum, that of squares, and of how many prompts."""
 
-    total: float
-    squares: float
-    trials: float
+    total: float = 0.0
+    squares: float = 0.0
+    trials: float = 0.0
 
     @classmethod
     def between(cls, option: Judged, reference: Judged) -> "Difference":
-        """From what was judged of the same prompts under both."""
-        trials = min(option.trials, reference.trials)
-        if trials <= 0.0:
-            return cls(0.0, 0.0, 0.0)
-        known = min(option.paired / option.trials, 1.0)
-        by_chance = option.rate * reference.rate
-        both = option.with_reference / option.paired * known if known > 0.0 else 0.0
-        # A success is 0 or 1, so that its square is itself; where ties share one, the variance is taken for a bit more.
-        squares = option.rate + reference.rate - 2.0 * (both + (1.0 - known) * by_chance)
-        return cls(trials * (option.rate - reference.rate), trials * max(squares, 0.0), trials)
+        """From what was judged of a group; the reference's outcomes serve where it is not known on which prompts."""
+        total = option.paired_successes - option.reference_successes
+        squares = option.paired_successes + option.reference_successes - 2.0 * option.both
+        paired = cls(total, max(squares, abs(total)), option.paired)
+        alone = Judged(option.successes - option.paired_successes, option.trials - option.paired)
+        trials = min(alone.trials, reference.trials)
+        # Of two answers one is preferred: they succeed together as seldom as their shares allow, unless it is known.
+        squares = min(alone.rate + reference.rate, 2.0 - alone.rate - reference.rate)
+        return (
+            paired + cls(trials * (alone.rate - reference.rate), trials * squares, trials) if trials > 0.0 else paired
+        )
 
     def __add__(self, other: "Difference") -> "Difference":
         return Difference(self.total + other.total, self.squares + other.squares, self.trials + other.trials)
 
+    def weighing(self, trials: float) -> "Difference":
+        """The same mean, of so many prompts."""
+        part = trials / self.trials
+        return Difference(self.total * part, self.squares * part, trials)
+
     def leaning_on(self, prior: float, trials: float) -> float:
         """The mean, were the prior seen in so many prompts more."""
-        weight = self.trials + trials
-        return (self.total + trials * prior) / weight if weight > 0.0 else prior
-
-
-_NOTHING = Difference(0.0, 0.0, 0.0)
+        return (self.total + trials * prior) / (self.trials + trials)
 
 
 class Effect:
@@ -90,26 +97,24 @@ class Effect:
 
         Args:
             families: by group; a group that is not named is of the family without a name.
-            pseudo_trials: that a mean counts as for what leans on it, until the data tells.
-            prior_trials: without any difference, that the mean of all leans on.
+            pseudo_trials: that a mean counts as for what leans on it, until the data tells; more than 0.
+            prior_trials: without any difference, that the mean of all leans on; more than 0.
         """
         self._family_of = families
         groups = {group: one for group, one in differences.items() if one.trials > 0.0}
-        within, of_families = _within(groups.values()), dict[str, Difference]()
-        for group, one in groups.items():
-            family = self._family(group)
-            of_families[family] = of_families.get(family, _NOTHING) + one
-        self._whole = sum(groups.values(), _NOTHING).leaning_on(0.0, prior_trials)
+        self.trials = sum(one.trials for one in groups.values())
+        self._within = _within(groups.values())
+        self._groups = _Level(groups, {group: self._family(group) for group in groups}, self._within, pseudo_trials)
+        above = self._groups.above
         # A single family is the whole.
-        kept = of_families if len(of_families) > 1 else {}
-        self._families = _Level(kept, dict.fromkeys(kept, self._whole), within, usual=pseudo_trials)
-        above = {group: self._families.mean(self._family(group), self._whole) for group in groups}
-        self._groups = _Level(groups, above, within, usual=pseudo_trials)
-        self._whole_deviation = (self._families if kept else self._groups).deviation_of_mean()
+        self._families = _Level(above if len(above) > 1 else {}, dict.fromkeys(above, ""), self._within, pseudo_trials)
+        self._whole = (self._families.above if len(above) > 1 else above).get("", sum(above.values(), Difference()))
+        self._prior_trials = prior_trials
 
     def mean(self, group: str) -> float:
         """Of a prompt of the group; the family's, or the whole's, for a group without evidence."""
-        return self._groups.mean(group, self._families.mean(self._family(group), self._whole))
+        whole = self._whole.leaning_on(0.0, self._prior_trials)
+        return self._groups.mean(group, self._families.mean(self._family(group), whole))
 
     def deviations(self, group: str) -> tuple[float, float, float]:
         """Standard deviations of what is particular to the group, of what it takes from its family and shares with it,
@@ -117,43 +122,53 @@ class Effect:
         """
         own, borrowed = self._groups.doubt(group)
         family, lent = self._families.doubt(self._family(group))
-        return own, borrowed * family, borrowed * lent * self._whole_deviation
+        whole = math.sqrt(self._within / (self._whole.trials + self._prior_trials))
+        return own, borrowed * family, borrowed * lent * whole
 
     def _family(self, group: str) -> str:
         return self._family_of.get(group, "")
 
 
 class _Level:
-    """Means that lean on what is above them; without members, all that is asked for is what is above."""
+    """Means that lean on what is above them; without members, all that is asked for is what is above.
+
+    Attributes:
+        above: what the members say of what they belong to, by its name. A member that was judged much tells it no
+            better than members are like each other, so its prompts count for no more than M, the weight it leans with.
+    """
 
     def __init__(
-        self, members: Mapping[str, Difference], above: Mapping[str, float], within: float, *, usual: float
+        self, members: Mapping[str, Difference], belonging: Mapping[str, str], within: float, usual: float
     ) -> None:
         self._members = members
         self._within = within
-        apart = [(one.total - one.trials * above[name], one.trials) for name, one in members.items()]
+        together: dict[str, Difference] = {}
+        for name, one in members.items():
+            together[belonging[name]] = together.get(belonging[name], Difference()) + one
+        means = {name: one.leaning_on(0.0, 0.0) for name, one in together.items()}
+        apart = [(one.total - one.trials * means[belonging[name]], one.trials) for name, one in members.items()]
         self._leans = leaning(apart, usual=usual, within=within)
+        self.above: dict[str, Difference] = {}
+        for name, one in members.items():
+            told = one.weighing(one.trials * self._leans / (one.trials + self._leans))
+            self.above[belonging[name]] = self.above.get(belonging[name], Difference()) + told
 
     def mean(self, name: str, above: float) -> float:
-        return self._members.get(name, _NOTHING).leaning_on(above, self._leans) if self._members else above
+        return self._members.get(name, Difference()).leaning_on(above, self._leans) if self._members else above
 
     def doubt(self, name: str) -> tuple[float, float]:
         """Standard deviation of what is its own, and the share that it takes from above."""
-        weight = self._members.get(name, _NOTHING).trials + self._leans
-        if not self._members or weight <= 0.0:
+        if not self._members:
             return 0.0, 1.0
+        weight = self._members.get(name, Difference()).trials + self._leans
         return math.sqrt(self._within / weight), self._leans / weight
-
-    def deviation_of_mean(self) -> float:
-        """Of the mean of all: what was judged much tells it no better than the members are like each other."""
-        if self._within <= 0.0:
-            return 0.0
-        between = self._within / self._leans if self._leans > 0.0 else 0.0
-        telling = sum(1.0 / (between + self._within / one.trials) for one in self._members.values())
-        return math.sqrt(1.0 / telling) if telling > 0.0 else 0.0
 
 
 def _within(differences: Collection[Difference]) -> float:
-    """Variance of a single difference within its group, pooled."""
-    spent = sum(one.squares - one.total**2 / one.trials for one in differences)
-    return max(spent, 0.0) / max(sum(one.trials for one in differences) - len(differences), 1.0)
+    """Variance of a single difference in its group, pooled, as if one prompt more had differed: what was not seen yet
+    may come. Where groups were hardly judged, that about no difference at all is the better measure.
+    """
+    trials, squares = sum(one.trials for one in differences), sum(one.squares for one in differences)
+    spent = squares - sum(one.total**2 / one.trials for one in differences)
+    about_means = (max(spent, 0.0) + 1.0) / max(trials - len(differences) + 1.0, 1.0)
+    return min(about_means, (squares + 1.0) / (trials + 1.0))

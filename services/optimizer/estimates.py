@@ -1,11 +1,11 @@
-"""What the optimizer believes of every option for every group: e, p and q (docs/decisions/0004-estimates.md).
+"""What the optimizer believes of every option for every group: e, p and q (docs/decisions/0004-optimizer-estimates.md).
 
 Energy and time follow a multiplicative model, level of the group × ratio of the option, and each cell leans on it by
 pseudo-requests: a group in which an option was never seen is expected to take what the reference takes there, times the
 option's usual ratio to it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.optimizer.consumption import Consumed, Consumption, Memory
@@ -27,6 +27,7 @@ class EstimateRules:
         pseudo_requests: requests that the multiplicative model counts as, in each group and option.
         min_requests: effective requests of an option, in all groups, before it may be used.
         min_group_requests: effective requests of a group before it gets a row of its own.
+        floors: metrics of which every group by itself has a bound.
     """
 
     memory: Memory
@@ -34,6 +35,7 @@ class EstimateRules:
     pseudo_requests: float
     min_requests: float
     min_group_requests: float
+    floors: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +66,14 @@ def estimate(
     metrics: Sequence[str],
     rules: EstimateRules,
     now_s: float,
+    same: Collection[str] = (),
 ) -> Estimates | None:
     """Beliefs at an event time; null as long as no footprint of the reference is known.
 
     Args:
         options: of the fleet, the reference among them; others in the evidence are passed over.
         metrics: that an option's quality must be known in before it may be used.
+        same: options whose answers are the reference's.
     """
     served = set(options)
     consumed = {
@@ -80,7 +84,7 @@ def estimate(
     requests = {option: sum(row[option].requests for row in consumed.values() if option in row) for option in options}
     if requests[reference] <= 0.0:
         return None
-    posteriors = {metric: evidence.posterior(metric, reference, now_s, rules.quality) for metric in metrics}
+    posteriors = {metric: evidence.posterior(metric, reference, now_s, rules.quality, same=same) for metric in metrics}
     withheld = _withheld(options, reference, requests, posteriors, rules)
     usable = [option for option in options if option not in withheld]
     groups = _named_groups(consumption.requests(now_s, rules.memory), rules)
@@ -91,7 +95,7 @@ def estimate(
     qualities = [(metric, one, one.spread(everyone)) for metric, one in posteriors.items()]
 
     def row(group: str) -> Row:
-        return {option: _believed(group, option, costs, qualities) for option in usable}
+        return {option: _believed(group, option, costs, qualities, rules.floors) for option in usable}
 
     rows = {group: row(group) for group in groups}
     return Estimates(
@@ -162,7 +166,11 @@ def _named_groups(requests: Mapping[str, float], rules: EstimateRules) -> dict[s
 
 
 def _believed(
-    group: str, option: str, costs: _Costs, qualities: Sequence[tuple[str, Posterior, Spread]]
+    group: str,
+    option: str,
+    costs: _Costs,
+    qualities: Sequence[tuple[str, Posterior, Spread]],
+    floors: Collection[str],
 ) -> OptionEstimate:
     """What to count on."""
     cost = costs.of(group, option)
@@ -174,6 +182,7 @@ def _believed(
             for metric, one, spread in qualities
             if one.trials(option) > 0.0
         },
+        group_quality={metric: one.counted_on_alone(group, option) for metric, one, _ in qualities if metric in floors},
         trials=min((one.group_trials(group, option) for _, one, _ in qualities), default=0.0),
         requests=cost.requests,
     )

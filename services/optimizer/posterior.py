@@ -6,7 +6,7 @@ groups.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from services.optimizer.differences import Difference, Effect, Judged
@@ -30,20 +30,10 @@ class PosteriorRules:
     caution: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """How far the doubts about single groups count for all traffic: those of their own cancel out in part.
-
-    Attributes:
-        factors: of a group's standard deviations, as `Effect.deviations` has them. Summed up over the traffic, they
-            give the standard deviation of the whole, were every group served by the option that is known least.
-    """
-
-    factors: tuple[float, ...] = (1.0, 1.0, 1.0)
-
-    def of(self, deviations: Iterable[float]) -> float:
-        """The part that a group bears."""
-        return sum(factor * one for factor, one in zip(self.factors, deviations, strict=True))
+Spread = Mapping[str, tuple[float, float, float]]
+"""By option: how far a group's three doubts (`Effect.deviations`) count for all traffic. Its own cancels out in part,
+what it shares with others does not. Weighed so and summed up over the traffic, they give the standard deviation of the
+quality of all traffic, were it all served by the option."""
 
 
 class Posterior:
@@ -59,8 +49,10 @@ class Posterior:
         judged: Mapping[str, Mapping[str, Judged]],
         reference: str,
         rules: PosteriorRules,
+        *,
         asked: Mapping[str, float] | None = None,
         families: Mapping[str, str] | None = None,
+        same: Collection[str] = (),
     ) -> None:
         """Take effective outcomes of the metric.
 
@@ -68,8 +60,10 @@ class Posterior:
             judged: by group, then option.
             asked: effective judged prompts by group, whatever was told of them; null: the metric was told of all.
             families: of groups that are about alike things, by group; null: all are of one.
+            same: options whose answers are the reference's: of its level, by the same weights elsewhere.
         """
         self._families = families or {}
+        self._same = {reference, *same}
         self._judged = judged
         self._reference = reference
         self._rules = rules
@@ -90,7 +84,7 @@ class Posterior:
                 prior_trials=rules.prior_trials,
             )
             for option in self._whole
-            if option != reference
+            if option not in self._same
         }
         outcomes = [(row[reference].successes, row[reference].trials) for row in judged.values() if reference in row]
         self._leans = leaning(outcomes, usual=rules.pseudo_trials)
@@ -106,8 +100,10 @@ class Posterior:
         return min((self._told(group) + prior * self._usual_share) / asked, 1.0)
 
     def trials(self, option: str) -> float:
-        """Effective judged prompts of an option in all groups."""
-        return self._whole.get(option, Judged()).trials
+        """Effective judged prompts of an option in all groups; of another than the reference, compared with it."""
+        if option in self._same:
+            return self._whole.get(self._reference, Judged()).trials
+        return self._effects[option].trials if option in self._effects else 0.0
 
     def suffices(self, option: str) -> bool:
         """Whether there is evidence enough to use the option."""
@@ -126,38 +122,49 @@ class Posterior:
 
         A program that may choose among noisy estimates chooses those that chance made too high; counting on less than
         the mean makes up for it. What is to be kept is a bound on all traffic, so the margin is that of all traffic,
-        `caution` standard deviations, and every group bears its part of it.
+        `caution` standard deviations, and every group bears its part of it. Where a program moves a share s of groups
+        alike from the reference, doubts cancel out less: the margin is then `caution`·√s of its standard deviations.
         """
-        effect = self._effects.get(option)
-        if effect is None:
-            return self.mean(group, option)
-        margin = self._rules.caution * spread.of(effect.deviations(group))
-        return self.share(group) * max(0.0, self._rate(group, option) - margin)
+        factors = spread.get(option, (1.0, 1.0, 1.0))
+        doubts = self._deviations(group, option)
+        return self._less(group, option, sum(factor * one for factor, one in zip(factors, doubts, strict=True)))
+
+    def counted_on_alone(self, group: str, option: str) -> float:
+        """The same for a bound on the group by itself."""
+        return self._less(group, option, math.hypot(*self._deviations(group, option)))
 
     def spread(self, weights: Mapping[str, float]) -> Spread:
         """For traffic of these shares by group."""
-        # By level of doubt, then by those who share it: the group alone, its family, all.
-        doubts: tuple[dict[str, float], ...] = ({}, {}, {})
+        return {option: self._factors(effect, weights) for option, effect in self._effects.items()}
+
+    def _factors(self, effect: Effect, weights: Mapping[str, float]) -> tuple[float, float, float]:
+        # By those who share a doubt: the group alone, its family, all.
+        own, families, whole = [], dict[str, float](), 0.0
         for group, weight in weights.items():
             part = weight * self.share(group)
-            levels = zip(*(effect.deviations(group) for effect in self._effects.values()), strict=True)
-            for shared, key, found in zip(doubts, (group, self._families.get(group, ""), ""), levels, strict=False):
-                shared[key] = shared.get(key, 0.0) + part * max(found)
-        sizes = [math.hypot(*shared.values()) for shared in doubts]
-        whole = math.hypot(*sizes)
-        if whole <= 0.0:
-            return Spread()
-        return Spread(
-            tuple(
-                size / sum(shared.values()) * size / whole if size > 0.0 else 0.0
-                for size, shared in zip(sizes, doubts, strict=True)
-            )
+            alone, with_family, with_all = effect.deviations(group)
+            family = self._families.get(group, "")
+            own.append(part * alone)
+            families[family] = families.get(family, 0.0) + part * with_family
+            whole += part * with_all
+        sums = sum(own), sum(families.values()), whole
+        sizes = math.hypot(*own), math.hypot(*families.values()), whole
+        all_traffic = math.hypot(*sizes)
+        first, second, third = (
+            size / total * size / all_traffic if size > 0.0 else 0.0 for size, total in zip(sizes, sums, strict=True)
         )
+        return first, second, third
+
+    def _deviations(self, group: str, option: str) -> tuple[float, float, float]:
+        effect = self._effects.get(option)
+        return effect.deviations(group) if effect is not None else (0.0, 0.0, 0.0)
+
+    def _less(self, group: str, option: str, deviation: float) -> float:
+        return self.share(group) * max(0.0, self._rate(group, option) - self._rules.caution * deviation)
 
     def _rate(self, group: str, option: str) -> float:
         one, whole = self._of(group, self._reference), self._whole.get(self._reference, Judged())
-        weight = one.trials + self._leans
-        rate = (one.successes + self._leans * whole.rate) / weight if weight > 0.0 else whole.rate
+        rate = (one.successes + self._leans * whole.rate) / (one.trials + self._leans)
         effect = self._effects.get(option)
         return rate if effect is None else min(max(rate + effect.mean(group), 0.0), 1.0)
 

@@ -184,7 +184,10 @@ def _optimum(problem: Problem, *, floors: Mapping[str, float], capacities: Mappi
     for group, row in x.items():
         _require(model, [(variable, 1.0) for variable in row.values()], pulp.LpConstraintEQ, 1.0)
         for metric, floor in floors.items():
-            quality = [(row[option], estimate.quality[metric]) for option, estimate in rows[group].items()]
+            quality = [
+                (row[option], estimate.group_quality.get(metric, estimate.quality[metric]))
+                for option, estimate in rows[group].items()
+            ]
             least = floor * rows[group][problem.reference].quality[metric]
             _require(model, quality, pulp.LpConstraintGE, least)
     for metric, bound in problem.bounds.items():

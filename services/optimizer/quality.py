@@ -1,6 +1,6 @@
 """What was judged, by metric, group and option: outcomes that are forgotten by and by."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from services.optimizer.decay import DecayedSums
@@ -45,7 +45,8 @@ class QualityEvidence:
         """
         self._half_life_s = half_life_s
         self._families = families
-        self._sums: dict[str, dict[str, dict[str, DecayedSums]]] = {}
+        # By metric, group, and (option, reference): without a reference all prompts, with one how they went together.
+        self._sums: dict[str, dict[str, dict[tuple[str, str | None], DecayedSums]]] = {}
         self.latest: Quality | None = None
         for evaluation in evaluations:
             self.add(evaluation)
@@ -65,16 +66,27 @@ class QualityEvidence:
         """Take counts of an event time."""
         for count in counts:
             row = self._sums.setdefault(count.metric, {}).setdefault(count.group, {})
-            sums = row.setdefault(count.option, DecayedSums(at_s, [0.0, 0.0, 0.0, 0.0]))
-            sums.add(_outcome(count), at_s=at_s, half_life_s=self._half_life_s)
+            for against, outcome in _outcomes(count):
+                sums = row.setdefault((count.option, against), DecayedSums(at_s, [0.0] * len(outcome)))
+                sums.add(outcome, at_s=at_s, half_life_s=self._half_life_s)
 
-    def posterior(self, metric: str, reference: str, now_s: float, rules: QualityRules) -> Posterior:
-        """What the evidence lets believe of a metric at an event time."""
-        judged = {
-            group: {option: Judged(*sums.at(now_s, self._half_life_s)) for option, sums in row.items()}
-            for group, row in self._sums.get(metric, {}).items()
-        }
-        return Posterior(judged, reference, rules.of(metric), self._asked(now_s), self._families)
+    def posterior(
+        self, metric: str, reference: str, now_s: float, rules: QualityRules, *, same: Collection[str] = ()
+    ) -> Posterior:
+        """What the evidence lets believe of a metric at an event time.
+
+        Args:
+            same: options whose answers are the reference's.
+        """
+        judged: dict[str, dict[str, Judged]] = {}
+        for group, row in self._sums.get(metric, {}).items():
+            found = judged.setdefault(group, {})
+            for (option, against), sums in row.items():
+                if against in (None, reference):
+                    one = Judged(*sums.at(now_s, self._half_life_s))
+                    found[option] = found.get(option, Judged()) + one
+        asked = self._asked(now_s)
+        return Posterior(judged, reference, rules.of(metric), asked=asked, families=self._families, same=same)
 
     def _asked(self, now_s: float) -> dict[str, float]:
         """Effective judged prompts by group, whatever could be told of them."""
@@ -86,9 +98,10 @@ class QualityEvidence:
         return asked
 
 
-def _outcome(count: QualityCount) -> tuple[float, float, float, float]:
-    """The fields of `Judged`."""
+def _outcomes(count: QualityCount) -> Iterator[tuple[str | None, tuple[float, ...]]]:
+    """The fields of `Judged`: of all prompts, then of how they went together with a reference."""
     successes = min(count.successes, count.trials)
-    if count.with_reference is None:
-        return successes, count.trials, 0.0, 0.0
-    return successes, count.trials, min(count.with_reference, successes), count.trials
+    yield None, (successes, count.trials, 0.0, 0.0, 0.0, 0.0)
+    if (paired := count.paired) is not None:
+        theirs = min(paired.successes, count.trials)
+        yield paired.reference, (0.0, 0.0, count.trials, successes, theirs, min(paired.both, successes, theirs))

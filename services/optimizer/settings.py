@@ -74,10 +74,10 @@ class OptimizerSettings(BaseSettings):
     quality_half_life_h: float = Field(default=720.0, gt=0, description="Of a judged prompt, event")
     pseudo_trials: float = Field(
         default=20.0,
-        ge=0,
-        description="Judged prompts that the whole counts as, in each group's quality, until the groups tell; 0: none",
+        gt=0,
+        description="Judged prompts that the whole counts as, in each group's quality, until the groups tell",
     )
-    prior_trials: float = Field(default=2.0, ge=0, description="Judged prompts that the weak prior counts as")
+    prior_trials: float = Field(default=2.0, gt=0, description="Judged prompts that the weak prior counts as")
     min_trials: float = Field(
         default=20.0, gt=0, description="Effective judged prompts of an option, in all groups, before it may be used"
     )
@@ -162,6 +162,7 @@ class OptimizerSettings(BaseSettings):
             pseudo_requests=self.pseudo_requests,
             min_requests=self.min_requests,
             min_group_requests=self.min_group_requests,
+            floors=frozenset(self.floors),
         )
 
     @property

@@ -3,7 +3,7 @@
 from shared.messages.base import Message, UtcDatetime, Value, option_key, split_option
 from shared.messages.carbon import CarbonIntensity, IntensityPoint
 from shared.messages.dead_letters import DeadLetter
-from shared.messages.evaluation import EvaluationCost, Quality, QualityCount, Sample, UsageRecord
+from shared.messages.evaluation import EvaluationCost, Paired, Quality, QualityCount, Sample, UsageRecord
 from shared.messages.footprints import Footprint
 from shared.messages.grouping import GroupEvidence, GroupTaken, PackedArray, PromptGrouping
 from shared.messages.policies import OptionEstimate, Policy, PolicyInputs
@@ -33,6 +33,7 @@ __all__ = [
     "Message",
     "OptionEstimate",
     "PackedArray",
+    "Paired",
     "Policy",
     "PolicyInputs",
     "PromptGrouping",

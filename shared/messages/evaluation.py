@@ -39,6 +39,17 @@ class UsageRecord(Message):
     completion_tokens: int = Field(ge=0)
 
 
+class Paired(Value):
+    """How an option and the reference did on the same prompts."""
+
+    reference: str = Field(description="`<pool>/<level>`")
+    successes: float = Field(ge=0, description="the reference's, on these prompts")
+    both: float = Field(
+        ge=0,
+        description="sum over the prompts of the lesser success: of right answers, on how many prompts both were right",
+    )
+
+
 class QualityCount(Value):
     """Judged outcomes of one prompt group under one option, for one metric."""
 
@@ -47,12 +58,7 @@ class QualityCount(Value):
     metric: Identifier = Field(description="`preference`, `correctness`, ...")
     successes: float = Field(ge=0, description="preferred (ties may be shared), or correct, answers")
     trials: float = Field(ge=0, description="prompts with a verdict")
-    with_reference: float | None = Field(
-        default=None,
-        ge=0,
-        description="sum over these prompts of success times the reference's success: for right answers, on how many "
-        "prompts both were right; null: not known",
-    )
+    paired: Paired | None = Field(default=None, description="Null: not known, or not of all these prompts")
 
 
 class EvaluationCost(Value):

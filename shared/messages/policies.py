@@ -16,6 +16,9 @@ class OptionEstimate(Value):
     energy_kwh: float = Field(ge=0)
     processing_s: float = Field(ge=0)
     quality: dict[str, float] = Field(description="By metric")
+    group_quality: dict[str, float] = Field(
+        default={}, description="By metric with a group floor: what is counted on for this group by itself"
+    )
     trials: float = Field(default=0.0, ge=0, description="Effective judged prompts behind the quality")
     requests: float = Field(default=0.0, ge=0, description="Effective requests behind energy and time")
 

@@ -95,10 +95,28 @@ def counted(*judged):
 
 def test_it_is_counted_how_often_an_option_succeeds_together_with_the_reference():
     judged = [("sums", verdict([L0, L1], correct=right)) for right in ((L0, L1), (L1,), (L0,), ())]
-    together = {(one.metric, one.option): one.with_reference for one in tally(judged) if one.option.startswith("p/")}
-    assert [together["correctness", f"p/{level}"] for level in ("L0", "L1", "L2")] == [2.0, 1.0, 0.0]
-    # A shared win is half of one for each.
-    assert [together["preference", f"p/{level}"] for level in ("L0", "L1", "L2")] == [1.0, 1.0, 0.0]
+    found = {(one.metric, one.option): one.paired for one in tally(judged)}
+    assert {one.reference for one in found.values()} == {"p/L0"}
+
+    def both(metric):
+        assert {one.successes for (name, _), one in found.items() if name == metric} == {2.0}
+        return [found[metric, f"p/{level}"].both for level in ("L0", "L1", "L2")]
+
+    assert both("correctness") == [2.0, 1.0, 0.0]
+    # A shared win is half of one for each, and both have it.
+    assert both("preference") == [2.0, 2.0, 0.0]
+
+
+def test_what_was_compared_with_another_reference_or_with_none_is_not_taken_for_paired():
+    before, now = (
+        judged_prompt(
+            "r", answers=[judged_answer("L0", options=(f"{pool}/L0",), won=1.0), judged_answer("L1", won=0.0)]
+        )
+        for pool in ("old", "p")
+    )
+    assert {one.option: one.paired for one in tally([("qa", before), ("qa", now)])}["p/L1"] is None
+    untold = judged_prompt("r", answers=[judged_answer("L0"), judged_answer("L1", correctness=1.0)])
+    assert next(one.paired for one in tally([("qa", untold)]) if one.metric == "correctness") is None
 
 
 def test_wins_are_successes_and_every_option_had_a_trial():

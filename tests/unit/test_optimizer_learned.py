@@ -136,3 +136,30 @@ def test_the_newest_version_counts_and_one_without_a_version_leads_back_to_tasks
     estimates = found.estimate(MODEL, LATER)
     assert estimates is not None
     assert estimates.weights == {"qa": 1.0}
+
+
+def test_a_group_leans_on_its_family():
+    """Brief answers win in one family and lose in the other; of each a group comes with one prompt that was judged."""
+    names = [f"v.{place:02}" for place in range(8)]
+    won = {"first": (20.0, 60.0, 20.0), "second": (60.0, 20.0, 20.0)}
+    families = {name: "first" if place < 4 else "second" for place, name in enumerate(names)}
+    known = [count for name in names for count in counts(name, won[families[name]])]
+    few = [count for name in ("v.08", "v.09") for count in counts(name, (0.4, 0.4, 0.2), 1.0)]
+    families |= {"v.08": "first", "v.09": "second"}
+    made = grouping(
+        names=(*names, "v.08", "v.09"),
+        families=families,
+        traffic=dict.fromkeys(families, 0.1),
+        evidence=[GroupEvidence(evaluated_at=NOW, counts=(*known, *few))],
+    )
+    consumption = Consumption()
+    for name in families:
+        for option in LEVELS:
+            taken = Consumed(20.0, 1e-3, 20.0)
+            consumption.add(name, option, taken, at_s=NOW.timestamp(), memory=RULES.memory, asked=True)
+    found = beliefs(made, consumption=consumption).estimate(MODEL, NOW).groups
+    change = {
+        name: row["p/L1"].quality["preference"] - row["p/L0"].quality["preference"] for name, row in found.items()
+    }
+    assert change["v.08"] > 0.2
+    assert change["v.09"] < -0.2
