@@ -58,6 +58,9 @@ def test_options_are_pools_times_levels_and_the_reference_is_the_first(tmp_path:
     fleet = load_fleet(written(tmp_path, GOOD))
     assert fleet.options_of("llama-2-13b-chat") == ("california/L0", "california/L1", "texas/L0", "texas/L1")
     assert fleet.reference_of("llama-2-13b-chat") == "california/L0"
+    assert fleet.same_as_reference("llama-2-13b-chat") == ("california/L0", "texas/L0")
+    mixed = load_fleet(written(tmp_path, GOOD.replace('name = "texas"', 'name = "texas"\nvariant = "llama-2-7b-chat"')))
+    assert mixed.same_as_reference("llama-2-13b-chat") == ("california/L0",)
     assert fleet.zones == ("US-CAL-CISO", "US-TEX-ERCO")
     assert fleet.chat_template_of(fleet.pool("texas")) == "llama-2"
     assert fleet.directive_text("L1") == "Always answer briefly."
