@@ -20,7 +20,7 @@ class Pace:
         first_lesson: judged prompts before prompt groups are learned.
         evaluator_concurrency: calls that the evaluator makes at once.
         sample_share: of the requests, kept for the evaluator.
-        caution: of the optimizer, in standard deviations of the quality of all traffic: fewer than by default, for a day
+        caution: of the optimizer, in standard deviations of all traffic's quality: fewer than by default, for a day
             judges few prompts.
         tasks: kinds of prompts that are asked; none: all.
     """
