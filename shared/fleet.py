@@ -84,6 +84,11 @@ class Pool(TlsFields):
     )
     concurrency: int | None = Field(default=None, ge=1, description="Requests at once, all endpoints; null: unbounded")
 
+    @property
+    def weights(self) -> str | None:
+        """What answers here: pools of a model that agree in it give the same answers."""
+        return self.variant or self.model
+
 
 class Model(FleetPart):
     """A logical model that producers ask for."""
@@ -243,10 +248,7 @@ class Fleet(FleetPart):
     def same_as_reference(self, model: str) -> tuple[str, ...]:
         """The options that give the reference's own answers: its level on every pool with its weights."""
         pools = self.pools_of(model)
-        weights = [pool.variant or model for pool in pools]
-        return tuple(
-            option_key(pool.name, self.levels[0]) for pool, one in zip(pools, weights, strict=True) if one == weights[0]
-        )
+        return tuple(option_key(pool.name, self.levels[0]) for pool in pools if pool.weights == pools[0].weights)
 
 
 def _unique(what: str, names: list[str]) -> None:

@@ -42,9 +42,9 @@ def contestants(fleet: Fleet, model: str) -> tuple[Contestant, ...]:
     Raises:
         PlanError: more than a judge can compare.
     """
-    variants: dict[str, list[Pool]] = {}
+    variants: dict[str | None, list[Pool]] = {}
     for pool in fleet.pools_of(model):
-        variants.setdefault(pool.variant or model, []).append(pool)
+        variants.setdefault(pool.weights, []).append(pool)
     found = tuple(
         Contestant(level, tuple(pool.name for pool in pools)) for pools in variants.values() for level in fleet.levels
     )

@@ -68,10 +68,7 @@ class Posterior:
         self._reference = reference
         self._rules = rules
         self._asked = {group: self._told(group) for group in judged} if asked is None else asked
-        self._whole: dict[str, Judged] = {}
-        for row in judged.values():
-            for option, one in row.items():
-                self._whole[option] = self._whole.get(option, Judged()) + one
+        self._of_reference = sum((row.get(reference, Judged()) for row in judged.values()), Judged())
         self._effects = {
             option: Effect(
                 {
@@ -83,8 +80,7 @@ class Posterior:
                 pseudo_trials=rules.pseudo_trials,
                 prior_trials=rules.prior_trials,
             )
-            for option in self._whole
-            if option not in self._same
+            for option in sorted({option for row in judged.values() for option in row} - self._same)
         }
         outcomes = [(row[reference].successes, row[reference].trials) for row in judged.values() if reference in row]
         self._leans = leaning(outcomes, usual=rules.pseudo_trials)
@@ -95,14 +91,12 @@ class Posterior:
         """Share of a group's prompts that the metric can be told of; leans weakly on that of all."""
         prior = self._rules.prior_trials
         asked = self._asked.get(group, 0.0) + prior
-        if asked <= 0.0:
-            return self._usual_share
         return min((self._told(group) + prior * self._usual_share) / asked, 1.0)
 
     def trials(self, option: str) -> float:
         """Effective judged prompts of an option in all groups; of another than the reference, compared with it."""
         if option in self._same:
-            return self._whole.get(self._reference, Judged()).trials
+            return self._of_reference.trials
         return self._effects[option].trials if option in self._effects else 0.0
 
     def suffices(self, option: str) -> bool:
@@ -163,8 +157,8 @@ class Posterior:
         return self.share(group) * max(0.0, self._rate(group, option) - self._rules.caution * deviation)
 
     def _rate(self, group: str, option: str) -> float:
-        one, whole = self._of(group, self._reference), self._whole.get(self._reference, Judged())
-        rate = (one.successes + self._leans * whole.rate) / (one.trials + self._leans)
+        one = self._of(group, self._reference)
+        rate = (one.successes + self._leans * self._of_reference.rate) / (one.trials + self._leans)
         effect = self._effects.get(option)
         return rate if effect is None else min(max(rate + effect.mean(group), 0.0), 1.0)
 

@@ -8,7 +8,7 @@ from report_support import ZONE, made_day, policy_at, quality_at
 from test_ledger_report_accounts import CLEAN_DAY, PURPOSES, books_of, interval
 
 from deploy.demo.observer import Tally
-from deploy.demo.outcome import outcome_of
+from deploy.demo.outcome import LARGEST_DISAGREEMENT_POINTS, outcome_of
 from services.ledger.report.assemble import assemble
 
 SENT = 200
@@ -70,6 +70,14 @@ def test_joules_that_do_not_add_up_are_a_problem(tally, report):
     assert "attributed energy differs" in outcome(tally, short).problems[0]
     unmetered = replace(report, energy=replace(report.energy, metered_j=0.0))
     assert outcome(tally, unmetered).problems == ("no energy was metered",)
+
+
+def test_what_chance_explains_is_no_problem(tally, report):
+    interval = report.saving.saving_interval
+    width = max(LARGEST_DISAGREEMENT_POINTS, interval.high - interval.low)
+    near, far = (replace(report, implied_saving_pct=report.saving.saving_pct + by * width) for by in (0.99, 1.01))
+    assert not outcome(tally, near).problems
+    assert "disagrees" in outcome(tally, far).problems[0]
 
 
 def test_a_saving_that_the_policies_do_not_imply_is_a_problem(tally, report):
