@@ -58,23 +58,30 @@ class Findings:
 class Judge(Protocol):
     """Evaluates prompts."""
 
-    def study(self) -> Findings:
+    def study(self, *, at_s: float) -> Findings:
         """All prompts that may be learned from, once: what is known before the first request."""
         ...
 
-    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator) -> Findings:
+    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator, *, at_s: float) -> Findings:
         """Some prompts, drawn by the shares of the tasks, each answered under every option."""
         ...
 
 
 class LevelJudge:
-    """Judges one model's levels by the recorded verdicts."""
+    """Judges one model's levels by the recorded verdicts.
 
-    def __init__(self, learn: Measured, group: Ints, groups: tuple[str, ...], cost: JudgeCost) -> None:
+    A verdict that comes again tells nothing new. It counts for as much as has been forgotten since its last count, so
+    that a prompt never counts as more than one, however often it is drawn. Its generations and calls are taken anew.
+    """
+
+    def __init__(
+        self, learn: Measured, group: Ints, groups: tuple[str, ...], cost: JudgeCost, *, half_life_s: float
+    ) -> None:
         """Take the prompts that may be learned from.
 
         Args:
             group: of every prompt, as a grouping would assign it that had not seen it.
+            half_life_s: of a count.
         """
         judged = learn.judged
         self._learn = learn.taken(judged)
@@ -84,22 +91,23 @@ class LevelJudge:
         self._options = tuple(f"{POOL}/{level}" for level in learn.levels)
         self._by_task = [np.flatnonzero(self._learn.task == task) for task in range(len(learn.tasks))]
         self._fresh = [np.empty(0, dtype=np.int64) for _ in self._by_task]
+        self._half_life_s = half_life_s
+        self._counted_at_s = np.full(len(self._learn), -np.inf)
 
-    def study(self) -> Findings:
+    def study(self, *, at_s: float) -> Findings:
         """See `Judge`."""
-        return self._findings(np.arange(len(self._learn)))
+        return self._findings(np.arange(len(self._learn)), at_s)
 
-    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator) -> Findings:
+    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator, *, at_s: float) -> Findings:
         """See `Judge`; a task without a judged prompt is left out.
 
-        No prompt comes again before all of its task have come: traffic seldom asks the same twice, and a verdict that
-        is counted twice tells nothing more.
+        No prompt comes again before all of its task have come: traffic seldom asks the same twice.
         """
         there = np.array([len(rows) > 0 for rows in self._by_task])
         shares = np.where(there, mix, 0.0)
         numbers = rng.multinomial(prompts, shares / shares.sum())
         rows = [self._next(task, number, rng) for task, number in enumerate(numbers) if number]
-        return self._findings(np.concatenate(rows))
+        return self._findings(np.concatenate(rows), at_s)
 
     def _next(self, task: int, number: int, rng: np.random.Generator) -> Ints:
         while len(self._fresh[task]) < number:
@@ -107,20 +115,29 @@ class LevelJudge:
         drawn, self._fresh[task] = np.split(self._fresh[task], [number])
         return np.asarray(drawn)
 
-    def _findings(self, rows: Ints) -> Findings:
-        learn, group = self._learn, self._group[rows]
+    def _news(self, rows: Ints, at_s: float) -> Floats:
+        """How much of a verdict each counts as."""
+        once, first = np.unique(rows, return_index=True)
+        news = np.zeros(len(rows))
+        news[first] = 1.0 - 0.5 ** ((at_s - self._counted_at_s[once]) / self._half_life_s)
+        self._counted_at_s[once] = at_s
+        return news
+
+    def _findings(self, rows: Ints, at_s: float) -> Findings:
+        learn, group, news = self._learn, self._group[rows], self._news(rows, at_s)
         counts: list[QualityCount] = []
         taken: dict[str, dict[str, tuple[float, float, float]]] = {}
         for place in np.unique(group):
-            name, mine = self._groups[place], rows[group == place]
-            known = mine[~np.isnan(learn.correct[mine]).any(axis=1)]
+            here = group == place
+            name, mine, new = self._groups[place], rows[here], news[here]
+            told = ~np.isnan(learn.correct[mine]).any(axis=1)
             taken[name] = {}
             for level, option in enumerate(self._options):
                 preferred = learn.preferred[mine]
-                counts.append(_count(name, option, PREFERENCE, preferred == level, preferred == 0))
-                if len(known):
-                    right = learn.correct[known]
-                    counts.append(_count(name, option, CORRECTNESS, right[:, level], right[:, 0]))
+                counts.append(_count(name, option, PREFERENCE, preferred == level, preferred == 0, weights=new))
+                if told.any():
+                    right = learn.correct[mine[told]]
+                    counts.append(_count(name, option, CORRECTNESS, right[:, level], right[:, 0], weights=new[told]))
                 energy, time_s = learn.energy_kwh[mine, level], learn.time_s[mine, level]
                 taken[name][option] = (float(len(mine)), float(energy.sum()), float(time_s.sum()))
         return Findings(tuple(counts), taken, *self._cost.of(len(rows), answers=len(self._options)))
@@ -142,12 +159,12 @@ class ModelJudge:
         self._energy = np.array([[learn.energy_kwh[t, 0].mean(), small_kwh[t].mean()] for t in by_task])
         self._time = np.array([[learn.time_s[t, 0].mean(), small_s[t].mean()] for t in by_task])
 
-    def study(self) -> Findings:
+    def study(self, *, at_s: float) -> Findings:  # noqa: ARG002
         """See `Judge`."""
         return self._findings(self._study_mix, float(self._study_mix @ self._large) * self._prompts, self._prompts)
 
-    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator) -> Findings:
-        """See `Judge`."""
+    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator, *, at_s: float) -> Findings:  # noqa: ARG002
+        """See `Judge`; every verdict is a new one."""
         return self._findings(mix, float(rng.binomial(prompts, float(mix @ self._large))), prompts)
 
     def _findings(self, mix: Floats, won: float, prompts: int) -> Findings:
@@ -173,16 +190,18 @@ class ModelJudge:
         return Findings(counts, taken, *self._cost.of(prompts, answers=len(options)))
 
 
-def _count(group: str, option: str, metric: str, won: Flags | Floats, reference_won: Flags | Floats) -> QualityCount:
+def _count(
+    group: str, option: str, metric: str, won: Flags | Floats, reference_won: Flags | Floats, *, weights: Floats
+) -> QualityCount:
     return QualityCount(
         group=group,
         option=option,
         metric=metric,
-        successes=float(won.sum()),
-        trials=float(len(won)),
+        successes=float(weights @ won),
+        trials=float(weights.sum()),
         paired=Paired(
             reference=f"{POOL}/{REFERENCE}",
-            successes=float(reference_won.sum()),
-            both=float((won * reference_won).sum()),
+            successes=float(weights @ reference_won),
+            both=float(weights @ (won * reference_won)),
         ),
     )

@@ -125,10 +125,11 @@ class _Operator:
         # What is to be judged without a metric that counts would be energy for nothing; so would be a later look at
         # what is decided once.
         if hour == 0:
-            self._learn(case.judge.study(), hour, charged=bool(self._metrics))
+            self._learn(case.judge.study(at_s=now.timestamp()), hour, charged=bool(self._metrics))
             self._opportunity.evaluated(now)
         elif case.rule == "program" and self._opportunity.follow(now, k0, threshold=mean):
-            draws = case.judge.draw(case.mix[hour - 1], case.operation.prompts_per_evaluation, self._rng)
+            prompts = case.operation.prompts_per_evaluation
+            draws = case.judge.draw(case.mix[hour - 1], prompts, self._rng, at_s=now.timestamp())
             self._learn(draws, hour, charged=True)
             self._opportunity.evaluated(now)
             self.evaluated.append(hour)

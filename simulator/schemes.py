@@ -129,7 +129,13 @@ def _production(study: Study, scheme: str, window: Window, xi: Mapping[str, floa
         window=window,
         mix=study.mix,
         world=world_of_levels(study.measured, grouping.measured, grouping.names),
-        judge=LevelJudge(study.learn, grouping.learn, grouping.names, study.judge),
+        judge=LevelJudge(
+            study.learn,
+            grouping.learn,
+            grouping.names,
+            study.judge,
+            half_life_s=study.optimizer.estimate_rules.quality.half_life_s,
+        ),
         families=grouping.families,
         operation=_operation(study, xi),
     )

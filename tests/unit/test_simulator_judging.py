@@ -1,37 +1,73 @@
 """What evaluations find on measured prompts."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from simulator_support import measured
 
+from services.optimizer.posterior import PosteriorRules
+from services.optimizer.quality import QualityEvidence, QualityRules
+from shared.messages import QualityCount
 from simulator.judging import JudgeCost, LevelJudge, ModelJudge
+from simulator.measured import Measured
+
+HALF_LIFE_S = 3600.0
 
 
-def wins(judge: LevelJudge, mix: list[float], prompts: int, rng: np.random.Generator) -> tuple[float, ...]:
-    """Prompts preferred at each level, by one evaluation."""
-    counts = judge.draw(np.array(mix), prompts, rng).counts
-    return tuple(one.successes for one in counts if one.metric == "preference")
+def one_group(learn: Measured, cost: JudgeCost | None = None) -> LevelJudge:
+    return LevelJudge(
+        learn, np.zeros(len(learn), dtype=np.int64), ("all",), cost or JudgeCost(), half_life_s=HALF_LIFE_S
+    )
+
+
+def preferences(counts: Iterable[QualityCount]) -> list[QualityCount]:
+    return [one for one in counts if one.metric == "preference"]
+
+
+def wins(judge: LevelJudge, prompts: int, rng: np.random.Generator, *, at_s: float) -> np.ndarray:
+    """How often each level was preferred among prompts of the first task, by one evaluation."""
+    counts = judge.draw(np.array([1.0, 0.0]), prompts, rng, at_s=at_s).counts
+    return np.array([one.successes for one in preferences(counts)])
 
 
 def test_no_prompt_is_judged_again_before_all_of_its_task_have_been():
     learn = measured(60)
     facts = learn.task == 0
-    judge = LevelJudge(learn, np.zeros(60, dtype=np.int64), ("all",), JudgeCost())
-    rng = np.random.default_rng(3)
-    size = int(facts.sum())
-    every = tuple(float((learn.preferred[facts] == level).sum()) for level in range(3))
-    parts = [wins(judge, [1.0, 0.0], part, rng) for part in (7, size - 7, size, 5, 2 * size - 5)]
-    assert tuple(map(sum, zip(*parts[:2], strict=True))) == every
-    assert parts[2] == every
-    assert tuple(map(sum, zip(*parts[3:], strict=True))) == tuple(2 * one for one in every)
+    judge, rng, size = one_group(learn), np.random.default_rng(3), int(facts.sum())
+    every = np.array([(learn.preferred[facts] == level).sum() for level in range(3)])
+    assert wins(judge, 7, rng, at_s=0.0) + wins(judge, size - 7, rng, at_s=0.0) == pytest.approx(every)
+    # A half-life later, each of them counts again for the half of it that has been forgotten.
+    halves = wins(judge, 5, rng, at_s=HALF_LIFE_S) + wins(judge, size - 5, rng, at_s=HALF_LIFE_S)
+    assert halves == pytest.approx(every / 2)
+    assert wins(judge, 2 * size, rng, at_s=3 * HALF_LIFE_S) == pytest.approx(every * 3 / 4)
+
+
+def test_a_prompt_never_counts_as_more_than_one():
+    learn, rng = measured(60), np.random.default_rng(7)
+    judge = one_group(learn)
+    evidence = QualityEvidence(half_life_s=HALF_LIFE_S)
+    evidence.count(judge.study(at_s=0.0).counts, at_s=0.0)
+    for hour in range(1, 20):
+        found = judge.draw(np.array([0.5, 0.5]), 100, rng, at_s=hour * 600.0)
+        assert {cell[0] for row in found.taken.values() for cell in row.values()} == {100.0}, "energy is taken anew"
+        for count in found.counts:
+            assert count.paired is not None
+            assert count.paired.both <= min(count.successes, count.paired.successes) <= count.trials
+        evidence.count(found.counts, at_s=hour * 600.0)
+    rules = QualityRules(
+        half_life_s=HALF_LIFE_S, posterior=PosteriorRules(pseudo_trials=1, prior_trials=1, min_trials=1)
+    )
+    believed = evidence.posterior("preference", "pool/L0", 19 * 600.0, rules)
+    assert 55.0 < believed.trials("pool/L0") <= 60.0
 
 
 def test_an_evaluation_draws_by_the_mix_and_takes_energy_at_every_level():
     learn = measured(200)
-    judge = LevelJudge(learn, learn.task, learn.tasks, JudgeCost(energy_j=3.6e6, time_s=1.0))
-    found = judge.draw(np.array([0.25, 0.75]), 80, np.random.default_rng(1))
+    cost = JudgeCost(energy_j=3.6e6, time_s=1.0)
+    judge = LevelJudge(learn, learn.task, learn.tasks, cost, half_life_s=HALF_LIFE_S)
+    found = judge.draw(np.array([0.25, 0.75]), 80, np.random.default_rng(1), at_s=0.0)
     asked = {task: {cell[0] for cell in row.values()} for task, row in found.taken.items()}
     assert sum(next(iter(counts)) for counts in asked.values()) == 80
     assert 8 <= next(iter(asked["facts"])) <= 32
@@ -44,9 +80,9 @@ def test_the_judge_is_asked_once_for_each_rotation_of_the_answers():
     learn, cost, mix = measured(60), JudgeCost(), np.array([0.5, 0.5])
     assert cost.of(1, answers=1) == pytest.approx((600 * 0.3 / 3.6e6, 600 * 0.0003))
     two_levels = replace(learn, levels=learn.levels[:2], correct=learn.correct[:, :2])
-    one_group, rng = np.zeros(60, dtype=np.int64), np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     for requests, answers in ((learn, 3), (two_levels, 2)):
-        found = LevelJudge(requests, one_group, ("all",), cost).draw(mix, 20, rng)
+        found = one_group(requests, cost).draw(mix, 20, rng, at_s=0.0)
         assert (found.judging_kwh, found.judging_s) == pytest.approx(cost.of(20, answers=answers))
-    models = ModelJudge(learn, np.array([0.5, 0.5]), study_prompts=10, cost=cost).draw(mix, 20, rng)
+    models = ModelJudge(learn, np.array([0.5, 0.5]), study_prompts=10, cost=cost).draw(mix, 20, rng, at_s=0.0)
     assert (models.judging_kwh, models.judging_s) == pytest.approx(cost.of(20, answers=2))
