@@ -34,6 +34,8 @@ class Outcome:
         bound: of the preference that held; NaN for a scheme without one.
         correctness: share of right answers relative to the reference's; null where nobody knows which are right.
         correctness_bound: as `bound`; null where none was asked for.
+        standard_errors: of the mean preference and correctness, by metric, for want of more prompts to measure on;
+            null or absent: unknown.
         mix: (hours, options) share of requests.
         processing_s: mean of a request.
         base_processing_s: the same, had the reference served all.
@@ -58,6 +60,7 @@ class Outcome:
     g_per_kwh: Floats
     correctness: Floats | None = None
     correctness_bound: Floats | None = None
+    standard_errors: Mapping[str, float | None] = field(default_factory=dict)
     evaluator_grams: Floats = field(default_factory=lambda: np.zeros(1))
     evaluation_hours: tuple[int, ...] = ()
     fallbacks: Mapping[str, int] = field(default_factory=dict)
@@ -121,7 +124,9 @@ class Outcome:
             "xi": self.xi,
             "carbon_saving_pct": self.saving_pct,
             "preference_pct": self.preference_pct,
+            "preference_se_pct": _percent(self.standard_errors.get("preference")),
             "correctness_pct": self.correctness_pct,
+            "correctness_se_pct": _percent(self.standard_errors.get("correctness")),
             "hours_bound_kept_pct": self.kept_pct,
             "evaluations": len(self.evaluation_hours),
             "evaluation_hours": list(self.evaluation_hours),
@@ -140,6 +145,10 @@ class Outcome:
     def _of_base(self, grams: float) -> float | None:
         whole = float(self.base_grams.mean())
         return 100.0 * grams / whole if whole > 0.0 else None
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100.0 * share
 
 
 def _mean_pct(values: Floats) -> float | None:

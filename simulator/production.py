@@ -257,6 +257,7 @@ def _outcome(case: ProductionCase, operator: _Operator, x: Floats) -> Outcome:
         grams=grams(x),
         base_grams=grams(reference),
         preference=compared(PREFERENCE),
+        standard_errors={metric: world.standard_error(metric, mix, x) for metric in world.quality},
         bound=operator.bounds.get(PREFERENCE, np.full(len(mix), np.nan)),
         correctness=compared(CORRECTNESS) if CORRECTNESS in world.quality else None,
         correctness_bound=operator.bounds.get(CORRECTNESS),

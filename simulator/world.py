@@ -1,7 +1,7 @@
 """What traffic takes and how it is judged, in expectation: by task, prompt group and option."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +14,19 @@ POOL = "pool"
 SMALL_POOL = "small"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """The prompts that a quality was measured on.
+
+    Attributes:
+        prompts: (T,), how many.
+        both: (T, G, O, O): share of a task's that lie in the group and are won by both options.
+    """
+
+    prompts: Ints
+    both: Floats
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class World:
     """Expectations over prompts. T tasks, G groups, O options; the first option is the reference.
@@ -23,6 +36,7 @@ class World:
         share: (T, G), of a task's prompts in each group; every row sums to 1.
         energy_kwh, time_s: (T, G, O), means of a group's prompts times its share.
         quality: by metric, (T, G, O): share of a task's judged prompts that lie in the group and are won by the option.
+        samples: by metric, of the prompts that its quality was measured on; none for what is known as shares alone.
     """
 
     options: tuple[str, ...]
@@ -31,6 +45,7 @@ class World:
     energy_kwh: Floats
     time_s: Floats
     quality: Mapping[str, Floats]
+    samples: Mapping[str, "Sample"] = field(default_factory=dict)
 
     def mean(self, values: Floats, mix: Floats, x: Floats) -> Floats:
         """Mean over the traffic, in every hour.
@@ -41,6 +56,30 @@ class World:
             x: (hours, G, O), probabilities.
         """
         return np.asarray(np.einsum("ht,tgo,hgo->h", mix, values, x, optimize=True))
+
+    def standard_error(self, metric: str, mix: Floats, x: Floats) -> float | None:
+        """Of a quality relative to the reference's, its mean over the hours, because no more prompts were measured on.
+
+        By the delta method: how much every prompt weighs in the mean, and how much that differs between prompts of a
+        task; one without prompts adds nothing, as to the mean. Null where the prompts are not known, where a task has
+        one alone, or where the reference has no quality.
+
+        Args:
+            mix, x: as for `mean`.
+        """
+        sample, values = self.samples.get(metric), self.quality[metric]
+        reference = np.einsum("ht,tg->h", mix, values[:, :, 0])
+        if sample is None or (reference <= 0.0).any():
+            return None
+        asked = mix.any(axis=0) & (sample.prompts > 0)
+        if (sample.prompts[asked] == 1).any():
+            return None
+        ratio = self.mean(values, mix, x) / reference
+        weigh = np.einsum("ht,hgo->tgo", mix / reference[:, None], x, optimize=True) / len(mix)
+        weigh[:, :, 0] -= np.einsum("ht,h->t", mix, ratio / reference)[:, None] / len(mix)
+        squares = np.einsum("tgo,tgp,tgop->t", weigh, weigh, sample.both)
+        variance = (squares - np.einsum("tgo,tgo->t", weigh, values) ** 2)[asked]
+        return float(np.sqrt((variance.clip(min=0.0) / (sample.prompts[asked] - 1)).sum()))
 
     def all_reference(self, hours: int) -> Floats:
         """(hours, G, O): the reference serves all."""
@@ -55,13 +94,12 @@ def world_of_levels(measured: Measured, group: Ints, groups: tuple[str, ...]) ->
     Args:
         group: place of every prompt's group in `groups`.
     """
-    judged = measured.judged
+    judged, checkable = measured.judged, measured.checkable
     won = np.zeros_like(measured.energy_kwh)
     won[np.flatnonzero(judged), measured.preferred[judged]] = 1.0
-    quality = {PREFERENCE: _shares(measured, group, len(groups), won, judged)}
-    known: Flags = np.asarray(~np.isnan(measured.correct).any(axis=1))
-    if known.any():
-        quality[CORRECTNESS] = _shares(measured, group, len(groups), np.nan_to_num(measured.correct), known)
+    told = {PREFERENCE: (won, judged)}
+    if checkable.any():
+        told[CORRECTNESS] = (np.nan_to_num(measured.correct), checkable)
     everything = np.ones(len(measured), dtype=bool)
     return World(
         options=tuple(f"{POOL}/{level}" for level in measured.levels),
@@ -69,7 +107,8 @@ def world_of_levels(measured: Measured, group: Ints, groups: tuple[str, ...]) ->
         share=_shares(measured, group, len(groups), np.ones((len(measured), 1)), everything)[:, :, 0],
         energy_kwh=_shares(measured, group, len(groups), measured.energy_kwh, everything),
         time_s=_shares(measured, group, len(groups), measured.time_s, everything),
-        quality=quality,
+        quality={metric: _shares(measured, group, len(groups), *one) for metric, one in told.items()},
+        samples={metric: _sample(measured, group, len(groups), *one) for metric, one in told.items()},
     )
 
 
@@ -99,10 +138,16 @@ def world_of_models(measured: Measured, large_preferred: Floats) -> World:
     )
 
 
+def _sample(measured: Measured, group: Ints, groups: int, won: Floats, rows: Flags) -> Sample:
+    options = won.shape[1]
+    both = _shares(measured, group, groups, (won[:, :, None] * won[:, None, :]).reshape(len(won), -1), rows)
+    return Sample(measured.prompts_of_tasks(rows), both.reshape(*both.shape[:2], options, options))
+
+
 def _shares(measured: Measured, group: Ints, groups: int, values: Floats, rows: Flags) -> Floats:
     """Sums of values over prompts by task and group, divided by the task's prompts: (T, G, columns)."""
     tasks = len(measured.tasks)
     sums = np.zeros((tasks, groups, values.shape[1]))
     np.add.at(sums, (measured.task[rows], group[rows]), values[rows])
-    counts = np.bincount(measured.task[rows], minlength=tasks)
+    counts = measured.prompts_of_tasks(rows)
     return sums / np.maximum(counts, 1)[:, None, None]

@@ -45,9 +45,16 @@ def _figures(found: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     evaluations = mean("evaluations")
     return (
         percent(mean("carbon_saving_pct")),
-        percent(mean("preference_pct")),
-        percent(mean("correctness_pct")),
+        _measured(mean("preference_pct"), mean("preference_se_pct")),
+        _measured(mean("correctness_pct"), mean("correctness_se_pct")),
         percent(mean("hours_bound_kept_pct")),
         UNKNOWN if evaluations is None else f"{evaluations:.0f}",
         percent(mean("evaluator_share_pct"), 2),
     )
+
+
+def _measured(pct: float | None, standard_error_pct: float | None) -> str:
+    """All windows are measured on the same prompts, so that the error of their mean is that of one of them."""
+    if pct is None or not round(standard_error_pct or 0.0, 1):
+        return percent(pct)
+    return f"{pct:.1f} ± {standard_error_pct:.1f} %"
