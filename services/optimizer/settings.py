@@ -82,7 +82,7 @@ class OptimizerSettings(BaseSettings):
         default=20.0, gt=0, description="Effective judged prompts of an option, in all groups, before it may be used"
     )
     caution: float = Field(
-        default=2.5,
+        default=1.8,
         ge=0,
         description="Standard deviations of the quality of all traffic by which less than its mean is counted on",
     )
