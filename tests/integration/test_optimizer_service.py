@@ -162,7 +162,7 @@ async def test_evidence_becomes_a_policy_and_a_restart_goes_on_where_it_was(supe
             assert bold.status == "optimal"
             assert bold.bounds["preference"] == pytest.approx(0.9)
             assert bold.expected_quality["preference"] == pytest.approx(0.9, abs=1e-6)
-            assert bold.row("qa")["p/L1"] == pytest.approx(0.136, abs=0.02)  # 0.3, were the judgement certain
+            assert bold.row("qa")["p/L1"] == pytest.approx(0.161, abs=0.02)  # 0.3, were the judgement certain
             assert bold.expected_g_per_request < bold.reference_g_per_request
             assert bold.version > cautious.version
 

@@ -222,3 +222,15 @@ def test_the_page_says_what_is_unknown_and_where_nothing_could_be_chosen(study):
     assert f"In {HOURS} hours of all runs only the reference could be served: too few judged prompts" in page
     assert "1 runs lack figures; summary.json says why." in page
     assert "NaN" not in json.dumps(outcome(never, "sprout_task").summary())
+
+
+def test_how_far_the_measured_prompts_tell_is_said_beside_the_quality(study):
+    """Levels are measured on prompts; of two models the shares alone are known."""
+    levels, models = outcome(study, "sprout_task"), outcome(study, "model_opt")
+    found = levels.summary()
+    assert 1.0 < found["preference_se_pct"] < 20.0
+    assert 0.1 < found["correctness_se_pct"] < 10.0
+    assert models.summary()["preference_se_pct"] is models.summary()["correctness_se_pct"] is None
+    page = render_page([levels])
+    assert f"± {found['preference_se_pct']:.1f} %" in page
+    assert "± is the standard error of a quality" in page
