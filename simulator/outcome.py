@@ -124,14 +124,14 @@ class Outcome:
             "xi": self.xi,
             "carbon_saving_pct": self.saving_pct,
             "preference_pct": self.preference_pct,
-            "preference_se_pct": _percent(self.standard_errors.get("preference")),
             "correctness_pct": self.correctness_pct,
-            "correctness_se_pct": _percent(self.standard_errors.get("correctness")),
             "hours_bound_kept_pct": self.kept_pct,
             "evaluations": len(self.evaluation_hours),
             "evaluation_hours": list(self.evaluation_hours),
             "evaluator_share_pct": self.evaluator_share_pct,
             "mean_gco2_per_request": float(self.grams.mean() + self.evaluator_grams.mean()),
+            "preference_se_pct": _percent(self.standard_errors.get("preference")),
+            "correctness_se_pct": _percent(self.standard_errors.get("correctness")),
             "mean_processing_s": float(self.processing_s.mean()),
             "mix_pct": {
                 option: float(100.0 * share) for option, share in zip(self.options, self.mix.mean(axis=0), strict=True)
