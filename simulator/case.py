@@ -54,7 +54,7 @@ class PublishedCase:
         """Share of right answers at every level in every hour, (hours, levels), in expectation over the prompts of
         which it is known; null where it is of none. A task without such a prompt adds nothing at any level.
         """
-        known = np.asarray(~np.isnan(self.measured.correct).any(axis=1))
+        known = self.measured.checkable
         if not known.any():
             return None
         by_task = np.zeros((len(self.measured.tasks), len(self.measured.levels)))

@@ -1,11 +1,13 @@
 """What evaluations find, and what they take: draws of prompts that may be learned from."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from services.optimizer.decay import fading
 from shared.messages import Paired, QualityCount
 from simulator.measured import JOULES_PER_KWH, REFERENCE, Flags, Floats, Ints, Measured
 from simulator.world import CORRECTNESS, POOL, PREFERENCE, SMALL_POOL
@@ -72,15 +74,26 @@ class LevelJudge:
 
     A verdict that comes again tells nothing new. It counts for as much as has been forgotten since its last count, so
     that a prompt never counts as more than one, however often it is drawn. Its generations and calls are taken anew.
+
+    An evaluator draws from the traffic, and there may be more prompts of a task than its share of what is asked. In a
+    group of several tasks, prompts therefore count by how often theirs is asked, those of the rarest judged ones fully.
     """
 
     def __init__(
-        self, learn: Measured, group: Ints, groups: tuple[str, ...], cost: JudgeCost, *, half_life_s: float
+        self,
+        learn: Measured,
+        group: Ints,
+        groups: tuple[str, ...],
+        cost: JudgeCost,
+        *,
+        asked: Floats,
+        half_life_s: float,
     ) -> None:
         """Take the prompts that may be learned from.
 
         Args:
             group: of every prompt, as a grouping would assign it that had not seen it.
+            asked: share of the traffic by task.
             half_life_s: of a count.
         """
         judged = learn.judged
@@ -91,8 +104,9 @@ class LevelJudge:
         self._options = tuple(f"{POOL}/{level}" for level in learn.levels)
         self._by_task = [np.flatnonzero(self._learn.task == task) for task in range(len(learn.tasks))]
         self._fresh = [np.empty(0, dtype=np.int64) for _ in self._by_task]
+        self._counts = _counting(self._learn, self._group, asked)
         self._half_life_s = half_life_s
-        self._counted_at_s = np.full(len(self._learn), -np.inf)
+        self._counted_at_s = np.full(len(self._learn), np.nan)
 
     def study(self, *, at_s: float) -> Findings:
         """See `Judge`."""
@@ -116,11 +130,15 @@ class LevelJudge:
         return np.asarray(drawn)
 
     def _news(self, rows: Ints, at_s: float) -> Floats:
-        """How much of a verdict each counts as."""
+        """How much of a verdict each counts as; one that comes twice in a draw counts once."""
         once, first = np.unique(rows, return_index=True)
-        news = np.zeros(len(rows))
-        news[first] = 1.0 - 0.5 ** ((at_s - self._counted_at_s[once]) / self._half_life_s)
+        forgotten = [
+            1.0 if math.isnan(before) else 1.0 - fading(at_s - before, self._half_life_s)
+            for before in self._counted_at_s[once]
+        ]
         self._counted_at_s[once] = at_s
+        news = np.zeros(len(rows))
+        news[first] = self._counts[once] * forgotten
         return news
 
     def _findings(self, rows: Ints, at_s: float) -> Findings:
@@ -130,7 +148,7 @@ class LevelJudge:
         for place in np.unique(group):
             here = group == place
             name, mine, new = self._groups[place], rows[here], news[here]
-            told = ~np.isnan(learn.correct[mine]).any(axis=1)
+            told = learn.checkable[mine]
             taken[name] = {}
             for level, option in enumerate(self._options):
                 preferred = learn.preferred[mine]
@@ -188,6 +206,15 @@ class ModelJudge:
             }
         }
         return Findings(counts, taken, *self._cost.of(prompts, answers=len(options)))
+
+
+def _counting(learn: Measured, group: Ints, asked: Floats) -> Floats:
+    """How much of a verdict every prompt counts as, before any is forgotten."""
+    often = (asked / np.maximum(learn.prompts_of_tasks(), 1))[learn.task]
+    most = np.zeros(group.max() + 1)
+    np.maximum.at(most, group, often)
+    # Of a group that is never asked for it does not matter.
+    return np.divide(often, most[group], out=np.ones(len(often)), where=most[group] > 0.0)
 
 
 def _count(

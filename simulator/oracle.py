@@ -16,7 +16,7 @@ def oracle(case: PublishedCase) -> Outcome:
     measured, levels = case.measured, case.measured.levels
     energy, time_s = case.of_mix(measured.energy_kwh), case.of_mix(measured.time_s)
     bounds, solver = case.bounds, Solver()
-    known: Flags = np.asarray(~np.isnan(measured.correct).any(axis=1))
+    known = measured.checkable
     everything = np.ones(len(measured), dtype=bool)
     of_all, of_judged, of_known = (_numbers(measured, rows) for rows in (everything, measured.judged, known))
     right = np.nan_to_num(measured.correct)

@@ -34,8 +34,8 @@ class Outcome:
         bound: of the preference that held; NaN for a scheme without one.
         correctness: share of right answers relative to the reference's; null where nobody knows which are right.
         correctness_bound: as `bound`; null where none was asked for.
-        standard_errors: of the mean preference and correctness, by metric, for want of more prompts to measure on;
-            null or absent: unknown.
+        standard_errors: of the mean preference and correctness, by metric, as other prompts to measure on would vary
+            it; null or absent: unknown.
         mix: (hours, options) share of requests.
         processing_s: mean of a request.
         base_processing_s: the same, had the reference served all.

@@ -13,6 +13,9 @@ CORRECTNESS = "correctness"
 POOL = "pool"
 SMALL_POOL = "small"
 
+_ROUNDING = 1e-9
+"""Weights below this are 0: the reference is measured against itself."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
@@ -45,7 +48,7 @@ class World:
     energy_kwh: Floats
     time_s: Floats
     quality: Mapping[str, Floats]
-    samples: Mapping[str, "Sample"] = field(default_factory=dict)
+    samples: Mapping[str, Sample] = field(default_factory=dict)
 
     def mean(self, values: Floats, mix: Floats, x: Floats) -> Floats:
         """Mean over the traffic, in every hour.
@@ -58,11 +61,11 @@ class World:
         return np.asarray(np.einsum("ht,tgo,hgo->h", mix, values, x, optimize=True))
 
     def standard_error(self, metric: str, mix: Floats, x: Floats) -> float | None:
-        """Of a quality relative to the reference's, its mean over the hours, because no more prompts were measured on.
+        """How far the mean over the hours of a quality, relative to the reference's, would vary from sample to sample.
 
-        By the delta method: how much every prompt weighs in the mean, and how much that differs between prompts of a
-        task; one without prompts adds nothing, as to the mean. Null where the prompts are not known, where a task has
-        one alone, or where the reference has no quality.
+        Of the policy as it is, by the delta method: how much every prompt weighs in the mean, and how much that differs
+        between the prompts of a task. A task without prompts adds nothing to either. Null where the prompts are not
+        known, a single prompt stands for a task, or the reference has no quality in an hour.
 
         Args:
             mix, x: as for `mean`.
@@ -71,15 +74,15 @@ class World:
         reference = np.einsum("ht,tg->h", mix, values[:, :, 0])
         if sample is None or (reference <= 0.0).any():
             return None
-        asked = mix.any(axis=0) & (sample.prompts > 0)
-        if (sample.prompts[asked] == 1).any():
-            return None
         ratio = self.mean(values, mix, x) / reference
-        weigh = np.einsum("ht,hgo->tgo", mix / reference[:, None], x, optimize=True) / len(mix)
-        weigh[:, :, 0] -= np.einsum("ht,h->t", mix, ratio / reference)[:, None] / len(mix)
-        squares = np.einsum("tgo,tgp,tgop->t", weigh, weigh, sample.both)
-        variance = (squares - np.einsum("tgo,tgo->t", weigh, values) ** 2)[asked]
-        return float(np.sqrt((variance.clip(min=0.0) / (sample.prompts[asked] - 1)).sum()))
+        weights = np.einsum("ht,hgo->tgo", mix / reference[:, None], x, optimize=True) / len(mix)
+        weights[:, :, 0] -= np.einsum("ht,h->t", mix, ratio / reference)[:, None] / len(mix)
+        squares = np.einsum("tgo,tgp,tgop->t", weights, weights, sample.both)
+        variance = squares - np.einsum("tgo,tgo->t", weights, values) ** 2
+        weighed = (np.abs(weights) > _ROUNDING).any(axis=(1, 2)) & (sample.prompts > 0)
+        if (sample.prompts[weighed] == 1).any():
+            return None
+        return float(np.sqrt((variance[weighed].clip(min=0.0) / (sample.prompts[weighed] - 1)).sum()))
 
     def all_reference(self, hours: int) -> Floats:
         """(hours, G, O): the reference serves all."""

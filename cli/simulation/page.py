@@ -29,8 +29,8 @@ def render_page(outcomes: Sequence[Outcome]) -> str:
 def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
     """What the figures do not tell by themselves."""
     found = []
-    if any(one.standard_errors for one in outcomes):
-        found.append("± is the standard error of a quality, for want of more prompts to measure it on.")
+    if any(error for one in outcomes for error in one.standard_errors.values()):
+        found.append("± is one standard error of a quality: how far it would vary with other prompts to measure it on.")
     if hours := sum(sum(one.fallbacks.values()) for one in outcomes):
         reasons = sorted({reason for one in outcomes for reason in one.fallbacks})
         found.append(f"In {hours:,} hours of all runs only the reference could be served: {'; '.join(reasons)}.")

@@ -54,7 +54,7 @@ def _figures(found: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _measured(pct: float | None, standard_error_pct: float | None) -> str:
-    """All windows are measured on the same prompts, so that the error of their mean is that of one of them."""
+    """With the mean of the windows' errors, which their mean's is at most: all are measured on the same prompts."""
     if pct is None or not round(standard_error_pct or 0.0, 1):
         return percent(pct)
     return f"{pct:.1f} ± {standard_error_pct:.1f} %"

@@ -146,14 +146,11 @@ def test_what_is_known_of_an_option_does_not_hang_on_another():
 
 TWELVE_EACH, MANY_EACH, UNEVEN = [12] * 16, [150] * 16, [1_000, *[10] * 23]
 FAMILIES, UNEVEN_FAMILIES = [20] * 24, [500, 10, 10, 10, 10, 10] * 4
-# How much groups differ is itself estimated, badly where few of them were judged much.
-LEAST = (0.91, 0.85)
 
 
-Drawn = tuple[dict[str, float], Posterior]
-
-
-def drawn(sizes: list[int], to_a_family: int, caution: float, chance: random.Random) -> Drawn:
+def drawn(
+    sizes: list[int], to_a_family: int, caution: float, chance: random.Random
+) -> tuple[dict[str, float], Posterior]:
     """Groups drawn at random: what a brief answer changes in truth, and what is believed of two answers to so many
     prompts each.
     """
@@ -173,15 +170,19 @@ def drawn(sizes: list[int], to_a_family: int, caution: float, chance: random.Ran
     return truth, Posterior(judged, REF, rules, families=families)
 
 
+# How much groups differ is itself estimated, badly where few of them were judged much, in families.
 DRAWS = pytest.mark.parametrize(
-    ("sizes", "to_a_family"),
-    [(TWELVE_EACH, 16), (MANY_EACH, 16), (UNEVEN, 24), (FAMILIES, 6), (UNEVEN_FAMILIES, 6)],
+    ("sizes", "to_a_family", "unlike"),
+    [
+        (TWELVE_EACH, 16, False), (MANY_EACH, 16, False), (UNEVEN, 24, False), (FAMILIES, 6, False),
+        (UNEVEN_FAMILIES, 6, True),
+    ],
     ids=["few", "many", "uneven", "families", "uneven families"],
-)
+)  # fmt: skip
 
 
 @DRAWS
-def test_what_is_counted_on_holds_as_often_as_its_standard_deviations_promise(sizes, to_a_family):
+def test_what_is_counted_on_holds_as_often_as_its_standard_deviations_promise(sizes, to_a_family, unlike):
     """The smallest groups are all the traffic, and served briefly."""
     chance = random.Random(len(sizes))
     served = [f"g{n}" for n, size in enumerate(sizes) if size == min(sizes)]
@@ -191,21 +192,24 @@ def test_what_is_counted_on_holds_as_often_as_its_standard_deviations_promise(si
         spread = posterior.spread(equal(served))
         counted = [posterior.counted_on(name, BRIEF, spread) - posterior.mean(name, REF) for name in served]
         kept.append(fmean(counted) <= fmean(truth[name] for name in served))
-    assert LEAST[sizes is UNEVEN_FAMILIES] <= fmean(kept) <= 0.99
+    assert (0.84 if unlike else 0.9) <= fmean(kept) <= 0.99
 
 
+@pytest.mark.parametrize(("moved", "least", "least_unlike"), [(5 / 6, 0.88, 0.82), (1 / 2, 0.82, 0.66)])
 @DRAWS
-def test_the_default_caution_holds_where_five_sixths_of_the_traffic_are_moved(sizes, to_a_family):
-    """Those of which most is believed, as a program would choose them."""
+def test_the_default_caution_holds_where_most_of_the_traffic_is_moved(
+    sizes, to_a_family, unlike, moved, least, least_unlike
+):
+    """Those of which most is believed, as a program would choose them; of less, doubts cancel out less."""
     chance = random.Random(len(sizes))
     kept = []
     for _ in range(300):
         truth, posterior = drawn(sizes, to_a_family, OptimizerSettings().caution, chance)
         spread = posterior.spread(equal(truth))
         counted = {name: posterior.counted_on(name, BRIEF, spread) - posterior.mean(name, REF) for name in truth}
-        moved = sorted(counted, key=lambda name: -counted[name])[: len(counted) * 5 // 6]
-        kept.append(fmean(counted[name] for name in moved) <= fmean(truth[name] for name in moved))
-    assert LEAST[sizes is UNEVEN_FAMILIES] <= fmean(kept) <= 0.99
+        best = sorted(counted, key=lambda name: -counted[name])[: int(len(counted) * moved)]
+        kept.append(fmean(counted[name] for name in best) <= fmean(truth[name] for name in best))
+    assert (least_unlike if unlike else least) <= fmean(kept) <= 0.98
 
 
 def test_without_evidence_there_is_no_quality():

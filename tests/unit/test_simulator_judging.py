@@ -11,15 +11,23 @@ from services.optimizer.posterior import PosteriorRules
 from services.optimizer.quality import QualityEvidence, QualityRules
 from shared.messages import QualityCount
 from simulator.judging import JudgeCost, LevelJudge, ModelJudge
-from simulator.measured import Measured
+from simulator.measured import Floats, Measured
 
 HALF_LIFE_S = 3600.0
 
 
-def one_group(learn: Measured, cost: JudgeCost | None = None) -> LevelJudge:
-    return LevelJudge(
-        learn, np.zeros(len(learn), dtype=np.int64), ("all",), cost or JudgeCost(), half_life_s=HALF_LIFE_S
-    )
+def one_group(
+    learn: Measured, cost: JudgeCost | None = None, *, asked: Floats | None = None, half_life_s: float = HALF_LIFE_S
+) -> LevelJudge:
+    """Of traffic with the tasks' shares of the prompts, where nothing else is said."""
+    shares = learn.prompts_of_tasks() / len(learn) if asked is None else asked
+    group, cost = np.zeros(len(learn), dtype=np.int64), cost or JudgeCost()
+    return LevelJudge(learn, group, ("all",), cost, asked=shares, half_life_s=half_life_s)
+
+
+def by_task(learn: Measured, cost: JudgeCost | None = None) -> LevelJudge:
+    asked = np.array([0.1, 0.9])
+    return LevelJudge(learn, learn.task, learn.tasks, cost or JudgeCost(), asked=asked, half_life_s=HALF_LIFE_S)
 
 
 def preferences(counts: Iterable[QualityCount]) -> list[QualityCount]:
@@ -63,10 +71,51 @@ def test_a_prompt_never_counts_as_more_than_one():
     assert 55.0 < believed.trials("pool/L0") <= 60.0
 
 
+def test_what_comes_again_counts_alike_in_every_group_and_metric():
+    requests = measured(60)
+    correct = np.where((np.arange(60) % 4 == 0)[:, None], np.nan, requests.correct)
+    learn = replace(requests, correct=correct)
+    judge = by_task(learn)
+    first = judge.study(at_s=0.0).counts
+    again = judge.study(at_s=HALF_LIFE_S).counts
+    assert {one.metric for one in first} == {"preference", "correctness"}
+    assert {one.group for one in first} == {"facts", "sums"}
+    for before, after in zip(first, again, strict=True):
+        assert before.paired is not None
+        assert after.paired is not None
+        assert (after.group, after.option, after.metric) == (before.group, before.option, before.metric)
+        assert [after.successes, after.trials, after.paired.successes, after.paired.both] == pytest.approx(
+            [before.successes / 2, before.trials / 2, before.paired.successes / 2, before.paired.both / 2]
+        )
+    told = sum(one.trials for one in first if one.metric == "correctness" and one.option == "pool/L0")
+    assert told == 45.0
+
+
+def test_in_a_group_of_several_tasks_prompts_count_by_how_often_theirs_is_asked():
+    learn = measured(400)
+    of_task = learn.prompts_of_tasks()
+    counts = preferences(one_group(learn, asked=np.array([0.2, 0.8])).study(at_s=0.0).counts)
+    # All of the sums, and as many facts as were judged with them, had they been drawn from the traffic.
+    assert [one.trials for one in counts] == pytest.approx([of_task[1] * 1.25] * 3)
+    shares = [np.mean(learn.preferred[learn.task == task] == 0) for task in (0, 1)]
+    assert counts[0].successes / counts[0].trials == pytest.approx(0.2 * shares[0] + 0.8 * shares[1])
+    alone = one_group(learn, asked=np.array([0.0, 1.0])).study(at_s=0.0).counts
+    assert {one.trials for one in preferences(alone)} == {float(of_task[1])}
+    # A group of one task knows nothing of the others' traffic.
+    by_group = preferences(by_task(learn).study(at_s=0.0).counts)
+    assert {one.group: one.trials for one in by_group} == dict(zip(learn.tasks, map(float, of_task), strict=True))
+
+
+def test_what_is_never_forgotten_counts_once():
+    judge = one_group(measured(60), half_life_s=np.inf)
+    trials = [{one.trials for one in judge.study(at_s=at_s).counts} for at_s in (0.0, 3600.0)]
+    assert trials == [{60.0}, {0.0}]
+
+
 def test_an_evaluation_draws_by_the_mix_and_takes_energy_at_every_level():
     learn = measured(200)
     cost = JudgeCost(energy_j=3.6e6, time_s=1.0)
-    judge = LevelJudge(learn, learn.task, learn.tasks, cost, half_life_s=HALF_LIFE_S)
+    judge = by_task(learn, cost)
     found = judge.draw(np.array([0.25, 0.75]), 80, np.random.default_rng(1), at_s=0.0)
     asked = {task: {cell[0] for cell in row.values()} for task, row in found.taken.items()}
     assert sum(next(iter(counts)) for counts in asked.values()) == 80

@@ -233,4 +233,5 @@ def test_how_far_the_measured_prompts_tell_is_said_beside_the_quality(study):
     assert models.summary()["preference_se_pct"] is models.summary()["correctness_se_pct"] is None
     page = render_page([levels])
     assert f"± {found['preference_se_pct']:.1f} %" in page
-    assert "± is the standard error of a quality" in page
+    assert "± is one standard error of a quality" in page
+    assert "±" not in render_page([models, outcome(study, "base")])
