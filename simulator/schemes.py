@@ -134,6 +134,7 @@ def _production(study: Study, scheme: str, window: Window, xi: Mapping[str, floa
             grouping.learn,
             grouping.names,
             study.judge,
+            # What was judged before the window was drawn from some such traffic; of hour 0 alone it would be no day's.
             asked=study.mix.mean(axis=0),
             half_life_s=study.optimizer.estimate_rules.quality.half_life_s,
         ),
