@@ -13,7 +13,8 @@ from deploy.local.errors import LOCAL_ERRORS
 from deploy.local.fleet import MODELS
 from deploy.local.grid import default_day, shipped_trace, zone_of
 from deploy.local.model_servers import TritonModels
-from deploy.local.stack import LocalStack, stop_stack
+from deploy.local.running import stop_stack
+from deploy.local.stack import LocalStack
 from deploy.local.state import StateError
 from shared.dead_letters import describe
 

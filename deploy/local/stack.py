@@ -23,9 +23,9 @@ from deploy.local.models import ModelServers
 from deploy.local.ports import free_ports
 from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import ManagedProcess, ProcessSpec, Supervisor
-from deploy.local.records import stop_recorded
+from deploy.local.running import refuse_second_stack
 from deploy.local.services import Surroundings, service_spec
-from deploy.local.state import StackState, StateError, forget_state, read_state
+from deploy.local.state import StackState, StateError, forget_state
 from deploy.local.tuning import service_settings
 from shared.clock import Clock
 from shared.provisioning import create_topics
@@ -283,43 +283,3 @@ class LocalStack:
         """Keep the state file true: should this process die now, whatever it started detached can be found."""
         self._state = self.state.model_copy(update=changes)
         self._state.save()
-
-
-def refuse_second_stack(config: StackConfig) -> None:
-    """Make sure that no stack runs on the state folder.
-
-    Raises:
-        StateError: one does; the message says how to stop it.
-    """
-    config.state_dir.mkdir(parents=True, exist_ok=True)
-    state = read_state(config.state_dir)
-    if state is None or not state.running:
-        return
-    remedy = (
-        "stop it with 'sprout down', or use another folder (SPROUT_LOCAL_STATE)"
-        if state.owner_pid is None
-        else f"process {state.owner_pid} runs it in the foreground: stop that one first"
-    )
-    raise StateError(f"a stack runs on {config.state_dir} already ({len(state.running)} processes); {remedy}")
-
-
-def stop_stack(state: StackState, *, say: Say = lambda _: None) -> int:
-    """Stop a detached stack by its state file, the last started first.
-
-    Returns:
-        How many processes were running.
-
-    Raises:
-        StateError: it runs in the foreground of another process.
-    """
-    if state.owner_pid is not None and state.running:
-        raise StateError(
-            f"process {state.owner_pid} runs this stack in the foreground and stops it at its end; "
-            "end that process (Ctrl-C), then everything stops"
-        )
-    with uninterrupted():
-        stopped = stop_recorded(state.processes)
-        for record in stopped:
-            say(f"stopped {record.name}")
-        forget_state(state.state_dir)
-    return len(stopped)

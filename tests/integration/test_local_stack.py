@@ -23,7 +23,8 @@ from deploy.local.kafka import install_kafka
 from deploy.local.models import MODEL_TIER, PreparedModels
 from deploy.local.paths import default_state_dir
 from deploy.local.processes import ProcessFailedError, ProcessSpec
-from deploy.local.stack import LocalStack, stop_stack
+from deploy.local.running import stop_stack
+from deploy.local.stack import LocalStack
 from deploy.local.state import StateError, read_state
 from shared.topics import TOPICS
 
