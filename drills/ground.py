@@ -1,7 +1,6 @@
 """The ground of the drills: real Kafka and two real model servers, and an orchestrator that starts again what dies."""
 
 import asyncio
-import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from deploy.local.interruption import uninterrupted
 from deploy.local.java import Say, ensure_java
 from deploy.local.kafka import install_kafka, kafka_spec
 from deploy.local.paths import default_state_dir
-from deploy.local.processes import ManagedProcess, ProcessFailedError, ProcessSpec, Supervisor
+from deploy.local.processes import ManagedProcess, ProcessSpec, Supervisor
 from deploy.local.triton import TritonInstallation, install
 from deploy.trial.fleet import MODEL, write_workload
-from deploy.trial.processes import RouterProcess, triton_spec
+from deploy.trial.processes import Death, RouterProcess, revive, triton_spec
 from deploy.triton.models import stand_in_llm
 from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.faults import FaultRules
@@ -46,15 +45,6 @@ class Endpoint:
 
     name: str
     address: str
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
-    """A process that ended by itself; `said` has its status and the end of its log."""
-
-    name: str
-    at: float
-    said: str
 
 
 class Ground:
@@ -194,16 +184,6 @@ class Ground:
         """As an orchestrator would: what ends by itself is noted and started again."""
         while True:
             await asyncio.sleep(WATCH_S)
-            for death in await self._do(self._revive):
+            for death in await self._do(lambda: revive(self._supervisor, self._supervisor.names)):
                 self.deaths.append(death)
                 self._say(f"!! {death.said.splitlines()[0]} Started again.")
-
-    def _revive(self) -> list[Death]:
-        deaths = []
-        for name in self._supervisor.names:
-            try:
-                self._supervisor.process(name).check()
-            except ProcessFailedError as error:
-                deaths.append(Death(name, time.monotonic(), str(error)))
-                self._supervisor.respawn(name)
-        return deaths

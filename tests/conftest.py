@@ -4,7 +4,7 @@
 to be installed once lies in `.sprout/` of the checkout, shared with `sprout up`.
 """
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from deploy.local.java import NoJavaError, ensure_java
 from deploy.local.kafka import KafkaInstallationError, install_kafka, kafka_spec
+from deploy.local.logtail import tail
 from deploy.local.paths import default_state_dir
 from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import Supervisor
@@ -29,6 +30,16 @@ class KafkaServer:
     bootstrap_servers: str
     supervisor: Supervisor
     """Has the process `kafka`, for tests that stop it."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure shows what the servers said last: their logs lie in a folder that is gone when somebody asks."""
+    report = yield
+    running = getattr(item, "funcargs", {}).get("supervisor")
+    if report.failed and isinstance(running, Supervisor):
+        report.sections += [(f"log of {name}", tail(running.process(name).log)) for name in running.names]
+    return report
 
 
 @pytest.fixture(scope="session")

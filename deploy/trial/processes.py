@@ -1,7 +1,7 @@
 """A model server and routers as processes of this machine, as they run in production."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from deploy.local.java import Say
 from deploy.local.models import MODEL_TIER
 from deploy.local.paths import default_state_dir
 from deploy.local.ports import LOOPBACK, free_ports
-from deploy.local.processes import ProcessSpec, Supervisor
+from deploy.local.processes import ProcessFailedError, ProcessSpec, Supervisor
 from deploy.local.services import Surroundings, service_spec
 from deploy.local.triton import TritonInstallation, free_triton_ports, install, ready_probe
 from deploy.triton.repository import RepositoryModel, write_repository
@@ -24,6 +24,33 @@ class TritonServer:
     supervisor: Supervisor
     name: str
     address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A process that ended by itself; `said` has its status and the end of its log."""
+
+    name: str
+    at: float
+    said: str
+
+
+def revive(supervisor: Supervisor, names: Iterable[str]) -> list[Death]:
+    """Start again, as an orchestrator would, what ended by itself; what was stopped on purpose stays so.
+
+    Returns:
+        Those that had ended; none is waited for. They die with the calling thread, as all that a supervisor starts.
+    """
+    deaths = []
+    for name in names:
+        try:
+            supervisor.process(name).check()
+        except KeyError:
+            continue
+        except ProcessFailedError as error:
+            deaths.append(Death(name, time.monotonic(), str(error)))
+            supervisor.respawn(name)
+    return deaths
 
 
 def triton_spec(

@@ -1,20 +1,36 @@
 """A router as a process before a Triton server with the stand-in model; a file that needs another says so itself."""
 
+import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from router_support import Producer, RouterProcess, TritonServer, fleet_toml, producing, start_triton
 
 from deploy.local.processes import Supervisor
+from deploy.trial.processes import revive
 from shared.settings import KafkaSettings
 
 
 @pytest.fixture(scope="module")
 def triton(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    server = start_triton(supervisor, tmp_path_factory.mktemp("triton"), name="router-triton")
-    yield server
-    supervisor.stop(server.name)
+    """A model server that is started again if it crashes, which a killed router's many streams can bring about."""
+    folder = tmp_path_factory.mktemp("triton")
+    leaving = threading.Event()
+    # What a supervisor starts dies with the thread that started it, so one thread does it all.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="triton") as thread:
+        server = thread.submit(start_triton, supervisor, folder, name="router-triton").result()
+
+        def revive_until_leaving() -> None:
+            while not leaving.wait(0.25):
+                revive(supervisor, [server.name])
+
+        reviving = thread.submit(revive_until_leaving)
+        yield server
+        leaving.set()
+        reviving.result()
+        supervisor.stop(server.name)
 
 
 @pytest.fixture

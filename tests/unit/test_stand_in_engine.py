@@ -37,7 +37,7 @@ class Outlet:
 
     def send(self, text, *, tokens, final):
         if self.breaks:
-            raise RuntimeError("the connection is gone")
+            raising()
         self.parts.append((text, tokens, final))
         self.journal.lines.append(("sent", text, final))
         if final:
@@ -57,6 +57,10 @@ class Outlet:
     @property
     def text(self):
         return "".join(part[0] for part in self.parts)
+
+
+def raising(*_args, **_kwargs):
+    raise RuntimeError("the connection is gone")
 
 
 @pytest.fixture
@@ -152,6 +156,42 @@ def test_an_answer_that_cannot_be_sent_does_not_hold_up_the_others(engine, clock
         step(engine, clock, 1.0)
     assert whole.text == ANSWER.text
     assert reports == ["an answer could not be sent: RuntimeError: the connection is gone"]
+
+
+def test_a_client_that_cannot_be_asked_whether_it_waits_does_not_hold_up_the_others(
+    engine, clock, journal, reports, monkeypatch
+):
+    monkeypatch.setattr("deploy.triton.stand_in.engine.CANCELLATION_CHECK_S", 0.0)
+    broken, whole = Outlet(journal), Outlet(journal)
+    broken.is_cancelled = raising
+    engine.submit(ANSWER, broken)
+    engine.submit(ANSWER, whole)
+    engine.step()
+    for _ in range(4):
+        step(engine, clock, 1.0)
+    assert whole.text == ANSWER.text
+    assert reports == ["an answer could not be sent: RuntimeError: the connection is gone"]
+
+
+def test_a_round_that_fails_does_not_end_its_thread(journal, reports):
+    clock = Clock.starting(START, rate=100.0)
+    engine = StandInEngine(
+        InFlightBatch(BatchRules(), now_s=clock.now_s()),
+        clock=clock,
+        meter=journal,
+        tick_s=0.005,
+        report=reports.append,
+    )
+    update, journal.update = journal.update, raising
+    engine.start()
+    time.sleep(0.1)
+    journal.update = update
+    outlet = Outlet(journal)
+    engine.submit(ANSWER, outlet)
+    assert outlet.done.wait(5)
+    engine.stop()
+    assert outlet.text == ANSWER.text
+    assert set(reports) == {"a round failed: RuntimeError: the connection is gone"}
 
 
 def test_its_thread_keeps_an_accelerated_clock(journal, reports):

@@ -147,12 +147,20 @@ class StandInEngine:
         while not self._stopping:
             began = time.monotonic()
             self._wake.clear()
-            wait_s = min(self.step(), LONGEST_SLEEP_S)
+            wait_s = min(self._guarded_step(), LONGEST_SLEEP_S)
             if self._wake.wait(max(wait_s, SHORTEST_SLEEP_S)):
                 # Something arrived; others may arrive with it.
                 pause_s = began + SHORTEST_SLEEP_S - time.monotonic()
                 if pause_s > 0:
                     time.sleep(pause_s)
+
+    def _guarded_step(self) -> float:
+        """A round that goes wrong must not end the thread: the server would look healthy and never answer again."""
+        try:
+            return self.step()
+        except Exception as error:  # noqa: BLE001 - the backend raises its own types, which only exist in the server
+            self._report(f"a round failed: {type(error).__name__}: {error}")
+            return LONGEST_SLEEP_S
 
     def _take_in(self) -> bool:
         taken = False
@@ -204,15 +212,18 @@ class StandInEngine:
         for sequence, delivery in list(self._deliveries.items()):
             if wall - delivery.accepted < CANCELLATION_CHECK_S or sequence.finished_s is not None:
                 continue
-            if delivery.outlet.is_cancelled():
-                self._batch.cancel(sequence)
-                del self._deliveries[sequence]
-                self._guarded(delivery, lambda one: one.outlet.end_cancelled())
+            self._guarded(delivery, self._end_if_cancelled)
 
-    def _guarded(self, delivery: _Delivery, send: Callable[[_Delivery], None]) -> None:
-        """One answer that cannot be sent must not hold up the others."""
+    def _end_if_cancelled(self, delivery: _Delivery) -> None:
+        if delivery.outlet.is_cancelled():
+            self._batch.cancel(delivery.sequence)
+            del self._deliveries[delivery.sequence]
+            delivery.outlet.end_cancelled()
+
+    def _guarded(self, delivery: _Delivery, act: Callable[[_Delivery], None]) -> None:
+        """One answer whose transport fails must not hold up the others."""
         try:
-            send(delivery)
+            act(delivery)
         except Exception as error:  # noqa: BLE001 - the backend raises its own types, which only exist in the server
             self._report(f"an answer could not be sent: {type(error).__name__}: {error}")
             self._batch.cancel(delivery.sequence)
