@@ -15,7 +15,7 @@ from services.optimizer.settings import OptimizerSettings
 from simulator.grid import Grid
 from simulator.jobs import Job, run_all
 from simulator.measured import UNJUDGED, Measured
-from simulator.schemes import DEFAULT_SCHEMES, Grouping, Study
+from simulator.schemes import DEFAULT_SCHEMES, Fold, Grouping, Study
 from simulator.traffic import constant_mix
 
 PROMPTS = 16_000
@@ -67,14 +67,14 @@ def main() -> None:
     learning_s = time.perf_counter() - begun
     places = np.zeros(len(learn), dtype=np.int64)
     places[learn.judged] = learned.unseen
+    in_groups = learned.groups.places(measured.prompts)
+    contexts = Grouping(learned.groups.names, places, in_groups, learned.families)
     study = Study(
         variant="production",
-        learn=learn,
-        measured=measured,
+        folds=(Fold(learn, measured, contexts),),
         mix=constant_mix(measured, hours=HOURS),
         optimizer=OptimizerSettings(holdout=0.0),
         large_preferred=np.full(TASKS, 0.57),
-        contexts=Grouping(learned.groups.names, places, learned.groups.places(measured.prompts), learned.families),
     )
     windows = [made_up_grid(rng, zone).window(start, HOURS) for zone in range(ZONES) for start in STARTS]
     jobs = [Job(scheme, window, {"preference": 0.1}) for window in windows for scheme in DEFAULT_SCHEMES]

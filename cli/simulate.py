@@ -37,6 +37,14 @@ def simulate(
         Path | None,
         typer.Option(metavar="FILE", help="Those that may be learned from; default: half of --requests, by a hash"),
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Measure on all of --requests, in so many parts, each by what was learned from the others "
+            "(cross-validation); default: on half of them",
+        ),
+    ] = None,
     carbon: Annotated[
         list[Path] | None,
         typer.Option(metavar="PATH", help="Hourly traces, files or folders, repeatable; default: the made-up sample"),
@@ -91,6 +99,7 @@ def simulate(
             schemes=_schemes(schemes, _variant(variant), models_compared=model_preference is not None),
             xi=_numbers(xi, float, "--xi"),
             learn=learn,
+            folds=folds,
             mix=mix,
             model_preference=model_preference,
             model=model,

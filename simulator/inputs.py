@@ -1,7 +1,7 @@
 """From files and options to what the runs share; whatever does not do is named before anything runs."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from simulator.errors import SimulationInputError
 from simulator.grid import Grid, Window, read_grids
 from simulator.jobs import Job
 from simulator.measured import REFERENCE, Floats, Measured, read_measured
-from simulator.schemes import Grouping, Study, Variant
-from simulator.traffic import Traffic, check_shares_by_hour, constant_mix, read_mix, read_model_preference
+from simulator.schemes import Fold, Grouping, Study, Variant
+from simulator.traffic import Part, Traffic, check_shares_by_hour, constant_mix, read_mix, read_model_preference
 from simulator.world import CORRECTNESS, PREFERENCE
 
 PAPER_WINDOWS = (800, 3900, 7000)
@@ -43,7 +43,9 @@ class Inputs:
 
     Attributes:
         windows, hours: none: the paper's where the traces are long enough, else what there is.
-        learn: none: half of the requests.
+        learn: none: a part of the requests, by their hash.
+        folds: so many parts of the requests, each measured by what was learned from the others; none: one half is
+            measured by what was learned from the other.
     """
 
     requests: Path
@@ -51,6 +53,7 @@ class Inputs:
     schemes: Sequence[str]
     xi: Sequence[float]
     learn: Path | None = None
+    folds: int | None = None
     mix: Path | None = None
     model_preference: Path | None = None
     model: str | None = None
@@ -77,21 +80,18 @@ def prepare(asked: Inputs, say: Say) -> tuple[Study, list[Job]]:
     windows = _windows(grids, asked)
     _say_missing_hours(grids, windows, asked, int(optimizer.window_h), say)
     traffic = _traffic(asked, len(windows[0].g_per_kwh), say)
-    learn, measured = traffic.learn, traffic.measured
     _check_correctness(traffic, asked, say)
     preferred = None
     if asked.model_preference is not None:
-        preferred = read_model_preference(asked.model_preference, measured.tasks)
+        preferred = read_model_preference(asked.model_preference, traffic.parts[0].measured.tasks)
     study = Study(
         variant=asked.variant,
-        learn=learn,
-        measured=measured,
+        folds=tuple(_fold(part, asked, say) for part in traffic.parts),
         mix=traffic.mix,
         optimizer=optimizer,
         constant_bounds=frozenset({CORRECTNESS} if asked.constant_correctness else ()),
         large_preferred=preferred,
-        draws=_draws(asked, measured, traffic.mix, preferred),
-        contexts=_contexts(learn, measured, say) if "sprout_context" in asked.schemes else None,
+        draws=_draws(asked, traffic.parts[0].measured, traffic.mix, preferred),
         seed=asked.seed,
     )
     return study, _jobs(asked, windows)
@@ -129,19 +129,32 @@ def _traffic(asked: Inputs, hours: int, say: Say) -> Traffic:
     else:
         tasks, mix = read_mix(asked.mix, hours=hours)
         requests = requests.with_tasks(tasks)
+    return Traffic(tuple(_parts(requests, asked, say)), mix).checked(say)
+
+
+def _parts(requests: Measured, asked: Inputs, say: Say) -> Iterator[Part]:
+    """What is measured on, with what may be learned from."""
+    everything = f"{asked.requests} has"
+    if asked.folds is not None and (asked.learn is not None or asked.variant == "published"):
+        raise SimulationInputError(
+            "--folds splits --requests into what is learned from and what is measured on: leave it out with --learn, "
+            "and with --variant published, which measures on what it learns from"
+        )
     if asked.learn is not None:
         if asked.variant == "published":
             say("--learn is not made use of: the published protocol measures on what it learns from")
-        learn = _read_learn(asked.learn, requests, asked, say)
-        return Traffic(learn, f"{asked.learn} has", requests, f"{asked.requests} has", mix).checked(say)
-    if asked.variant == "published":
+        yield Part(_read_learn(asked.learn, requests, asked, say), f"{asked.learn} has", requests, everything)
+    elif asked.variant == "published":
         # The published protocol measures on what it learns from.
-        return Traffic(requests, f"{asked.requests} has", requests, f"{asked.requests} has", mix).checked(say)
-    half = f"of {asked.requests} (--seed {asked.seed}) has"
-    learn, measured = requests.halves(asked.seed)
-    return Traffic(learn, f"the half to learn from {half}", measured, f"the half to measure on {half}", mix).checked(
-        say
-    )
+        yield Part(requests, everything, requests, everything)
+    elif asked.folds is None:
+        half = f"of {asked.requests} (--seed {asked.seed}) has"
+        learn, measured = requests.halves(asked.seed)
+        yield Part(learn, f"the half to learn from {half}", measured, f"the half to measure on {half}")
+    else:
+        for number, (learn, measured) in enumerate(requests.folds(asked.seed, asked.folds), 1):
+            part = f"part {number} of {asked.folds} of {asked.requests} (--seed {asked.seed}) has"
+            yield Part(learn, f"what is left to learn from without {part}", measured, part)
 
 
 def _read(path: Path, model: str | None, say: Say) -> Measured:
@@ -184,12 +197,15 @@ def _check_correctness(traffic: Traffic, asked: Inputs, say: Say) -> None:
         raise SimulationInputError("--constant-correctness needs --xi-correctness: how much may be lost in every hour")
     if asked.xi_correctness is None or asked.variant == "published":
         return
-    learn = traffic.learn
-    parts = (
-        (traffic.measured_name, traffic.measured.checkable, "prompt"),
-        (traffic.learn_name, learn.checkable & learn.judged, "judged prompt"),
-    )
-    for name, rows, kind in parts:
+    needed = [
+        one
+        for part in traffic.parts
+        for one in (
+            (part.measured_name, part.measured.checkable, "prompt"),
+            (part.learn_name, part.learn.checkable & part.learn.judged, "judged prompt"),
+        )
+    ]
+    for name, rows, kind in needed:
         if not rows.any():
             raise SimulationInputError(
                 f"--xi-correctness: {name} no {kind} with 'correct' at every level: it cannot be checked; give it, "
@@ -231,6 +247,11 @@ def _say_missing_hours(
                 f"zone {window.zone}: none of the {known} hours before hour {window.start_hour} has a value, of which "
                 "sprout_sta needs the mean; choose other --windows, or leave sprout_sta out of --schemes"
             )
+
+
+def _fold(part: Part, asked: Inputs, say: Say) -> Fold:
+    contexts = _contexts(part.learn, part.measured, say) if "sprout_context" in asked.schemes else None
+    return Fold(part.learn, part.measured, contexts)
 
 
 def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,10 +83,18 @@ class Measured:
             notes=self.notes,
         )
 
+    def folds(self, seed: int, count: int) -> list[tuple["Measured", "Measured"]]:
+        """Split into so many parts by a hash of prompt and seed: each to measure on, with the others to learn from.
+
+        Returns:
+            By part: those to learn from, those to measure on.
+        """
+        part = np.array([int(unit_hash(prompt, str(seed)) * count) for prompt in self.prompts])
+        return [(self.taken(part != one), self.taken(part == one)) for one in reversed(range(count))]
+
     def halves(self, seed: int) -> tuple["Measured", "Measured"]:
-        """Split by a hash of prompt and seed: those to learn from, those to measure on."""
-        first = np.array([unit_hash(prompt, str(seed)) < 0.5 for prompt in self.prompts])
-        return self.taken(first), self.taken(~first)
+        """The first of two folds: those to learn from, those to measure on."""
+        return self.folds(seed, 2)[0]
 
     def with_tasks(self, tasks: tuple[str, ...]) -> "Measured":
         """The same with other tasks, or these in another order.
@@ -106,6 +115,28 @@ class Measured:
             tasks=tasks,
             task=places[self.task],
         )
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """The prompts of several parts of one measurement."""
+    if len(parts) == 1:
+        return parts[0]
+    small_kwh = [part.small_kwh for part in parts if part.small_kwh is not None]
+    small_s = [part.small_s for part in parts if part.small_s is not None]
+    return Measured(
+        model=parts[0].model,
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        tasks=parts[0].tasks,
+        task=np.concatenate([part.task for part in parts]),
+        levels=parts[0].levels,
+        energy_kwh=np.concatenate([part.energy_kwh for part in parts]),
+        time_s=np.concatenate([part.time_s for part in parts]),
+        preferred=np.concatenate([part.preferred for part in parts]),
+        correct=np.concatenate([part.correct for part in parts]),
+        small_kwh=np.concatenate(small_kwh) if small_kwh else None,
+        small_s=np.concatenate(small_s) if small_s else None,
+        notes=parts[0].notes,
+    )
 
 
 def read_measured(path: Path, *, model: str | None = None) -> Measured:

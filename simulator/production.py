@@ -7,7 +7,7 @@ program is solved: by the services' own modules. What is served is the expectati
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -27,7 +27,7 @@ from simulator.grid import Window
 from simulator.judging import Findings, Judge
 from simulator.measured import Floats
 from simulator.outcome import Outcome, relative
-from simulator.world import CORRECTNESS, PREFERENCE, World
+from simulator.world import CORRECTNESS, PREFERENCE, World, pooled
 
 Rule = Literal["reference", "program", "program_once", "cheapest"]
 """How the options are chosen: always the reference; the program, every hour or once; least carbon, without bounds."""
@@ -70,16 +70,15 @@ class ProductionCase:
     families: Mapping[str, str] | None = None
 
 
-def simulate(case: ProductionCase) -> Outcome:
-    """Live through the window."""
-    operator = _Operator(case)
-    hours = len(case.window.g_per_kwh)
-    x = case.world.all_reference(hours)
-    if case.rule != "reference":
-        for hour in range(hours):
-            x[hour] = operator.decide(hour)
-            operator.serve(hour, x[hour])
-    return _outcome(case, operator, x)
+def simulate(cases: Sequence[ProductionCase]) -> Outcome:
+    """Live through the window once for every case, and measure them as one.
+
+    Args:
+        cases: one scheme in one window, each time with other prompts to learn from and to measure on.
+    """
+    operators = [_Operator(case) for case in cases]
+    served = np.concatenate([operator.live() for operator in operators], axis=1)
+    return _outcome(cases[0], pooled([case.world for case in cases]), served, operators)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,6 +114,16 @@ class _Operator:
         self.evaluated: list[int] = []
         self.evaluator_grams = np.zeros(len(case.window.g_per_kwh))
         self.bounds: dict[str, Floats] = {name: np.full(len(case.window.g_per_kwh), np.nan) for name in self._metrics}
+
+    def live(self) -> Floats:
+        """Decide and serve hour by hour; returns what served, (hours, G, O)."""
+        hours = len(self._case.window.g_per_kwh)
+        x = self._case.world.all_reference(hours)
+        if self._case.rule != "reference":
+            for hour in range(hours):
+                x[hour] = self.decide(hour)
+                self.serve(hour, x[hour])
+        return x
 
     def decide(self, hour: int) -> Floats:
         """(G, O): what serves the hour."""
@@ -233,8 +242,10 @@ def _fallback(solution: Solution, believed: Estimates) -> str | None:
     return "; ".join(sorted(scarce)) or "there is no other option"
 
 
-def _outcome(case: ProductionCase, operator: _Operator, x: Floats) -> Outcome:
-    world, window, mix = case.world, case.window, case.mix
+def _outcome(case: ProductionCase, world: World, x: Floats, operators: Sequence[_Operator]) -> Outcome:
+    window, mix = case.window, case.mix
+    # When is judged, and what is asked for, follows the grid alone: it is the same for all.
+    operator = operators[0]
     reference = world.all_reference(len(mix))
 
     def grams(served: Floats) -> Floats:
@@ -265,8 +276,13 @@ def _outcome(case: ProductionCase, operator: _Operator, x: Floats) -> Outcome:
         processing_s=world.mean(world.time_s, mix, x),
         base_processing_s=world.mean(world.time_s, mix, reference),
         g_per_kwh=window.g_per_kwh,
-        evaluator_grams=operator.evaluator_grams,
+        evaluator_grams=np.mean([one.evaluator_grams for one in operators], axis=0),
         evaluation_hours=tuple(operator.evaluated),
-        fallbacks=dict(operator.fallbacks),
-        withheld=dict(operator.withheld),
+        fallbacks=_hours([one.fallbacks for one in operators]),
+        withheld=_hours([one.withheld for one in operators]),
     )
+
+
+def _hours(counts: Sequence[Counter[str]]) -> dict[str, int]:
+    """Mean hours over several lives through a window, rounded up: what happened at all must be seen."""
+    return {key: math.ceil(count / len(counts)) for key, count in sum(counts, Counter[str]()).items()}

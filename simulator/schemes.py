@@ -13,7 +13,7 @@ from simulator.draws import QualityDraws
 from simulator.errors import SimulationInputError
 from simulator.grid import Window
 from simulator.judging import JudgeCost, LevelJudge, ModelJudge
-from simulator.measured import Floats, Ints, Measured
+from simulator.measured import Floats, Ints, Measured, joined
 from simulator.oracle import oracle
 from simulator.outcome import Outcome
 from simulator.production import Operation, ProductionCase, Rule, simulate
@@ -54,30 +54,47 @@ class Grouping:
     families: Mapping[str, str] | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Fold:
+    """Prompts to measure on, and others to learn from.
+
+    Attributes:
+        contexts: groups learned from the latter; null where no scheme needs them.
+    """
+
+    learn: Measured
+    measured: Measured
+    contexts: Grouping | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Study:
     """All that the runs of one invocation share.
 
     Attributes:
+        folds: all prompts that results are measured on, each once; every fold is served by what was learned for it, and
+            they are measured as one.
         mix: (hours, tasks).
         constant_bounds: metrics whose loss is tolerated in every hour, not only in the dirtiest.
         draws: of quality, for the published variant.
-        contexts: learned groups; null where no scheme needs them.
         large_preferred: by task; null where two models were not compared.
     """
 
     variant: Variant
-    learn: Measured
-    measured: Measured
+    folds: tuple[Fold, ...]
     mix: Floats
     optimizer: OptimizerSettings
     constant_bounds: frozenset[str] = frozenset()
     large_preferred: Floats | None = None
     draws: QualityDraws | None = None
-    contexts: Grouping | None = None
     prompts_per_evaluation: int = 150
     judge: JudgeCost = field(default_factory=JudgeCost)
     seed: int = 1
+
+    @property
+    def measured(self) -> Measured:
+        """All prompts that results are measured on."""
+        return joined([fold.measured for fold in self.folds])
 
 
 def run(study: Study, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
@@ -120,17 +137,20 @@ def _published(study: Study, scheme: str, window: Window, xi: Mapping[str, float
 def _production(study: Study, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
     if scheme == "oracle":
         return _oracle(study, window, xi)
-    if scheme == "model_opt":
-        return _model_opt(study, window, xi)
-    grouping = _GROUPINGS[scheme](study) if scheme in _GROUPINGS else _one_group(study)
-    case = ProductionCase(
+    case = _model_opt if scheme == "model_opt" else _of_levels
+    return simulate([case(study, fold, scheme, window, xi) for fold in study.folds])
+
+
+def _of_levels(study: Study, fold: Fold, scheme: str, window: Window, xi: Mapping[str, float]) -> ProductionCase:
+    grouping = _GROUPINGS[scheme](fold) if scheme in _GROUPINGS else _one_group(fold)
+    return ProductionCase(
         scheme=scheme,
         rule=_RULES[scheme],
         window=window,
         mix=study.mix,
-        world=world_of_levels(study.measured, grouping.measured, grouping.names),
+        world=world_of_levels(fold.measured, grouping.measured, grouping.names),
         judge=LevelJudge(
-            study.learn,
+            fold.learn,
             grouping.learn,
             grouping.names,
             study.judge,
@@ -141,23 +161,21 @@ def _production(study: Study, scheme: str, window: Window, xi: Mapping[str, floa
         families=grouping.families,
         operation=_operation(study, xi),
     )
-    return simulate(case)
 
 
-def _model_opt(study: Study, window: Window, xi: Mapping[str, float]) -> Outcome:
+def _model_opt(study: Study, fold: Fold, scheme: str, window: Window, xi: Mapping[str, float]) -> ProductionCase:
     if study.large_preferred is None:
         raise SimulationInputError("scheme model_opt needs --model-preference: how often the larger model is preferred")
-    case = ProductionCase(
-        scheme="model_opt",
+    return ProductionCase(
+        scheme=scheme,
         rule="program",
         window=window,
         mix=study.mix,
-        world=world_of_models(study.measured, study.large_preferred),
-        judge=ModelJudge(study.learn, study.large_preferred, study_prompts=STUDY_PROMPTS_OF_MODELS, cost=study.judge),
+        world=world_of_models(fold.measured, study.large_preferred),
+        judge=ModelJudge(fold.learn, study.large_preferred, study_prompts=STUDY_PROMPTS_OF_MODELS, cost=study.judge),
         # Which of two models is right on a prompt was not measured.
         operation=_operation(study, {PREFERENCE: xi[PREFERENCE]}),
     )
-    return simulate(case)
 
 
 def _oracle(study: Study, window: Window, xi: Mapping[str, float]) -> Outcome:
@@ -184,18 +202,18 @@ def _operation(study: Study, xi: Mapping[str, float]) -> Operation:
     )
 
 
-def _one_group(study: Study) -> Grouping:
-    return Grouping(("all",), np.zeros(len(study.learn), np.int64), np.zeros(len(study.measured), np.int64))
+def _one_group(fold: Fold) -> Grouping:
+    return Grouping(("all",), np.zeros(len(fold.learn), np.int64), np.zeros(len(fold.measured), np.int64))
 
 
-def _by_task(study: Study) -> Grouping:
-    return Grouping(study.measured.tasks, study.learn.task, study.measured.task)
+def _by_task(fold: Fold) -> Grouping:
+    return Grouping(fold.measured.tasks, fold.learn.task, fold.measured.task)
 
 
-def _learned(study: Study) -> Grouping:
-    if study.contexts is None:
+def _learned(fold: Fold) -> Grouping:
+    if fold.contexts is None:
         raise ValueError("no groups were learned")
-    return study.contexts
+    return fold.contexts
 
 
 _RULES: Mapping[str, Rule] = {
@@ -206,7 +224,7 @@ _RULES: Mapping[str, Rule] = {
     "sprout_task": "program",
     "sprout_context": "program",
 }
-_GROUPINGS: Mapping[str, Callable[[Study], Grouping]] = {"sprout_task": _by_task, "sprout_context": _learned}
+_GROUPINGS: Mapping[str, Callable[[Fold], Grouping]] = {"sprout_task": _by_task, "sprout_context": _learned}
 
 
 def without_texts(study: Study) -> Study:
@@ -215,7 +233,8 @@ def without_texts(study: Study) -> Study:
     def bare(measured: Measured) -> Measured:
         return replace(measured, prompts=("",) * len(measured))
 
-    return replace(study, learn=bare(study.learn), measured=bare(study.measured))
+    folds = tuple(replace(fold, learn=bare(fold.learn), measured=bare(fold.measured)) for fold in study.folds)
+    return replace(study, folds=folds)
 
 
 def names_of(text: str) -> Sequence[str]:

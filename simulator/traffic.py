@@ -43,19 +43,30 @@ def constant_mix(measured: Measured, *, hours: int) -> Floats:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Traffic:
-    """Prompts, and how often their tasks are asked.
+class Part:
+    """Prompts to measure on, and others to learn from.
 
     Attributes:
         learn: those that may be learned from; `learn_name` says where they come from.
         measured: those that results are measured on; `measured_name` likewise.
-        mix: (hours, tasks); `learn` and `measured` have the same tasks.
     """
 
     learn: Measured
     learn_name: str
     measured: Measured
     measured_name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Traffic:
+    """Prompts, and how often their tasks are asked.
+
+    Attributes:
+        parts: all prompts that results are measured on, each once, with what may be learned from.
+        mix: (hours, tasks); all prompts have the same tasks.
+    """
+
+    parts: tuple[Part, ...]
     mix: Floats
 
     def checked(self, say: Callable[[str], None]) -> "Traffic":
@@ -65,29 +76,46 @@ class Traffic:
             SimulationInputError: a task is asked, and has no prompts, or none by which quality is measured.
         """
         asked = self.mix.max(axis=0) > 0.0
+        named = self.parts[0].measured
         if not asked.all():
-            say(f"left out {_names(self.measured, ~asked)} with all prompts: no share in any simulated hour")
-        tasks = tuple(task for task, kept in zip(self.measured.tasks, asked, strict=True) if kept)
-        learn, measured = (part.taken(asked[part.task]).with_tasks(tasks) for part in (self.learn, self.measured))
-        for part, name in ((measured, self.measured_name), (learn, self.learn_name)):
-            if (lacking := part.prompts_of_tasks() == 0).any():
-                raise SimulationInputError(
-                    f"{name} no prompt of {_names(part, lacking)}, which is asked: add prompts of it, take another "
-                    "--seed where the requests are split, or give it no share in --mix"
-                )
-        if (lacking := measured.prompts_of_tasks(measured.judged) == 0).any():
+            say(f"left out {_names(named, ~asked)} with all prompts: no share in any simulated hour")
+        tasks = tuple(task for task, kept in zip(named.tasks, asked, strict=True) if kept)
+
+        def of_asked(prompts: Measured) -> Measured:
+            return prompts.taken(asked[prompts.task]).with_tasks(tasks)
+
+        parts = tuple(
+            replace(part, learn=of_asked(part.learn), measured=of_asked(part.measured)) for part in self.parts
+        )
+        for part in parts:
+            _check(part, say)
+        return Traffic(parts, self.mix[:, asked])
+
+
+def _check(part: Part, say: Callable[[str], None]) -> None:
+    """Whether a part tells of every task.
+
+    Raises:
+        SimulationInputError: it does not.
+    """
+    for prompts, name in ((part.measured, part.measured_name), (part.learn, part.learn_name)):
+        if (lacking := prompts.prompts_of_tasks() == 0).any():
             raise SimulationInputError(
-                f"{self.measured_name} no judged prompt of {_names(measured, lacking)}, which is asked: quality cannot "
-                "be measured on it; give 'preferred' a level, for a part at least, or give it no share in --mix"
+                f"{name} no prompt of {_names(prompts, lacking)}, which is asked: add prompts of it, take another "
+                "--seed or fewer --folds where the requests are split, or give it no share in --mix"
             )
-        if not learn.judged.any():
-            raise SimulationInputError(
-                f"{self.learn_name} no judged prompt: nothing can be learned; give 'preferred' a level, for a part at "
-                "least"
-            )
-        if (lacking := learn.prompts_of_tasks(learn.judged) == 0).any():
-            say(f"{self.learn_name} no judged prompt of {_names(learn, lacking)}: the evaluator learns nothing on it")
-        return replace(self, learn=learn, measured=measured, mix=self.mix[:, asked])
+    measured, learn = part.measured, part.learn
+    if (lacking := measured.prompts_of_tasks(measured.judged) == 0).any():
+        raise SimulationInputError(
+            f"{part.measured_name} no judged prompt of {_names(measured, lacking)}, which is asked: quality cannot "
+            "be measured on it; give 'preferred' a level, for a part at least, or give it no share in --mix"
+        )
+    if not learn.judged.any():
+        raise SimulationInputError(
+            f"{part.learn_name} no judged prompt: nothing can be learned; give 'preferred' a level, for a part at least"
+        )
+    if (lacking := learn.prompts_of_tasks(learn.judged) == 0).any():
+        say(f"{part.learn_name} no judged prompt of {_names(learn, lacking)}: the evaluator learns nothing on it")
 
 
 def _names(measured: Measured, which: Flags) -> str:

@@ -1,6 +1,6 @@
 """What traffic takes and how it is judged, in expectation: by task, prompt group and option."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +36,7 @@ class World:
 
     Attributes:
         options: `pool/level`.
+        prompts: (T,), how many.
         share: (T, G), of a task's prompts in each group; every row sums to 1.
         energy_kwh, time_s: (T, G, O), means of a group's prompts times its share.
         quality: by metric, (T, G, O): share of a task's judged prompts that lie in the group and are won by the option.
@@ -44,6 +45,7 @@ class World:
 
     options: tuple[str, ...]
     groups: tuple[str, ...]
+    prompts: Ints
     share: Floats
     energy_kwh: Floats
     time_s: Floats
@@ -91,6 +93,44 @@ class World:
         return x
 
 
+def pooled(worlds: Sequence[World]) -> World:
+    """One world of several with other prompts of the same tasks and with prompt groups of their own.
+
+    Every prompt weighs alike, in whichever of them it lies.
+    """
+    if len(worlds) == 1:
+        return worlds[0]
+
+    def joined(arrays: Sequence[Floats], prompts: Sequence[Ints]) -> Floats:
+        """Shares of each world's prompts of a task, side by side as shares of all its prompts."""
+        whole = np.maximum(np.sum(prompts, axis=0), 1)
+        parts = (
+            values * (mine / whole).reshape(-1, *(1,) * (values.ndim - 1))
+            for values, mine in zip(arrays, prompts, strict=True)
+        )
+        return np.concatenate(list(parts), axis=1)
+
+    first, prompts = worlds[0], [world.prompts for world in worlds]
+    samples = {metric: [world.samples[metric] for world in worlds] for metric in first.samples}
+    counted = {metric: [one.prompts for one in parts] for metric, parts in samples.items()}
+    return World(
+        options=first.options,
+        groups=tuple(f"{place}/{group}" for place, world in enumerate(worlds) for group in world.groups),
+        prompts=np.sum(prompts, axis=0),
+        share=joined([world.share for world in worlds], prompts),
+        energy_kwh=joined([world.energy_kwh for world in worlds], prompts),
+        time_s=joined([world.time_s for world in worlds], prompts),
+        quality={
+            metric: joined([world.quality[metric] for world in worlds], counted.get(metric, prompts))
+            for metric in first.quality
+        },
+        samples={
+            metric: Sample(np.sum(counted[metric], axis=0), joined([one.both for one in parts], counted[metric]))
+            for metric, parts in samples.items()
+        },
+    )
+
+
 def world_of_levels(measured: Measured, group: Ints, groups: tuple[str, ...]) -> World:
     """One model at every level.
 
@@ -107,6 +147,7 @@ def world_of_levels(measured: Measured, group: Ints, groups: tuple[str, ...]) ->
     return World(
         options=tuple(f"{POOL}/{level}" for level in measured.levels),
         groups=groups,
+        prompts=measured.prompts_of_tasks(),
         share=_shares(measured, group, len(groups), np.ones((len(measured), 1)), everything)[:, :, 0],
         energy_kwh=_shares(measured, group, len(groups), measured.energy_kwh, everything),
         time_s=_shares(measured, group, len(groups), measured.time_s, everything),
@@ -134,6 +175,7 @@ def world_of_models(measured: Measured, large_preferred: Floats) -> World:
     return World(
         options=(f"{POOL}/L0", f"{SMALL_POOL}/L0"),
         groups=("all",),
+        prompts=measured.prompts_of_tasks(),
         share=np.ones((len(measured.tasks), 1)),
         energy_kwh=_shares(measured, group, 1, energy, everything),
         time_s=_shares(measured, group, 1, time_s, everything),

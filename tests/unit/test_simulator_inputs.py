@@ -81,10 +81,37 @@ def test_a_task_that_only_one_half_has_is_refused(asked: Inputs) -> None:
     assert "has no prompt of task sums, which is asked: add prompts of it, take another --seed" in refused(asked)
 
 
+def test_every_prompt_is_measured_on_once_and_never_learned_from_by_then(asked: Inputs) -> None:
+    study, _ = prepared(replace(asked, folds=3))
+    everything, _ = prepared(replace(asked, learn=asked.requests))
+    assert len(study.folds) == 3
+    assert sorted(study.measured.prompts) == sorted(everything.measured.prompts)
+    for fold in study.folds:
+        assert set(fold.learn.prompts).isdisjoint(fold.measured.prompts)
+        assert len(fold.learn) + len(fold.measured) == len(everything.measured)
+
+
+def test_two_folds_begin_with_the_halves(asked: Inputs) -> None:
+    halves, folds = (prepared(replace(asked, folds=folds))[0] for folds in (None, 2))
+    assert halves.folds[0].learn.prompts == folds.folds[0].learn.prompts == folds.folds[1].measured.prompts
+
+
+def test_folds_and_prompts_to_learn_from_exclude_each_other(asked: Inputs) -> None:
+    assert "leave it out with --learn" in refused(replace(asked, folds=2, learn=asked.requests))
+    assert "and with --variant published" in refused(replace(asked, folds=2, variant="published"))
+
+
+def test_a_task_that_a_fold_lacks_is_refused(asked: Inputs) -> None:
+    written(asked.requests, [*prompts("facts"), prompt(0, "sums")])
+    assert "has no prompt of task sums, which is asked: add prompts of it, take another --seed or fewer" in refused(
+        replace(asked, folds=3)
+    )
+
+
 def test_a_task_that_is_never_asked_is_left_out_and_said(asked: Inputs, tmp_path: Path) -> None:
     mix = table(tmp_path / "mix.csv", "hour,poems,facts,sums", "0,1,0")
     study, said = prepared(replace(asked, mix=mix))
-    assert study.measured.tasks == study.learn.tasks == ("facts",)
+    assert study.measured.tasks == study.folds[0].learn.tasks == ("facts",)
     assert study.mix.shape == (HOURS, 1)
     assert "left out task poems, sums with all prompts: no share in any simulated hour" in said
 

@@ -18,8 +18,9 @@ from services.optimizer.settings import OptimizerSettings
 from shared.messages import CarbonIntensity, IntensityPoint
 from simulator.errors import SimulationInputError
 from simulator.grid import HOUR, Grid
+from simulator.measured import Measured
 from simulator.outcome import Outcome
-from simulator.schemes import Study, run
+from simulator.schemes import Fold, Study, run
 from simulator.traffic import constant_mix
 
 HOURS = 96
@@ -43,12 +44,19 @@ def study() -> Study:
     learn, test = measured(600).halves(1)
     return Study(
         variant="production",
-        learn=learn,
-        measured=test,
+        folds=(Fold(learn, test),),
         mix=constant_mix(test, hours=HOURS),
         optimizer=OptimizerSettings(holdout=0.0),
         large_preferred=np.array([0.55, 0.6]),
     )
+
+
+def measured_on(study: Study, prompts: Measured) -> Study:
+    return replace(study, folds=(Fold(study.folds[0].learn, prompts),))
+
+
+def in_folds(study: Study, prompts: Measured, count: int) -> Study:
+    return replace(study, folds=tuple(Fold(learn, test) for learn, test in prompts.folds(1, count)))
 
 
 def outcome(study: Study, scheme: str, *, xi: float = 0.1, on: Grid | None = None, **more: float) -> Outcome:
@@ -174,7 +182,7 @@ def test_the_upper_bound_knows_which_of_its_answers_are_right(study):
     expected = (oracle.mix @ measured_right).mean() / measured_right[0]
     assert oracle.correctness.mean() == pytest.approx(expected, abs=0.03)
     unknown = replace(study.measured, correct=np.full_like(study.measured.correct, np.nan))
-    assert outcome(replace(study, measured=unknown), "oracle").summary()["correctness_pct"] is None
+    assert outcome(measured_on(study, unknown), "oracle").summary()["correctness_pct"] is None
 
 
 @pytest.mark.parametrize("scheme", ["base", "co2_opt", "sprout", "sprout_task", "oracle"])
@@ -182,7 +190,7 @@ def test_what_cannot_be_known_is_null_with_a_note_and_never_nan(study, scheme):
     never = np.maximum(study.measured.preferred, 1)
     wrong = study.measured.correct.copy()
     wrong[:, 0] = 0.0
-    lacking = replace(study, measured=replace(study.measured, preferred=never, correct=wrong))
+    lacking = measured_on(study, replace(study.measured, preferred=never, correct=wrong))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = outcome(lacking, scheme).summary()
@@ -199,7 +207,39 @@ def test_what_cannot_be_known_is_null_with_a_note_and_never_nan(study, scheme):
 def test_a_task_that_was_not_measured_is_refused(study, scheme):
     one_task = study.measured.taken(study.measured.task == 0)
     with pytest.raises(SimulationInputError, match="the mix asks for task sums, of which there is no prompt"):
-        outcome(replace(study, measured=one_task), scheme)
+        outcome(measured_on(study, one_task), scheme)
+
+
+@pytest.mark.parametrize("scheme", ["base", "co2_opt", "model_opt", "oracle"])
+def test_where_nothing_is_learned_folds_measure_what_all_prompts_do(study, scheme):
+    prompts = measured(600)
+    whole = replace(study, folds=(Fold(prompts, prompts),))
+    in_five = outcome(in_folds(study, prompts, 5), scheme, xi=0.0)
+    at_once = outcome(whole, scheme, xi=0.0)
+    assert in_five.base_grams == pytest.approx(at_once.base_grams)
+    assert in_five.preference == pytest.approx(at_once.preference)
+    assert in_five.grams == pytest.approx(at_once.grams)
+    assert in_five.standard_errors == pytest.approx(at_once.standard_errors)
+
+
+def test_every_fold_is_served_by_what_was_learned_from_the_others(study):
+    prompts = measured(600)
+    halves = [replace(study, folds=(Fold(learn, test),)) for learn, test in prompts.folds(1, 2)]
+    first, second = (outcome(half, "sprout_task") for half in halves)
+    both = outcome(in_folds(study, prompts, 2), "sprout_task")
+    assert min(first.saving_pct, second.saving_pct) < both.saving_pct < max(first.saving_pct, second.saving_pct)
+    assert both.standard_errors["preference"] == pytest.approx(first.standard_errors["preference"] / 2**0.5, rel=0.1)
+    assert both.evaluation_hours == first.evaluation_hours == second.evaluation_hours
+    assert both.evaluator_grams.mean() == pytest.approx(
+        (first.evaluator_grams.mean() + second.evaluator_grams.mean()) / 2
+    )
+
+
+def test_hours_without_a_choice_are_the_mean_over_the_folds(study):
+    few = replace(study, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
+    in_three = outcome(in_folds(few, measured(600), 3), "sprout").summary()
+    assert in_three["fallback_hours"] == HOURS
+    assert set(in_three["withheld_hours"].values()) == {HOURS}
 
 
 def test_the_page_and_the_summary_agree(study):
@@ -217,7 +257,7 @@ def test_the_page_and_the_summary_agree(study):
 
 def test_the_page_says_what_is_unknown_and_where_nothing_could_be_chosen(study):
     few = replace(study, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
-    never = replace(study, measured=replace(study.measured, preferred=np.maximum(study.measured.preferred, 1)))
+    never = measured_on(study, replace(study.measured, preferred=np.maximum(study.measured.preferred, 1)))
     page = render_page([outcome(few, "sprout"), outcome(never, "sprout_task")])
     assert f"In {HOURS} hours of all runs only the reference could be served: too few judged prompts" in page
     assert "1 runs lack figures; summary.json says why." in page
