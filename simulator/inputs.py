@@ -13,24 +13,18 @@ from services.evaluator.grouping import TooFewPromptsError, learn_groups
 from services.optimizer.settings import OptimizerSettings
 from simulator.draws import QualityDraws, draw_quality, read_draws
 from simulator.errors import SimulationInputError
-from simulator.grid import Grid, Window, read_grids
+from simulator.grid import Window, read_grids
 from simulator.jobs import Job
 from simulator.measured import REFERENCE, Floats, Measured, read_measured
 from simulator.schemes import Fold, Grouping, Study, Variant
 from simulator.traffic import Part, Traffic, check_shares_by_hour, constant_mix, read_mix, read_model_preference
+from simulator.windows import say_missing_hours, say_missing_past, windows_of
 from simulator.world import CORRECTNESS, PREFERENCE
 
-PAPER_WINDOWS = (800, 3900, 7000)
-"""Hours of the year at which the paper's seasons begin."""
-
-PAPER_HOURS = 720
 WITHOUT_BOUND = frozenset({"base", "co2_opt"})
 """Schemes that run once, whatever the list of xi."""
 
 NOT_BOUND_BY_CORRECTNESS = frozenset({"base", "co2_opt", "model_opt", "oracle"})
-HINDSIGHT = frozenset({"oracle"})
-"""Schemes that look at the whole trace in the production variant."""
-
 PUBLISHED_LEVELS = 3
 """The published rules and draws are written for so many."""
 
@@ -77,8 +71,10 @@ def prepare(asked: Inputs, say: Say) -> tuple[Study, list[Job]]:
     optimizer = _optimizer()
     say("reading requests and traces")
     grids = read_grids(asked.carbon, column="life-cycle" if asked.life_cycle else "direct", zones=asked.zones)
-    windows = _windows(grids, asked)
-    _say_missing_hours(grids, windows, asked, int(optimizer.window_h), say)
+    windows = windows_of(grids, asked.windows, asked.hours)
+    published = asked.variant == "published"
+    say_missing_hours(grids, asked.schemes, published=published, say=say)
+    say_missing_past(windows, asked.schemes, published=published, trailing_hours=int(optimizer.window_h), say=say)
     traffic = _traffic(asked, len(windows[0].g_per_kwh), say)
     _check_correctness(traffic, asked, say)
     preferred = None
@@ -215,40 +211,6 @@ def _check_correctness(traffic: Traffic, asked: Inputs, say: Say) -> None:
         say(f"--xi-correctness does not bind {', '.join(unbound)}: they have no such bound")
 
 
-def _say_missing_hours(
-    grids: Sequence[Grid], windows: Sequence[Window], asked: Inputs, trailing_hours: int, say: Say
-) -> None:
-    """Gaps outside the windows of which use is made: least, greatest and mean are of the other hours.
-
-    Raises:
-        SimulationInputError: there are no other hours.
-    """
-    published = asked.variant == "published"
-    for grid in grids:
-        if grid.missing and (published or HINDSIGHT & set(asked.schemes)):
-            say(
-                f"zone {grid.zone}: {grid.missing} of the trace's {len(grid.g_per_kwh):,} hours have no value; the "
-                "range and mean of the whole trace are of the others"
-            )
-    for window in windows:
-        # The window's own first hour is the last of the trailing ones.
-        looked_back = min(trailing_hours - 1, len(window.past))
-        missing = window.missing_before(looked_back)
-        if missing and not published:
-            say(
-                f"zone {window.zone}: {missing} of the {looked_back} hours looked back on before hour "
-                f"{window.start_hour} have no value; the trailing range and mean are of the others"
-            )
-        known = min(PAPER_HOURS, len(window.past))
-        # What is solved once needs a mean of the past; of the first season it is the whole trace's.
-        once = published and "sprout_sta" in asked.schemes and window.start_hour != PAPER_WINDOWS[0]
-        if once and known and window.missing_before(known) == known:
-            raise SimulationInputError(
-                f"zone {window.zone}: none of the {known} hours before hour {window.start_hour} has a value, of which "
-                "sprout_sta needs the mean; choose other --windows, or leave sprout_sta out of --schemes"
-            )
-
-
 def _fold(part: Part, asked: Inputs, say: Say) -> Fold:
     contexts = _contexts(part.learn, part.measured, say) if "sprout_context" in asked.schemes else None
     return Fold(part.learn, part.measured, contexts)
@@ -276,18 +238,6 @@ def _draws(asked: Inputs, measured: Measured, mix: Floats, preferred: Floats | N
         return draw_quality(measured, mix, preferred, seed=asked.seed)
     check_shares_by_hour(asked.quality_draws, hours=len(mix))
     return read_draws(asked.quality_draws, hours=len(mix))
-
-
-def _windows(grids: Sequence[Grid], asked: Inputs) -> list[Window]:
-    shortest = min(len(grid.g_per_kwh) for grid in grids)
-    starts = asked.windows
-    if not starts:
-        enough = shortest >= PAPER_WINDOWS[-1] + (asked.hours or PAPER_HOURS)
-        starts = PAPER_WINDOWS if enough else (shortest // 3,)
-    hours = asked.hours or min(PAPER_HOURS, shortest - max(starts))
-    if hours <= 0:
-        raise SimulationInputError(f"--windows begins after the end of the shortest trace ({shortest} hours)")
-    return [grid.window(start, hours) for grid in grids for start in starts]
 
 
 def _jobs(asked: Inputs, windows: Sequence[Window]) -> list[Job]:
