@@ -1,4 +1,4 @@
-"""Writes a model repository and becomes tritonserver: `python -m deploy.triton.serve --help`.
+"""Writes a model repository and has tritonserver serve it: `python -m deploy.triton.serve --help`.
 
 For containers, and for anyone who wants the model servers alone. It runs in the environment that has Triton's wheel
 (`requirements/triton.lock`) and needs nothing else.
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from deploy.triton import reaper
 from deploy.triton.contract import CONTRACT_NAMES, ContractName
 from deploy.triton.models import (
     JUDGE_NAME,
@@ -111,7 +112,7 @@ def chosen_models(options: argparse.Namespace, *, say: Callable[[str], None]) ->
 
 
 def main() -> None:
-    """Write the repository, then replace this process by the server."""
+    """Write the repository, then serve."""
     options = arguments(sys.argv[1:], os.environ)
     folder = Path(options.folder or tempfile.mkdtemp(prefix="sprout-triton-"))
     try:
@@ -126,7 +127,10 @@ def main() -> None:
     for model in models:
         _say(f"serving {model.name}; its energy is counted under gpu_uuid {model.gpu_uuid!r}")
     command = server.command(folder / "models", ports, address=str(options.address))
-    os.execve(command[0], command, {**os.environ, **server.environment()})
+    environment = {**os.environ, **server.environment()}
+    if os.getpid() == 1:
+        raise SystemExit(reaper.run(command, environment))
+    os.execve(command[0], command, environment)
 
 
 def _binding(text: str) -> tuple[str, str]:
