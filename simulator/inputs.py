@@ -1,7 +1,7 @@
 """From files and options to what the runs share; whatever does not do is named before anything runs."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from simulator.jobs import Job
 from simulator.measured import REFERENCE, Floats, Measured, read_measured
 from simulator.schemes import Fold, Grouping, Study, Variant
 from simulator.traffic import Part, Traffic, check_shares_by_hour, constant_mix, read_mix, read_model_preference
-from simulator.windows import say_missing_hours, say_missing_past, windows_of
+from simulator.windows import Say, say_missing_hours, say_missing_past, windows_of
 from simulator.world import CORRECTNESS, PREFERENCE
 
 WITHOUT_BOUND = frozenset({"base", "co2_opt"})
@@ -27,8 +27,6 @@ WITHOUT_BOUND = frozenset({"base", "co2_opt"})
 NOT_BOUND_BY_CORRECTNESS = frozenset({"base", "co2_opt", "model_opt", "oracle"})
 PUBLISHED_LEVELS = 3
 """The published rules and draws are written for so many."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,8 @@ while kill -0 "$1" && kill -0 "$2"; do
     if crashed "$1"; then looks=$((looks + 1)); else looks=0; fi
     if [ "$looks" -ge "$4" ]; then
         echo "the server (pid $1) crashed and did not end; it is killed" >&3
-        kill -9 "$1"
+        kill -9 "$1" "$2"
+        exit
     fi
     sleep "$3"
 done 3>&2 2>/dev/null

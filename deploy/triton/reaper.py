@@ -7,7 +7,7 @@ ended once it has crashed and stays (`lifeline.py`).
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Final
 
@@ -25,16 +25,25 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     child = subprocess.Popen(command, env=environment, preexec_fn=_unblock)  # noqa: PLW1509 - no threads yet
 
     def hand_on(number: int, _: FrameType | None) -> None:
-        child.send_signal(number)
+        # Not `child.send_signal`, which may bury the child itself.
+        os.kill(child.pid, number)
 
-    for number in HANDED_ON:
-        signal.signal(number, hand_on)
+    _handle(hand_on)
     _unblock()
     while True:
-        pid, status = os.wait()
-        if pid == child.pid:
-            code = os.waitstatus_to_exitcode(status)
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        if ended is not None and ended.si_pid == child.pid:
+            # Before it is buried: afterwards its number may be another's.
+            _handle(signal.SIG_IGN)
+            code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
             return code if code >= 0 else 128 - code
+        if ended is not None:
+            os.waitpid(ended.si_pid, 0)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in HANDED_ON:
+        signal.signal(number, handler)
 
 
 def _unblock() -> None:

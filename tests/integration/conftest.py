@@ -27,10 +27,12 @@ def triton(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> 
                 revive(supervisor, [server.name])
 
         reviving = thread.submit(revive_until_leaving)
-        yield server
-        leaving.set()
-        reviving.result()
-        supervisor.stop(server.name)
+        try:
+            yield server
+        finally:
+            leaving.set()
+            reviving.result()
+            supervisor.stop(server.name)
 
 
 @pytest.fixture

@@ -173,27 +173,6 @@ def test_a_client_that_cannot_be_asked_whether_it_waits_does_not_hold_up_the_oth
     assert reports == ["an answer could not be sent: RuntimeError: the connection is gone"]
 
 
-def test_a_round_that_fails_does_not_end_its_thread(journal, reports):
-    clock = Clock.starting(START, rate=100.0)
-    engine = StandInEngine(
-        InFlightBatch(BatchRules(), now_s=clock.now_s()),
-        clock=clock,
-        meter=journal,
-        tick_s=0.005,
-        report=reports.append,
-    )
-    update, journal.update = journal.update, raising
-    engine.start()
-    time.sleep(0.1)
-    journal.update = update
-    outlet = Outlet(journal)
-    engine.submit(ANSWER, outlet)
-    assert outlet.done.wait(5)
-    engine.stop()
-    assert outlet.text == ANSWER.text
-    assert set(reports) == {"a round failed: RuntimeError: the connection is gone"}
-
-
 def test_its_thread_keeps_an_accelerated_clock(journal, reports):
     clock = Clock.starting(START, rate=100.0)
     engine = StandInEngine(

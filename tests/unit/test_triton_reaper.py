@@ -46,3 +46,13 @@ def test_as_the_first_process_it_buries_orphans_and_its_command_can_be_killed():
     said, _ = process.communicate(timeout=20)
     assert said == "1\n"
     assert process.returncode == 128 + 9
+
+
+def test_a_signal_that_comes_when_the_command_has_ended_changes_nothing():
+    for _ in range(10):
+        process = start("sh", "-c", "echo ready; exit 5")
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(20) in (5, 128 + signal.SIGHUP)
