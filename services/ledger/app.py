@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from datetime import timedelta
 from typing import Any
 
 from faststream.asgi import AsgiFastStream
@@ -12,6 +11,7 @@ from faststream.kafka.subscriber.usecase import BatchSubscriber
 from prometheus_client import CollectorRegistry
 
 from services.ledger.backlog import Backlog
+from services.ledger.bookkeeping import Bookkeeping
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.publishing import Publishing
 from services.ledger.rows import (
@@ -34,7 +34,6 @@ from shared.database import migrate, open_pool
 from shared.dead_letters import DeadLetterOffice, RetryLaterError, batch_decoder
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.health import Health
-from shared.logs import get_logger
 from shared.messages import (
     CarbonIntensity,
     Footprint,
@@ -67,8 +66,6 @@ LINGER_MS = 5
 LONGEST_ROUND_S = 300.0
 """Wall seconds that looking and settling may take before the ledger says that it is not ready."""
 
-_log = get_logger(__name__)
-
 
 class Ledger:
     """The parts of one ledger, put together and not yet connected."""
@@ -87,7 +84,6 @@ class Ledger:
         self.settings = settings
         self.storage = Storage()
         self.metrics = LedgerMetrics(registry)
-        self._clock = clock
         self._kafka = kafka
         self._broker = broker
         self._office = office
@@ -99,7 +95,7 @@ class Ledger:
             interval_s=settings.scrape_interval_s,
             timeout_s=settings.scrape_timeout_s,
         )
-        self.settler = Settler(
+        settler = Settler(
             fleet,
             storage=self.storage,
             metrics=self.metrics,
@@ -111,13 +107,15 @@ class Ledger:
         async def publish(footprint: Footprint) -> None:
             await publisher.publish(footprint, key=footprint.request_id.encode())
 
-        self.publishing = Publishing(publish, storage=self.storage, metrics=self.metrics)
-        self._kafka_problem = ""
-        self._backlog = Backlog(self._subscribe(), [kafka.topic(RESPONSES), kafka.topic(USAGE)], clock=clock)
-
-    def problem(self) -> str | None:
-        """What stands against readiness."""
-        return self._kafka_problem or None
+        self.bookkeeping = Bookkeeping(
+            Backlog(self._subscribe(), [kafka.topic(RESPONSES), kafka.topic(USAGE)], clock=clock),
+            settler,
+            Publishing(publish, storage=self.storage, metrics=self.metrics),
+            storage=self.storage,
+            settings=settings,
+            metrics=self.metrics,
+            clock=clock,
+        )
 
     @asynccontextmanager
     async def running(self, health: Health, database: DatabaseSettings) -> AsyncIterator[None]:
@@ -134,53 +132,6 @@ class Ledger:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.settings.stop_grace_s):
                     await pool.close()
-
-    async def settle_forever(self, *, on_round: Callable[[], None]) -> None:
-        """Settle and publish, over and over; waits while PostgreSQL, Kafka or messages are away.
-
-        Args:
-            on_round: told whenever it has looked, and settled what there was.
-        """
-        while True:
-            await asyncio.sleep(self.settings.settle_interval_s)
-            waiting = await self._backlog.look()
-            if waiting is not None:
-                self.metrics.lag_records.set(waiting)
-            self._kafka_problem = "Kafka does not tell what is still to be read" if waiting is None else ""
-            await self.close_books()
-            on_round()
-
-    async def close_books(self) -> None:
-        """One settlement of what is old enough, then its publication.
-
-        Old enough is what lies `settle_delay_s` before the instant up to which all messages are in the books: after an
-        outage, nothing is settled before the calls that piled up in Kafka have been read.
-        """
-        read_until = self._backlog.read_until
-        try:
-            if read_until is not None:
-                await self.settler.turn(read_until - timedelta(seconds=self.settings.settle_delay_s))
-                self.storage.note(None)
-            await self.publishing.turn()
-        except AWAY_ERRORS as error:
-            self.storage.note(error)
-
-    async def clean_forever(self) -> None:
-        """Remove old rows, now and then."""
-        while True:
-            await asyncio.sleep(self.settings.cleaning_interval_s)
-            try:
-                await self.storage.clean(self._clock.now() - timedelta(days=self.settings.retention_days))
-            except AWAY_ERRORS as error:
-                self.storage.note(error)
-
-    async def finish(self) -> None:
-        """Settle and publish what can be, before the broker stops; the rest is in PostgreSQL for the next start."""
-        try:
-            async with asyncio.timeout(self.settings.stop_grace_s):
-                await self.close_books()
-        except TimeoutError:
-            _log.warning("stopped before the last settlement was done; it follows at the next start")
 
     def _subscribe(self) -> list[Callable[[], Any]]:
         """All topics, in batches that are acknowledged once they are in PostgreSQL; returns those with calls."""
@@ -274,14 +225,14 @@ def build_app(
     broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=LINGER_MS)
     ledger = Ledger(broker, office, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("postgresql", ledger.storage.problem)
-    health.add_check("backlog", ledger.problem)
+    health.add_check("backlog", ledger.bookkeeping.problem)
     for number, scraper in enumerate(ledger.scrapers):
         health.add_check(f"meters {number}", scraper.problem)
 
     async def begin() -> None:
         rounds = health.expect_progress("settling", within_s=LONGEST_ROUND_S + settings.settle_interval_s)
-        health.spawn("settle", ledger.settle_forever(on_round=rounds.made))
-        health.spawn("remove old rows", ledger.clean_forever())
+        health.spawn("settle", ledger.bookkeeping.settle_forever(on_round=rounds.made))
+        health.spawn("remove old rows", ledger.bookkeeping.clean_forever())
 
     app = build_service(
         broker,
@@ -294,7 +245,7 @@ def build_app(
         lifespan=lambda: ledger.running(health, database),
     )
     app.after_startup(begin)
-    app.on_shutdown(ledger.finish)
+    app.on_shutdown(ledger.bookkeeping.finish)
     return app
 
 
