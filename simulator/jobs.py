@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from services.optimizer.program import warm_up
+from services.optimizer.linear import warm_up
 from simulator.grid import Window
 from simulator.outcome import Outcome
 from simulator.schemes import Study, run, without_texts

@@ -220,7 +220,9 @@ class _Operator:
                 for option in world.options
             },
             weights=believed.weights,
+            families=believed.families,
             estimates=believed.groups,
+            cautions=believed.cautions,
             bounds=bounds,
             holdout=self._case.operation.optimizer.holdout,
         )

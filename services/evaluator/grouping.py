@@ -32,14 +32,14 @@ TOLD = 1.0
 """The same of the prediction whether a metric can be told of a prompt, were it always right. It matters more than how
 the prompt will do: where a metric cannot be told its bound costs nothing."""
 
-MOST_GROUPS = 24
+MOST_GROUPS = 12
 USUAL_PROMPTS = 40
 """Judged prompts for each group, where there are not enough for all groups."""
 
 LEAST_PROMPTS = 20
 """That make a group of their own; fewer join the nearest."""
 
-FAMILY_GROUPS = 6
+FAMILY_GROUPS = 3
 """Groups to a family, on average."""
 
 _SEED = 1

@@ -11,9 +11,9 @@ from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
 from services.optimizer import migrations
+from services.optimizer.linear import warm_up
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.optimizing import Optimizing
-from services.optimizer.program import warm_up
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
 from shared.broker import build_broker

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from services.optimizer.consumption import Consumed, Consumption, Memory
 from services.optimizer.effects import main_effects
-from services.optimizer.posterior import Posterior, Spread
+from services.optimizer.posterior import Posterior
 from services.optimizer.quality import QualityEvidence, QualityRules
 from shared.messages import OptionEstimate
 
@@ -46,6 +46,8 @@ class Estimates:
         weights: traffic share by group that has a row of its own; sums to 1, empty without traffic.
         groups: by group, then option; options without evidence are left out, the reference never.
         whole: by option: the mean over the traffic, for groups without a row.
+        families: of groups that are about alike things, by group that has a row.
+        cautions: by metric, standard deviations of all traffic's quality by which less than its mean is counted on.
         requests_per_s: of the model.
         withheld: why an option may not be used, by option.
     """
@@ -53,6 +55,8 @@ class Estimates:
     weights: dict[str, float]
     groups: dict[str, Row]
     whole: Row
+    families: dict[str, str] = field(default_factory=dict)
+    cautions: dict[str, float] = field(default_factory=dict)
     requests_per_s: float
     withheld: dict[str, str] = field(default_factory=dict)
 
@@ -92,16 +96,17 @@ def estimate(
     total = sum(groups.values())
     weights = {group: count / total for group, count in groups.items()}
     everyone = weights or {group: 1.0 / len(consumed) for group in consumed}
-    qualities = [(metric, one, one.spread(everyone)) for metric, one in posteriors.items()]
 
     def row(group: str) -> Row:
-        return {option: _believed(group, option, costs, qualities, rules.floors) for option in usable}
+        return {option: _believed(group, option, costs, posteriors, rules.floors) for option in usable}
 
     rows = {group: row(group) for group in groups}
     return Estimates(
         weights=weights,
         groups=rows,
-        whole=_averaged({group: rows.get(group) or row(group) for group in everyone}, everyone),
+        whole=_averaged({group: rows.get(group) or row(group) for group in everyone}, everyone, posteriors),
+        families={group: family for group in groups if (family := evidence.family(group)) is not None},
+        cautions=rules.quality.cautions_of(metrics),
         requests_per_s=consumption.requests_per_s(now_s, rules.memory),
         withheld=withheld,
     )
@@ -169,27 +174,27 @@ def _believed(
     group: str,
     option: str,
     costs: _Costs,
-    qualities: Sequence[tuple[str, Posterior, Spread]],
+    posteriors: Mapping[str, Posterior],
     floors: Collection[str],
 ) -> OptionEstimate:
-    """What to count on."""
+    """What is believed, and how far that may be off."""
     cost = costs.of(group, option)
+    known = {metric: one for metric, one in posteriors.items() if one.trials(option) > 0.0}
     return OptionEstimate(
         energy_kwh=cost.energy_kwh,
         processing_s=cost.processing_s,
-        quality={
-            metric: one.counted_on(group, option, spread)
-            for metric, one, spread in qualities
-            if one.trials(option) > 0.0
+        quality={metric: one.mean(group, option) for metric, one in known.items()},
+        doubt={metric: doubt for metric, one in known.items() if any(doubt := one.doubt(group, option))},
+        group_quality={
+            metric: one.counted_on_alone(group, option) for metric, one in posteriors.items() if metric in floors
         },
-        group_quality={metric: one.counted_on_alone(group, option) for metric, one, _ in qualities if metric in floors},
-        trials=min((one.group_trials(group, option) for _, one, _ in qualities), default=0.0),
+        trials=min((one.group_trials(group, option) for one in posteriors.values()), default=0.0),
         requests=cost.requests,
     )
 
 
-def _averaged(rows: Mapping[str, Row], weights: Mapping[str, float]) -> Row:
-    """The mean over groups by traffic."""
+def _averaged(rows: Mapping[str, Row], weights: Mapping[str, float], posteriors: Mapping[str, Posterior]) -> Row:
+    """The mean over groups by traffic, in whose doubt theirs cancel out in part."""
     options = next(iter(rows.values()))
 
     def mean(option: str, value: Callable[[OptionEstimate], float]) -> float:
@@ -202,6 +207,11 @@ def _averaged(rows: Mapping[str, Row], weights: Mapping[str, float]) -> Row:
             quality={
                 metric: mean(option, lambda one, metric=metric: one.quality[metric])  # type: ignore[misc]
                 for metric in options[option].quality
+            },
+            doubt={
+                metric: (doubt, 0.0, 0.0)
+                for metric in options[option].quality
+                if (doubt := posteriors[metric].doubt_of_all(option, weights)) > 0.0
             },
             trials=sum(row[option].trials for row in rows.values()),
             requests=sum(row[option].requests for row in rows.values()),

@@ -37,9 +37,11 @@ def leaning(outcomes: Sequence[tuple[float, float]], *, usual: float, within: fl
         return usual
     # All that follows in units of the variance of a single outcome.
     more = len(seen) - 1
+    # Of a group, were all of a size and told the variance between them as well.
+    size = (trials - sum(count**2 for _, count in seen) / trials) / more
     apart = sum(count * (mean - whole) ** 2 for mean, count in seen) / within - more
-    found = max(0.0, apart / (trials - sum(count**2 for _, count in seen) / trials))
+    found = max(0.0, apart / (more * size))
     expected = 1.0 / (usual + besides)
-    doubt = 2.0 / more * (len(seen) / trials + expected) ** 2
+    doubt = 2.0 / more * (1.0 / size + expected) ** 2
     between = (found / doubt + 1.0 / expected) / (1.0 / doubt + 1.0 / expected**2)
     return min(max(1.0 / between - besides, LEAST), MOST)

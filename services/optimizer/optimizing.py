@@ -65,7 +65,7 @@ class Optimizing:
         self._recount = False
         self._news = asyncio.Event()
         self._remarks: set[str] = set()
-        # PuLP is not made for several threads at once.
+        # One policy at a time, off the event loop.
         self._solver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="solver")
 
     @property

@@ -132,7 +132,9 @@ def _problem(
             for level in fleet.levels
         },
         weights=weights,
+        families=situation.estimates.families,
         estimates=rows,
+        cautions=situation.estimates.cautions,
         bounds=bounds,
         floors=aims.floors,
         capacities={pool.name: float(pool.concurrency) for pool in pools if pool.concurrency is not None},

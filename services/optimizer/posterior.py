@@ -21,7 +21,7 @@ class PosteriorRules:
         pseudo_trials: judged prompts that the whole counts as, in each group, until the groups tell (`leaning.py`).
         prior_trials: judged prompts without any difference that the weak prior counts as, in the whole.
         min_trials: effective judged prompts of an option, in the whole, before it may be used.
-        caution: standard deviations of the quality of all traffic by which less than the mean is counted on.
+        caution: standard deviations of quality by which less than the mean is counted on.
     """
 
     pseudo_trials: float
@@ -30,10 +30,11 @@ class PosteriorRules:
     caution: float = 0.0
 
 
-Spread = Mapping[str, tuple[float, float, float]]
-"""By option: how far a group's three doubts (`Effect.deviations`) count for all traffic. Its own cancels out in part,
-what it shares with others does not. Weighed so and summed up over the traffic, they give the standard deviation of the
-quality of all traffic, were it all served by the option."""
+Doubt = tuple[float, float, float]
+"""Standard deviations of a group's quality under an option, against the reference: of what is particular to the group,
+of what it shares with its family, and of what it shares with all (`Effect.deviations`)."""
+
+SURE: Doubt = (0.0, 0.0, 0.0)
 
 
 class Posterior:
@@ -42,6 +43,9 @@ class Posterior:
     A metric may be told of some prompts alone: whether an answer is right, say, where there is a right answer. A
     group's quality is then the success rate of these prompts times their share, so that a bound on all traffic weighs
     them as they occur.
+
+    Attributes:
+        families: of groups that are about alike things, by group; one that is not named is of that without a name.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class Posterior:
             families: of groups that are about alike things, by group; null: all are of one.
             same: options whose answers are the reference's: of its level, by the same weights elsewhere.
         """
-        self._families = families or {}
+        self.families = families or {}
         self._same = {reference, *same}
         self._judged = judged
         self._reference = reference
@@ -76,7 +80,7 @@ class Posterior:
                     for group, row in judged.items()
                     if option in row
                 },
-                self._families,
+                self.families,
                 pseudo_trials=rules.pseudo_trials,
                 prior_trials=rules.prior_trials,
             )
@@ -111,50 +115,31 @@ class Posterior:
         """q[group, option]; the whole's for a group without evidence."""
         return self.share(group) * self._rate(group, option)
 
-    def counted_on(self, group: str, option: str, spread: Spread) -> float:
-        """The mean less a margin; nothing is taken off the reference, which the others are measured by.
+    def doubt(self, group: str, option: str) -> Doubt:
+        """How far the mean may be off; the reference's is what the others are measured by, so nothing is doubted."""
+        effect = self._effects.get(option)
+        if effect is None:
+            return SURE
+        share = self.share(group)
+        own, with_family, with_all = effect.deviations(group)
+        return share * own, share * with_family, share * with_all
 
-        A program that may choose among noisy estimates chooses those that chance made too high; counting on less than
-        the mean makes up for it. What is to be kept is a bound on all traffic, so the margin is that of all traffic,
-        `caution` standard deviations, and every group bears its part of it. Where a program moves a share s of groups
-        alike from the reference, doubts cancel out less: the margin is then `caution`·√s of its standard deviations.
+    def doubt_of_all(self, option: str, weights: Mapping[str, float]) -> float:
+        """Standard deviation of the quality of all traffic, of these shares by group, were it all served by the option:
+        what is particular to groups cancels out in part.
         """
-        factors = spread.get(option, (1.0, 1.0, 1.0))
-        doubts = self._deviations(group, option)
-        return self._less(group, option, sum(factor * one for factor, one in zip(factors, doubts, strict=True)))
+        own, of_families, of_all = 0.0, dict[str, float](), 0.0
+        for group, weight in weights.items():
+            alone, with_family, with_all = self.doubt(group, option)
+            family = self.families.get(group, "")
+            own = math.hypot(own, weight * alone)
+            of_families[family] = of_families.get(family, 0.0) + weight * with_family
+            of_all += weight * with_all
+        return math.hypot(own, *of_families.values(), of_all)
 
     def counted_on_alone(self, group: str, option: str) -> float:
-        """The same for a bound on the group by itself."""
-        return self._less(group, option, math.hypot(*self._deviations(group, option)))
-
-    def spread(self, weights: Mapping[str, float]) -> Spread:
-        """For traffic of these shares by group."""
-        return {option: self._factors(effect, weights) for option, effect in self._effects.items()}
-
-    def _factors(self, effect: Effect, weights: Mapping[str, float]) -> tuple[float, float, float]:
-        # By those who share a doubt: the group alone, its family, all.
-        own, families, whole = [], dict[str, float](), 0.0
-        for group, weight in weights.items():
-            part = weight * self.share(group)
-            alone, with_family, with_all = effect.deviations(group)
-            family = self._families.get(group, "")
-            own.append(part * alone)
-            families[family] = families.get(family, 0.0) + part * with_family
-            whole += part * with_all
-        sums = sum(own), sum(families.values()), whole
-        sizes = math.hypot(*own), math.hypot(*families.values()), whole
-        all_traffic = math.hypot(*sizes)
-        first, second, third = (
-            size / total * size / all_traffic if size > 0.0 else 0.0 for size, total in zip(sizes, sums, strict=True)
-        )
-        return first, second, third
-
-    def _deviations(self, group: str, option: str) -> tuple[float, float, float]:
-        effect = self._effects.get(option)
-        return effect.deviations(group) if effect is not None else (0.0, 0.0, 0.0)
-
-    def _less(self, group: str, option: str, deviation: float) -> float:
-        return self.share(group) * max(0.0, self._rate(group, option) - self._rules.caution * deviation)
+        """The mean less a margin for a bound on the group by itself."""
+        return max(0.0, self.mean(group, option) - self._rules.caution * math.hypot(*self.doubt(group, option)))
 
     def _rate(self, group: str, option: str) -> float:
         one = self._of(group, self._reference)

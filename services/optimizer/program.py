@@ -6,21 +6,19 @@ is SPROUT at a mean intensity, solved once.
 """
 
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
-import pulp
+import numpy as np
 
+from services.optimizer.linear import Floats, LinearProgram
+from services.optimizer.margin import Margin
 from shared.messages import OptionEstimate
 from shared.messages.policies import PolicyStatus
 
 Rows = dict[str, dict[str, float]]
 """Probability by group, then option; an option that is not drawn is left out."""
-
-SOLVER_TOLERANCE = 1e-9
-"""Of HiGHS, for constraints and reduced costs."""
 
 DUST = 1e-8
 """A probability below it is rounding of the solver's."""
@@ -29,7 +27,11 @@ TIE_BREAK = 1e-6
 """Cost, relative to the dearest option's, that is added per place in the order: of equal options the earlier one is
 taken, first of all the reference."""
 
-_TIME_LIMIT_S = 10.0
+_SLACK = 1e-5
+"""Of the reference's quality, by which a margin may be too small; what was judged tells no such difference."""
+
+_MOST_CUTS = 20
+"""Tangents until the margin is as large as it should be; five or so do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,9 @@ class Problem:
         reference: the option that quality is measured against.
         options: what may be used at all, the reference among it; where two are equal, the earlier one is taken.
         weights: traffic share by group; sums to 1.
+        families: of groups that are about alike things, by group; their doubts are shared.
         estimates: e, p and q by group, then option; an option that a group lacks is not available to it.
+        cautions: standard deviations of all traffic's quality by which less than its mean is counted on, by metric.
         bounds: b_m by metric, in [0, 1]: least expected quality of all traffic, relative to the reference's.
         floors: f_m by metric, in [0, 1]: least expected quality of each group, relative to the reference's.
         capacities: requests at once by pool; a pool that is left out is unbounded.
@@ -71,6 +75,8 @@ class Problem:
     options: Mapping[str, Option]
     weights: Mapping[str, float]
     estimates: Mapping[str, Mapping[str, OptionEstimate]]
+    families: Mapping[str, str] = field(default_factory=dict)
+    cautions: Mapping[str, float] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
     floors: Mapping[str, float] = field(default_factory=dict)
     capacities: Mapping[str, float] = field(default_factory=dict)
@@ -107,7 +113,7 @@ class Solution:
         rows: every row sums to 1.
         g_per_request: expected gCO2eq of a request.
         reference_g_per_request: the same traffic, all on the reference.
-        quality: expected of all traffic, relative to the reference's, by metric with a bound.
+        quality: counted on for all traffic, relative to the reference's, by metric with a bound.
     """
 
     status: PolicyStatus
@@ -123,41 +129,13 @@ def solve(problem: Problem) -> Solution:
     What cannot be kept is given up in a fixed order: the group floors, then capacity too, then everything, and the
     reference is served. Where there is nothing but the reference to choose, the status is `reference` as well.
     """
+    stated = _Statement(problem)
     if any(len(problem.row(group)) > 1 for group in problem.weights):
         for status, floors, capacities in _attempts(problem):
-            rows = _optimum(problem, floors=floors, capacities=capacities)
+            rows = _optimum(stated, floors=floors, capacities=capacities)
             if rows is not None:
-                return _solution(problem, rows, status)
-    return _solution(problem, _all_reference(problem), "reference")
-
-
-def warm_up() -> None:
-    """Use the solver once, with standard output shut: at its first use HiGHS prints its licence there, whatever it is
-    told, and a service's standard output is its log.
-    """
-    sys.stdout.flush()
-    kept = os.dup(1)
-    shut = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(shut, 1)
-        model = pulp.LpProblem("warm_up", pulp.LpMinimize)
-        model.setObjective(pulp.LpAffineExpression([(model.add_variable("x", lowBound=1.0), 1.0)]))
-        model.solve(_solver())
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(shut)
-
-
-def _solver() -> pulp.HiGHS:
-    # A thread more would only wait: the simplex method of a small program is serial.
-    return pulp.HiGHS(
-        msg=False,
-        threads=1,
-        timeLimit=_TIME_LIMIT_S,
-        primal_feasibility_tolerance=SOLVER_TOLERANCE,
-        dual_feasibility_tolerance=SOLVER_TOLERANCE,
-    )
+                return stated.solution(rows, status)
+    return stated.solution({group: {problem.reference: 1.0} for group in problem.weights}, "reference")
 
 
 def _attempts(problem: Problem) -> Iterator[tuple[PolicyStatus, Mapping[str, float], Mapping[str, float]]]:
@@ -169,82 +147,142 @@ def _attempts(problem: Problem) -> Iterator[tuple[PolicyStatus, Mapping[str, flo
         yield "capacity_dropped", {}, {}
 
 
-def _optimum(problem: Problem, *, floors: Mapping[str, float], capacities: Mapping[str, float]) -> Rows | None:
-    """The cheapest rows that keep the constraints; null where there are none, or the solver found none in time."""
-    rows = {group: problem.row(group) for group in problem.weights}
-    model = pulp.LpProblem("policy", pulp.LpMinimize)
-    x = {
-        group: {
-            option: model.add_variable(f"x{g}_{o}", lowBound=problem.holdout if option == problem.reference else 0.0)
-            for o, option in enumerate(row)
+class _Statement:
+    """A problem in arrays, with a place for every group and each of its options.
+
+    Attributes:
+        cells: group and option.
+        reference: where the latter is the reference, as a share: all traffic on it.
+        weights: traffic shares of the groups.
+        grams, seconds: of a request.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        rows = {group: problem.row(group) for group in problem.weights}
+        self.cells = [(group, option) for group, row in rows.items() for option in row]
+        self._estimates = [estimate for row in rows.values() for estimate in row.values()]
+        self.weights = np.array([problem.weights[group] for group, _ in self.cells])
+        self.reference = np.array([float(option == problem.reference) for _, option in self.cells])
+        options = [problem.options[option] for _, option in self.cells]
+        self.grams = np.array([one.grams(estimate) for one, estimate in zip(options, self._estimates, strict=True)])
+        self.seconds = np.array([estimate.processing_s for estimate in self._estimates])
+
+    @cached_property
+    def bounds(self) -> "dict[str, _Bound]":
+        """By metric."""
+        return {metric: _Bound(self, metric) for metric in self.problem.bounds}
+
+    def costs(self) -> Floats:
+        """The objective, in units of the dearest option: the solver's tolerances then mean the same for any grid."""
+        order = [self.problem.reference, *(one for one in self.problem.options if one != self.problem.reference)]
+        tie_break = {option: place * TIE_BREAK for place, option in enumerate(order)}
+        dearest = float(self.grams.max()) or 1.0
+        places = np.array([tie_break[option] for _, option in self.cells])
+        return np.asarray(self.weights * (self.grams / dearest + places))
+
+    def groups(self) -> Floats:
+        """A row for every group, 1 for its cells."""
+        places = {group: place for place, group in enumerate(self.problem.weights)}
+        return np.asarray(np.eye(len(places))[:, [places[group] for group, _ in self.cells]])
+
+    def pool(self, name: str) -> Floats:
+        """1 for the cells that it serves."""
+        return np.array([float(self.problem.options[option].pool == name) for _, option in self.cells])
+
+    def quality(self, metric: str) -> Floats:
+        """Of every cell."""
+        return np.array([estimate.quality[metric] for estimate in self._estimates])
+
+    def group_quality(self, metric: str) -> Floats:
+        """What is counted on for a floor."""
+        return np.array([estimate.group_quality.get(metric, estimate.quality[metric]) for estimate in self._estimates])
+
+    def margin(self, metric: str) -> Margin:
+        """What is taken off a metric of all traffic."""
+        doubts = np.array([estimate.doubt.get(metric, (0.0, 0.0, 0.0)) for estimate in self._estimates])
+        groups = [group for group, _ in self.cells]
+        families = [self.problem.families.get(group, "") for group in groups]
+        return Margin(self.problem.cautions.get(metric, 0.0), self.weights[:, None] * doubts, groups, families)
+
+    def rows(self, x: Floats) -> Rows:
+        """As distributions, from what the solver found."""
+        nested: Rows = {}
+        for (group, option), value in zip(self.cells, x.tolist(), strict=True):
+            nested.setdefault(group, {})[option] = value
+        return {
+            group: _distribution(row, self.problem.reference, self.problem.holdout) for group, row in nested.items()
         }
-        for g, (group, row) in enumerate(rows.items())
-    }
-    _minimise_carbon(model, problem, rows, x)
-    for group, row in x.items():
-        _require(model, [(variable, 1.0) for variable in row.values()], pulp.LpConstraintEQ, 1.0)
-        for metric, floor in floors.items():
-            quality = [
-                (row[option], estimate.group_quality.get(metric, estimate.quality[metric]))
-                for option, estimate in rows[group].items()
-            ]
-            least = floor * rows[group][problem.reference].quality[metric]
-            _require(model, quality, pulp.LpConstraintGE, least)
-    for metric, bound in problem.bounds.items():
-        whole = [
-            (x[group][option], problem.weights[group] * estimate.quality[metric])
-            for group, row in rows.items()
-            for option, estimate in row.items()
-        ]
-        _require(model, whole, pulp.LpConstraintGE, bound * _quality(problem, _all_reference(problem), metric))
+
+    def solution(self, rows: Rows, status: PolicyStatus) -> Solution:
+        """What is to be expected of these rows."""
+        x = np.array([rows[group].get(option, 0.0) for group, option in self.cells])
+        quality: dict[str, float] = {}
+        for metric in self.problem.bounds:
+            # Nothing but the reference: what is served is the reference's quality, known or not.
+            only_reference = bool((x == self.reference).all())
+            quality[metric] = 1.0 if only_reference else self.bounds[metric].relative(x)
+        return Solution(
+            status=status,
+            rows=rows,
+            g_per_request=float((self.weights * self.grams) @ x),
+            reference_g_per_request=float((self.weights * self.grams) @ self.reference),
+            quality=quality,
+        )
+
+
+class _Bound:
+    """A bound on all traffic, less the margin of what is moved.
+
+    Attributes:
+        row: its quality.
+        least: that it must come to.
+    """
+
+    def __init__(self, stated: _Statement, metric: str) -> None:
+        self._margin = stated.margin(metric)
+        self.row = stated.weights * stated.quality(metric)
+        self._reference = float(self.row @ stated.reference)
+        self._bound = stated.problem.bounds[metric]
+        self.least = self._bound * self._reference
+
+    def relative(self, x: Floats) -> float:
+        """What is counted on for all traffic, over the reference's quality; 1 where that is 0."""
+        return (float(self.row @ x) - self._margin.on(x)) / self._reference if self._reference > 0.0 else 1.0
+
+    def short(self, x: Floats) -> bool:
+        """Whether it is missed."""
+        return self.relative(x) < self._bound - _SLACK
+
+    def cut(self, x: Floats) -> Floats:
+        """A row that is no stricter than the bound anywhere, and as strict at these probabilities."""
+        return self.row - self._margin.tangent(x)
+
+
+def _optimum(stated: _Statement, *, floors: Mapping[str, float], capacities: Mapping[str, float]) -> Rows | None:
+    """The cheapest rows that keep the constraints; null where there are none, or the solver found none in time."""
+    problem = stated.problem
+    program = LinearProgram(stated.costs(), least=problem.holdout * stated.reference)
+    groups = stated.groups()
+    for here in groups:
+        program.equal(here, 1.0)
+    for metric, floor in floors.items():
+        of_reference = groups @ (stated.reference * stated.quality(metric))
+        for row, least in zip(groups * stated.group_quality(metric), floor * of_reference, strict=True):
+            program.at_least(row, float(least))
     for pool, capacity in capacities.items():
-        busy = [
-            (x[group][option], problem.requests_per_s * problem.weights[group] * estimate.processing_s)
-            for group, row in rows.items()
-            for option, estimate in row.items()
-            if problem.options[option].pool == pool
-        ]
-        _require(model, busy, pulp.LpConstraintLE, capacity)
-    model.solve(_solver())
-    # PuLP calls a solver that ran out of time "optimal"; only `sol_status` tells.
-    if model.status != pulp.LpStatusOptimal or model.sol_status != pulp.LpSolutionOptimal:
-        return None
-    return {
-        group: _distribution(
-            {option: variable.varValue or 0.0 for option, variable in row.items()}, problem.reference, problem.holdout
-        )
-        for group, row in x.items()
-    }
-
-
-def _minimise_carbon(
-    model: pulp.LpProblem,
-    problem: Problem,
-    rows: Mapping[str, Mapping[str, OptionEstimate]],
-    x: Mapping[str, Mapping[str, pulp.LpVariable]],
-) -> None:
-    """Set the objective, in units of the dearest option: the solver's tolerances then mean the same for any grid."""
-    order = [problem.reference, *(option for option in problem.options if option != problem.reference)]
-    tie_break = {option: place * TIE_BREAK for place, option in enumerate(order)}
-    grams = {
-        group: {option: problem.options[option].grams(estimate) for option, estimate in row.items()}
-        for group, row in rows.items()
-    }
-    dearest = max((cost for row in grams.values() for cost in row.values()), default=0.0) or 1.0
-    model.setObjective(
-        pulp.LpAffineExpression(
-            [
-                (x[group][option], problem.weights[group] * (cost / dearest + tie_break[option]))
-                for group, row in grams.items()
-                for option, cost in row.items()
-            ]
-        )
-    )
-
-
-def _require(model: pulp.LpProblem, terms: list[tuple[pulp.LpVariable, float]], sense: int, limit: float) -> None:
-    # The operators (`model += a >= b`) would copy every expression twice.
-    model.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), sense, rhs=limit))
+        program.at_most(stated.pool(pool) * problem.requests_per_s * stated.weights * stated.seconds, capacity)
+    for bound in stated.bounds.values():
+        program.at_least(bound.row, bound.least)
+    x = program.solve()
+    for _ in range(_MOST_CUTS):
+        short = [] if x is None else [bound for bound in stated.bounds.values() if bound.short(x)]
+        if x is None or not short:
+            break
+        for bound in short:
+            program.at_least(bound.cut(x), bound.least)
+        x = program.solve()
+    return None if x is None else stated.rows(x)
 
 
 def _distribution(values: Mapping[str, float], reference: str, holdout: float) -> dict[str, float]:
@@ -257,39 +295,3 @@ def _distribution(values: Mapping[str, float], reference: str, holdout: float) -
         return {reference: 1.0}
     row = {reference: kept} if kept > 0.0 else {}
     return row | {option: value * (1.0 - kept) / taken for option, value in others.items()}
-
-
-def _all_reference(problem: Problem) -> Rows:
-    return {group: {problem.reference: 1.0} for group in problem.weights}
-
-
-def _expected(problem: Problem, rows: Rows, value: Callable[[str, OptionEstimate], float]) -> float:
-    """Mean of a value of options over the traffic, drawn by these rows."""
-    return sum(
-        problem.weights[group] * probability * value(option, problem.estimates[group][option])
-        for group, row in rows.items()
-        for option, probability in row.items()
-    )
-
-
-def _quality(problem: Problem, rows: Rows, metric: str) -> float:
-    return _expected(problem, rows, lambda _, estimate: estimate.quality[metric])
-
-
-def _solution(problem: Problem, rows: Rows, status: PolicyStatus) -> Solution:
-    def grams(option: str, estimate: OptionEstimate) -> float:
-        return problem.options[option].grams(estimate)
-
-    reference = _all_reference(problem)
-    quality: dict[str, float] = {}
-    for metric in problem.bounds:
-        # Nothing but the reference: what is served is the reference's quality, known or not.
-        whole = 0.0 if rows == reference else _quality(problem, reference, metric)
-        quality[metric] = _quality(problem, rows, metric) / whole if whole > 0.0 else 1.0
-    return Solution(
-        status=status,
-        rows=rows,
-        g_per_request=_expected(problem, rows, grams),
-        reference_g_per_request=_expected(problem, reference, grams),
-        quality=quality,
-    )

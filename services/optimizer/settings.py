@@ -82,12 +82,13 @@ class OptimizerSettings(BaseSettings):
         default=20.0, gt=0, description="Effective judged prompts of an option, in all groups, before it may be used"
     )
     caution: float = Field(
-        default=1.8,
+        default=1.645,
         ge=0,
-        description="Standard deviations of the quality of all traffic by which less than its mean is counted on",
+        description="Standard deviations of all traffic's quality by which less than its mean is counted on, where one "
+        "metric is bound; of several each is counted on for less, so that all hold together as often",
     )
     cautions: dict[str, float] = Field(
-        default={}, description='The same by metric, where it differs: JSON {"correctness": 0.5}'
+        default={}, description='The same by metric, whatever else is bound: JSON {"correctness": 0.5}'
     )
 
     # When

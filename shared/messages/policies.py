@@ -15,7 +15,12 @@ class OptionEstimate(Value):
 
     energy_kwh: float = Field(ge=0)
     processing_s: float = Field(ge=0)
-    quality: dict[str, float] = Field(description="By metric")
+    quality: dict[str, float] = Field(description="Expected, by metric")
+    doubt: dict[str, tuple[float, float, float]] = Field(
+        default={},
+        description="By metric, how far it may be off against the reference's: standard deviations of what is the "
+        "group's own, of what it shares with its family, and of what it shares with all; none where nothing is doubted",
+    )
     group_quality: dict[str, float] = Field(
         default={}, description="By metric with a group floor: what is counted on for this group by itself"
     )
@@ -34,6 +39,11 @@ class PolicyInputs(Value):
     k0_max_g_per_kwh: float = Field(ge=0, description="Over the trailing window")
     xi: dict[str, float] = Field(description="Largest relative loss tolerated, by metric")
     weights: dict[str, Probability] = Field(description="Traffic share by group")
+    families: dict[str, str] = Field(default={}, description="Of groups that are about alike things, by group")
+    cautions: dict[str, float] = Field(
+        default={},
+        description="By metric, standard deviations of all traffic's quality taken off what is expected",
+    )
     estimates: dict[str, dict[str, OptionEstimate]] = Field(description="By group, then option")
     holdout: Probability
 
@@ -52,7 +62,7 @@ class Policy(Message):
     groups: dict[str, dict[str, Probability]] = Field(description="By group, then option")
     overall: dict[str, Probability] = Field(description="Row for a group that the policy does not name")
     bounds: dict[str, float] = Field(description="Quality relative to the reference that was required, by metric")
-    expected_quality: dict[str, float] = Field(description="Quality relative to the reference expected, by metric")
+    expected_quality: dict[str, float] = Field(description="Quality relative to the reference counted on, by metric")
     expected_g_per_request: float = Field(ge=0)
     reference_g_per_request: float = Field(ge=0, description="The same traffic, all on the reference option")
     inputs: PolicyInputs

@@ -223,12 +223,11 @@ def test_images_hold_only_their_own_packages(compose: Compose) -> None:
     assert installed["triton"] == {"nvidia-pytriton", "numpy"}
     having = {
         package: {service for service in SERVICES if package in installed[service]}
-        for package in ("tritonclient", "highspy", "pulp", "asyncpg", "pip", "pytest")
+        for package in ("tritonclient", "highspy", "asyncpg", "pip", "pytest")
     }
     assert having == {
         "tritonclient": {"router", "evaluator"},
         "highspy": {"optimizer"},
-        "pulp": {"optimizer"},
         "asyncpg": {"optimizer", "evaluator", "ledger"},
         "pip": set(),
         "pytest": set(),

@@ -177,16 +177,23 @@ def test_a_group_with_few_judged_prompts_leans_on_the_whole():
     seen = consumed(*(footprint(group, level, 500) for group in "ab" for level in ("L0", "L1") for _ in range(50)))
     counts = [("a", "p/L0", 500, 1_000), ("a", "p/L1", 400, 1_000), ("b", "p/L1", 2, 2), ("b", "p/L0", 0, 2)]
     found = believed(seen, judged(*counts))
-    # Two of two are next to nothing: half of the traffic is not left to chance. Of 1,000 the margin is 0.06.
-    assert found.groups["b"]["p/L1"].quality["preference"] < 0.1
-    assert found.groups["a"]["p/L1"].quality["preference"] == pytest.approx(0.34, abs=0.02)
+    few, many = found.groups["b"]["p/L1"], found.groups["a"]["p/L1"]
+    reference = found.groups["b"]["p/L0"].quality["preference"]
+    assert -0.1 < few.quality["preference"] - reference < 0.2
+    assert many.quality["preference"] == pytest.approx(0.4, abs=0.01)
+    # Two of two are next to nothing: half of the traffic is not left to chance.
+    assert math.hypot(*few.doubt["preference"]) > 5 * math.hypot(*many.doubt["preference"])
+    # Half of each.
+    assert found.whole["p/L1"].doubt["preference"][0] > 0.4 * math.hypot(*few.doubt["preference"])
 
 
-def test_nothing_is_taken_off_the_reference():
+def test_the_reference_is_not_doubted():
     seen = consumed(*(footprint("a", level, 500) for level in ("L0", "L1") for _ in range(50)))
     found = believed(seen, judged(("a", "p/L0", 30, 60), ("a", "p/L1", 30, 60)))
-    assert found.groups["a"]["p/L0"].quality["preference"] == pytest.approx(0.5)
-    assert found.groups["a"]["p/L1"].quality["preference"] < 0.46
+    for option in ("p/L0", "p/L1"):
+        assert found.groups["a"][option].quality["preference"] == pytest.approx(0.5)
+    assert found.groups["a"]["p/L0"].doubt == found.whole["p/L0"].doubt == {}
+    assert math.hypot(*found.groups["a"]["p/L1"].doubt["preference"]) == pytest.approx(math.sqrt(1 / 60), rel=0.1)
 
 
 def test_a_floor_of_a_group_is_counted_on_by_that_group_alone():
@@ -196,7 +203,10 @@ def test_a_floor_of_a_group_is_counted_on_by_that_group_alone():
     rules = OptimizerSettings(floors={"preference": 0.8}).estimate_rules
     found = believed(seen, evidence, rules=rules).groups["g3"]
     assert found["p/L0"].group_quality == found["p/L0"].quality
-    assert 0.0 < found["p/L1"].group_quality["preference"] < found["p/L1"].quality["preference"] < 0.5
+    single = rules.quality.posterior.caution * math.hypot(*found["p/L1"].doubt["preference"])
+    counted_on = found["p/L1"].quality["preference"] - single
+    assert found["p/L1"].group_quality["preference"] == pytest.approx(counted_on)
+    assert 0.0 < counted_on < 0.5
     assert believed(seen, evidence).groups["g3"]["p/L1"].group_quality == {}
 
 
@@ -234,15 +244,19 @@ def test_a_metric_counts_for_the_share_of_a_groups_prompts_that_it_can_be_told_o
     assert [preferred.share(group) for group in ("essays", "mixed", "sums", "unheard-of")] == [1.0] * 4
 
 
-def test_caution_may_differ_by_metric():
-    evidence = told(sums={"preference": (50, 100), "correctness": (50, 100)})
-    rules = OptimizerSettings(caution=1.0, cautions={"correctness": 0.0}).estimate_rules.quality
-    careful, plain = (
-        evidence.posterior(name, "p/L0", NOW.timestamp(), rules) for name in ("preference", "correctness")
-    )
-    for believed_of, margin in ((plain, 0.0), (careful, math.sqrt(1.0 / 100))):
-        counted = believed_of.counted_on("sums", "p/L1", believed_of.spread({"sums": 1.0}))
-        assert believed_of.mean("sums", "p/L1") - counted == pytest.approx(margin, rel=0.05)
+def test_several_bounds_hold_together_as_often_as_one():
+    """Of two each may be missed half as often, of three a third: 1.645 standard deviations become 1.96 and 2.13."""
+    rules = OptimizerSettings().estimate_rules.quality
+    assert rules.cautions_of(["preference"]) == {"preference": pytest.approx(1.645)}
+    assert rules.cautions_of(["preference", "correctness"])["correctness"] == pytest.approx(1.960, abs=1e-3)
+    assert rules.cautions_of(["a", "b", "c"])["b"] == pytest.approx(2.128, abs=1e-3)
+
+
+def test_a_caution_that_is_given_by_metric_is_taken_as_it_is():
+    rules = OptimizerSettings(caution=0.0, cautions={"correctness": 0.5}).estimate_rules
+    assert rules.quality.cautions_of(["preference", "correctness"]) == {"preference": 0.0, "correctness": 0.5}
+    seen = consumed(*(footprint("sums", level, 500) for level in ("L0", "L1") for _ in range(50)))
+    assert believed(seen, told(sums={"preference": (50, 100)}), rules=rules).cautions == {"preference": 0.0}
 
 
 def test_only_a_material_change_of_the_estimates_calls_for_a_solve():

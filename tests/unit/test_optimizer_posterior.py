@@ -11,7 +11,7 @@ from services.optimizer.posterior import Posterior, PosteriorRules
 from services.optimizer.settings import OptimizerSettings
 
 REF, BRIEF, OTHER = "p/L0", "p/L1", "q/L0"
-RULES = PosteriorRules(pseudo_trials=20.0, prior_trials=2.0, min_trials=20.0, caution=1.0)
+RULES = PosteriorRules(pseudo_trials=20.0, prior_trials=2.0, min_trials=20.0)
 
 
 def of_reference(right: float, trials: float) -> Judged:
@@ -26,12 +26,13 @@ def group(right: int, brief: int, both: int, trials: int) -> dict[str, Judged]:
     return {REF: of_reference(right, trials), BRIEF: paired(brief, right, both, trials)}
 
 
-def margin(posterior: Posterior, name: str, weights: dict[str, float], option: str = BRIEF) -> float:
-    return posterior.mean(name, option) - posterior.counted_on(name, option, posterior.spread(weights))
+def deviation(posterior: Posterior, name: str, option: str = BRIEF) -> float:
+    """Standard deviation of a group's difference from the reference."""
+    return math.hypot(*posterior.doubt(name, option))
 
 
-def on_all_traffic(posterior: Posterior, weights: dict[str, float]) -> float:
-    return sum(weight * margin(posterior, name, weights) for name, weight in weights.items())
+def of_all(posterior: Posterior, groups) -> float:
+    return posterior.doubt_of_all(BRIEF, equal(groups))
 
 
 def equal(names) -> dict[str, float]:
@@ -39,13 +40,12 @@ def equal(names) -> dict[str, float]:
 
 
 def test_answers_that_are_right_and_wrong_together_tell_more_than_their_shares():
-    weights = {"sums": 1.0}
     alike = Posterior({"sums": group(500, 490, 485, 1_000)}, REF, RULES)
     apart = Posterior({"sums": group(500, 490, 245, 1_000)}, REF, RULES)
     assert alike.mean("sums", BRIEF) == pytest.approx(0.49, abs=1e-4)
     # 20 of 1,000 prompts differ, or half of them: the standard error of a mean difference of 0.01.
-    assert margin(alike, "sums", weights) == pytest.approx(math.sqrt(0.02 / 1_000), rel=0.05)
-    assert margin(apart, "sums", weights) == pytest.approx(math.sqrt(0.5 / 1_000), rel=0.05)
+    assert deviation(alike, "sums") == pytest.approx(math.sqrt(0.02 / 1_000), rel=0.05)
+    assert deviation(apart, "sums") == pytest.approx(math.sqrt(0.5 / 1_000), rel=0.05)
 
 
 def test_what_is_not_known_to_go_together_is_taken_to_exclude_each_other_as_far_as_it_can():
@@ -55,13 +55,13 @@ def test_what_is_not_known_to_go_together_is_taken_to_exclude_each_other_as_far_
     known = Posterior({"a": group(500, 490, 0, 1_000)}, REF, RULES)
     for posterior in (unknown, known):
         assert posterior.mean("a", BRIEF) == pytest.approx(0.49, abs=1e-4)
-        assert margin(posterior, "a", {"a": 1.0}) == pytest.approx(math.sqrt(0.99 / 1_000), rel=0.05)
+        assert deviation(posterior, "a") == pytest.approx(math.sqrt(0.99 / 1_000), rel=0.05)
 
 
 def test_counts_with_and_without_pairs_add_up():
     mixed = {"a": {REF: of_reference(100, 200), BRIEF: Judged(50, 100) + paired(50, 50, 45, 100)}}
     squared = [
-        margin(Posterior(judged, REF, RULES), "a", {"a": 1.0}) ** 2
+        deviation(Posterior(judged, REF, RULES), "a") ** 2
         for judged in ({"a": group(100, 100, 90, 200)}, mixed, {"a": group(100, 100, 0, 200)})
     ]
     assert squared[1] == pytest.approx(fmean((squared[0], squared[2])), rel=0.02)
@@ -79,9 +79,9 @@ def test_an_option_is_compared_on_the_prompts_that_it_was_judged_on():
 def test_no_difference_seen_is_not_no_difference():
     """Of 50 prompts none was lost; 3 in 100 may be."""
     posterior = Posterior({"a": group(50, 50, 50, 50)}, REF, RULES)
-    assert margin(posterior, "a", {"a": 1.0}) == pytest.approx(math.sqrt(0.02 / 50), rel=0.1)
+    assert deviation(posterior, "a") == pytest.approx(math.sqrt(0.02 / 50), rel=0.1)
     one_each = Posterior({f"g{n}": group(1, n % 2, n % 2, 1) for n in range(24)}, REF, RULES)
-    assert on_all_traffic(one_each, equal([f"g{n}" for n in range(24)])) > 0.1
+    assert of_all(one_each, [f"g{n}" for n in range(24)]) > 0.1
 
 
 def test_the_same_answers_elsewhere_are_not_doubted():
@@ -89,7 +89,7 @@ def test_the_same_answers_elsewhere_are_not_doubted():
     posterior = Posterior(judged, REF, RULES, same=(REF, OTHER))
     assert posterior.suffices(OTHER)
     assert posterior.mean("a", OTHER) == posterior.mean("a", REF)
-    assert margin(posterior, "a", {"a": 1.0}, OTHER) == 0.0
+    assert deviation(posterior, "a", OTHER) == 0.0
 
 
 def test_a_group_with_few_judged_prompts_takes_the_difference_of_the_whole_and_keeps_its_own_level():
@@ -119,7 +119,7 @@ def test_a_family_lends_what_the_whole_does_not_know():
     assert without.mean("new sum", BRIEF) == pytest.approx(without.mean("new question", BRIEF))
 
 
-def test_the_margins_of_all_groups_make_up_that_of_all_traffic():
+def test_doubts_about_single_groups_cancel_out_in_part():
     judged = {f"g{n}": group(60, 40 + n, 30, 60 + 20 * n) for n in range(12)}
     effect = Effect(
         {name: Difference.between(row[BRIEF], row[REF]) for name, row in judged.items()}, {},
@@ -127,34 +127,38 @@ def test_the_margins_of_all_groups_make_up_that_of_all_traffic():
     )  # fmt: skip
     posterior = Posterior(judged, REF, RULES)
     weights = {name: (place + 1) / 78 for place, name in enumerate(judged)}
+    assert all(posterior.doubt(name, BRIEF) == effect.deviations(name) for name in judged)
     doubts = [[weight * one for one in effect.deviations(name)] for name, weight in weights.items()]
     own, _, common = zip(*doubts, strict=True)
-    assert on_all_traffic(posterior, weights) == pytest.approx(math.hypot(*own, sum(common)))
-    # Twelve doubts cancel out in part; a single group bears its own, as does one with a floor.
-    single = margin(posterior, "g3", {"g3": 1.0})
-    assert on_all_traffic(posterior, weights) < 0.5 * single
-    assert single == pytest.approx(math.hypot(*effect.deviations("g3")))
-    assert posterior.mean("g3", BRIEF) - posterior.counted_on_alone("g3", BRIEF) == pytest.approx(single)
+    together = posterior.doubt_of_all(BRIEF, weights)
+    assert together == pytest.approx(math.hypot(*own, sum(common)))
+    single = deviation(posterior, "g3")
+    assert together < 0.5 * single
+    assert posterior.doubt_of_all(BRIEF, {"g3": 1.0}) == pytest.approx(single)
+
+
+def test_a_floor_is_counted_on_by_the_group_alone():
+    rules = PosteriorRules(pseudo_trials=20.0, prior_trials=2.0, min_trials=20.0, caution=2.0)
+    posterior = Posterior({f"g{n}": group(60, 50, 40, 100) for n in range(12)}, REF, rules)
+    counted_on = posterior.mean("g3", BRIEF) - 2.0 * deviation(posterior, "g3")
+    assert posterior.counted_on_alone("g3", BRIEF) == pytest.approx(counted_on)
 
 
 def test_what_is_known_of_an_option_does_not_hang_on_another():
     judged = {f"g{n}": group(60, 55, 50, 100) for n in range(24)}
-    alone = on_all_traffic(Posterior(judged, REF, RULES), equal(judged))
+    alone = of_all(Posterior(judged, REF, RULES), judged)
     judged["g0"] = judged["g0"] | {"p/L2": paired(1, 1, 1, 1)}
-    assert on_all_traffic(Posterior(judged, REF, RULES), equal(judged)) == pytest.approx(alone)
+    assert of_all(Posterior(judged, REF, RULES), judged) == pytest.approx(alone)
 
 
 TWELVE_EACH, MANY_EACH, UNEVEN = [12] * 16, [150] * 16, [1_000, *[10] * 23]
 FAMILIES, UNEVEN_FAMILIES = [20] * 24, [500, 10, 10, 10, 10, 10] * 4
 
 
-def drawn(
-    sizes: list[int], to_a_family: int, caution: float, chance: random.Random
-) -> tuple[dict[str, float], Posterior]:
+def drawn(sizes: list[int], to_a_family: int, chance: random.Random) -> tuple[dict[str, float], Posterior]:
     """Groups drawn at random: what a brief answer changes in truth, and what is believed of two answers to so many
     prompts each.
     """
-    rules = PosteriorRules(pseudo_trials=20.0, prior_trials=2.0, min_trials=20.0, caution=caution)
     families = {f"g{n}": f"f{n // to_a_family}" for n in range(len(sizes))}
     of_family = {family: chance.uniform(-0.05, 0.05) for family in sorted({*families.values()})}
     judged, truth = {}, {}
@@ -167,7 +171,7 @@ def drawn(
         second = [chance.random() < ((1 - lost) if one else gained) for one in first]
         both = sum(one and other for one, other in zip(first, second, strict=True))
         judged[name] = group(sum(first), sum(second), both, size)
-    return truth, Posterior(judged, REF, rules, families=families)
+    return truth, Posterior(judged, REF, RULES, families=families)
 
 
 # How much groups differ is itself estimated, badly where few of them were judged much, in families.
@@ -181,35 +185,24 @@ DRAWS = pytest.mark.parametrize(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("moved", "least", "least_unlike"), [(1.0, 0.9, 0.84), (5 / 6, 0.9, 0.84), (1 / 2, 0.86, 0.78)]
+)
 @DRAWS
-def test_what_is_counted_on_holds_as_often_as_its_standard_deviations_promise(sizes, to_a_family, unlike):
-    """The smallest groups are all the traffic, and served briefly."""
-    chance = random.Random(len(sizes))
-    served = [f"g{n}" for n, size in enumerate(sizes) if size == min(sizes)]
-    kept = []
-    for _ in range(300):
-        truth, posterior = drawn(sizes, to_a_family, 1.645, chance)
-        spread = posterior.spread(equal(served))
-        counted = [posterior.counted_on(name, BRIEF, spread) - posterior.mean(name, REF) for name in served]
-        kept.append(fmean(counted) <= fmean(truth[name] for name in served))
-    assert (0.84 if unlike else 0.9) <= fmean(kept) <= 0.99
-
-
-@pytest.mark.parametrize(("moved", "least", "least_unlike"), [(5 / 6, 0.88, 0.82), (1 / 2, 0.82, 0.66)])
-@DRAWS
-def test_the_default_caution_holds_where_most_of_the_traffic_is_moved(
+def test_what_is_counted_on_holds_as_often_as_the_default_caution_promises(
     sizes, to_a_family, unlike, moved, least, least_unlike
 ):
-    """Those of which most is believed, as a program would choose them; of less, doubts cancel out less."""
+    """The groups of which most is believed are served briefly, as a program would choose them."""
     chance = random.Random(len(sizes))
+    caution = OptimizerSettings().caution
     kept = []
     for _ in range(300):
-        truth, posterior = drawn(sizes, to_a_family, OptimizerSettings().caution, chance)
-        spread = posterior.spread(equal(truth))
-        counted = {name: posterior.counted_on(name, BRIEF, spread) - posterior.mean(name, REF) for name in truth}
-        best = sorted(counted, key=lambda name: -counted[name])[: int(len(counted) * moved)]
-        kept.append(fmean(counted[name] for name in best) <= fmean(truth[name] for name in best))
-    assert (least_unlike if unlike else least) <= fmean(kept) <= 0.98
+        truth, posterior = drawn(sizes, to_a_family, chance)
+        believed = {name: posterior.mean(name, BRIEF) - posterior.mean(name, REF) for name in truth}
+        best = sorted(believed, key=lambda name: -believed[name])[: int(len(believed) * moved)]
+        counted_on = fmean(believed[name] for name in best) - caution * of_all(posterior, best)
+        kept.append(counted_on <= fmean(truth[name] for name in best))
+    assert (least_unlike if unlike else least) <= fmean(kept) <= 0.99
 
 
 def test_without_evidence_there_is_no_quality():
@@ -217,4 +210,4 @@ def test_without_evidence_there_is_no_quality():
     assert not posterior.suffices(BRIEF)
     assert not posterior.suffices(REF)
     assert posterior.mean("a", BRIEF) == 0.0
-    assert posterior.counted_on("a", BRIEF, posterior.spread({"a": 1.0})) == 0.0
+    assert posterior.counted_on_alone("a", BRIEF) == posterior.doubt_of_all(BRIEF, {"a": 1.0}) == 0.0

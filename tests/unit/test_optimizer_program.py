@@ -1,12 +1,16 @@
 """The linear program: rows are distributions, bounds are kept, the paper's schemes are restrictions."""
 
 import itertools
+import math
+from dataclasses import replace
+from statistics import fmean
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.optimizer.program import Option, Problem, solve
+from services.optimizer.program import Option, Problem, Solution, solve
 from shared.messages import OptionEstimate
 
 LEVELS = ("L0", "L1", "L2")
@@ -123,6 +127,74 @@ def test_floors_are_given_up_first_then_capacity():
     solution = solve(two)
     assert solution.status == "floors_dropped"
     assert solution.rows["g"] == pytest.approx({"a/L0": 0.5, "b/L0": 0.5})
+
+
+doubts = st.floats(0.001, 0.3)
+
+
+def doubted(groups: dict[str, tuple[float, tuple[float, float, float]]], **more) -> Problem:
+    """Groups that L1 serves at half the cost; by how much less quality than 0.5, and how far that may be off."""
+    made = problem({group: [(1.0, 0.5), (0.5, 0.5 - loss)] for group, (loss, _) in groups.items()}, **more)
+    estimates = {
+        group: made.estimates[group]
+        | {"p/L1": made.estimates[group]["p/L1"].model_copy(update={"doubt": {"preference": doubt}})}
+        for group, (_, doubt) in groups.items()
+    }
+    return replace(made, estimates=estimates)
+
+
+def served_briefly(solution: Solution) -> dict[str, float]:
+    return {group: row.get("p/L1", 0.0) for group, row in solution.rows.items()}
+
+
+def test_of_one_group_as_much_is_moved_as_the_bound_leaves_to_loss_and_margin():
+    made = doubted({"g": (0.05, (0.03, 0.0, 0.04))}, bounds={"preference": 0.9}, cautions={"preference": 2.0})
+    solution = solve(made)
+    assert served_briefly(solution)["g"] == pytest.approx(0.05 / (0.05 + 2.0 * 0.05), abs=1e-4)
+    assert solution.quality["preference"] == pytest.approx(0.9, abs=2e-5)
+    assert solve(replace(made, cautions={})).rows["g"] == pytest.approx({"p/L1": 1.0})
+
+
+def test_doubts_of_their_own_cancel_out_those_that_are_shared_do_not():
+    """Equal groups are moved equally; four doubts of their own are half as much together as four that are shared."""
+    shares = []
+    for doubt in ((0.1, 0.0, 0.0), (0.0, 0.1, 0.0), (0.0, 0.0, 0.1)):
+        made = doubted(
+            {f"g{n}": (0.0, doubt) for n in range(4)},
+            families={"g0": "a", "g1": "a", "g2": "b", "g3": "b"},
+            bounds={"preference": 0.9},
+            cautions={"preference": 1.0},
+        )
+        shares.append(fmean(served_briefly(solve(made)).values()))
+    # 0.05 of loss is tolerated.
+    assert shares == pytest.approx([1.0, 0.05 / (0.1 / math.sqrt(2)), 0.05 / 0.1], abs=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    losses=st.lists(st.floats(-0.1, 0.2), min_size=2, max_size=2),
+    deviations=st.lists(st.tuples(doubts, doubts, doubts), min_size=2, max_size=2),
+    bound=st.floats(0.7, 1.0),
+    caution=st.floats(0.1, 3.0),
+    together=st.booleans(),
+)
+def test_a_margin_is_kept_and_nothing_is_given_away_as_brute_force_finds(losses, deviations, bound, caution, together):
+    made = doubted(
+        {f"g{n}": one for n, one in enumerate(zip(losses, deviations, strict=True))},
+        families={} if together else {"g0": "a", "g1": "b"},
+        bounds={"preference": bound},
+        cautions={"preference": caution},
+    )
+    first, second = np.meshgrid(np.linspace(0, 1, 401), np.linspace(0, 1, 401))
+    (own, family, common), (other, others_family, others_common) = deviations
+    shared = [first * family + second * others_family] if together else [first * family, second * others_family]
+    parts = [first * own, second * other, first * common + second * others_common, *shared]
+    margin = caution * np.sqrt(sum(np.square(part / 2) for part in parts))
+    quality = 0.5 - (first * losses[0] + second * losses[1]) / 2 - margin
+    grid = np.where(quality >= bound * 0.5, 1.0 - (first + second) / 4, np.inf).min()
+    solution = solve(made)
+    assert solution.quality["preference"] >= bound - 2e-5
+    assert grid - 0.005 <= solution.g_per_request <= grid + 1e-4
 
 
 @pytest.mark.parametrize(
