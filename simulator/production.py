@@ -199,7 +199,7 @@ class _Operator:
             self.evaluator_grams[hour] += grams / case.operation.requests_per_hour
 
     def _solved(self, now: datetime, k0: float, bounds: Mapping[str, float]) -> _Decision:
-        world = self._case.world
+        case, world = self._case, self._case.world
         x = np.zeros((len(world.groups), len(world.options)))
         believed = estimate(
             self._consumption,
@@ -222,9 +222,9 @@ class _Operator:
             weights=believed.weights,
             families=believed.families,
             estimates=believed.groups,
-            cautions=believed.cautions,
+            cautions=case.operation.optimizer.aims.caution.together(bounds),
             bounds=bounds,
-            holdout=self._case.operation.optimizer.holdout,
+            holdout=case.operation.optimizer.holdout,
         )
         solution = solve(problem)
         for g, group in enumerate(world.groups):

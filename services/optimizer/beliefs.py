@@ -73,7 +73,7 @@ class Beliefs:
             consumption.observe(footprint, now_s=now_s, memory=self._rules.memory)
 
     def estimate(self, model: str, now: datetime) -> Estimates | None:
-        """What to count on at an event time; null as long as no footprint of the reference is known."""
+        """What is believed at an event time; null as long as no footprint of the reference is known."""
         consumption = self.consumption.get(model, Consumption())
         grouping = self._learned(model)
         if grouping is not None:

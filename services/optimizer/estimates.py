@@ -5,6 +5,7 @@ pseudo-requests: a group in which an option was never seen is expected to take w
 option's usual ratio to it.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -47,7 +48,6 @@ class Estimates:
         groups: by group, then option; options without evidence are left out, the reference never.
         whole: by option: the mean over the traffic, for groups without a row.
         families: of groups that are about alike things, by group that has a row.
-        cautions: by metric, standard deviations of all traffic's quality by which less than its mean is counted on.
         requests_per_s: of the model.
         withheld: why an option may not be used, by option.
     """
@@ -56,7 +56,6 @@ class Estimates:
     groups: dict[str, Row]
     whole: Row
     families: dict[str, str] = field(default_factory=dict)
-    cautions: dict[str, float] = field(default_factory=dict)
     requests_per_s: float
     withheld: dict[str, str] = field(default_factory=dict)
 
@@ -104,9 +103,8 @@ def estimate(
     return Estimates(
         weights=weights,
         groups=rows,
-        whole=_averaged({group: rows.get(group) or row(group) for group in everyone}, everyone, posteriors),
+        whole=_whole({group: rows.get(group) or row(group) for group in everyone}, everyone, posteriors, rules.floors),
         families={group: family for group in groups if (family := evidence.family(group)) is not None},
-        cautions=rules.quality.cautions_of(metrics),
         requests_per_s=consumption.requests_per_s(now_s, rules.memory),
         withheld=withheld,
     )
@@ -186,35 +184,40 @@ def _believed(
         quality={metric: one.mean(group, option) for metric, one in known.items()},
         doubt={metric: doubt for metric, one in known.items() if any(doubt := one.doubt(group, option))},
         group_quality={
-            metric: one.counted_on_alone(group, option) for metric, one in posteriors.items() if metric in floors
+            metric: one.counted_on(one.mean(group, option), math.hypot(*one.doubt(group, option)))
+            for metric, one in posteriors.items()
+            if metric in floors
         },
         trials=min((one.group_trials(group, option) for one in posteriors.values()), default=0.0),
         requests=cost.requests,
     )
 
 
-def _averaged(rows: Mapping[str, Row], weights: Mapping[str, float], posteriors: Mapping[str, Posterior]) -> Row:
-    """The mean over groups by traffic, in whose doubt theirs cancel out in part."""
-    options = next(iter(rows.values()))
+def _whole(
+    rows: Mapping[str, Row], weights: Mapping[str, float], posteriors: Mapping[str, Posterior], floors: Collection[str]
+) -> Row:
+    """All traffic as one group: the mean over groups by traffic, in whose doubt theirs cancel out in part."""
 
-    def mean(option: str, value: Callable[[OptionEstimate], float]) -> float:
-        return sum(weights[group] * value(row[option]) for group, row in rows.items())
+    def mean(value: Callable[[str], float]) -> float:
+        return sum(weights[group] * value(group) for group in rows)
 
-    return {
-        option: OptionEstimate(
-            energy_kwh=mean(option, lambda one: one.energy_kwh),
-            processing_s=mean(option, lambda one: one.processing_s),
-            quality={
-                metric: mean(option, lambda one, metric=metric: one.quality[metric])  # type: ignore[misc]
-                for metric in options[option].quality
+    def option_of_all(option: str) -> OptionEstimate:
+        cells = {group: row[option] for group, row in rows.items()}
+        known = next(iter(cells.values())).quality
+        quality = {metric: mean(lambda group, metric=metric: cells[group].quality[metric]) for metric in known}  # type: ignore[misc]
+        doubt = {metric: posteriors[metric].doubt_of_all(option, weights) for metric in known}
+        return OptionEstimate(
+            energy_kwh=mean(lambda group: cells[group].energy_kwh),
+            processing_s=mean(lambda group: cells[group].processing_s),
+            quality=quality,
+            doubt={metric: (deviation, 0.0, 0.0) for metric, deviation in doubt.items() if deviation > 0.0},
+            group_quality={
+                metric: posteriors[metric].counted_on(quality[metric], doubt[metric])
+                for metric in known
+                if metric in floors
             },
-            doubt={
-                metric: (doubt, 0.0, 0.0)
-                for metric in options[option].quality
-                if (doubt := posteriors[metric].doubt_of_all(option, weights)) > 0.0
-            },
-            trials=sum(row[option].trials for row in rows.values()),
-            requests=sum(row[option].requests for row in rows.values()),
+            trials=sum(cell.trials for cell in cells.values()),
+            requests=sum(cell.requests for cell in cells.values()),
         )
-        for option in options
-    }
+
+    return {option: option_of_all(option) for option in next(iter(rows.values()))}

@@ -19,7 +19,13 @@ _TIME_LIMIT_S = 10.0
 
 
 class LinearProgram:
-    """Minimises a cost over variables; a row is what their values are multiplied by and summed up."""
+    """Minimises a cost over variables; a row is what their values are multiplied by and summed up.
+
+    Rows may be given as a vector, or as a matrix with one in every line; variables after its end are not in them.
+
+    Attributes:
+        size: number of variables.
+    """
 
     def __init__(self, costs: Floats, *, least: Floats) -> None:
         """State the objective.
@@ -27,6 +33,7 @@ class LinearProgram:
         Args:
             least: of every variable.
         """
+        self.size = 0
         self._highs = highspy.Highs()  # type: ignore[no-untyped-call] # its constructor alone has no types
         for option, value in {
             "output_flag": False,
@@ -37,20 +44,27 @@ class LinearProgram:
             "dual_feasibility_tolerance": SOLVER_TOLERANCE,
         }.items():
             self._highs.setOptionValue(option, value)
+        self.add(costs, least=least)
+
+    def add(self, costs: Floats, *, least: Floats) -> range:
+        """More variables; returns their places."""
+        places = range(self.size, self.size + len(costs))
         self._highs.addVars(len(costs), least, np.full(len(costs), highspy.kHighsInf))
-        self._highs.changeColsCost(len(costs), np.arange(len(costs), dtype=np.int32), costs)
+        self._highs.changeColsCost(len(costs), np.array(places, dtype=np.int32), costs)
+        self.size += len(costs)
+        return places
 
-    def equal(self, row: Floats, value: float) -> None:
-        """What a row comes to must be a value."""
-        self._require(row, value, value)
+    def equal(self, rows: Floats, value: float | Floats) -> None:
+        """What rows come to must be a value."""
+        self._require(rows, value, value)
 
-    def at_least(self, row: Floats, value: float) -> None:
+    def at_least(self, rows: Floats, value: float | Floats) -> None:
         """It must be a value or more."""
-        self._require(row, value, highspy.kHighsInf)
+        self._require(rows, value, highspy.kHighsInf)
 
-    def at_most(self, row: Floats, value: float) -> None:
+    def at_most(self, rows: Floats, value: float | Floats) -> None:
         """It must be a value or less."""
-        self._require(row, -highspy.kHighsInf, value)
+        self._require(rows, -highspy.kHighsInf, value)
 
     def solve(self) -> Floats | None:
         """The values at an optimum; null where there is none, or none was found in time."""
@@ -59,9 +73,21 @@ class LinearProgram:
             return None
         return np.asarray(self._highs.getSolution().col_value, dtype=np.float64)
 
-    def _require(self, row: Floats, least: float, most: float) -> None:
-        places = np.flatnonzero(row)
-        self._highs.addRow(least, most, len(places), places.astype(np.int32), row[places])
+    def _require(self, rows: Floats, least: float | Floats, most: float | Floats) -> None:
+        rows = np.atleast_2d(rows)
+        lines, places = np.nonzero(rows)
+        begins = np.searchsorted(lines, np.arange(len(rows)))
+        status = self._highs.addRows(
+            len(rows),
+            np.broadcast_to(np.asarray(least, dtype=np.float64), len(rows)),
+            np.broadcast_to(np.asarray(most, dtype=np.float64), len(rows)),
+            len(lines),
+            begins.astype(np.int32),
+            places.astype(np.int32),
+            rows[lines, places],
+        )
+        if status == highspy.HighsStatus.kError:
+            raise ValueError("HiGHS takes no such rows: a number in them is not finite")
 
 
 def warm_up() -> None:

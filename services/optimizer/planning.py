@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from services.optimizer.bounds import InForce, TrailingRange, quality_bounds
+from services.optimizer.caution import Caution
 from services.optimizer.estimates import Estimates
 from services.optimizer.program import Option, Problem, Solution, solve
 from services.optimizer.triggers import Trigger
@@ -32,6 +33,7 @@ class Aims:
         xi: largest relative quality loss, by metric.
         constant_bounds: metrics for which it is tolerated at all times, not only on the dirtiest grid.
         floors: least quality of every group relative to the reference's, by metric.
+        caution: how much less than what is expected is counted on.
         holdout: least probability of the reference.
         validity: of a policy, event time.
     """
@@ -39,6 +41,7 @@ class Aims:
     xi: Mapping[str, float]
     constant_bounds: Collection[str] = ()
     floors: Mapping[str, float] = field(default_factory=dict)
+    caution: Caution = field(default_factory=Caution)
     holdout: float
     validity: timedelta
 
@@ -102,6 +105,8 @@ def make_policy(situation: Situation, *, fleet: Fleet, aims: Aims, version: int)
             k0_max_g_per_kwh=situation.range.k0_max,
             xi=dict(aims.xi),
             weights=estimates.weights,
+            families=estimates.families,
+            cautions=aims.caution.together(bounds),
             estimates=estimates.groups or {WHOLE: estimates.whole},
             holdout=aims.holdout,
         ),
@@ -134,7 +139,7 @@ def _problem(
         weights=weights,
         families=situation.estimates.families,
         estimates=rows,
-        cautions=situation.estimates.cautions,
+        cautions=aims.caution.together(bounds),
         bounds=bounds,
         floors=aims.floors,
         capacities={pool.name: float(pool.concurrency) for pool in pools if pool.concurrency is not None},

@@ -21,7 +21,7 @@ class PosteriorRules:
         pseudo_trials: judged prompts that the whole counts as, in each group, until the groups tell (`leaning.py`).
         prior_trials: judged prompts without any difference that the weak prior counts as, in the whole.
         min_trials: effective judged prompts of an option, in the whole, before it may be used.
-        caution: standard deviations of quality by which less than the mean is counted on.
+        caution: standard deviations by which less than the mean is counted on for a bound on a group by itself.
     """
 
     pseudo_trials: float
@@ -43,9 +43,6 @@ class Posterior:
     A metric may be told of some prompts alone: whether an answer is right, say, where there is a right answer. A
     group's quality is then the success rate of these prompts times their share, so that a bound on all traffic weighs
     them as they occur.
-
-    Attributes:
-        families: of groups that are about alike things, by group; one that is not named is of that without a name.
     """
 
     def __init__(
@@ -66,7 +63,7 @@ class Posterior:
             families: of groups that are about alike things, by group; null: all are of one.
             same: options whose answers are the reference's: of its level, by the same weights elsewhere.
         """
-        self.families = families or {}
+        self._families = families or {}
         self._same = {reference, *same}
         self._judged = judged
         self._reference = reference
@@ -80,7 +77,7 @@ class Posterior:
                     for group, row in judged.items()
                     if option in row
                 },
-                self.families,
+                self._families,
                 pseudo_trials=rules.pseudo_trials,
                 prior_trials=rules.prior_trials,
             )
@@ -131,15 +128,15 @@ class Posterior:
         own, of_families, of_all = 0.0, dict[str, float](), 0.0
         for group, weight in weights.items():
             alone, with_family, with_all = self.doubt(group, option)
-            family = self.families.get(group, "")
+            family = self._families.get(group, "")
             own = math.hypot(own, weight * alone)
             of_families[family] = of_families.get(family, 0.0) + weight * with_family
             of_all += weight * with_all
         return math.hypot(own, *of_families.values(), of_all)
 
-    def counted_on_alone(self, group: str, option: str) -> float:
-        """The mean less a margin for a bound on the group by itself."""
-        return max(0.0, self.mean(group, option) - self._rules.caution * math.hypot(*self.doubt(group, option)))
+    def counted_on(self, mean: float, deviation: float) -> float:
+        """The mean less a margin, for a bound on a group by itself."""
+        return max(0.0, mean - self._rules.caution * deviation)
 
     def _rate(self, group: str, option: str) -> float:
         one = self._of(group, self._reference)

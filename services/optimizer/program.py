@@ -13,7 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from services.optimizer.linear import Floats, LinearProgram
-from services.optimizer.margin import Margin
+from services.optimizer.margin import Length, parts_of
+from services.optimizer.posterior import SURE
 from shared.messages import OptionEstimate
 from shared.messages.policies import PolicyStatus
 
@@ -27,11 +28,11 @@ TIE_BREAK = 1e-6
 """Cost, relative to the dearest option's, that is added per place in the order: of equal options the earlier one is
 taken, first of all the reference."""
 
-_SLACK = 1e-5
-"""Of the reference's quality, by which a margin may be too small; what was judged tells no such difference."""
+SLACK = 1e-5
+"""Of the reference's quality, by which a bound may be missed; what was judged tells no such difference."""
 
-_MOST_CUTS = 20
-"""Tangents until the margin is as large as it should be; five or so do."""
+_MOST_ROUNDS = 50
+"""Solutions until margins are as large as they should be; five or so do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,8 +171,8 @@ class _Statement:
 
     @cached_property
     def bounds(self) -> "dict[str, _Bound]":
-        """By metric."""
-        return {metric: _Bound(self, metric) for metric in self.problem.bounds}
+        """By metric; a bound of 0 is none."""
+        return {metric: _Bound(self, metric, bound) for metric, bound in self.problem.bounds.items() if bound > 0.0}
 
     def costs(self) -> Floats:
         """The objective, in units of the dearest option: the solver's tolerances then mean the same for any grid."""
@@ -198,12 +199,12 @@ class _Statement:
         """What is counted on for a floor."""
         return np.array([estimate.group_quality.get(metric, estimate.quality[metric]) for estimate in self._estimates])
 
-    def margin(self, metric: str) -> Margin:
-        """What is taken off a metric of all traffic."""
-        doubts = np.array([estimate.doubt.get(metric, (0.0, 0.0, 0.0)) for estimate in self._estimates])
+    def doubted(self, metric: str) -> Floats:
+        """What the standard deviation of a metric of all traffic is the length of (`parts_of`)."""
+        doubts = np.array([estimate.doubt.get(metric, SURE) for estimate in self._estimates])
         groups = [group for group, _ in self.cells]
         families = [self.problem.families.get(group, "") for group in groups]
-        return Margin(self.problem.cautions.get(metric, 0.0), self.weights[:, None] * doubts, groups, families)
+        return parts_of(self.weights[:, None] * doubts, groups, families)
 
     def rows(self, x: Floats) -> Rows:
         """As distributions, from what the solver found."""
@@ -217,11 +218,12 @@ class _Statement:
     def solution(self, rows: Rows, status: PolicyStatus) -> Solution:
         """What is to be expected of these rows."""
         x = np.array([rows[group].get(option, 0.0) for group, option in self.cells])
-        quality: dict[str, float] = {}
-        for metric in self.problem.bounds:
-            # Nothing but the reference: what is served is the reference's quality, known or not.
-            only_reference = bool((x == self.reference).all())
-            quality[metric] = 1.0 if only_reference else self.bounds[metric].relative(x)
+        # Nothing but the reference: what is served is the reference's quality, known or not.
+        only_reference = bool((x == self.reference).all())
+        quality = {
+            metric: 1.0 if only_reference else _Bound(self, metric, bound).relative(x)
+            for metric, bound in self.problem.bounds.items()
+        }
         return Solution(
             status=status,
             rows=rows,
@@ -232,31 +234,32 @@ class _Statement:
 
 
 class _Bound:
-    """A bound on all traffic, less the margin of what is moved.
+    """A bound on all traffic, less the margin of what is moved."""
 
-    Attributes:
-        row: its quality.
-        least: that it must come to.
-    """
-
-    def __init__(self, stated: _Statement, metric: str) -> None:
-        self._margin = stated.margin(metric)
-        self.row = stated.weights * stated.quality(metric)
-        self._reference = float(self.row @ stated.reference)
-        self._bound = stated.problem.bounds[metric]
-        self.least = self._bound * self._reference
+    def __init__(self, stated: _Statement, metric: str, bound: float) -> None:
+        self._quality = stated.weights * stated.quality(metric)
+        self._reference = float(self._quality @ stated.reference)
+        self._bound = bound
+        self._caution = stated.problem.cautions.get(metric, 0.0)
+        self._doubted = stated.doubted(metric)
 
     def relative(self, x: Floats) -> float:
         """What is counted on for all traffic, over the reference's quality; 1 where that is 0."""
-        return (float(self.row @ x) - self._margin.on(x)) / self._reference if self._reference > 0.0 else 1.0
+        counted_on = float(self._quality @ x) - self._caution * float(np.linalg.norm(self._doubted @ x))
+        return counted_on / self._reference if self._reference > 0.0 else 1.0
 
     def short(self, x: Floats) -> bool:
         """Whether it is missed."""
-        return self.relative(x) < self._bound - _SLACK
+        return self.relative(x) < self._bound - SLACK
 
-    def cut(self, x: Floats) -> Floats:
-        """A row that is no stricter than the bound anywhere, and as strict at these probabilities."""
-        return self.row - self._margin.tangent(x)
+    def require(self, program: LinearProgram) -> Length:
+        """State it; the length is to be told wherever the bound is short."""
+        length = Length(program, self._doubted)
+        row = np.zeros(program.size)
+        row[: len(self._quality)] = self._quality
+        row[length.place] = -self._caution
+        program.at_least(row, self._bound * self._reference)
+        return length
 
 
 def _optimum(stated: _Statement, *, floors: Mapping[str, float], capacities: Mapping[str, float]) -> Rows | None:
@@ -264,25 +267,24 @@ def _optimum(stated: _Statement, *, floors: Mapping[str, float], capacities: Map
     problem = stated.problem
     program = LinearProgram(stated.costs(), least=problem.holdout * stated.reference)
     groups = stated.groups()
-    for here in groups:
-        program.equal(here, 1.0)
+    program.equal(groups, 1.0)
     for metric, floor in floors.items():
         of_reference = groups @ (stated.reference * stated.quality(metric))
-        for row, least in zip(groups * stated.group_quality(metric), floor * of_reference, strict=True):
-            program.at_least(row, float(least))
+        program.at_least(groups * stated.group_quality(metric), floor * of_reference)
     for pool, capacity in capacities.items():
         program.at_most(stated.pool(pool) * problem.requests_per_s * stated.weights * stated.seconds, capacity)
-    for bound in stated.bounds.values():
-        program.at_least(bound.row, bound.least)
-    x = program.solve()
-    for _ in range(_MOST_CUTS):
-        short = [] if x is None else [bound for bound in stated.bounds.values() if bound.short(x)]
-        if x is None or not short:
-            break
-        for bound in short:
-            program.at_least(bound.cut(x), bound.least)
-        x = program.solve()
-    return None if x is None else stated.rows(x)
+    lengths = [(bound, bound.require(program)) for bound in stated.bounds.values()]
+    for _ in range(_MOST_ROUNDS):
+        values = program.solve()
+        if values is None:
+            return None
+        x = values[: len(stated.cells)]
+        short = [length for bound, length in lengths if bound.short(x)]
+        if not short:
+            return stated.rows(x)
+        for length in short:
+            length.hold(x)
+    return None
 
 
 def _distribution(values: Mapping[str, float], reference: str, holdout: float) -> dict[str, float]:

@@ -2,15 +2,12 @@
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from statistics import NormalDist
 
+from services.optimizer.caution import Caution
 from services.optimizer.decay import DecayedSums
 from services.optimizer.differences import Judged
 from services.optimizer.posterior import Posterior, PosteriorRules
 from shared.messages import Quality, QualityCount
-
-_OFTEN_MISSED = 0.05
-"""Share of cases in which a single bound may be missed with the default caution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,30 +17,16 @@ class QualityRules:
     Attributes:
         half_life_s: of a count, event time.
         posterior: what is believed of them.
-        cautions: by metric, where it is not that of `posterior`, whatever else is bound.
+        caution: for a bound on a group by itself.
     """
 
     half_life_s: float
     posterior: PosteriorRules
-    cautions: Mapping[str, float] = field(default_factory=dict)
+    caution: Caution = field(default_factory=Caution)
 
     def of(self, metric: str) -> PosteriorRules:
         """The rules of a metric."""
-        return replace(self.posterior, caution=self.cautions.get(metric, self.posterior.caution))
-
-    def cautions_of(self, metrics: Collection[str]) -> dict[str, float]:
-        """By metric, such that all bounds hold together as often as a single one would.
-
-        Each may then be missed in a share of cases alone that is smaller by their number (Bonferroni), for which the
-        caution grows as it does at 95 %: of two bounds by 1.96/1.645.
-        """
-        usual = self.posterior.caution * _quantile(_OFTEN_MISSED / max(len(metrics), 1)) / _quantile(_OFTEN_MISSED)
-        return {metric: self.cautions.get(metric, usual) for metric in metrics}
-
-
-def _quantile(missed: float) -> float:
-    """Standard deviations of a normal distribution that it falls short of its mean by in so small a share of cases."""
-    return NormalDist().inv_cdf(1.0 - missed)
+        return replace(self.posterior, caution=self.caution.alone(metric))
 
 
 class QualityEvidence:

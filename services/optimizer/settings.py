@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from services.optimizer.caution import Caution
 from services.optimizer.consumption import Memory
 from services.optimizer.estimates import EstimateRules
 from services.optimizer.planning import Aims
@@ -85,7 +86,7 @@ class OptimizerSettings(BaseSettings):
         default=1.645,
         ge=0,
         description="Standard deviations of all traffic's quality by which less than its mean is counted on, where one "
-        "metric is bound; of several each is counted on for less, so that all hold together as often",
+        "metric is bound; of two each takes 1.19 times as many, so that both hold as often as one would at 1.645",
     )
     cautions: dict[str, float] = Field(
         default={}, description='The same by metric, whatever else is bound: JSON {"correctness": 0.5}'
@@ -130,12 +131,17 @@ class OptimizerSettings(BaseSettings):
         return self
 
     @property
+    def _caution(self) -> Caution:
+        return Caution(self.caution, self.cautions)
+
+    @property
     def aims(self) -> Aims:
         """What the operator wants."""
         return Aims(
             xi=self.xi,
             constant_bounds=self.constant_bounds,
             floors=self.floors,
+            caution=self._caution,
             holdout=self.holdout,
             validity=timedelta(hours=self.validity_h),
         )
@@ -156,9 +162,8 @@ class OptimizerSettings(BaseSettings):
                     pseudo_trials=self.pseudo_trials,
                     prior_trials=self.prior_trials,
                     min_trials=self.min_trials,
-                    caution=self.caution,
                 ),
-                cautions=self.cautions,
+                caution=self._caution,
             ),
             pseudo_requests=self.pseudo_requests,
             min_requests=self.min_requests,

@@ -203,10 +203,12 @@ def test_a_floor_of_a_group_is_counted_on_by_that_group_alone():
     rules = OptimizerSettings(floors={"preference": 0.8}).estimate_rules
     found = believed(seen, evidence, rules=rules).groups["g3"]
     assert found["p/L0"].group_quality == found["p/L0"].quality
-    single = rules.quality.posterior.caution * math.hypot(*found["p/L1"].doubt["preference"])
+    single = rules.quality.of("preference").caution * math.hypot(*found["p/L1"].doubt["preference"])
     counted_on = found["p/L1"].quality["preference"] - single
     assert found["p/L1"].group_quality["preference"] == pytest.approx(counted_on)
     assert 0.0 < counted_on < 0.5
+    whole = believed(seen, evidence, rules=rules).whole["p/L1"]
+    assert counted_on < whole.group_quality["preference"] < whole.quality["preference"]
     assert believed(seen, evidence).groups["g3"]["p/L1"].group_quality == {}
 
 
@@ -242,21 +244,6 @@ def test_a_metric_counts_for_the_share_of_a_groups_prompts_that_it_can_be_told_o
     assert correct.mean("mixed", "p/L1") == pytest.approx(0.25)
     preferred = evidence.posterior("preference", "p/L0", NOW.timestamp(), rules)
     assert [preferred.share(group) for group in ("essays", "mixed", "sums", "unheard-of")] == [1.0] * 4
-
-
-def test_several_bounds_hold_together_as_often_as_one():
-    """Of two each may be missed half as often, of three a third: 1.645 standard deviations become 1.96 and 2.13."""
-    rules = OptimizerSettings().estimate_rules.quality
-    assert rules.cautions_of(["preference"]) == {"preference": pytest.approx(1.645)}
-    assert rules.cautions_of(["preference", "correctness"])["correctness"] == pytest.approx(1.960, abs=1e-3)
-    assert rules.cautions_of(["a", "b", "c"])["b"] == pytest.approx(2.128, abs=1e-3)
-
-
-def test_a_caution_that_is_given_by_metric_is_taken_as_it_is():
-    rules = OptimizerSettings(caution=0.0, cautions={"correctness": 0.5}).estimate_rules
-    assert rules.quality.cautions_of(["preference", "correctness"]) == {"preference": 0.0, "correctness": 0.5}
-    seen = consumed(*(footprint("sums", level, 500) for level in ("L0", "L1") for _ in range(50)))
-    assert believed(seen, told(sums={"preference": (50, 100)}), rules=rules).cautions == {"preference": 0.0}
 
 
 def test_only_a_material_change_of_the_estimates_calls_for_a_solve():

@@ -36,6 +36,11 @@ def test_two_small_groups_hardly_move_it():
     assert leaning([(2.0, 6.0), (4.0, 6.0)], usual=USUAL) == pytest.approx(USUAL, rel=0.35)
 
 
+def test_a_group_that_was_hardly_judged_does_not_tell_how_groups_differ():
+    """Two of two beside 500 of a thousand: a chance, which it were not for groups of the mean size."""
+    assert leaning([(500.0, 1_000.0), (2.0, 2.0)], usual=USUAL) == pytest.approx(USUAL, rel=0.1)
+
+
 def test_it_stays_within_its_limits_and_can_be_switched_off():
     assert leaning(drawn([0.0, 1.0] * 20, 1_000), usual=USUAL) == LEAST
     assert leaning(drawn([0.3] * 60, 3_000), usual=1e6) == MOST

@@ -137,13 +137,6 @@ def test_doubts_about_single_groups_cancel_out_in_part():
     assert posterior.doubt_of_all(BRIEF, {"g3": 1.0}) == pytest.approx(single)
 
 
-def test_a_floor_is_counted_on_by_the_group_alone():
-    rules = PosteriorRules(pseudo_trials=20.0, prior_trials=2.0, min_trials=20.0, caution=2.0)
-    posterior = Posterior({f"g{n}": group(60, 50, 40, 100) for n in range(12)}, REF, rules)
-    counted_on = posterior.mean("g3", BRIEF) - 2.0 * deviation(posterior, "g3")
-    assert posterior.counted_on_alone("g3", BRIEF) == pytest.approx(counted_on)
-
-
 def test_what_is_known_of_an_option_does_not_hang_on_another():
     judged = {f"g{n}": group(60, 55, 50, 100) for n in range(24)}
     alone = of_all(Posterior(judged, REF, RULES), judged)
@@ -210,4 +203,4 @@ def test_without_evidence_there_is_no_quality():
     assert not posterior.suffices(BRIEF)
     assert not posterior.suffices(REF)
     assert posterior.mean("a", BRIEF) == 0.0
-    assert posterior.counted_on_alone("a", BRIEF) == posterior.doubt_of_all(BRIEF, {"a": 1.0}) == 0.0
+    assert posterior.doubt_of_all(BRIEF, {"a": 1.0}) == 0.0

@@ -11,8 +11,8 @@ from services.ledger.report.policies import PolicyBook
 from shared.messages import Policy, Quality, QualityCount
 
 PREFERENCE = "preference"
-SLACK = 1e-6
-"""Below a bound by less than this is rounding of the solver's."""
+SLACK = 2e-5
+"""Below a bound by less than this is as near as the program comes to it."""
 
 
 @dataclass(frozen=True, slots=True)
