@@ -139,10 +139,11 @@ class Fleet(FleetPart):
                 )
             for endpoint in pool.endpoints:
                 security = endpoint.over(pool)
-                if not security.tls and (unused := security.tls_files_named()):
+                encrypted = security.tls or (endpoint.metrics is not None and endpoint.metrics.scheme == "https")
+                if not encrypted and (unused := security.tls_files_named()):
                     raise ValueError(
-                        f"endpoint {endpoint.name!r}: {', '.join(unused)} would not be used: set tls = true, or leave "
-                        "them out"
+                        f"endpoint {endpoint.name!r}: {', '.join(unused)} would not be used: set tls = true, give "
+                        "'metrics' an https address, or leave them out"
                     )
         for model in self.models:
             if not any(pool.model == model.name for pool in self.pools):

@@ -41,11 +41,15 @@ class FleetPart(BaseModel):
 
 
 class TlsFields(FleetPart):
-    """How a connection to a model server is secured; on an endpoint, or on a pool for all its endpoints."""
+    """How connections to a model server are secured; on an endpoint, or on a pool for all its endpoints.
 
-    tls: bool | None = Field(default=None, description="Encrypt; default: the pool's, else plain text")
+    gRPC is encrypted by `tls`, metrics where their address is https; the other fields are for both.
+    """
+
+    tls: bool | None = Field(default=None, description="Encrypt gRPC; default: the pool's, else plain text")
     tls_ca_file: FleetPath | None = Field(
-        default=None, description="PEM of the authorities to trust; default: the list that gRPC brings along"
+        default=None,
+        description="PEM of the authorities to trust; default: what gRPC brings along, and for metrics the system's",
     )
     tls_cert_file: FleetPath | None = Field(default=None, description="PEM of our certificate, for mutual TLS")
     tls_key_file: FleetPath | None = Field(default=None, description="PEM of its key, not encrypted")

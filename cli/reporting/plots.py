@@ -106,7 +106,7 @@ def quality_figure(report: Report) -> go.Figure:
     figure = blank_figure("preference, % of the reference's")
     lines: tuple[tuple[str, list[float | None], dict[str, Any]], ...] = (
         ("bound to keep", [row.quality_bound for row in report.hours], {"color": RED, "dash": "dot", "shape": "hvh"}),
-        ("expected by the policies", [row.expected_quality for row in report.hours], {"color": BLUE}),
+        ("counted on by the policies", [row.expected_quality for row in report.hours], {"color": BLUE}),
         (
             "served, by judged counts",
             [row.judged_quality for row in report.hours],

@@ -12,7 +12,9 @@ from services.ledger.metrics import LedgerMetrics
 from services.ledger.storage import AWAY_ERRORS, Storage
 from shared.clock import Clock
 from shared.fleet import Fleet
+from shared.fleet_parts import TlsFields
 from shared.logs import get_logger
+from shared.tls import tls_context
 
 _log = get_logger(__name__)
 
@@ -25,6 +27,7 @@ class Scraper:
         url: str,
         gpus: Mapping[str, Sequence[str]],
         *,
+        security: TlsFields,
         storage: Storage,
         clock: Clock,
         metrics: LedgerMetrics,
@@ -34,9 +37,13 @@ class Scraper:
         """Nothing is read yet.
 
         Args:
-            gpus: of each endpoint behind the URL; empty for all that the server reports.
+            gpus: of each endpoint behind the URL, one at least; empty for all that the server reports.
+            security: of an https URL.
             interval_s: wall seconds from one reading to the next.
             timeout_s: wall seconds for one.
+
+        Raises:
+            FleetError: a file of `security` cannot be used.
         """
         self._url = url
         self._gpus = gpus
@@ -46,6 +53,10 @@ class Scraper:
         self._interval_s = interval_s
         self._timeout_s = timeout_s
         self._complaints = dict.fromkeys(gpus, "not read yet")
+        secure = httpx.URL(url).scheme == "https"
+        self._tls = tls_context(security, endpoint=next(iter(gpus))) if secure else None
+        name = security.tls_server_name
+        self._extensions = {} if name is None else {"sni_hostname": name}
 
     def problem(self) -> str | None:
         """Which endpoints are unmetered, and why."""
@@ -57,19 +68,23 @@ class Scraper:
     async def run(self) -> None:
         """Read for ever."""
         loop = asyncio.get_running_loop()
-        async with httpx.AsyncClient(timeout=self._timeout_s) as client:
+        async with self.client() as client:
             due = loop.time()
             while True:
                 await self.turn(client)
                 due = max(due + self._interval_s, loop.time())
                 await asyncio.sleep(due - loop.time())
 
+    def client(self) -> httpx.AsyncClient:
+        """To read with."""
+        return httpx.AsyncClient(timeout=self._timeout_s, verify=True if self._tls is None else self._tls)
+
     async def turn(self, client: httpx.AsyncClient) -> None:
         """Read once; a failure is noted, and makes a longer interval of the next success."""
         before = self._clock.now()
         try:
             async with asyncio.timeout(self._timeout_s):
-                answer = await client.get(self._url)
+                answer = await client.get(self._url, extensions=self._extensions)
                 answer.raise_for_status()
             after = self._clock.now()
             meters = parse_meters(answer.text)
@@ -106,15 +121,28 @@ class Scraper:
 def scrapers_of(
     fleet: Fleet, *, storage: Storage, clock: Clock, metrics: LedgerMetrics, interval_s: float, timeout_s: float
 ) -> list[Scraper]:
-    """One scraper for every metrics URL of the fleet."""
-    by_url: dict[str, dict[str, Sequence[str]]] = defaultdict(dict)
+    """One scraper for every metrics URL of the fleet, and way to secure it.
+
+    Raises:
+        FleetError: a file for TLS cannot be used.
+    """
+    by_url: dict[tuple[str, TlsFields], dict[str, Sequence[str]]] = defaultdict(dict)
     for pool in fleet.pools:
         for endpoint in pool.endpoints:
             if endpoint.metrics is None:
                 _log.warning("endpoint has no metrics URL: its calls get no footprint", endpoint=endpoint.name)
             else:
-                by_url[str(endpoint.metrics)][endpoint.name] = endpoint.gpus
+                by_url[str(endpoint.metrics), endpoint.over(pool)][endpoint.name] = endpoint.gpus
     return [
-        Scraper(url, gpus, storage=storage, clock=clock, metrics=metrics, interval_s=interval_s, timeout_s=timeout_s)
-        for url, gpus in by_url.items()
+        Scraper(
+            url,
+            gpus,
+            security=security,
+            storage=storage,
+            clock=clock,
+            metrics=metrics,
+            interval_s=interval_s,
+            timeout_s=timeout_s,
+        )
+        for (url, security), gpus in by_url.items()
     ]

@@ -52,7 +52,7 @@ class OptimizerMetrics:
         )
         self._quality = Gauge(
             "sprout_optimizer_expected_quality",
-            "Quality expected, relative to the reference's",
+            "Quality counted on, relative to the reference's",
             ("model", "metric"),
             registry=registry,
         )

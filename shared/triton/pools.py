@@ -15,7 +15,7 @@ from shared.triton.contract import ContractError
 from shared.triton.counting import Tokenizer, Tokenizers
 from shared.triton.endpoints import Balancer, CoolDownRules
 from shared.triton.errors import EndpointUnavailable
-from shared.triton.tls import credentials_of, security_of
+from shared.triton.tls import credentials_of
 
 TICK_S = 0.25
 """Wall seconds between two looks whether an endpoint that was left alone may be probed."""
@@ -58,7 +58,7 @@ class ServingPool:
                 clock=clock,
                 name=endpoint.name,
                 credentials=credentials_of(pool, endpoint),
-                server_name=security_of(pool, endpoint).tls_server_name,
+                server_name=endpoint.over(pool).tls_server_name,
                 tokenizer=tokenizer,
             )
             for endpoint in pool.endpoints

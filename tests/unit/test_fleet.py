@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from shared.fleet import FleetError, load_fleet
-from shared.triton.tls import security_of
 
 GOOD = """
 [[directives]]
@@ -144,9 +143,10 @@ def test_an_endpoint_is_secured_by_its_own_fields_and_else_by_its_pools(tmp_path
     text = text.replace('grpc = "triton-1:8001"', 'grpc = "triton-1:8001"\ntls_server_name = "b"', 1)
     fleet = load_fleet(written(tmp_path, text))
     pool = fleet.pool("texas")
-    security = security_of(pool, pool.endpoints[0])
+    security = pool.endpoints[0].over(pool)
     assert (security.tls, security.tls_ca_file, security.tls_server_name) == (True, tmp_path / "ca.pem", "b")
-    assert not security_of(fleet.pool("california"), fleet.pool("california").endpoints[0]).tls
+    california = fleet.pool("california")
+    assert not california.endpoints[0].over(california).tls
 
 
 def test_a_chat_templates_path_starts_at_the_fleet_file_and_else_at_the_working_directory(tmp_path: Path) -> None:

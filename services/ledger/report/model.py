@@ -131,7 +131,7 @@ class QualitySummary:
         preference_pct: expected preference of what was served relative to the reference, from all judged counts.
         unjudged: requests served under an option that was never judged; not in `preference_pct`.
         judged: pooled counts by metric, group and option.
-        policies_below_bound: policies that expected less quality than they had to keep.
+        policies_below_bound: policies that counted on less quality than they had to keep.
     """
 
     preference_pct: float | None
@@ -172,7 +172,7 @@ class HourRow:
             intensity, level by the doubly robust total, to which the hours sum.
         reference_interval: the total's interval, shared out likewise.
         saving: the doubly robust estimate from this hour's requests alone; wide where few drew the reference.
-        expected_quality: by the policies in force, relative to the reference; null where none tells.
+        expected_quality: counted on by the policies in force, relative to the reference; null where none tells.
         quality_bound: what they had to keep.
         judged_quality: of what was served, from the judged counts.
     """
