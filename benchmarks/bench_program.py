@@ -11,7 +11,8 @@ import time
 from results import record
 
 from services.optimizer.linear import warm_up
-from services.optimizer.program import Option, Problem, solve
+from services.optimizer.problem import Option, Problem
+from services.optimizer.program import solve
 from shared.messages import OptionEstimate
 
 SIZES = ((1, 3), (6, 3), (64, 12))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.optimizer.bounds import TrailingRange, quality_bounds
-from services.optimizer.program import Option, Problem, solve
+from services.optimizer.problem import Option, Problem
+from services.optimizer.program import solve
 from shared.messages import OptionEstimate
 from simulator.draws import QualityDraws
 from simulator.grid import Window

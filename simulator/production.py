@@ -18,7 +18,8 @@ from services.evaluator.opportunity import Opportunity, OpportunityRules
 from services.optimizer.bounds import quality_bounds, spanned
 from services.optimizer.consumption import Consumed, Consumption
 from services.optimizer.estimates import Estimates, estimate
-from services.optimizer.program import Option, Problem, Solution, solve
+from services.optimizer.problem import Option, Problem, Solution
+from services.optimizer.program import solve
 from services.optimizer.quality import QualityEvidence
 from services.optimizer.settings import OptimizerSettings
 from shared.messages import EvaluationCost, Quality

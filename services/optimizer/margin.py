@@ -56,8 +56,8 @@ class Length:
 
     def hold(self, x: Floats) -> None:
         """Tell the length at these values."""
-        length = float(np.linalg.norm(self._matrix @ x))
-        slopes = self._matrix @ x / length
+        values = self._matrix @ x
+        slopes = values / np.linalg.norm(values)
         some = np.flatnonzero(slopes)
         rows = np.zeros((len(some), self._program.size))
         rows[:, : len(x)] = -2.0 * slopes[some, None] * self._matrix[some]

@@ -7,7 +7,8 @@ from datetime import datetime, timedelta
 from services.optimizer.bounds import InForce, TrailingRange, quality_bounds
 from services.optimizer.caution import Caution
 from services.optimizer.estimates import Estimates
-from services.optimizer.program import Option, Problem, Solution, solve
+from services.optimizer.problem import Option, Problem, Solution
+from services.optimizer.program import solve
 from services.optimizer.triggers import Trigger
 from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy, PolicyInputs

@@ -5,9 +5,7 @@ MODEL_OPT is one group and two pools, L0 alone; CO2_OPT has no bounds; BASE has 
 is SPROUT at a mean intensity, solved once.
 """
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -15,11 +13,8 @@ import numpy as np
 from services.optimizer.linear import Floats, LinearProgram
 from services.optimizer.margin import Length, parts_of
 from services.optimizer.posterior import SURE
-from shared.messages import OptionEstimate
+from services.optimizer.problem import Problem, Rows, Solution
 from shared.messages.policies import PolicyStatus
-
-Rows = dict[str, dict[str, float]]
-"""Probability by group, then option; an option that is not drawn is left out."""
 
 DUST = 1e-8
 """A probability below it is rounding of the solver's."""
@@ -33,95 +28,6 @@ SLACK = 1e-5
 
 _MOST_ROUNDS = 50
 """Solutions until margins are as large as they should be; five or so do."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """One way to serve a request, whatever the group.
-
-    Attributes:
-        pool: whose capacity it uses.
-        g_per_kwh: gCO2eq for each kWh of the server: PUE times the intensity of the pool's zone.
-        embodied_g_per_s: k1 of the pool.
-    """
-
-    pool: str
-    g_per_kwh: float
-    embodied_g_per_s: float
-
-    def grams(self, estimate: OptionEstimate) -> float:
-        """Expected gCO2eq of a request: e·PUE·k + k1·p."""
-        return estimate.energy_kwh * self.g_per_kwh + self.embodied_g_per_s * estimate.processing_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """One instance of the program.
-
-    Attributes:
-        reference: the option that quality is measured against.
-        options: what may be used at all, the reference among it; where two are equal, the earlier one is taken.
-        weights: traffic share by group; sums to 1.
-        families: of groups that are about alike things, by group; their doubts are shared.
-        estimates: e, p and q by group, then option; an option that a group lacks is not available to it.
-        cautions: standard deviations of all traffic's quality by which less than its mean is counted on, by metric.
-        bounds: b_m by metric, in [0, 1]: least expected quality of all traffic, relative to the reference's.
-        floors: f_m by metric, in [0, 1]: least expected quality of each group, relative to the reference's.
-        capacities: requests at once by pool; a pool that is left out is unbounded.
-        requests_per_s: of the model, which capacities are held against.
-        holdout: least probability of the reference in every group.
-    """
-
-    reference: str
-    options: Mapping[str, Option]
-    weights: Mapping[str, float]
-    estimates: Mapping[str, Mapping[str, OptionEstimate]]
-    families: Mapping[str, str] = field(default_factory=dict)
-    cautions: Mapping[str, float] = field(default_factory=dict)
-    bounds: Mapping[str, float] = field(default_factory=dict)
-    floors: Mapping[str, float] = field(default_factory=dict)
-    capacities: Mapping[str, float] = field(default_factory=dict)
-    requests_per_s: float = 0.0
-    holdout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not math.isclose(sum(self.weights.values()), 1.0, abs_tol=1e-6):
-            raise ValueError(f"weights must sum to 1, got {sum(self.weights.values()):.6f}")
-        for name, limits in (("bounds", self.bounds), ("floors", self.floors), ("holdout", {"": self.holdout})):
-            if not all(0.0 <= limit <= 1.0 for limit in limits.values()):
-                raise ValueError(f"{name} must lie in [0, 1], got {dict(limits)}: the reference could not keep them")
-        measured = {*self.bounds, *self.floors}
-        for group in self.weights:
-            row = self.estimates.get(group, {})
-            if self.reference not in row:
-                raise ValueError(f"group {group!r} needs an estimate of the reference {self.reference!r}")
-            for option, estimate in row.items():
-                if missing := sorted(measured - estimate.quality.keys()) if len(row) > 1 else []:
-                    raise ValueError(f"group {group!r}, option {option!r}: no quality for {', '.join(missing)}")
-
-    def row(self, group: str) -> dict[str, OptionEstimate]:
-        """The options that a group may use, in the order of `options`."""
-        known = self.estimates[group]
-        return {option: known[option] for option in self.options if option in known}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
-    """What to draw from.
-
-    Attributes:
-        status: `optimal`, or which constraints had to be given up.
-        rows: every row sums to 1.
-        g_per_request: expected gCO2eq of a request.
-        reference_g_per_request: the same traffic, all on the reference.
-        quality: counted on for all traffic, relative to the reference's, by metric with a bound.
-    """
-
-    status: PolicyStatus
-    rows: Rows
-    g_per_request: float
-    reference_g_per_request: float
-    quality: dict[str, float]
 
 
 def solve(problem: Problem) -> Solution:
@@ -171,8 +77,8 @@ class _Statement:
 
     @cached_property
     def bounds(self) -> "dict[str, _Bound]":
-        """By metric; a bound of 0 is none."""
-        return {metric: _Bound(self, metric, bound) for metric, bound in self.problem.bounds.items() if bound > 0.0}
+        """By metric."""
+        return {metric: _Bound(self, metric, bound) for metric, bound in self.problem.bounds.items()}
 
     def costs(self) -> Floats:
         """The objective, in units of the dearest option: the solver's tolerances then mean the same for any grid."""
@@ -220,10 +126,7 @@ class _Statement:
         x = np.array([rows[group].get(option, 0.0) for group, option in self.cells])
         # Nothing but the reference: what is served is the reference's quality, known or not.
         only_reference = bool((x == self.reference).all())
-        quality = {
-            metric: 1.0 if only_reference else _Bound(self, metric, bound).relative(x)
-            for metric, bound in self.problem.bounds.items()
-        }
+        quality = {metric: 1.0 if only_reference else self.bounds[metric].relative(x) for metric in self.problem.bounds}
         return Solution(
             status=status,
             rows=rows,
@@ -234,19 +137,29 @@ class _Statement:
 
 
 class _Bound:
-    """A bound on all traffic, less the margin of what is moved."""
+    """A bound on all traffic, less the margin of what is moved.
+
+    Everything is relative to the reference's quality, so that the solver's tolerances mean the same for a metric that
+    can be told of few prompts.
+
+    Attributes:
+        binds: a bound of 0 is none, and nothing can be relative to a reference that never succeeds.
+    """
 
     def __init__(self, stated: _Statement, metric: str, bound: float) -> None:
-        self._quality = stated.weights * stated.quality(metric)
-        self._reference = float(self._quality @ stated.reference)
+        quality = stated.weights * stated.quality(metric)
+        reference = float(quality @ stated.reference)
+        self.binds = bound > 0.0 and reference > 0.0
+        self._measured = reference > 0.0
+        self._quality = quality / (reference or 1.0)
         self._bound = bound
         self._caution = stated.problem.cautions.get(metric, 0.0)
-        self._doubted = stated.doubted(metric)
+        self._doubted = stated.doubted(metric) / (reference or 1.0)
 
     def relative(self, x: Floats) -> float:
         """What is counted on for all traffic, over the reference's quality; 1 where that is 0."""
         counted_on = float(self._quality @ x) - self._caution * float(np.linalg.norm(self._doubted @ x))
-        return counted_on / self._reference if self._reference > 0.0 else 1.0
+        return counted_on if self._measured else 1.0
 
     def short(self, x: Floats) -> bool:
         """Whether it is missed."""
@@ -258,7 +171,7 @@ class _Bound:
         row = np.zeros(program.size)
         row[: len(self._quality)] = self._quality
         row[length.place] = -self._caution
-        program.at_least(row, self._bound * self._reference)
+        program.at_least(row, self._bound)
         return length
 
 
@@ -273,7 +186,7 @@ def _optimum(stated: _Statement, *, floors: Mapping[str, float], capacities: Map
         program.at_least(groups * stated.group_quality(metric), floor * of_reference)
     for pool, capacity in capacities.items():
         program.at_most(stated.pool(pool) * problem.requests_per_s * stated.weights * stated.seconds, capacity)
-    lengths = [(bound, bound.require(program)) for bound in stated.bounds.values()]
+    lengths = [(bound, bound.require(program)) for bound in stated.bounds.values() if bound.binds]
     for _ in range(_MOST_ROUNDS):
         values = program.solve()
         if values is None:

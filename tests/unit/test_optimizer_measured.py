@@ -13,7 +13,8 @@ import pytest
 
 from services.optimizer.differences import Judged
 from services.optimizer.posterior import Posterior
-from services.optimizer.program import Option, Problem, Solution, solve
+from services.optimizer.problem import Option, Problem, Solution
+from services.optimizer.program import solve
 from services.optimizer.settings import OptimizerSettings
 from shared.messages import OptionEstimate
 

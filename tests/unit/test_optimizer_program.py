@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.optimizer.margin import parts_of
-from services.optimizer.program import SLACK, Option, Problem, Rows, Solution, solve
+from services.optimizer.problem import Option, Problem, Rows, Solution
+from services.optimizer.program import SLACK, solve
 from shared.messages import OptionEstimate
 
 LEVELS = ("L0", "L1", "L2")
@@ -197,6 +198,24 @@ def test_a_margin_is_kept_and_nothing_is_given_away_as_brute_force_finds(losses,
     solution = solve(made)
     assert solution.quality["preference"] >= bound - 2 * SLACK
     assert grid - 0.005 <= solution.g_per_request <= grid + 1e-4
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-3, 1e-6, 1e-9])
+def test_a_metric_that_can_be_told_of_few_prompts_is_bound_as_tightly(share):
+    """Right answers are that share of all; losses and doubts are as much smaller."""
+    made = doubted({"g": (0.05, (0.03, 0.0, 0.04))}, bounds={"preference": 0.9}, cautions={"preference": 2.0})
+    few = {
+        option: one.model_copy(
+            update={
+                "quality": {"preference": share * one.quality["preference"]},
+                "doubt": {metric: tuple(share * part for part in doubt) for metric, doubt in one.doubt.items()},
+            }
+        )
+        for option, one in made.estimates["g"].items()
+    }
+    solution = solve(replace(made, estimates={"g": few}))
+    assert solution.status == "optimal"
+    assert served_briefly(solution)["g"] == pytest.approx(0.05 / (0.05 + 2.0 * 0.05), abs=1e-4)
 
 
 BOTH = ("preference", "correctness")
