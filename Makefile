@@ -58,12 +58,12 @@ types: install  ## mypy, strict
 	$(BIN)/mypy
 
 bench: install  ## Benchmarks; prints what was compared
-	@found=0; for file in benchmarks/bench_*.py; do \
-	  if [ -f "$$file" ]; then found=1; echo "== $$file"; $(BIN)/python "$$file" || exit 1; fi; done; \
-	  [ $$found = 1 ] || { echo "no benchmarks/bench_*.py" >&2; exit 1; }
+	@found=0; for file in tests/benchmarks/bench_*.py; do \
+	  if [ -f "$$file" ]; then found=1; echo "== $$file"; $(BIN)/python -m "tests.benchmarks.$$(basename "$$file" .py)" || exit 1; fi; done; \
+	  [ $$found = 1 ] || { echo "no tests/benchmarks/bench_*.py" >&2; exit 1; }
 
 drill: install  ## A seeded fault drill of the router, about seven minutes: make drill SEED=2; see build/drill.json
-	$(BIN)/python -m drills --seed $(SEED) --scale $(SCALE) $(if $(SCENARIO),--scenario "$(SCENARIO)")
+	$(BIN)/python -m tests.drills --seed $(SEED) --scale $(SCALE) $(if $(SCENARIO),--scenario "$(SCENARIO)")
 
 locks: install  ## Refresh requirements/*.lock from pyproject.toml
 	@for service in $(SERVICES); do \

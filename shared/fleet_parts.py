@@ -1,5 +1,9 @@
-"""What the parts of the fleet file are made of: strict fields, paths, and how a connection is secured."""
+"""What the parts of the fleet file are made of: strict fields, paths, and how a connection is secured.
 
+Encrypted connections to the servers of the fleet, from the files that the fleet file names.
+"""
+
+import ssl
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -75,3 +79,29 @@ class TlsFields(FleetPart):
             missing = "tls_key_file" if self.tls_key_file is None else "tls_cert_file"
             raise ValueError(f"a client's certificate and its key go together: add '{missing}'")
         return self
+
+
+def tls_context(security: TlsFields, *, endpoint: str) -> ssl.SSLContext:
+    """What a client of an endpoint trusts, and shows of itself.
+
+    Raises:
+        FleetError: a file cannot be used.
+    """
+    where = f"endpoint {endpoint!r}"
+    authorities, certificate, key = security.tls_ca_file, security.tls_cert_file, security.tls_key_file
+    try:
+        context = ssl.create_default_context(cafile=authorities)
+    except OSError as error:
+        raise FleetError(
+            f"{where}: tls_ca_file {authorities} cannot be used: {error}; it must be the PEM of an authority"
+        ) from error
+    if certificate is not None and key is not None:
+        try:
+            # A function, because without a password OpenSSL would ask for one on the terminal.
+            context.load_cert_chain(certificate, key, password=lambda: "")
+        except OSError as error:
+            raise FleetError(
+                f"{where}: tls_cert_file {certificate} with tls_key_file {key} cannot be used: {error}; they must be "
+                "PEM and belong together, and the key must not be encrypted"
+            ) from error
+    return context

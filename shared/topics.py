@@ -1,6 +1,6 @@
 """Every Kafka topic, declared once: partitions, retention, compaction.
 
-`sprout topics create` provisions them (`shared.provisioning`); no service creates a topic.
+`sprout topics create` provisions them (`shared.kafka.admin`); no service creates a topic.
 """
 
 from dataclasses import dataclass

@@ -19,8 +19,8 @@ from deploy.local.logtail import tail
 from deploy.local.paths import default_state_dir
 from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import Supervisor
-from shared.provisioning import create_topics
-from shared.settings import DatabaseSettings, KafkaSettings
+from shared.kafka.admin import create_topics
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
 
 
 @dataclass(frozen=True, slots=True)

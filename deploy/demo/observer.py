@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer
 
-from shared.dead_letters import PoisonMessageError, parse
+from shared.kafka.dead_letters import PoisonMessageError, parse
 from shared.messages import CarbonIntensity, DeadLetter, GenerationResponse, Policy, Quality
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, POLICIES, QUALITY, RESPONSES, TopicSpec
 
 WATCHED: tuple[TopicSpec, ...] = (RESPONSES, CARBON_INTENSITY, POLICIES, QUALITY, DEAD_LETTERS)

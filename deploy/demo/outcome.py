@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from deploy.demo.observer import Tally
-from services.ledger.report import Report
+from tools.reporting import Report
 
 LARGEST_IMBALANCE_PCT = 0.1
 """Attributed energy may differ from the meters' by this much."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from aiokafka import AIOKafkaProducer
 
 from deploy.demo.traffic import PlannedRequest
-from shared.clock import Clock
 from shared.messages import GenerationRequest, SamplingParameters
-from shared.settings import KafkaSettings
+from shared.runtime.clock import Clock
+from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS
 
 

@@ -13,8 +13,8 @@ from rich.text import Text
 from deploy.demo.day import DemoDay
 from deploy.demo.observer import Tally
 from deploy.demo.producer import Producer
-from shared.clock import Clock
 from shared.messages import Policy
+from shared.runtime.clock import Clock
 
 REFRESH_S = 0.25
 PLAIN_EVERY = timedelta(hours=2)

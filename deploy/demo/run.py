@@ -21,7 +21,7 @@ from deploy.local.config import StackConfig
 from deploy.local.models import ModelServers
 from deploy.local.stack import LocalStack
 from deploy.local.state import BrokerKind
-from services.ledger.report import Report, collect_report
+from tools.reporting import Report, collect_report
 
 ANSWERS_WAIT_S = 60.0
 """Wall seconds after the last request in which the last answers must come."""

@@ -11,7 +11,7 @@ from deploy.local.postgres import PostgresError
 from deploy.local.processes import ProcessFailedError
 from deploy.local.state import StateError
 from shared.fleet import FleetError
-from shared.provisioning import ProvisioningError
+from shared.kafka.admin import ProvisioningError
 
 LOCAL_ERRORS: tuple[type[Exception], ...] = (
     FleetError,

@@ -27,9 +27,9 @@ from deploy.local.running import refuse_second_stack
 from deploy.local.services import Surroundings, service_spec
 from deploy.local.state import StackState, StateError, forget_state
 from deploy.local.tuning import service_settings
-from shared.clock import Clock
-from shared.provisioning import create_topics
-from shared.settings import DatabaseSettings, KafkaSettings
+from shared.kafka.admin import create_topics
+from shared.runtime.clock import Clock
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import TOPICS
 
 TOPIC_PREFIX = "sprout."

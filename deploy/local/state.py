@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from deploy.local.records import ProcessRecord
-from shared.clock import Clock
-from shared.settings import DatabaseSettings, KafkaSettings
+from shared.runtime.clock import Clock
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
 
 BrokerKind = Literal["kafka", "in-memory"]
 FILE_NAME = "stack.json"

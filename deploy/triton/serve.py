@@ -29,7 +29,7 @@ from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
 from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, ParameterError, read_directives
 from deploy.triton.stand_in.workload import WorkloadError
-from shared.clock import Clock, ClockConfigurationError
+from shared.runtime.clock import Clock, ClockConfigurationError
 
 SMOLLM2_MODEL = "smollm2"
 

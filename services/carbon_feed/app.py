@@ -9,14 +9,14 @@ from prometheus_client import CollectorRegistry
 from services.carbon_feed.feed import FeedMetrics, ZoneFeed
 from services.carbon_feed.settings import CarbonFeedSettings, ConfigurationError
 from services.carbon_feed.trace import TraceError
-from shared.broker import build_broker
-from shared.clock import Clock
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.health import Health
+from shared.kafka.broker import build_broker
+from shared.kafka.publish import publish_with_retry
 from shared.messages import CarbonIntensity
-from shared.publishing import insist
-from shared.service import build_service, run_service
-from shared.settings import FleetSettings, KafkaSettings
+from shared.runtime.clock import Clock
+from shared.runtime.health import Health
+from shared.runtime.service import build_service, run_service
+from shared.runtime.settings import FleetSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY
 
 NAME = "carbon_feed"
@@ -59,7 +59,7 @@ def build_app(
     ]
 
     async def publish(message: CarbonIntensity) -> None:
-        await insist(lambda: publisher.publish(message, key=message.zone.encode()))
+        await publish_with_retry(lambda: publisher.publish(message, key=message.zone.encode()))
 
     async def begin() -> None:
         for feed in feeds:

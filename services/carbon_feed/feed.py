@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from services.carbon_feed.providers import Provider, ProviderError, RateLimitedError
 from services.carbon_feed.trace import Column
 from services.carbon_feed.window import Window
-from shared.clock import Clock
-from shared.logs import get_logger
 from shared.messages import CarbonIntensity, IntensityPoint
+from shared.runtime.clock import Clock
+from shared.runtime.logs import get_logger
 
 Publish = Callable[[CarbonIntensity], Awaitable[None]]
 Answer = TypeVar("Answer")

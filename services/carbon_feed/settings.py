@@ -11,9 +11,9 @@ from services.carbon_feed.electricity_maps import BASE_URL, ElectricityMapsProvi
 from services.carbon_feed.providers import Provider
 from services.carbon_feed.recorded import ConstantProvider, TraceProvider
 from services.carbon_feed.trace import Column, load_trace
-from shared.dead_letters import describe
 from shared.fleet import Fleet
-from shared.secret_files import read_secret
+from shared.kafka.dead_letters import describe
+from shared.runtime.secrets import read_secret
 
 
 class ConfigurationError(ValueError):

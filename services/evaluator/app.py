@@ -25,17 +25,20 @@ from services.evaluator.session import Session
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.storage import Storage
 from services.evaluator.watch import Watch
-from shared.broker import build_broker
-from shared.chat import ChatTemplateError
-from shared.clock import Clock
-from shared.database import migrate, open_pool
-from shared.dead_letters import DeadLetterOffice, batch_decoder
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.following import follow
-from shared.health import Health
+from shared.inference.attempts import Attempts
+from shared.inference.base import StreamTimeouts
+from shared.inference.chat import ChatTemplateError
+from shared.inference.pool import Pools
+from shared.kafka.broker import build_broker
+from shared.kafka.dead_letters import DeadLetterPublisher, batch_decoder
+from shared.kafka.subscribe import subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Sample
-from shared.service import build_service, run_service
-from shared.settings import DatabaseSettings, FleetSettings, KafkaSettings
+from shared.runtime.clock import Clock
+from shared.runtime.database import migrate, open_pool
+from shared.runtime.health import Health
+from shared.runtime.service import build_service, run_service
+from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
 from shared.topics import (
     CARBON_INTENSITY,
     DEAD_LETTERS,
@@ -46,9 +49,6 @@ from shared.topics import (
     USAGE,
     TopicSpec,
 )
-from shared.triton.attempts import Attempts
-from shared.triton.parameters import Patience
-from shared.triton.pools import Pools
 
 NAME = "evaluator"
 DESCRIPTION = "Judges, when the grid is clean, how good the answers of every option are."
@@ -60,7 +60,7 @@ class Evaluator:
     def __init__(
         self,
         broker: KafkaBroker,
-        office: DeadLetterOffice,
+        dead_letters: DeadLetterPublisher,
         *,
         kafka: KafkaSettings,
         database: DatabaseSettings,
@@ -93,7 +93,7 @@ class Evaluator:
                 clock=clock,
                 rules=settings.retry_rules,
                 on_retry=lambda pool: self.metrics.retries.labels(pool).inc(),
-                patience=Patience(settings.first_chunk_timeout_s, settings.first_chunk_timeout_s),
+                stream_timeouts=StreamTimeouts(settings.first_chunk_timeout_s, settings.first_chunk_timeout_s),
                 stream_always=settings.stream,
             ),
             clock=clock,
@@ -119,7 +119,7 @@ class Evaluator:
         )
         self.intake = Intake(self._contestants, clock=clock, metrics=self.metrics, tell=self.watch.tell)
         self._broker_started = asyncio.Event()
-        self._subscribe(broker, office, kafka)
+        self._subscribe(broker, dead_letters, kafka)
 
     @asynccontextmanager
     async def running(self, health: Health) -> AsyncIterator[None]:
@@ -205,14 +205,14 @@ class Evaluator:
         await session.publish_results()
         await self.watch.run(storage, session, health)
 
-    def _subscribe(self, broker: KafkaBroker, office: DeadLetterOffice, kafka: KafkaSettings) -> None:
+    def _subscribe(self, broker: KafkaBroker, dead_letters: DeadLetterPublisher, kafka: KafkaSettings) -> None:
         settings = self.settings
 
         def shared_out(spec: TopicSpec, description: str) -> BatchSubscriber:
             """Of several evaluators one reads each record."""
             return broker.subscriber(
                 kafka.topic(spec),
-                decoder=batch_decoder(spec.message, office),
+                decoder=batch_decoder(spec.message, dead_letters),
                 title=spec.name,
                 description=description,
                 # A record's header `reply_to` names a topic that FastStream would answer to.
@@ -234,7 +234,7 @@ class Evaluator:
         async def on_footprints(footprints: list[Footprint]) -> None:
             await self.intake.note(footprints)
 
-        @follow(broker, kafka, office, CARBON_INTENSITY, description="What the grid emits")
+        @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY, description="What the grid emits")
         async def on_intensities(news: list[CarbonIntensity]) -> None:
             for intensity in news:
                 self.watch.learn(intensity)
@@ -259,10 +259,10 @@ def build_app(
     clock = clock or Clock.from_environment()
     registry = CollectorRegistry()
     health = Health()
-    broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=5)
+    broker, dead_letters = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=5)
     evaluator = Evaluator(
         broker,
-        office,
+        dead_letters,
         kafka=kafka,
         database=database or DatabaseSettings(),
         settings=settings,

@@ -7,13 +7,14 @@ from datetime import timedelta
 from uuid import uuid4
 
 from services.evaluator.spending import Call, Errand, Purpose
-from shared.chat import ConversationError
-from shared.clock import Clock
 from shared.fleet import Fleet
+from shared.inference.attempts import Attempts, Job
+from shared.inference.base import GenerationParameters
+from shared.inference.chat import ConversationError
+from shared.inference.pool import Pools
+from shared.inference.triton.generation import Generation
 from shared.messages import ChatMessage, SamplingParameters, UsageRecord
-from shared.triton import Generation, GenerationParameters
-from shared.triton.attempts import Attempts, Job
-from shared.triton.pools import Pools
+from shared.runtime.clock import Clock
 
 Report = Callable[[UsageRecord], Awaitable[None]]
 

@@ -2,9 +2,9 @@
 
 from faststream.kafka import KafkaBroker
 
+from shared.kafka.publish import publish_with_retry
 from shared.messages import PromptGrouping, Quality, UsageRecord
-from shared.publishing import insist
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
 from shared.topics import PROMPT_GROUPS, QUALITY, USAGE
 
 
@@ -24,12 +24,12 @@ class Delivery:
 
     async def usage(self, record: UsageRecord) -> None:
         """Publish a finished call."""
-        await insist(lambda: self._usage.publish(record, key=record.id.encode()))
+        await publish_with_retry(lambda: self._usage.publish(record, key=record.id.encode()))
 
     async def quality(self, quality: Quality) -> None:
         """Publish an evaluation's outcome."""
-        await insist(lambda: self._quality.publish(quality, key=quality.model.encode()))
+        await publish_with_retry(lambda: self._quality.publish(quality, key=quality.model.encode()))
 
     async def grouping(self, grouping: PromptGrouping) -> None:
         """Publish a version of prompt groups."""
-        await insist(lambda: self._groupings.publish(grouping, key=grouping.model.encode()))
+        await publish_with_retry(lambda: self._groupings.publish(grouping, key=grouping.model.encode()))

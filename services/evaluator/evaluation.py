@@ -15,8 +15,8 @@ from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import Contestant
 from services.evaluator.spending import Call, Errand
 from shared.grouping import prompt_text
-from shared.logs import get_logger
 from shared.messages import Sample, option_key
+from shared.runtime.logs import get_logger
 
 _log = get_logger(__name__)
 

@@ -9,8 +9,8 @@ from services.evaluator.grouping import TooFewPromptsError
 from services.evaluator.learning import LearningRules, comparable, learn, learning_due
 from services.evaluator.spending import EnergyBook
 from shared.grouping import GroupingError, PromptGroups, prompt_text, unpack
-from shared.logs import get_logger
 from shared.messages import PromptGrouping, Sample
+from shared.runtime.logs import get_logger
 
 _log = get_logger(__name__)
 

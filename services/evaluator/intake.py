@@ -5,9 +5,9 @@ from collections.abc import Awaitable, Callable, Collection
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.spending import energy_of
 from services.evaluator.storage import Storage
-from shared.clock import Clock
-from shared.dead_letters import RetryLaterError
+from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import Footprint, Sample
+from shared.runtime.clock import Clock
 
 
 class Intake:

@@ -69,7 +69,7 @@ class Opportunity:
         """An evaluation was decided on at an event time."""
         self.last = at
 
-    def follow(self, at: datetime, intensity: float, *, threshold: float) -> Trigger | None:
+    def observe(self, at: datetime, intensity: float, *, threshold: float) -> Trigger | None:
         """Take the next reading; returns why it is time for an evaluation, null if it is not.
 
         A reading as old as the one before revises it; an older one says nothing new. Before the first evaluation there

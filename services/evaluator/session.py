@@ -15,11 +15,11 @@ from services.evaluator.groups import Groups
 from services.evaluator.plan import allocate, in_turn
 from services.evaluator.spending import cost_of
 from services.evaluator.storage import Storage
-from shared.clock import Clock
-from shared.dead_letters import RetryLaterError
 from shared.fleet import Fleet
-from shared.logs import get_logger
+from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import Quality, Sample
+from shared.runtime.clock import Clock
+from shared.runtime.logs import get_logger
 
 _log = get_logger(__name__)
 

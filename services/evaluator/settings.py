@@ -13,9 +13,9 @@ from services.evaluator.opportunity import (
     OpportunityRules,
     Variant,
 )
-from shared.secret_files import read_secret
-from shared.triton.endpoints import CoolDownRules
-from shared.triton.retrying import RetryRules
+from shared.inference.attempts import RetryRules
+from shared.inference.balancer import CoolDownRules
+from shared.runtime.secrets import read_secret
 
 
 class EvaluatorSettings(BaseSettings):

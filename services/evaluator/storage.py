@@ -14,9 +14,9 @@ from services.evaluator.group_storage import keep_judged
 from services.evaluator.judged import JudgedPrompt
 from services.evaluator.reservoir import Held, admit, drawn
 from services.evaluator.spending import Energy
-from shared.database import TRANSIENT_ERRORS
-from shared.dead_letters import RetryLaterError
+from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import Quality, Sample
+from shared.runtime.database import TRANSIENT_ERRORS
 
 RETRY_PAUSE_S = 1.0
 """Wall seconds before what needs the database is tried again."""

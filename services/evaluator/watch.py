@@ -11,11 +11,11 @@ from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.opportunity import Opportunity, OpportunityRules, Trigger
 from services.evaluator.session import Occasion, Outcome, Session
 from services.evaluator.storage import Storage
-from shared.clock import Clock
-from shared.dead_letters import RetryLaterError
-from shared.health import Health
-from shared.logs import get_logger, where
+from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import CarbonIntensity
+from shared.runtime.clock import Clock
+from shared.runtime.health import Health
+from shared.runtime.logs import get_logger, where
 
 SHORTEST_TURN_S = 0.3
 """Wall seconds between two looks at all models, however much happens."""
@@ -109,7 +109,7 @@ class Watch:
                 continue
             trigger: Trigger | None = None
             for point in readings(intensity):
-                trigger = watched.opportunity.follow(point.at, point.intensity_g_per_kwh, threshold=threshold)
+                trigger = watched.opportunity.observe(point.at, point.intensity_g_per_kwh, threshold=threshold)
             if trigger is not None and fresh:
                 watched.occasion = Occasion(trigger, intensity.latest.at)
         self._news.set()

@@ -28,12 +28,9 @@ from services.ledger.scraping import scrapers_of
 from services.ledger.settings import LedgerSettings
 from services.ledger.settling import Settler
 from services.ledger.storage import AWAY_ERRORS, Storage
-from shared.broker import build_broker
-from shared.clock import Clock
-from shared.database import migrate, open_pool
-from shared.dead_letters import DeadLetterOffice, RetryLaterError, batch_decoder
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.health import Health
+from shared.kafka.broker import build_broker
+from shared.kafka.dead_letters import DeadLetterPublisher, RetryLaterError, batch_decoder
 from shared.messages import (
     CarbonIntensity,
     Footprint,
@@ -43,8 +40,11 @@ from shared.messages import (
     Quality,
     UsageRecord,
 )
-from shared.service import build_service, run_service
-from shared.settings import DatabaseSettings, FleetSettings, KafkaSettings
+from shared.runtime.clock import Clock
+from shared.runtime.database import migrate, open_pool
+from shared.runtime.health import Health
+from shared.runtime.service import build_service, run_service
+from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
 from shared.topics import (
     CARBON_INTENSITY,
     DEAD_LETTERS,
@@ -73,7 +73,7 @@ class Ledger:
     def __init__(
         self,
         broker: KafkaBroker,
-        office: DeadLetterOffice,
+        dead_letters: DeadLetterPublisher,
         *,
         kafka: KafkaSettings,
         settings: LedgerSettings,
@@ -86,7 +86,7 @@ class Ledger:
         self.metrics = LedgerMetrics(registry)
         self._kafka = kafka
         self._broker = broker
-        self._office = office
+        self._dead_letters = dead_letters
         self.scrapers = scrapers_of(
             fleet,
             storage=self.storage,
@@ -184,7 +184,7 @@ class Ledger:
             fetch_max_wait_ms=self.settings.poll_ms,
             group_id=self._kafka.group(f"{NAME}.{spec.name}"),
             auto_offset_reset="earliest",
-            decoder=batch_decoder(spec.message, self._office),
+            decoder=batch_decoder(spec.message, self._dead_letters),
             title=spec.name,
         )
 
@@ -222,8 +222,8 @@ def build_app(
     clock = clock or Clock.from_environment()
     registry = CollectorRegistry()
     health = Health()
-    broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=LINGER_MS)
-    ledger = Ledger(broker, office, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
+    broker, dead_letters = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=LINGER_MS)
+    ledger = Ledger(broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("postgresql", ledger.storage.problem)
     health.add_check("backlog", ledger.bookkeeping.problem)
     for number, scraper in enumerate(ledger.scrapers):

@@ -7,7 +7,7 @@ from typing import Any
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from shared.clock import Clock
+from shared.runtime.clock import Clock
 
 Offsets = Mapping[TopicPartition, int]
 

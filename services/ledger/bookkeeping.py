@@ -10,8 +10,8 @@ from services.ledger.publishing import Publishing
 from services.ledger.settings import LedgerSettings
 from services.ledger.settling import Settler
 from services.ledger.storage import AWAY_ERRORS, Storage
-from shared.clock import Clock
-from shared.logs import get_logger
+from shared.runtime.clock import Clock
+from shared.runtime.logs import get_logger
 
 _log = get_logger(__name__)
 

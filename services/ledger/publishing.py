@@ -8,8 +8,8 @@ from aiokafka.errors import KafkaError
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.rows import footprint_of
 from services.ledger.storage import Storage
-from shared.logs import get_logger
 from shared.messages import Footprint
+from shared.runtime.logs import get_logger
 
 BATCH = 500
 

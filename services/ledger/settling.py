@@ -27,7 +27,7 @@ from services.ledger.settlement import (
 )
 from services.ledger.storage import Connection, Storage, execute_rows
 from shared.fleet import Fleet, Pool
-from shared.logs import get_logger
+from shared.runtime.logs import get_logger
 
 _log = get_logger(__name__)
 

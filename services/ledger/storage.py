@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import asyncpg
 
 from services.ledger.rows import Row
-from shared.database import TRANSIENT_ERRORS
-from shared.logs import get_logger
+from shared.runtime.database import TRANSIENT_ERRORS
+from shared.runtime.logs import get_logger
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 

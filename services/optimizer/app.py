@@ -16,18 +16,18 @@ from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.optimizing import Optimizing
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
-from shared.broker import build_broker
-from shared.clock import Clock
-from shared.database import migrate, open_pool
-from shared.dead_letters import DeadLetterOffice, batch_decoder
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.following import POLL_MS, follow, read_to_end
-from shared.health import Health
-from shared.logs import get_logger
+from shared.kafka.broker import build_broker
+from shared.kafka.dead_letters import DeadLetterPublisher, batch_decoder
+from shared.kafka.publish import publish_with_retry
+from shared.kafka.subscribe import POLL_MS, read_to_end, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality
-from shared.publishing import insist
-from shared.service import build_service, run_service
-from shared.settings import DatabaseSettings, FleetSettings, KafkaSettings
+from shared.runtime.clock import Clock
+from shared.runtime.database import migrate, open_pool
+from shared.runtime.health import Health
+from shared.runtime.logs import get_logger
+from shared.runtime.service import build_service, run_service
+from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY
 
 NAME = "optimizer"
@@ -38,7 +38,7 @@ _log = get_logger(__name__)
 
 def subscribe(
     broker: KafkaBroker,
-    office: DeadLetterOffice,
+    dead_letters: DeadLetterPublisher,
     optimizing: Optimizing,
     *,
     kafka: KafkaSettings,
@@ -49,12 +49,12 @@ def subscribe(
     Returns:
         Those of the compacted topics.
     """
-    groupings = follow(broker, kafka, office, PROMPT_GROUPS, description="Learned prompt groups")
-    intensities = follow(broker, kafka, office, CARBON_INTENSITY, description="What the grid emits")
-    evaluations = follow(broker, kafka, office, QUALITY, description="What the judge preferred")
+    groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS, description="Learned prompt groups")
+    intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY, description="What the grid emits")
+    evaluations = subscribe_compacted(broker, kafka, dead_letters, QUALITY, description="What the judge preferred")
     footprints = broker.subscriber(
         kafka.topic(FOOTPRINTS),
-        decoder=batch_decoder(Footprint, office),
+        decoder=batch_decoder(Footprint, dead_letters),
         title="footprints",
         description="What every call took",
         # A record's header `reply_to` names a topic that FastStream would answer to.
@@ -107,14 +107,14 @@ def build_app(
     registry = CollectorRegistry()
     metrics = OptimizerMetrics(registry)
     health = Health()
-    broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry)
+    broker, dead_letters = build_broker(kafka, service=NAME, clock=clock, registry=registry)
     publisher = broker.publisher(kafka.topic(POLICIES), title="policies", description="Probabilities of the options")
 
     async def publish(policy: Policy) -> None:
-        await insist(lambda: publisher.publish(policy, key=policy.model.encode()))
+        await publish_with_retry(lambda: publisher.publish(policy, key=policy.model.encode()))
 
     optimizing = Optimizing(fleet=fleet, clock=clock, settings=settings, metrics=metrics, publish=publish)
-    followed = subscribe(broker, office, optimizing, kafka=kafka, settings=settings)
+    followed = subscribe(broker, dead_letters, optimizing, kafka=kafka, settings=settings)
     _watch_ages(optimizing, metrics, fleet, clock)
 
     async def make_policies() -> None:

@@ -16,11 +16,11 @@ from services.optimizer.planning import Situation, make_policy
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
 from services.optimizer.triggers import Basis, Trigger, due, expiring, look_due, material, moved
-from shared.clock import Clock
-from shared.dead_letters import RetryLaterError
 from shared.fleet import Fleet
-from shared.logs import get_logger
+from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality, option_key
+from shared.runtime.clock import Clock
+from shared.runtime.logs import get_logger
 
 FORGOTTEN_HALF_LIVES = 10
 """An evaluation so old weighs less than a thousandth, and is dropped."""

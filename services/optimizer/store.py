@@ -9,9 +9,9 @@ from typing import Any
 import asyncpg
 
 from services.optimizer.consumption import Consumption
-from shared.database import TRANSIENT_ERRORS
-from shared.dead_letters import RetryLaterError
+from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import Footprint, Policy, Quality
+from shared.runtime.database import TRANSIENT_ERRORS
 
 Apply = Callable[[Consumption, Sequence[Footprint]], None]
 """Counts footprints into a model's consumption."""

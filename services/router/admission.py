@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from aiokafka import ConsumerRecord
 
 from services.router.deadlines import deadline_of
-from shared.clock import Clock
-from shared.dead_letters import parse
 from shared.fleet import Fleet
+from shared.kafka.dead_letters import parse
 from shared.messages import ErrorDetail, GenerationRequest
+from shared.runtime.clock import Clock
 from shared.tenants import with_defaults
 
 

@@ -2,9 +2,9 @@
 
 from services.router.admission import Arrival
 from services.router.grouping import DEFAULT_GROUP
-from shared.clock import Clock
+from shared.inference.triton.generation import Generation
 from shared.messages import Decision, ErrorDetail, GenerationResponse, Sample, Timing, Usage
-from shared.triton import Generation
+from shared.runtime.clock import Clock
 
 
 def answer(

@@ -22,17 +22,20 @@ from services.router.recovery import Recovery
 from services.router.serving import Serving
 from services.router.settings import RouterSettings
 from services.router.tracing import Tracing
-from shared.broker import build_broker
-from shared.chat import ChatTemplateError
-from shared.clock import Clock
-from shared.dead_letters import DeadLetterOffice
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.following import follow, read_to_end
-from shared.health import Health
-from shared.logs import get_logger
+from shared.inference.attempts import Attempts
+from shared.inference.chat import ChatTemplateError
+from shared.inference.pool import Pools
+from shared.kafka.broker import build_broker
+from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.subscribe import read_to_end, subscribe_compacted
 from shared.messages import CarbonIntensity, GenerationRequest, Policy, PromptGrouping
-from shared.service import VERSION, build_service, run_service
-from shared.settings import FleetSettings, KafkaSettings
+from shared.runtime.clock import Clock
+from shared.runtime.health import Health
+from shared.runtime.logs import get_logger
+from shared.runtime.service import VERSION, build_service, run_service
+from shared.runtime.settings import FleetSettings, KafkaSettings
+from shared.runtime.tracing import TelemetryError, tracer_provider
 from shared.topics import (
     CARBON_INTENSITY,
     DEAD_LETTERS,
@@ -43,9 +46,6 @@ from shared.topics import (
     RESPONSES,
     SAMPLES,
 )
-from shared.tracing import TelemetryError, tracer_provider
-from shared.triton.attempts import Attempts
-from shared.triton.pools import Pools
 
 NAME = "router"
 DESCRIPTION = "Draws a generation directive for every request, has a model answer it, publishes the answer."
@@ -65,7 +65,7 @@ class Router:
     def __init__(
         self,
         broker: KafkaBroker,
-        office: DeadLetterOffice,
+        dead_letters: DeadLetterPublisher,
         *,
         kafka: KafkaSettings,
         settings: RouterSettings,
@@ -96,10 +96,10 @@ class Router:
                 clock=clock,
                 rules=settings.retry_rules,
                 on_retry=lambda pool: self.metrics.retries.labels(pool).inc(),
-                patience=settings.patience,
+                stream_timeouts=settings.stream_timeouts,
                 stream_always=settings.stream_always,
             ),
-            delivery=Delivery(broker, office, kafka=kafka, metrics=self.metrics, tracing=tracing),
+            delivery=Delivery(broker, dead_letters, kafka=kafka, metrics=self.metrics, tracing=tracing),
             metrics=self.metrics,
             control_sequences=settings.control_sequences,
             chunk_interval_s=settings.chunk_interval_ms / 1_000,
@@ -115,7 +115,7 @@ class Router:
             metrics=self.metrics,
             room=self.pools.room,
         )
-        self._state_topics = self._subscribe_state(broker, office, kafka)
+        self._state_topics = self._subscribe_state(broker, dead_letters, kafka)
         self._backlog = self._subscribe_requests(broker, kafka)
         self._watch_ages(fleet, clock)
 
@@ -172,14 +172,18 @@ class Router:
         return Backlog(lambda: subscriber.consumer, finished=self.intake.finished, metrics=self.metrics)
 
     def _subscribe_state(
-        self, broker: KafkaBroker, office: DeadLetterOffice, kafka: KafkaSettings
+        self, broker: KafkaBroker, dead_letters: DeadLetterPublisher, kafka: KafkaSettings
     ) -> tuple[BatchSubscriber, ...]:
         """Compacted topics: every router reads all of them from the start."""
-        groupings = follow(
-            broker, kafka, office, PROMPT_GROUPS, description="Prompt groups learned from judged prompts"
+        groupings = subscribe_compacted(
+            broker, kafka, dead_letters, PROMPT_GROUPS, description="Prompt groups learned from judged prompts"
         )
-        policies = follow(broker, kafka, office, POLICIES, description="Probabilities of the options")
-        intensities = follow(broker, kafka, office, CARBON_INTENSITY, description="What the grid emits")
+        policies = subscribe_compacted(
+            broker, kafka, dead_letters, POLICIES, description="Probabilities of the options"
+        )
+        intensities = subscribe_compacted(
+            broker, kafka, dead_letters, CARBON_INTENSITY, description="What the grid emits"
+        )
 
         @groupings
         async def on_groupings(news: list[PromptGrouping]) -> None:
@@ -246,10 +250,12 @@ def build_app(
     clock = clock or Clock.from_environment()
     registry = CollectorRegistry()
     health = Health()
-    broker, office = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms)
+    broker, dead_letters = build_broker(
+        kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms
+    )
     router = Router(
         broker,
-        office,
+        dead_letters,
         kafka=kafka,
         settings=settings,
         fleet=fleet,

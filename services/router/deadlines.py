@@ -2,7 +2,7 @@
 
 from datetime import datetime, timedelta
 
-from shared.clock import Clock
+from shared.runtime.clock import Clock
 
 
 def deadline_of(

@@ -14,11 +14,11 @@ from services.router.gate import Passage
 from services.router.metrics import RouterMetrics
 from services.router.recovery import SOURCE_HEADER
 from services.router.tracing import Tracing
-from shared.dead_letters import DeadLetterOffice, PoisonMessageError
-from shared.logs import get_logger
+from shared.kafka.dead_letters import DeadLetterPublisher, PoisonMessageError
+from shared.kafka.publish import TOO_LARGE, check_size, publish_with_retry
 from shared.messages import ErrorDetail, GenerationResponse, ResponseChunk, Sample
-from shared.publishing import TOO_LARGE, check_size, insist
-from shared.settings import KafkaSettings
+from shared.runtime.logs import get_logger
+from shared.runtime.settings import KafkaSettings
 from shared.topics import RESPONSE_CHUNKS, RESPONSES, SAMPLES, TopicSpec
 
 _log = get_logger(__name__)
@@ -34,7 +34,7 @@ class Delivery:
     def __init__(
         self,
         broker: KafkaBroker,
-        office: DeadLetterOffice,
+        dead_letters: DeadLetterPublisher,
         *,
         kafka: KafkaSettings,
         metrics: RouterMetrics,
@@ -48,7 +48,7 @@ class Delivery:
             (SAMPLES, "Prompts kept aside for the evaluator"),
         ):
             broker.publisher(kafka.topic(spec), description=description, schema=spec.message)
-        self._office = office
+        self._dead_letters = dead_letters
         self._metrics = metrics
         self._tracing = tracing
 
@@ -95,7 +95,9 @@ class Delivery:
         if self._tracing is not None:
             self._tracing.refused(error.reason)
         headers = {SOURCE_HEADER: passage.source}
-        await insist(lambda: passage.through(lambda: self._office.post(record, error, headers=headers)))
+        await publish_with_retry(
+            lambda: passage.through(lambda: self._dead_letters.publish(record, error, headers=headers))
+        )
         self._metrics.dead_letters.labels(error.reason).inc()
 
     async def _send(
@@ -130,7 +132,7 @@ class Delivery:
             await self._broker.config.producer.publish(command)
 
         # Every attempt passes the gate again: much may have happened since the one before.
-        await insist(publish if passage is None else lambda: passage.through(publish))
+        await publish_with_retry(publish if passage is None else lambda: passage.through(publish))
 
 
 def fitting(response: GenerationResponse) -> GenerationResponse:

@@ -20,7 +20,7 @@ from typing import Final, TypeVar
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from shared.publishing import TOO_LARGE
+from shared.kafka.publish import TOO_LARGE
 
 T = TypeVar("T")
 

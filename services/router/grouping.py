@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.grouping import GroupingError, PromptGroups, prompt_text, unpack
-from shared.logs import get_logger
 from shared.messages import GenerationRequest, Policy, PromptGrouping
+from shared.runtime.logs import get_logger
 
 DEFAULT_GROUP: Final = "default"
 """The group of a request whose task is not known."""

@@ -18,7 +18,7 @@ from services.router.metrics import RouterMetrics
 from services.router.offsets import Claim, OffsetTracker, Standing
 from services.router.recovery import Source, stored
 from services.router.takeover import Group, Takeover
-from shared.logs import get_logger, where
+from shared.runtime.logs import get_logger, where
 
 Serve = Callable[[Any, Passage], Awaitable[None]]
 """Answers a record; returns when it is done with for good."""

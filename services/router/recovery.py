@@ -14,7 +14,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import OffsetAndMetadata
 
 from services.router.offsets import Commit, Standing
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
 
 SOURCE_HEADER: Final = "sprout-request"
 """Of an answer or a dead letter: the record it is for, as `Source` writes it."""

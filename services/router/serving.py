@@ -15,15 +15,15 @@ from services.router.sampling import becomes_sample
 from services.router.selection import UnknownLevelError, select
 from services.router.streaming import ChunkStream
 from services.router.tracing import Tracing
-from shared.chat import ControlSequencePolicy, ConversationError
-from shared.clock import Clock
-from shared.dead_letters import PoisonMessageError
 from shared.fleet import Fleet
-from shared.logs import get_logger, where
+from shared.inference.attempts import Attempts, Job, Outcome
+from shared.inference.base import GenerationParameters
+from shared.inference.chat import ControlSequencePolicy, ConversationError
+from shared.inference.pool import Pools, ServingPool
+from shared.kafka.dead_letters import PoisonMessageError
 from shared.messages import Decision, ErrorDetail, GenerationResponse, Timing
-from shared.triton import GenerationParameters
-from shared.triton.attempts import Attempts, Job, Outcome
-from shared.triton.pools import Pools, ServingPool
+from shared.runtime.clock import Clock
+from shared.runtime.logs import get_logger, where
 
 _log = get_logger(__name__)
 

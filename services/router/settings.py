@@ -6,10 +6,10 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.router.admission import Limits
-from shared.chat import ControlSequencePolicy
-from shared.triton.endpoints import CoolDownRules
-from shared.triton.parameters import Patience
-from shared.triton.retrying import RetryRules
+from shared.inference.attempts import RetryRules
+from shared.inference.balancer import CoolDownRules
+from shared.inference.base import StreamTimeouts
+from shared.inference.chat import ControlSequencePolicy
 
 
 class RouterSettings(BaseSettings):
@@ -108,9 +108,9 @@ class RouterSettings(BaseSettings):
         )
 
     @property
-    def patience(self) -> Patience:
+    def stream_timeouts(self) -> StreamTimeouts:
         """With a model server that is silent."""
-        return Patience(self.first_chunk_timeout_s, self.chunk_timeout_s)
+        return StreamTimeouts(self.first_chunk_timeout_s, self.chunk_timeout_s)
 
     @property
     def retry_rules(self) -> RetryRules:

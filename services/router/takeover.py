@@ -15,7 +15,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from services.router.offsets import Commit, Standing
 from services.router.recovery import commit_of, stored
-from shared.logs import get_logger, where
+from shared.runtime.logs import get_logger, where
 
 PAUSE_S: Final = 0.5
 """Wall seconds before Kafka is asked again, after it could not be."""

@@ -17,8 +17,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from services.router.admission import Arrival
+from shared.inference.attempts import Outcome
 from shared.messages import Decision, GenerationResponse
-from shared.triton.attempts import Outcome
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

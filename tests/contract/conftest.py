@@ -1,9 +1,9 @@
 """The same cases in memory and on real Kafka: a test that asks for `medium` runs once on each."""
 
 import pytest
-from contract_support import Medium
 
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
+from tests.support.contract import Medium
 
 
 @pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.integration)])

@@ -3,14 +3,14 @@
 import logging
 
 import pytest
-from contract_support import Medium
 from prometheus_client import CollectorRegistry
 
-from shared.broker import build_broker
-from shared.clock import Clock
-from shared.dead_letters import RetryLaterError, batch_decoder, message_decoder
+from shared.kafka.broker import build_broker
+from shared.kafka.dead_letters import RetryLaterError, batch_decoder, message_decoder
 from shared.messages import DeadLetter, GenerationRequest
+from shared.runtime.clock import Clock
 from shared.topics import DEAD_LETTERS, REQUESTS, SAMPLES
+from tests.support.contract import Medium
 
 
 class Desk:
@@ -21,7 +21,9 @@ class Desk:
         self.handled: list[GenerationRequest] = []
         self.letters: list[DeadLetter] = []
         self.topics = {"single": medium.kafka.topic(REQUESTS), "batch": medium.kafka.topic(SAMPLES)}
-        self.broker, office = build_broker(medium.kafka, service="desk", clock=Clock(), registry=CollectorRegistry())
+        self.broker, dead_letters = build_broker(
+            medium.kafka, service="desk", clock=Clock(), registry=CollectorRegistry()
+        )
 
         @self.broker.subscriber(
             self.topics["single"],
@@ -41,7 +43,7 @@ class Desk:
             batch=True,
             group_id=medium.kafka.group("batch"),
             auto_offset_reset="earliest",
-            decoder=batch_decoder(GenerationRequest, office),
+            decoder=batch_decoder(GenerationRequest, dead_letters),
         )
         async def batch(requests: list[GenerationRequest]) -> None:
             self.handled.extend(requests)

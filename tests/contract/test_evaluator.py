@@ -6,22 +6,22 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from contract_support import Medium
-from evaluator_support import grid, judged_fleet, sample
 from prometheus_client import CollectorRegistry
-from router_support import MODEL, ZONE
 
 from services.evaluator.app import Evaluator, build_app
 from services.evaluator.plan import PlanError
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.spending import Energy
-from shared.broker import build_broker
-from shared.clock import ManualClock
-from shared.dead_letters import RetryLaterError
 from shared.fleet import Fleet
+from shared.kafka.broker import build_broker
+from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import DeadLetter, Footprint, Sample
-from shared.settings import DatabaseSettings, KafkaSettings
+from shared.runtime.clock import ManualClock
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, SAMPLES
+from tests.support.contract import Medium
+from tests.support.evaluator import grid, judged_fleet, sample
+from tests.support.router import MODEL, ZONE
 
 NOW = datetime(2023, 2, 10, 12, tzinfo=UTC)
 FLEET = Fleet.model_validate(tomllib.loads(judged_fleet("127.0.0.1:9")))
@@ -60,9 +60,9 @@ class Desk:
         self.letters: list[DeadLetter] = []
         registry = CollectorRegistry()
         clock = ManualClock(NOW)
-        self.broker, office = build_broker(kafka, service="evaluator", clock=clock, registry=registry)
+        self.broker, dead_letters = build_broker(kafka, service="evaluator", clock=clock, registry=registry)
         self.evaluator = Evaluator(
-            self.broker, office, kafka=kafka, database=DatabaseSettings(), settings=EvaluatorSettings(poll_ms=20),
+            self.broker, dead_letters, kafka=kafka, database=DatabaseSettings(), settings=EvaluatorSettings(poll_ms=20),
             fleet=FLEET, clock=clock, registry=registry,
         )  # fmt: skip
         self.evaluator.intake.storage = self.storage  # type: ignore[assignment]

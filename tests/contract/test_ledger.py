@@ -4,19 +4,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from contract_support import Medium
 from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
-from router_support import ZONE, intensity, policy
 
 from services.ledger.app import Ledger
 from services.ledger.settings import LedgerSettings
-from shared.broker import build_broker
-from shared.clock import Clock
-from shared.dead_letters import RetryLaterError
 from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
+from shared.kafka.broker import build_broker
+from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import DeadLetter, UsageRecord
+from shared.runtime.clock import Clock
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, POLICIES, USAGE
+from tests.support.contract import Medium
+from tests.support.router import ZONE, intensity, policy
 
 START = datetime(2024, 2, 1, tzinfo=UTC)
 FLEET = Fleet(
@@ -56,9 +56,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 @pytest.fixture
 def broker(memory: Memory, medium: Medium) -> KafkaBroker:
     registry = CollectorRegistry()
-    broker, office = build_broker(medium.kafka, service="ledger", clock=Clock(), registry=registry)
+    broker, dead_letters = build_broker(medium.kafka, service="ledger", clock=Clock(), registry=registry)
     settings = LedgerSettings(retry_s=0.01, poll_ms=20)
-    Ledger(broker, office, kafka=medium.kafka, settings=settings, fleet=FLEET, clock=Clock(), registry=registry)
+    Ledger(broker, dead_letters, kafka=medium.kafka, settings=settings, fleet=FLEET, clock=Clock(), registry=registry)
     return broker
 
 

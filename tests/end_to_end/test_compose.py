@@ -20,7 +20,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from deploy.local.ports import free_ports
 from shared.fleet import load_fleet
 from shared.messages import GenerationRequest, GenerationResponse
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS, RESPONSES
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ def test_a_short_day_is_answered_accounted_for_and_cleared_up(tmp_path: Path, ka
     html, figures_file = tmp_path / "report.html", tmp_path / "report.json"
     done = subprocess.run(
         [
-            sys.executable, "-m", "cli.main", "demo", "--hours", "6", "--requests", "600",
+            sys.executable, "-m", "tools.cli.main", "demo", "--hours", "6", "--requests", "600",
             "--start", "2024-02-08T03:00", "--html", str(html), "--json", str(figures_file),
         ],
         cwd=REPOSITORY,

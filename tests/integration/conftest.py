@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from router_support import Producer, RouterProcess, TritonServer, fleet_toml, producing, start_triton
 
 from deploy.local.processes import Supervisor
-from deploy.trial.processes import revive
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
+from tests.support.processes import revive
+from tests.support.router import Producer, RouterProcess, TritonServer, fleet_toml, producing, start_triton
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaConsumer
-from router_support import ZONE, fleet_toml
 
 from deploy.local.ports import free_ports
 from deploy.local.processes import ProcessFailedError, Supervisor
 from deploy.local.services import Surroundings, service_spec
-from shared.clock import Clock
 from shared.messages import CarbonIntensity
-from shared.settings import KafkaSettings
+from shared.runtime.clock import Clock
+from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY
+from tests.support.router import ZONE, fleet_toml
 
 pytestmark = pytest.mark.integration
 

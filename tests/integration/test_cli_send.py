@@ -10,7 +10,6 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from typer.testing import CliRunner
 
-from cli.main import app
 from shared.messages import (
     Decision,
     Footprint,
@@ -21,8 +20,9 @@ from shared.messages import (
     Timing,
     Usage,
 )
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, REQUESTS, RESPONSE_CHUNKS, RESPONSES, TopicSpec
+from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from deploy.local.java import NoJavaError
 from deploy.local.kafka import KafkaInstallationError
-from drills.__main__ import drill
-from drills.ground import KAFKA, Ground
-from drills.play import play
+from tests.drills.__main__ import drill
+from tests.drills.ground import KAFKA, Ground
+from tests.drills.play import play
 
 pytestmark = pytest.mark.integration
 
@@ -93,9 +93,9 @@ def test_the_exit_code_tells_whether_anything_was_lost_and_the_figures_are_writt
         assert (names, options["seed"], options["scale"]) == (["sigterm"], 5, 0.5)
         return [Shown()]
 
-    monkeypatch.setattr("drills.__main__.play", playing)
-    monkeypatch.setattr("drills.__main__.table", lambda results: f"{len(results)} scenario")
-    monkeypatch.setattr("drills.__main__.remarks", lambda results: list(problems))
+    monkeypatch.setattr("tests.drills.__main__.play", playing)
+    monkeypatch.setattr("tests.drills.__main__.table", lambda results: f"{len(results)} scenario")
+    monkeypatch.setattr("tests.drills.__main__.remarks", lambda results: list(problems))
     app = Typer()
     app.command()(drill)
     out = tmp_path / "build" / "drill.json"

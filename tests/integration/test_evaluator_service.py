@@ -10,7 +10,14 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from evaluator_support import (
+
+from deploy.local.processes import Supervisor
+from shared.grouping import unpack
+from shared.messages import Footprint, PromptGrouping, Quality, UsageRecord
+from shared.runtime.clock import Clock
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
+from shared.topics import CARBON_INTENSITY, FOOTPRINTS, PROMPT_GROUPS, QUALITY, SAMPLES, USAGE
+from tests.support.evaluator import (
     KINDS,
     EvaluatorProcess,
     grid,
@@ -20,14 +27,7 @@ from evaluator_support import (
     shares,
     start_judged_triton,
 )
-from router_support import MODEL, ZONE, Producer, TritonServer, producing, question, reading
-
-from deploy.local.processes import Supervisor
-from shared.clock import Clock
-from shared.grouping import unpack
-from shared.messages import Footprint, PromptGrouping, Quality, UsageRecord
-from shared.settings import DatabaseSettings, KafkaSettings
-from shared.topics import CARBON_INTENSITY, FOOTPRINTS, PROMPT_GROUPS, QUALITY, SAMPLES, USAGE
+from tests.support.router import MODEL, ZONE, Producer, TritonServer, producing, question, reading
 
 pytestmark = pytest.mark.integration
 

@@ -9,8 +9,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 
-from shared.provisioning import create_topics
-from shared.settings import DatabaseSettings, KafkaSettings
+from shared.kafka.admin import create_topics
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import DEAD_LETTERS, POLICIES, REQUESTS, TOPICS
 
 pytestmark = pytest.mark.integration

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certificate_support import Authority, Certificate
 from prometheus_client import CollectorRegistry
 from pydantic import HttpUrl
 
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.scraping import Scraper, scrapers_of
 from services.ledger.storage import Storage
-from shared.clock import Clock
-from shared.database import migrate, open_pool
 from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
 from shared.fleet_parts import FleetError
+from shared.runtime.clock import Clock
+from shared.runtime.database import migrate, open_pool
+from tests.support.certificate import Authority, Certificate
 
 pytestmark = pytest.mark.integration
 

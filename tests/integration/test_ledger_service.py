@@ -9,7 +9,6 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from router_support import LEVELS, MODEL, ZONE, Producer, producing, question, reading, write_workload
 
 from deploy.local.paths import default_state_dir
 from deploy.local.ports import free_ports
@@ -18,7 +17,8 @@ from deploy.local.services import Surroundings, service_spec
 from deploy.local.triton import free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.models import stand_in_llm
 from deploy.triton.repository import write_repository
-from shared.clock import Clock
+from shared.inference.base import GenerationParameters
+from shared.inference.triton.client import TritonClient
 from shared.messages import (
     CarbonIntensity,
     Decision,
@@ -30,10 +30,10 @@ from shared.messages import (
     Usage,
     UsageRecord,
 )
-from shared.settings import DatabaseSettings, KafkaSettings
+from shared.runtime.clock import Clock
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, RESPONSES, USAGE
-from shared.triton.client import TritonClient
-from shared.triton.parameters import GenerationParameters
+from tests.support.router import LEVELS, MODEL, ZONE, Producer, producing, question, reading, write_workload
 
 pytestmark = pytest.mark.integration
 

@@ -8,9 +8,9 @@ from prometheus_client import CollectorRegistry
 
 from deploy.local.mock_broker import mock_broker_spec
 from deploy.local.processes import Supervisor
-from shared.broker import build_broker, wait_for_kafka
-from shared.clock import Clock
-from shared.settings import KafkaSettings
+from shared.kafka.broker import build_broker, wait_for_kafka
+from shared.runtime.clock import Clock
+from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS, TOPICS
 
 pytestmark = pytest.mark.integration

@@ -18,8 +18,8 @@ from deploy.local.models import ModelServerError, PreparedModels
 from deploy.local.paths import default_state_dir
 from deploy.local.processes import Supervisor
 from deploy.triton.smollm2.power import available_source
-from shared.clock import Clock
 from shared.fleet import load_fleet
+from shared.runtime.clock import Clock
 
 pytestmark = pytest.mark.integration
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from urllib.request import urlopen
 
 import pytest
-from router_support import LONG_PROMPT, MODEL, question, write_workload
-from tokenizer_support import write_tokenizer
 
 from deploy.local.paths import default_state_dir
 from deploy.local.processes import ProcessSpec, Supervisor
@@ -17,11 +15,12 @@ from deploy.local.triton import free_triton_ports, install, metrics_url, ready_p
 from deploy.triton.models import stand_in_llm
 from deploy.triton.repository import write_repository
 from deploy.triton.server import TritonPorts
-from shared.clock import Clock
-from shared.triton import GenerationParameters, InvalidRequest, TritonClient
-from shared.triton.counting import Tokenizer
-from shared.triton.errors import EndpointUnavailable
-from shared.triton.parameters import Patience
+from shared.inference.base import EndpointUnavailable, GenerationParameters, InvalidRequest, StreamTimeouts
+from shared.inference.tokens import Tokenizer
+from shared.inference.triton.client import TritonClient
+from shared.runtime.clock import Clock
+from tests.support.router import LONG_PROMPT, MODEL, question, write_workload
+from tests.support.tokenizer import write_tokenizer
 
 pytestmark = pytest.mark.integration
 
@@ -227,7 +226,7 @@ async def test_a_server_that_falls_silent_in_the_middle_has_failed(client):
         GenerationParameters(max_tokens=500),
         request_id="r",
         timeout_s=20,
-        patience=Patience(first_s=5.0, next_s=0.02),  # its parts come every tenth of a second
+        stream_timeouts=StreamTimeouts(first_s=5.0, next_s=0.02),  # its parts come every tenth of a second
     )
     heard = []
 

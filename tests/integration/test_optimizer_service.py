@@ -26,7 +26,7 @@ from shared.messages import (
     Quality,
     QualityCount,
 )
-from shared.settings import DatabaseSettings, KafkaSettings
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY, TopicSpec
 
 pytestmark = pytest.mark.integration

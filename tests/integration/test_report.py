@@ -6,7 +6,10 @@ from datetime import timedelta
 
 import asyncpg
 import pytest
-from report_support import (
+from typer.testing import CliRunner
+
+from shared.runtime.database import migrate, open_pool
+from tests.support.report import (
     DAY,
     MODEL,
     OPTIONS,
@@ -19,11 +22,8 @@ from report_support import (
     quality_at,
     record_of,
 )
-from typer.testing import CliRunner
-
-from cli.main import app
-from services.ledger.report import NoBooksError, collect_report
-from shared.database import migrate, open_pool
+from tools.cli.main import app
+from tools.reporting import NoBooksError, collect_report
 
 pytestmark = pytest.mark.integration
 

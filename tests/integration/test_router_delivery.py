@@ -11,7 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from router_support import (
+
+from deploy.local.processes import Supervisor
+from shared.messages import GenerationResponse
+from shared.runtime.clock import Clock
+from shared.runtime.settings import KafkaSettings
+from shared.topics import CARBON_INTENSITY, POLICIES
+from tests.support.router import (
     LEVELS,
     Producer,
     RouterProcess,
@@ -25,12 +31,6 @@ from router_support import (
     request,
     start_triton,
 )
-
-from deploy.local.processes import Supervisor
-from shared.clock import Clock
-from shared.messages import GenerationResponse
-from shared.settings import KafkaSettings
-from shared.topics import CARBON_INTENSITY, POLICIES
 
 pytestmark = pytest.mark.integration
 

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from router_support import RouterProcess, fleet_toml, producing, reading, request, start_triton
-from tokenizer_support import write_tokenizer
 
 from deploy.local.processes import Supervisor
 from shared.messages import ResponseChunk
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
 from shared.topics import RESPONSE_CHUNKS
+from tests.support.router import RouterProcess, fleet_toml, producing, reading, request, start_triton
+from tests.support.tokenizer import write_tokenizer
 
 pytestmark = pytest.mark.integration
 

@@ -4,7 +4,8 @@ import asyncio
 import json
 
 import pytest
-from router_support import LONG_PROMPT, committed, reading, request
+
+from tests.support.router import LONG_PROMPT, committed, reading, request
 
 pytestmark = pytest.mark.integration
 

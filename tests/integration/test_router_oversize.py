@@ -5,10 +5,10 @@ import asyncio
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from router_support import committed, page, reading, request
 
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
 from shared.topics import MEBIBYTE, RESPONSES, TopicSpec
+from tests.support.router import committed, page, reading, request
 
 pytestmark = pytest.mark.integration
 

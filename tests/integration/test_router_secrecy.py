@@ -10,14 +10,14 @@ from typing import Any
 
 import grpc
 import pytest
-from router_support import RouterProcess, fleet_toml, producing, reading, request
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from deploy.local.processes import Supervisor
 from deploy.triton.contract import INPUTS, OUTPUTS
-from shared.provisioning import create_topics
-from shared.settings import KafkaSettings
+from shared.kafka.admin import create_topics
+from shared.runtime.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS, RESPONSES, SAMPLES, Cleanup, TopicSpec
+from tests.support.router import RouterProcess, fleet_toml, producing, reading, request
 
 pytestmark = pytest.mark.integration
 

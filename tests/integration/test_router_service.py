@@ -7,9 +7,15 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
-from grouping_support import NOW, judged_kinds, sum_of
-from grouping_support import question as question_text
-from router_support import (
+
+from deploy.local.ports import free_ports
+from services.evaluator.learning import learn
+from shared.grouping import unpack
+from shared.messages import DeadLetter, ResponseChunk, Sample
+from shared.topics import DEAD_LETTERS, POLICIES, PROMPT_GROUPS, REQUESTS, RESPONSE_CHUNKS, SAMPLES
+from tests.support.grouping import NOW, judged_kinds, sum_of
+from tests.support.grouping import question as question_text
+from tests.support.router import (
     LEVELS,
     LONG_PROMPT,
     MODEL,
@@ -22,12 +28,6 @@ from router_support import (
     reading,
     request,
 )
-
-from deploy.local.ports import free_ports
-from services.evaluator.learning import learn
-from shared.grouping import unpack
-from shared.messages import DeadLetter, ResponseChunk, Sample
-from shared.topics import DEAD_LETTERS, POLICIES, PROMPT_GROUPS, REQUESTS, RESPONSE_CHUNKS, SAMPLES
 
 pytestmark = pytest.mark.integration
 

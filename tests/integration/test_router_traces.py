@@ -13,11 +13,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
-from router_support import MODEL, RouterProcess, fleet_toml, producing, question, reading, request, start_triton
 
 from deploy.local.processes import Supervisor
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS, RESPONSE_CHUNKS, SAMPLES
+from tests.support.router import MODEL, RouterProcess, fleet_toml, producing, question, reading, request, start_triton
 
 pytestmark = pytest.mark.integration
 

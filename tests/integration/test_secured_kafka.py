@@ -7,18 +7,18 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from certificate_support import Authority, Certificate
-from router_support import RouterProcess, fleet_toml, question
 from typer.testing import CliRunner
 
-from cli.console import Exit
-from cli.main import app
 from deploy.local.java import NoJavaError, ensure_java
 from deploy.local.kafka import KafkaInstallationError, Listener, install_kafka, kafka_spec
 from deploy.local.paths import default_state_dir
 from deploy.local.ports import free_ports
 from deploy.local.processes import Supervisor
-from shared.settings import KafkaSettings
+from shared.runtime.settings import KafkaSettings
+from tests.support.certificate import Authority, Certificate
+from tests.support.router import RouterProcess, fleet_toml, question
+from tools.cli.console import Exit
+from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
 

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from certificate_support import Authority
-from router_support import MODEL, fleet_toml, question, write_workload
 
 from deploy.local.paths import default_state_dir
 from deploy.local.processes import ProcessSpec, Supervisor
 from deploy.local.triton import free_triton_ports, install, ready_probe
 from deploy.triton.models import stand_in_llm
 from deploy.triton.repository import write_repository
-from shared.clock import Clock
 from shared.fleet import FleetError, load_fleet
-from shared.triton import EndpointUnavailable, GenerationParameters
-from shared.triton.endpoints import CoolDownRules
-from shared.triton.pools import Pools
+from shared.inference.balancer import CoolDownRules
+from shared.inference.base import EndpointUnavailable, GenerationParameters
+from shared.inference.pool import Pools
+from shared.runtime.clock import Clock
+from tests.support.certificate import Authority
+from tests.support.router import MODEL, fleet_toml, question, write_workload
 
 pytestmark = pytest.mark.integration
 

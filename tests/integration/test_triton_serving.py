@@ -8,12 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from triton_support import model_processes, write_entries
 
 from deploy.local.paths import REPOSITORY, default_state_dir
 from deploy.local.triton import TritonInstallation, free_triton_ports, install, wait_ready
 from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.repository import write_repository
+from tests.support.triton import model_processes, write_entries
 
 pytestmark = pytest.mark.integration
 

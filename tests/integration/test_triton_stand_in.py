@@ -12,7 +12,6 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc.aio as grpcclient
-from triton_support import LEVELS, model_processes, text_of, write_entries
 from tritonclient.utils import InferenceServerException
 
 from deploy.local.paths import default_state_dir
@@ -23,7 +22,8 @@ from deploy.triton.repository import write_repository
 from deploy.triton.server import TritonPorts
 from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.judge import JudgeRules
-from shared.clock import Clock
+from shared.runtime.clock import Clock
+from tests.support.triton import LEVELS, model_processes, text_of, write_entries
 
 pytestmark = pytest.mark.integration
 

@@ -6,7 +6,7 @@ import socket
 import pytest
 from typer.testing import CliRunner
 
-from cli.main import app
+from tools.cli.main import app
 
 TOPICS = {
     "carbon_feed": {"carbon-intensity"},

@@ -18,7 +18,7 @@ from services.carbon_feed.providers import (
     ZoneUnknownError,
 )
 from services.carbon_feed.recorded import ConstantProvider
-from shared.clock import ManualClock
+from shared.runtime.clock import ManualClock
 
 NOW = datetime(2024, 2, 1, 12, 20, tzinfo=UTC)
 LATEST = {

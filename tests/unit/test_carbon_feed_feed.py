@@ -9,9 +9,9 @@ from services.carbon_feed.feed import FeedMetrics, ZoneFeed
 from services.carbon_feed.providers import NoDataError, Provider, ProviderError, RateLimitedError
 from services.carbon_feed.recorded import ConstantProvider
 from services.carbon_feed.settings import CarbonFeedSettings, ConfigurationError
-from shared.clock import ManualClock
 from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
 from shared.messages import CarbonIntensity, IntensityPoint
+from shared.runtime.clock import ManualClock
 
 NOW = datetime(2024, 2, 1, 12, 20, tzinfo=UTC)
 HOUR = timedelta(hours=1)

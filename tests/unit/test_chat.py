@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.chat import ChatTemplate, ChatTemplateError, ConversationError
-from shared.chat_sources import BUILT_IN, ChatTemplates
+from shared.inference.chat import ChatTemplate, ChatTemplateError, ConversationError
+from shared.inference.chat_sources import BUILT_IN, ChatTemplates
 from shared.messages import ChatMessage
 
 TEMPLATES = ChatTemplates()

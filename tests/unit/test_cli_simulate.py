@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from cli.main import app
 from deploy.local.grid import shipped_trace
+from tools.cli.main import app
 
 KEYS = (
     "zone", "window_start_hour", "scheme", "xi", "carbon_saving_pct", "preference_pct", "correctness_pct",

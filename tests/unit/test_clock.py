@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from shared.clock import Clock, ClockConfigurationError, ManualClock
+from shared.runtime.clock import Clock, ClockConfigurationError, ManualClock
 
 START = datetime(2024, 2, 3, tzinfo=UTC)
 

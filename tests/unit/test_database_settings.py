@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from shared.settings import DatabaseSettings
+from shared.runtime.settings import DatabaseSettings
 
 
 def _url(settings: DatabaseSettings) -> str:

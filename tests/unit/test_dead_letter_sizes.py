@@ -2,9 +2,9 @@
 
 from types import SimpleNamespace
 
-from shared.clock import Clock
-from shared.dead_letters import LARGEST_CARRIED_BYTES, LARGEST_KEY_BYTES, dead_letter_for
-from shared.publishing import check_size
+from shared.kafka.dead_letters import LARGEST_CARRIED_BYTES, LARGEST_KEY_BYTES, dead_letter_for
+from shared.kafka.publish import check_size
+from shared.runtime.clock import Clock
 from shared.topics import DEAD_LETTERS
 
 

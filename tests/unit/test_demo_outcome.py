@@ -4,12 +4,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from report_support import ZONE, made_day, policy_at, quality_at
 from test_ledger_report_accounts import CLEAN_DAY, PURPOSES, books_of, interval
 
 from deploy.demo.observer import Tally
 from deploy.demo.outcome import LARGEST_DISAGREEMENT_POINTS, outcome_of
-from services.ledger.report.assemble import assemble
+from tests.support.report import ZONE, made_day, policy_at, quality_at
+from tools.reporting.assemble import assemble
 
 SENT = 200
 

@@ -4,14 +4,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-from report_support import MODEL, ZONE, policy_at, quality_at
 from rich.console import Console
 
 from deploy.demo.day import PACES, DemoDay
 from deploy.demo.observer import Tally
 from deploy.demo.progress import Progress, describe_policy, sparkline
-from shared.clock import ManualClock
 from shared.messages import CarbonIntensity, IntensityPoint
+from shared.runtime.clock import ManualClock
+from tests.support.report import MODEL, ZONE, policy_at, quality_at
 
 START = datetime(2024, 2, 8, tzinfo=UTC)
 NOW = START + timedelta(hours=6)

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from drills.accounting import Books, Counts, Letter, count
-from drills.result import Result, remarks, table
+from tests.drills.accounting import Books, Counts, Letter, count
+from tests.drills.result import Result, remarks, table
 
 ASKED = (
     "scenario",

@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 
-from drills.malformed import KINDS, malformed
-from drills.schedule import faults, randomness, storm
-from shared.dead_letters import PoisonMessageError, parse
+from shared.kafka.dead_letters import PoisonMessageError, parse
 from shared.messages import GenerationRequest
+from tests.drills.malformed import KINDS, malformed
+from tests.drills.schedule import faults, randomness, storm
 
 SEEDS = range(50)
 

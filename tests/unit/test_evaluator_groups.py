@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import pytest
-from grouping_support import NOW, judged_kinds
 
 from services.evaluator.group_storage import Progress
 from services.evaluator.groups import Groups
 from services.evaluator.judged import JudgedPrompt
 from services.evaluator.learning import LearningRules, learn
 from shared.messages import PromptGrouping
+from tests.support.grouping import NOW, judged_kinds
 
 LEVELS = ("L0", "L1")
 RULES = LearningRules(least=100, growth=0.5, most=3_000)

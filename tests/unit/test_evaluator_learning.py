@@ -4,7 +4,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from grouping_support import NOW, judged_kinds, question, sum_of
 
 from services.evaluator.grouping import TooFewPromptsError
 from services.evaluator.judged import JudgedAnswer, Looks
@@ -12,6 +11,7 @@ from services.evaluator.learning import LearningRules, comparable, learn, learni
 from services.evaluator.spending import Energy
 from shared.grouping import feature_count, features, unpack
 from shared.messages import PromptGrouping
+from tests.support.grouping import NOW, judged_kinds, question, sum_of
 
 RULES = LearningRules(least=600, growth=0.5, most=3_000)
 LEVELS = ("L0", "L1")

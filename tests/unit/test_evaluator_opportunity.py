@@ -28,7 +28,7 @@ def run(intensities, *, rules=USUAL, threshold=None, last=0.0):
     opportunity = Opportunity(rules, last=None if last is None else at(last))
     found = []
     for hour, intensity in enumerate(intensities):
-        trigger = opportunity.follow(at(hour), intensity, threshold=mean)
+        trigger = opportunity.observe(at(hour), intensity, threshold=mean)
         if trigger is not None:
             found.append((hour, trigger))
             opportunity.evaluated(at(hour))
@@ -84,10 +84,10 @@ def test_without_an_intensity_it_runs_only_when_it_is_overdue():
 def test_an_older_reading_says_nothing_and_one_of_the_same_hour_revises():
     opportunity = Opportunity(OpportunityRules(), last=at(-24))
     for hour, intensity in enumerate([500, 400, 300]):
-        assert opportunity.follow(at(hour), intensity, threshold=1_000.0) is None
-    assert opportunity.follow(at(1), 900, threshold=1_000.0) is None
-    assert opportunity.follow(at(3), 290, threshold=1_000.0) is None
-    assert opportunity.follow(at(3), 350, threshold=1_000.0) == "local_minimum"
+        assert opportunity.observe(at(hour), intensity, threshold=1_000.0) is None
+    assert opportunity.observe(at(1), 900, threshold=1_000.0) is None
+    assert opportunity.observe(at(3), 290, threshold=1_000.0) is None
+    assert opportunity.observe(at(3), 350, threshold=1_000.0) == "local_minimum"
     assert opportunity.adjusted() == pytest.approx(350 * math.exp(-URGENCY_PER_HOUR * 27))
 
 

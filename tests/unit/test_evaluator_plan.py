@@ -4,16 +4,16 @@ import tomllib
 from datetime import UTC, datetime
 
 import pytest
-from evaluator_support import judged_answer, judged_prompt
 from hypothesis import given
 from hypothesis import strategies as st
-from router_support import MODEL, fleet_toml
 
 from services.evaluator.counting import PREFERENCE, preference, tally
 from services.evaluator.plan import Contestant, PlanError, allocate, contestants, in_turn
 from services.evaluator.spending import Call, Energy, cost_of, energy_of
 from shared.fleet import Fleet
 from shared.messages import Footprint
+from tests.support.evaluator import judged_answer, judged_prompt
+from tests.support.router import MODEL, fleet_toml
 
 NOW = datetime(2023, 2, 10, 12, tzinfo=UTC)
 

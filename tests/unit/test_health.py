@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import CollectorRegistry
 
-from shared.health import Health, Progress, ProgressCollector
+from shared.runtime.health import Health, Progress, ProgressCollector
 
 
 @pytest.fixture

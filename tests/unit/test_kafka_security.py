@@ -4,11 +4,11 @@ import ssl
 from pathlib import Path
 
 import pytest
-from certificate_support import Authority
 from faststream.kafka.security import parse_security
 from pydantic import ValidationError
 
-from shared.settings import DatabaseSettings, KafkaSettings
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
+from tests.support.certificate import Authority
 
 PASSWORD = "v3ry-s3cret"
 SASL = {"protocol": "SASL_PLAINTEXT", "mechanism": "SCRAM-SHA-512", "username": "sprout", "password": PASSWORD}

@@ -4,7 +4,8 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
-from report_support import (
+
+from tests.support.report import (
     DAY,
     EMBODIED_G_PER_S,
     OPTIONS,
@@ -18,13 +19,12 @@ from report_support import (
     quality_at,
     record_of,
 )
-
-from services.ledger.report.accounts import carbon_account, energy_account
-from services.ledger.report.assemble import assemble
-from services.ledger.report.books import Books, CallSums, EvaluationSums, IntervalSums, Selection
-from services.ledger.report.grams import IntensitySeries, Site, prices_at, sites_of
-from services.ledger.report.policies import PolicyBook
-from services.ledger.report.preference import JudgedShares, relative_pct
+from tools.reporting.accounts import carbon_account, energy_account
+from tools.reporting.assemble import assemble
+from tools.reporting.books import Books, CallSums, EvaluationSums, IntervalSums, Selection
+from tools.reporting.grams import IntensitySeries, Site, prices_at, sites_of
+from tools.reporting.policies import PolicyBook
+from tools.reporting.preference import JudgedShares, relative_pct
 
 CLEAN_DAY = IntensitySeries(
     at_s=DAY.timestamp() + np.arange(24.0) * 3600, g_per_kwh=np.full(24, 100.0), estimated=np.zeros(24, dtype=bool)

@@ -4,14 +4,14 @@ import json
 import re
 
 import pytest
-from report_support import MODEL, ZONE, made_day, policy_at, quality_at, record_of
 from rich.console import Console
 from test_ledger_report_accounts import CLEAN_DAY, PURPOSES, books_of, interval
 
-from cli.reporting import render_html, render_tables, to_json
-from cli.reporting.content import summary_lines
-from cli.reporting.words import apart, energy, grams, percent
-from services.ledger.report.assemble import assemble
+from tests.support.report import MODEL, ZONE, made_day, policy_at, quality_at, record_of
+from tools.reporting import render_html, render_tables, to_json
+from tools.reporting.assemble import assemble
+from tools.reporting.content import summary_lines
+from tools.reporting.words import apart, energy, grams, percent
 
 
 @pytest.fixture(scope="module")

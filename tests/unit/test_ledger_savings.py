@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from report_support import DAY, POOL, REFERENCE, ZONE, calls_of, intensity_at, made_day, policy_at, record_of
 
-from services.ledger.report.counterfactual import Counterfactual
-from services.ledger.report.grams import IntensitySeries, sites_of
-from services.ledger.report.policies import PolicyBook
-from services.ledger.report.savings import Comparison, benchmarked, estimate_saving
+from tests.support.report import DAY, POOL, REFERENCE, ZONE, calls_of, intensity_at, made_day, policy_at, record_of
+from tools.reporting.counterfactual import Counterfactual
+from tools.reporting.grams import IntensitySeries, sites_of
+from tools.reporting.policies import PolicyBook
+from tools.reporting.savings import Comparison, benchmarked, estimate_saving
 
 NO_EVALUATIONS = calls_of([])[0]
 POLICIES = PolicyBook.of(policy_at(hour) for hour in range(24))

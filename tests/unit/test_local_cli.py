@@ -8,9 +8,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from cli.main import app
 from deploy.local.paths import REPOSITORY
 from deploy.local.state import StackState
+from tools.cli.main import app
 
 
 @pytest.fixture(autouse=True)
@@ -97,14 +97,14 @@ def test_bad_options_of_up_are_named_before_anything_starts(tmp_path):
 
 def test_where_a_part_of_the_project_is_absent_its_subcommands_are_too(tmp_path):
     """As in the image `sprout/cli`, which holds what makes sense in a container."""
-    kept = ("cli", "shared", "services/ledger/report", "deploy/local")
+    kept = ("tools/cli", "tools/reporting", "shared", "deploy/local")
     for folder in kept:
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for package in ("services", "services/ledger", "deploy"):
         shutil.copy(REPOSITORY / package / "__init__.py", tmp_path / package / "__init__.py")
     program = (
         "import sys; sys.meta_path = [one for one in sys.meta_path if 'editable' not in repr(one).lower()]; "
-        "from cli.main import app; app(['--help'])"
+        "from tools.cli.main import app; app(['--help'])"
     )
     shown = subprocess.run(
         [sys.executable, "-c", program],

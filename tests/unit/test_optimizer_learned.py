@@ -4,8 +4,6 @@ import tomllib
 from datetime import timedelta
 
 import pytest
-from grouping_support import NOW
-from router_support import MODEL, fleet_toml
 
 from services.optimizer.beliefs import Beliefs
 from services.optimizer.consumption import Consumed, Consumption
@@ -20,6 +18,8 @@ from shared.messages import (
     Quality,
     QualityCount,
 )
+from tests.support.grouping import NOW
+from tests.support.router import MODEL, fleet_toml
 
 FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
 RULES = OptimizerSettings(caution=0.0).estimate_rules

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from router_support import MODEL, fleet_toml
 
 from services.optimizer.bounds import InForce, TrailingRange
 from services.optimizer.estimates import Estimates
@@ -14,6 +13,7 @@ from services.optimizer.program import SLACK
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy
+from tests.support.router import MODEL, fleet_toml
 
 FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
 ZONE = FLEET.pools[0].zone

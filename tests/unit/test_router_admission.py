@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from router_support import fleet_toml
 
 from services.router.admission import Arrival, Limits, arrive, refusal
 from services.router.chunking import Chunker
 from services.router.deadlines import deadline_of
 from services.router.settings import RouterSettings
-from shared.clock import Clock
-from shared.dead_letters import PoisonMessageError
 from shared.fleet import Fleet
+from shared.inference.attempts import RetryRules
+from shared.kafka.dead_letters import PoisonMessageError
 from shared.messages import ErrorDetail
-from shared.triton.retrying import RetryRules
+from shared.runtime.clock import Clock
+from tests.support.router import fleet_toml
 
 NOON = datetime(2023, 2, 10, 12, tzinfo=UTC)
 FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))

@@ -5,13 +5,11 @@ from datetime import timedelta
 
 import pytest
 
-from shared.clock import Clock
-from shared.triton import attempts
-from shared.triton.attempts import Attempts, Job
-from shared.triton.client import Chunk
-from shared.triton.errors import DeadlineExceeded
-from shared.triton.parameters import GenerationParameters, Patience
-from shared.triton.retrying import RetryRules
+from shared.inference import attempts
+from shared.inference.attempts import Attempts, Job, RetryRules
+from shared.inference.base import DeadlineExceeded, GenerationParameters, StreamTimeouts
+from shared.inference.triton.client import Chunk
+from shared.runtime.clock import Clock
 
 
 class ClientStandIn:
@@ -58,7 +56,11 @@ async def test_long_silence_until_the_deadline_speaks_against_an_endpoint(
     clock = Clock()
     pool = PoolStandIn(ClientStandIn(*words))
     made = Attempts(
-        clock=clock, rules=RetryRules(), on_retry=lambda _: None, patience=Patience(60.0, 20.0), stream_always=True
+        clock=clock,
+        rules=RetryRules(),
+        on_retry=lambda _: None,
+        stream_timeouts=StreamTimeouts(60.0, 20.0),
+        stream_always=True,
     )
     job = Job(
         request_id="r",

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 from aiokafka.errors import KafkaTimeoutError, MessageSizeTooLargeError
-from intake_support import KNOWN, ConsumerStandIn, GroupStandIn, assigned, intake_of, record, settle
 
 from services.router.intake import Intake
-from shared.publishing import insist
+from shared.kafka.publish import publish_with_retry
+from tests.support.intake import KNOWN, ConsumerStandIn, GroupStandIn, assigned, intake_of, record, settle
 
 
 class Broker:
@@ -44,7 +44,7 @@ def publishing(group: GroupStandIn, consumer: ConsumerStandIn, broker: Broker) -
     """An intake whose records are answered through the gate."""
 
     async def serve(record, passage):
-        await insist(lambda: passage.through(lambda: broker.publish(record.offset)))
+        await publish_with_retry(lambda: passage.through(lambda: broker.publish(record.offset)))
 
     return intake_of(serve, group, consumer)
 

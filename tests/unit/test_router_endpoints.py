@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from shared.triton.endpoints import Balancer, CoolDownRules
+from shared.inference.balancer import Balancer, CoolDownRules
 
 RULES = CoolDownRules(failures=3, first_s=1.0, longest_s=4.0)
 

@@ -4,13 +4,13 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
-from grouping_support import NOW, judged_kinds, question, sum_of
-from router_support import MODEL, policy, request
 
 from services.evaluator.learning import learn
 from services.router.grouping import LearnedGroups
 from shared.grouping import GroupingError, unpack
 from shared.messages import GenerationRequest, PromptGrouping
+from tests.support.grouping import NOW, judged_kinds, question, sum_of
+from tests.support.router import MODEL, policy, request
 
 RNG = np.random.default_rng(3)
 

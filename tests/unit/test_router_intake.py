@@ -5,11 +5,11 @@ import asyncio
 import pytest
 from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
-from intake_support import KNOWN, NEW, ConsumerStandIn, GroupStandIn, assigned, intake_of, record, settle
 
 from services.router.intake import Intake
 from services.router.offsets import Commit
 from services.router.recovery import stored
+from tests.support.intake import KNOWN, NEW, ConsumerStandIn, GroupStandIn, assigned, intake_of, record, settle
 
 
 class Served:

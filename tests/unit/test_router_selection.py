@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from router_support import MODEL, ZONE, fleet_toml, intensity, policy, request
 
 from services.router.grouping import LearnedGroups
 from services.router.knowledge import Knowledge
@@ -17,6 +16,7 @@ from services.router.selection import UnknownLevelError, draw, select
 from shared.fleet import Fleet
 from shared.hashing import uniform
 from shared.messages import Decision
+from tests.support.router import MODEL, ZONE, fleet_toml, intensity, policy, request
 
 NOW = datetime(2023, 2, 10, 12, tzinfo=UTC)
 FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))

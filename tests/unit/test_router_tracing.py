@@ -13,10 +13,10 @@ from opentelemetry.trace import SpanKind, StatusCode
 from services.router import answers
 from services.router.admission import Arrival
 from services.router.tracing import Tracing
+from shared.inference.attempts import Outcome
+from shared.inference.triton.generation import Generation
 from shared.messages import Decision, ErrorDetail, GenerationRequest
-from shared.tracing import TelemetryError, tracer_provider, wanted
-from shared.triton import Generation
-from shared.triton.attempts import Outcome
+from shared.runtime.tracing import TelemetryError, tracer_provider, wanted
 
 SECRET = "do not tell anybody"
 NOON = datetime(2023, 2, 10, 12, tzinfo=UTC)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulator.errors import SimulationInputError
-from simulator.grid import read_grids
+from tools.simulator.errors import SimulationInputError
+from tools.simulator.grid import read_grids
 
 FIRST = datetime(2024, 2, 1, tzinfo=UTC)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from deploy.local.grid import shipped_trace
-from simulator.errors import SimulationInputError
-from simulator.inputs import Inputs, prepare
-from simulator.schemes import Study
+from tools.simulator.errors import SimulationInputError
+from tools.simulator.inputs import Inputs, prepare
+from tools.simulator.schemes import Study
 
 LEVELS = ("L0", "L1", "L2")
 DRAWS = (

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from simulator_support import measured
 
 from services.optimizer.posterior import PosteriorRules
 from services.optimizer.quality import QualityEvidence, QualityRules
 from shared.messages import QualityCount
-from simulator.judging import JudgeCost, LevelJudge, ModelJudge
-from simulator.measured import Floats, Measured
+from tests.support.simulator import measured
+from tools.simulator.judging import JudgeCost, LevelJudge, ModelJudge
+from tools.simulator.measured import Floats, Measured
 
 HALF_LIFE_S = 3600.0
 

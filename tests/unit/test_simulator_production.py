@@ -9,19 +9,19 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from simulator_support import BEGIN, grid, measured
 
-from cli.simulation import render_page
-from cli.simulation.figures import figures
 from services.optimizer.bounds import trailing_range
 from services.optimizer.settings import OptimizerSettings
 from shared.messages import CarbonIntensity, IntensityPoint
-from simulator.errors import SimulationInputError
-from simulator.grid import HOUR, Grid
-from simulator.measured import Measured
-from simulator.outcome import Outcome
-from simulator.schemes import Fold, Study, run
-from simulator.traffic import constant_mix
+from tests.support.simulator import BEGIN, grid, measured
+from tools.simulator.errors import SimulationInputError
+from tools.simulator.grid import HOUR, Grid
+from tools.simulator.measured import Measured
+from tools.simulator.outcome import Outcome
+from tools.simulator.pages import render_page
+from tools.simulator.pages.figures import figures
+from tools.simulator.schemes import Fold, Study, run
+from tools.simulator.traffic import constant_mix
 
 HOURS = 96
 START = 200

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simulator_support import grid, measured
 
-from simulator.case import PublishedCase
-from simulator.draws import QualityDraws, draw_quality, read_draws
-from simulator.errors import SimulationInputError
-from simulator.grid import Grid, read_grids
-from simulator.measured import Measured, read_measured
-from simulator.published import SCHEMES, evaluation_hours
-from simulator.traffic import constant_mix, read_mix
+from tests.support.simulator import grid, measured
+from tools.simulator.case import PublishedCase
+from tools.simulator.draws import QualityDraws, draw_quality, read_draws
+from tools.simulator.errors import SimulationInputError
+from tools.simulator.grid import Grid, read_grids
+from tools.simulator.measured import Measured, read_measured
+from tools.simulator.published import SCHEMES, evaluation_hours
+from tools.simulator.traffic import constant_mix, read_mix
 
 WINDOWS = (800, 3900, 7000)
 ZONES = ("AU-SA", "GB", "NL", "US-CAL-CISO", "US-TEX-ERCO")

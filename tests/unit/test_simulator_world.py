@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from simulator_support import measured
 
-from simulator.measured import UNJUDGED, Floats, Measured
-from simulator.world import CORRECTNESS, PREFERENCE, World, world_of_levels, world_of_models
+from tests.support.simulator import measured
+from tools.simulator.measured import UNJUDGED, Floats, Measured
+from tools.simulator.world import CORRECTNESS, PREFERENCE, World, world_of_levels, world_of_models
 
 RNG = np.random.default_rng(5)
 GROUPS = ("short", "long", "other")

@@ -8,13 +8,11 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from deploy.triton.contract import CONTRACTS
-from shared.triton.contract import Contract, ContractError
-from shared.triton.errors import EndpointUnavailable, InvalidRequest
-from shared.triton.failures import failure, failure_in_stream
-from shared.triton.generation import Assembly, BrokenStreamError
-from shared.triton.parameters import GenerationParameters
-from shared.triton.stops import StopScanner
-from shared.triton.wire import Part, decode, encode
+from shared.inference.base import EndpointUnavailable, GenerationParameters, InvalidRequest
+from shared.inference.triton.client import failure, failure_in_stream
+from shared.inference.triton.contract import Contract, ContractError
+from shared.inference.triton.generation import Assembly, BrokenStreamError, StopScanner
+from shared.inference.triton.wire import Part, decode, encode
 
 NAMES = ("ensemble", "llm-api")
 

@@ -4,10 +4,10 @@ import sys
 import threading
 
 import pytest
-from tokenizer_support import write_tokenizer
 
 from shared.fleet_parts import FleetError
-from shared.triton.counting import LONG_TEXT_CHARS, TokenCounts, Tokenizer, Tokenizers
+from shared.inference.tokens import LONG_TEXT_CHARS, TokenCounts, Tokenizer, Tokenizers
+from tests.support.tokenizer import write_tokenizer
 
 
 def test_a_models_folder_and_its_tokenizer_file_count_alike(tmp_path):

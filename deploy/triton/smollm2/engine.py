@@ -10,7 +10,7 @@ from deploy.triton.backend import EnergyMeter, Reply
 from deploy.triton.request import GenerationRequest
 from deploy.triton.smollm2.completion import CompletionError, Progress, completion_body
 from deploy.triton.smollm2.parameters import SmolLm2Parameters
-from shared.clock import Clock
+from shared.runtime.clock import Clock
 
 METERING_S = 0.05
 """Wall seconds between two readings of the energy."""

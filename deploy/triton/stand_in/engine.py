@@ -14,7 +14,7 @@ from typing import Protocol
 
 from deploy.triton.stand_in.answers import Generation, text_end
 from deploy.triton.stand_in.batching import InFlightBatch, Sequence
-from shared.clock import Clock
+from shared.runtime.clock import Clock
 
 LONGEST_SLEEP_S = 0.05
 """Wall seconds; the energy counter moves at least this often."""

@@ -17,7 +17,7 @@ from deploy.triton.stand_in.faults import FailingOutlet, FaultDraws
 from deploy.triton.stand_in.judge import Judge
 from deploy.triton.stand_in.parameters import StandInParameters
 from deploy.triton.stand_in.workload import load_workload
-from shared.clock import Clock
+from shared.runtime.clock import Clock
 
 
 class TritonPythonModel:

@@ -1,0 +1,1 @@
+"""Clients of model servers: pools of endpoints, attempts, chat templates."""

@@ -1,0 +1,188 @@
+"""Where chat templates come from: built in, a Jinja file, or what a model's folder says.
+
+Models are published with `chat_template.jinja` or, before that, with a `chat_template` in `tokenizer_config.json`,
+which is a text, or several by name. The tokens that begin and end a sequence are in `tokenizer_config.json`, or in
+`special_tokens_map.json` beside it.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from shared.inference.chat import ChatTemplate, ChatTemplateError
+
+LARGEST_TEMPLATE_BYTES: Final = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What is known of a built-in template."""
+
+    stop: tuple[str, ...]
+    control: tuple[str, ...]
+    bos_token: str = ""
+    eos_token: str = ""
+
+
+_FAMILIES: Final[dict[str, _Family]] = {
+    "llama-2": _Family(
+        stop=("</s>",),
+        control=("<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+        bos_token="<s>",
+        eos_token="</s>",
+    ),
+    "chatml": _Family(
+        stop=("<|im_end|>",),
+        control=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        eos_token="<|im_end|>",
+    ),
+    "llama-3": _Family(
+        stop=("<|eot_id|>",),
+        control=(
+            "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+            "<|eom_id|>", "<|python_tag|>",
+        ),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+    ),
+    "mistral": _Family(
+        stop=("</s>",),
+        control=(
+            "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
+            "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+        ),
+        bos_token="<s>",
+        eos_token="</s>",
+    ),
+    "gemma": _Family(
+        stop=("<end_of_turn>",),
+        control=("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+        bos_token="<bos>",
+        eos_token="<eos>",
+    ),
+}  # fmt: skip
+
+BUILT_IN: Final = tuple(_FAMILIES)
+"""Names of the built-in templates."""
+
+_MARKUP: Final = re.compile(r"<\|[^|<>\s]{1,64}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<bos>|<eos>")
+"""Control sequences of the common families, to be recognised in the source of a template that is not built in."""
+
+
+class ChatTemplates:
+    """Loads templates, each once."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, ChatTemplate] = {}
+
+    def load(self, name: str) -> ChatTemplate:
+        """A built-in template by name, or one from a Jinja file or a model's folder.
+
+        Raises:
+            ChatTemplateError: there is no such template, or it is unusable.
+        """
+        if name not in self._loaded:
+            self._loaded[name] = _built_in(name) if name in _FAMILIES else _from_path(name)
+        return self._loaded[name]
+
+
+def _built_in(name: str) -> ChatTemplate:
+    family = _FAMILIES[name]
+    source = resources.files("shared.inference.chat_templates").joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+    return ChatTemplate(
+        name,
+        source,
+        stop=family.stop,
+        control=family.control,
+        bos_token=family.bos_token,
+        eos_token=family.eos_token,
+    )
+
+
+def _from_path(name: str) -> ChatTemplate:
+    """A file of Jinja, a `tokenizer_config.json`, or a folder as models are published."""
+    path = Path(name)
+    if not path.exists():
+        raise ChatTemplateError(
+            f"chat template {name!r} is neither built in ({', '.join(BUILT_IN)}) nor a file or folder that exists"
+        )
+    folder = path if path.is_dir() else path.parent
+    tokenizer = _document(folder / "special_tokens_map.json") | _document(folder / "tokenizer_config.json")
+    if path.suffix == ".json" and path.is_file():
+        tokenizer |= _document(path)
+        source = _template_of(tokenizer, path, f"{path} has no 'chat_template'")
+    elif path.is_file():
+        source = _read(path)
+    elif (folder / "chat_template.jinja").is_file():
+        source = _read(folder / "chat_template.jinja")
+    else:
+        missing = f"{folder} has neither 'chat_template.jinja' nor a 'chat_template' in 'tokenizer_config.json'"
+        source = _template_of(tokenizer, folder / "tokenizer_config.json", missing)
+    bos_token, eos_token = _token(tokenizer, "bos_token"), _token(tokenizer, "eos_token")
+    control = {*_MARKUP.findall(source), *(token for token in (bos_token, eos_token) if token), *_special(tokenizer)}
+    return ChatTemplate(
+        name,
+        source,
+        stop=(eos_token,) if eos_token else (),
+        control=control,
+        bos_token=bos_token,
+        eos_token=eos_token,
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > LARGEST_TEMPLATE_BYTES:
+            raise ChatTemplateError(f"chat template {path} is larger than {LARGEST_TEMPLATE_BYTES} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatTemplateError(f"chat template {path} cannot be read: {error}") from error
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ChatTemplateError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise ChatTemplateError(f"{path} must hold a JSON object")
+    return document
+
+
+def _template_of(tokenizer: dict[str, Any], path: Path, missing: str) -> str:
+    """The `chat_template` of a tokenizer's configuration: a text, or several by name with a `default`."""
+    found = tokenizer.get("chat_template")
+    if isinstance(found, list):
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise ChatTemplateError(
+                f"the chat templates in {path} are called {', '.join(map(str, found)) or 'nothing'}, none of them "
+                "'default': put the one that you want into a .jinja file, and name that"
+            )
+        found = found["default"]
+    if not isinstance(found, str):
+        raise ChatTemplateError(missing)
+    return found
+
+
+def _token(tokenizer: dict[str, Any], name: str) -> str:
+    """A special token's text: published either as a string or as an object with `content`."""
+    value = tokenizer.get(name)
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _special(tokenizer: dict[str, Any]) -> set[str]:
+    decoder = tokenizer.get("added_tokens_decoder")
+    if not isinstance(decoder, dict):
+        return set()
+    entries = (entry for entry in decoder.values() if isinstance(entry, dict) and entry.get("special"))
+    return {text for entry in entries if isinstance(text := entry.get("content"), str) and text.strip()}

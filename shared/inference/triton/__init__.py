@@ -1,0 +1,1 @@
+"""The client of NVIDIA Triton with TensorRT-LLM."""

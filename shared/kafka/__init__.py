@@ -1,0 +1,1 @@
+"""Kafka for every service: broker, subscribers, publishers, dead letters, topics."""

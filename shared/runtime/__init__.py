@@ -1,0 +1,1 @@
+"""What runs a service: settings, logs, health, clock, database, traces."""

@@ -1,0 +1,138 @@
+"""Runs a service: the FastStream application, its health, readiness and metrics over HTTP, its orderly end."""
+
+import gc
+import json
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import uvicorn
+import uvloop
+from faststream.asgi import AsgiFastStream, AsgiResponse, get
+from faststream.asgi.types import Scope
+from faststream.kafka import KafkaBroker
+from faststream.specification import AsyncAPI
+from prometheus_client import CollectorRegistry, make_asgi_app
+from pydantic import ValidationError
+
+from shared.kafka.broker import wait_for_kafka
+from shared.kafka.dead_letters import describe
+from shared.runtime.health import Health, ProgressCollector
+from shared.runtime.logs import configure_logging, get_logger
+from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
+from shared.topics import TopicSpec
+
+VERSION = "0.1.0"
+
+COLLECTOR_THRESHOLDS = (20_000, 20, 50)
+"""Of the garbage collector's generations. By default it looks at the young objects after every 700 allocations, which
+with hundreds of requests in flight is every few requests, and finds all of them alive; see
+`docs/decisions/0014-processor-time.md`."""
+
+_log = get_logger(__name__)
+
+Lifespan = Callable[[], AbstractAsyncContextManager[None]]
+"""What a service opens before the broker starts and closes after it has stopped: pools, clients."""
+
+
+def build_service(
+    broker: KafkaBroker,
+    *,
+    name: str,
+    description: str,
+    kafka: KafkaSettings,
+    topics: tuple[TopicSpec, ...],
+    registry: CollectorRegistry,
+    health: Health,
+    lifespan: Lifespan | None = None,
+) -> AsgiFastStream:
+    """Put a service together without connecting to anything.
+
+    Args:
+        topics: every topic that the service reads or writes; it waits for them before it starts.
+        lifespan: opened before the broker starts, closed after it has stopped.
+
+    The HTTP side answers `/health` (alive), `/ready` (200 or 503 with the reasons) and `/metrics` (Prometheus).
+    """
+
+    @get(description="Liveness")
+    async def live(scope: Scope) -> AsgiResponse:  # noqa: ARG001
+        if health.failure is None:
+            return _json(200, {"status": "alive"})
+        return _json(503, {"status": "failed", "reason": health.failure})
+
+    @get(description="Readiness")
+    async def ready(scope: Scope) -> AsgiResponse:  # noqa: ARG001
+        problems = health.problems()
+        return (
+            _json(503, {"status": "not ready", "problems": problems}) if problems else _json(200, {"status": "ready"})
+        )
+
+    @asynccontextmanager
+    async def whole_lifespan() -> AsyncIterator[None]:
+        await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
+        async with lifespan() if lifespan is not None else _nothing():
+            try:
+                yield
+            finally:
+                await health.cancel_background()
+
+    started = False
+
+    def note_started() -> None:
+        nonlocal started
+        started = True
+        _log.info("started", service=name, version=VERSION)
+
+    registry.register(ProgressCollector(health))
+    health.add_check("broker", lambda: None if started else "not started yet")
+    return AsgiFastStream(
+        broker,
+        logger=None,
+        specification=AsyncAPI(title=f"Sprout {name}", version=VERSION, description=description),
+        lifespan=whole_lifespan,
+        after_startup=(note_started,),
+        asgi_routes=(
+            ("/health", live),
+            ("/ready", ready),
+            ("/metrics", make_asgi_app(registry)),
+        ),
+    )
+
+
+def run_service(
+    build: Callable[[], AsgiFastStream], *, name: str, configuration_errors: tuple[type[Exception], ...] = ()
+) -> None:
+    """Serve until SIGINT or SIGTERM; exits with status 1 when the service could not start.
+
+    Args:
+        build: puts the service together from its environment.
+        configuration_errors: of `build`, whose text says all there is to say; a `ValidationError` is always one.
+    """
+    try:
+        http, logs = HttpSettings(), LogSettings()
+        app = build()
+    except ValidationError as error:
+        sys.exit(f"{name}: {describe(error, whole=error.title)}")
+    except configuration_errors as error:
+        sys.exit(f"{name}: {error}")
+    configure_logging(name, logs)
+    server = uvicorn.Server(
+        uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)
+    )
+    gc.collect()
+    gc.freeze()  # what was imported and built so far stays
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
+    uvloop.run(server.serve())
+    if not server.started:
+        _log.critical("could not start; see the error above", service=name)
+        sys.exit(1)
+
+
+def _json(status: int, body: dict[str, object]) -> AsgiResponse:
+    return AsgiResponse(json.dumps(body).encode(), status, {"Content-Type": "application/json"})
+
+
+@asynccontextmanager
+async def _nothing() -> AsyncIterator[None]:
+    yield

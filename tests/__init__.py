@@ -1,0 +1,1 @@
+"""Tests, fault drills, benchmarks, and what they share."""

@@ -1,0 +1,184 @@
+"""What the evaluator's tests share: samples, grids, a Triton with stand-in model and judge, and the service itself."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from deploy.local.paths import default_state_dir
+from deploy.local.ports import free_ports
+from deploy.local.processes import ProcessSpec, Supervisor
+from deploy.local.services import Surroundings, service_spec
+from deploy.local.triton import free_triton_ports, install, ready_probe
+from deploy.triton.models import stand_in_judge, stand_in_llm
+from deploy.triton.repository import write_repository
+from deploy.triton.stand_in.judge import JudgeRules
+from services.evaluator.judged import JudgedAnswer, JudgedPrompt, Looks
+from shared.messages import CarbonIntensity, ChatMessage, IntensityPoint, Sample
+from shared.runtime.clock import Clock
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
+from tests.support.router import LEVELS, MODEL, ZONE, TritonServer, fleet_toml, question
+
+PREFERRED = ("L0", "L0", "L0", "L1", "L1", "L2")
+"""By the prompt's number: shares 1/2, 1/3, 1/6."""
+
+
+KINDS = 400
+"""Prompts of two kinds, for groups to be learned."""
+
+
+def of_a_kind(number: int) -> str:
+    """Questions, whose shortest answer is preferred, and sums, whose longest one is, in turn."""
+    if number % 2 == 0:
+        return f"Which country is the city of number {number} the capital of?"
+    return f"Ann has {number} apples and gives {number % 9} away. How many remain?"
+
+
+def sample(
+    number: int,
+    *,
+    group: str = "qa",
+    model: str = MODEL,
+    at: datetime | None = None,
+    text: Callable[[int], str] = question,
+) -> Sample:
+    return Sample(
+        request_id=f"r{number}",
+        model=model,
+        group=group,
+        messages=(ChatMessage(role="user", content=text(number)),),
+        sampled_at=at or datetime.now(UTC),
+    )
+
+
+def grid(at: datetime, *values: float, hours: float = 1.0) -> CarbonIntensity:
+    """Values so many hours apart, the last of them at `at`."""
+    points = [
+        IntensityPoint(at=at - timedelta(hours=hours * age), intensity_g_per_kwh=value)
+        for age, value in enumerate(reversed(values))
+    ]
+    latest, *history = points
+    return CarbonIntensity(zone=ZONE, latest=latest, history=tuple(reversed(history)), source="test", published_at=at)
+
+
+def judged_fleet(address: str) -> str:
+    """The fleet of the router's tests, with a judge."""
+    return fleet_toml([address]) + "\n".join(
+        [
+            "[[pools]]", 'name = "judge"', 'triton_model = "judge"', f'zone = "{ZONE}"', "[[pools.endpoints]]",
+            'name = "judge-0"', f'grpc = "{address}"', "[judge]", 'pool = "judge"', "",
+        ]
+    )  # fmt: skip
+
+
+def write_judged_workload(path: Path, *, prompts: int) -> Path:
+    def entry(number: int, prompt: str, preferred: str) -> dict[str, Any]:
+        return {
+            "task": "test",
+            "prompt": prompt,
+            "preferred": preferred,
+            "responses": {
+                f"{MODEL}/{level}": {
+                    "text": f"{level} on {number}: " + "word " * tokens,
+                    "tokens": tokens,
+                    "energy_j": tokens * 6.0,
+                    "time_s": time_s,
+                }
+                for level, (tokens, time_s) in LEVELS.items()
+            },
+        }
+
+    entries = [entry(number, question(number), PREFERRED[number % 6]) for number in range(prompts)]
+    entries += [entry(number, of_a_kind(number), ("L2", "L0")[number % 2]) for number in range(KINDS)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in entries))
+    return path
+
+
+def start_judged_triton(
+    supervisor: Supervisor, folder: Path, *, name: str, clock: Clock, position_bias: float, prompts: int
+) -> TritonServer:
+    """A Triton with the stand-in model and judge."""
+    installation = install(default_state_dir(), say=print)
+    workload = write_judged_workload(folder / "w.jsonl", prompts=prompts)
+    judge = stand_in_judge(workload, rules=JudgeRules(position_bias=position_bias))
+    write_repository(folder / "models", [stand_in_llm(workload, model=MODEL), judge])
+    ports = free_triton_ports()
+    supervisor.start(
+        ProcessSpec(
+            name=name,
+            command=tuple(installation.command(folder / "models", ports)),
+            environment=installation.environment(clock.environment()),
+            ready=ready_probe(ports),
+        )
+    )
+    return TritonServer(supervisor, name, f"127.0.0.1:{ports.grpc}")
+
+
+@dataclass
+class EvaluatorProcess:
+    """An evaluator as it runs in production: a process with an environment."""
+
+    supervisor: Supervisor
+    kafka: KafkaSettings
+    database: DatabaseSettings
+    fleet: Path
+    clock: Clock
+    settings: Mapping[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+
+    def start(self, **changes: str) -> str:
+        """Start one; returns its process's name once it is ready."""
+        name = f"{self.kafka.topic_prefix}evaluator{len(self.names)}"
+        self.names.append(name)
+        (port,) = free_ports(1)
+        around = Surroundings(
+            bootstrap_servers=self.kafka.bootstrap_servers,
+            topic_prefix=self.kafka.topic_prefix,
+            database_url=self.database.url.get_secret_value(),
+            fleet_file=self.fleet,
+            clock=self.clock.environment(),
+        )
+        settings = {"SPROUT_KAFKA_GROUP_PREFIX": self.kafka.group_prefix, **self.settings, **changes}
+        self.supervisor.start(service_spec("evaluator", port=port, around=around, settings=settings, name=name))
+        return name
+
+    def url(self, name: str) -> str:
+        return str(self.supervisor.process(name).spec.url)
+
+    def log(self, name: str) -> str:
+        return self.supervisor.process(name).log.read_text()
+
+    def stop_all(self) -> None:
+        for name in self.names:
+            if name in self.supervisor.names:
+                self.supervisor.stop(name)
+
+
+def judged_answer(
+    level: str,
+    *,
+    options: Sequence[str] = (),
+    tokens: int = 50,
+    seconds: float = 1.0,
+    **successes: float,
+) -> JudgedAnswer:
+    held = tuple(options) or (f"p/{level}",)
+    return JudgedAnswer(level, held, held[0], tokens, seconds, successes)
+
+
+def judged_prompt(
+    name: str,
+    *,
+    answers: Sequence[JudgedAnswer],
+    text: str = "Why?",
+    stratum: str = "qa",
+    at: datetime = datetime(2023, 2, 10, 12, tzinfo=UTC),
+) -> JudgedPrompt:
+    return JudgedPrompt(name, stratum, stratum, at, Looks.of(text), tuple(answers))
+
+
+def shares(counts: Sequence[Any], *, group: str) -> dict[str, float]:
+    """Preferred share by option."""
+    return {one.option: one.successes / one.trials for one in counts if one.group == group}

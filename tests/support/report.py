@@ -1,0 +1,233 @@
+"""A made-up day of books for the report's tests: calls whose energy, grams and counterfactual are known."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+
+from shared.messages import OptionEstimate, Policy, PolicyInputs, Quality, QualityCount
+from shared.messages.evaluation import EvaluationCost
+from tools.reporting.calls import Calls
+from tools.reporting.columns import CallColumns, Rows
+
+DAY = datetime(2024, 2, 8, tzinfo=UTC)
+MODEL = "llama-2-13b-chat"
+POOL = "local-13b"
+ZONE = "SAMPLE-SOLAR"
+OPTIONS = (f"{POOL}/L0", f"{POOL}/L1", f"{POOL}/L2")
+REFERENCE = OPTIONS[0]
+PUE = 1.2
+EMBODIED_G_PER_S = 1.6715e-4
+GROUPS = {"alpaca": 1400.0, "gsm8k": 900.0, "triviaqa": 350.0}
+"""Mean joules at the reference."""
+FACTORS = {"L0": 1.0, "L1": 0.55, "L2": 0.4}
+WATTS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class MadeDay:
+    """Records of `ledger.footprints`, and what nobody sees: each request's grams had the reference served it."""
+
+    records: list[dict[str, object]]
+    reference_g: np.ndarray
+
+    @property
+    def emitted_g(self) -> float:
+        """Grams that the producers' requests emitted."""
+        return sum(float(record["total_g"]) for record in self.records if record["purpose"] == "request")
+
+
+def intensity_at(hour: float) -> float:
+    """A duck curve, gCO2eq/kWh."""
+    return float(260.0 - 130.0 * np.exp(-((hour - 12.0) ** 2) / 14.0) + 70.0 * np.exp(-((hour - 19.5) ** 2) / 5.0))
+
+
+def row_of(options: tuple[str, ...] = OPTIONS, hour: float = 0.0, holdout: float = 0.1) -> dict[str, float]:
+    """Probabilities of a policy at an hour: more of the brief levels where the grid is dirty."""
+    dirty = (intensity_at(hour) - 130.0) / 200.0
+    brief = (1.0 - holdout) * min(1.0, max(0.05, dirty))
+    shares = [1.0 - brief, *([brief / (len(options) - 1)] * (len(options) - 1))]
+    return dict(zip(options, shares, strict=True))
+
+
+def made_day(
+    *,
+    requests: int = 600,
+    seed: int = 1,
+    holdout: float = 0.1,
+    zones: Mapping[str, float] | None = None,
+    scatter: float = 0.6,
+) -> MadeDay:
+    """A day of requests, drawn from hourly policies.
+
+    Args:
+        zones: by further zone, its intensity relative to the reference's; each has a pool of its own.
+        scatter: of a request's energy around its group's mean.
+    """
+    random = np.random.default_rng(seed)
+    pools = {POOL: (ZONE, 1.0)} | {f"pool-{zone.lower()}": (zone, share) for zone, share in (zones or {}).items()}
+    options = (REFERENCE, *(f"{pool}/{level}" for pool in pools for level in FACTORS if f"{pool}/{level}" != REFERENCE))
+    records, reference_g = [], []
+    for number in range(requests):
+        hour = float(random.uniform(0, 24))
+        group = list(GROUPS)[random.integers(len(GROUPS))]
+        row = row_of(options, float(int(hour)), holdout)
+        option = str(random.choice(options, p=list(row.values())))
+        pool, _, level = option.rpartition("/")
+        longer = float(random.lognormal(-(scatter**2) / 2, scatter))
+        zone, relative = pools[pool]
+        record = record_of(
+            f"r{number}",
+            group=group,
+            option=option,
+            zone=zone,
+            at=DAY + timedelta(hours=hour),
+            energy_j=GROUPS[group] * FACTORS[level] * longer * float(random.lognormal(0, 0.05)),
+            intensity=intensity_at(int(hour)) * relative,
+            row=row,
+            policy_version=int(hour) + 1,
+        )
+        at_reference = GROUPS[group] * longer
+        reference_g.append(
+            float(record["total_g"])
+            if option == REFERENCE
+            else at_reference / 3.6e6 * PUE * intensity_at(int(hour)) + at_reference / WATTS * EMBODIED_G_PER_S
+        )
+        records.append(record)
+    return MadeDay(records, np.array(reference_g))
+
+
+def record_of(
+    request_id: str,
+    *,
+    group: str = "alpaca",
+    option: str = REFERENCE,
+    zone: str = ZONE,
+    at: datetime = DAY,
+    energy_j: float = 1000.0,
+    intensity: float | None = 200.0,
+    row: Mapping[str, float] | None = None,
+    policy_version: int | None = 1,
+    source: str | None = "policy",
+    purpose: str = "request",
+    evaluation_id: str | None = None,
+) -> dict[str, object]:
+    """A row of `ledger.footprints`, with `propensities` as a mapping."""
+    pool, _, level = option.rpartition("/")
+    seconds = energy_j / WATTS
+    operational = None if intensity is None else energy_j / 3.6e6 * PUE * intensity
+    embodied = seconds * EMBODIED_G_PER_S
+    probabilities = dict({option: 1.0} if row is None else row)
+    return {
+        "request_id": request_id,
+        "purpose": purpose,
+        "evaluation_id": evaluation_id,
+        "model": MODEL,
+        "grp": group,
+        "task": group,
+        "tenant": None,
+        "pool": pool,
+        "level": level,
+        "zone": zone,
+        "endpoint": f"{pool}-0",
+        "policy_version": policy_version,
+        "decision_source": source,
+        "propensity": probabilities.get(option, 1.0),
+        "propensities": probabilities,
+        "started_at": at,
+        "finished_at": at + timedelta(seconds=seconds),
+        "processing_s": seconds,
+        "prompt_tokens": 40,
+        "completion_tokens": max(1, round(energy_j / 6)),
+        "energy_j": energy_j,
+        "intensity_g_per_kwh": intensity,
+        "operational_g": operational,
+        "embodied_g": embodied,
+        "total_g": None if operational is None else operational + embodied,
+    }
+
+
+def calls_of(records: list[dict[str, object]]) -> tuple[Calls, list[Mapping[str, float]]]:
+    """The records in columns, and the rows of probabilities that they point at."""
+    import json  # noqa: PLC0415
+
+    rows = Rows()
+    columns = CallColumns(rows)
+    for record in records:
+        started = record["started_at"]
+        assert isinstance(started, datetime)
+        columns.add({**record, "started_s": started.timestamp(), "propensities": json.dumps(record["propensities"])})
+    return columns.calls(), rows.rows
+
+
+def policy_at(
+    hour: int,
+    *,
+    reference: str = REFERENCE,
+    expected_quality: float | None = None,
+    expected_g: float = 0.05,
+    options: tuple[str, ...] = OPTIONS,
+    holdout: float = 0.1,
+) -> Policy:
+    """The policy of an hour: version `hour` + 1."""
+    created = DAY + timedelta(hours=hour)
+    intensity = intensity_at(hour)
+    bound = 1.0 - 0.1 * min(1.0, max(0.0, (intensity - 130.0) / 200.0))
+    row = row_of(options, hour, holdout)
+    estimates = {option: OptionEstimate(energy_kwh=1e-4, processing_s=2.0, quality={}) for option in options}
+    return Policy(
+        model=MODEL,
+        version=hour + 1,
+        created_at=created,
+        valid_until=created + timedelta(hours=2),
+        status="optimal",
+        reason="new intensity",
+        reference=reference,
+        groups=dict.fromkeys(GROUPS, row),
+        overall=row,
+        bounds={"preference": bound},
+        expected_quality={"preference": bound + 0.01 if expected_quality is None else expected_quality},
+        expected_g_per_request=expected_g,
+        reference_g_per_request=0.08,
+        inputs=PolicyInputs(
+            solved_for=created,
+            intensity_g_per_kwh={ZONE: intensity},
+            k0_zone=ZONE,
+            k0_g_per_kwh=intensity,
+            k0_min_g_per_kwh=130.0,
+            k0_max_g_per_kwh=330.0,
+            xi={"preference": 0.1},
+            weights={group: 1 / len(GROUPS) for group in GROUPS},
+            estimates=dict.fromkeys(GROUPS, estimates),
+            holdout=holdout,
+        ),
+    )
+
+
+def quality_at(
+    hour: float, *, options: tuple[str, ...] = OPTIONS, shares: Mapping[str, float] | None = None
+) -> Quality:
+    """An evaluation at an hour: 30 verdicts per group."""
+    preferred = shares or {"L0": 0.36, "L1": 0.34, "L2": 0.30}
+    return Quality(
+        evaluation_id=f"evaluation-{hour:g}",
+        model=MODEL,
+        evaluated_at=DAY + timedelta(hours=hour),
+        trigger="local_minimum",
+        intensity_g_per_kwh=intensity_at(hour),
+        counts=tuple(
+            QualityCount(
+                group=group,
+                option=option,
+                metric="preference",
+                successes=30 * preferred[option.rpartition("/")[2]],
+                trials=30,
+            )
+            for group in GROUPS
+            for option in options
+        ),
+        prompts=92,
+        abstentions=2,
+        cost=EvaluationCost(generations=276, judgements=552, completion_tokens=40_000, processing_s=900.0),
+    )

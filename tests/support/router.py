@@ -1,0 +1,136 @@
+"""What the router's tests share: recorded answers, requests, and readers of what comes."""
+
+import asyncio
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer
+
+from deploy.local.processes import Supervisor
+from deploy.triton.contract import ContractName
+from deploy.triton.models import stand_in_llm
+from shared.messages import GenerationRequest, GenerationResponse
+from shared.runtime.clock import Clock
+from shared.runtime.settings import KafkaSettings
+from shared.topics import RESPONSES, TopicSpec
+from tests.support import fleet, processes
+from tests.support.fleet import DIRECTIVES, MODEL, ZONE, fleet_toml, intensity, policy
+from tests.support.processes import RouterProcess, TritonServer
+from tests.support.traffic import Producer, committed, producing
+
+__all__ = [
+    "DIRECTIVES",
+    "LEVELS",
+    "LONG_PROMPT",
+    "MODEL",
+    "ZONE",
+    "Answers",
+    "Producer",
+    "RouterProcess",
+    "TritonServer",
+    "committed",
+    "fleet_toml",
+    "intensity",
+    "policy",
+    "producing",
+    "question",
+    "reading",
+    "request",
+    "start_triton",
+    "write_workload",
+]
+
+LEVELS = {"L0": (100, 1.0), "L1": (30, 0.3), "L2": (10, 0.1)}
+"""Tokens and seconds of the recorded answers."""
+LONG_PROMPT = "A question that takes long."
+"""Its answers take four seconds at every level."""
+
+
+def write_workload(path: Path, *, prompts: int = 40) -> Path:
+    """Recorded answers of `MODEL` to "Question number N?" and to `LONG_PROMPT`."""
+    answers = {question(number): LEVELS for number in range(prompts)}
+    return fleet.write_workload(path, {**answers, LONG_PROMPT: dict.fromkeys(LEVELS, (40, 4.0))})
+
+
+def question(number: int) -> str:
+    return f"Question number {number}?"
+
+
+def page(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return answer.read().decode()
+
+
+def request(number: int, **changes: Any) -> GenerationRequest:
+    return GenerationRequest.model_validate({"id": f"r{number}", "prompt": question(number % 40), **changes})
+
+
+def start_triton(
+    supervisor: Supervisor, folder: Path, *, name: str, clock: Clock | None = None, contract: ContractName = "ensemble"
+) -> TritonServer:
+    """Start one; needs its environment, which is made once."""
+    models = [stand_in_llm(write_workload(folder / "w.jsonl"), model=MODEL, contract=contract)]
+    return processes.start_triton(supervisor, folder, models, name=name, clock=clock)
+
+
+@dataclass
+class Answers:
+    """All that came on a topic, read from its start."""
+
+    consumer: AIOKafkaConsumer
+    records: list[Any] = field(default_factory=list)
+
+    async def read(self, *, until: int | None = None, timeout_s: float = 60.0, settle_s: float = 0.0) -> list[Any]:
+        """Read until there are so many records, and then whatever comes within `settle_s`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while until is None or len(self.records) < until:
+            if loop.time() > deadline:
+                raise AssertionError(f"{len(self.records)} records after {timeout_s} s, wanted {until}")
+            if not await self._poll(200) and until is None:
+                break
+        if settle_s:
+            await asyncio.sleep(settle_s)
+            while await self._poll(300):
+                pass
+        return self.records
+
+    async def ids(self, wanted: Iterable[str], *, timeout_s: float = 60.0) -> Counter[str]:
+        """Read until every wanted request id was answered; how often each was."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        missing = set(wanted)
+        seen: Counter[str] = Counter(record.key.decode() for record in self.records)
+        while missing - set(seen):
+            if loop.time() > deadline:
+                raise AssertionError(f"{len(missing - set(seen))} requests without an answer after {timeout_s} s")
+            for record in await self._poll(200):
+                seen[record.key.decode()] += 1
+        return seen
+
+    def responses(self) -> dict[str, GenerationResponse]:
+        found = (GenerationResponse.model_validate_json(record.value) for record in self.records)
+        return {response.request_id: response for response in found}
+
+    async def _poll(self, timeout_ms: int) -> list[Any]:
+        batches = await self.consumer.getmany(timeout_ms=timeout_ms)
+        fresh = [record for batch in batches.values() for record in batch]
+        self.records += fresh
+        return fresh
+
+
+@asynccontextmanager
+async def reading(kafka: KafkaSettings, spec: TopicSpec = RESPONSES) -> AsyncIterator[Answers]:
+    consumer = AIOKafkaConsumer(
+        kafka.topic(spec), **kafka.client_options(), group_id=None, auto_offset_reset="earliest"
+    )
+    await consumer.start()
+    try:
+        yield Answers(consumer)
+    finally:
+        await consumer.stop()

@@ -1,0 +1,195 @@
+"""`sprout simulate`: what would be saved on recorded traffic and grids, scheme by scheme."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from pydantic import ValidationError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from deploy.local.grid import shipped_trace
+from deploy.triton.models import SHIPPED_WORKLOAD
+from shared.kafka.dead_letters import describe
+from tools.cli.console import err, fail, out, say
+from tools.simulator.errors import SimulationInputError
+from tools.simulator.inputs import Inputs, prepare
+from tools.simulator.jobs import Job, run_all
+from tools.simulator.outcome import Outcome
+from tools.simulator.pages import print_summary, render_page
+from tools.simulator.published import SCHEMES as PUBLISHED
+from tools.simulator.schemes import DEFAULT_SCHEMES, SCHEMES, VARIANTS, Study, Variant, names_of
+
+Number = TypeVar("Number", int, float)
+
+
+def simulate(
+    *,
+    requests: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measured requests, JSON lines; default: the small ones that are shipped"),
+    ] = None,
+    learn: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Those that may be learned from; default: half of --requests, by a hash"),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Measure on all of --requests, in so many parts, each by what was learned from the others "
+            "(cross-validation); default: on half of them",
+        ),
+    ] = None,
+    carbon: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Hourly traces, files or folders, repeatable; default: the made-up sample"),
+    ] = None,
+    mix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Shares of the tasks by hour; default: as in --requests")
+    ] = None,
+    model_preference: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="By task: how often the larger model is preferred (model_opt)")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Whose levels; default: the one measured at most levels")] = None,
+    variant: Annotated[
+        str, typer.Option(help="production, or published: as the paper's authors ran it")
+    ] = "production",
+    quality_draws: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of the published variant: its own draws of quality, by hour")
+    ] = None,
+    zones: Annotated[str, typer.Option(metavar="Z,...", help="Default: every zone found")] = "",
+    windows: Annotated[
+        str,
+        typer.Option(metavar="HOUR,...", help="Where windows begin, hours into the trace; default: 800,3900,7000"),
+    ] = "",
+    hours: Annotated[int | None, typer.Option(min=24, help="Length of a window; default 720, or what there is")] = None,
+    schemes: Annotated[str, typer.Option(metavar="NAME,...", help=f"Of {', '.join(SCHEMES)}; default: all")] = "",
+    xi: Annotated[str, typer.Option(metavar="X,...", help="Largest relative loss of preference")] = "0.1",
+    xi_correctness: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="The same of correctness; default: not bounded")
+    ] = None,
+    constant_correctness: Annotated[
+        bool,
+        typer.Option(
+            "--constant-correctness", help="--xi-correctness is tolerated in every hour, not only in the dirtiest"
+        ),
+    ] = False,
+    life_cycle: Annotated[bool, typer.Option("--life-cycle", help="Life-cycle intensities, not direct ones")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the halves and of the evaluator's draws")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes")] = os.cpu_count() or 1,
+    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="For summary.json and report.html")] = Path(
+        "simulation"
+    ),
+) -> None:
+    """Replay measured requests on recorded grids with the services' own decisions; write figures and a page with plots.
+
+    Exit codes: 0 done, 1 an input does not do (it says which), 2 wrong usage.
+    """
+    summary, page = out_dir / "summary.json", out_dir / "report.html"
+    try:
+        _check_writable(out_dir, summary, page)
+        asked = Inputs(
+            requests=requests or SHIPPED_WORKLOAD,
+            carbon=tuple(carbon or (shipped_trace(),)),
+            schemes=_schemes(schemes, _variant(variant), models_compared=model_preference is not None),
+            xi=_numbers(xi, float, "--xi"),
+            learn=learn,
+            folds=folds,
+            mix=mix,
+            model_preference=model_preference,
+            model=model,
+            variant=_variant(variant),
+            quality_draws=quality_draws,
+            zones=tuple(zone.strip() for zone in zones.split(",") if zone.strip()),
+            windows=_numbers(windows, int, "--windows"),
+            hours=hours,
+            xi_correctness=xi_correctness,
+            constant_correctness=constant_correctness,
+            life_cycle=life_cycle,
+            seed=seed,
+        )
+        study, todo = prepare(asked, say)
+        outcomes = _run(study, todo, processes=jobs)
+    except SimulationInputError as error:
+        fail(str(error))
+    except ValidationError as error:
+        fail(describe(error))
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was written")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        figures = [one.summary() for one in outcomes]
+        summary.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        page.write_text(render_page(outcomes), encoding="utf-8")
+    except OSError as error:
+        fail(f"--out {out_dir} cannot be written: {error}")
+    print_summary(outcomes, out)
+    out.print(f"wrote {summary} and {page}")
+
+
+def _check_writable(folder: Path, *files: Path) -> None:
+    """Try to write before anything runs, and leave nothing behind.
+
+    Raises:
+        SimulationInputError: it cannot be done.
+    """
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            for file in files:
+                if file.exists():
+                    with file.open("ab"):
+                        pass
+        finally:
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
+    except FileExistsError:
+        raise SimulationInputError(f"--out {folder} is a file; name a folder, which need not exist") from None
+    except OSError as error:
+        raise SimulationInputError(f"--out {folder} cannot be written: {error}; name another folder") from error
+
+
+def _run(study: Study, todo: list[Job], *, processes: int) -> list[Outcome]:
+    found: dict[int, Outcome] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
+        task = progress.add_task("simulating", total=len(todo))
+        for place, outcome in run_all(study, todo, processes=min(processes, len(todo))):
+            found[place] = outcome
+            progress.update(task, advance=1, description=f"{outcome.zone} {outcome.scheme}")
+        progress.update(task, description="simulated")
+    return [found[place] for place in range(len(todo))]
+
+
+def _schemes(text: str, variant: Variant, *, models_compared: bool) -> tuple[str, ...]:
+    """Those asked for; of the default ones, those for which there is what they need."""
+    if text:
+        return tuple(names_of(text))
+    names = tuple(PUBLISHED if variant == "published" else DEFAULT_SCHEMES)
+    if models_compared:
+        return names
+    say("scheme model_opt is left out: it needs --model-preference")
+    return tuple(name for name in names if name != "model_opt")
+
+
+def _variant(text: str) -> Variant:
+    for known in VARIANTS:
+        if text == known:
+            return known
+    raise SimulationInputError(f"--variant must be {' or '.join(VARIANTS)}, got {text!r}")
+
+
+def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise SimulationInputError(f"{option} must be numbers separated by commas, got {text!r}") from None

@@ -1,0 +1,150 @@
+"""`sprout status`: the local stack's processes, their health, and how far behind their consumers are."""
+
+import asyncio
+import json
+import time
+from typing import Annotated, Any
+
+import typer
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+from rich.markup import escape
+from rich.table import Table
+
+from deploy.local.processes import http_probe
+from deploy.local.records import ProcessRecord
+from deploy.local.services import SERVICE_TIER
+from deploy.local.state import StackState
+from shared.runtime.settings import KafkaSettings
+from tools.cli.console import Exit, out, quiet_clients
+from tools.cli.target import running_stack
+
+LAG_TIMEOUT_S = 5.0
+NOTICE_WIDTH = 60
+
+
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
+    """Show every process of the local stack: pid, port, health, uptime, and the lag of its consumer group.
+
+    Exit codes: 0 everything is ready, 1 something is not, 3 no stack runs.
+    """
+    state = running_stack()
+    quiet_clients()
+    lags = asyncio.run(_lags(state))
+    rows = [_row(process, lags) for process in state.processes]
+    if as_json:
+        document = {
+            "broker": state.broker,
+            "bootstrap_servers": state.bootstrap_servers,
+            "model": state.model,
+            "zone": state.zone,
+            "event_time": state.event_clock.now().isoformat(),
+            "rate": state.event_clock.rate,
+            "processes": rows,
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        _print(state, rows)
+    if not state.ready or any(row["health"] != "ready" for row in rows):
+        raise typer.Exit(Exit.FAILED)
+
+
+def _row(process: ProcessRecord, lags: dict[str, int]) -> dict[str, Any]:
+    alive = process.alive
+    return {
+        "name": process.name,
+        "pid": process.pid if alive else None,
+        "port": process.port,
+        "health": _health(process) if alive else "ended",
+        "uptime_s": round(time.time() - process.started_at_s, 1) if alive else None,
+        "lag": lags.get(process.name),
+    }
+
+
+def _health(process: ProcessRecord) -> str:
+    if process.url is None:
+        return "ready"
+    path = "/v2/health/ready" if process.name == "triton" else "/ready"
+    return http_probe(process.url + path)() or "ready"
+
+
+async def _lags(state: StackState) -> dict[str, int]:
+    """Records that each service's consumer group has not committed yet; a service without a group is left out."""
+    services = [process.name for process in state.running if process.tier == SERVICE_TIER and "-" not in process.name]
+    try:
+        async with asyncio.timeout(LAG_TIMEOUT_S):
+            committed = await _committed(state.kafka, services)
+            partitions = {partition for offsets in committed.values() for partition in offsets}
+            if not partitions:
+                return {}
+            ends = await _ends(state.kafka, list(partitions))
+    except (KafkaError, OSError, TimeoutError):
+        return {}  # the health column tells that the broker does not answer
+    return {
+        service: sum(max(0, ends[partition] - offset) for partition, offset in offsets.items())
+        for service, offsets in committed.items()
+        if offsets
+    }
+
+
+async def _committed(kafka: KafkaSettings, services: list[str]) -> dict[str, dict[TopicPartition, int]]:
+    """By service: the offsets that its consumer group has committed."""
+    admin = AIOKafkaAdminClient(**kafka.client_options(), request_timeout_ms=3_000)
+    try:
+        await admin.start()
+        return {
+            service: {
+                partition: entry.offset
+                for partition, entry in (await admin.list_consumer_group_offsets(kafka.group(service))).items()
+                if entry.offset >= 0
+            }
+            for service in services
+        }
+    finally:
+        await admin.close()
+
+
+async def _ends(kafka: KafkaSettings, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+    """By partition: the offset that its next record gets."""
+    consumer: Any = AIOKafkaConsumer(**kafka.client_options(), enable_auto_commit=False)
+    try:
+        await consumer.start()
+        ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
+    finally:
+        await consumer.stop()
+    return ends
+
+
+def _print(state: StackState, rows: list[dict[str, Any]]) -> None:
+    broker = "Apache Kafka" if state.broker == "kafka" else "IN-MEMORY (not Kafka; keeps nothing)"
+    out.print(f"broker     {broker} at {state.bootstrap_servers}", markup=False)
+    out.print(f"model      {state.model}, zone {state.zone}", markup=False)
+    clock = state.event_clock
+    speed = "real time" if not state.clock else f"{clock.rate:g} times real time"
+    out.print(f"event time {clock.now():%Y-%m-%d %H:%M} UTC, {speed}", markup=False)
+    table = Table("process", "pid", "port", "health", "uptime", "lag")
+    for row in rows:
+        health = str(row["health"])
+        style = "green" if health == "ready" else "red"
+        table.add_row(
+            row["name"],
+            "" if row["pid"] is None else str(row["pid"]),
+            "" if row["port"] is None else str(row["port"]),
+            f"[{style}]{_short(health)}[/]",
+            "" if row["uptime_s"] is None else _duration(row["uptime_s"]),
+            "" if row["lag"] is None else str(row["lag"]),
+        )
+    out.print(table)
+    if not state.ready:
+        out.print("the stack has not finished starting, or its start was cut off: sprout down, then sprout up")
+
+
+def _short(text: str) -> str:
+    return escape(text if len(text) <= NOTICE_WIDTH else text[: NOTICE_WIDTH - 1] + "…")
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {whole % 60:02} s"

@@ -1,0 +1,110 @@
+"""`sprout topics`: create, list and describe the declared topics."""
+
+import asyncio
+from typing import Annotated
+
+import typer
+from aiokafka.errors import KafkaError
+from rich.table import Column, Table
+
+from shared.kafka.admin import ProvisioningError, create_topics
+from shared.topics import TOPICS, TopicSpec
+from tools.cli.console import Exit, fail, out, quiet_clients
+from tools.cli.offsets import offsets_by_topic
+from tools.cli.target import Bootstrap, find_target, unreachable
+
+app = typer.Typer(no_args_is_help=True, help="Create, list and describe Kafka topics.")
+
+MISSING = "missing"
+
+
+@app.command()
+def create(
+    bootstrap: Bootstrap = None,
+    replication_factor: Annotated[int, typer.Option(min=1, help="Copies of every partition")] = 1,
+) -> None:
+    """Create every declared topic that does not exist yet; an existing one is left as it is."""
+    target = find_target(bootstrap)
+    if target.state is not None and target.state.broker == "in-memory":
+        fail(
+            "the in-memory broker takes no requests to create topics; it made them all when it started",
+            remedy="see 'sprout topics list'",
+        )
+    quiet_clients()
+    try:
+        outcomes = asyncio.run(create_topics(target.kafka, replication_factor=replication_factor))
+    except ProvisioningError as error:
+        fail(str(error))
+    except (KafkaError, OSError) as error:
+        unreachable(target, error)
+    for outcome in outcomes:
+        note = f"  ({outcome.note})" if outcome.note else ""
+        word = "created" if outcome.created else "exists"
+        out.print(f"{word:8}{outcome.topic}, {outcome.partitions} partitions{note}")
+
+
+@app.command("list")
+def list_topics(bootstrap: Bootstrap = None) -> None:
+    """Every declared topic: partitions, records held, cleanup, retention."""
+    target = find_target(bootstrap)
+    quiet_clients()
+    try:
+        found = asyncio.run(offsets_by_topic(target.kafka, [target.kafka.topic(spec) for spec in TOPICS]))
+    except (KafkaError, OSError) as error:
+        unreachable(target, error)
+    table = Table(Column("topic", no_wrap=True), "partitions", "records", "cleanup", "retention")
+    for spec in TOPICS:
+        name = target.kafka.topic(spec)
+        partitions = found.get(name, {})
+        table.add_row(
+            name,
+            str(len(partitions)) if partitions else MISSING,
+            str(sum(following - first for first, following in partitions.values())),
+            spec.cleanup.value,
+            _retention(spec),
+        )
+    out.print(table)
+    if len(found) < len(TOPICS):
+        fail(
+            f"{len(TOPICS) - len(found)} of {len(TOPICS)} topics are missing",
+            remedy="create them: sprout topics create",
+        )
+
+
+@app.command()
+def describe(
+    topic: Annotated[str, typer.Argument(help="Name, with or without the prefix: requests")],
+    bootstrap: Bootstrap = None,
+) -> None:
+    """One topic: its declaration, its message's fields, and the offsets of every partition."""
+    target = find_target(bootstrap)
+    name = topic.removeprefix(target.kafka.topic_prefix)
+    specs = {spec.name: spec for spec in TOPICS}
+    if name not in specs:
+        fail(f"no topic {topic!r} is declared", remedy=f"declared: {', '.join(specs)}", code=Exit.FAILED)
+    spec = specs[name]
+    quiet_clients()
+    try:
+        offsets = asyncio.run(offsets_by_topic(target.kafka, [target.kafka.topic(spec)]))
+    except (KafkaError, OSError) as error:
+        unreachable(target, error)
+    offsets_by_partition = offsets.get(target.kafka.topic(spec), {})
+    out.print(f"{target.kafka.topic(spec)}  (key: {spec.key})", style="bold")
+    out.print(f"cleanup {spec.cleanup.value}, retention {_retention(spec)}, {spec.max_message_bytes} bytes at most")
+    fields = Table("field", "required", "meaning", title=spec.message.__name__, title_justify="left")
+    for field, info in spec.message.model_fields.items():
+        fields.add_row(field, "yes" if info.is_required() else "", info.description or "")
+    out.print(fields)
+    if not offsets_by_partition:
+        fail("it does not exist on the broker", remedy="create it: sprout topics create")
+    partitions = Table("partition", "first offset", "next offset")
+    for partition, (first, following) in sorted(offsets_by_partition.items()):
+        partitions.add_row(str(partition), str(first), str(following))
+    out.print(partitions)
+
+
+def _retention(spec: TopicSpec) -> str:
+    if spec.retention_ms is None:
+        return "for ever"
+    hours = spec.retention_ms / 3_600_000
+    return f"{hours:g} h" if hours < 48 else f"{hours / 24:g} d"

@@ -1,0 +1,249 @@
+"""The report's plots, as plotly figures without colours of text and grid: the page gives them those of its theme."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tools.reporting.content import hour_saving_pct
+from tools.reporting.model import HourRow, Report
+from tools.reporting.savings import Interval
+from tools.reporting.words import option_names
+
+GREEN, AMBER, RED, BLUE, GREY, PURPLE = "#2f9e5b", "#e0a030", "#d1495b", "#3a7ebf", "#8b949e", "#8e6bbf"
+LEVELS = (GREY, "#7fc796", GREEN, BLUE, PURPLE, AMBER, RED)
+"""Of the options, reference first."""
+HEIGHT = 320
+
+
+def intensity_figure(report: Report) -> go.Figure:
+    """Carbon intensity per zone, evaluations marked."""
+    figure = blank_figure("gCO₂eq per kWh")
+    colours = (AMBER, BLUE, PURPLE, RED)
+    for number, zone in enumerate(sorted({point.zone for point in report.grid})):
+        points = [point for point in report.grid if point.zone == zone]
+        figure.add_scatter(
+            x=[point.at for point in points],
+            y=[point.intensity_g_per_kwh for point in points],
+            name=zone,
+            mode="lines",
+            line={"shape": "hv", "width": 2.5, "color": colours[number % len(colours)]},
+        )
+    marked = [row for row in report.evaluations if row.intensity_g_per_kwh is not None]
+    if marked:
+        figure.add_scatter(
+            x=[row.at for row in marked],
+            y=[row.intensity_g_per_kwh for row in marked],
+            name="evaluation",
+            mode="markers",
+            marker={"symbol": "diamond", "size": 11, "color": GREEN, "line": {"width": 1.5, "color": "white"}},
+            text=[f"{row.trigger.replace('_', ' ')}, {row.prompts} prompts" for row in marked],
+            hovertemplate="%{text}<br>%{y:.0f} g/kWh<extra>evaluation</extra>",
+        )
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def mix_figure(report: Report) -> go.Figure:
+    """Share of every option per hour, stacked."""
+    figure = blank_figure("share of requests, %")
+    names = option_names(report)
+    for number, option in enumerate(report.options):
+        figure.add_bar(
+            x=[_middle(row) for row in report.hours],
+            y=[100.0 * row.mix.get(option, 0) / row.requests for row in report.hours],
+            name=names[option],
+            marker={"color": LEVELS[number % len(LEVELS)], "line": {"width": 0}},
+            hovertemplate="%{y:.0f} %",
+        )
+    figure.update_layout(barmode="stack", bargap=0.08)
+    figure.update_yaxes(range=[0, 100])
+    return figure
+
+
+def grams_figure(report: Report) -> go.Figure:
+    """Grams per request as emitted and had the reference served all, with its interval."""
+    figure = blank_figure("mgCO₂eq per request")
+    rows = [row for row in report.hours if row.compared]
+    moments = [_middle(row) for row in rows]
+    banded = [row for row in rows if row.reference_interval is not None]
+    if banded:
+        high = [_mg(row.reference_interval.high, row) for row in banded if row.reference_interval]
+        low = [_mg(row.reference_interval.low, row) for row in banded if row.reference_interval]
+        around = [_middle(row) for row in banded]
+        figure.add_scatter(
+            x=[*around, *reversed(around)],
+            y=[*high, *reversed(low)],
+            name="95 % interval",
+            fill="toself",
+            fillcolor="rgba(139,148,158,0.22)",
+            line={"width": 0},
+            hoverinfo="skip",
+        )
+    figure.add_scatter(
+        x=moments,
+        y=[_mg(row.reference_g, row) for row in rows],
+        name="all by the reference (estimated)",
+        mode="lines",
+        line={"color": GREY, "width": 2.5, "dash": "dash"},
+        hovertemplate="%{y:.3g} mg",
+    )
+    figure.add_scatter(
+        x=moments,
+        y=[_mg(row.emitted_g, row) for row in rows],
+        name="emitted (measured)",
+        mode="lines+markers",
+        line={"color": GREEN, "width": 2.5},
+        customdata=[hour_saving_pct(row) for row in rows],
+        hovertemplate="%{y:.3g} mg, %{customdata:.0f} % less",
+    )
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def quality_figure(report: Report) -> go.Figure:
+    """Preference relative to the reference: expected by the policies, from judged counts, and the bound."""
+    figure = blank_figure("preference, % of the reference's")
+    lines: tuple[tuple[str, list[float | None], dict[str, Any]], ...] = (
+        ("bound to keep", [row.quality_bound for row in report.hours], {"color": RED, "dash": "dot", "shape": "hvh"}),
+        ("counted on by the policies", [row.expected_quality for row in report.hours], {"color": BLUE}),
+        (
+            "served, by judged counts",
+            [row.judged_quality for row in report.hours],
+            {"color": GREEN, "dash": "dash"},
+        ),
+    )
+    for name, values, line in lines:
+        if any(value is not None for value in values):
+            figure.add_scatter(
+                x=[_middle(row) for row in report.hours],
+                y=[None if value is None else 100.0 * value for value in values],
+                name=name,
+                mode="lines",
+                line={"width": 2.5, **line},
+                hovertemplate="%{y:.1f} %",
+            )
+    return figure
+
+
+def energy_figure(report: Report) -> go.Figure:
+    """Where the metered energy went, beside the meters."""
+    account = report.energy
+    parts = (
+        ("requests", account.requests_j, GREEN),
+        ("evaluation", account.evaluation_j, BLUE),
+        ("judge", account.judge_j, PURPLE),
+        ("idle", account.idle_j, GREY),
+        ("unattributed", account.unattributed_j, RED),
+        ("not settled yet", account.unsettled_j, AMBER),
+    )
+    figure = blank_figure("")
+    figure.add_bar(
+        y=["meters"],
+        x=[account.metered_j / 3600.0],
+        name="metered",
+        orientation="h",
+        marker={"color": "#b08968"},
+        hovertemplate="%{x:.4g} Wh",
+    )
+    for name, joules, colour in parts:
+        if joules > 0:
+            figure.add_bar(
+                y=["books"],
+                x=[joules / 3600.0],
+                name=name,
+                orientation="h",
+                marker={"color": colour},
+                hovertemplate="%{x:.4g} Wh",
+            )
+    figure.update_layout(barmode="stack", hovermode="closest", bargap=0.45)
+    figure.update_xaxes(title={"text": "Wh"}, type="linear")
+    figure.update_yaxes(categoryorder="array", categoryarray=["books", "meters"])
+    return figure
+
+
+def group_figure(report: Report) -> go.Figure:
+    """Per prompt group: the saving with its interval, above the use of the options."""
+    figure = blank_figure("")
+    names = option_names(report)
+    rows = list(reversed(report.groups))
+    groups = [row.group for row in rows]
+    for number, option in enumerate(report.options):
+        figure.add_bar(
+            y=groups,
+            x=[100.0 * row.mix.get(option, 0) / row.requests for row in rows],
+            name=names[option],
+            orientation="h",
+            marker={"color": LEVELS[number % len(LEVELS)]},
+            hovertemplate="%{x:.0f} %",
+        )
+    known = [row for row in rows if row.saving.saving_pct is not None]
+    figure.add_scatter(
+        y=[row.group for row in known],
+        x=[row.saving.saving_pct for row in known],
+        name="saving",
+        mode="markers",
+        marker={"symbol": "diamond", "size": 11, "color": AMBER, "line": {"width": 1.5, "color": "white"}},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [_reach(row.saving.saving_interval, row.saving.saving_pct, upper=True) for row in known],
+            "arrayminus": [_reach(row.saving.saving_interval, row.saving.saving_pct, upper=False) for row in known],
+            "color": AMBER,
+            "thickness": 2,
+        },
+        hovertemplate="%{x:.1f} %",
+    )
+    figure.update_layout(barmode="stack", hovermode="closest", bargap=0.35, height=max(HEIGHT, 110 + 42 * len(rows)))
+    figure.update_xaxes(title={"text": "share of requests, and saving, %"}, type="linear", range=[0, 100])
+    return figure
+
+
+def figures(report: Report) -> Sequence[tuple[str, str, go.Figure]]:
+    """Title, explanation and figure of every plot that has something to show."""
+    found: list[tuple[str, str, go.Figure]] = []
+    if report.grid:
+        found.append(("Carbon intensity", "Of the grid, and when the evaluator ran.", intensity_figure(report)))
+    if report.hours:
+        found += [
+            ("Directive mix", "Share of every option per hour; the reference is grey.", mix_figure(report)),
+            ("Grams per request", "Emitted, against all requests on the reference.", grams_figure(report)),
+            ("Quality", "Judged preference relative to the reference.", quality_figure(report)),
+        ]
+    if report.energy.metered_j > 0 or report.energy.attributed_j > 0:
+        found.append(("Energy", "What the meters counted, and what it was spent on.", energy_figure(report)))
+    if report.groups:
+        found.append(("Prompt groups", "Use of the options, and the saving with its interval.", group_figure(report)))
+    return found
+
+
+def blank_figure(y_title: str) -> go.Figure:
+    """A figure without data, text colour or grid colour."""
+    return go.Figure(
+        layout={
+            "height": HEIGHT,
+            "margin": {"l": 56, "r": 16, "t": 8, "b": 40},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "hovermode": "x unified",
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
+            "yaxis": {"title": {"text": y_title}, "automargin": True},
+            "xaxis": {"automargin": True},
+            "template": "none",
+        }
+    )
+
+
+def _middle(row: HourRow) -> str:
+    """The middle of the hour, where its point is drawn."""
+    return f"{row.start:%Y-%m-%dT%H}:30:00"
+
+
+def _mg(grams: float, row: HourRow) -> float:
+    return 1000.0 * grams / row.compared
+
+
+def _reach(interval: Interval | None, value: float | None, *, upper: bool) -> float:
+    if interval is None or value is None:
+        return 0.0
+    return interval.high - value if upper else value - interval.low

@@ -1,0 +1,39 @@
+"""A simulation as one HTML file that needs nothing else."""
+
+from collections.abc import Sequence
+from html import escape
+
+from tools.reporting.shell import plot_cards, table_card
+from tools.reporting.shell import render_page as render
+from tools.simulator.outcome import Outcome
+from tools.simulator.pages.figures import figures
+from tools.simulator.pages.tables import means_table, windows_table
+
+TITLE = "Sprout: simulation"
+
+
+def render_page(outcomes: Sequence[Outcome]) -> str:
+    """The page; see `tools.reporting.shell`."""
+    zones = sorted({one.zone for one in outcomes})
+    hours = len(outcomes[0].grams)
+    about = f"{len(zones)} zones ({', '.join(zones)}), windows of {hours} hours, {len(outcomes)} runs"
+    parts = [
+        *(f'<p class="about">{escape(text)}</p>' for text in (about, *_remarks(outcomes))),
+        table_card(means_table(outcomes)),
+        plot_cards(figures(outcomes)),
+        table_card(windows_table(outcomes)),
+    ]
+    return render(TITLE, parts, with_plots=True)
+
+
+def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
+    """What the figures do not tell by themselves."""
+    found = []
+    if any(error for one in outcomes for error in one.standard_errors.values()):
+        found.append("± is one standard error of a quality: how far it would vary with other prompts to measure it on.")
+    if hours := sum(sum(one.fallbacks.values()) for one in outcomes):
+        reasons = sorted({reason for one in outcomes for reason in one.fallbacks})
+        found.append(f"In {hours:,} hours of all runs only the reference could be served: {'; '.join(reasons)}.")
+    if unknown := sum(1 for one in outcomes if one.notes):
+        found.append(f"{unknown} runs lack figures; summary.json says why.")
+    return found
