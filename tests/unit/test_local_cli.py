@@ -100,7 +100,7 @@ def test_where_a_part_of_the_project_is_absent_its_subcommands_are_too(tmp_path)
     kept = ("tools/cli", "tools/reporting", "shared", "deploy/local")
     for folder in kept:
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for package in ("services", "services/ledger", "deploy"):
+    for package in ("tools", "deploy"):
         shutil.copy(REPOSITORY / package / "__init__.py", tmp_path / package / "__init__.py")
     program = (
         "import sys; sys.meta_path = [one for one in sys.meta_path if 'editable' not in repr(one).lower()]; "
