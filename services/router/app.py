@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
-from faststream.kafka.subscriber.usecase import BatchSubscriber
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
@@ -28,7 +27,7 @@ from shared.inference.chat import ChatTemplateError
 from shared.inference.pool import Pools
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.subscribe import read_to_end, subscribe_compacted
+from shared.kafka.subscribe import Subscriber, read_to_end, subscribe_compacted
 from shared.messages import CarbonIntensity, GenerationRequest, Policy, PromptGrouping
 from shared.runtime.clock import Clock
 from shared.runtime.health import Health
@@ -173,17 +172,11 @@ class Router:
 
     def _subscribe_state(
         self, broker: KafkaBroker, dead_letters: DeadLetterPublisher, kafka: KafkaSettings
-    ) -> tuple[BatchSubscriber, ...]:
+    ) -> tuple[Subscriber, ...]:
         """Compacted topics: every router reads all of them from the start."""
-        groupings = subscribe_compacted(
-            broker, kafka, dead_letters, PROMPT_GROUPS, description="Prompt groups learned from judged prompts"
-        )
-        policies = subscribe_compacted(
-            broker, kafka, dead_letters, POLICIES, description="Probabilities of the options"
-        )
-        intensities = subscribe_compacted(
-            broker, kafka, dead_letters, CARBON_INTENSITY, description="What the grid emits"
-        )
+        groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS)
+        policies = subscribe_compacted(broker, kafka, dead_letters, POLICIES)
+        intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
 
         @groupings
         async def on_groupings(news: list[PromptGrouping]) -> None:
