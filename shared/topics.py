@@ -1,6 +1,6 @@
-"""Every Kafka topic, declared once: partitions, retention, compaction.
+"""Every Kafka topic, declared once: message, key, partitions, retention, compaction.
 
-`sprout topics create` provisions them (`shared.kafka.admin`); no service creates a topic.
+`sprout topics create` creates them (`shared.kafka.admin`); no service does.
 """
 
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ class TopicSpec:
     Attributes:
         description: of the messages, for the AsyncAPI documents.
         key: of the messages, in words.
-        partitions: enough for the widest consumer group; only the request path needs many.
-        retention_ms: None where compaction alone keeps the topic small.
+        partitions: upper limit of the members of a consumer group; only the request path needs many.
+        retention_ms: `None`: messages are removed by compaction only.
         max_message_bytes: largest record batch that the broker accepts.
     """
 
@@ -57,12 +57,12 @@ class TopicSpec:
     max_message_bytes: int = MEBIBYTE
 
     def configuration(self) -> dict[str, str]:
-        """The topic-level settings for the broker."""
+        """The topic-level configuration of the broker."""
         settings = {"cleanup.policy": self.cleanup.value, "max.message.bytes": str(self.max_message_bytes)}
         if self.retention_ms is not None:
             settings["retention.ms"] = str(self.retention_ms)
         if self.cleanup is not Cleanup.DELETE:
-            # Consumers read these topics from the start: keep them short.
+            # Consumers read these topics from the beginning: compact them often.
             settings |= {"segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
         return settings
 

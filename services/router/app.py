@@ -10,6 +10,7 @@ from faststream.kafka import KafkaBroker
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
+from services import SERVICES
 from services.router.backlog import Backlog
 from services.router.delivery import Delivery
 from services.router.fetching import feed
@@ -47,7 +48,7 @@ from shared.topics import (
 )
 
 NAME = "router"
-DESCRIPTION = "Draws a generation directive for every request, has a model answer it, publishes the answer."
+DESCRIPTION = SERVICES[NAME].description
 
 LONGEST_COMMIT_S = 60.0
 """Wall seconds that a commit may take before the router says that it is not ready: one try may take 40."""
