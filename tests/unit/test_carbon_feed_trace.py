@@ -1,4 +1,4 @@
-"""A trace is read as it was recorded: never from the future, a gap stays a gap, what is wrong is named."""
+"""Recorded traces: no value from the future, gaps are preserved, errors name the line."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from deploy.local.grid import SAMPLE_ZONE, default_day, shipped_trace, zone_of
 from deploy.local.grid import TraceError as GridError
 from deploy.local.traces.build import TRACE, text
-from services.carbon_feed.recorded import ConstantProvider, TraceProvider
-from services.carbon_feed.trace import Trace, TraceError, load_trace, parse_trace
-from services.carbon_feed.window import Window
+from services.carbon_feed.feed import Window
+from services.carbon_feed.providers.constant import ConstantProvider
+from services.carbon_feed.providers.recorded import Trace, TraceError, TraceProvider, load_trace, parse_trace
 from shared.messages import IntensityPoint
 
 START = datetime(2024, 2, 1, tzinfo=UTC)
@@ -53,7 +53,7 @@ def test_an_empty_cell_and_nan_are_missing_and_never_zero():
         (["2024-02-01 01:00:00,Z,1,1,", "2024-02-01 01:00:00,Z,1,1,"], "line 3.*sort by time"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(rows, message):
+def test_an_invalid_row_is_named_with_its_line(rows, message):
     with pytest.raises(TraceError, match=message):
         trace_of(*rows)
 
@@ -90,7 +90,7 @@ def test_a_repeated_trace_keeps_the_hour_of_the_day_and_reaches_back(days):
     assert len(trace.between(now - timedelta(days=3), now)) == 72
 
 
-async def test_a_replay_tells_its_history_and_no_forecast():
+async def test_a_replay_has_a_history_and_no_forecast():
     provider = TraceProvider(hours(48), Path("t.csv"), repeat=False, window=timedelta(days=2))
     now = START + timedelta(hours=30, minutes=10)
     assert (await provider.latest(now)).intensity_g_per_kwh == 30
@@ -111,12 +111,12 @@ def test_the_window_is_trailing_and_takes_corrections():
     window = Window(timedelta(hours=3))
     points = list(hours(6).between(START, START + timedelta(days=1)))
     window.add(points[:5])
-    assert window.is_news(points[5])
+    assert window.is_new(points[5])
     window.advance(points[5])
     assert [p.intensity_g_per_kwh for p in window.history()] == [2, 3, 4]
-    assert not window.is_news(points[5])
-    assert window.is_news(points[5].model_copy(update={"estimated": True}))
-    assert not window.is_news(points[4])
+    assert not window.is_new(points[5])
+    assert window.is_new(points[5].model_copy(update={"estimated": True}))
+    assert not window.is_new(points[4])
 
 
 def test_the_sample_trace_is_what_its_script_makes_and_starts_a_week_in():
