@@ -29,7 +29,7 @@ def hours(count: int, missing: set[int] = frozenset()) -> Trace:
     )
 
 
-def test_the_column_asked_for_is_read_with_the_estimated_flag():
+def test_the_configured_column_is_read_with_the_estimated_flag():
     row = "2024-02-01 00:00:00,Z,100.5,150,true"
     assert trace_of(row).at(START) == IntensityPoint(at=START, intensity_g_per_kwh=100.5, estimated=True)
     assert trace_of(row, column="life-cycle").at(START).intensity_g_per_kwh == 150
@@ -58,7 +58,7 @@ def test_an_invalid_row_is_named_with_its_line(rows, message):
         trace_of(*rows)
 
 
-def test_a_file_that_is_empty_absent_or_lacks_a_column_is_refused(tmp_path: Path):
+def test_an_empty_or_missing_file_or_column_is_rejected(tmp_path: Path):
     empty = tmp_path / "empty.csv"
     empty.touch()
     with pytest.raises(TraceError, match="is empty"):
@@ -70,7 +70,7 @@ def test_a_file_that_is_empty_absent_or_lacks_a_column_is_refused(tmp_path: Path
 
 
 @given(st.integers(0, 60 * 24 * 3), st.sets(st.integers(1, 47)))
-def test_the_future_is_never_seen_and_a_gap_stays_a_gap(minutes, missing):
+def test_the_future_is_not_used_and_gaps_are_preserved(minutes, missing):
     moment = START + timedelta(minutes=minutes)
     trace = hours(48, missing)
     point = trace.at(moment)
