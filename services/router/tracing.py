@@ -1,49 +1,47 @@
-"""The spans of a request: taken from Kafka, answered by a model, its messages sent.
+"""OpenTelemetry spans of a request: processing the record, generation by a model, sending messages.
 
-The trace goes on where the producer's record began it (W3C `traceparent` in the headers) and travels on with every
-message that comes of it. Names of attributes are OpenTelemetry's semantic conventions for messaging and generative AI,
-and `sprout.*`. No span carries text of a request, an answer or an error.
+The trace continues that of the client's record (W3C `traceparent` header), and continues in every message that results
+from it. Attributes follow OpenTelemetry's semantic conventions for messaging and generative AI, and `sprout.*`. No span
+contains text of a request, a response or an error. Without a collector the tracer is OpenTelemetry's no-op tracer.
 """
 
-import asyncio
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, StatusCode
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from services.router.admission import Arrival
-from shared.inference.attempts import Outcome
+from services.router.admission import IncomingRequest
+from shared.inference.attempts import AttemptResult
 from shared.messages import Decision, GenerationResponse
 
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
+TRACER_NAME = "sprout.router"
 
-PROVIDER = "nvidia.triton"
-"""`gen_ai.provider.name`; the conventions name none for a server of one's own."""
+GEN_AI_PROVIDER = "nvidia.triton"
+"""`gen_ai.provider.name`; the conventions have no value for self-hosted servers."""
 
 _W3C = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """Makes the router's spans. The current span is that of the task, so every request has its own."""
+    """Creates the spans. The current span belongs to the asyncio task, so every request has its own."""
 
-    def __init__(self, provider: "TracerProvider", *, version: str, group: str) -> None:
+    def __init__(self, tracer: Tracer, *, group: str) -> None:
         """Set up.
 
         Args:
-            group: the router's consumer group.
+            group: consumer group of the router.
         """
-        self._provider = provider
-        self._tracer = provider.get_tracer("sprout.router", version)
+        self._tracer = tracer
         self._group = group
 
-    async def processing(self, record: Any, work: Awaitable[None]) -> None:  # noqa: ANN401 - FastStream's record
-        """Deal with a record, in a span of its own."""
+    @contextmanager
+    def processing(self, record: Any) -> Iterator[None]:  # noqa: ANN401 - aiokafka has no types
+        """The span of processing a record."""
         attributes: dict[str, AttributeValue] = {
             "messaging.system": "kafka",
             "messaging.operation.name": "process",
@@ -53,31 +51,19 @@ class Tracing:
             "messaging.kafka.offset": record.offset,
             "messaging.consumer.group.name": self._group,
         }
-        with self._span(f"process {record.topic}", SpanKind.CONSUMER, attributes, parent=_sent_with(record)):
-            await work
+        with self._span(f"process {record.topic}", SpanKind.CONSUMER, attributes, parent=_parent_context(record)):
+            yield
 
-    def answered(self, response: GenerationResponse) -> None:
-        """The record that is being processed was answered."""
-        span = trace.get_current_span()
-        if not span.is_recording():
-            return
-        span.set_attribute("sprout.request_id", response.request_id)
-        if response.error is not None:
-            _fail(span, response.error.code)
-
-    def refused(self, reason: str) -> None:
-        """The record that is being processed becomes a dead letter."""
-        _fail(trace.get_current_span(), reason)
-
-    async def generating(self, arrival: Arrival, decision: Decision, run: Awaitable[Outcome]) -> Outcome:
-        """Have a model answer, in a span of its own."""
-        sampling = arrival.request.sampling
-        attributes = _given(
+    @contextmanager
+    def generating(self, incoming: IncomingRequest, decision: Decision) -> Iterator["GenerationSpan"]:
+        """The span of generation by a model, all attempts included."""
+        sampling = incoming.request.sampling
+        attributes = _without_none(
             {
                 "gen_ai.operation.name": "chat",
-                "gen_ai.provider.name": PROVIDER,
-                "gen_ai.request.model": arrival.model,
-                "gen_ai.request.stream": arrival.request.stream,
+                "gen_ai.provider.name": GEN_AI_PROVIDER,
+                "gen_ai.request.model": incoming.model,
+                "gen_ai.request.stream": incoming.request.stream,
                 "gen_ai.request.max_tokens": sampling.max_tokens,
                 "gen_ai.request.temperature": sampling.temperature,
                 "gen_ai.request.top_p": sampling.top_p,
@@ -94,15 +80,12 @@ class Tracing:
                 "sprout.propensity": decision.propensity,
             }
         )
-        with self._span(f"chat {arrival.model}", SpanKind.CLIENT, attributes) as span:
-            outcome = await run
-            if span.is_recording():
-                _conclude(span, outcome)
-            return outcome
+        with self._span(f"chat {incoming.model}", SpanKind.CLIENT, attributes) as span:
+            yield GenerationSpan(span)
 
     @contextmanager
     def sending(self, topic: str) -> Iterator[dict[str, str]]:
-        """A message is published; yields the headers that it must have for its readers to go on with the trace."""
+        """The span of publishing a message; yields the headers that continue the trace."""
         attributes: dict[str, AttributeValue] = {
             "messaging.system": "kafka",
             "messaging.operation.name": "send",
@@ -114,14 +97,25 @@ class Tracing:
 
     @staticmethod
     def headers() -> dict[str, str]:
-        """The headers that carry the current span on."""
+        """Message headers that continue the current trace."""
         carrier: dict[str, str] = {}
         _W3C.inject(carrier)
         return carrier
 
-    async def close(self) -> None:
-        """Export what is left; nothing is made any more."""
-        await asyncio.to_thread(self._provider.shutdown)
+    @staticmethod
+    def answered(response: GenerationResponse) -> None:
+        """Record on the current span that the request was answered."""
+        span = trace.get_current_span()
+        if not span.is_recording():
+            return
+        span.set_attribute("sprout.request_id", response.request_id)
+        if response.error is not None:
+            _set_error(span, response.error.code)
+
+    @staticmethod
+    def dead_lettered(reason: str) -> None:
+        """Record on the current span that the record becomes a dead letter."""
+        _set_error(trace.get_current_span(), reason)
 
     @contextmanager
     def _span(
@@ -132,33 +126,42 @@ class Tracing:
             context=parent,
             kind=kind,
             attributes=attributes,
-            # An error's text may quote the request.
+            # The text of an error may quote the request.
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
             try:
                 yield span
             except BaseException as error:
-                _fail(span, type(error).__name__)
+                _set_error(span, type(error).__name__)
                 raise
 
 
-def _conclude(span: Span, outcome: Outcome) -> None:
-    found: dict[str, AttributeValue | None] = {
-        "sprout.attempts": outcome.attempts,
-        "sprout.endpoint": outcome.endpoint,
-    }
-    if (generation := outcome.generation) is not None:
-        found["gen_ai.usage.input_tokens"] = generation.prompt_tokens
-        found["gen_ai.usage.output_tokens"] = generation.completion_tokens
-        found["gen_ai.response.finish_reasons"] = (generation.finish_reason,)
-    span.set_attributes(_given(found))
-    if outcome.error is not None:
-        _fail(span, outcome.error.code)
+class GenerationSpan:
+    """The span of generation, for its result."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+
+    def finish(self, result: AttemptResult) -> None:
+        """Record the result of all attempts."""
+        if not self._span.is_recording():
+            return
+        attributes: dict[str, AttributeValue | None] = {
+            "sprout.attempts": result.attempts,
+            "sprout.endpoint": result.endpoint,
+        }
+        if (generation := result.generation) is not None:
+            attributes["gen_ai.usage.input_tokens"] = generation.prompt_tokens
+            attributes["gen_ai.usage.output_tokens"] = generation.completion_tokens
+            attributes["gen_ai.response.finish_reasons"] = (generation.finish_reason,)
+        self._span.set_attributes(_without_none(attributes))
+        if result.error is not None:
+            _set_error(self._span, result.error.code)
 
 
-def _sent_with(record: Any) -> Context:  # noqa: ANN401
-    """The context in a record's headers; an empty one where there is none that can be read."""
+def _parent_context(record: Any) -> Context:  # noqa: ANN401
+    """The trace context in a record's headers; empty if there is none or it is unreadable."""
     carrier = {
         name: value.decode("ascii", errors="replace")
         for name, value in record.headers
@@ -167,10 +170,10 @@ def _sent_with(record: Any) -> Context:  # noqa: ANN401
     return _W3C.extract(carrier, context=Context())
 
 
-def _given(attributes: dict[str, AttributeValue | None]) -> dict[str, AttributeValue]:
+def _without_none(attributes: dict[str, AttributeValue | None]) -> dict[str, AttributeValue]:
     return {name: value for name, value in attributes.items() if value is not None}
 
 
-def _fail(span: Span, reason: str) -> None:
+def _set_error(span: Span, reason: str) -> None:
     span.set_attribute("error.type", reason)
     span.set_status(StatusCode.ERROR)
