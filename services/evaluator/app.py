@@ -234,7 +234,7 @@ class Evaluator:
         async def on_footprints(footprints: list[Footprint]) -> None:
             await self.intake.note(footprints)
 
-        @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY, description="What the grid emits")
+        @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
         async def on_intensities(news: list[CarbonIntensity]) -> None:
             for intensity in news:
                 self.watch.learn(intensity)

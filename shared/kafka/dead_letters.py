@@ -21,6 +21,7 @@ from faststream.exceptions import HandlerException, StopConsume
 from faststream.kafka import KafkaBroker, KafkaMessage
 from pydantic import ValidationError
 
+from shared.kafka.publish import Publisher, declare_publisher
 from shared.messages import DeadLetter, Message
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger, where
@@ -117,18 +118,17 @@ def _base64(content: bytes) -> str:
 
 
 class DeadLetterPublisher:
-    """Posts dead letters for one service."""
+    """Publishes the dead letters of one service."""
 
     def __init__(self, *, kafka: KafkaSettings, service: str, clock: Clock) -> None:
-        self._topic = kafka.topic(DEAD_LETTERS)
+        self._kafka = kafka
         self._service = service
         self._clock = clock
-        self._broker: KafkaBroker | None = None
-        self.posted = 0
+        self._publisher: Publisher | None = None
 
     def attach(self, broker: KafkaBroker) -> None:
-        """The broker to publish through; `build_broker` calls this."""
-        self._broker = broker
+        """Publish through this broker; `build_broker` calls this."""
+        self._publisher = declare_publisher(broker, self._kafka, DEAD_LETTERS)
 
     async def publish(
         self,
@@ -145,14 +145,13 @@ class DeadLetterPublisher:
         Raises:
             KafkaError: it could not be published; the record must not be acknowledged.
         """
-        if self._broker is None:
+        if self._publisher is None:
             raise RuntimeError("DeadLetterPublisher.attach(broker) must be called before the first message")
         letter = dead_letter_for(
             record, service=self._service, reason=error.reason, detail=error.detail, clock=self._clock
         )
         key = None if record.key is None else record.key[:LARGEST_KEY_BYTES]
-        await self._broker.publish(letter, topic=self._topic, key=key, headers=headers)
-        self.posted += 1
+        await self._publisher.publish(letter, key=key, headers=headers)
         _log.warning(
             "dead letter",
             topic=record.topic,
@@ -192,25 +191,15 @@ def message_decoder(model: type[M]) -> Callable[[KafkaMessage], Awaitable[M]]:
     return decode
 
 
-class DeadLetterMiddleware:
-    """Factory of the per-message middleware; give it to a broker."""
+class DeadLetterMiddleware(BaseMiddleware[Any, Any]):
+    """Turns a message that cannot be processed into a dead letter and acknowledges it."""
 
-    def __init__(self, dead_letters: DeadLetterPublisher) -> None:
-        self._dead_letters = dead_letters
-
-    def __call__(self, msg: Any | None, /, *, context: ContextRepo) -> "_DeadLetterScope":  # noqa: ANN401
-        """The middleware of one message or batch."""
-        return _DeadLetterScope(msg, context=context, dead_letters=self._dead_letters)
-
-
-class _DeadLetterScope(BaseMiddleware):
-    """Turns a message's failure into a dead letter, and its acknowledgement."""
-
-    def __init__(self, msg: Any | None, /, *, context: ContextRepo, dead_letters: DeadLetterPublisher) -> None:  # noqa: ANN401
+    def __init__(self, msg: Any, /, *, context: ContextRepo, dead_letters: DeadLetterPublisher) -> None:  # noqa: ANN401
         super().__init__(msg, context=context)
         self._dead_letters = dead_letters
 
     async def on_receive(self) -> None:
+        """Encode header values that are not UTF-8 in base64."""
         # FastStream decodes header values as UTF-8 before any handler runs; a producer's binary header must not
         # make its message unreadable.
         for record in self._records():
@@ -227,6 +216,7 @@ class _DeadLetterScope(BaseMiddleware):
         exc_val: BaseException | None = None,
         exc_tb: TracebackType | None = None,  # noqa: ARG002
     ) -> bool | None:
+        """Publish a dead letter for every record of a message that failed; `True`: FastStream acknowledges it."""
         if exc_val is None or isinstance(exc_val, (HandlerException, StopConsume, RetryLaterError)):
             return False
         if not isinstance(exc_val, Exception):

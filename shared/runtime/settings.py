@@ -26,6 +26,18 @@ class KafkaSettings(KafkaSecuritySettings):
         """Where an aiokafka client connects to, and how; for every client there is. Holds the password."""
         return {"bootstrap_servers": self.bootstrap_servers, **self.security_options()}
 
+    def connection_advice(self) -> str:
+        """What to check when no broker answers; holds no secret."""
+        checks = [
+            "SPROUT_KAFKA_BOOTSTRAP_SERVERS",
+            f"SPROUT_KAFKA_SECURITY_PROTOCOL (does the listener use {self.security_protocol}?)",
+        ]
+        if self.uses_sasl:
+            checks.append(f"the credentials of user {self.sasl_username!r} for {self.sasl_mechanism}")
+        if self.uses_tls:
+            checks.append("the certificates (SPROUT_KAFKA_SSL_*)")
+        return f"check {', '.join(checks[:-1])} and {checks[-1]}"
+
     def topic(self, spec: TopicSpec) -> str:
         """The full name of a topic."""
         return self.topic_prefix + spec.name
