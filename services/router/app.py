@@ -232,9 +232,7 @@ def build_app(
     broker, dead_letters = build_broker(
         kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms
     )
-    router = Router(
-        broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry
-    )
+    router = Router(broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("requests", router.requests.problem)
     health.add_check("endpoints", router.pools.unreachable)
     app = build_service(

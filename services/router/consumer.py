@@ -17,6 +17,7 @@ from aiokafka.errors import IllegalStateError, KafkaError
 from services.router.fencing import PublishFence, RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.offsets import Claim
+from services.router.partitions import Partitions
 from services.router.recovery import GroupProgress, Source, recover, to_kafka
 from services.router.settings import RouterSettings
 from shared.runtime.logs import get_logger, where
@@ -99,23 +100,21 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
 
     def problem(self) -> str | None:
         """The reason why the router is not ready; None if it is."""
-        if self._partitions.stopping:
-            return "shutting down"
-        if not self._resumed.is_set():
-            return "still loading current policies and carbon intensities"
-        if self._partitions.rebalancing:
-            return "waiting for partitions: joining the consumer group, or a rebalance is under way"
         recovery_runs = self._recovery is not None and not self._recovery.done()
-        if recovery_runs or self._partitions.recovering:
-            return "recovering partitions: reading which requests are already answered"
-        if self._commit_failures > COMMIT_FAILURES_TOLERATED:
-            return f"the last {self._commit_failures} commits failed"
-        if self._failed_requests:
-            return (
-                f"{self._failed_requests} requests could not be answered or dead-lettered (see the log); "
-                "a restart tries them again"
-            )
-        return None
+        problems = {
+            "shutting down": self._partitions.stopping,
+            "still loading current policies and carbon intensities": not self._resumed.is_set(),
+            "waiting for partitions: joining the consumer group, or a rebalance is under way": (
+                self._partitions.rebalancing
+            ),
+            "recovering partitions: reading which requests are already answered": (
+                recovery_runs or self._partitions.recovering
+            ),
+            f"the last {self._commit_failures} commits failed": self._commit_failures > COMMIT_FAILURES_TOLERATED,
+            f"{self._failed_requests} requests could not be answered or dead-lettered (see the log); a restart tries "
+            "them again": self._failed_requests > 0,
+        }
+        return next((problem for problem, applies in problems.items() if applies), None)
 
     async def receive(self, record: Any) -> None:  # noqa: ANN401 - aiokafka has no types
         """Start to process a record; returns when it has been started or skipped."""

@@ -91,9 +91,7 @@ class RequestHandler:
             raise
         self.metrics.answered(response, overhead_s=max(0.0, perf_counter() - started_s - model_s))
 
-    async def _respond(
-        self, incoming: IncomingRequest, chunks: ChunkStream | None
-    ) -> tuple[GenerationResponse, float]:
+    async def _respond(self, incoming: IncomingRequest, chunks: ChunkStream | None) -> tuple[GenerationResponse, float]:
         """The response, and the wall seconds spent on model servers."""
         rejected = rejection(incoming, fleet=self.fleet, settings=self.settings)
         if rejected is not None:
@@ -162,9 +160,7 @@ class RequestHandler:
         if (
             response.status == "ok"
             and decision is not None
-            and should_sample(
-                incoming.request_id, incoming.request, decision, share=self.settings.sample_share
-            )
+            and should_sample(incoming.request_id, incoming.request, decision, share=self.settings.sample_share)
         ):
             published, _ = await asyncio.gather(
                 self.publisher.publish_response(response, fence),

@@ -101,7 +101,9 @@ class RouterMetrics:
         self.dead_letters = Counter(
             "sprout_router_dead_letters", "Dead letters by reason", ("reason",), registry=registry
         )
-        self.samples = Counter("sprout_router_samples", "Samples published for the evaluator", ("model",), registry=registry)
+        self.samples = Counter(
+            "sprout_router_samples", "Samples published for the evaluator", ("model",), registry=registry
+        )
         self.skipped_records = Counter(
             "sprout_router_skipped_records",
             "Delivered records that were not started: already known here, or to be redelivered after a rebalance",
@@ -139,18 +141,24 @@ class RouterMetrics:
     def watch_ages(self, policies: PolicyCache, fleet: Fleet, clock: Clock) -> None:
         """Report the ages of policies and carbon intensities at every scrape."""
 
-        def policy_age_s(model: str) -> float:
-            policy = policies.policy(model)
-            return math.nan if policy is None else (clock.now() - policy.created_at).total_seconds()
+        def watch_policy(model: str) -> None:
+            def age_s() -> float:
+                policy = policies.policy(model)
+                return math.nan if policy is None else (clock.now() - policy.created_at).total_seconds()
 
-        def intensity_age_s(zone: str) -> float:
-            age_s = policies.intensities.age_s(zone, clock.now())
-            return math.nan if age_s is None else age_s
+            self._policy_age_s.labels(model).set_function(age_s)
+
+        def watch_intensity(zone: str) -> None:
+            def age_s() -> float:
+                known_s = policies.intensities.age_s(zone, clock.now())
+                return math.nan if known_s is None else known_s
+
+            self._intensity_age_s.labels(zone).set_function(age_s)
 
         for model in fleet.models:
-            self._policy_age_s.labels(model.name).set_function(lambda name=model.name: policy_age_s(name))
+            watch_policy(model.name)
         for zone in fleet.zones:
-            self._intensity_age_s.labels(zone).set_function(lambda zone=zone: intensity_age_s(zone))
+            watch_intensity(zone)
 
     def answered(self, response: GenerationResponse, *, overhead_s: float) -> None:
         """Count a published response.

@@ -8,16 +8,16 @@
 | `CLOSING`    | refused     | may finish in the grace period  | open          | at every interval on shutdown   |
 | `CLOSED`     | refused     | continue, wait at the fence     | closed        | once, if it was open before     |
 
-| event             | from                            | to           | cause                                               |
-|-------------------|---------------------------------|--------------|-----------------------------------------------------|
-| `ASSIGNED`        | any                             | `RECOVERING` | a rebalance ended, this router has the partition    |
-| `LOST`            | any                             | `UNASSIGNED` | a rebalance ended, another router has it            |
-| `RECOVERED`       | `RECOVERING`                    | `OPEN`       | all published responses are known                   |
-| `UNKNOWN_OUTCOME` | `OPEN`, `RECOVERING`            | `RECOVERING` | Kafka may have a response or not: read back         |
-| `REVOKED`         | `OPEN`                          | `CLOSING`    | a rebalance starts, or the router shuts down        |
-| `REVOKED`         | `RECOVERING`                    | `CLOSED`     | the same, before recovery was complete              |
-| `FENCED`          | `RECOVERING`, `OPEN`, `CLOSING` | `CLOSED`     | the grace period ended, or an unknown outcome while |
-|                   |                                 |              | the partition is being given back                   |
+| event             | from                            | to           | cause                                         |
+|-------------------|---------------------------------|--------------|-----------------------------------------------|
+| `ASSIGNED`        | any                             | `RECOVERING` | a rebalance ended: the partition is here      |
+| `LOST`            | any                             | `UNASSIGNED` | a rebalance ended: another router has it      |
+| `RECOVERED`       | `RECOVERING`                    | `OPEN`       | all published responses are known             |
+| `UNKNOWN_OUTCOME` | `OPEN`, `RECOVERING`            | `RECOVERING` | Kafka may have a response or not: read back   |
+| `REVOKED`         | `OPEN`                          | `CLOSING`    | a rebalance starts, or the router shuts down  |
+| `REVOKED`         | `RECOVERING`                    | `CLOSED`     | the same, before recovery was complete        |
+| `FENCED`          | `RECOVERING`, `OPEN`, `CLOSING` | `CLOSED`     | the grace period ended; or an unknown outcome |
+|                   |                                 |              | while the partition is being given back       |
 
 An event changes nothing in a state that the table does not name. `services.router.consumer` reports the events and does
 what the states require; `OffsetTracker` keeps the offsets, `PublishFence` holds back the responses.
@@ -31,7 +31,7 @@ from typing import Any, Final
 from aiokafka import TopicPartition
 
 from services.router.fencing import PublishFence
-from services.router.offsets import Claim, OffsetTracker, RecoveredOffsets
+from services.router.offsets import Claim, OffsetTracker
 
 
 class PartitionState(Enum):
@@ -104,12 +104,10 @@ class Partitions:
 
     def begin(self, record: Any, *, epoch: int, now_ms: int) -> Claim[TopicPartition] | None:  # noqa: ANN401
         """Register a delivered record; None if it is not to be processed. See `OffsetTracker.begin`."""
-        if self.stopping:
-            return None
         partition = TopicPartition(record.topic, record.partition)
-        return self.tracker.begin(
-            partition, record.offset, epoch=epoch, timestamp_ms=record.timestamp, now_ms=now_ms
-        )
+        if self.stopping or self.state(partition) is not PartitionState.OPEN:
+            return None
+        return self.tracker.begin(partition, record.offset, epoch=epoch, timestamp_ms=record.timestamp, now_ms=now_ms)
 
     def start_rebalance(self) -> None:
         """A rebalance starts; `revoke` follows when recovery has stopped."""

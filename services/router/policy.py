@@ -25,7 +25,7 @@ DEFAULT_GROUP: Final = "default"
 """The prompt group of a request without a task label."""
 
 GROUP_VERSIONS_KEPT: Final = 3
-"""Versions of each model's prompt groups that are kept: a policy refers to a new version some time after it is published."""
+"""Versions of each model's prompt groups that are kept: a policy refers to a new version some time later."""
 
 _OPTION_SALT: Final = "option:"
 
@@ -268,7 +268,9 @@ def _restrict(
     others = [other for other in levels if other != level]
     if not others:
         raise UnknownLevelError(f"'directive' {requested_directive!r} forbids the only level: omit 'directive'")
-    left = {option: share for option, share in probabilities.items() if split_option(option)[1] != level and share > 0.0}
+    left = {
+        option: share for option, share in probabilities.items() if split_option(option)[1] != level and share > 0.0
+    }
     if not left:
         return _at_level(probabilities, others[0])
     total = sum(left.values())

@@ -68,14 +68,16 @@ async def test_routers_that_come_and_go_lose_nothing_and_repeat_nothing(kafka, r
 
 async def test_a_member_by_name_that_dies_and_returns_moves_nothing(kafka, routers, producer):
     await producer.prepare({"L1": 1.0})
-    names = [routers.start(SPROUT_ROUTER_INSTANCE_ID=f"member-{number}") for number in range(2)]
+    # Longer than a restart takes on a busy machine.
+    session = {"SPROUT_ROUTER_SESSION_TIMEOUT_S": "60"}
+    names = [routers.start(SPROUT_ROUTER_INSTANCE_ID=f"member-{number}", **session) for number in range(2)]
     stays, dies = names
     settled = routers.log(stays).count("partitions assigned")
     async with reading(kafka) as answers:
         await producer.ask(*(request(number) for number in range(400)))
         await answers.read(until=100)
         routers.supervisor.kill(dies)
-        routers.start(SPROUT_ROUTER_INSTANCE_ID="member-1")
+        routers.start(SPROUT_ROUTER_INSTANCE_ID="member-1", **session)
         seen = await answers.ids(f"r{number}" for number in range(400))
         await answers.read(settle_s=1.0)
     assert len(answers.records) == sum(seen.values()) == 400
