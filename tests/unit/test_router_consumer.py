@@ -102,6 +102,10 @@ async def test_faststream_delivers_records_as_they_are_one_at_a_time():
         async def receive(self, record):
             self.records.append(record)
 
+        async def on_partitions_revoked(self, revoked): ...
+
+        async def on_partitions_assigned(self, assigned): ...
+
     broker, kafka, received = KafkaBroker(), KafkaSettings(topic_prefix="t."), Received()
     subscribe_requests(broker, received, kafka=kafka, settings=RouterSettings())
     values = [b'{"prompt": "why?"}', b"{broken", b'{"prompt": 3}']
