@@ -107,7 +107,7 @@ class RequestHandler:
             return error_response(incoming, detail, decision=decision), 0.0
         with self.tracing.generating(incoming, decision) as span:
             result = await self.attempts.run(self.pools[decision.pool], job)
-            span.finish(result)
+            self.tracing.generated(span, result)
         return response_of(incoming, decision, result), result.model_s
 
     def _decide(self, incoming: IncomingRequest) -> Decision:

@@ -90,7 +90,8 @@ class RouterPublisher:
     async def _publish_traced(
         self, spec: TopicSpec, message: GenerationResponse | Sample, key: str, fence: RecordFence | None = None
     ) -> None:
-        with self._tracing.sending(self._kafka.topic(spec)) as headers:
+        with self._tracing.sending(self._kafka.topic(spec)):
+            headers = self._tracing.headers()
             if fence is not None:
                 headers[SOURCE_HEADER] = fence.source
             await self._publish(spec, message, key, headers, fence)

@@ -2,11 +2,12 @@
 
 The trace continues that of the client's record (W3C `traceparent` header), and continues in every message that results
 from it. Attributes follow OpenTelemetry's semantic conventions for messaging and generative AI, and `sprout.*`. No span
-contains text of a request, a response or an error. Without a collector the tracer is OpenTelemetry's no-op tracer.
+contains text of a request, a response or an error. Without a collector OpenTelemetry's no-op tracer creates no spans,
+and the client's trace context is passed on unchanged.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from opentelemetry import trace
@@ -24,7 +25,10 @@ TRACER_NAME = "sprout.router"
 GEN_AI_PROVIDER = "nvidia.triton"
 """`gen_ai.provider.name`; the conventions have no value for self-hosted servers."""
 
+_Attributes = dict[str, AttributeValue | None]
+
 _W3C = TraceContextTextMapPropagator()
+_W3C_FIELDS = frozenset(_W3C.fields)
 
 
 class Tracing:
@@ -39,61 +43,39 @@ class Tracing:
         self._tracer = tracer
         self._group = group
 
-    @contextmanager
-    def processing(self, record: Any) -> Iterator[None]:  # noqa: ANN401 - aiokafka has no types
+    def processing(self, record: Any) -> AbstractContextManager[Span]:  # noqa: ANN401 - aiokafka has no types
         """The span of processing a record."""
-        attributes: dict[str, AttributeValue] = {
-            "messaging.system": "kafka",
-            "messaging.operation.name": "process",
-            "messaging.operation.type": "process",
-            "messaging.destination.name": record.topic,
-            "messaging.destination.partition.id": str(record.partition),
-            "messaging.kafka.offset": record.offset,
-            "messaging.consumer.group.name": self._group,
-        }
-        with self._span(f"process {record.topic}", SpanKind.CONSUMER, attributes, parent=_parent_context(record)):
-            yield
-
-    @contextmanager
-    def generating(self, incoming: IncomingRequest, decision: Decision) -> Iterator["GenerationSpan"]:
-        """The span of generation by a model, all attempts included."""
-        sampling = incoming.request.sampling
-        attributes = _without_none(
-            {
-                "gen_ai.operation.name": "chat",
-                "gen_ai.provider.name": GEN_AI_PROVIDER,
-                "gen_ai.request.model": incoming.model,
-                "gen_ai.request.stream": incoming.request.stream,
-                "gen_ai.request.max_tokens": sampling.max_tokens,
-                "gen_ai.request.temperature": sampling.temperature,
-                "gen_ai.request.top_p": sampling.top_p,
-                "gen_ai.request.top_k": sampling.top_k,
-                "gen_ai.request.presence_penalty": sampling.presence_penalty,
-                "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
-                "gen_ai.request.seed": sampling.seed,
-                "sprout.group": decision.group,
-                "sprout.pool": decision.pool,
-                "sprout.level": decision.level,
-                "sprout.zone": decision.zone,
-                "sprout.decision.source": decision.source,
-                "sprout.policy_version": decision.policy_version,
-                "sprout.propensity": decision.propensity,
-            }
+        return self._span(
+            f"process {record.topic}",
+            SpanKind.CONSUMER,
+            lambda: {
+                "messaging.system": "kafka",
+                "messaging.operation.name": "process",
+                "messaging.operation.type": "process",
+                "messaging.destination.name": record.topic,
+                "messaging.destination.partition.id": str(record.partition),
+                "messaging.kafka.offset": record.offset,
+                "messaging.consumer.group.name": self._group,
+            },
+            parent=_parent_context(record),
         )
-        with self._span(f"chat {incoming.model}", SpanKind.CLIENT, attributes) as span:
-            yield GenerationSpan(span)
 
-    @contextmanager
-    def sending(self, topic: str) -> Iterator[dict[str, str]]:
-        """The span of publishing a message; yields the headers that continue the trace."""
-        attributes: dict[str, AttributeValue] = {
-            "messaging.system": "kafka",
-            "messaging.operation.name": "send",
-            "messaging.operation.type": "send",
-            "messaging.destination.name": topic,
-        }
-        with self._span(f"send {topic}", SpanKind.PRODUCER, attributes):
-            yield self.headers()
+    def generating(self, incoming: IncomingRequest, decision: Decision) -> AbstractContextManager[Span]:
+        """The span of generation by a model, all attempts included; `generated` records the result."""
+        return self._span(f"chat {incoming.model}", SpanKind.CLIENT, lambda: _generation_attributes(incoming, decision))
+
+    def sending(self, topic: str) -> AbstractContextManager[Span]:
+        """The span of publishing a message."""
+        return self._span(
+            f"send {topic}",
+            SpanKind.PRODUCER,
+            lambda: {
+                "messaging.system": "kafka",
+                "messaging.operation.name": "send",
+                "messaging.operation.type": "send",
+                "messaging.destination.name": topic,
+            },
+        )
 
     @staticmethod
     def headers() -> dict[str, str]:
@@ -101,6 +83,20 @@ class Tracing:
         carrier: dict[str, str] = {}
         _W3C.inject(carrier)
         return carrier
+
+    @staticmethod
+    def generated(span: Span, result: AttemptResult) -> None:
+        """Record the result of all attempts on the span of generation."""
+        if not span.is_recording():
+            return
+        attributes: _Attributes = {"sprout.attempts": result.attempts, "sprout.endpoint": result.endpoint}
+        if (generation := result.generation) is not None:
+            attributes["gen_ai.usage.input_tokens"] = generation.prompt_tokens
+            attributes["gen_ai.usage.output_tokens"] = generation.completion_tokens
+            attributes["gen_ai.response.finish_reasons"] = (generation.finish_reason,)
+        _set_attributes(span, attributes)
+        if result.error is not None:
+            _set_error(span, result.error.code)
 
     @staticmethod
     def answered(response: GenerationResponse) -> None:
@@ -119,17 +115,18 @@ class Tracing:
 
     @contextmanager
     def _span(
-        self, name: str, kind: SpanKind, attributes: dict[str, AttributeValue], *, parent: Context | None = None
+        self, name: str, kind: SpanKind, attributes: Callable[[], _Attributes], *, parent: Context | None = None
     ) -> Iterator[Span]:
         with self._tracer.start_as_current_span(
             name,
             context=parent,
             kind=kind,
-            attributes=attributes,
             # The text of an error may quote the request.
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
+            if span.is_recording():
+                _set_attributes(span, attributes())
             try:
                 yield span
             except BaseException as error:
@@ -137,27 +134,28 @@ class Tracing:
                 raise
 
 
-class GenerationSpan:
-    """The span of generation, for its result."""
-
-    def __init__(self, span: Span) -> None:
-        self._span = span
-
-    def finish(self, result: AttemptResult) -> None:
-        """Record the result of all attempts."""
-        if not self._span.is_recording():
-            return
-        attributes: dict[str, AttributeValue | None] = {
-            "sprout.attempts": result.attempts,
-            "sprout.endpoint": result.endpoint,
-        }
-        if (generation := result.generation) is not None:
-            attributes["gen_ai.usage.input_tokens"] = generation.prompt_tokens
-            attributes["gen_ai.usage.output_tokens"] = generation.completion_tokens
-            attributes["gen_ai.response.finish_reasons"] = (generation.finish_reason,)
-        self._span.set_attributes(_without_none(attributes))
-        if result.error is not None:
-            _set_error(self._span, result.error.code)
+def _generation_attributes(incoming: IncomingRequest, decision: Decision) -> _Attributes:
+    sampling = incoming.request.sampling
+    return {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": GEN_AI_PROVIDER,
+        "gen_ai.request.model": incoming.model,
+        "gen_ai.request.stream": incoming.request.stream,
+        "gen_ai.request.max_tokens": sampling.max_tokens,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.request.top_k": sampling.top_k,
+        "gen_ai.request.presence_penalty": sampling.presence_penalty,
+        "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
+        "gen_ai.request.seed": sampling.seed,
+        "sprout.group": decision.group,
+        "sprout.pool": decision.pool,
+        "sprout.level": decision.level,
+        "sprout.zone": decision.zone,
+        "sprout.decision.source": decision.source,
+        "sprout.policy_version": decision.policy_version,
+        "sprout.propensity": decision.propensity,
+    }
 
 
 def _parent_context(record: Any) -> Context:  # noqa: ANN401
@@ -165,13 +163,13 @@ def _parent_context(record: Any) -> Context:  # noqa: ANN401
     carrier = {
         name: value.decode("ascii", errors="replace")
         for name, value in record.headers
-        if name in _W3C.fields and value is not None
+        if name in _W3C_FIELDS and value is not None
     }
     return _W3C.extract(carrier, context=Context())
 
 
-def _without_none(attributes: dict[str, AttributeValue | None]) -> dict[str, AttributeValue]:
-    return {name: value for name, value in attributes.items() if value is not None}
+def _set_attributes(span: Span, attributes: _Attributes) -> None:
+    span.set_attributes({name: value for name, value in attributes.items() if value is not None})
 
 
 def _set_error(span: Span, reason: str) -> None:

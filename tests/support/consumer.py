@@ -92,7 +92,7 @@ async def receive(requests: RequestConsumer, *records: SimpleNamespace) -> None:
 async def until(condition: Callable[[], bool]) -> None:
     """Run the event loop until a condition holds."""
     async with asyncio.timeout(30.0):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - conditions on several objects have no event
             await asyncio.sleep(0)
 
 

@@ -1,4 +1,4 @@
-"""The state machine of a partition: its transitions, and what follows them: the publish fence and the offset tracker."""
+"""The state machine of a partition: transitions, and the publish fence and offset tracker that follow them."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""How a request is served: the usable policy, the draw of an option, a forced level, the reference; which are samples."""
+"""How a request is served: usable policy, draw of an option, forced level, reference; which requests are samples."""
 
 import hashlib
 import tomllib

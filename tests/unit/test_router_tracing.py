@@ -21,6 +21,7 @@ from shared.runtime.tracing import TelemetryError, tracer_provider, wanted
 SECRET = "do not tell anybody"
 NOON = datetime(2023, 2, 10, 12, tzinfo=UTC)
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+CLIENT_TRACE = f"00-{TRACE}-{PARENT}-01"
 DECISION = Decision(
     source="policy", group="qa", pool="p", level="L1", zone="GB", policy_version=7, propensity=0.25,
     propensities={"p/L0": 0.75, "p/L1": 0.25},
@@ -62,7 +63,7 @@ def traces() -> Traces:
     return Traces()
 
 
-def record(traceparent: bytes | None = f"00-{TRACE}-{PARENT}-01".encode()):
+def record(traceparent: bytes | None = CLIENT_TRACE.encode()):
     headers = () if traceparent is None else (("traceparent", traceparent), ("other", b"\xff"))
     return SimpleNamespace(topic="requests", partition=3, offset=17, headers=headers, value=SECRET.encode())
 
@@ -74,9 +75,9 @@ def serve(
     sent = [] if sent is None else sent
     with tracing.processing(header):
         with tracing.generating(INCOMING, DECISION) as span:
-            span.finish(result)
-        with tracing.sending("responses") as headers:
-            sent.append(headers)
+            tracing.generated(span, result)
+        with tracing.sending("responses"):
+            sent.append(tracing.headers())
         sent.append(tracing.headers())
         tracing.answered(response_of(INCOMING, DECISION, result))
 
@@ -171,11 +172,16 @@ async def test_concurrent_requests_have_a_trace_each(traces):
     assert len({headers["traceparent"].split("-")[1] for headers in sent}) == 20
 
 
-def test_without_a_collector_no_trace_is_sent():
+@pytest.mark.parametrize(
+    ("header", "carried"),
+    [(None, {}), (CLIENT_TRACE.encode(), {"traceparent": CLIENT_TRACE})],
+    ids=["none", "client's"],
+)
+def test_without_a_collector_the_clients_trace_is_passed_on_unchanged(header, carried):
     sent: list[dict[str, str]] = []
     tracing = Tracing(NoOpTracerProvider().get_tracer(TRACER_NAME), group="sprout.router")
-    serve(tracing, record(), ANSWERED, sent)
-    assert sent == [{}, {}]
+    serve(tracing, record(header), ANSWERED, sent)
+    assert sent == [carried, carried]
 
 
 @pytest.mark.parametrize(
