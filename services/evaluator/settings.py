@@ -15,7 +15,7 @@ from services.evaluator.opportunity import (
 )
 from shared.inference.attempts import RetrySettings
 from shared.inference.balancer import CircuitBreakerSettings
-from shared.runtime.secrets import read_secret
+from shared.runtime.settings import read_secret
 
 
 class EvaluatorSettings(BaseSettings):

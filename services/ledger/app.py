@@ -10,6 +10,7 @@ from faststream.kafka import KafkaBroker
 from faststream.kafka.subscriber.usecase import BatchSubscriber
 from prometheus_client import CollectorRegistry
 
+from services import SERVICES
 from services.ledger.backlog import Backlog
 from services.ledger.bookkeeping import Bookkeeping
 from services.ledger.metrics import LedgerMetrics
@@ -58,7 +59,7 @@ from shared.topics import (
 )
 
 NAME = "ledger"
-DESCRIPTION = "Attributes every metered joule to the calls that used it, and publishes their footprints."
+DESCRIPTION = SERVICES[NAME].description
 FETCH_MIN_BYTES = 1_000_000
 """Kafka holds records back until there are so many bytes or the wait is over: few, large batches."""
 LINGER_MS = 5

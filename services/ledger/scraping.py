@@ -10,8 +10,7 @@ import httpx
 from services.ledger.metering import MeteringError, counters_of, parse_meters
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.storage import AWAY_ERRORS, Storage
-from shared.fleet import Fleet
-from shared.fleet_parts import TlsFields, tls_context
+from shared.fleet import Fleet, TlsFields, tls_context
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
 

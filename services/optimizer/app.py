@@ -9,6 +9,7 @@ from faststream.kafka import KafkaBroker
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
+from services import SERVICES
 from services.optimizer import migrations
 from services.optimizer.linear import warm_up
 from services.optimizer.metrics import OptimizerMetrics
@@ -30,7 +31,7 @@ from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettin
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY
 
 NAME = "optimizer"
-DESCRIPTION = "Solves with which probability each directive is used, and publishes the policy."
+DESCRIPTION = SERVICES[NAME].description
 
 _log = get_logger(__name__)
 

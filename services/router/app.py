@@ -15,6 +15,7 @@ from opentelemetry.trace import NoOpTracerProvider
 from prometheus_client import CollectorRegistry
 from pydantic import SkipValidation
 
+from services import SERVICES
 from services.router.consumer import RequestConsumer
 from services.router.handler import RequestHandler
 from services.router.metrics import Backlog, RouterMetrics
@@ -49,7 +50,7 @@ from shared.topics import (
 )
 
 NAME = "router"
-DESCRIPTION = "Draws a generation directive for every request, sends it to a model server, publishes the response."
+DESCRIPTION = SERVICES[NAME].description
 
 COMMIT_TIMEOUT_S = 60.0
 """Wall seconds that a commit may take before the router is not ready; one try may take 40."""

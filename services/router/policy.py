@@ -14,8 +14,15 @@ from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
 from shared.grouping import GroupingError, PromptGroups, prompt_text, unpack
 from shared.hashing import uniform
-from shared.messages import Decision, GenerationRequest, Policy, PromptGrouping, option_key, split_option
-from shared.messages.base import FORBIDDEN
+from shared.messages import (
+    FORBIDDEN,
+    Decision,
+    GenerationRequest,
+    Policy,
+    PromptGrouping,
+    option_key,
+    split_option,
+)
 from shared.runtime.logs import get_logger
 
 FallbackReason = Literal["no_policy", "expired", "unknown_options", "stale_intensity"]

@@ -6,8 +6,7 @@ from uuid import uuid4
 
 from services.router.fencing import RecordFence
 from services.router.publisher import RouterPublisher
-from shared.messages import ErrorDetail, ResponseChunk
-from shared.messages.responses import FinishReason
+from shared.messages import ErrorDetail, FinishReason, ResponseChunk
 
 
 class Chunker:

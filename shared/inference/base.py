@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
-from shared.messages import SamplingParameters
-from shared.messages.responses import FinishReason, TokenCountSource
+from shared.messages import FinishReason, SamplingParameters, TokenCountSource
 
 
 class GenerationError(RuntimeError):

@@ -105,19 +105,19 @@ async def wait_for_kafka(kafka: KafkaSettings, topics: list[str]) -> None:
     """Wait until the broker answers and every topic exists; FastStream itself does not wait.
 
     Raises:
-        TimeoutError: not within `kafka.connect_attempts_s`; the message says what was missing and what to check.
+        TimeoutError: not within `kafka.connect_timeout_s`; the message says what was missing and what to check.
     """
     missing = f"the broker at {kafka.bootstrap_servers}"
     logged = ""
     try:
-        async with asyncio.timeout(kafka.connect_attempts_s):
+        async with asyncio.timeout(kafka.connect_timeout_s):
             while missing := await _find_missing(kafka, topics):
                 if missing != logged:
                     _log.info("waiting for Kafka", missing=missing)
                     logged = missing
                 await asyncio.sleep(0.5)
     except TimeoutError:
-        raise TimeoutError(f"Kafka is not ready after {kafka.connect_attempts_s:.0f} s: {missing}") from None
+        raise TimeoutError(f"Kafka is not ready after {kafka.connect_timeout_s:.0f} s: {missing}") from None
 
 
 async def _find_missing(kafka: KafkaSettings, topics: list[str]) -> str:

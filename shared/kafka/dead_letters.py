@@ -1,12 +1,10 @@
-"""Poison messages: recognised, kept with their original bytes on `dead-letters`, and passed over.
+"""Dead letters: messages that cannot be processed are published to `dead-letters` with their bytes, and skipped.
 
-Three ways in, by the kind of subscriber:
-
-- a subscriber of single messages gets `DeadLetterMiddleware` from `shared.kafka.broker.build_broker`: what its handler
-  cannot parse or process becomes a dead letter and is acknowledged;
-- a batch subscriber uses `batch_decoder(Model, dead_letters)`: the bad records of a batch become dead letters, the good
-  ones reach the handler;
-- whoever reads raw records calls `parse` and `DeadLetterPublisher.post`.
+- Single messages: `DeadLetterMiddleware`, which `build_broker` installs, publishes a dead letter for a message that its
+  handler cannot parse or process, and acknowledges it.
+- Batches: `batch_decoder(Model, dead_letters)` publishes a dead letter for every record that is invalid; the handler
+  receives the others.
+- Raw records: the service calls `parse` and `DeadLetterPublisher.publish`.
 """
 
 import base64
@@ -30,20 +28,20 @@ from shared.topics import DEAD_LETTERS
 
 M = TypeVar("M", bound=Message)
 
-LARGEST_CARRIED_BYTES = 4 * 1024 * 1024
-"""A larger value is cut: base64 of it must still fit the dead-letter topic's largest message."""
+MAX_VALUE_BYTES = 4 * 1024 * 1024
+"""A longer value is truncated, so that it fits the topic in base64."""
 
-LARGEST_KEY_BYTES = 64 * 1024
-"""A longer key is cut; it is carried twice, as the dead letter's own key too."""
+MAX_KEY_BYTES = 64 * 1024
+"""A longer key is truncated; a dead letter holds it twice, in its content and as its own key."""
 
-LARGEST_HEADERS_BYTES = 256 * 1024
-"""Names and values together, of the first headers; those beyond are left out."""
+MAX_HEADERS_BYTES = 256 * 1024
+"""Limit of the names and values of all headers together; further headers are left out."""
 
 _log = get_logger(__name__)
 
 
 class PoisonMessageError(ValueError):
-    """A message that will never be processable, however often it is redelivered."""
+    """A message that can never be processed, however often it is delivered."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -52,24 +50,24 @@ class PoisonMessageError(ValueError):
 
 
 class RetryLaterError(RuntimeError):
-    """A handler's word that the message is fine but something it needs is away; it will be redelivered."""
+    """The message is valid but the handler cannot process it now; it is delivered again."""
 
 
-def describe(error: ValidationError, *, whole: str = "message") -> str:
-    """What is wrong with a message, by field, without any of its content.
+def describe(error: ValidationError, *, root: str = "message") -> str:
+    """The problems of a message or of settings, by field; quotes nothing of the content.
 
     Args:
-        whole: the name of what is wrong as a whole.
+        root: name for problems that belong to no single field.
     """
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    shown = [f"{'.'.join(str(part) for part in p['loc']) or whole}: {p['msg']}" for p in problems[:10]]
+    shown = [f"{'.'.join(str(part) for part in p['loc']) or root}: {p['msg']}" for p in problems[:10]]
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
     return "; ".join(shown)
 
 
 def parse(model: type[M], value: bytes | None) -> M:
-    """Parse a record's value.
+    """Parse the value of a record.
 
     Raises:
         PoisonMessageError: not JSON, or not such a message.
@@ -93,24 +91,24 @@ def dead_letter_for(
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
-        key_base64=None if record.key is None else _base64(record.key[:LARGEST_KEY_BYTES]),
-        value_base64=_base64(value[:LARGEST_CARRIED_BYTES]),
-        headers=_carried(record.headers),
-        truncated_bytes=max(0, len(value) - LARGEST_CARRIED_BYTES),
+        key_base64=None if record.key is None else _base64(record.key[:MAX_KEY_BYTES]),
+        value_base64=_base64(value[:MAX_VALUE_BYTES]),
+        headers=_encode_headers(record.headers),
+        truncated_bytes=max(0, len(value) - MAX_VALUE_BYTES),
         reason=reason,
         detail=detail,
         failed_at=clock.now(),
     )
 
 
-def _carried(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
-    carried, size = {}, 0
+def _encode_headers(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
+    encoded, size = {}, 0
     for name, content in headers:
         size += len(name) + len(content or b"")
-        if size > LARGEST_HEADERS_BYTES:
+        if size > MAX_HEADERS_BYTES:
             break
-        carried[name] = _base64(content or b"")
-    return carried
+        encoded[name] = _base64(content or b"")
+    return encoded
 
 
 def _base64(content: bytes) -> str:
@@ -140,7 +138,7 @@ class DeadLetterPublisher:
         """Publish a record's dead letter; returns once Kafka has it.
 
         Args:
-            headers: of the dead letter's own message.
+            headers: of the dead letter itself.
 
         Raises:
             KafkaError: it could not be published; the record must not be acknowledged.
@@ -150,7 +148,7 @@ class DeadLetterPublisher:
         letter = dead_letter_for(
             record, service=self._service, reason=error.reason, detail=error.detail, clock=self._clock
         )
-        key = None if record.key is None else record.key[:LARGEST_KEY_BYTES]
+        key = None if record.key is None else record.key[:MAX_KEY_BYTES]
         await self._publisher.publish(letter, key=key, headers=headers)
         _log.warning(
             "dead letter",
@@ -163,9 +161,9 @@ class DeadLetterPublisher:
 
 
 def batch_decoder(model: type[M], dead_letters: DeadLetterPublisher) -> Callable[[KafkaMessage], Awaitable[list[M]]]:
-    """A decoder for a batch subscriber: parses every record, posts dead letters for those that do not parse.
+    """A decoder for a batch subscriber: parses every record and publishes a dead letter for each invalid one.
 
-    A record without a value (a compacted topic's tombstone) is passed over.
+    A record without a value (a tombstone of a compacted topic) is skipped.
     """
 
     async def decode(message: KafkaMessage) -> list[M]:
@@ -183,7 +181,7 @@ def batch_decoder(model: type[M], dead_letters: DeadLetterPublisher) -> Callable
 
 
 def message_decoder(model: type[M]) -> Callable[[KafkaMessage], Awaitable[M]]:
-    """A decoder for a subscriber of single messages; a poison message is left to `DeadLetterMiddleware`."""
+    """A decoder for a subscriber of single messages; `DeadLetterMiddleware` handles its errors."""
 
     async def decode(message: KafkaMessage) -> M:
         return parse(model, message.body)
@@ -200,8 +198,7 @@ class DeadLetterMiddleware(BaseMiddleware[Any, Any]):
 
     async def on_receive(self) -> None:
         """Encode header values that are not UTF-8 in base64."""
-        # FastStream decodes header values as UTF-8 before any handler runs; a producer's binary header must not
-        # make its message unreadable.
+        # FastStream decodes header values as UTF-8 before any handler runs and would fail.
         for record in self._records():
             if any(not _is_text(content) for _, content in record.headers):
                 record.headers = tuple(
@@ -235,7 +232,7 @@ class DeadLetterMiddleware(BaseMiddleware[Any, Any]):
 
 
 def _records_of(raw: Any) -> "tuple[ConsumerRecord[bytes, bytes], ...]":  # noqa: ANN401
-    """The records of a FastStream raw message: one, or a batch (a list with the in-memory broker)."""
+    """The records of a FastStream raw message: one, or a batch (a list with the in-memory test broker)."""
     return tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
 
 
@@ -246,7 +243,7 @@ def _as_poison(error: Exception) -> PoisonMessageError:
         return PoisonMessageError("invalid_message", describe(error))
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
         return PoisonMessageError("invalid_json", type(error).__name__)
-    # The text of an unforeseen error may quote the message: its type must do.
+    # The text of an unexpected error may quote the message.
     return PoisonMessageError("handler_error", type(error).__name__)
 
 

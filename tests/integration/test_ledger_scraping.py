@@ -13,8 +13,7 @@ from pydantic import HttpUrl
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.scraping import Scraper, scrapers_of
 from services.ledger.storage import Storage
-from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
-from shared.fleet_parts import FleetError
+from shared.fleet import Directive, Endpoint, Fleet, FleetError, Model, Pool
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
 from tests.support.certificate import Authority, Certificate

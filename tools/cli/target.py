@@ -87,7 +87,7 @@ def find_target(bootstrap: str | None) -> Target:
         try:
             return Target(KafkaSettings(bootstrap_servers=bootstrap) if bootstrap else KafkaSettings(), None)
         except ValidationError as error:
-            fail(describe(error, whole="Kafka settings"))
+            fail(describe(error, root="Kafka settings"))
     state = local_state()
     if state is None or not state.running or not state.bootstrap_servers:
         fail(

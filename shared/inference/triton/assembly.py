@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from shared.inference.base import Generation, GenerationParameters
 from shared.inference.tokens import TokenCounts
 from shared.inference.triton.wire import Part
-from shared.messages.responses import FinishReason, TokenCountSource
+from shared.messages import FinishReason, TokenCountSource
 
 
 class BrokenStreamError(ValueError):
