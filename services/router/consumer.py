@@ -1,14 +1,14 @@
 """Consumes requests: starts a task for each record, and commits the finished ones.
 
-FastStream's subscriber hands over one record at a time. `receive` returns when the request has been started, and waits
-while there is no capacity: Kafka is not read meanwhile. `services.router.partitions` has the states of a partition;
-this module does the I/O that they require: pause, resume and seek, wait for requests and sends, commit, recover.
-Offsets are committed here, not by FastStream, because requests finish in any order.
+FastStream's subscriber hands over records. `receive` returns when their requests have been started, and waits while
+there is no capacity: Kafka is not read meanwhile. `services.router.partitions` has the states of a partition; this
+module does the I/O that they require: pause, resume and seek, wait for requests and sends, commit, recover. Offsets are
+committed here, not by FastStream, because requests finish in any order.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -116,25 +116,16 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         }
         return next((problem for problem, applies in problems.items() if applies), None)
 
-    async def receive(self, record: Any) -> None:  # noqa: ANN401 - aiokafka has no types
-        """Start to process a record; returns when it has been started or skipped."""
+    async def receive(self, records: Iterable[Any]) -> None:
+        """Start to process records; returns when all have been started or skipped."""
         epoch = self._partitions.tracker.epoch
         await self._resumed.wait()
-        self._waiting_record = record
-        await self._wait_for_capacity()
-        await self._free_places.acquire()
-        self._waiting_record = None
-        claim = self._partitions.begin(record, epoch=epoch, now_ms=_now_ms())
-        if claim is None:
-            self._free_places.release()
-            self._metrics.skipped_records.inc()
-            return
-        if claim.log_restarted:
-            _log.warning("the log of a partition restarted", partition=record.partition, offset=record.offset)
-        task = asyncio.create_task(self._process(record, claim))
-        self._tasks[task] = claim
-        task.add_done_callback(self._on_task_done)
-        self._metrics.in_flight.set(len(self._tasks))
+        for record in records:
+            self._waiting_record = record
+            await self._wait_for_capacity()
+            await self._free_places.acquire()
+            self._waiting_record = None
+            self._start(record, epoch)
 
     async def commit_forever(self, *, on_round: Callable[[], None]) -> None:
         """Commit finished records at every commit interval; calls `on_round` after every try."""
@@ -187,6 +178,20 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         except TimeoutError:
             _log.warning("last commit timed out: records finished since the previous commit are redelivered")
         _log.info("drained", finished=running - len(unfinished), cancelled_requests=len(unfinished))
+
+    def _start(self, record: Any, epoch: int) -> None:  # noqa: ANN401 - aiokafka has no types
+        """Start the task of a record, unless it is to be skipped."""
+        claim = self._partitions.begin(record, epoch=epoch, now_ms=_now_ms())
+        if claim is None:
+            self._free_places.release()
+            self._metrics.skipped_records.inc()
+            return
+        if claim.log_restarted:
+            _log.warning("the log of a partition restarted", partition=record.partition, offset=record.offset)
+        task = asyncio.create_task(self._process(record, claim))
+        self._tasks[task] = claim
+        task.add_done_callback(self._on_task_done)
+        self._metrics.in_flight.set(len(self._tasks))
 
     def _start_recovery(self, partitions: Collection[TopicPartition]) -> None:
         # Not in the rebalance callback: no heartbeat is sent there, and recovery may take longer than the session.
@@ -306,7 +311,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             self._metrics.commits.labels("ok").inc()
 
     def _waiting_age_s(self) -> float:
-        """Wall seconds since the record that waits for capacity was sent."""
+        """Wall seconds since the record that waits for capacity was sent; it is the oldest of its batch."""
         record = self._waiting_record
         return 0.0 if record is None else max(0.0, time.time() - record.timestamp / 1_000)
 

@@ -105,11 +105,15 @@ class RouterPublisher:
         fence: RecordFence | None,
     ) -> None:
         value, encoded_key = message.model_dump_json().encode(), key.encode("utf-8", errors="surrogatepass")
-        check_size(spec, value, encoded_key, *(part.encode() for header in headers.items() for part in header))
+        check_size(
+            spec, value, encoded_key, encoded_key, *(part.encode() for header in headers.items() for part in header)
+        )
         headers = {"content-type": "application/json", **headers}
 
         async def send() -> None:
-            await self._publishers[spec.name].publish(value, key=encoded_key, headers=headers)
+            await self._publishers[spec.name].publish(
+                value, key=encoded_key, headers=headers, correlation_id=message.request_id
+            )
 
         # Every retry passes the fence again: the partition may have been lost since the last attempt.
         await publish_with_retry(send if fence is None else lambda: fence.publish(send))

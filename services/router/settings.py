@@ -20,6 +20,7 @@ class RouterSettings(RetrySettings, CircuitBreakerSettings, BaseSettings):
 
     # Consumer
     max_in_flight: int = Field(default=500, ge=1, le=10_000, description="Most requests processed at once")
+    fetch_max_records: int = Field(default=200, ge=1, description="Most records handed over at once")
     commit_interval_s: float = Field(default=0.2, gt=0, le=60, description="Between two offset commits, wall")
     session_timeout_s: float = Field(
         default=6.0, ge=1.0, description="Without a heartbeat for this long a router loses its partitions, wall"

@@ -84,9 +84,8 @@ def request_consumer(
 
 
 async def receive(requests: RequestConsumer, *records: SimpleNamespace) -> None:
-    """Deliver records, one after the other."""
-    for one in records:
-        await requests.receive(one)
+    """Deliver records."""
+    await requests.receive(records)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -91,7 +91,7 @@ def answering(progress: GroupProgressStandIn, consumer: KafkaConsumerStandIn, re
     return request_consumer(handle, progress, consumer)
 
 
-async def test_faststream_delivers_records_as_they_are_one_at_a_time():
+async def test_faststream_delivers_records_as_they_are():
     class Received(ConsumerRebalanceListener):
         def __init__(self) -> None:
             self.records: list[ConsumerRecord] = []
@@ -99,8 +99,8 @@ async def test_faststream_delivers_records_as_they_are_one_at_a_time():
         def set_consumer(self, get_consumer):
             assert get_consumer() is None  # before the broker starts
 
-        async def receive(self, record):
-            self.records.append(record)
+        async def receive(self, records):
+            self.records.extend(records)
 
         async def on_partitions_revoked(self, revoked): ...
 
@@ -257,7 +257,7 @@ async def test_running_requests_may_finish_on_shutdown(handled, progress, consum
 async def test_requests_wait_while_paused(requests, handled):
     await assigned(requests, KNOWN)
     requests.pause()
-    delivery = asyncio.create_task(requests.receive(record(KNOWN, 0)))
+    delivery = asyncio.create_task(requests.receive([record(KNOWN, 0)]))
     await run_ready()
     assert handled.offsets == []
     assert "still loading" in requests.problem()
