@@ -1,4 +1,4 @@
-"""Partitions and offsets of topics, asked of a broker."""
+"""Partitions and offsets of topics, queried from a broker."""
 
 from typing import Any
 
@@ -9,26 +9,26 @@ from shared.runtime.settings import KafkaSettings
 
 
 async def existing_partitions(kafka: KafkaSettings, topics: list[str]) -> list[TopicPartition]:
-    """Every partition of those of the topics that exist.
+    """All partitions of the topics that exist.
 
     Raises:
-        KafkaError: the broker could not be reached.
+        KafkaError: the broker cannot be reached.
     """
     admin = AIOKafkaAdminClient(**kafka.client_options(), request_timeout_ms=5_000)
     try:
         await admin.start()
-        wanted = sorted(set(await admin.list_topics()) & set(topics))
-        found = await admin.describe_topics(wanted) if wanted else []
+        existing = sorted(set(await admin.list_topics()) & set(topics))
+        found = await admin.describe_topics(existing) if existing else []
     finally:
         await admin.close()
     return [TopicPartition(one["topic"], entry["partition"]) for one in found for entry in one["partitions"]]
 
 
 async def offsets_by_topic(kafka: KafkaSettings, topics: list[str]) -> dict[str, dict[int, tuple[int, int]]]:
-    """By topic that exists, by partition: first and next offset.
+    """First and next offset, by topic and partition; topics that do not exist are left out.
 
     Raises:
-        KafkaError: the broker could not be reached.
+        KafkaError: the broker cannot be reached.
     """
     partitions = await existing_partitions(kafka, topics)
     consumer: Any = AIOKafkaConsumer(**kafka.client_options(), enable_auto_commit=False)

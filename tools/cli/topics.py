@@ -23,7 +23,7 @@ def create(
     bootstrap: Bootstrap = None,
     replication_factor: Annotated[int, typer.Option(min=1, help="Copies of every partition")] = 1,
 ) -> None:
-    """Create every declared topic that does not exist yet; an existing one is left as it is."""
+    """Create every declared topic that does not exist yet; existing ones are not changed."""
     target = find_target(bootstrap)
     if target.state is not None and target.state.broker == "in-memory":
         fail(
@@ -45,7 +45,7 @@ def create(
 
 @app.command("list")
 def list_topics(bootstrap: Bootstrap = None) -> None:
-    """Every declared topic: partitions, records held, cleanup, retention."""
+    """List the declared topics: partitions, records, cleanup, retention."""
     target = find_target(bootstrap)
     quiet_clients()
     try:
@@ -76,7 +76,7 @@ def describe(
     topic: Annotated[str, typer.Argument(help="Name, with or without the prefix: requests")],
     bootstrap: Bootstrap = None,
 ) -> None:
-    """One topic: its declaration, its message's fields, and the offsets of every partition."""
+    """Describe a topic: its declaration, the fields of its message, the offsets of its partitions."""
     target = find_target(bootstrap)
     name = topic.removeprefix(target.kafka.topic_prefix)
     specs = {spec.name: spec for spec in TOPICS}
@@ -90,7 +90,9 @@ def describe(
         unreachable(target, error)
     offsets_by_partition = offsets.get(target.kafka.topic(spec), {})
     out.print(f"{target.kafka.topic(spec)}  (key: {spec.key})", style="bold")
-    out.print(f"cleanup {spec.cleanup.value}, retention {_retention(spec)}, {spec.max_message_bytes} bytes at most")
+    out.print(
+        f"cleanup {spec.cleanup.value}, retention {_retention(spec)}, at most {spec.max_message_bytes} bytes a message"
+    )
     fields = Table("field", "required", "meaning", title=spec.message.__name__, title_justify="left")
     for field, info in spec.message.model_fields.items():
         fields.add_row(field, "yes" if info.is_required() else "", info.description or "")
@@ -105,6 +107,6 @@ def describe(
 
 def _retention(spec: TopicSpec) -> str:
     if spec.retention_ms is None:
-        return "for ever"
+        return "forever"
     hours = spec.retention_ms / 3_600_000
     return f"{hours:g} h" if hours < 48 else f"{hours / 24:g} d"
