@@ -88,7 +88,7 @@ def prompt(text: str) -> str:
 
 
 async def ask(client: TritonClient, *, text: str = question(1), streamed: bool = True, **wanted):
-    parameters = GenerationParameters(**{"max_tokens": 500, **wanted})
+    parameters = GenerationParameters(max_tokens=500).model_copy(update=wanted)
     pieces, generation = [], None
     request = await client.prepare(prompt(text), parameters, request_id="r", timeout_s=20, streamed=streamed)
     async with aclosing(client.stream(request, timeout_s=20)) as chunks:

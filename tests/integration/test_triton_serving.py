@@ -62,7 +62,7 @@ def test_serve_writes_the_repository_and_becomes_the_server(triton, workload, tm
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert "serving ensemble; its energy is counted under gpu_uuid 'stand-in-m'" in said
+    assert "serving ensemble; its energy counters have gpu_uuid 'stand-in-m'" in said
 
 
 def lives(process: psutil.Process) -> bool:

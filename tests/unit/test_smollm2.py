@@ -3,7 +3,7 @@
 import pytest
 
 from deploy.triton.request import GenerationRequest
-from deploy.triton.smollm2.completion import CompletionError, Progress, completion_body
+from deploy.triton.smollm2.engine import CompletionError, Progress, completion_body
 from deploy.triton.smollm2.parameters import ParameterError, SmolLm2Parameters
 from deploy.triton.smollm2.power import CpuTimeModel, RaplCounter, RaplError, available_source, energy_label
 
@@ -18,7 +18,11 @@ def chunk(text, *, reason=None, usage=None, **more):
 def test_a_request_is_put_in_llama_cpps_terms():
     body = completion_body(
         GenerationRequest(
-            text="p", max_tokens=9, stop_words=("x",), temperature=0.0, seed=2**40 + 3, return_log_probs=True
+            text="p",
+            max_tokens=9,
+            stop_words=("x",),
+            sampling={"temperature": 0.0, "seed": 2**40 + 3, "repetition_penalty": 1.1, "min_tokens": 4},
+            return_log_probs=True,
         ),
         PARAMETERS,
     )
@@ -26,7 +30,8 @@ def test_a_request_is_put_in_llama_cpps_terms():
     assert body["seed"] == 3
     assert body["n_probs"] == 1
     assert body["top_p"] == PARAMETERS.top_p
-    assert "top_k" not in body
+    assert body["repeat_penalty"] == 1.1
+    assert not {"top_k", "min_tokens"} & set(body)
     assert body["cache_prompt"] is False
 
 
@@ -74,7 +79,7 @@ def test_parameters_survive_the_way_through_a_configuration():
         ({"gpu_uuid": "g", "slots": "0"}, "'slots' must be at least 1"),
         ({"gpu_uuid": "g", "slots": "many"}, "'slots' must be a number"),
         ({"gpu_uuid": "g", "energy_source": "guess"}, "'energy_source' must be one of"),
-        ({"gpu_uuid": "g", "colour": "red"}, "'colour' is no parameter"),
+        ({"gpu_uuid": "g", "colour": "red"}, "'colour' is not a parameter"),
     ],
 )
 def test_parameters_that_do_not_do_are_refused_by_name(texts, said):

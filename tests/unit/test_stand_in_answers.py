@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from deploy.triton.request import GenerationRequest
-from deploy.triton.stand_in.answers import AnswerBook, Generation, text_end
-from deploy.triton.stand_in.filler import made_up_text
+from deploy.triton.stand_in.answers import PlannedAnswer, RecordedAnswers, made_up_text, text_end
 from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES
 from deploy.triton.stand_in.workload import Entry, Recorded, Workload
 
@@ -28,7 +27,7 @@ def entry(number, **texts):
 @pytest.fixture
 def book():
     workload = Workload([entry(0, L0=TEXT), *(entry(number) for number in range(1, 40))])
-    return AnswerBook(workload, model=MODEL, catalogue=DEFAULT_DIRECTIVES)
+    return RecordedAnswers(workload, model=MODEL, catalogue=DEFAULT_DIRECTIVES)
 
 
 def asked(user, system="", **changes):
@@ -87,7 +86,7 @@ def test_a_stop_word_ends_the_answer_and_is_part_of_it(book):
 
 def test_a_level_that_was_never_recorded_is_answered_at_the_next_one_that_was():
     workload = Workload([replace(entry(1), responses={(MODEL, "L0"): Recorded(None, 80, 400.0, 1.6)})])
-    book = AnswerBook(workload, model=MODEL, catalogue=DEFAULT_DIRECTIVES)
+    book = RecordedAnswers(workload, model=MODEL, catalogue=DEFAULT_DIRECTIVES)
     assert book.plan(asked("prompt 1", "Always answer briefly.")).tokens == 80
 
 
@@ -108,6 +107,6 @@ def test_the_tokens_of_a_text_are_slices_that_make_it_up():
 
 
 def test_a_generation_that_is_short_enough_is_left_as_it_is():
-    generation = Generation("text", 4, 1, 2.0, 1.0)
+    generation = PlannedAnswer("text", 4, 1, 2.0, 1.0)
     assert generation.truncated(4) is generation
     assert generation.stopped(("absent",)) is generation

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.triton.stand_in.answers import Generation
+from deploy.triton.stand_in.answers import PlannedAnswer
 from deploy.triton.stand_in.batching import BatchRules, InFlightBatch, Sequence
 
 
 def generation(time_s=2.0, tokens=20, energy_j=100.0):
-    return Generation("x" * tokens, tokens, 5, energy_j, time_s)
+    return PlannedAnswer("x" * tokens, tokens, 5, energy_j, time_s)
 
 
 def batch(**rules):

@@ -7,13 +7,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from deploy.triton.energy import EnergyAccount
-from deploy.triton.stand_in.answers import Generation
+from deploy.triton.stand_in.answers import PlannedAnswer
 from deploy.triton.stand_in.batching import BatchRules, InFlightBatch
 from deploy.triton.stand_in.engine import StandInEngine
 from shared.runtime.clock import Clock, ManualClock
 
 START = datetime(2023, 2, 10, tzinfo=UTC)
-ANSWER = Generation("abcdefghij" * 2, 20, 5, 100.0, 2.0)
+ANSWER = PlannedAnswer("abcdefghij" * 2, 20, 5, 100.0, 2.0)
 
 
 class Journal:

@@ -42,7 +42,7 @@ def test_a_request_is_read_from_its_tensors():
                 stop_words=np.array([[b"</s>", b"", b"[INST]"]], dtype=object))
     )  # fmt: skip
     assert (request.text, request.max_tokens, request.stop_words) == ("hello", 5, ("</s>", "[INST]"))
-    assert (request.stream, request.temperature, request.seed) == (True, 0.5, 7)
+    assert (request.stream, dict(request.sampling)) == (True, {"temperature": 0.5, "seed": 7})
     assert request.return_num_output_tokens
     assert not request.return_log_probs
 
@@ -65,7 +65,7 @@ def test_only_an_answer_that_is_not_streamed_begins_with_the_prompt():
         ({"max_tokens": -3}, "got -3"),
         ({"beam_width": 4}, "'beam_width' must be 1 here, got 4"),
         ({"num_return_sequences": 2}, "'num_return_sequences' must be 1"),
-        ({"return_context_logits": True}, "'return_context_logits' cannot be served"),
+        ({"return_context_logits": True}, "'return_context_logits' is not supported"),
         ({"temperature": -1.0}, "'temperature' must be a number between 0"),
         ({"top_p": 1.5}, "'top_p' must be a number between 0 and 1"),
         ({"top_k": -1}, "'top_k' must not be negative"),
@@ -94,7 +94,7 @@ def test_parameters_survive_the_way_through_a_configuration():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"wrokload": "x"}, "'wrokload' is no parameter"),
+        ({"wrokload": "x"}, "'wrokload' is not a parameter"),
         ({"role": "poet"}, "'role' must be one of llm, judge"),
         ({"model": ""}, "'model' is missing"),
         ({"tick_ms": "soon"}, "'tick_ms' must be a number, got 'soon'"),
@@ -145,10 +145,10 @@ def test_what_a_repository_held_before_is_gone(tmp_path):
 @pytest.mark.parametrize(
     ("models", "said"),
     [
-        ([], "one model at least"),
-        ([stand_in_llm(WORKLOAD, name="a/b")], "is no model name"),
-        ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, gpu_uuid="g")], "model name given twice.*ensemble"),
-        ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, name="other")], "'gpu_uuid' given twice"),
+        ([], "at least one model"),
+        ([stand_in_llm(WORKLOAD, name="a/b")], "is not a model name"),
+        ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, gpu_uuid="g")], "model name used twice.*ensemble"),
+        ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, name="other")], "'gpu_uuid' used twice"),
     ],
 )
 def test_models_that_cannot_stand_together_are_refused(tmp_path, models, said):
