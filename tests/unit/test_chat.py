@@ -196,7 +196,7 @@ def test_every_form_in_which_models_are_published_is_understood(tmp_path, publis
 def test_named_templates_without_a_default_are_refused_by_their_names(tmp_path):
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": ECHO}]}))
-    with pytest.raises(ChatTemplateError, match=r"are called tool_use, none of them 'default'"):
+    with pytest.raises(ChatTemplateError, match=r"is named 'default' \(they are: tool_use\)"):
         ChatTemplates().load(str(path))
     path.write_text("{}")
     with pytest.raises(ChatTemplateError, match=r"tokenizer_config\.json has no 'chat_template'"):
