@@ -1,4 +1,4 @@
-"""SmolLM2 behind the contract: what llama.cpp is asked, what its chunks mean, and where the joules come from."""
+"""SmolLM2: translation to llama.cpp's requests and from its chunks, parameters, and sources of energy."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def chunk(text, *, reason=None, usage=None, **more):
             **({"usage": usage} if usage else {}), **more}  # fmt: skip
 
 
-def test_a_request_is_put_in_llama_cpps_terms():
+def test_a_request_is_translated_for_llama_cpp():
     body = completion_body(
         GenerationRequest(
             text="p",
@@ -35,7 +35,7 @@ def test_a_request_is_put_in_llama_cpps_terms():
     assert body["cache_prompt"] is False
 
 
-def test_every_chunk_is_a_token_and_the_last_one_settles_the_count():
+def test_each_chunk_is_a_token_and_the_last_one_corrects_the_count():
     progress = Progress()
     for text in ("The", " sky"):
         progress.take(chunk(text))
@@ -46,7 +46,7 @@ def test_every_chunk_is_a_token_and_the_last_one_settles_the_count():
     assert (progress.text, progress.tokens, progress.finished, progress.prompt_tokens) == ("", 2, True, 11)
 
 
-def test_log_probabilities_and_the_prompts_length_are_read_where_they_are_given():
+def test_log_probabilities_and_the_prompts_length_are_read_where_present():
     progress = Progress()
     progress.take(chunk("a", logprobs={"content": [{"logprob": -0.5}]}, timings={"prompt_n": 7}))
     assert progress.log_probs == [-0.5]
@@ -61,13 +61,13 @@ def test_log_probabilities_and_the_prompts_length_are_read_where_they_are_given(
         ("odd", False),
     ],
 )
-def test_an_error_says_whether_the_request_is_at_fault(error, invalid):
+def test_an_error_tells_whether_the_request_is_invalid(error, invalid):
     with pytest.raises(CompletionError) as caught:
         Progress().take({"error": error})
     assert caught.value.invalid is invalid
 
 
-def test_parameters_survive_the_way_through_a_configuration():
+def test_parameters_survive_the_round_trip_through_a_configuration():
     parameters = SmolLm2Parameters(gpu_uuid="g", energy_source="rapl", slots=3, temperature=0.7)
     assert SmolLm2Parameters.from_texts(parameters.to_texts()) == parameters
 
@@ -82,7 +82,7 @@ def test_parameters_survive_the_way_through_a_configuration():
         ({"gpu_uuid": "g", "colour": "red"}, "'colour' is not a parameter"),
     ],
 )
-def test_parameters_that_do_not_do_are_refused_by_name(texts, said):
+def test_invalid_parameters_are_rejected_by_name(texts, said):
     with pytest.raises(ParameterError, match=said):
         SmolLm2Parameters.from_texts(texts)
 
@@ -95,7 +95,7 @@ def package(folder, name, uj, range_uj=1_000_000_000):
     return zone / "energy_uj"
 
 
-def test_rapl_adds_up_whole_packages_and_survives_their_wrapping(tmp_path):
+def test_rapl_adds_up_packages_and_handles_wrapping_counters(tmp_path):
     first = package(tmp_path, "intel-rapl:0", 999_000_000)
     second = package(tmp_path, "intel-rapl:1", 5_000_000)
     package(tmp_path, "intel-rapl:0:0", 123)  # a part of the first

@@ -1,4 +1,4 @@
-"""Requests of the ensemble contract, the models' parameters, and the repository that Triton reads."""
+"""The model servers: reading requests, the models' parameters, the model repository, and the command line."""
 
 import json
 from pathlib import Path
@@ -71,12 +71,12 @@ def test_only_an_answer_that_is_not_streamed_begins_with_the_prompt():
         ({"top_k": -1}, "'top_k' must not be negative"),
     ],
 )
-def test_a_request_that_does_not_do_is_refused_by_the_tensors_name(given, said):
+def test_an_invalid_request_is_rejected_by_the_tensors_name(given, said):
     with pytest.raises(InvalidRequestError, match=said):
         read_request(tensors(**given))
 
 
-def test_parameters_survive_the_way_through_a_configuration():
+def test_parameters_survive_the_round_trip_through_a_configuration():
     parameters = StandInParameters(
         workload=WORKLOAD,
         model="m",
@@ -103,13 +103,13 @@ def test_parameters_survive_the_way_through_a_configuration():
         ({"directives": "L1"}, "'directives' must be a JSON list"),
     ],
 )
-def test_parameters_that_do_not_do_are_refused_by_name(changes, said):
+def test_invalid_parameters_are_rejected_by_name(changes, said):
     texts = StandInParameters(workload=WORKLOAD, model="m", gpu_uuid="g").to_texts()
     with pytest.raises(ParameterError, match=said):
         StandInParameters.from_texts({**texts, **changes})
 
 
-def test_a_catalogue_is_read_from_json():
+def test_directives_are_read_from_json():
     assert read_directives('[{"level": "L1", "text": "Be brief."}]') == (Directive("L1", "Be brief."),)
 
 
@@ -136,7 +136,7 @@ def test_a_repository_has_a_folder_for_each_model(tmp_path):
     assert "deploy.triton.smollm2.model" in source
 
 
-def test_what_a_repository_held_before_is_gone(tmp_path):
+def test_writing_a_repository_replaces_its_content(tmp_path):
     write_repository(tmp_path, [stand_in_llm(WORKLOAD), stand_in_judge(WORKLOAD)])
     write_repository(tmp_path, [stand_in_llm(WORKLOAD)])
     assert [path.name for path in tmp_path.iterdir()] == ["ensemble"]
@@ -151,7 +151,7 @@ def test_what_a_repository_held_before_is_gone(tmp_path):
         ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, name="other")], "'gpu_uuid' used twice"),
     ],
 )
-def test_models_that_cannot_stand_together_are_refused(tmp_path, models, said):
+def test_models_that_cannot_be_combined_are_rejected(tmp_path, models, said):
     with pytest.raises(RepositoryError, match=said):
         write_repository(tmp_path / "models", models)
 
@@ -164,7 +164,7 @@ def small(tmp_path):
     return path
 
 
-def test_serve_takes_what_the_command_line_leaves_out_from_the_environment(small):
+def test_serve_takes_options_that_are_not_given_from_the_environment(small):
     environment = {
         "WORKLOAD": str(small),
         "SPROUT_TRITON_MODELS": "ensemble=llama-2-13b-chat,fast=llama-2-7b-chat",
@@ -189,6 +189,6 @@ def test_serve_takes_what_the_command_line_leaves_out_from_the_environment(small
         (["--slots", "0"], ValueError, "'slots' must be at least 1"),
     ],
 )
-def test_serve_refuses_what_does_not_do(small, given, error, said):
+def test_serve_rejects_invalid_options(small, given, error, said):
     with pytest.raises(error, match=said):
         chosen_models(arguments(given, {"WORKLOAD": str(small)}), say=print)
