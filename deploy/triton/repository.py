@@ -21,6 +21,10 @@ __all__ = ["TritonPythonModel"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+class ParameterError(ValueError):
+    """A parameter of a model is unknown, or its value is invalid; the message names it."""
+
+
 class RepositoryError(ValueError):
     """The models cannot be combined in one repository."""
 

@@ -21,15 +21,14 @@ from deploy.triton.models import (
     stand_in_judge,
     stand_in_llm,
 )
-from deploy.triton.repository import RepositoryError, RepositoryModel, write_repository
+from deploy.triton.repository import ParameterError, RepositoryModel, write_repository
 from deploy.triton.server import ServerError, TritonPorts, assemble_here
 from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
-from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, ParameterError, read_directives
-from deploy.triton.stand_in.workload import WorkloadError
+from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, read_directives
 from deploy.triton.watchdog import run_as_init
-from shared.runtime.clock import Clock, ClockConfigurationError
+from shared.runtime.clock import Clock
 
 SMOLLM2_MODEL = "smollm2"
 
@@ -119,7 +118,7 @@ def main() -> None:
         write_repository(folder / "models", models)
         server = assemble_here(folder / "backends")
         ports = TritonPorts(int(options.grpc_port), int(options.http_port), int(options.metrics_port))
-    except (WorkloadError, ParameterError, RepositoryError, ServerError, ClockConfigurationError, ValueError) as error:
+    except (ServerError, ValueError) as error:  # the others are all kinds of ValueError
         _say(f"cannot serve: {error}")
         raise SystemExit(2) from error
     for model in models:

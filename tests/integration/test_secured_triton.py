@@ -77,9 +77,9 @@ async def client(made: Pools):
 
 
 async def answer(made: Pools, *, timeout_s: float = 20.0) -> str:
-    async with client(made) as asked:
+    async with client(made) as leased:
         generation = await generate(
-            asked,
+            leased,
             f"[INST] {question(1)} [/INST]",
             GenerationParameters(max_tokens=20),
             request_id="r",
@@ -111,14 +111,14 @@ async def test_a_client_with_a_certificate_gets_an_answer_where_one_is_required(
     ],
 )
 async def test_without_trust_on_both_sides_there_is_no_answer(servers, mutual, tls):
-    async with client(pools(servers, servers.mutual if mutual else servers.plain, **tls)) as asked:
+    async with client(pools(servers, servers.mutual if mutual else servers.plain, **tls)) as leased:
         with pytest.raises(EndpointUnavailable, match="e0: "):
-            await asked.probe(timeout_s=3)
-        assert not await asked.is_ready(timeout_s=3)
+            await leased.probe(timeout_s=3)
+        assert not await leased.is_ready(timeout_s=3)
 
 
 @pytest.mark.parametrize(
-    ("tls", "said"),
+    ("tls", "message"),
     [
         ({**TRUSTED, "tls_ca_file": "nowhere.pem"}, r"endpoint 'e0': tls_ca_file .*nowhere\.pem cannot be used"),
         ({**TRUSTED, "tls_ca_file": "client.key"}, r"tls_ca_file .*client\.key cannot be used: .*PEM of an authority"),
@@ -126,6 +126,6 @@ async def test_without_trust_on_both_sides_there_is_no_answer(servers, mutual, t
         ({**TRUSTED, **OURS, "tls_key_file": "nowhere.key"}, r"nowhere\.key cannot be used: .*No such file"),
     ],
 )  # fmt: skip
-def test_an_unusable_file_is_named_at_the_start(servers, tls, said):
-    with pytest.raises(FleetError, match=said):
+def test_an_unusable_file_is_named_at_the_start(servers, tls, message):
+    with pytest.raises(FleetError, match=message):
         pools(servers, servers.plain, **tls)

@@ -151,15 +151,15 @@ async def test_token_limit_and_stop_words_end_an_answer(client):
 
 
 @pytest.mark.parametrize(
-    ("text", "changes", "said"),
+    ("text", "changes", "message"),
     [
         ("hello", {"max_tokens": -4}, "'max_tokens' must lie between 1"),
         ("   ", {}, "'text_input' is empty"),
         (None, {}, "text_input"),
     ],
 )
-async def test_an_invalid_request_gets_an_error_that_names_the_tensor(client, text, changes, said):
-    with pytest.raises(InferenceServerException, match=said):
+async def test_an_invalid_request_gets_an_error_that_names_the_tensor(client, text, changes, message):
+    with pytest.raises(InferenceServerException, match=message):
         await ask(client, text, **changes)
     assert await ask(client, question(6, "L2"))
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import select
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,3 +128,15 @@ def write_entries(path: Path) -> Path:
 def model_processes(server: int) -> list[psutil.Process]:
     """The processes of the models, without their watchdogs."""
     return [process for process in psutil.Process(server).children() if process.name().startswith("triton_python")]
+
+
+def wait_until_ended(process: psutil.Process) -> None:
+    """Return once a process has ended, reaped or not."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    assert poller.poll(20_000)
+    os.close(descriptor)

@@ -217,7 +217,7 @@ def test_the_environment_has_what_published_templates_use():
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("{% for %}", "line 1"),
         ("nothing of the user", "leaves the user's text out"),
@@ -225,8 +225,8 @@ def test_the_environment_has_what_published_templates_use():
         ("{{ messages.__class__.__mro__ }}{{ messages.append(1) }}", "cannot render"),
     ],
 )
-def test_an_unusable_template_is_rejected_when_it_is_loaded(source, said):
-    with pytest.raises(ChatTemplateError, match=said):
+def test_an_unusable_template_is_rejected_when_it_is_loaded(source, message):
+    with pytest.raises(ChatTemplateError, match=message):
         ChatTemplate("mine", source)
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from deploy.triton.repository import ParameterError
 from deploy.triton.request import GenerationRequest
 from deploy.triton.smollm2.engine import CompletionError, Progress, completion_body
-from deploy.triton.smollm2.parameters import ParameterError, SmolLm2Parameters
+from deploy.triton.smollm2.parameters import SmolLm2Parameters
 from deploy.triton.smollm2.power import CpuTimeModel, RaplCounter, RaplError, available_source, energy_label
 
 PARAMETERS = SmolLm2Parameters(gpu_uuid="cpu-modelled")
@@ -73,7 +74,7 @@ def test_parameters_survive_the_round_trip_through_a_configuration():
 
 
 @pytest.mark.parametrize(
-    ("texts", "said"),
+    ("texts", "message"),
     [
         ({}, "'gpu_uuid' is missing"),
         ({"gpu_uuid": "g", "slots": "0"}, "'slots' must be at least 1"),
@@ -82,8 +83,8 @@ def test_parameters_survive_the_round_trip_through_a_configuration():
         ({"gpu_uuid": "g", "colour": "red"}, "'colour' is not a parameter"),
     ],
 )
-def test_invalid_parameters_are_rejected_by_name(texts, said):
-    with pytest.raises(ParameterError, match=said):
+def test_invalid_parameters_are_rejected_by_name(texts, message):
+    with pytest.raises(ParameterError, match=message):
         SmolLm2Parameters.from_texts(texts)
 
 

@@ -122,11 +122,11 @@ def test_an_arrival_before_the_simulated_time_counts_as_an_arrival_now():
 
 
 @pytest.mark.parametrize(
-    ("rules", "said"),
+    ("rules", "message"),
     [({"slots": 0}, "'slots'"), ({"slowdown": -1.0}, "'slowdown'"), ({"shared_energy": 1.5}, "'shared_energy'")],
 )
-def test_invalid_parameters_are_rejected(rules, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_parameters_are_rejected(rules, message):
+    with pytest.raises(ValueError, match=message):
         BatchRules(**rules)
 
 

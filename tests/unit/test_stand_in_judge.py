@@ -159,12 +159,12 @@ def test_a_verdict_is_one_token_and_its_energy_grows_with_the_prompt():
 
 
 @pytest.mark.parametrize(
-    ("rules", "said"),
+    ("rules", "message"),
     [({"position_bias": 1.2}, "'position_bias'"), ({"unparseable": -0.1}, "'unparseable'"),
      ({"decode_j_per_token": 0.0}, "'decode_j_per_token'")],
 )  # fmt: skip
-def test_invalid_parameters_are_rejected(rules, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_parameters_are_rejected(rules, message):
+    with pytest.raises(ValueError, match=message):
         JudgeRules(**rules)
 
 

@@ -93,7 +93,7 @@ def test_preference_shares_are_of_the_task_otherwise_of_all_tasks_otherwise_even
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("{", "not JSON"),
         ("[1]", "must be a JSON object"),
@@ -110,12 +110,12 @@ def test_preference_shares_are_of_the_task_otherwise_of_all_tasks_otherwise_even
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_broken_line_is_skipped_and_named_with_its_field(tmp_path, line, said):
+def test_a_broken_line_is_skipped_and_named_with_its_field(tmp_path, line, message):
     workload = load_workload(written(tmp_path / "w.jsonl", LINE, line, changed(prompt="another")))
     assert len(workload.entries) == 2
     assert workload.skipped == 1
     assert "w.jsonl, line 2:" in workload.problems[0]
-    assert said in workload.problems[0]
+    assert message in workload.problems[0]
 
 
 def test_a_file_without_any_usable_line_is_rejected(tmp_path):

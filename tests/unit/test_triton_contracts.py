@@ -111,21 +111,21 @@ def test_the_servers_finish_reason_is_read(word, reason):
 
 
 @pytest.mark.parametrize(
-    ("name", "said", "kind"),
+    ("name", "message", "kind"),
     [
         ("llm-api", "Error generating request: The sum of prompt length (9), query length (0) should", InvalidRequest),
         ("llm-api", "Error generating request: out of memory", EndpointUnavailable),
         ("ensemble", "The sum of prompt length", EndpointUnavailable),
     ],
 )
-def test_a_prompt_that_is_too_long_for_the_llm_api_is_not_an_error_of_the_endpoint(name, said, kind):
+def test_a_prompt_that_is_too_long_for_the_llm_api_is_not_an_error_of_the_endpoint(name, message, kind):
     phrases = ModelContract.from_config(config(name)).invalid_request_phrases
     for error in (
-        status_error("e0", grpc.StatusCode.INTERNAL, said, invalid_request_phrases=phrases),
-        stream_error("e0", said, invalid_request_phrases=phrases),
+        status_error("e0", grpc.StatusCode.INTERNAL, message, invalid_request_phrases=phrases),
+        stream_error("e0", message, invalid_request_phrases=phrases),
     ):
         assert type(error) is kind
-        assert (said in error.for_requester, said in str(error)) == (True, False)
+        assert (message in error.for_requester, message in str(error)) == (True, False)
 
 
 def assembled(texts, *, reason="stop", **options):

@@ -8,13 +8,13 @@ import pytest
 
 from deploy.triton.contract import INPUTS, OUTPUTS
 from deploy.triton.models import smollm2, stand_in_judge, stand_in_llm
-from deploy.triton.repository import RepositoryError, write_repository
+from deploy.triton.repository import ParameterError, RepositoryError, write_repository
 from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.serve import arguments, chosen_models
 from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
-from deploy.triton.stand_in.parameters import ParameterError, StandInParameters, read_directives
+from deploy.triton.stand_in.parameters import StandInParameters, read_directives
 from deploy.triton.stand_in.prompt import Directive
 from deploy.triton.stand_in.workload import WorkloadError
 
@@ -54,7 +54,7 @@ def test_only_an_answer_that_is_not_streamed_begins_with_the_prompt():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"text_input": None}, "'text_input' is missing"),
         ({"text_input": "  "}, "'text_input' is empty"),
@@ -71,8 +71,8 @@ def test_only_an_answer_that_is_not_streamed_begins_with_the_prompt():
         ({"top_k": -1}, "'top_k' must not be negative"),
     ],
 )
-def test_an_invalid_request_is_rejected_by_the_tensors_name(given, said):
-    with pytest.raises(InvalidRequestError, match=said):
+def test_an_invalid_request_is_rejected_by_the_tensors_name(given, message):
+    with pytest.raises(InvalidRequestError, match=message):
         read_request(tensors(**given))
 
 
@@ -92,7 +92,7 @@ def test_parameters_survive_the_round_trip_through_a_configuration():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"wrokload": "x"}, "'wrokload' is not a parameter"),
         ({"role": "poet"}, "'role' must be one of llm, judge"),
@@ -103,9 +103,9 @@ def test_parameters_survive_the_round_trip_through_a_configuration():
         ({"directives": "L1"}, "'directives' must be a JSON list"),
     ],
 )
-def test_invalid_parameters_are_rejected_by_name(changes, said):
+def test_invalid_parameters_are_rejected_by_name(changes, message):
     texts = StandInParameters(workload=WORKLOAD, model="m", gpu_uuid="g").to_texts()
-    with pytest.raises(ParameterError, match=said):
+    with pytest.raises(ParameterError, match=message):
         StandInParameters.from_texts({**texts, **changes})
 
 
@@ -143,7 +143,7 @@ def test_writing_a_repository_replaces_its_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("models", "said"),
+    ("models", "message"),
     [
         ([], "at least one model"),
         ([stand_in_llm(WORKLOAD, name="a/b")], "is not a model name"),
@@ -151,8 +151,8 @@ def test_writing_a_repository_replaces_its_content(tmp_path):
         ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, name="other")], "'gpu_uuid' used twice"),
     ],
 )
-def test_models_that_cannot_be_combined_are_rejected(tmp_path, models, said):
-    with pytest.raises(RepositoryError, match=said):
+def test_models_that_cannot_be_combined_are_rejected(tmp_path, models, message):
+    with pytest.raises(RepositoryError, match=message):
         write_repository(tmp_path / "models", models)
 
 
@@ -181,7 +181,7 @@ def test_serve_takes_options_that_are_not_given_from_the_environment(small):
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "said"),
+    ("given", "error", "message"),
     [
         (["--models", "ensemble"], ParameterError, "--models must be name=model"),
         (["--models", "ensemble=gpt-5"], WorkloadError, "no answers of model 'gpt-5'"),
@@ -189,6 +189,6 @@ def test_serve_takes_options_that_are_not_given_from_the_environment(small):
         (["--slots", "0"], ValueError, "'slots' must be at least 1"),
     ],
 )
-def test_serve_rejects_invalid_options(small, given, error, said):
-    with pytest.raises(error, match=said):
+def test_serve_rejects_invalid_options(small, given, error, message):
+    with pytest.raises(error, match=message):
         chosen_models(arguments(given, {"WORKLOAD": str(small)}), say=print)

@@ -1,7 +1,5 @@
 """Process supervision: the parent watchdog of a model, with servers that are Python processes, and the init process."""
 
-import os
-import select
 import signal
 import subprocess
 import sys
@@ -11,6 +9,7 @@ import psutil
 import pytest
 
 from deploy.triton.watchdog import CHECKS_BEFORE_KILL
+from tests.support.triton import wait_until_ended
 
 MODEL = """
 import sys, time
@@ -52,18 +51,6 @@ def start_server(*blocked: signal.Signals) -> tuple["subprocess.Popen[str]", psu
     assert server.stdout is not None
     lines = {server.stdout.readline().strip(), server.stdout.readline().strip()} - {"watched"}
     return server, psutil.Process(int(lines.pop()))
-
-
-def wait_until_ended(process: psutil.Process) -> None:
-    """Return once a process has ended, reaped or not."""
-    try:
-        descriptor = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return
-    poller = select.poll()
-    poller.register(descriptor, select.POLLIN)
-    assert poller.poll(20_000)
-    os.close(descriptor)
 
 
 def wait_for_checks(model: psutil.Process, count: int) -> None:

@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
 
+from deploy.triton.repository import ParameterError
+
 EnergySource = Literal["rapl", "modelled"]
 ENERGY_SOURCES: tuple[EnergySource, ...] = get_args(EnergySource)
-
-
-class ParameterError(ValueError):
-    """A parameter is unknown, or its value is invalid; the message names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from deploy.triton.contract import CONTRACT_NAMES, ContractName
+from deploy.triton.repository import ParameterError
 from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
@@ -21,10 +22,6 @@ DEFAULT_DIRECTIVES = (Directive("L1", "Always answer briefly."), Directive("L2",
 _RULES = {"batch": BatchRules, "judge": JudgeRules, "faults": FaultRules}
 _INTEGERS = frozenset({"slots", "seed"})
 """Parameters that are integers."""
-
-
-class ParameterError(ValueError):
-    """A parameter is unknown, or its value is invalid; the message names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
