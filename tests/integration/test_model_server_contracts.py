@@ -166,7 +166,7 @@ async def test_a_sampling_parameter_without_an_input_in_the_llm_api_is_rejected(
 
 @pytest.mark.parametrize("client", ["llmapi", SINGLE], indirect=True)
 async def test_an_error_of_the_llm_api_lets_another_endpoint_be_tried(client):
-    with pytest.raises(EndpointUnavailable, match="e0: INTERNAL") as caught:
+    with pytest.raises(EndpointUnavailable, match=r"e0: (the model failed|INTERNAL)") as caught:
         await ask(client, temperature=-1.0)
     assert "Error generating request" in caught.value.server_message
     assert (await ask(client, max_tokens=3))[1].text

@@ -67,6 +67,7 @@ def test_a_models_configuration_determines_its_contract(name):
     assert contract.name == name
     assert contract.cumulative == (name == "llm-api")
     assert contract.batched == (name == "ensemble")
+    assert contract.error_status == (name == "ensemble")
     assert (contract.completion_tokens is None) == (name == "llm-api")
     assert contract.capabilities.unsupported_sampling == (
         ("min_tokens", "repetition_penalty") if name == "llm-api" else ()
