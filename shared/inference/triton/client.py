@@ -258,7 +258,7 @@ class TritonClient(InferenceClient):
         self, request: PreparedRequest, timeout_s: float, timeouts: StreamTimeouts | None
     ) -> AsyncGenerator[Part, None]:
         contract, message = request.payload
-        call: _Call = self._connection.stream(message, timeout_s=timeout_s)
+        call: _Call = self._connection.stream(message, timeout_s=timeout_s, error_status=contract.error_status)
         self._running[request] = call
         final = False
         try:

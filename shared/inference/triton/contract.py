@@ -32,8 +32,8 @@ class TensorContract:
         flags: switches that request the outputs below; all that a model has are set.
         cumulative: each part of a stream carries the whole answer so far; otherwise only the new text.
         may_be_empty: inputs that some releases require and that have no effect when they are empty.
-        invalid_request_phrases: parts of the server's error messages that show that the request is invalid, where the
-            gRPC status does not.
+        error_status: the gRPC status of an error shows whether the request is invalid.
+        invalid_request_phrases: parts of the server's error messages that show it, where the status does not.
     """
 
     name: str
@@ -50,6 +50,7 @@ class TensorContract:
     flags: tuple[str, ...] = ()
     cumulative: bool = False
     may_be_empty: frozenset[str] = frozenset()
+    error_status: bool = True
     invalid_request_phrases: tuple[str, ...] = ()
 
 
@@ -87,6 +88,7 @@ LLM_API: Final = TensorContract(
     flags=("return_finish_reason",),
     cumulative=True,
     # All its errors have the status INTERNAL.
+    error_status=False,
     invalid_request_phrases=("sum of prompt length", "default_max_tokens", "text_input is missing"),
 )
 
@@ -120,7 +122,7 @@ class ModelContract:
         sampling: inputs by field of `GenerationParameters`.
         flags: switches that request the outputs below.
         empty: inputs that must be sent although they are empty.
-        invalid_request_phrases: see `TensorContract`.
+        error_status, invalid_request_phrases: see `TensorContract`.
     """
 
     model: str
@@ -140,6 +142,7 @@ class ModelContract:
     completion_tokens: str | None = None
     finish_reason: str | None = None
     empty: tuple[Input, ...] = ()
+    error_status: bool = True
     invalid_request_phrases: tuple[str, ...] = ()
 
     @property
@@ -212,6 +215,7 @@ class ModelContract:
             completion_tokens=_first(contract.completion_tokens, outputs),
             finish_reason=_first(contract.finish_reason, outputs),
             empty=required,
+            error_status=contract.error_status,
             invalid_request_phrases=contract.invalid_request_phrases,
         )
 

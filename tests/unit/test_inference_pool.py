@@ -1,10 +1,24 @@
-"""Load balancing over the endpoints of a pool, and their circuit breakers."""
+"""Pools of inference servers: load balancing, circuit breakers, and attempts at a generation."""
 
 from collections import Counter
+from contextlib import contextmanager
+from datetime import timedelta
 
 import pytest
 
+from shared.inference import attempts
+from shared.inference.attempts import Attempts, GenerationJob, RetrySettings
 from shared.inference.balancer import Balancer, CircuitBreakerSettings
+from shared.inference.base import (
+    Chunk,
+    DeadlineExceeded,
+    Generation,
+    GenerationParameters,
+    PreparedRequest,
+    StreamTimeouts,
+)
+from shared.inference.pool import CLIENTS, create_client
+from shared.runtime.clock import Clock
 
 SETTINGS = CircuitBreakerSettings(circuit_failures=3, circuit_open_s=1.0, circuit_open_max_s=4.0)
 
@@ -132,3 +146,107 @@ def test_an_answered_request_resets_the_failures_in_a_row(balancer):
     balancer.succeeded("a")
     fail(balancer, "a", 5.0, times=2)
     assert "a" in balancer.available()
+
+
+class FakeClient:
+    """Streams some words, then either the whole answer or nothing until the deadline."""
+
+    name = "e"
+
+    def __init__(self, *words: str, generation: Generation | None = None) -> None:
+        self.words = words
+        self.generation = generation
+
+    async def prepare(self, prompt, parameters, *, request_id, **_):
+        return PreparedRequest(request_id=request_id, prompt=prompt, parameters=parameters, payload=None)
+
+    async def stream(self, *_, **__):
+        for word in self.words:
+            yield Chunk(word)
+        if self.generation is None:
+            raise DeadlineExceeded("e: the time is over")
+        yield Chunk("", self.generation)
+
+
+class FakePool:
+    """One endpoint; records its failures."""
+
+    name = "p"
+
+    def __init__(self, client: FakeClient) -> None:
+        self.client = client
+        self.failures: list[str] = []
+        self.successes: list[str] = []
+
+    def choose(self, *, avoid):
+        return "e"
+
+    @contextmanager
+    def lease(self, _):
+        yield self.client
+
+    def failed(self, _, error):
+        self.failures.append(error)
+
+    def succeeded(self, endpoint):
+        self.successes.append(endpoint)
+
+
+class Sink:
+    started = False
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def offer(self, text):
+        self.texts.append(text)
+
+
+GENERATION = Generation(
+    text="a b", finish_reason="stop", completion_tokens=2, prompt_tokens=1, token_count_source="server",
+    started_at_s=1.0, first_token_at_s=1.1, finished_at_s=2.0,
+)  # fmt: skip
+
+
+async def run(pool: FakePool, *, sink: Sink | None = None):
+    clock = Clock()
+    made = Attempts(
+        clock=clock,
+        retry=RetrySettings(),
+        on_retry=lambda _: None,
+        stream_timeouts=StreamTimeouts(60.0, 20.0),
+        stream_always=True,
+    )
+    job = GenerationJob(
+        request_id="r",
+        prompt="why?",
+        parameters=GenerationParameters(max_tokens=1),
+        deadline=clock.now() + timedelta(seconds=30),
+        sink=sink,
+    )
+    return await made.run(pool, job)
+
+
+async def test_a_successful_attempt_passes_text_on_and_returns_the_whole_answer():
+    pool, sink = FakePool(FakeClient("a", " b", generation=GENERATION)), Sink()
+    result = await run(pool, sink=sink)
+    assert (result.generation, result.error, result.attempts, result.endpoint) == (GENERATION, None, 1, "e")
+    assert sink.texts == ["a", " b"]
+    assert pool.successes == ["e"]
+
+
+def test_another_kind_of_inference_server_is_one_entry_in_the_registry(monkeypatch):
+    monkeypatch.setitem(CLIENTS, "fake", lambda *_, **__: FakeClient())
+    client = create_client(None, None, clock=Clock(), tokenizer=None, kind="fake")
+    assert isinstance(client, FakeClient)
+
+
+@pytest.mark.parametrize(
+    ("words", "silence_s", "is_failure"), [((), 0.0, True), ((), 60.0, False), (("a",), 0.0, False)]
+)
+async def test_long_silence_until_the_deadline_is_a_failure_of_the_endpoint(monkeypatch, words, silence_s, is_failure):
+    monkeypatch.setattr(attempts, "SUSPICIOUS_SILENCE_S", silence_s)
+    pool = FakePool(FakeClient(*words))
+    result = await run(pool)
+    assert result.error.code == "deadline_exceeded"
+    assert bool(pool.failures) is is_failure
