@@ -117,14 +117,13 @@ class Tracing:
     def _span(
         self, name: str, kind: SpanKind, attributes: Callable[[], _Attributes], *, parent: Context | None = None
     ) -> Iterator[Span]:
-        with self._tracer.start_as_current_span(
-            name,
-            context=parent,
-            kind=kind,
-            # The text of an error may quote the request.
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
+        span = self._tracer.start_span(name, context=parent, kind=kind)
+        if not span.is_recording() and not parent:
+            # Without a collector, or unsampled: the current context is that of the client, if there is one.
+            yield span
+            return
+        # The text of an error may quote the request.
+        with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
             if span.is_recording():
                 _set_attributes(span, attributes())
             try:
