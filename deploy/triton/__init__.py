@@ -1,4 +1,4 @@
-"""Model servers: a Triton model repository of stand-ins, of a small real model, and what runs it.
+"""Model servers for machines without a GPU: stand-in models and a small real model, served by Triton.
 
-Everything that runs inside Triton's Python backend uses the standard library and numpy only.
+Everything that runs inside Triton's Python backend uses only the standard library and numpy.
 """

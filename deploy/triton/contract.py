@@ -1,10 +1,10 @@
-"""The tensors of TensorRT-LLM's models on Triton, as their clients see them.
+"""The tensors of TensorRT-LLM's models on Triton, as clients see them; standard library only.
 
 Names, types and shapes follow NVIDIA/TensorRT-LLM: contract `ensemble` is
 `triton_backend/all_models/inflight_batcher_llm/ensemble/config.pbtxt` (INT32 counts; `max_tokens` is required),
-contract `llm-api` is `triton_backend/all_models/llmapi/tensorrt_llm/config.pbtxt`. Models here leave out the tensors
-that only make sense on a GPU or concern other things than one text (prompt tables, LoRA weights, images, logits,
-KV-cache statistics): a request that carries one is answered by Triton's own error, which names it.
+contract `llm-api` is `triton_backend/all_models/llmapi/tensorrt_llm/config.pbtxt`. The models here omit the tensors
+that need a GPU or concern more than one text (prompt tables, LoRA weights, images, logits, KV-cache statistics): Triton
+itself rejects a request that carries one, and names it.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class TensorSpec:
 
     Attributes:
         data_type: as in a model configuration, without `TYPE_`.
-        dims: shape without the batch dimension; -1 is any.
+        dims: shape without the batch dimension; -1 is any size.
     """
 
     name: str
@@ -30,6 +30,18 @@ class TensorSpec:
     dims: tuple[int, ...] = (1,)
     optional: bool = True
 
+
+SAMPLING: Final = (
+    TensorSpec("top_k", "INT32"),
+    TensorSpec("top_p", "FP32"),
+    TensorSpec("temperature", "FP32"),
+    TensorSpec("repetition_penalty", "FP32"),
+    TensorSpec("min_tokens", "INT32"),
+    TensorSpec("presence_penalty", "FP32"),
+    TensorSpec("frequency_penalty", "FP32"),
+    TensorSpec("seed", "UINT64"),
+)
+"""Sampling parameters by the names of `shared.messages.SamplingParameters`, which the model servers cannot import."""
 
 INPUTS: Final = (
     TensorSpec("text_input", "STRING", optional=False),
@@ -41,15 +53,8 @@ INPUTS: Final = (
     TensorSpec("exclude_input_in_output", "BOOL"),
     TensorSpec("end_id", "INT32"),
     TensorSpec("pad_id", "INT32"),
-    TensorSpec("top_k", "INT32"),
-    TensorSpec("top_p", "FP32"),
-    TensorSpec("temperature", "FP32"),
+    *SAMPLING,
     TensorSpec("length_penalty", "FP32"),
-    TensorSpec("repetition_penalty", "FP32"),
-    TensorSpec("min_tokens", "INT32"),
-    TensorSpec("presence_penalty", "FP32"),
-    TensorSpec("frequency_penalty", "FP32"),
-    TensorSpec("seed", "UINT64"),
     TensorSpec("return_log_probs", "BOOL"),
     TensorSpec("return_context_logits", "BOOL"),
     TensorSpec("return_generation_logits", "BOOL"),
@@ -70,18 +75,15 @@ OUTPUTS: Final = (
 
 LLM_API_PREFIX: Final = "sampling_param_"
 
+_NOT_IN_LLM_API: Final = frozenset({"min_tokens", "repetition_penalty"})
+
 _LLM_API_INPUTS: Final = (
     TensorSpec("text_input", "STRING", (-1,), optional=False),
     TensorSpec("streaming", "BOOL"),
     TensorSpec("sampling_param_best_of", "INT32"),
-    TensorSpec("sampling_param_temperature", "FP32"),
-    TensorSpec("sampling_param_top_k", "INT32"),
-    TensorSpec("sampling_param_top_p", "FP32"),
-    TensorSpec("sampling_param_frequency_penalty", "FP32"),
-    TensorSpec("sampling_param_presence_penalty", "FP32"),
+    *(TensorSpec(LLM_API_PREFIX + one.name, one.data_type) for one in SAMPLING if one.name not in _NOT_IN_LLM_API),
     TensorSpec("sampling_param_max_tokens", "INT32"),
     TensorSpec("sampling_param_stop", "STRING", (-1,)),
-    TensorSpec("sampling_param_seed", "UINT64"),
     TensorSpec("sampling_param_exclude_input_from_output", "BOOL"),
     TensorSpec("return_finish_reason", "BOOL"),
 )
@@ -91,10 +93,10 @@ _LLM_API_OUTPUTS: Final = (TensorSpec("text_output", "STRING", (-1,)), TensorSpe
 
 @dataclass(frozen=True, slots=True)
 class ContractSpec:
-    """A set of tensors.
+    """The tensors of one contract.
 
     Attributes:
-        max_batch_size: first dimension that Triton allows; 0: tensors have no dimension for a batch.
+        max_batch_size: largest first dimension that Triton accepts; 0: tensors have no batch dimension.
     """
 
     inputs: tuple[TensorSpec, ...]

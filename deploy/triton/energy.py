@@ -1,8 +1,17 @@
-"""The energy account of one model: idle power all the time, and on top what requests take."""
+"""The energy counters of one model: the account, and the metrics under which it is exported."""
+
+import time
+from typing import Any, Final
+
+Backend = Any
+"""The module `triton_python_backend_utils`, which exists only inside the server and is therefore passed in."""
+
+POWER_INTERVAL_S: Final = 0.05
+"""Wall seconds between two updates of the power; the energy is also updated before an answer ends."""
 
 
 class EnergyAccount:
-    """Idle power x event time since the start, plus the energy that requests took."""
+    """Idle power x event time since the start, plus the energy of all requests."""
 
     def __init__(self, *, idle_power_w: float, now_s: float) -> None:
         if not idle_power_w >= 0:
@@ -17,7 +26,7 @@ class EnergyAccount:
         return self._total_j
 
     def read(self, now_s: float, used_j: float) -> float:
-        """Energy since the previous reading, J; never negative, as a counter cannot fall.
+        """Energy since the previous reading, J; never negative, because a counter cannot fall.
 
         Args:
             now_s: event time.
@@ -27,3 +36,50 @@ class EnergyAccount:
         increment_j = max(0.0, total_j - self._total_j)
         self._total_j += increment_j
         return increment_j
+
+
+class EnergyMeter:
+    """Exports an energy account under the names of Triton's GPU metrics; for use by one thread.
+
+    Every model runs in its own process, and the server merges metric families of the same name: the label tells the
+    models apart. When a model is unloaded its counter stays, and continues from there when the model is loaded again.
+    """
+
+    def __init__(self, backend: Backend, account: EnergyAccount, *, gpu_uuid: str) -> None:
+        family = backend.MetricFamily
+        self._account = account
+        # The families must live as long as their metrics.
+        self._families = (
+            family(
+                name="nv_energy_consumption",
+                description="GPU energy consumption in joules since the Triton Server started",
+                kind=family.COUNTER,
+            ),
+            family(name="nv_gpu_power_usage", description="GPU power usage in watts", kind=family.GAUGE),
+        )
+        self._energy, self._power = (one.Metric(labels={"gpu_uuid": gpu_uuid}) for one in self._families)
+        self._next_power = 0.0
+        self._interval_start_s: float | None = None
+        self._interval_j = 0.0
+
+    def update(self, now_s: float, used_j: float, *, at_once: bool) -> None:
+        """Update the metrics, at most every 50 ms unless `at_once`.
+
+        Args:
+            now_s: event time.
+            used_j: energy of all requests since the model was loaded, J.
+        """
+        wall = time.monotonic()
+        if not at_once and wall < self._next_power:
+            return
+        increment_j = self._account.read(now_s, used_j)
+        if increment_j > 0:
+            self._energy.increment(increment_j)
+        if self._interval_start_s is None:
+            self._interval_start_s = now_s
+            return
+        self._interval_j += increment_j
+        if wall >= self._next_power and now_s > self._interval_start_s:
+            self._power.set(self._interval_j / (now_s - self._interval_start_s))
+            self._interval_start_s, self._interval_j = now_s, 0.0
+            self._next_power = wall + POWER_INTERVAL_S

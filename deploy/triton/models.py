@@ -1,4 +1,4 @@
-"""The models that a repository may hold, with their names, labels and parameters."""
+"""The models that a repository may contain, with their names, energy labels and parameters."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from deploy.triton.stand_in.prompt import Directive
 from deploy.triton.stand_in.workload import Workload, load_workload
 
 SHIPPED_WORKLOAD = Path(__file__).parent / "workload" / "small.jsonl"
-"""The workload that was written for this project."""
+"""The workload written for this project."""
 
 LLM_NAME = "ensemble"
-"""What TensorRT-LLM's examples call the model that clients ask."""
+"""The name of the client-facing model in TensorRT-LLM's examples."""
 
 JUDGE_NAME = "judge"
 
@@ -40,13 +40,13 @@ def stand_in_llm(
     """A stand-in for one language model of a workload.
 
     Args:
-        model: whose recorded answers it gives.
-        name: what clients ask Triton for; several stand-ins in one repository need several names.
-        gpu_uuid: label of its energy counters; by default `stand-in-` and the model.
-        idle_power_w: an A100 that waits takes about 55 W.
-        contract: which of TensorRT-LLM's sets of tensors it has.
-        decoupled: it can stream; TensorRT-LLM's `llm-api` model cannot unless it is told to.
-        faults: how often it fails on purpose; default: never.
+        model: the model of the workload whose recorded answers it gives.
+        name: in Triton's repository; several stand-ins in one repository need different names.
+        gpu_uuid: label of its energy counters; default: `stand-in-` and the model.
+        idle_power_w: an idle A100 takes about 55 W.
+        contract: which of TensorRT-LLM's contracts it has.
+        decoupled: it can stream; TensorRT-LLM's `llm-api` model cannot by default.
+        faults: how often a generation fails; default: never.
     """
     parameters = StandInParameters(
         workload=workload.resolve(),
@@ -82,7 +82,7 @@ def stand_in_judge(
     """A stand-in for the judge of answers.
 
     Args:
-        idle_power_w: 0, because a judge is taken to be a service that others use as well.
+        idle_power_w: 0, assuming that the judge is a service shared with other users.
     """
     parameters = StandInParameters(
         role="judge",
@@ -100,8 +100,8 @@ def smollm2(
     """SmolLM2 on this machine's processor.
 
     Args:
-        energy_source: by default measured (RAPL) where the machine shows it, else modelled from CPU time.
-        gpu_uuid: label of its energy counters; by default it says which of the two they are.
+        energy_source: default: measured (RAPL) where the machine allows it, otherwise modelled from CPU time.
+        gpu_uuid: label of its energy counters; default: a label that names the energy source.
     """
     source = energy_source or available_source()
     parameters = SmolLm2Parameters(gpu_uuid=gpu_uuid or energy_label(source), energy_source=source)
@@ -110,7 +110,7 @@ def smollm2(
         SMOLLM2,
         parameters.to_texts(),
         gpu_uuid=parameters.gpu_uuid,
-        # What RAPL shows of a quiet machine is for the ledger to learn; CPU time that is not used costs nothing.
+        # The ledger learns the idle power that RAPL measures; the model of CPU time has no idle power.
         idle_power_w=None if source == "rapl" else 0.0,
     )
 
@@ -119,17 +119,17 @@ def checked_workload(path: Path, *, models: Sequence[str], say: Callable[[str], 
     """Read a workload as the models will, before they are started.
 
     Args:
-        models: whose answers it must have.
-        say: told about lines that will be left out.
+        models: that must have answers in it.
+        say: called with a message about lines that are skipped.
 
     Raises:
         WorkloadError: it cannot be used, or has no answers of one of the models.
     """
     workload = load_workload(path)
     for problem in workload.problems:
-        say(f"workload: left out {problem}")
+        say(f"workload: skipped {problem}")
     if workload.skipped > len(workload.problems):
-        say(f"workload: {workload.skipped} lines of {path} left out in all")
+        say(f"workload: {workload.skipped} lines of {path} skipped in total")
     for model in models:
         workload.means_of(model)
     return workload

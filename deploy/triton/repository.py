@@ -1,4 +1,4 @@
-"""Writes a Triton model repository: one folder for each model, with its configuration and a `model.py`."""
+"""Writes a Triton model repository: for each model a folder with its configuration and a `model.py`."""
 
 import re
 import shutil
@@ -21,8 +21,12 @@ __all__ = ["TritonPythonModel"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+class ParameterError(ValueError):
+    """A parameter of a model is unknown, or its value is invalid; the message names it."""
+
+
 class RepositoryError(ValueError):
-    """The models that were asked for cannot stand in one repository."""
+    """The models cannot be combined in one repository."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +34,13 @@ class RepositoryModel:
     """One model of a repository.
 
     Attributes:
-        name: what clients ask Triton for, for example `ensemble`.
+        name: in Triton's repository, for example `ensemble`.
         module: Python module that has its `TritonPythonModel`.
         parameters: string parameters, as the module reads them.
         gpu_uuid: label of its energy counters.
-        idle_power_w: power while nothing runs, W; null where it is not known beforehand.
+        idle_power_w: power while no request runs, W; None where it is not known in advance.
         contract: which tensors it has.
-        decoupled: it may answer a request in several responses.
+        decoupled: it can answer a request in several responses.
     """
 
     name: str
@@ -49,10 +53,10 @@ class RepositoryModel:
 
 
 def write_repository(folder: Path, models: Sequence[RepositoryModel]) -> None:
-    """Write the models; what the folder held before is replaced.
+    """Write the models; replaces the content of the folder.
 
     Raises:
-        RepositoryError: no model, a name that is no folder's, or two models of one name or one energy label.
+        RepositoryError: there is no model, a name cannot be a folder's, or two have the same name or energy label.
     """
     _check(models)
     shutil.rmtree(folder, ignore_errors=True)
@@ -65,16 +69,18 @@ def write_repository(folder: Path, models: Sequence[RepositoryModel]) -> None:
 
 def _check(models: Sequence[RepositoryModel]) -> None:
     if not models:
-        raise RepositoryError("a model repository needs one model at least")
+        raise RepositoryError("a model repository needs at least one model")
     names = [model.name for model in models]
     for name in names:
         if not _NAME.fullmatch(name):
-            raise RepositoryError(f"{name!r} is no model name: use letters, digits, '.', '_' and '-'")
+            raise RepositoryError(f"{name!r} is not a model name: use letters, digits, '.', '_' and '-'")
     labels = [model.gpu_uuid for model in models]
     for what, given in (("model name", names), ("'gpu_uuid'", labels)):
         doubled = sorted({one for one in given if given.count(one) > 1})
         if doubled:
-            raise RepositoryError(f"{what} given twice in one repository: {', '.join(doubled)}; each needs its own")
+            raise RepositoryError(
+                f"{what} used twice in one repository: {', '.join(doubled)}; each model needs its own"
+            )
 
 
 def _configuration(model: RepositoryModel) -> str:

@@ -1,36 +1,47 @@
-"""One generation request: read from its tensors and checked, before any energy is spent on it."""
+"""Reads and checks a generation request, from the tensors of either contract, before it costs any energy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.triton.contract import LLM_API_PREFIX, SAMPLING
+
 Tensors = Mapping[str, NDArray[Any]]
 """Input tensors by name; strings are object arrays of UTF-8 bytes."""
 
-LARGEST_MAX_TOKENS = 1_000_000
+LARGEST_MAX_TOKENS: Final = 1_000_000
 """Far above any model's context; a larger number is a mistake of units."""
+
+LLM_API_DEFAULT_MAX_TOKENS: Final = 32
+"""The default of the LLM API's `SamplingParams`."""
+
+_LLM_API_NAMES: Final = {"exclude_input_from_output": "exclude_input_in_output"}
+"""Inputs of the LLM API whose names differ in the `ensemble` contract."""
+
+_BOUNDS: Final = {"temperature": (0.0, np.inf), "top_p": (0.0, 1.0), "repetition_penalty": (0.0, np.inf)}
+"""Least and greatest value of sampling parameters that are not free."""
 
 
 class InvalidRequestError(ValueError):
-    """A tensor is missing or its value does not do; the message names it and says what to send."""
+    """A tensor is missing or has an unusable value; the message names it and says what to send."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What a client asks for.
+    """A checked request.
 
     Attributes:
         text: the prompt, with its chat template already applied.
         max_tokens: most tokens to generate.
         stop_words: generation ends after the first of these; as in TensorRT-LLM the word itself is part of the output.
-        stream: one response for the tokens of each step, else a single one at the end.
+        stream: one response for the tokens of each step, otherwise a single one at the end.
         exclude_input: leave the prompt out of the output; a streamed output never has it.
-        return_log_probs, return_num_input_tokens, return_num_output_tokens, return_finish_reason: outputs that the
-            client wants as well.
-        temperature, top_p, top_k, seed: sampling; null means the model's default.
+        return_log_probs, return_num_input_tokens, return_num_output_tokens, return_finish_reason: further outputs that
+            the client wants.
+        sampling: the sampling parameters that are set, by their names in `SAMPLING`.
     """
 
     text: str
@@ -42,14 +53,7 @@ class GenerationRequest:
     return_num_input_tokens: bool = False
     return_num_output_tokens: bool = False
     return_finish_reason: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    min_tokens: int = 0
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def echoes_input(self) -> bool:
@@ -57,11 +61,16 @@ class GenerationRequest:
         return not self.stream and not self.exclude_input
 
 
+def tensors_of(request: Any) -> dict[str, NDArray[Any]]:  # noqa: ANN401 - the backend's request
+    """The inputs that a request of the Python backend carries, by name."""
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
 def read_request(tensors: Tensors) -> GenerationRequest:
-    """Check the tensors of one request.
+    """Read a request of the `ensemble` contract.
 
     Raises:
-        InvalidRequestError: one is missing, of the wrong shape, or out of range.
+        InvalidRequestError: a tensor is missing, has the wrong shape, or is out of range.
     """
     text = _text(tensors)
     max_tokens = _integer(tensors, "max_tokens")
@@ -69,10 +78,7 @@ def read_request(tensors: Tensors) -> GenerationRequest:
         raise InvalidRequestError("'max_tokens' is missing: send the most tokens to generate, as INT32 of shape [1, 1]")
     if not 1 <= max_tokens <= LARGEST_MAX_TOKENS:
         raise InvalidRequestError(f"'max_tokens' must lie between 1 and {LARGEST_MAX_TOKENS}, got {max_tokens}")
-    _refuse_unsupported(tensors)
-    top_k = _integer(tensors, "top_k")
-    if top_k is not None and top_k < 0:
-        raise InvalidRequestError(f"'top_k' must not be negative, got {top_k}")
+    _reject_unsupported(tensors)
     return GenerationRequest(
         text=text,
         max_tokens=max_tokens,
@@ -83,15 +89,41 @@ def read_request(tensors: Tensors) -> GenerationRequest:
         return_num_input_tokens=_flag(tensors, "return_num_input_tokens"),
         return_num_output_tokens=_flag(tensors, "return_num_output_tokens"),
         return_finish_reason=_flag(tensors, "return_finish_reason"),
-        temperature=_number(tensors, "temperature", least=0.0),
-        top_p=_number(tensors, "top_p", least=0.0, most=1.0),
-        top_k=top_k,
-        repetition_penalty=_number(tensors, "repetition_penalty", least=0.0),
-        presence_penalty=_number(tensors, "presence_penalty"),
-        frequency_penalty=_number(tensors, "frequency_penalty"),
-        seed=_integer(tensors, "seed"),
-        min_tokens=max(0, _integer(tensors, "min_tokens") or 0),
+        sampling=_sampling(tensors),
     )
+
+
+def read_llm_api_request(tensors: Tensors, *, decoupled: bool) -> GenerationRequest:
+    """Read a request of the `llm-api` contract.
+
+    It is rejected where TensorRT-LLM's `triton_backend/all_models/llmapi/tensorrt_llm/1/model.py` rejects it: a request
+    with stop sequences fails, because they reach the tokenizer as bytes.
+
+    Args:
+        decoupled: the model can stream.
+
+    Raises:
+        InvalidRequestError: a tensor is missing, has the wrong shape, is out of range, or is not supported.
+    """
+    prefix = "Error generating request: "
+    if "sampling_param_stop" in tensors:
+        raise InvalidRequestError(prefix + "TextInputSequence must be str")
+    renamed: dict[str, NDArray[Any]] = {}
+    for name, array in tensors.items():
+        bare = name.removeprefix(LLM_API_PREFIX)
+        renamed[_LLM_API_NAMES.get(bare, bare)] = array
+    if "streaming" in renamed:
+        renamed["stream"] = renamed.pop("streaming")
+    renamed.setdefault("max_tokens", np.array([LLM_API_DEFAULT_MAX_TOKENS], dtype=np.int32))
+    if renamed["text_input"].ndim != 1:
+        raise InvalidRequestError(prefix + "The current implementation only supports text_input being a 1D tensor.")
+    try:
+        request = read_request(renamed)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{prefix}{error}") from error
+    if request.stream and not decoupled:
+        raise InvalidRequestError(prefix + "Streaming is only supported in decoupled mode.")
+    return request
 
 
 def _text(tensors: Tensors) -> str:
@@ -104,14 +136,30 @@ def _text(tensors: Tensors) -> str:
     return text
 
 
-def _refuse_unsupported(tensors: Tensors) -> None:
+def _sampling(tensors: Tensors) -> dict[str, float]:
+    given: dict[str, float] = {}
+    for tensor in SAMPLING:
+        least, most = _BOUNDS.get(tensor.name, (-np.inf, np.inf))
+        value = (
+            _number(tensors, tensor.name, least=least, most=most)
+            if tensor.data_type == "FP32"
+            else _integer(tensors, tensor.name)
+        )
+        if value is not None:
+            given[tensor.name] = value
+    if given.get("top_k", 0) < 0:
+        raise InvalidRequestError(f"'top_k' must not be negative, got {given['top_k']}")
+    return given
+
+
+def _reject_unsupported(tensors: Tensors) -> None:
     for name in ("beam_width", "num_return_sequences"):
         count = _integer(tensors, name)
         if count is not None and count != 1:
             raise InvalidRequestError(f"'{name}' must be 1 here, got {count}: send one request for each answer")
     for name in ("return_context_logits", "return_generation_logits"):
         if _flag(tensors, name):
-            raise InvalidRequestError(f"'{name}' cannot be served here: leave it out or send false")
+            raise InvalidRequestError(f"'{name}' is not supported here: leave it out or send false")
 
 
 def _single(tensors: Tensors, name: str) -> Any | None:  # noqa: ANN401 - what a numpy array holds
@@ -136,7 +184,7 @@ def _flag(tensors: Tensors, name: str) -> bool:
     return False if value is None else bool(value)
 
 
-def _number(tensors: Tensors, name: str, *, least: float = -np.inf, most: float = np.inf) -> float | None:
+def _number(tensors: Tensors, name: str, *, least: float, most: float) -> float | None:
     value = _single(tensors, name)
     if value is None:
         return None

@@ -1,7 +1,7 @@
-"""Writes a model repository and has tritonserver serve it: `python -m deploy.triton.serve --help`.
+"""Writes a model repository and serves it with tritonserver: `python -m deploy.triton.serve --help`.
 
-For containers, and for anyone who wants the model servers alone. It runs in the environment that has Triton's wheel
-(`requirements/triton.lock`) and needs nothing else.
+It is the entry point of the container image, and of model servers without the rest of Sprout. It needs only the
+environment that has Triton's wheel (`requirements/triton.lock`).
 """
 
 import argparse
@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from deploy.triton import reaper
 from deploy.triton.contract import CONTRACT_NAMES, ContractName
 from deploy.triton.models import (
     JUDGE_NAME,
@@ -22,20 +21,20 @@ from deploy.triton.models import (
     stand_in_judge,
     stand_in_llm,
 )
-from deploy.triton.repository import RepositoryError, RepositoryModel, write_repository
+from deploy.triton.repository import ParameterError, RepositoryModel, write_repository
 from deploy.triton.server import ServerError, TritonPorts, assemble_here
 from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
-from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, ParameterError, read_directives
-from deploy.triton.stand_in.workload import WorkloadError
-from shared.runtime.clock import Clock, ClockConfigurationError
+from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, read_directives
+from deploy.triton.watchdog import run_as_init
+from shared.runtime.clock import Clock
 
 SMOLLM2_MODEL = "smollm2"
 
 
 def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
-    """Read the command line; what it leaves out comes from the environment, else is the default."""
+    """Read the command line; options that are not given come from the environment, otherwise from the defaults."""
     parser = argparse.ArgumentParser(
         prog="python -m deploy.triton.serve",
         description="Serve stand-in models, or SmolLM2, behind TensorRT-LLM's contracts.",
@@ -49,22 +48,20 @@ def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.
         "--models",
         "SPROUT_TRITON_MODELS",
         f"{LLM_NAME}=llama-2-13b-chat",
-        f"name=model, separated by commas; the model is one of the workload's, or {SMOLLM2_MODEL}",
+        f"comma-separated name=model; the model is one of the workload's, or {SMOLLM2_MODEL}",
     )
     option("--contract", "SPROUT_TRITON_CONTRACT", "ensemble", "of the stand-in models: ensemble or llm-api")
     option("--judge", "SPROUT_TRITON_JUDGE", JUDGE_NAME, "name of the stand-in judge; 'none' for none")
-    option("--directives", "SPROUT_TRITON_DIRECTIVES", "", 'the catalogue as JSON: [{"level": ..., "text": ...}]')
-    option("--idle-power-w", "SPROUT_TRITON_IDLE_POWER_W", "55", "power of each stand-in's GPU while nothing runs")
-    option("--slots", "SPROUT_TRITON_SLOTS", "64", "requests of a stand-in that run at once")
-    option("--slowdown", "SPROUT_TRITON_SLOWDOWN", "0.02", "how much each further one slows all down")
+    option("--directives", "SPROUT_TRITON_DIRECTIVES", "", 'the directives as JSON: [{"level": ..., "text": ...}]')
+    option("--idle-power-w", "SPROUT_TRITON_IDLE_POWER_W", "55", "idle power of each stand-in's GPU")
+    option("--slots", "SPROUT_TRITON_SLOTS", "64", "most requests of a stand-in that run at once")
+    option("--slowdown", "SPROUT_TRITON_SLOWDOWN", "0.02", "share by which each further request slows all of them")
     option(
         "--position-bias", "SPROUT_TRITON_POSITION_BIAS", "0.15", "probability that the judge names the first answer"
     )
-    option("--unparseable", "SPROUT_TRITON_UNPARSEABLE", "0", "probability that the judge names none")
-    option(
-        "--error-share", "SPROUT_TRITON_ERROR_SHARE", "0", "probability that a stand-in's generation fails on purpose"
-    )
-    option("--address", "SPROUT_TRITON_ADDRESS", "127.0.0.1", "what to bind; in a container 0.0.0.0")
+    option("--unparseable", "SPROUT_TRITON_UNPARSEABLE", "0", "probability that the judge names no answer")
+    option("--error-share", "SPROUT_TRITON_ERROR_SHARE", "0", "probability that a stand-in's generation fails")
+    option("--address", "SPROUT_TRITON_ADDRESS", "127.0.0.1", "address to bind; 0.0.0.0 in a container")
     option("--grpc-port", "SPROUT_TRITON_GRPC_PORT", "8001", "gRPC service")
     option("--http-port", "SPROUT_TRITON_HTTP_PORT", "8000", "HTTP service, with /v2/health/ready")
     option("--metrics-port", "SPROUT_TRITON_METRICS_PORT", "8002", "Prometheus metrics")
@@ -73,13 +70,13 @@ def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.
 
 
 def chosen_models(options: argparse.Namespace, *, say: Callable[[str], None]) -> list[RepositoryModel]:
-    """The models that the options ask for.
+    """The models that the options select.
 
     Args:
-        say: told about lines of the workload that are left out.
+        say: called with a message about lines of the workload that are skipped.
 
     Raises:
-        WorkloadError, ParameterError, RepositoryError, ValueError: an option does not do.
+        WorkloadError, ParameterError, RepositoryError, ValueError: an option is invalid.
     """
     workload = Path(options.workload)
     bindings = [_binding(text) for text in str(options.models).split(",") if text.strip()]
@@ -121,15 +118,15 @@ def main() -> None:
         write_repository(folder / "models", models)
         server = assemble_here(folder / "backends")
         ports = TritonPorts(int(options.grpc_port), int(options.http_port), int(options.metrics_port))
-    except (WorkloadError, ParameterError, RepositoryError, ServerError, ClockConfigurationError, ValueError) as error:
+    except (ServerError, ValueError) as error:  # the others are all kinds of ValueError
         _say(f"cannot serve: {error}")
         raise SystemExit(2) from error
     for model in models:
-        _say(f"serving {model.name}; its energy is counted under gpu_uuid {model.gpu_uuid!r}")
+        _say(f"serving {model.name}; its energy counters have gpu_uuid {model.gpu_uuid!r}")
     command = server.command(folder / "models", ports, address=str(options.address))
     environment = {**os.environ, **server.environment()}
     if os.getpid() == 1:
-        raise SystemExit(reaper.run(command, environment))
+        raise SystemExit(run_as_init(command, environment))
     os.execve(command[0], command, environment)
 
 

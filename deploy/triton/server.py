@@ -1,8 +1,8 @@
-"""The Triton server that the wheel `nvidia-pytriton` carries: its files, its command line, its environment.
+"""The Triton server in the wheel `nvidia-pytriton`: its files, command line and environment.
 
-The wheel is made for another way of use; only the server and its Python backend are taken from it. The backend runs
-models with a program (the stub) that is linked against one minor version of Python. The wheel ships one for each, and
-the backend wants the right one beside its library, so the backend's few files are put together in a folder of ours.
+Only the server and its Python backend are used of the wheel. The backend runs models with a program (the stub) that is
+linked against one minor version of Python. The wheel contains a stub for each version, and the backend expects the
+right one beside its library, so the backend's files are copied to a separate folder.
 """
 
 import os
@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
-"""Models import the modules of this checkout, or of this image, from here."""
+"""Models import this project's modules from here."""
 
 EXIT_TIMEOUT_S = 3
-"""How long requests in flight may still take when the server is asked to end."""
+"""Seconds that requests in flight may still take when the server stops."""
 
 STUB = "triton_python_backend_stub"
 
 
 class ServerError(RuntimeError):
-    """The server's files are not there, or cannot run here; the message says what to do."""
+    """The server's files are missing or cannot run here; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class TritonPorts:
-    """Where a server listens."""
+    """The ports of a server."""
 
     grpc: int
     http: int
@@ -38,13 +38,13 @@ class TritonPorts:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that can be run.
+    """A server that is ready to run.
 
     Attributes:
         program: the binary.
         backends: folder of its backends.
-        python: interpreter whose packages the models may use.
-        linker_folders: folders of shared libraries that it needs.
+        python: interpreter whose packages the models use.
+        linker_folders: folders of the shared libraries that it needs.
     """
 
     program: Path
@@ -56,7 +56,7 @@ class Server:
         """The command line that serves a model repository.
 
         Args:
-            address: what all three services bind; Triton itself would bind every address.
+            address: to which all three services bind; Triton's default is every address.
         """
         return [
             str(self.program),
@@ -68,29 +68,29 @@ class Server:
             f"--http-port={ports.http}",
             f"--metrics-address={address}",
             f"--metrics-port={ports.metrics}",
-            # The models' configurations are complete, and the energy metrics are theirs, not the server's.
+            # The models' configurations are complete, and the models export the energy metrics.
             "--disable-auto-complete-config",
             "--allow-gpu-metrics=false",
             "--allow-cpu-metrics=false",
-            # The models here use no GPU memory.
+            # The models use no GPU memory.
             "--pinned-memory-pool-byte-size=0",
-            # A request that no model could answer must not keep the server from ending.
+            # An unanswered request must not keep the server from stopping.
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
-            # Startup chatter would bury what matters; warnings and errors stay.
+            # Warnings and errors only; the information at startup is long.
             "--log-info=false",
             "--log-verbose=0",
         ]
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-        """What to add to the server's environment, `extra` included: libraries, interpreter, our own modules."""
+        """Variables to add to the server's environment: libraries, interpreter, this project's modules, and `extra`."""
         return {
             "LD_LIBRARY_PATH": _joined(*self.linker_folders, os.environ.get("LD_LIBRARY_PATH")),
-            # The backend finds the packages by the first python3 on PATH.
+            # The backend takes its packages from the first python3 on PATH.
             "PATH": _joined(self.python.parent, os.environ.get("PATH", os.defpath)),
             "PYTHONPATH": str(REPOSITORY_ROOT),
             "PYTHONNOUSERSITE": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
-            # numpy would start a thread for each core in every model.
+            # Otherwise numpy starts a thread for each core in every model.
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             **(extra or {}),
@@ -98,16 +98,16 @@ class Server:
 
 
 def assemble(site_packages: Path, *, python: Path, version: str, folder: Path) -> Server:
-    """Put a server together from an environment that has the wheel.
+    """Assemble a server from an environment that has the wheel.
 
     Args:
         site_packages: of that environment.
         python: its interpreter.
         version: minor version of the interpreter, such as `3.11`.
-        folder: where the backend's files are put.
+        folder: to which the backend's files are copied.
 
     Raises:
-        ServerError: the wheel is missing, has nothing for this Python, or a shared library is missing.
+        ServerError: the wheel is missing, has no stub for this Python, or a shared library is missing.
     """
     shipped = site_packages / "pytriton" / "tritonserver"
     program = shipped / "bin" / "tritonserver"
@@ -116,9 +116,7 @@ def assemble(site_packages: Path, *, python: Path, version: str, folder: Path) -
     stubs = shipped / "python_backend_stubs"
     if not (stubs / version / STUB).is_file():
         known = ", ".join(sorted(path.name for path in stubs.glob("*"))) or "none"
-        raise ServerError(
-            f"the wheel's Python backend has nothing for Python {version} (it has: {known}); use one of these"
-        )
+        raise ServerError(f"the wheel's Python backend has no stub for Python {version}; use one of: {known}")
     backend = folder / "python"
     backend.mkdir(parents=True, exist_ok=True)
     for file in (*(shipped / "backends" / "python").iterdir(), stubs / version / STUB):
@@ -138,7 +136,7 @@ def assemble(site_packages: Path, *, python: Path, version: str, folder: Path) -
 
 
 def assemble_here(folder: Path) -> Server:
-    """Put a server together from the environment that this process runs in.
+    """Assemble a server from the environment of this process.
 
     Raises:
         ServerError: as `assemble` does.
@@ -153,23 +151,23 @@ def _joined(*parts: Path | str | None) -> str:
 
 
 def _missing_libraries(program: Path, folders: list[Path]) -> set[str]:
-    """Names of the shared libraries that the loader does not find."""
+    """Names of the shared libraries that the dynamic linker does not find."""
     environment = {**os.environ, "LD_LIBRARY_PATH": _joined(*folders, os.environ.get("LD_LIBRARY_PATH"))}
     try:
         answer = subprocess.run(
             ["ldd", str(program)], capture_output=True, text=True, timeout=30, check=False, env=environment
         )
     except OSError:
-        return set()  # no ldd here: the server itself will say what it lacks
+        return set()  # without ldd, the server itself reports what is missing
     return {line.split()[0] for line in answer.stdout.splitlines() if line.rstrip().endswith("not found")}
 
 
 def _libpython_folder(python: Path, version: str) -> Path:
-    """Where the interpreter has its shared library; those of uv and of Docker's images have one."""
-    question = "import sysconfig; print(sysconfig.get_config_var('LIBDIR') or '')"
+    """The folder of the interpreter's shared library; the interpreters of uv and of Docker's images have one."""
+    code = "import sysconfig; print(sysconfig.get_config_var('LIBDIR') or '')"
     try:
         answer = subprocess.run(
-            [str(python), "-c", question], capture_output=True, text=True, timeout=30, check=True
+            [str(python), "-c", code], capture_output=True, text=True, timeout=30, check=True
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         raise ServerError(f"{python} does not run: {error}") from error

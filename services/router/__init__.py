@@ -1,1 +1,1 @@
-"""The router: draws a directive for every request, has a model answer it, and publishes the answer."""
+"""The router: draws a directive for every request, sends it to a model server, and publishes the response."""

@@ -1,38 +1,31 @@
-"""From a record to a request that may be served, or the reason why not."""
+"""Admits a request: parses its record, applies defaults and limits, and decides whether it becomes a sample."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from aiokafka import ConsumerRecord
 
-from services.router.deadlines import deadline_of
+from services.router.settings import RouterSettings
 from shared.fleet import Fleet
+from shared.hashing import uniform
 from shared.kafka.dead_letters import parse
-from shared.messages import ErrorDetail, GenerationRequest
+from shared.messages import Decision, ErrorDetail, GenerationRequest
 from shared.runtime.clock import Clock
 from shared.tenants import with_defaults
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What is still served; see the settings of the same names."""
-
-    max_request_bytes: int
-    max_prompt_chars: int
-    default_deadline_s: float
-    default_deadline_wall_s: float
+_SAMPLE_SALT = "sample"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
-    """A request that can be answered, be it with an error.
+class IncomingRequest:
+    """A valid request; it is answered, with an error if necessary.
 
     Attributes:
-        request_id: the producer's, or made from the record's place.
-        model: asked for, or the tenant's or the fleet's default.
-        request: with its tenant's defaults where it says nothing.
-        received_at, requested_at, deadline: event time.
-        size_bytes: of the message.
+        request_id: the client's, or derived from the position of the record.
+        model: the requested model, or the default of the tenant or the fleet.
+        request: with the defaults of its tenant.
+        requested_at, received_at, deadline: event time.
+        size_bytes: of the record's value.
     """
 
     request_id: str
@@ -44,70 +37,94 @@ class Arrival:
     size_bytes: int
 
 
-def arrive(
-    record: "ConsumerRecord[bytes, bytes]", *, received_at: datetime, clock: Clock, fleet: Fleet, limits: Limits
-) -> Arrival:
-    """Read a record of the topic `requests`.
+def parse_request(
+    record: "ConsumerRecord[bytes, bytes]",
+    *,
+    received_at: datetime,
+    clock: Clock,
+    fleet: Fleet,
+    settings: RouterSettings,
+) -> IncomingRequest:
+    """Parse a record of the topic `requests`.
 
     Args:
         received_at: event time.
 
     Raises:
-        PoisonMessageError: it is no request at all.
+        PoisonMessageError: the value is not a valid request.
     """
     sent = parse(GenerationRequest, record.value)
     tenant = fleet.tenant(sent.tenant)
     request = with_defaults(sent, tenant)
-    return Arrival(
+    requested_deadline = request.deadline or (tenant.deadline(received_at) if tenant is not None else None)
+    return IncomingRequest(
         request_id=request.id or f"{record.topic}-{record.partition}-{record.offset}",
         model=request.model or fleet.default_model,
         request=request,
         requested_at=request.requested_at or _event_time(record.timestamp, clock, received_at),
         received_at=received_at,
-        deadline=deadline_of(
-            request.deadline or (tenant.deadline(received_at) if tenant is not None else None),
-            received_at=received_at,
-            clock=clock,
-            default_s=limits.default_deadline_s,
-            default_wall_s=limits.default_deadline_wall_s,
-        ),
+        deadline=requested_deadline or default_deadline(received_at, clock=clock, settings=settings),
         size_bytes=len(record.value or b""),
     )
 
 
-def refusal(arrival: Arrival, *, fleet: Fleet, limits: Limits) -> ErrorDetail | None:
-    """Why a request is not served; null when it is. A message names the field and the remedy, never the content."""
-    if not fleet.pools_of(arrival.model):
+def default_deadline(received_at: datetime, *, clock: Clock, settings: RouterSettings) -> datetime:
+    """The deadline of a request that has none, event time.
+
+    It counts from the receipt, so a backlog or a redelivery does not expire requests. Its minimum in wall time covers
+    the router's own overhead, which an accelerated clock would multiply.
+    """
+    seconds = max(settings.default_deadline_s, settings.default_deadline_wall_s * clock.rate)
+    return received_at + timedelta(seconds=seconds)
+
+
+def rejection(incoming: IncomingRequest, *, fleet: Fleet, settings: RouterSettings) -> ErrorDetail | None:
+    """The reason why a request is rejected; None if it is admitted.
+
+    The message names the field and the remedy, and never quotes the content.
+    """
+    if not fleet.pools_of(incoming.model):
+        served = ", ".join(model.name for model in fleet.models)
         return ErrorDetail(
             code="unknown_model",
-            message=f"'model' {arrival.model!r} is not served (there are "
-            f"{', '.join(model.name for model in fleet.models)}): name one of these, or leave it out",
+            message=f"'model' {incoming.model!r} is not served; available models: {served}. Use one of them, or omit "
+            "'model'",
         )
-    if arrival.size_bytes > limits.max_request_bytes:
+    if incoming.size_bytes > settings.max_request_bytes:
         return ErrorDetail(
             code="prompt_too_large",
-            message=f"the message has {arrival.size_bytes} bytes, {limits.max_request_bytes} at most are accepted: "
-            "shorten the prompt",
+            message=f"the message has {incoming.size_bytes} bytes, the limit is {settings.max_request_bytes}: shorten "
+            "the prompt",
         )
-    characters = sum(len(turn.content) for turn in arrival.request.conversation())
-    if characters > limits.max_prompt_chars:
-        field = "prompt" if arrival.request.prompt is not None else "messages"
+    characters = sum(len(turn.content) for turn in incoming.request.conversation())
+    if characters > settings.max_prompt_chars:
+        field = "prompt" if incoming.request.prompt is not None else "messages"
         return ErrorDetail(
             code="prompt_too_large",
-            message=f"'{field}' has {characters} characters, at most "
-            f"{limits.max_prompt_chars} are accepted: shorten it",
+            message=f"'{field}' has {characters} characters, the limit is {settings.max_prompt_chars}: shorten it",
         )
-    if arrival.deadline <= arrival.received_at:
+    if incoming.deadline <= incoming.received_at:
         return ErrorDetail(
             code="deadline_exceeded",
-            message=f"'deadline' {arrival.deadline.isoformat()} had passed when the request was received at "
-            f"{arrival.received_at.isoformat()}: give it more time",
+            message=f"'deadline' {incoming.deadline.isoformat()} had passed when the request was received at "
+            f"{incoming.received_at.isoformat()}: set a later deadline",
         )
     return None
 
 
+def should_sample(request_id: str, request: GenerationRequest, decision: Decision, *, share: float) -> bool:
+    """Whether a request becomes a sample for the evaluator.
+
+    The draw depends on the request id, so a redelivered request has the same result. Clients can opt out. Requests
+    with a forced level are excluded: their clients may prefer some kind of prompt.
+    """
+    if not request.evaluation_allowed or decision.source == "forced":
+        return False
+    return uniform(_SAMPLE_SALT, request_id) < share
+
+
 def _event_time(timestamp_ms: int | None, clock: Clock, received_at: datetime) -> datetime:
-    """A record's timestamp, which is wall time, on the clock; the receipt where a record has none."""
+    """Event time of a record's timestamp, which is wall time; the receipt if the record has none."""
     if timestamp_ms is None or timestamp_ms < 0:
         return received_at
     wall_s = timestamp_ms / 1_000

@@ -1,11 +1,21 @@
-"""What the router tells Prometheus."""
+"""The router's Prometheus metrics."""
 
+import asyncio
+import math
 from collections.abc import Callable
 from functools import cache
 
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import IllegalStateError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.router.policy import PolicyCache
+from shared.fleet import Fleet
 from shared.messages import GenerationResponse
+from shared.runtime.clock import Clock
+
+BACKLOG_INTERVAL_S = 1.0
+"""Wall seconds between two updates of the backlog."""
 
 _OVERHEAD_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
@@ -17,95 +27,97 @@ class RouterMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "sprout_router_requests",
-            "Requests answered, by outcome (ok or the error's code), option and how it was chosen",
+            "Answered requests by outcome ('ok' or the error code), option and source of the decision",
             ("model", "outcome", "pool", "level", "source"),
             registry=registry,
         )
         self.tokens = Counter(
             "sprout_router_tokens",
-            "Tokens of served requests",
+            "Prompt and completion tokens of successful requests",
             ("model", "pool", "level", "kind"),
             registry=registry,
         )
-        self.in_flight = Gauge("sprout_router_in_flight", "Requests being served", registry=registry)
+        self.in_flight = Gauge("sprout_router_in_flight", "Requests being processed", registry=registry)
         self.lag_records = Gauge(
             "sprout_router_lag_records",
-            "Records of an assigned partition that are not finished, as far as the consumer has heard of them",
+            "Unfinished records of an assigned partition, up to the end that the last fetch reported",
             ("partition",),
             registry=registry,
         )
         self._waiting_age_s = Gauge(
             "sprout_router_waiting_age_seconds",
-            "Wall time since the record that waits for a free place was sent; 0 when none waits",
+            "Wall time since the record that waits for capacity was sent; 0 if none waits",
             registry=registry,
         )
         self.overhead_s = Histogram(
             "sprout_router_overhead_seconds",
-            "Wall time from a request's receipt to its published answer, less the time on model servers",
+            "Wall time from receipt of a request to its published response, without the time on model servers",
             buckets=_OVERHEAD_BUCKETS,
             registry=registry,
         )
         self.queued_s = Histogram(
             "sprout_router_queue_seconds",
-            "Event time from a request's own timestamp to its receipt",
+            "Event time from the timestamp of a request to its receipt",
             buckets=_DURATION_BUCKETS,
             registry=registry,
         )
         self.first_token_s = Histogram(
             "sprout_router_first_token_seconds",
-            "Event time from sending to a model server until the first token",
+            "Event time from sending a request to a model server until the first token",
             ("model",),
             buckets=_DURATION_BUCKETS,
             registry=registry,
         )
         self.generation_s = Histogram(
             "sprout_router_generation_seconds",
-            "Event time from sending to a model server until the last token",
+            "Event time from sending a request to a model server until the last token",
             ("model", "level"),
             buckets=_DURATION_BUCKETS,
             registry=registry,
         )
         self.retries = Counter(
-            "sprout_router_retries", "Attempts that followed a failed one", ("pool",), registry=registry
+            "sprout_router_retries", "Attempts after a failed attempt of the same request", ("pool",), registry=registry
         )
         self.endpoint_failures = Counter(
             "sprout_router_endpoint_failures", "Failed attempts and health checks", ("endpoint",), registry=registry
         )
         self.fallbacks = Counter(
             "sprout_router_fallbacks",
-            "Requests served by the reference because no policy could be followed",
+            "Requests served by the reference because no policy was usable, by reason",
             ("model", "reason"),
             registry=registry,
         )
-        self.ungrouped = Counter(
-            "sprout_router_ungrouped",
-            "Requests served by the row for all traffic because the policy's prompt groups were not known here",
+        self.unknown_group_versions = Counter(
+            "sprout_router_unknown_group_versions",
+            "Requests served by the policy's overall probabilities because its prompt groups were not loaded",
             ("model",),
             registry=registry,
         )
         self.control_sequences = Counter(
             "sprout_router_control_sequences",
-            "Requests whose text held control sequences of the chat template",
+            "Requests whose text contained control sequences of the chat template",
             registry=registry,
         )
         self.dead_letters = Counter(
-            "sprout_router_dead_letters", "Messages that were no requests", ("reason",), registry=registry
+            "sprout_router_dead_letters", "Dead letters by reason", ("reason",), registry=registry
         )
-        self.samples = Counter("sprout_router_samples", "Samples published", ("model",), registry=registry)
-        self.not_begun = Counter(
-            "sprout_router_redelivered",
-            "Records that were not begun because they are known here or will be redelivered",
+        self.samples = Counter(
+            "sprout_router_samples", "Samples published for the evaluator", ("model",), registry=registry
+        )
+        self.skipped_records = Counter(
+            "sprout_router_skipped_records",
+            "Delivered records that were not started: already known here, or to be redelivered after a rebalance",
             registry=registry,
         )
-        self.given_up = Counter(
-            "sprout_router_given_up",
-            "Requests given up because their partition was lost or the router stopped; they are redelivered",
+        self.cancelled_requests = Counter(
+            "sprout_router_cancelled_requests",
+            "Running requests cancelled because their partition was lost or the router shut down; they are redelivered",
             registry=registry,
         )
-        self.commits = Counter("sprout_router_commits", "Offset commits", ("outcome",), registry=registry)
+        self.commits = Counter("sprout_router_commits", "Offset commits by outcome", ("outcome",), registry=registry)
         self._policy_age_s = Gauge(
             "sprout_router_policy_age_seconds",
-            "Event time since the policy was made; NaN without one",
+            "Event time since the newest policy was created; NaN without a policy",
             ("model",),
             registry=registry,
         )
@@ -116,34 +128,48 @@ class RouterMetrics:
             registry=registry,
         )
 
-        # A series is looked up for every answer, which `labels` makes dearer than counting in it.
+        # `labels` costs more than the increment itself, and every response needs several series.
         self._requests_of = cache(self.requests.labels)
         self._tokens_of = cache(self.tokens.labels)
         self._generation_s_of = cache(self.generation_s.labels)
         self._first_token_s_of = cache(self.first_token_s.labels)
 
     def watch_waiting(self, age_s: Callable[[], float]) -> None:
-        """Read the age of the oldest waiting record whenever it is asked for."""
+        """Report the age of the waiting record at every scrape."""
         self._waiting_age_s.set_function(age_s)
 
-    def watch_policy(self, model: str, age_s: Callable[[], float]) -> None:
-        """Read a policy's age whenever it is asked for."""
-        self._policy_age_s.labels(model).set_function(age_s)
+    def watch_ages(self, policies: PolicyCache, fleet: Fleet, clock: Clock) -> None:
+        """Report the ages of policies and carbon intensities at every scrape."""
 
-    def watch_intensity(self, zone: str, age_s: Callable[[], float]) -> None:
-        """Read an intensity's age whenever it is asked for."""
-        self._intensity_age_s.labels(zone).set_function(age_s)
+        def watch_policy(model: str) -> None:
+            def age_s() -> float:
+                policy = policies.policy(model)
+                return math.nan if policy is None else (clock.now() - policy.created_at).total_seconds()
+
+            self._policy_age_s.labels(model).set_function(age_s)
+
+        def watch_intensity(zone: str) -> None:
+            def age_s() -> float:
+                known_s = policies.intensities.age_s(zone, clock.now())
+                return math.nan if known_s is None else known_s
+
+            self._intensity_age_s.labels(zone).set_function(age_s)
+
+        for model in fleet.models:
+            watch_policy(model.name)
+        for zone in fleet.zones:
+            watch_intensity(zone)
 
     def answered(self, response: GenerationResponse, *, overhead_s: float) -> None:
-        """Count an answer.
+        """Count a published response.
 
         Args:
-            overhead_s: wall seconds beside the model servers' own.
+            overhead_s: wall seconds from receipt to publication, without the time on model servers.
         """
         decision = response.decision
         pool, level, source = (decision.pool, decision.level, decision.source) if decision else ("", "", "")
         outcome = response.error.code if response.error is not None else "ok"
-        # Producers choose the name of a model that is not served: it must not become a time series.
+        # Clients choose the name of an unknown model: it must not become a time series.
         model = response.model if outcome != "unknown_model" else ""
         self._requests_of(model, outcome, pool, level, source).inc()
         self.overhead_s.observe(overhead_s)
@@ -157,3 +183,60 @@ class RouterMetrics:
         self._generation_s_of(model, level).observe((timing.finished_at - timing.started_at).total_seconds())
         if timing.first_token_at is not None:
             self._first_token_s_of(model).observe((timing.first_token_at - timing.started_at).total_seconds())
+
+
+class Backlog:
+    """Reports the unfinished records of every assigned partition.
+
+    Every fetch reports the end of its partition, so this sends no requests to Kafka.
+    """
+
+    def __init__(
+        self,
+        get_consumer: Callable[[], AIOKafkaConsumer | None],
+        *,
+        finished: Callable[[TopicPartition], int | None],
+        metrics: RouterMetrics,
+    ) -> None:
+        """Set up.
+
+        Args:
+            finished: the offset of a partition before which all records are finished; None if none was started here.
+        """
+        self._get_consumer = get_consumer
+        self._finished = finished
+        self._metrics = metrics
+        self._reported: set[str] = set()
+
+    async def watch(self) -> None:
+        """Update the metric forever."""
+        while True:
+            self._report(await self._measure())
+            await asyncio.sleep(BACKLOG_INTERVAL_S)
+
+    async def _measure(self) -> dict[str, int]:
+        consumer = self._get_consumer()
+        lags: dict[str, int] = {}
+        if consumer is None:
+            return lags
+        try:
+            # `position` waits for a position that is not known yet.
+            async with asyncio.timeout(BACKLOG_INTERVAL_S):
+                for partition in consumer.assignment():
+                    end = consumer.highwater(partition)
+                    if end is None:
+                        continue
+                    finished = self._finished(partition)
+                    if finished is None:
+                        finished = await consumer.position(partition)
+                    lags[str(partition.partition)] = max(0, end - finished)
+        except (IllegalStateError, TimeoutError):  # a rebalance is under way
+            return {}
+        return lags
+
+    def _report(self, lags: dict[str, int]) -> None:
+        for partition in self._reported - set(lags):
+            self._metrics.lag_records.remove(partition)
+        for partition, lag in lags.items():
+            self._metrics.lag_records.labels(partition).set(lag)
+        self._reported = set(lags)

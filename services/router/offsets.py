@@ -1,9 +1,11 @@
-"""Which offsets may be committed: of every partition the finished prefix, and nothing beyond it.
+"""Tracks which offsets may be committed: in every partition the finished prefix, and nothing beyond it.
 
-Requests finish in any order. A commit says "everything before this is done", so it may only move past an offset when
-all before it are finished; what is redelivered after a crash is then at most what was not finished. With every commit
-goes the time from which on the answers to what follows it may have been published: whoever takes the partition over
-looks for them there (`services.router.recovery`) and does nothing twice.
+Requests finish in any order. A committed offset means that all records before it are finished, so it may move past a
+record only when all earlier ones are finished. After a crash only unfinished records are redelivered.
+
+Every commit also stores a time: responses to records at or beyond the committed offset were published at that time or
+later. The next owner of the partition reads the responses from that time on (`services.router.recovery`) and answers
+no record twice. No library does this: Kafka clients commit a position, which is not a finished prefix.
 """
 
 from collections import OrderedDict
@@ -13,23 +15,23 @@ from types import MappingProxyType
 from typing import Final, Generic, TypeVar
 
 P = TypeVar("P", bound=Hashable)
-"""What names a partition."""
+"""The key of a partition."""
 
 SINCE_REFRESH_MS: Final = 30_000
-"""A partition in which nothing is finished is committed all the same when the time it was committed with is so old:
-the next owner has less to look through."""
+"""Age of a committed time after which a partition is committed again although its offset has not moved: the next
+owner then has fewer responses to read."""
 
 _FINISHED: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What is committed of a partition.
+    """A commit of a partition.
 
     Attributes:
-        offset: the next one to read: all before it are finished.
-        since_ms: no answer to a record at or beyond `offset` was published before it; wall, milliseconds since the
-            Unix epoch.
+        offset: the next one to read; all records before it are finished.
+        since_ms: lower bound of the publish time of responses to records at or beyond `offset`; wall time,
+            milliseconds since the Unix epoch.
     """
 
     offset: int
@@ -37,12 +39,12 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where the group stands in a partition that is taken over.
+class RecoveredOffsets:
+    """The progress of the consumer group in a partition that this router has been assigned.
 
     Attributes:
-        commit: what the group committed last.
-        answered: timestamps of the records at or beyond the committed offset whose answers were found, by offset.
+        commit: the last commit of the group.
+        answered: timestamps of the records at or beyond the committed offset that have a response, by offset.
     """
 
     commit: Commit
@@ -50,22 +52,22 @@ class Standing:
 
 
 class _Window:
-    """One partition: the offsets from the first unfinished one on, in order."""
+    """One partition: its offsets from the first unfinished one on, in order."""
 
     __slots__ = ("answered", "committed", "delivered", "inherited_ms", "last_answered", "next", "offsets")
 
     def __init__(self, first: int, since_ms: int) -> None:
-        self.next = first  # all before it are finished
+        self.next = first  # all records before it are finished
         self.committed = Commit(first, since_ms)
-        self.delivered = first - 1  # the last one that came in this epoch
-        # By offset when it was begun here, or _FINISHED. Those that are running were begun in the order of offsets.
+        self.delivered = first - 1  # the last one delivered in this epoch
+        # By offset: the time at which it was started here, or _FINISHED. Running records were started in offset order.
         self.offsets: OrderedDict[int, int] = OrderedDict()
         self.answered: Mapping[int, int] = {}
         self.last_answered = -1
         self.inherited_ms = since_ms
 
-    def settle(self) -> None:
-        """Move past what is finished."""
+    def advance(self) -> None:
+        """Move past the finished prefix."""
         while self.offsets:
             offset, state = next(iter(self.offsets.items()))
             if state != _FINISHED:
@@ -75,24 +77,24 @@ class _Window:
         if self.answered and self.next > self.last_answered:
             self.answered = {}
 
-    def take_over(self, standing: Standing) -> None:
-        """Go on where the group stands; deliveries begin again there."""
-        floor = standing.commit.offset
+    def take_over(self, recovered: RecoveredOffsets) -> None:
+        """Continue at the committed offset of the group, from which records are delivered again."""
+        floor = recovered.commit.offset
         for offset in list(self.offsets):
             if offset < floor:
                 del self.offsets[offset]
-            elif offset in standing.answered:
+            elif offset in recovered.answered:
                 self.offsets[offset] = _FINISHED
         self.next = max(self.next, floor)
-        self.committed = standing.commit
+        self.committed = recovered.commit
         self.delivered = floor - 1
-        self.answered = standing.answered
-        self.last_answered = max(standing.answered, default=-1)
-        self.inherited_ms = standing.commit.since_ms
-        self.settle()
+        self.answered = recovered.answered
+        self.last_answered = max(recovered.answered, default=-1)
+        self.inherited_ms = recovered.commit.since_ms
+        self.advance()
 
     def since_ms(self, now_ms: int) -> int:
-        """From when on the answers to what is not committed may have been published."""
+        """Lower bound of the publish time of responses to records at or beyond `next`."""
         if self.next <= self.last_answered:
             return self.inherited_ms
         return min(next(iter(self.offsets.values())), now_ms) if self.offsets else now_ms
@@ -100,11 +102,11 @@ class _Window:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim(Generic[P]):
-    """A record that is being worked on here; handed back to `finish`.
+    """A record that is being processed here; passed to `finish` at its end.
 
     Attributes:
-        log_restarted: the partition's log has begun again at a lower offset than before, as that of a topic that was
-            deleted and created anew.
+        log_restarted: the log of the partition restarted at a lower offset, for example because the topic was deleted
+            and created again.
     """
 
     partition: P
@@ -114,14 +116,13 @@ class Claim(Generic[P]):
 
 
 class OffsetTracker(Generic[P]):
-    """Follows records from their arrival to their end, over all partitions; does no I/O.
+    """Follows records from delivery to completion, in all partitions; does no I/O.
 
-    Within an epoch the offsets of a partition arrive in growing order; there may be gaps between them, which no record
-    ever fills. A rebalance is told in three steps: `suspend` when partitions are taken away, `keep` when it is known
-    which of them came back, `resume` when it is known where the group stands in them. The first and the last begin a
-    new epoch, and a record that was fetched in an earlier epoch is refused: it will come again. A partition that came
-    back is delivered from its committed offset on, so what is running or finished here comes again, and is recognised;
-    so is what another router answered.
+    Within an epoch the offsets of a partition are delivered in ascending order, possibly with gaps. A rebalance has
+    three steps: `suspend` when partitions are revoked, `keep` when partitions are assigned, `resume` when the progress
+    of the group in them is known. Each step starts a new epoch. A record that was fetched in an earlier epoch is
+    refused, because it will be redelivered. An assigned partition is delivered from its committed offset on: records
+    that are running or finished here, or were answered by another router, are recognised and not started again.
     """
 
     def __init__(self) -> None:
@@ -130,21 +131,22 @@ class OffsetTracker(Generic[P]):
         self.epoch = 0
 
     def begin(self, partition: P, offset: int, *, epoch: int, timestamp_ms: int, now_ms: int) -> Claim[P] | None:
-        """A record has arrived; returns a claim when it is to be worked on.
-
-        It is not when it was fetched before the last rebalance, when its partition is being taken away, or when it is
-        known already: answered by the partition's earlier owner, or redelivered although it is still running here, or
-        finished.
+        """Register a delivered record.
 
         Args:
-            epoch: the tracker's epoch when the record was fetched.
-            timestamp_ms: the record's; tells it from another one that bore the same offset in an earlier log.
-            now_ms: wall, milliseconds since the Unix epoch.
+            epoch: the epoch of the tracker when the record was fetched.
+            timestamp_ms: the timestamp of the record; distinguishes it from a record with the same offset in an
+                earlier log.
+            now_ms: wall time, milliseconds since the Unix epoch.
+
+        Returns:
+            A claim if the record is to be processed. None if it was fetched before the last rebalance, if its
+            partition is suspended, or if it is known: running or finished here, or answered by an earlier owner.
         """
         if epoch != self.epoch or partition in self._suspended:
             return None
         window = self._windows.get(partition)
-        # Kafka delivers nothing twice between two rebalances, so these are other records that bear the offsets of old.
+        # Within an epoch Kafka delivers no offset twice, so this is another record with an old offset: a new log.
         log_restarted = window is not None and offset <= window.delivered
         if window is None or log_restarted:
             window = self._windows[partition] = _Window(offset, now_ms)
@@ -153,19 +155,19 @@ class OffsetTracker(Generic[P]):
             return None
         if window.answered.get(offset) == timestamp_ms:
             window.offsets[offset] = _FINISHED
-            window.settle()
+            window.advance()
             return None
         window.offsets[offset] = now_ms
         return Claim(partition, offset, window, log_restarted)
 
     def finish(self, claim: Claim[P]) -> None:
-        """A record is done with; said twice, or of a partition that was lost meanwhile, it means nothing."""
+        """Mark a record as finished; no effect if it is finished already or its partition was lost."""
         if claim.offset in claim.window.offsets:
             claim.window.offsets[claim.offset] = _FINISHED
-            claim.window.settle()
+            claim.window.advance()
 
-    def wanted(self, claim: Claim[P]) -> bool:
-        """Whether a record is still to be answered here."""
+    def still_owned(self, claim: Claim[P]) -> bool:
+        """Whether the record is still to be answered by this router."""
         return (
             self._windows.get(claim.partition) is claim.window
             and claim.window.offsets.get(claim.offset, _FINISHED) != _FINISHED
@@ -174,12 +176,12 @@ class OffsetTracker(Generic[P]):
     def committable(
         self, partitions: Collection[P] | None = None, *, now_ms: int, everything: bool = False
     ) -> dict[P, Commit]:
-        """What there is to commit, by partition, where it has moved since the last commit.
+        """Commits by partition, where they differ from the last ones.
 
         Args:
-            partitions: only of these, suspended or not; null: of all that are not suspended.
-            now_ms: wall, milliseconds since the Unix epoch.
-            everything: also where nothing has moved.
+            partitions: only these, suspended or not; None: all that are not suspended.
+            now_ms: wall time, milliseconds since the Unix epoch.
+            everything: include partitions without progress.
         """
         found = {
             partition: (window, Commit(window.next, window.since_ms(now_ms)))
@@ -195,38 +197,38 @@ class OffsetTracker(Generic[P]):
         }
 
     def note_committed(self, commits: Mapping[P, Commit]) -> None:
-        """These have been committed."""
+        """Note that Kafka has accepted these commits."""
         for partition, commit in commits.items():
             window = self._windows.get(partition)
             if window is not None and commit.offset >= window.committed.offset:
                 window.committed = commit
 
     def finished(self, partition: P) -> int | None:
-        """The offset before which all is finished; null where nothing is known of the partition."""
+        """The offset before which all records are finished; None for an unknown partition."""
         window = self._windows.get(partition)
         return None if window is None else window.next
 
     def suspend(self, partitions: Iterable[P]) -> None:
-        """Partitions are being taken away: begin nothing of them; what runs may finish and be committed."""
+        """Start no more records of these partitions; running ones may finish and be committed."""
         self._suspended.update(partitions)
         self.epoch += 1
 
     def keep(self, assigned: Collection[P]) -> None:
-        """Partitions are assigned, and wait for `resume`; all others are lost, and forgotten."""
+        """Suspend the assigned partitions until `resume`; forget all others."""
         self._windows = {partition: window for partition, window in self._windows.items() if partition in assigned}
         self._suspended = set(assigned)
         self.epoch += 1
 
-    def resume(self, standings: Mapping[P, Standing]) -> None:
-        """Go on with partitions that were kept.
+    def resume(self, recovered: Mapping[P, RecoveredOffsets]) -> None:
+        """Continue with partitions after `keep`.
 
-        Where the group stands below what was committed here (the log began again, or someone reset the group), the
-        partition starts afresh, and work on its records is in vain; see `wanted`.
+        If the committed offset of the group is below the one committed here (the log restarted, or the group was
+        reset), the partition starts again from there, and its running records are not owned any more.
         """
-        for partition, standing in standings.items():
+        for partition, found in recovered.items():
             window = self._windows.get(partition)
-            if window is None or standing.commit.offset < window.committed.offset:
-                window = self._windows[partition] = _Window(standing.commit.offset, standing.commit.since_ms)
-            window.take_over(standing)
+            if window is None or found.commit.offset < window.committed.offset:
+                window = self._windows[partition] = _Window(found.commit.offset, found.commit.since_ms)
+            window.take_over(found)
             self._suspended.discard(partition)
         self.epoch += 1

@@ -1,49 +1,48 @@
-"""Finds what was already answered of a partition that is taken over.
+"""Recovers the progress of the consumer group in partitions that this router has been assigned.
 
-Every answer and every dead letter of the router names the record that it is for in a header. A commit carries the time
-from which on such messages may have been published for the records that follow it. Whoever is assigned the partition
-reads the topics from that time to their end, and knows what not to do again.
+Every response and every dead letter of the router carries a header that identifies its record. The metadata of every
+commit holds a lower bound of the publish time of responses to records beyond the committed offset. The new owner of a
+partition reads the output topics from that time to their end, so it knows which records are answered.
 """
 
+import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import OffsetAndMetadata
 
-from services.router.offsets import Commit, Standing
+from services.router.offsets import Commit, RecoveredOffsets
 from shared.runtime.settings import KafkaSettings
 
 SOURCE_HEADER: Final = "sprout-request"
-"""Of an answer or a dead letter: the record it is for, as `Source` writes it."""
+"""Header of a response or dead letter: the record it belongs to, in the format of `Source`."""
+
+CLOCK_MARGIN_MS: Final = 10_000
+"""Tolerated step back of a machine's clock between a commit and a response."""
 
 _POLL_MS: Final = 200
-"""Wall milliseconds to wait for more of what is known to be there."""
-
-MARGIN_MS: Final = 10_000
-"""A machine's clock may be set back by so much between a commit and an answer."""
-
-_SINCE: Final = "since-ms="
+_METADATA_PREFIX: Final = "since-ms="
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A record of the topic of requests; the timestamp tells it from one of an earlier log at the same offset."""
+    """A record of the topic `requests`; the timestamp distinguishes it from one with its offset in an earlier log."""
 
     partition: int
     offset: int
     timestamp_ms: int
 
     @classmethod
-    def of(cls, record: Any) -> Self:  # noqa: ANN401 - FastStream's record
-        """Name a record."""
+    def of(cls, record: Any) -> Self:  # noqa: ANN401 - aiokafka has no types
+        """The source of a record."""
         return cls(record.partition, record.offset, record.timestamp)
 
     @classmethod
     def parse(cls, header: bytes) -> Self | None:
-        """Read a header; null where it is none of ours."""
+        """Parse a header; None if it is not in this format."""
         try:
             partition, offset, timestamp_ms = map(int, header.decode("ascii").split(":"))
         except ValueError:
@@ -54,30 +53,30 @@ class Source:
         return f"{self.partition}:{self.offset}:{self.timestamp_ms}"
 
 
-def stored(commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
-    """Commits as Kafka stores them."""
+def to_kafka(commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
+    """Commits in Kafka's format."""
     return {
-        partition: OffsetAndMetadata(commit.offset, f"{_SINCE}{commit.since_ms}")
+        partition: OffsetAndMetadata(commit.offset, f"{_METADATA_PREFIX}{commit.since_ms}")
         for partition, commit in commits.items()
     }
 
 
-def commit_of(found: OffsetAndMetadata) -> Commit | None:
-    """What the group stores of a partition; null where it is nothing, or nothing that a router committed."""
-    since = str(found.metadata or "").removeprefix(_SINCE)
-    if found.offset < 0 or not since.isdecimal():
+def from_kafka(stored: OffsetAndMetadata) -> Commit | None:
+    """A commit from Kafka's format; None if there is no commit, or none by a router."""
+    since = str(stored.metadata or "").removeprefix(_METADATA_PREFIX)
+    if stored.offset < 0 or not since.isdecimal():
         return None
-    return Commit(found.offset, int(since))
+    return Commit(stored.offset, int(since))
 
 
-def answered(
+def collect_answered(
     records: Collection["ConsumerRecord[bytes, bytes]"], commits: Mapping[int, Commit], found: dict[int, dict[int, int]]
 ) -> None:
-    """Note for which records at or beyond the committed offsets these messages are.
+    """Collect the sources of responses and dead letters, if they are at or beyond the committed offset.
 
     Args:
-        commits: by partition of the topic of requests.
-        found: timestamps of the records that were answered, by partition and offset; added to.
+        commits: by partition number of the topic `requests`.
+        found: output: timestamps of answered records, by partition number and offset.
     """
     for record in records:
         for name, value in record.headers:
@@ -87,40 +86,72 @@ def answered(
                 found.setdefault(source.partition, {})[source.offset] = source.timestamp_ms
 
 
+class GroupProgress(Protocol):
+    """Reads the progress of the consumer group; `KafkaGroupProgress`."""
+
+    async def committed(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, OffsetAndMetadata]:
+        """The last commits of the group, without partitions that have none."""
+
+    async def recovered(self, commits: Mapping[TopicPartition, Commit]) -> Mapping[TopicPartition, RecoveredOffsets]:
+        """The same commits with the records beyond them that are answered."""
+
+
+async def recover(
+    progress: GroupProgress, consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition]
+) -> Mapping[TopicPartition, RecoveredOffsets]:
+    """The progress of the group in partitions, which are assigned to the consumer and paused.
+
+    Partitions without a router's commit get one first. The next owner then finds a time from which to read.
+
+    Raises:
+        KafkaError: Kafka could not be read.
+    """
+    stored = await progress.committed(partitions)
+    commits = {partition: commit for partition, one in stored.items() if (commit := from_kafka(one)) is not None}
+    first = [partition for partition in partitions if partition not in commits]
+    if first:
+        begins = await consumer.beginning_offsets(first)
+        now_ms = int(time.time() * 1_000)
+        initial = {one: Commit(stored[one].offset if one in stored else begins[one], now_ms) for one in first}
+        await consumer.commit(to_kafka(initial))
+        commits |= initial
+    return await progress.recovered(commits)
+
+
 @dataclass(frozen=True, slots=True)
-class Recovery:
-    """Asks Kafka where the group stands.
+class KafkaGroupProgress:
+    """Reads the progress of a group from Kafka.
 
     Attributes:
-        topics: full names of those that are written once for each record.
+        topics: full names of the output topics: one message for each finished record.
     """
 
     kafka: KafkaSettings
     group: str
     topics: tuple[str, ...]
 
-    async def commits(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
-        """What the group has stored of partitions; those of which it has nothing are left out.
+    async def committed(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
+        """The last commits of the group, without partitions that have none.
 
         Raises:
-            KafkaError: it could not be asked.
+            KafkaError: Kafka could not be read.
         """
         admin = AIOKafkaAdminClient(**self.kafka.client_options())
         try:
             await admin.start()
-            found = await admin.list_consumer_group_offsets(self.group, partitions=list(partitions))
+            stored = await admin.list_consumer_group_offsets(self.group, partitions=list(partitions))
         finally:
             await admin.close()
-        return {partition: one for partition, one in found.items() if one.offset >= 0}
+        return {partition: one for partition, one in stored.items() if one.offset >= 0}
 
-    async def standings(self, commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, Standing]:
-        """Where the group stands, all that was answered beyond its commits included.
+    async def recovered(self, commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, RecoveredOffsets]:
+        """The same commits with the records beyond them that are answered.
 
         Raises:
-            KafkaError: the topics could not be read.
+            KafkaError: the output topics could not be read.
         """
         by_number = {partition.partition: commit for partition, commit in commits.items()}
-        since_ms = max(0, min(commit.since_ms for commit in commits.values()) - MARGIN_MS)
+        since_ms = max(0, min(commit.since_ms for commit in commits.values()) - CLOCK_MARGIN_MS)
         found: dict[int, dict[int, int]] = {}
         consumer = AIOKafkaConsumer(
             *self.topics,
@@ -132,18 +163,19 @@ class Recovery:
         try:
             await consumer.start()
             async for records in _records_since(consumer, since_ms):
-                answered(records, by_number, found)
+                collect_answered(records, by_number, found)
         finally:
             await consumer.stop()
         return {
-            partition: Standing(commit, found.get(partition.partition, {})) for partition, commit in commits.items()
+            partition: RecoveredOffsets(commit, found.get(partition.partition, {}))
+            for partition, commit in commits.items()
         }
 
 
 async def _records_since(
     consumer: AIOKafkaConsumer, since_ms: int
 ) -> AsyncIterator[Collection["ConsumerRecord[bytes, bytes]"]]:
-    """All that a consumer's topics hold now of messages from `since_ms` on, and of what follows them."""
+    """All records of the consumer's topics from a timestamp up to the current end."""
     partitions = consumer.assignment()
     ends = await consumer.end_offsets(partitions)
     begins = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))

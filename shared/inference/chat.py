@@ -1,17 +1,19 @@
-"""From a conversation and a directive to the text that a model server is given.
+"""Renders a conversation and a directive into the prompt text for a model server.
 
-The directive is a system message (paper, section 3.1). It joins the producer's own: the producer's first, then the
-directive. Level L0 adds nothing at all, so that a request without a system message is rendered without one, even
-where a model's published template would put a default in its place.
+The directive is a system message (paper, section 3.1), appended to the requester's own system message. Level L0 adds
+nothing, so a request without a system message is rendered without one, even where a model's published template would
+insert a default.
 
-**Control sequences.** A template marks turns with sequences such as `<|im_end|>` or `[/INST]`, which the model
-server's tokenizer turns into control tokens wherever they stand. Text of a conversation must not be able to end its
-own turn and begin another, so a control sequence inside it is either broken by a blank after its first character
-(`< |im_end|>`, the default: people do ask about markup, and `<s>` is also HTML) or refused. Callers learn of it
-from `ChatTemplate.control_sequences`.
+**Control sequences.** A template marks turns with sequences such as `<|im_end|>` or `[/INST]`, which the model server's
+tokenizer turns into control tokens wherever they occur. The text of a conversation must not be able to end its own turn
+and begin another, so a control sequence in it is either broken by a space after its first character (`< |im_end|>`, the
+default, because people ask about markup, and `<s>` is also HTML) or rejected. `ChatTemplate.control_sequences` lists
+those that occur.
 
-**Begin-of-sequence.** TensorRT-LLM's preprocessing puts the model's begin-of-sequence token in front of every prompt,
-so the rendered text does not start with it; between turns it stands where the template has it.
+**Begin-of-sequence.** TensorRT-LLM's preprocessing adds the model's begin-of-sequence token to every prompt, so the
+rendered text does not start with it. Between turns it remains where the template has it.
+
+Only Jinja is needed: the package `transformers` renders the same templates, but is far larger than this module's needs.
 """
 
 import json
@@ -31,15 +33,15 @@ from shared.messages import ChatMessage
 ControlSequencePolicy = Literal["break", "refuse"]
 
 SYSTEM_SEPARATOR: Final = "\n\n"
-"""Between two system messages that become one, and before the user's text where a template has no system role."""
+"""Joins system messages, and precedes the user's text where a template has no system role."""
 
 
 class ChatTemplateError(ValueError):
-    """A chat template is missing or unusable; the message names it and what to do."""
+    """A chat template is missing or unusable; the message names it and the remedy."""
 
 
 class ConversationError(ValueError):
-    """A conversation cannot be rendered with this template; the message says why, and quotes no content."""
+    """A conversation cannot be rendered with this template; the message says why, without quoting it."""
 
 
 _PROBE_SYSTEM: Final = "sprout-system-probe"
@@ -51,7 +53,7 @@ class ChatTemplate:
 
     Attributes:
         name: as in the fleet file.
-        stop: sequences that end an answer, for the model server's stop words.
+        stop: sequences that end an answer.
     """
 
     def __init__(
@@ -67,26 +69,26 @@ class ChatTemplate:
         """Compile a template.
 
         Args:
-            source: Jinja, in Hugging Face's conventions: `messages`, `add_generation_prompt`, `bos_token`,
+            source: Jinja, by Hugging Face's conventions: `messages`, `add_generation_prompt`, `bos_token`,
                 `eos_token`, `raise_exception`.
             control: sequences that the text of a conversation must not contain.
 
         Raises:
-            ChatTemplateError: it is not valid Jinja, or does not render a plain conversation.
+            ChatTemplateError: it is not valid Jinja, or cannot render a plain conversation.
         """
         self.name = name
         self.stop = tuple(stop)
         self._bos_token = bos_token
         self._eos_token = eos_token
         self._template = _compile(name, source)
-        # A blank breaks a sequence only if it has two characters and none of them is a blank.
+        # A space breaks a sequence only if it has at least two characters and no white space.
         breakable = {one for one in control if len(one) > 1 and not any(map(str.isspace, one))}
         sequences = sorted(breakable, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, sequences))) if sequences else None
         self._has_system_role = self._probe()
 
     def control_sequences(self, messages: Iterable[ChatMessage]) -> tuple[str, ...]:
-        """The control sequences of this template that occur in the text of a conversation, each once."""
+        """The control sequences of this template in the text of a conversation, each once."""
         if self._control is None:
             return ()
         found = (match.group() for turn in messages for match in self._control.finditer(turn.content))
@@ -99,15 +101,15 @@ class ChatTemplate:
         *,
         control_sequences: ControlSequencePolicy = "break",
     ) -> str:
-        """The prompt text, ending where the model's answer is to begin.
+        """Render the prompt text, which ends where the model's answer begins.
 
         Args:
-            messages: the conversation; its system messages become one, in front.
+            messages: the conversation; its system messages are joined and placed first.
             directive: the directive's text; empty for L0.
-            control_sequences: what to do with a control sequence in the text, see the module's description.
+            control_sequences: how to handle a control sequence in the text, see the module's docstring.
 
         Raises:
-            ConversationError: the template refuses the conversation, or a control sequence is in it and is refused.
+            ConversationError: the template rejects the conversation, or a control sequence in it is rejected.
         """
         system: list[str] = []
         turns: list[dict[str, str]] = []
@@ -123,7 +125,7 @@ class ChatTemplate:
         try:
             return self._render(self._with_system(whole, turns))
         except TemplateError as error:
-            raise ConversationError(f"chat template {self.name!r} refuses 'messages': {error}") from error
+            raise ConversationError(f"chat template {self.name!r} rejects 'messages': {error}") from error
 
     def _guarded(self, content: str, index: int, policy: ControlSequencePolicy) -> str:
         found = self._control.search(content) if self._control is not None else None
@@ -161,10 +163,10 @@ class ChatTemplate:
         return text.removeprefix(self._bos_token)
 
     def _probe(self) -> bool:
-        """Whether the template has a place for a system message.
+        """Whether the template renders a system message.
 
         Raises:
-            ChatTemplateError: it does not even render a user's turn.
+            ChatTemplateError: it cannot render a user's turn.
         """
         user = {"role": "user", "content": _PROBE_USER}
         try:
@@ -180,20 +182,20 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """The tag `generation`, which marks the model's own turns for training and means nothing here."""
+    """The tag `generation`, which marks the model's turns for training and has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja types it
 
     def parse(self, parser: Parser) -> list[Node]:
-        """Only what is between the tags is kept."""
+        """Keep only the content between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _compile(name: str, source: str) -> Template:
-    """Compile in a sandbox that can change nothing: a template is data that came with a model.
+    """Compile in Jinja's immutable sandbox, because a template is data from the model's publisher.
 
-    The environment is the one that Hugging Face's templates are written for.
+    The environment has the options, globals and filters for which Hugging Face's templates are written.
     """
 
     def raise_exception(message: str) -> NoReturn:
@@ -215,7 +217,7 @@ def _compile(name: str, source: str) -> Template:
 
 
 def _break_all(control: re.Pattern[str], content: str) -> str:
-    """Put a blank into every control sequence; repeated, because what is left may form another one."""
+    """Insert a space into every control sequence; repeated, because the result may contain another one."""
     while control.search(content) is not None:
         content = control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", content)
     return content

@@ -1,8 +1,8 @@
-"""Where chat templates come from: built in, a Jinja file, or what a model's folder says.
+"""Loads chat templates: built in, from a Jinja file, or from a model's folder.
 
-Models are published with `chat_template.jinja` or, before that, with a `chat_template` in `tokenizer_config.json`,
-which is a text, or several by name. The tokens that begin and end a sequence are in `tokenizer_config.json`, or in
-`special_tokens_map.json` beside it.
+Models are published with a file `chat_template.jinja`, or in older releases with a field `chat_template` in
+`tokenizer_config.json`, which holds one text, or several by name. The begin-of-sequence and end-of-sequence tokens are
+in `tokenizer_config.json`, or in `special_tokens_map.json` beside it.
 """
 
 import json
@@ -19,7 +19,7 @@ LARGEST_TEMPLATE_BYTES: Final = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What is known of a built-in template."""
+    """The sequences and tokens of a built-in template."""
 
     stop: tuple[str, ...]
     control: tuple[str, ...]
@@ -69,17 +69,17 @@ BUILT_IN: Final = tuple(_FAMILIES)
 """Names of the built-in templates."""
 
 _MARKUP: Final = re.compile(r"<\|[^|<>\s]{1,64}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<bos>|<eos>")
-"""Control sequences of the common families, to be recognised in the source of a template that is not built in."""
+"""Control sequences of common model families, searched for in the source of a template that is not built in."""
 
 
 class ChatTemplates:
-    """Loads templates, each once."""
+    """Loads each template once."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, ChatTemplate] = {}
 
     def load(self, name: str) -> ChatTemplate:
-        """A built-in template by name, or one from a Jinja file or a model's folder.
+        """Load a built-in template by name, or one from a Jinja file or a model's folder.
 
         Raises:
             ChatTemplateError: there is no such template, or it is unusable.
@@ -91,7 +91,7 @@ class ChatTemplates:
 
 def _built_in(name: str) -> ChatTemplate:
     family = _FAMILIES[name]
-    source = resources.files("shared.inference.chat_templates").joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+    source = resources.files("shared.inference").joinpath("chat_templates", f"{name}.jinja").read_text(encoding="utf-8")
     return ChatTemplate(
         name,
         source,
@@ -103,11 +103,11 @@ def _built_in(name: str) -> ChatTemplate:
 
 
 def _from_path(name: str) -> ChatTemplate:
-    """A file of Jinja, a `tokenizer_config.json`, or a folder as models are published."""
+    """Load a Jinja file, a `tokenizer_config.json`, or a folder in the form in which models are published."""
     path = Path(name)
     if not path.exists():
         raise ChatTemplateError(
-            f"chat template {name!r} is neither built in ({', '.join(BUILT_IN)}) nor a file or folder that exists"
+            f"chat template {name!r} is neither built in ({', '.join(BUILT_IN)}) nor an existing file or folder"
         )
     folder = path if path.is_dir() else path.parent
     tokenizer = _document(folder / "special_tokens_map.json") | _document(folder / "tokenizer_config.json")
@@ -143,7 +143,7 @@ def _read(path: Path) -> str:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """Read a JSON object; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -156,15 +156,15 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _template_of(tokenizer: dict[str, Any], path: Path, missing: str) -> str:
-    """The `chat_template` of a tokenizer's configuration: a text, or several by name with a `default`."""
+    """The `chat_template` of a tokenizer's configuration: one text, or the `default` of several."""
     found = tokenizer.get("chat_template")
     if isinstance(found, list):
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
     if isinstance(found, dict):
         if "default" not in found:
             raise ChatTemplateError(
-                f"the chat templates in {path} are called {', '.join(map(str, found)) or 'nothing'}, none of them "
-                "'default': put the one that you want into a .jinja file, and name that"
+                f"none of the chat templates in {path} is named 'default' (they are: "
+                f"{', '.join(map(str, found)) or 'none'}): copy the one that you want to a .jinja file, and name that"
             )
         found = found["default"]
     if not isinstance(found, str):
@@ -173,7 +173,7 @@ def _template_of(tokenizer: dict[str, Any], path: Path, missing: str) -> str:
 
 
 def _token(tokenizer: dict[str, Any], name: str) -> str:
-    """A special token's text: published either as a string or as an object with `content`."""
+    """The text of a special token, which is published as a string or as an object with `content`."""
     value = tokenizer.get(name)
     if isinstance(value, dict):
         value = value.get("content")

@@ -1,7 +1,7 @@
 """Counts tokens with a model's own tokenizer, for servers that do not count.
 
-A count is that of the text that came, tokenized anew: a token that is no text, such as the end of the answer, is not in
-it, and a text has now and then another split than the one in which it was generated.
+The received text is tokenized again, so a count can differ slightly from the server's: tokens without text, such as
+end-of-sequence, are missing, and a text may be split differently than it was generated.
 """
 
 import asyncio
@@ -13,28 +13,28 @@ from typing import Any, Final
 from shared.fleet import FleetError
 
 LONG_TEXT_CHARS: Final = 20_000
-"""A longer text is counted in a thread: it takes tens of milliseconds, in which nothing else would be served."""
+"""Longer texts are counted in a thread: it takes tens of milliseconds, which would block the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """Tokens of one generation."""
+    """Number of tokens of one generation."""
 
     prompt: int
     completion: int
 
 
 class Tokenizer:
-    """A model's tokenizer, for counting alone."""
+    """A model's tokenizer, used only for counting."""
 
     def __init__(self, path: Path) -> None:
-        """Load it.
+        """Load the tokenizer.
 
         Args:
             path: `tokenizer.json`, or a model's folder that has one.
 
         Raises:
-            FleetError: it is missing or unusable, or the package `tokenizers` is not installed.
+            FleetError: the file is missing or unusable, or the package `tokenizers` is not installed.
         """
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
@@ -49,20 +49,20 @@ class Tokenizer:
             self._tokenizer = library.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise FleetError(f"tokenizer {file} cannot be read: {error}") from error
-        # As published, some cut every text at some length, or fill it up to one.
+        # Some published tokenizers truncate or pad every text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def tokens(self, text: str, *, special: bool) -> int:
-        """Tokens of a text.
+        """Number of tokens of a text.
 
         Args:
-            special: with those that the tokenizer puts around a text, such as begin-of-sequence.
+            special: include the tokens that the tokenizer adds to a text, such as begin-of-sequence.
         """
         return len(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     async def count(self, prompt: str, completion: str) -> TokenCounts:
-        """Tokens of a prompt, as the server puts it into its model, and of what it answered."""
+        """Count the tokens of a prompt, with those that the server adds to it, and of an answer."""
         if len(prompt) + len(completion) > LONG_TEXT_CHARS:
             return await asyncio.to_thread(self._counts, prompt, completion)
         return self._counts(prompt, completion)
@@ -72,16 +72,16 @@ class Tokenizer:
 
 
 class Tokenizers:
-    """Loads tokenizers, each once."""
+    """Loads each tokenizer once."""
 
     def __init__(self) -> None:
         self._loaded: dict[Path, Tokenizer] = {}
 
     def load(self, path: Path | None) -> Tokenizer | None:
-        """The tokenizer at a path; null for none.
+        """The tokenizer at a path; None for no path.
 
         Raises:
-            FleetError: it is missing or unusable.
+            FleetError: the tokenizer is missing or unusable.
         """
         if path is None:
             return None

@@ -10,6 +10,7 @@
 import base64
 import json
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -189,23 +190,28 @@ def message_decoder(model: type[M]) -> Callable[[KafkaMessage], Awaitable[M]]:
     return decode
 
 
+async def parse_any_headers(
+    raw: Any,  # noqa: ANN401 - a record or a batch of records
+    parse_text: Callable[[Any], Awaitable[KafkaMessage]],
+) -> KafkaMessage:
+    """A FastStream parser for records with binary header values, at which FastStream's own parser fails.
+
+    The handler sees such values in base64; the raw message, from which a dead letter is made, keeps them as they are.
+    """
+    if all(_is_text(content) for record in _records_of(raw) for _, content in record.headers):
+        return await parse_text(raw)
+    encoded = tuple(_with_text_headers(record) for record in _records_of(raw))
+    message = await parse_text(encoded if isinstance(raw, (tuple, list)) else encoded[0])
+    message.raw_message = raw
+    return message
+
+
 class DeadLetterMiddleware(BaseMiddleware[Any, Any]):
     """Turns a message that cannot be processed into a dead letter and acknowledges it."""
 
     def __init__(self, msg: Any, /, *, context: ContextRepo, dead_letters: DeadLetterPublisher) -> None:  # noqa: ANN401
         super().__init__(msg, context=context)
         self._dead_letters = dead_letters
-
-    async def on_receive(self) -> None:
-        """Encode header values that are not UTF-8 in base64."""
-        # FastStream decodes header values as UTF-8 before any handler runs and would fail.
-        for record in self._records():
-            if any(not _is_text(content) for _, content in record.headers):
-                record.headers = tuple(
-                    (name, content if _is_text(content) else _base64(content or b"").encode())
-                    for name, content in record.headers
-                )
-        return await super().on_receive()
 
     async def after_processed(
         self,
@@ -234,6 +240,13 @@ class DeadLetterMiddleware(BaseMiddleware[Any, Any]):
 def _records_of(raw: Any) -> "tuple[ConsumerRecord[bytes, bytes], ...]":  # noqa: ANN401
     """The records of a FastStream raw message: one, or a batch (a list with the in-memory test broker)."""
     return tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
+
+
+def _with_text_headers(record: "ConsumerRecord[bytes, bytes]") -> "ConsumerRecord[bytes, bytes]":
+    headers = tuple(
+        (name, content if _is_text(content) else _base64(content or b"").encode()) for name, content in record.headers
+    )
+    return replace(record, headers=headers)
 
 
 def _as_poison(error: Exception) -> PoisonMessageError:

@@ -64,8 +64,12 @@ class Publisher(Protocol):
         *,
         key: bytes | None = None,
         headers: dict[str, str] | None = None,
+        correlation_id: str | None = None,
     ) -> object:
         """Publish a message; returns once Kafka has it.
+
+        Args:
+            correlation_id: sent as a header; None: FastStream draws a UUID, a system call for every message.
 
         Raises:
             KafkaError: it could not be published, or Kafka did not say whether it was.

@@ -8,7 +8,7 @@ from aiokafka.errors import KafkaError
 from faststream.kafka import KafkaBroker
 from faststream.middlewares import AckPolicy
 
-from shared.kafka.dead_letters import DeadLetterPublisher, batch_decoder, message_decoder
+from shared.kafka.dead_letters import DeadLetterPublisher, batch_decoder, message_decoder, parse_any_headers
 from shared.runtime.settings import KafkaSettings
 from shared.topics import TopicSpec
 
@@ -138,7 +138,7 @@ def _subscribe(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec, **opt
         description=spec.description,
         # Otherwise FastStream sends a handler's result to the topic that a record's header `reply_to` names.
         no_reply=True,
-        **options,
+        **{"parser": parse_any_headers, **options},
     )
     return subscriber
 

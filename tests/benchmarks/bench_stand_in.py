@@ -1,11 +1,11 @@
-"""How many requests a second the stand-in model serves, and what one costs.
+"""Throughput of the stand-in model, and its CPU time per request.
 
 Run `python -m tests.benchmarks.bench_stand_in`.
 
-Starts Triton with a stand-in on a made-up workload (or on the file that WORKLOAD names), in event time 720 times as
-fast as ours (a day in two minutes), and asks it through gRPC as the router does, with 1, 8 and 32 requests at once.
-It prints requests a second and CPU time per request, of the server, the model and the client, and how much longer than
-recorded a request took in wall time.
+It starts Triton with a stand-in on a made-up workload (or on the file in WORKLOAD), with a clock 720 times as fast as
+wall time (a day in two minutes), and sends gRPC requests as the router does, with 1, 8 and 32 at once. It prints
+requests per second, CPU time per request of the server, the model and the client, and how much longer than recorded a
+request took, in wall time.
 """
 
 import asyncio
@@ -23,13 +23,10 @@ import numpy as np
 import psutil
 import tritonclient.grpc.aio as grpcclient
 
-from deploy.local.paths import default_state_dir
-from deploy.local.processes import ProcessSpec, Supervisor
-from deploy.local.triton import free_triton_ports, install, ready_probe
 from deploy.triton.models import stand_in_llm
-from deploy.triton.repository import write_repository
 from deploy.triton.stand_in.workload import load_workload
 from shared.runtime.clock import Clock
+from tests.support.triton import serving_triton
 
 RATE = 720.0
 REQUESTS = 600
@@ -39,7 +36,7 @@ DIRECTIVES = ("", "Always answer briefly.", "Always answer very briefly.")
 
 
 def made_up_workload(path: Path) -> Path:
-    """Answers of about the length and pace of Llama-2-13B on an A100."""
+    """Write answers of about the length and speed of Llama-2-13B on an A100."""
     with path.open("w", encoding="utf-8") as file:
         for number in range(200):
             responses = {}
@@ -64,7 +61,7 @@ def tensor(name: str, value: object, kind: str, dtype: type) -> grpcclient.Infer
 
 
 async def ask(client: grpcclient.InferenceServerClient, prompt: str, system: str) -> tuple[int, float]:
-    """Responses and wall seconds of one streamed request."""
+    """Send one streamed request; returns the number of responses and the wall seconds."""
     text = f"<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{prompt} [/INST]" if system else f"<s>[INST] {prompt} [/INST]"
     inputs = [
         tensor("text_input", text.encode(), "BYTES", np.object_),
@@ -95,7 +92,7 @@ def cpu_s(pid: int) -> tuple[float, float, float]:
 
 
 async def measure(grpc: str, pid: int, prompts: Iterator[tuple[str, str, float]], concurrency: int) -> str:
-    """One line of the table."""
+    """Measure one line of the table."""
     done: list[tuple[int, float, float]] = []
     async with grpcclient.InferenceServerClient(grpc) as client:
 
@@ -120,39 +117,24 @@ async def measure(grpc: str, pid: int, prompts: Iterator[tuple[str, str, float]]
 
 def main() -> None:
     """Run the benchmark and print its table."""
-    installation = install(default_state_dir(), say=print)
     with tempfile.TemporaryDirectory(prefix="sprout-bench-") as scratch:
         folder = Path(scratch)
         given = os.environ.get("WORKLOAD")
         path = Path(given) if given else made_up_workload(folder / "workload.jsonl")
-        workload = load_workload(path)
-        write_repository(folder / "models", [stand_in_llm(path, model=MODEL)])
-        ports = free_triton_ports()
-        clock = Clock.starting(datetime(2023, 2, 10, tzinfo=UTC), rate=RATE)
-        supervisor = Supervisor(folder / "logs")
-        process = supervisor.start(
-            ProcessSpec(
-                name="triton",
-                command=tuple(installation.command(folder / "models", ports)),
-                environment=installation.environment(clock.environment()),
-                ready=ready_probe(ports),
-            )
-        )
         levels = ("L0", "L1", "L2")
         prompts = itertools.cycle(
             (entry.prompt, system, entry.responses[MODEL, level].time_s)
-            for entry in workload.entries[:2000]
+            for entry in load_workload(path).entries[:2000]
             for level, system in zip(levels, DIRECTIVES, strict=True)
             if (MODEL, level) in entry.responses
         )
-        print(f"stand-in of {MODEL} on {path.name}, event time x {RATE:.0f}, {REQUESTS} streamed requests a line")
-        print("concurrency requests/s responses   ms of CPU per request of    ms later")
-        print("                          per req.    server     model    client  than due")
-        try:
+        clock = Clock.starting(datetime(2023, 2, 10, tzinfo=UTC), rate=RATE)
+        with serving_triton(folder, [stand_in_llm(path, model=MODEL)], clock=clock) as server:
+            print(f"stand-in of {MODEL} on {path.name}, clock x {RATE:.0f}, {REQUESTS} streamed requests per line")
+            print("concurrency requests/s responses   ms of CPU per request of    ms later")
+            print("                          per req.    server     model    client  than due")
             for concurrency in CONCURRENCIES:
-                print(asyncio.run(measure(f"127.0.0.1:{ports.grpc}", process.pid, prompts, concurrency)))
-        finally:
-            supervisor.stop_all()
+                print(asyncio.run(measure(server.address, server.pid, prompts, concurrency)))
 
 
 if __name__ == "__main__":

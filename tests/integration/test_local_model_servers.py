@@ -1,9 +1,7 @@
-"""The local stack's model servers: prepared from its configuration, and a real language model that answers."""
+"""The local stack's model servers: prepared from its configuration, with a stand-in and with a real language model."""
 
 import asyncio
 import json
-import time
-import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +18,7 @@ from deploy.local.processes import Supervisor
 from deploy.triton.smollm2.power import available_source
 from shared.fleet import load_fleet
 from shared.runtime.clock import Clock
+from tests.support.triton import gpu_metric, settled
 
 pytestmark = pytest.mark.integration
 
@@ -55,15 +54,10 @@ def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
 
 
 def energy_j(models: PreparedModels, gpu: str) -> float:
-    with urllib.request.urlopen(models.fleet.metrics, timeout=5) as answer:
-        lines = answer.read().decode().splitlines()
-    (value,) = (
-        line.rpartition(" ")[2] for line in lines if line.startswith(f'nv_energy_consumption{{gpu_uuid="{gpu}"}}')
-    )
-    return float(value)
+    return gpu_metric(models.fleet.metrics, "nv_energy_consumption", gpu)
 
 
-async def ask(models: PreparedModels, text: str, *, max_tokens: int = 64, leave_after: int | None = None):
+async def ask(models: PreparedModels, text: str, *, max_tokens: int = 64, cancel_after: int | None = None):
     def tensor(name, value, kind, dtype):
         made = grpcclient.InferInput(name, [1, 1], kind)
         made.set_data_from_numpy(np.array([[value]], dtype=dtype))
@@ -97,10 +91,17 @@ async def ask(models: PreparedModels, text: str, *, max_tokens: int = 64, leave_
             )
             if result.get_response().parameters["triton_final_response"].bool_param:
                 break
-            if len(parts) == leave_after:
+            if len(parts) == cancel_after:
                 answers.cancel()
                 break
     return parts
+
+
+async def until_idle(models: PreparedModels, gpu: str, *, idle_w: float) -> None:
+    """Wait until the power of a model is its idle power."""
+    async with asyncio.timeout(20):
+        while gpu_metric(models.fleet.metrics, "nv_gpu_power_usage", gpu) != pytest.approx(idle_w, rel=0.01):  # noqa: ASYNC110 - polled
+            await asyncio.sleep(0.05)
 
 
 def chatml(user: str, system: str = "") -> str:
@@ -108,7 +109,7 @@ def chatml(user: str, system: str = "") -> str:
     return f"{start}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_stand_in_is_prepared_as_the_fleet_file_says_it(tmp_path, supervisor):
+def test_a_stand_in_is_prepared_as_the_fleet_file_describes_it(tmp_path, supervisor):
     clock = Clock.starting(START, rate=RATE)
     models = prepared(tmp_path, clock, settings={"triton": {"SPROUT_TRITON_IDLE_POWER_W": "80"}})
     supervisor.start(models.process)
@@ -118,21 +119,19 @@ def test_a_stand_in_is_prepared_as_the_fleet_file_says_it(tmp_path, supervisor):
     assert pool.idle_power_w == 80
     parts = asyncio.run(ask(models, "<s>[INST] Why? [/INST]"))
     assert sum(tokens for _, tokens, _ in parts) == 10
-    before_s, before_j = clock.now_s(), energy_j(models, pool.endpoints[0].gpus[0])
-    time.sleep(0.5)
-    drawn_w = (energy_j(models, pool.endpoints[0].gpus[0]) - before_j) / (clock.now_s() - before_s)
-    assert drawn_w == pytest.approx(80, rel=0.25)
+    (gpu,) = pool.endpoints[0].gpus
+    asyncio.run(until_idle(models, gpu, idle_w=80))
     assert "stand-in for llama-2-13b-chat" in models.description
 
 
-def test_a_workload_without_the_models_answers_is_refused_before_anything_starts(tmp_path):
+def test_a_workload_without_the_models_answers_is_rejected_before_anything_starts(tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_text(workload(tmp_path).read_text().replace("llama-2-13b-chat", "gpt-2"))
     with pytest.raises(ModelServerError, match=r"no answers of model 'llama-2-13b-chat' \(it has: gpt-2\)"):
         prepared(tmp_path, workload=path)
 
 
-def test_a_real_language_model_answers_token_by_token_and_its_energy_is_labelled(tmp_path, supervisor):
+def test_a_real_language_model_answers_token_by_token_and_its_energy_has_a_label(tmp_path, supervisor):
     clock = Clock.starting(START, rate=RATE)
     models = prepared(tmp_path, clock, model="smollm2")
     supervisor.start(models.process)
@@ -155,12 +154,10 @@ def test_a_real_language_model_answers_token_by_token_and_its_energy_is_labelled
     after_j = energy_j(models, models.fleet.gpu)
     assert after_j > before_j
 
-    asyncio.run(ask(models, chatml("Tell a very long story about the sea."), max_tokens=1500, leave_after=3))
-    time.sleep(0.6)
-    quiet_j = energy_j(models, models.fleet.gpu)
-    time.sleep(0.5)
-    if available_source() == "modelled":  # RAPL would see whatever else this machine does
-        assert energy_j(models, models.fleet.gpu) - quiet_j < 0.2 * (after_j - before_j)
+    asyncio.run(ask(models, chatml("Tell a very long story about the sea."), max_tokens=1500, cancel_after=3))
+    if available_source() == "modelled":  # RAPL includes everything else that runs on this machine
+        # Uninterrupted, the answer would take energy for longer than this waits.
+        asyncio.run(settled(lambda: energy_j(models, models.fleet.gpu), tolerance=0.2 * (after_j - before_j)))
         assert "modelled from CPU time" in models.description
 
     with pytest.raises(Exception, match="exceeds the available context size"):

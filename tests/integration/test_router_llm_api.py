@@ -1,4 +1,4 @@
-"""A router before a model of TensorRT-LLM's LLM API: counts, refusals, stop sequences and a tenant's defaults."""
+"""A router with a model of TensorRT-LLM's LLM API: token counts, rejections, stop sequences and tenant defaults."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from deploy.local.processes import Supervisor
 from shared.messages import ResponseChunk
 from shared.runtime.settings import KafkaSettings
 from shared.topics import RESPONSE_CHUNKS
-from tests.support.router import RouterProcess, fleet_toml, producing, reading, request, start_triton
+from tests.support.router import RouterProcess, fleet_toml, producing, reading, request, start_triton, until_committed
 from tests.support.tokenizer import write_tokenizer
 
 pytestmark = pytest.mark.integration
@@ -21,7 +21,7 @@ sampling = { max_tokens = 4 }
 """
 
 
-async def test_requests_are_served_by_the_llm_api_as_by_the_ensemble(
+async def test_the_llm_api_serves_requests_like_the_ensemble(
     kafka: KafkaSettings, supervisor: Supervisor, tmp_path: Path
 ) -> None:
     triton = start_triton(supervisor, tmp_path, name="llm-api-triton", contract="llm-api")
@@ -40,11 +40,12 @@ async def test_requests_are_served_by_the_llm_api_as_by_the_ensemble(
             request(2, stream=True, sampling={"max_tokens": 500, "stop": ["d word"]}),
             request(3, sampling={"max_tokens": 500, "repetition_penalty": 1.2}),
         )
-        # Without the fields that a message class fills in by itself.
+        # Without the fields that the message class adds.
         await producer.raw(b'{"id": "r4", "prompt": "Question number 4?", "tenant": "desk"}', key=b"r4")
         await answers.ids(["r1", "r2", "r3", "r4"])
         responses = answers.responses()
-        await chunks.read(until=1, settle_s=1.0)
+        await until_committed(kafka)
+        await chunks.read_to_end()
     pieces = [ResponseChunk.model_validate_json(record.value) for record in chunks.records]
 
     whole = responses["r1"]

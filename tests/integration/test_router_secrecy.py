@@ -1,4 +1,4 @@
-"""What a request says reaches neither the router's log nor its metrics, whatever goes wrong; and where answers go."""
+"""The content of a request appears in no log or metric, and its headers do not change where the response goes."""
 
 import asyncio
 import urllib.error
@@ -17,7 +17,7 @@ from deploy.triton.contract import INPUTS, OUTPUTS
 from shared.kafka.admin import create_topics
 from shared.runtime.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS, RESPONSES, SAMPLES, Cleanup, TopicSpec
-from tests.support.router import RouterProcess, fleet_toml, producing, reading, request
+from tests.support.router import RouterProcess, fleet_toml, producing, reading, request, until_committed
 
 pytestmark = pytest.mark.integration
 
@@ -25,7 +25,7 @@ MARKER = "MARKER-7f3a-never-to-be-logged"
 
 
 class Echo(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """A stand-in for a model server that is ready, fails every request, and quotes the prompt as it does."""
+    """A stand-in for a model server that is ready, fails every request, and quotes the prompt in its errors."""
 
     def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         return service_pb2.ModelReadyResponse(ready=True)
@@ -72,7 +72,7 @@ def page(url: str) -> str:
         return answer.read().decode()
 
 
-async def test_no_failure_brings_a_prompt_into_log_or_metrics(kafka, routers):
+async def test_no_failure_writes_a_prompt_to_log_or_metrics(kafka, routers):
     name = routers.start(
         SPROUT_LOG_LEVEL="DEBUG",
         SPROUT_ROUTER_MAX_ATTEMPTS="2",
@@ -121,20 +121,21 @@ async def test_no_failure_brings_a_prompt_into_log_or_metrics(kafka, routers):
     url = routers.supervisor.process(name).spec.url
     for path in ("/metrics", "/ready"):
         try:
-            told = await asyncio.to_thread(page, url + path)
+            text = await asyncio.to_thread(page, url + path)
         except urllib.error.HTTPError as error:  # not ready: its endpoint fails
-            told = error.read().decode()
-        assert MARKER not in told
+            text = error.read().decode()
+        assert MARKER not in text
     routers.stop_gently(name, within_s=30)
     log = routers.log(name)
     assert "dead letter" in log
-    assert "endpoint is left alone for a while" in log
+    assert "circuit breaker opened, endpoint ejected" in log
     assert MARKER not in log
 
 
-async def test_answers_go_to_the_configured_topics_whatever_a_producer_asks_for(kafka, routers):
+async def test_responses_go_to_the_configured_topics_whatever_headers_a_request_has(kafka, routers):
     elsewhere = TopicSpec(
         name="elsewhere",
+        description="Another topic",
         message=RESPONSES.message,
         key="any",
         partitions=1,
@@ -144,7 +145,7 @@ async def test_answers_go_to_the_configured_topics_whatever_a_producer_asks_for(
     await create_topics(kafka, specs=(elsewhere,))
     topic = kafka.topic(elsewhere).encode()
     routers.start(SPROUT_ROUTER_SAMPLE_SHARE="1")
-    wishes = [(name, topic) for name in ("reply_to", "reply-to", "replyTo", "kafka_replyTopic", "correlation_id")]
+    headers = [(name, topic) for name in ("reply_to", "reply-to", "replyTo", "kafka_replyTopic", "correlation_id")]
     async with (
         producing(kafka) as producer,
         reading(kafka) as answers,
@@ -154,10 +155,11 @@ async def test_answers_go_to_the_configured_topics_whatever_a_producer_asks_for(
         for number in range(4):
             asked = request(number, prompt=f"{number} is refused", reply_to=topic.decode(), stream=number % 2 == 0)
             value = asked.model_dump_json(exclude_none=True).encode()
-            await producer.raw(value, headers=wishes, key=b"k")
-        await producer.raw(b"{broken", headers=wishes)
-        await answers.read(until=4, settle_s=2.0)
-        assert len(answers.records) == 4
-        assert await diverted.read() == []
-        assert await samples.read() == []
+            await producer.raw(value, headers=headers, key=b"k")
+        await producer.raw(b"{broken", headers=headers)
+        await answers.read(until=4)
+        await until_committed(kafka)
+        assert len(await answers.read_to_end()) == 4
+        assert await diverted.read_to_end() == []
+        assert await samples.read_to_end() == []
     assert {record.topic for record in answers.records} == {kafka.topic(RESPONSES)}

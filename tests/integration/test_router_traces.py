@@ -1,6 +1,5 @@
-"""A router as a process tells a collector of its requests: real Kafka, real Triton, OTLP over gRPC."""
+"""A router process exports traces to a collector: real Kafka, real Triton, OTLP over gRPC."""
 
-import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,17 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from deploy.local.processes import Supervisor
 from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS, RESPONSE_CHUNKS, SAMPLES
-from tests.support.router import MODEL, RouterProcess, fleet_toml, producing, question, reading, request, start_triton
+from tests.support.router import (
+    MODEL,
+    RouterProcess,
+    fleet_toml,
+    producing,
+    question,
+    reading,
+    request,
+    start_triton,
+    until_committed,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -25,7 +34,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps what it is told."""
+    """Keeps the exports."""
 
     def __init__(self) -> None:
         self.exports: list[ExportTraceServiceRequest] = []
@@ -67,7 +76,7 @@ async def test_a_request_is_one_trace_from_the_producer_to_the_answer(
         await producer.prepare({"L1": 1.0})
     name = routers.start(
         OTEL_EXPORTER_OTLP_ENDPOINT=endpoint,
-        OTEL_BSP_SCHEDULE_DELAY="600000",  # what comes, comes because the router is stopped
+        OTEL_BSP_SCHEDULE_DELAY="600000",  # spans are exported because the router is stopped
         SPROUT_ROUTER_SAMPLE_SHARE="1",
     )
     asked = request(3, directive="L1", stream=True, sampling={"max_tokens": 64}, task="qa")
@@ -86,7 +95,7 @@ async def test_a_request_is_one_trace_from_the_producer_to_the_answer(
             await answers.read(until=1)
             await samples.read(until=1)
             await chunks.read(until=2)
-            await asyncio.sleep(1.0)
+            await until_committed(kafka)
         assert received.exports == []
         routers.stop_gently(name, within_s=60)
     finally:
@@ -104,10 +113,14 @@ async def test_a_request_is_one_trace_from_the_producer_to_the_answer(
     assert {one.trace_id.hex() for one in (processed, chat, *sends.values())} == {TRACE}
     assert processed.parent_span_id.hex() == PARENT
     assert {one.parent_span_id for one in (chat, *sends.values())} == {processed.span_id}
-    told = _attributes(chat)
-    assert (told["gen_ai.request.max_tokens"], told["gen_ai.usage.output_tokens"]) == (64, 30)
-    assert (told["sprout.level"], told["sprout.endpoint"], told["sprout.attempts"]) == ("L1", "e0", 1)
-    assert (told["sprout.group"], told["sprout.propensity"], told["sprout.policy_version"]) == ("qa", 1.0, 1)
+    attributes = _attributes(chat)
+    assert (attributes["gen_ai.request.max_tokens"], attributes["gen_ai.usage.output_tokens"]) == (64, 30)
+    assert (attributes["sprout.level"], attributes["sprout.endpoint"], attributes["sprout.attempts"]) == ("L1", "e0", 1)
+    assert (attributes["sprout.group"], attributes["sprout.propensity"], attributes["sprout.policy_version"]) == (
+        "qa",
+        1.0,
+        1,
+    )
     for read in (answers, samples):
         (record,) = read.records
         assert _parent(record) == [TRACE, sends[record.topic].span_id.hex()]

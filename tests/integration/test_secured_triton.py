@@ -1,31 +1,28 @@
-"""Model servers behind TLS, as the fleet file names them: Triton's own, with and without certificates of clients."""
+"""The Triton client over TLS, configured by the fleet file, with and without client certificates."""
 
 from collections.abc import Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from deploy.local.paths import default_state_dir
-from deploy.local.processes import ProcessSpec, Supervisor
-from deploy.local.triton import free_triton_ports, install, ready_probe
 from deploy.triton.models import stand_in_llm
-from deploy.triton.repository import write_repository
 from shared.fleet import FleetError, load_fleet
-from shared.inference.balancer import CoolDownRules
-from shared.inference.base import EndpointUnavailable, GenerationParameters
+from shared.inference.balancer import CircuitBreakerSettings
+from shared.inference.base import EndpointUnavailable, GenerationParameters, generate
 from shared.inference.pool import Pools
 from shared.runtime.clock import Clock
 from tests.support.certificate import Authority
 from tests.support.router import MODEL, fleet_toml, question, write_workload
+from tests.support.triton import serving_triton
 
 pytestmark = pytest.mark.integration
 
 
 @dataclass(frozen=True)
 class Servers:
-    """Addresses: `plain` is one whose clients need no certificate, `mutual` one whose clients do."""
+    """Addresses: `plain` of a server that does not ask for client certificates, `mutual` of one that requires them."""
 
     folder: Path
     plain: str
@@ -39,13 +36,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     Authority(folder / "tls", "stranger")
     server = authority.issue("server", alternative="DNS:triton.internal")
     authority.issue("client")
-    installation = install(default_state_dir(), say=print)
-    write_repository(folder / "models", [stand_in_llm(write_workload(folder / "w.jsonl"), model=MODEL)])
-    supervisor = Supervisor(folder / "logs")
-    addresses = {}
-    try:
+    models = [stand_in_llm(write_workload(folder / "w.jsonl"), model=MODEL)]
+    with ExitStack() as stack:
+        addresses = {}
         for name in ("plain", "mutual"):
-            ports = free_triton_ports()
             flags = (
                 "--grpc-use-ssl=true",
                 f"--grpc-server-cert={server.certificate}",
@@ -53,30 +47,20 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
                 f"--grpc-root-cert={authority.certificate}",
                 f"--grpc-use-ssl-mutual={str(name == 'mutual').lower()}",
             )
-            supervisor.start(
-                ProcessSpec(
-                    name=name,
-                    command=(*installation.command(folder / "models", ports), *flags),
-                    environment=installation.environment(Clock().environment()),
-                    ready=ready_probe(ports),
-                )
-            )
-            addresses[name] = f"127.0.0.1:{ports.grpc}"
+            addresses[name] = stack.enter_context(serving_triton(folder / name, models, flags=flags)).address
         yield Servers(folder / "tls", addresses["plain"], addresses["mutual"])
-    finally:
-        supervisor.stop_all()
 
 
 def pools(servers: Servers, address: str, **tls: object) -> Pools:
-    """Of a fleet file beside the certificates."""
-    words = {True: "true", False: "false"}
-    fields = "".join(f"{name} = {words.get(value) or repr(value)}\n" for name, value in tls.items())
+    """The pools of a fleet file in the folder of the certificates."""
+    literals = {True: "true", False: "false"}
+    fields = "".join(f"{name} = {literals.get(value) or repr(value)}\n" for name, value in tls.items())
     path = servers.folder / "fleet.toml"
     path.write_text(fleet_toml([address]) + fields)
     return Pools(
         load_fleet(path),
         clock=Clock(),
-        rules=CoolDownRules(),
+        circuit_breaker=CircuitBreakerSettings(),
         on_failure=lambda _: None,
         check_interval_s=60.0,
         check_timeout_s=5.0,
@@ -93,8 +77,9 @@ async def client(made: Pools):
 
 
 async def answer(made: Pools, *, timeout_s: float = 20.0) -> str:
-    async with client(made) as asked:
-        generation = await asked.generate(
+    async with client(made) as leased:
+        generation = await generate(
+            leased,
             f"[INST] {question(1)} [/INST]",
             GenerationParameters(max_tokens=20),
             request_id="r",
@@ -107,11 +92,11 @@ TRUSTED = {"tls": True, "tls_ca_file": "authority.pem", "tls_server_name": "trit
 OURS = {"tls_cert_file": "client.pem", "tls_key_file": "client.key"}
 
 
-async def test_an_encrypted_endpoint_answers_who_trusts_its_authority(servers):
+async def test_a_client_that_trusts_the_servers_authority_gets_an_answer(servers):
     assert (await answer(pools(servers, servers.plain, **TRUSTED))).startswith("L0 says:")
 
 
-async def test_an_endpoint_that_asks_for_a_certificate_answers_who_has_one(servers):
+async def test_a_client_with_a_certificate_gets_an_answer_where_one_is_required(servers):
     assert (await answer(pools(servers, servers.mutual, **TRUSTED, **OURS))).startswith("L0 says:")
 
 
@@ -119,21 +104,21 @@ async def test_an_endpoint_that_asks_for_a_certificate_answers_who_has_one(serve
     ("mutual", "tls"),
     [
         (False, {}),  # plain text
-        (False, {"tls": True, "tls_server_name": "triton.internal"}),  # gRPC's own authorities
+        (False, {"tls": True, "tls_server_name": "triton.internal"}),  # gRPC's default authorities
         (False, {**TRUSTED, "tls_ca_file": "stranger.pem"}),
-        (False, {"tls": True, "tls_ca_file": "authority.pem"}),  # another name than the certificate's
-        (True, TRUSTED),  # no certificate of ours
+        (False, {"tls": True, "tls_ca_file": "authority.pem"}),  # not the certificate's name
+        (True, TRUSTED),  # without a client certificate
     ],
 )
-async def test_who_does_not_trust_or_is_not_trusted_gets_no_answer(servers, mutual, tls):
-    async with client(pools(servers, servers.mutual if mutual else servers.plain, **tls)) as asked:
+async def test_without_trust_on_both_sides_there_is_no_answer(servers, mutual, tls):
+    async with client(pools(servers, servers.mutual if mutual else servers.plain, **tls)) as leased:
         with pytest.raises(EndpointUnavailable, match="e0: "):
-            await asked.probe(timeout_s=3)
-        assert not await asked.is_ready(timeout_s=3)
+            await leased.probe(timeout_s=3)
+        assert not await leased.is_ready(timeout_s=3)
 
 
 @pytest.mark.parametrize(
-    ("tls", "said"),
+    ("tls", "message"),
     [
         ({**TRUSTED, "tls_ca_file": "nowhere.pem"}, r"endpoint 'e0': tls_ca_file .*nowhere\.pem cannot be used"),
         ({**TRUSTED, "tls_ca_file": "client.key"}, r"tls_ca_file .*client\.key cannot be used: .*PEM of an authority"),
@@ -141,6 +126,6 @@ async def test_who_does_not_trust_or_is_not_trusted_gets_no_answer(servers, mutu
         ({**TRUSTED, **OURS, "tls_key_file": "nowhere.key"}, r"nowhere\.key cannot be used: .*No such file"),
     ],
 )  # fmt: skip
-def test_a_file_that_does_not_do_is_named_at_the_start(servers, tls, said):
-    with pytest.raises(FleetError, match=said):
+def test_an_unusable_file_is_named_at_the_start(servers, tls, message):
+    with pytest.raises(FleetError, match=message):
         pools(servers, servers.plain, **tls)

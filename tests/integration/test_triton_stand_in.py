@@ -1,12 +1,9 @@
-"""The stand-in models in a real Triton server, asked by a real gRPC client, in event time ten times as fast as ours."""
+"""The stand-in models in a real Triton server, with a gRPC client and a clock that is ten times as fast."""
 
 import asyncio
-import time
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -14,85 +11,36 @@ import pytest
 import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from deploy.local.paths import default_state_dir
-from deploy.local.processes import ProcessSpec, Supervisor
-from deploy.local.triton import TritonInstallation, free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.models import stand_in_judge, stand_in_llm
-from deploy.triton.repository import write_repository
-from deploy.triton.server import TritonPorts
 from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.judge import JudgeRules
 from shared.runtime.clock import Clock
-from tests.support.triton import LEVELS, model_processes, text_of, write_entries
+from tests.support.triton import LEVELS, ServingTriton, model_processes, serving_triton, text_of, write_entries
 
 pytestmark = pytest.mark.integration
 
-RATE = 10.0
 IDLE_W = 50.0
 SYSTEM = {"L0": "", "L1": "Always answer briefly.", "L2": "Always answer very briefly."}
 
 
-@pytest.fixture(scope="session")
-def triton() -> TritonInstallation:
-    return install(default_state_dir(), say=print)
-
-
 @pytest.fixture(scope="module")
-def workload(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("workload") / "w.jsonl"
-    return write_entries(path)
-
-
-@dataclass(frozen=True)
-class Running:
-    ports: TritonPorts
-    clock: Clock
-    pid: int
-    log: Path
-
-    def energy_j(self, gpu: str) -> float:
-        return self.metric("nv_energy_consumption", gpu)
-
-    def metric(self, name: str, gpu: str) -> float:
-        with urllib.request.urlopen(metrics_url(self.ports), timeout=5) as answer:
-            lines = answer.read().decode().splitlines()
-        (value,) = (line.rpartition(" ")[2] for line in lines if line.startswith(f'{name}{{gpu_uuid="{gpu}"}}'))
-        return float(value)
-
-
-@pytest.fixture(scope="module")
-def server(triton: TritonInstallation, workload: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingTriton]:
     folder = tmp_path_factory.mktemp("triton")
-    write_repository(
-        folder / "models",
-        [
-            stand_in_llm(workload, model="m", idle_power_w=IDLE_W),
-            stand_in_llm(
-                workload, model="m", name="narrow", gpu_uuid="narrow", batch=BatchRules(slots=2, slowdown=0.5)
-            ),
-            stand_in_judge(workload, rules=JudgeRules(position_bias=0.0)),
-        ],
-    )
-    ports = free_triton_ports()
-    clock = Clock.starting(datetime(2023, 2, 10, tzinfo=UTC), rate=RATE)
-    supervisor = Supervisor(folder / "logs")
-    process = supervisor.start(
-        ProcessSpec(
-            name="triton",
-            command=tuple(triton.command(folder / "models", ports)),
-            environment=triton.environment(clock.environment()),
-            ready=ready_probe(ports),
-        )
-    )
-    try:
-        yield Running(ports, clock, process.pid, process.log)
-    finally:
-        supervisor.stop_all()
+    workload = write_entries(folder / "w.jsonl")
+    narrow = BatchRules(slots=2, slowdown=0.5)
+    models = [
+        stand_in_llm(workload, model="m", idle_power_w=IDLE_W),
+        stand_in_llm(workload, model="m", name="narrow", gpu_uuid="narrow", batch=narrow, idle_power_w=0.0),
+        stand_in_judge(workload, rules=JudgeRules(position_bias=0.0)),
+    ]
+    clock = Clock.starting(datetime(2023, 2, 10, tzinfo=UTC), rate=10.0)
+    with serving_triton(folder, models, clock=clock) as running:
+        yield running
 
 
 @pytest.fixture
-async def client(server: Running) -> AsyncIterator[grpcclient.InferenceServerClient]:
-    async with grpcclient.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as connected:
+async def client(server: ServingTriton) -> AsyncIterator[grpcclient.InferenceServerClient]:
+    async with grpcclient.InferenceServerClient(server.address) as connected:
         yield connected
 
 
@@ -103,7 +51,6 @@ class Part:
     input_tokens: int
     log_probs: tuple[int, ...]
     final: bool
-    at: float
 
 
 def tensor(name: str, value: object, kind: str) -> grpcclient.InferInput:
@@ -144,7 +91,6 @@ async def ask(client, text, *, model="ensemble", **changes) -> list[Part]:
                 int(result.as_numpy("num_input_tokens").item()),
                 result.as_numpy("output_log_probs").shape,
                 response.parameters["triton_final_response"].bool_param,
-                time.monotonic(),
             )
         )
         if parts[-1].final:
@@ -160,7 +106,7 @@ def question(number: int, level: str = "L0") -> str:
     return rendered(f"Question number {number}?", SYSTEM[level])
 
 
-async def test_a_streamed_answer_comes_in_parts_that_make_up_the_recorded_text(client):
+async def test_a_streamed_answer_arrives_in_parts_that_make_up_the_recorded_text(client):
     parts = await ask(client, question(1))
     assert "".join(part.text for part in parts) == text_of(1, "L0")
     assert sum(part.tokens for part in parts) == 100
@@ -170,20 +116,18 @@ async def test_a_streamed_answer_comes_in_parts_that_make_up_the_recorded_text(c
     assert parts[-1].log_probs == (1, 1, 100)  # of all tokens so far
 
 
-async def test_its_parts_come_at_the_recorded_pace_in_event_time(client):
-    began = time.monotonic()
-    parts = await ask(client, question(2))
-    assert (parts[-1].at - began) * RATE == pytest.approx(2.0, abs=0.6)
-    middle = next(part for index, part in enumerate(parts) if sum(one.tokens for one in parts[: index + 1]) >= 50)
-    assert (middle.at - began) * RATE == pytest.approx(1.0, abs=0.5)
+async def test_an_answer_is_not_faster_than_recorded(client, server):
+    began_s = server.clock.now_s()
+    await ask(client, question(2))
+    assert server.clock.now_s() - began_s >= 2.0
 
 
-async def test_an_answer_that_is_not_streamed_comes_whole_with_the_prompt_unless_it_is_excluded(client):
-    (alone,) = await ask(client, question(3, "L2"), stream=False)
+async def test_an_answer_that_is_not_streamed_is_one_response_with_the_prompt_unless_it_is_excluded(client):
+    (plain,) = await ask(client, question(3, "L2"), stream=False)
     (echoed,) = await ask(client, question(3, "L2"), stream=False, exclude=False)
-    assert (alone.text, alone.tokens, alone.final) == (text_of(3, "L2"), 10, True)
+    assert (plain.text, plain.tokens, plain.final) == (text_of(3, "L2"), 10, True)
     assert echoed.text == question(3, "L2") + text_of(3, "L2")
-    assert echoed.tokens == 10 + alone.input_tokens
+    assert echoed.tokens == 10 + plain.input_tokens
     assert echoed.log_probs == (1, 1, 10)
 
 
@@ -194,7 +138,7 @@ async def test_the_directive_in_the_prompt_decides_the_answer(client, level):
     assert sum(part.tokens for part in parts) == LEVELS[level][0]
 
 
-async def test_an_unknown_prompt_gets_an_answer_that_admits_to_be_made_up(client):
+async def test_an_unknown_prompt_gets_a_made_up_answer_that_says_so(client):
     parts = await ask(client, rendered("What did nobody ever ask?"))
     assert "made up by a stand-in model" in "".join(part.text for part in parts)
     assert sum(part.tokens for part in parts) == 100
@@ -207,63 +151,58 @@ async def test_token_limit_and_stop_words_end_an_answer(client):
 
 
 @pytest.mark.parametrize(
-    ("text", "changes", "said"),
+    ("text", "changes", "message"),
     [
         ("hello", {"max_tokens": -4}, "'max_tokens' must lie between 1"),
         ("   ", {}, "'text_input' is empty"),
         (None, {}, "text_input"),
     ],
 )
-async def test_a_bad_request_gets_an_error_that_names_the_tensor_and_the_server_lives_on(client, text, changes, said):
-    with pytest.raises(InferenceServerException, match=said):
+async def test_an_invalid_request_gets_an_error_that_names_the_tensor(client, text, changes, message):
+    with pytest.raises(InferenceServerException, match=message):
         await ask(client, text, **changes)
     assert await ask(client, question(6, "L2"))
 
 
-async def test_the_counter_shows_idle_power_and_the_energy_of_answers_before_their_end_is_seen(client, server):
+async def test_the_counter_includes_the_energy_of_answers_before_their_end_is_seen(client, server):
+    before_j = server.energy_j("narrow")
+    await asyncio.gather(*(ask(client, question(n, level), model="narrow") for n in range(8) for level in LEVELS))
+    assert server.energy_j("narrow") - before_j == pytest.approx(8 * 6.0 * 140)
+
+
+async def test_a_model_without_requests_takes_its_idle_power(server):
     gpu = "stand-in-m"
-    before_j, before_s = server.energy_j(gpu), server.clock.now_s()
-    await asyncio.gather(*(ask(client, question(number, level)) for number in range(8) for level in LEVELS))
-    after_j, after_s = server.energy_j(gpu), server.clock.now_s()
-    used_j = after_j - before_j - IDLE_W * (after_s - before_s)
-    assert used_j == pytest.approx(8 * 6.0 * 140, abs=IDLE_W * 1.0)  # the two readings are 50 ms of ours old at most
-    await asyncio.sleep(0.3)
+    before_j = server.energy_j(gpu)
+    await server.until_energy_above(gpu, before_j + 10 * IDLE_W)  # ten seconds of event time
     assert server.metric("nv_gpu_power_usage", gpu) == pytest.approx(IDLE_W, rel=0.01)
 
 
-async def test_every_model_has_counters_of_its_own(client, server):
-    narrow_j = server.energy_j("narrow")
-    judge_j = server.energy_j("stand-in-judge")
-    now_s = server.clock.now_s()
+async def test_every_model_has_its_own_counters(client, server):
+    gpus = ("narrow", "stand-in-judge")
+    before_j = [server.energy_j(gpu) for gpu in gpus]
     await ask(client, question(7))
-    assert server.energy_j("stand-in-judge") == judge_j
-    assert server.energy_j("narrow") - narrow_j == pytest.approx(55.0 * (server.clock.now_s() - now_s), abs=55.0)
+    assert [server.energy_j(gpu) for gpu in gpus] == before_j
 
 
-async def test_concurrent_answers_share_the_slots_and_slow_each_other_down(client):
+async def test_concurrent_answers_share_the_slots_and_slow_each_other_down(client, server):
     async def timed(count: int) -> float:
-        began = time.monotonic()
-        await asyncio.gather(*(ask(client, question(number), model="narrow", stream=False) for number in range(count)))
-        return (time.monotonic() - began) * RATE
+        began_s = server.clock.now_s()
+        await asyncio.gather(*(ask(client, question(n), model="narrow", stream=False) for n in range(count)))
+        return server.clock.now_s() - began_s
 
-    assert await timed(1) == pytest.approx(2.0, abs=0.6)
-    assert await timed(2) == pytest.approx(3.0, abs=0.8)  # 2 s x (1 + 0.5)
-    assert await timed(4) == pytest.approx(6.0, abs=1.2)  # two after two
+    assert await timed(2) >= 3.0  # 2 s x (1 + 0.5)
+    assert await timed(4) >= 6.0  # two after two
 
 
-async def test_a_client_that_leaves_stops_the_energy_of_its_answer(client, server):
-    long = rendered("Question number 8?")
+async def test_cancelled_requests_stop_taking_energy(client, server):
     gpu = "narrow"
-    await asyncio.sleep(0.2)
-    before_j, before_s = server.energy_j(gpu), server.clock.now_s()
-    blocked = [asyncio.create_task(ask(client, long, model="narrow")) for _ in range(6)]
-    await asyncio.sleep(0.15)
+    before_j = await server.settled_energy_j(gpu)
+    blocked = [asyncio.create_task(ask(client, question(8), model=gpu)) for _ in range(6)]
+    await server.until_energy_above(gpu, before_j)
     for task in blocked:
         task.cancel()
     await asyncio.gather(*blocked, return_exceptions=True)
-    await asyncio.sleep(1.5)
-    used_j = server.energy_j(gpu) - before_j - 55.0 * (server.clock.now_s() - before_s)
-    assert used_j < 0.7 * 6 * 600.0
+    assert await server.settled_energy_j(gpu) - before_j < 0.7 * 6 * 600.0
 
 
 async def test_the_judge_names_the_preferred_answer(client, server):
@@ -283,7 +222,7 @@ async def test_the_judge_names_the_preferred_answer(client, server):
         assert server.energy_j("stand-in-judge") - before_j > 30.0
 
 
-def test_it_listens_on_loopback_alone(server):
+def test_it_listens_only_on_loopback(server):
     listening = {
         (one.laddr.ip.removeprefix("::ffff:"), one.laddr.port)
         for member in (psutil.Process(server.pid), *model_processes(server.pid))
@@ -294,7 +233,7 @@ def test_it_listens_on_loopback_alone(server):
     assert {port for _, port in listening} >= {server.ports.grpc, server.ports.http, server.ports.metrics}
 
 
-def test_its_log_names_the_broken_line_and_no_prompt(server):
+def test_its_log_names_the_broken_line_and_quotes_no_prompt(server):
     log = server.log.read_text()
     assert "line 31: not JSON" in log
     assert "Question number" not in log

@@ -1,9 +1,9 @@
-"""What the router's tests share: recorded answers, requests, and readers of what comes."""
+"""Builders and helpers of the router's tests: recorded answers, requests, readers of topics, waiting for progress."""
 
 import asyncio
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ __all__ = [
     "reading",
     "request",
     "start_triton",
+    "until_committed",
+    "until_page",
     "write_workload",
 ]
 
@@ -62,8 +64,24 @@ def question(number: int) -> str:
 
 
 def page(url: str) -> str:
+    """The text of a page, for example `/metrics`."""
     with urllib.request.urlopen(url, timeout=5) as answer:
         return answer.read().decode()
+
+
+async def until_page(url: str, condition: Callable[[str], object]) -> str:
+    """Wait until the text of a page meets a condition; returns it."""
+    async with asyncio.timeout(60):
+        while not condition(text := await asyncio.to_thread(page, url)):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.1)
+    return text
+
+
+async def until_committed(kafka: KafkaSettings) -> None:
+    """Wait until the routers have committed the end of every partition: every request is finished."""
+    async with asyncio.timeout(60):
+        while any(offset != end for offset, end in (await committed(kafka)).values()):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.1)
 
 
 def request(number: int, **changes: Any) -> GenerationRequest:
@@ -80,18 +98,18 @@ def start_triton(
 
 @dataclass
 class Answers:
-    """All that came on a topic, read from its start."""
+    """The records of a topic, read from its start."""
 
     consumer: AIOKafkaConsumer
     records: list[Any] = field(default_factory=list)
 
     async def read(self, *, until: int | None = None, timeout_s: float = 60.0, settle_s: float = 0.0) -> list[Any]:
-        """Read until there are so many records, and then whatever comes within `settle_s`."""
+        """Read until there are `until` records, then those that arrive within `settle_s`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         while until is None or len(self.records) < until:
             if loop.time() > deadline:
-                raise AssertionError(f"{len(self.records)} records after {timeout_s} s, wanted {until}")
+                raise AssertionError(f"{len(self.records)} records after {timeout_s} s, expected {until}")
             if not await self._poll(200) and until is None:
                 break
         if settle_s:
@@ -100,8 +118,15 @@ class Answers:
                 pass
         return self.records
 
+    async def read_to_end(self) -> list[Any]:
+        """Read all records that the topic has now."""
+        ends = await self.consumer.end_offsets(self.consumer.assignment())
+        while any([await self.consumer.position(one) < end for one, end in ends.items()]):
+            await self._poll(200)
+        return self.records
+
     async def ids(self, wanted: Iterable[str], *, timeout_s: float = 60.0) -> Counter[str]:
-        """Read until every wanted request id was answered; how often each was."""
+        """Read until every wanted request id has a response; returns the number of responses by id."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         missing = set(wanted)

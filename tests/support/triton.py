@@ -1,11 +1,104 @@
-"""A small workload for the stand-in models, and the processes that they run in."""
+"""A real Triton server with stand-in models, its energy counters, and a small workload."""
 
+import asyncio
 import json
+import os
+import select
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from deploy.local.paths import default_state_dir
+from deploy.local.processes import ProcessSpec, Supervisor
+from deploy.local.triton import free_triton_ports, install, metrics_url, ready_probe
+from deploy.triton.repository import RepositoryModel, write_repository
+from deploy.triton.server import TritonPorts
+from shared.runtime.clock import Clock
+
 LEVELS = {"L0": (100, 2.0), "L1": (30, 0.6), "L2": (10, 0.2)}
+
+
+@dataclass(frozen=True)
+class ServingTriton:
+    """A running server."""
+
+    ports: TritonPorts
+    clock: Clock
+    pid: int
+    log: Path
+
+    @property
+    def address(self) -> str:
+        """host:port of its gRPC service."""
+        return f"127.0.0.1:{self.ports.grpc}"
+
+    def metric(self, name: str, gpu: str) -> float:
+        """The value of one of its energy metrics."""
+        return gpu_metric(metrics_url(self.ports), name, gpu)
+
+    def energy_j(self, gpu: str) -> float:
+        return self.metric("nv_energy_consumption", gpu)
+
+    async def until_energy_above(self, gpu: str, energy_j: float) -> None:
+        """Wait until a model without idle power has begun to work on a request."""
+        async with asyncio.timeout(20):
+            while self.energy_j(gpu) <= energy_j:  # noqa: ASYNC110 - a metric can only be polled
+                await asyncio.sleep(0.02)
+
+    async def settled_energy_j(self, gpu: str) -> float:
+        """The energy of a model without idle power, once it no longer grows."""
+        return await settled(lambda: self.energy_j(gpu))
+
+
+async def settled(read: Callable[[], float], *, tolerance: float = 0.0) -> float:
+    """A counter's value once it grows by at most `tolerance` in 0.4 s; running requests update it every 50 ms."""
+    readings = [read()]
+    async with asyncio.timeout(20):
+        while len(readings) < 5 or readings[-1] - readings[-5] > tolerance:
+            await asyncio.sleep(0.1)
+            readings.append(read())
+    return readings[-1]
+
+
+def gpu_metric(url: str, name: str, gpu: str) -> float:
+    """The value of a metric on a page of Triton's metrics."""
+    with urllib.request.urlopen(url, timeout=5) as page:
+        lines = page.read().decode().splitlines()
+    (value,) = (line.rpartition(" ")[2] for line in lines if line.startswith(f'{name}{{gpu_uuid="{gpu}"}}'))
+    return float(value)
+
+
+@contextmanager
+def serving_triton(
+    folder: Path, models: Sequence[RepositoryModel], *, clock: Clock | None = None, flags: Sequence[str] = ()
+) -> Iterator[ServingTriton]:
+    """Serve models until the block ends; Triton's environment is created once.
+
+    Args:
+        folder: for the model repository and the log.
+        flags: further arguments of the server.
+    """
+    clock = clock or Clock()
+    installation = install(default_state_dir(), say=print)
+    write_repository(folder / "models", models)
+    ports = free_triton_ports()
+    supervisor = Supervisor(folder / "logs")
+    try:
+        process = supervisor.start(
+            ProcessSpec(
+                name="triton",
+                command=(*installation.command(folder / "models", ports), *flags),
+                environment=installation.environment(clock.environment()),
+                ready=ready_probe(ports),
+            )
+        )
+        yield ServingTriton(ports, clock, process.pid, process.log)
+    finally:
+        supervisor.stop_all()
 
 
 def text_of(number: int, level: str) -> str:
@@ -27,11 +120,23 @@ def entry(number: int) -> dict[str, object]:
 
 
 def write_entries(path: Path) -> Path:
-    """Thirty entries, and a last line that is none."""
+    """Write thirty entries, and a last line that cannot be parsed."""
     path.write_text("".join(json.dumps(entry(number)) + "\n" for number in range(30)) + "{broken\n")
     return path
 
 
 def model_processes(server: int) -> list[psutil.Process]:
-    """Those of the models, without what looks after them and comes and goes."""
+    """The processes of the models, without their watchdogs."""
     return [process for process in psutil.Process(server).children() if process.name().startswith("triton_python")]
+
+
+def wait_until_ended(process: psutil.Process) -> None:
+    """Return once a process has ended, reaped or not."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    assert poller.poll(20_000)
+    os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What is served, until when, and how a failed attempt and a streamed answer are handled: the router's small rules."""
+"""Admission: parsing, defaults, deadlines and rejections; retries; chunks; settings."""
 
 import json
 import tomllib
@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from services.router.admission import Arrival, Limits, arrive, refusal
-from services.router.chunking import Chunker
-from services.router.deadlines import deadline_of
+from services.router.admission import IncomingRequest, default_deadline, parse_request, rejection
 from services.router.settings import RouterSettings
+from services.router.streaming import Chunker
 from shared.fleet import Fleet
-from shared.inference.attempts import RetryRules
+from shared.inference.attempts import RetrySettings
 from shared.kafka.dead_letters import PoisonMessageError
 from shared.messages import ErrorDetail
 from shared.runtime.clock import Clock
@@ -23,46 +22,48 @@ from tests.support.router import fleet_toml
 
 NOON = datetime(2023, 2, 10, 12, tzinfo=UTC)
 FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
-LIMITS = Limits(max_request_bytes=2_000, max_prompt_chars=100, default_deadline_s=600, default_deadline_wall_s=30)
+SETTINGS = RouterSettings(
+    max_request_bytes=2_000, max_prompt_chars=100, default_deadline_s=600, default_deadline_wall_s=30
+)
 REPLAY = Clock(rate=720.0, origin_wall_s=1_000.0, origin_event_s=NOON.timestamp())
 
 
-def arrived(
+def parsed(
     value: bytes | None = None, *, clock: Clock = REPLAY, timestamp: int = 1_001_000, fleet: Fleet = FLEET, **fields
-) -> Arrival:
+) -> IncomingRequest:
     value = json.dumps({"prompt": "Why?", **fields}).encode() if value is None else value
     record = SimpleNamespace(
         value=value, key=b"k", topic="requests", partition=3, offset=17, timestamp=timestamp, headers=()
     )
-    return arrive(record, received_at=NOON + timedelta(hours=1), clock=clock, fleet=fleet, limits=LIMITS)
+    return parse_request(record, received_at=NOON + timedelta(hours=1), clock=clock, fleet=fleet, settings=SETTINGS)
 
 
-def code(arrival: Arrival) -> str | None:
-    error = refusal(arrival, fleet=FLEET, limits=LIMITS)
+def code(incoming: IncomingRequest) -> str | None:
+    error = rejection(incoming, fleet=FLEET, settings=SETTINGS)
     return None if error is None else error.code
 
 
-def test_a_request_without_id_model_and_time_gets_them_from_its_record_and_the_fleet():
-    arrival = arrived()
-    assert arrival.request_id == "requests-3-17"
-    assert arrival.model == "m"
-    assert arrival.requested_at == NOON + timedelta(seconds=720)  # a second of ours after the origin
-    assert code(arrival) is None
+def test_id_model_and_time_default_to_those_of_the_record_and_the_fleet():
+    incoming = parsed()
+    assert incoming.request_id == "requests-3-17"
+    assert incoming.model == "m"
+    assert incoming.requested_at == NOON + timedelta(seconds=720)  # a wall second after the origin
+    assert code(incoming) is None
 
 
-def test_what_the_producer_says_of_itself_counts():
-    arrival = arrived(id="mine", requested_at=NOON.isoformat())
-    assert (arrival.request_id, arrival.requested_at) == ("mine", NOON)
+def test_id_and_time_of_the_client_take_precedence():
+    incoming = parsed(id="mine", requested_at=NOON.isoformat())
+    assert (incoming.request_id, incoming.requested_at) == ("mine", NOON)
 
 
 def test_a_record_without_a_timestamp_was_requested_when_it_was_received():
-    assert arrived(timestamp=-1).requested_at == NOON + timedelta(hours=1)
+    assert parsed(timestamp=-1).requested_at == NOON + timedelta(hours=1)
 
 
 @pytest.mark.parametrize("value", [b"", b"{", b"null", b"3", b"\xff", b'{"prompt": 3}', b'{"prompt": "a", "id": ""}'])
-def test_what_is_no_request_is_poison(value):
+def test_an_invalid_request_is_a_poison_message(value):
     with pytest.raises(PoisonMessageError):
-        arrived(value)
+        parsed(value)
 
 
 @pytest.mark.parametrize(
@@ -77,49 +78,48 @@ def test_what_is_no_request_is_poison(value):
         ({"deadline": (NOON + timedelta(hours=1, seconds=1)).isoformat()}, None),
     ],
 )
-def test_what_is_not_served_is_refused_with_a_code(fields, wanted):
-    assert code(arrived(**fields)) == wanted
+def test_a_request_is_rejected_with_a_code(fields, wanted):
+    assert code(parsed(**fields)) == wanted
 
 
-def test_a_tenants_defaults_apply_where_a_request_says_nothing_and_its_deadline_to_the_letter():
+def test_a_tenants_defaults_apply_to_fields_that_a_request_omits():
     tenants = '[[tenants]]\nname = "desk"\ndirective = "L2"\nsystem = "Be kind."\ndeadline_s = 5\n'
     fleet = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"]) + tenants))
     received_at = NOON + timedelta(hours=1)
-    given = arrived(tenant="desk", fleet=fleet)
+    given = parsed(tenant="desk", fleet=fleet)
     assert given.deadline == received_at + timedelta(seconds=5)
     assert given.request.directive == "L2"
     assert [turn.role for turn in given.request.conversation()] == ["system", "user"]
     said = received_at + timedelta(seconds=90)
-    assert arrived(tenant="desk", fleet=fleet, deadline=said.isoformat()).deadline == said
+    assert parsed(tenant="desk", fleet=fleet, deadline=said.isoformat()).deadline == said
     for stranger in ("other", None):
-        alone = arrived(tenant=stranger, fleet=fleet)
-        assert alone.deadline == arrived().deadline
-        assert (alone.request.directive, len(alone.request.conversation())) == (None, 1)
+        plain = parsed(tenant=stranger, fleet=fleet)
+        assert plain.deadline == parsed().deadline
+        assert (plain.request.directive, len(plain.request.conversation())) == (None, 1)
 
 
-def test_refusals_never_quote_the_prompt():
-    error = refusal(arrived(prompt="secret" * 50), fleet=FLEET, limits=LIMITS)
+def test_rejections_never_quote_the_prompt():
+    error = rejection(parsed(prompt="secret" * 50), fleet=FLEET, settings=SETTINGS)
     assert error is not None
     assert "secret" not in error.message
     assert "'prompt' has 300 characters" in error.message
 
 
-def test_a_default_deadline_lasts_long_enough_on_the_wall_clock_too():
+def test_the_default_deadline_has_a_minimum_in_wall_time():
     def after_s(clock: Clock) -> float:
-        deadline = deadline_of(None, received_at=NOON, clock=clock, default_s=600, default_wall_s=30)
-        return (deadline - NOON).total_seconds()
+        return (default_deadline(NOON, clock=clock, settings=SETTINGS) - NOON).total_seconds()
 
     assert after_s(Clock()) == 600
     assert after_s(REPLAY) == 30 * 720
-    asked = NOON + timedelta(seconds=1)
-    assert deadline_of(asked, received_at=NOON, clock=REPLAY, default_s=600, default_wall_s=30) == asked
+    soon = NOON + timedelta(hours=1, seconds=1)
+    assert parsed(deadline=soon.isoformat()).deadline == soon
 
 
 @given(st.integers(1, 2_000), st.floats(0, 1, exclude_max=True))
 def test_pauses_grow_to_their_limit_and_vary(attempts, jitter):
-    rules = RetryRules(backoff_s=0.1, backoff_max_s=2.0)
+    retry = RetrySettings(backoff_s=0.1, backoff_max_s=2.0)
     full_s = min(2.0, 0.1 * 2 ** min(attempts - 1, 10))
-    assert 0.5 * full_s <= rules.pause_s(attempts, jitter) <= full_s
+    assert 0.5 * full_s <= retry.pause_s(attempts, jitter) <= full_s
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,9 @@ def test_pauses_grow_to_their_limit_and_vary(attempts, jitter):
 def test_an_attempt_is_repeated_while_it_is_safe_allowed_and_in_time(
     attempts, published, pause_s, remaining_s, verdict
 ):
-    rules = RetryRules(max_attempts=3)
-    assert rules.verdict(attempts=attempts, published=published, pause_s=pause_s, remaining_s=remaining_s) == verdict
+    retry = RetrySettings(max_attempts=3)
+    code = retry.give_up_code(attempts=attempts, published=published, pause_s=pause_s, remaining_s=remaining_s)
+    assert code == verdict
 
 
 def test_chunks_are_numbered_and_cut_by_time():
@@ -156,7 +157,7 @@ def test_chunks_are_numbered_and_cut_by_time():
     assert chunker.started
 
 
-def test_with_no_interval_every_piece_is_a_chunk():
+def test_without_an_interval_every_piece_is_a_chunk():
     chunker = Chunker("r", interval_s=0.0)
     for piece in "abcd":
         chunker.add(piece)
@@ -166,10 +167,16 @@ def test_with_no_interval_every_piece_is_a_chunk():
     assert chunks[-1].error is not None
 
 
-def test_settings_say_what_does_not_fit(monkeypatch):
+def test_inconsistent_settings_are_rejected(monkeypatch):
     monkeypatch.setenv("SPROUT_ROUTER_MAX_INTENSITY_AGE_S", "null")
     assert RouterSettings().max_intensity_age_s is None
-    with pytest.raises(ValidationError, match="COOL_DOWN_MAX_S must not be below"):
-        RouterSettings(cool_down_s=5, cool_down_max_s=1)
+    with pytest.raises(ValidationError, match="CIRCUIT_OPEN_MAX_S must not be below"):
+        RouterSettings(circuit_open_s=5, circuit_open_max_s=1)
     with pytest.raises(ValidationError, match="BACKOFF_MAX_S must not be below"):
         RouterSettings(backoff_s=5, backoff_max_s=1)
+
+
+@pytest.mark.parametrize("name", ["CIRCUIT_OPEN_S", "COOL_DOWN_S"])
+def test_a_renamed_setting_is_read_by_its_old_name_too(monkeypatch, name):
+    monkeypatch.setenv(f"SPROUT_ROUTER_{name}", "2.5")
+    assert RouterSettings().circuit_open_s == 2.5

@@ -1,8 +1,8 @@
-"""Offsets: only what is finished without a gap may be committed, whatever order things happen in."""
+"""The offset tracker: only the finished prefix of a partition may be committed."""
 
 import pytest
 
-from services.router.offsets import SINCE_REFRESH_MS, Claim, Commit, OffsetTracker, Standing
+from services.router.offsets import SINCE_REFRESH_MS, Claim, Commit, OffsetTracker, RecoveredOffsets
 
 
 @pytest.fixture
@@ -11,7 +11,7 @@ def tracker() -> OffsetTracker[str]:
 
 
 def begin(tracker: OffsetTracker[str], *offsets: int, partition: str = "p") -> dict[int, Claim[str]]:
-    """Deliver offsets; the claims on those that are to be worked on."""
+    """Deliver offsets; returns the claims of those that are to be processed."""
     found = {offset: _begin(tracker, partition, offset, epoch=tracker.epoch) for offset in offsets}
     return {offset: claim for offset, claim in found.items() if claim is not None}
 
@@ -23,14 +23,14 @@ def _begin(tracker: OffsetTracker[str], partition: str, offset: int, *, epoch: i
 def rebalance(tracker: OffsetTracker[str], **floors: int) -> None:
     tracker.suspend(floors)
     tracker.keep(floors)
-    tracker.resume({partition: Standing(Commit(floor, 0)) for partition, floor in floors.items()})
+    tracker.resume({partition: RecoveredOffsets(Commit(floor, 0)) for partition, floor in floors.items()})
 
 
 def committable(tracker: OffsetTracker[str], partitions: set[str] | None = None) -> dict[str, int]:
     return {partition: commit.offset for partition, commit in tracker.committable(partitions, now_ms=0).items()}
 
 
-def test_a_finished_record_waits_for_all_before_it(tracker):
+def test_a_finished_record_waits_for_all_earlier_ones(tracker):
     claims = begin(tracker, 5, 6, 7)
     tracker.finish(claims[6])
     tracker.finish(claims[7])
@@ -41,7 +41,7 @@ def test_a_finished_record_waits_for_all_before_it(tracker):
     assert committable(tracker) == {}
 
 
-def test_gaps_between_offsets_are_no_obstacle(tracker):
+def test_gaps_between_offsets_are_skipped(tracker):
     claims = begin(tracker, 5, 9, 20)
     tracker.finish(claims[5])
     assert committable(tracker) == {"p": 6}
@@ -49,13 +49,13 @@ def test_gaps_between_offsets_are_no_obstacle(tracker):
     assert committable(tracker) == {"p": 10}
 
 
-def test_partitions_do_not_wait_for_each_other(tracker):
+def test_partitions_are_independent(tracker):
     begin(tracker, 1, partition="p")
     tracker.finish(begin(tracker, 1, partition="q")[1])
     assert committable(tracker) == {"q": 2}
 
 
-def test_a_record_that_is_delivered_again_is_begun_once(tracker):
+def test_a_redelivered_record_is_started_once(tracker):
     claims = begin(tracker, 1, 2, 3)
     tracker.finish(claims[1])
     tracker.finish(claims[3])
@@ -64,14 +64,14 @@ def test_a_record_that_is_delivered_again_is_begun_once(tracker):
     assert committable(tracker) == {"p": 2}
 
 
-def test_finishing_twice_means_nothing(tracker):
+def test_finishing_twice_has_no_effect(tracker):
     claims = begin(tracker, 1, 2)
     tracker.finish(claims[1])
     tracker.finish(claims[1])
     assert committable(tracker) == {"p": 2}
 
 
-def test_while_a_partition_is_taken_away_nothing_new_begins_and_what_finishes_can_be_committed(tracker):
+def test_a_suspended_partition_starts_no_records_and_commits_finished_ones(tracker):
     claims = begin(tracker, 1, 2)
     tracker.suspend({"p"})
     assert begin(tracker, 3) == {}
@@ -80,42 +80,42 @@ def test_while_a_partition_is_taken_away_nothing_new_begins_and_what_finishes_ca
     assert committable(tracker, {"p"}) == {"p": 2}
 
 
-def test_a_partition_that_comes_back_goes_on_where_it_was(tracker):
+def test_a_partition_assigned_again_continues(tracker):
     claims = begin(tracker, 1, 2, 3)
     tracker.finish(claims[3])
     rebalance(tracker, p=1, q=0)
-    assert all(tracker.wanted(claims[offset]) for offset in (1, 2))
+    assert all(tracker.still_owned(claims[offset]) for offset in (1, 2))
     assert list(begin(tracker, 1, 2, 3, 4)) == [4]
     tracker.finish(claims[1])
     tracker.finish(claims[2])
     assert committable(tracker) == {"p": 4}
 
 
-def test_what_was_refused_during_a_rebalance_is_begun_after_it(tracker):
+def test_records_refused_during_a_rebalance_are_started_after_it(tracker):
     begin(tracker, 1)
     tracker.suspend({"p"})
     assert begin(tracker, 2, 3) == {}
     tracker.keep({"p"})
     assert begin(tracker, 2, 3) == {}
-    tracker.resume({"p": Standing(Commit(1, 0))})
+    tracker.resume({"p": RecoveredOffsets(Commit(1, 0))})
     assert list(begin(tracker, 1, 2, 3)) == [2, 3]
 
 
-def test_a_partition_that_went_elsewhere_is_forgotten(tracker):
+def test_a_lost_partition_is_forgotten(tracker):
     claims = begin(tracker, 1, 2)
     tracker.suspend({"p"})
     tracker.keep({"q"})
-    assert not tracker.wanted(claims[1])
+    assert not tracker.still_owned(claims[1])
     tracker.finish(claims[1])
     assert committable(tracker) == {}
     assert list(begin(tracker, 1)) == [1]
 
 
-def test_what_another_router_committed_meanwhile_is_never_committed_back(tracker):
+def test_a_commit_of_another_router_is_never_undone(tracker):
     claims = begin(tracker, 1, 2, 3, 4)
     tracker.finish(claims[1])
     rebalance(tracker, p=4)
-    assert [offset for offset, claim in claims.items() if tracker.wanted(claim)] == [4]
+    assert [offset for offset, claim in claims.items() if tracker.still_owned(claim)] == [4]
     tracker.finish(claims[2])
     assert committable(tracker) == {}
     tracker.finish(claims[4])
@@ -128,13 +128,13 @@ def test_a_record_fetched_before_a_rebalance_is_refused_after_it(tracker):
     tracker.suspend({"p"})
     during = tracker.epoch
     tracker.keep({"p"})
-    tracker.resume({"p": Standing(Commit(0, 0))})
+    tracker.resume({"p": RecoveredOffsets(Commit(0, 0))})
     assert _begin(tracker, "p", 2, epoch=before) is None
     assert _begin(tracker, "p", 2, epoch=during) is None
     assert _begin(tracker, "p", 2, epoch=tracker.epoch) is not None
 
 
-def test_the_records_of_a_topic_that_was_created_anew_are_not_taken_for_known_ones(tracker):
+def test_records_of_a_recreated_topic_are_new_records(tracker):
     old = begin(tracker, 7, 8)
     tracker.finish(old[7])
     tracker.note_committed(tracker.committable(now_ms=0))
@@ -146,18 +146,18 @@ def test_the_records_of_a_topic_that_was_created_anew_are_not_taken_for_known_on
     assert committable(tracker) == {"p": 1}
 
 
-def test_nor_where_a_rebalance_tells_that_the_group_begins_anew(tracker):
+def test_records_are_new_if_the_group_was_reset(tracker):
     claims = begin(tracker, 7, 8)
     tracker.finish(claims[7])
     tracker.note_committed(tracker.committable(now_ms=0))
     rebalance(tracker, p=0)
-    assert not tracker.wanted(claims[8])
+    assert not tracker.still_owned(claims[8])
     assert list(begin(tracker, 0, 1)) == [0, 1]
 
 
-def test_what_the_earlier_owner_answered_is_not_begun(tracker):
+def test_records_answered_by_an_earlier_owner_are_not_started(tracker):
     tracker.keep({"p"})
-    tracker.resume({"p": Standing(Commit(5, 100), {6: 60, 7: 70})})
+    tracker.resume({"p": RecoveredOffsets(Commit(5, 100), {6: 60, 7: 70})})
     begun = {
         offset: tracker.begin("p", offset, epoch=tracker.epoch, timestamp_ms=10 * offset, now_ms=0)
         for offset in (5, 6, 7)
@@ -167,23 +167,23 @@ def test_what_the_earlier_owner_answered_is_not_begun(tracker):
     assert committable(tracker) == {"p": 8}
 
 
-def test_another_record_at_the_offset_of_an_answered_one_is_begun(tracker):
+def test_another_record_with_the_offset_of_an_answered_one_is_started(tracker):
     tracker.keep({"p"})
-    tracker.resume({"p": Standing(Commit(5, 100), {6: 60})})
+    tracker.resume({"p": RecoveredOffsets(Commit(5, 100), {6: 60})})
     assert tracker.begin("p", 6, epoch=tracker.epoch, timestamp_ms=61, now_ms=0) is not None
 
 
-def test_what_another_router_answered_meanwhile_is_not_wanted_any_more(tracker):
+def test_a_running_record_answered_by_another_router_is_no_longer_owned(tracker):
     claims = begin(tracker, 1, 2)
     tracker.suspend({"p"})
     tracker.keep({"p"})
-    tracker.resume({"p": Standing(Commit(1, 0), {2: -1})})
-    assert [offset for offset, claim in claims.items() if tracker.wanted(claim)] == [1]
+    tracker.resume({"p": RecoveredOffsets(Commit(1, 0), {2: -1})})
+    assert [offset for offset, claim in claims.items() if tracker.still_owned(claim)] == [1]
     tracker.finish(claims[1])
     assert committable(tracker) == {"p": 3}
 
 
-def test_a_commit_says_since_when_there_may_be_answers_beyond_it(tracker):
+def test_a_commit_has_the_earliest_time_of_responses_beyond_it(tracker):
     first = tracker.begin("p", 1, epoch=0, timestamp_ms=-1, now_ms=1_000)
     second = tracker.begin("p", 2, epoch=0, timestamp_ms=-1, now_ms=2_000)
     assert first is not None
@@ -195,9 +195,9 @@ def test_a_commit_says_since_when_there_may_be_answers_beyond_it(tracker):
     assert tracker.committable(now_ms=9_000) == {"p": Commit(3, 9_000)}
 
 
-def test_it_keeps_the_time_of_the_owner_before_while_there_are_answers_of_that_one_ahead(tracker):
+def test_a_commit_keeps_the_time_of_the_earlier_owner_while_its_responses_are_beyond(tracker):
     tracker.keep({"p"})
-    tracker.resume({"p": Standing(Commit(5, 100), {7: 70})})
+    tracker.resume({"p": RecoveredOffsets(Commit(5, 100), {7: 70})})
     claims = {offset: tracker.begin("p", offset, epoch=tracker.epoch, timestamp_ms=10 * offset, now_ms=5_000)
               for offset in (5, 6, 7, 8)}  # fmt: skip
     tracker.finish(claims[5])
@@ -206,8 +206,8 @@ def test_it_keeps_the_time_of_the_owner_before_while_there_are_answers_of_that_o
     assert tracker.committable(now_ms=9_000) == {"p": Commit(8, 5_000)}
 
 
-def test_a_partition_where_nothing_happens_is_committed_now_and_then(tracker):
+def test_an_idle_partition_is_committed_from_time_to_time(tracker):
     tracker.keep({"p"})
-    tracker.resume({"p": Standing(Commit(5, 100))})
+    tracker.resume({"p": RecoveredOffsets(Commit(5, 100))})
     assert tracker.committable(now_ms=100 + SINCE_REFRESH_MS) == {}
     assert tracker.committable(now_ms=101 + SINCE_REFRESH_MS) == {"p": Commit(5, 101 + SINCE_REFRESH_MS)}

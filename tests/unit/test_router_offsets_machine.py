@@ -1,18 +1,18 @@
-"""Offsets under any order of events: nothing is committed that is not done, and nothing is answered twice."""
+"""The offset tracker under any order of events: no unfinished record is committed, no record is answered twice."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from services.router.offsets import Claim, Commit, OffsetTracker, Standing
+from services.router.offsets import Claim, Commit, OffsetTracker, RecoveredOffsets
 
 
 class Consumer(RuleBasedStateMachine):
-    """One partition of a real group: fetched, worked on, rebalanced, committed, crashed, in any order.
+    """One partition of a real group: fetch, process, rebalance, commit, crash, in any order.
 
-    The log is what a broker has: records, and offsets between them that no record ever bears. Whoever owns the
-    partition is delivered its records in order, after an assignment from the committed offset on. Every answer has a
-    time; the next owner finds those that are not older than the commit says, and only those.
+    The log has records and gaps between their offsets. The owner of the partition is delivered its records in order,
+    from the committed offset on after an assignment. Every response has a time; the next owner finds exactly those
+    that are not older than the time of the commit.
     """
 
     @initialize(log=st.sets(st.integers(0, 60), min_size=20))
@@ -50,7 +50,7 @@ class Consumer(RuleBasedStateMachine):
         offset = data.draw(st.sampled_from(sorted(self.running)))
         self.now += 1
         self.answers[offset] = self.now
-        if dies:  # between the answer and its being noted
+        if dies:  # between publishing the response and noting it
             self.crash()
         else:
             self.tracker.finish(self.running.pop(offset))
@@ -67,12 +67,12 @@ class Consumer(RuleBasedStateMachine):
             self.tracker.suspend({"p"})
             self._commit(self.tracker.committable({"p"}, now_ms=self.now), fails=fails)
 
-    @rule(other_did=st.sets(st.integers(0, 4)), other_committed=st.booleans(), back=st.booleans())
-    def assign(self, other_did, other_committed, back):
+    @rule(other_answered=st.sets(st.integers(0, 4)), other_committed=st.booleans(), back=st.booleans())
+    def assign(self, other_answered, other_committed, back):
         if self.assigned:
             return
         ahead = [one for one in self.log if one >= self.committed.offset and one not in self.answers]
-        for place in sorted(other_did & set(range(len(ahead)))):
+        for place in sorted(other_answered & set(range(len(ahead)))):
             self.now += 1
             self.answers[ahead[place]] = self.now
         if other_committed and (left := [one for one in self.log if one not in self.answers]):
@@ -81,7 +81,7 @@ class Consumer(RuleBasedStateMachine):
         self.tracker.keep({"p"} if back else set())
         if back:
             self._resume()
-        self._drop_unwanted()
+        self._drop_lost()
 
     @rule()
     def crash(self):
@@ -91,11 +91,11 @@ class Consumer(RuleBasedStateMachine):
         self._resume()
 
     @invariant()
-    def everything_committed_is_done(self):
+    def every_committed_record_is_answered(self):
         assert self.answers.keys() >= {one for one in self.log if one < self.committed.offset}
 
     @invariant()
-    def what_may_be_committed_is_done_and_no_answer_beyond_it_is_older_than_it_says(self):
+    def every_committable_record_is_answered_and_responses_beyond_are_not_older_than_its_time(self):
         for commit in self.tracker.committable(now_ms=self.now, everything=True).values():
             assert self.answers.keys() >= {one for one in self.log if one < commit.offset}
             assert all(at >= commit.since_ms for offset, at in self.answers.items() if offset >= commit.offset)
@@ -106,12 +106,12 @@ class Consumer(RuleBasedStateMachine):
             for offset, at in self.answers.items()
             if offset >= self.committed.offset and at >= self.committed.since_ms
         }
-        self.tracker.resume({"p": Standing(self.committed, found)})
+        self.tracker.resume({"p": RecoveredOffsets(self.committed, found)})
         self.assigned = True
         self.position = self.committed.offset
 
-    def _drop_unwanted(self):
-        self.running = {offset: claim for offset, claim in self.running.items() if self.tracker.wanted(claim)}
+    def _drop_lost(self):
+        self.running = {offset: claim for offset, claim in self.running.items() if self.tracker.still_owned(claim)}
 
     def _commit(self, commits, *, fails):
         if commits and not fails:

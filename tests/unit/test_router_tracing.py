@@ -1,4 +1,4 @@
-"""The span tree of a request, its attributes, and what never gets into a span."""
+"""The spans of a request, their attributes, and what no span contains."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -8,24 +8,25 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode
 
-from services.router import answers
-from services.router.admission import Arrival
-from services.router.tracing import Tracing
-from shared.inference.attempts import Outcome
-from shared.inference.triton.generation import Generation
+from services.router.admission import IncomingRequest
+from services.router.handler import response_of
+from services.router.tracing import TRACER_NAME, Tracing
+from shared.inference.attempts import AttemptResult
+from shared.inference.base import Generation
 from shared.messages import Decision, ErrorDetail, GenerationRequest
 from shared.runtime.tracing import TelemetryError, tracer_provider, wanted
 
 SECRET = "do not tell anybody"
 NOON = datetime(2023, 2, 10, 12, tzinfo=UTC)
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+CLIENT_TRACE = f"00-{TRACE}-{PARENT}-01"
 DECISION = Decision(
     source="policy", group="qa", pool="p", level="L1", zone="GB", policy_version=7, propensity=0.25,
     propensities={"p/L0": 0.75, "p/L1": 0.25},
 )  # fmt: skip
-ARRIVAL = Arrival(
+INCOMING = IncomingRequest(
     request_id="r1",
     model="m",
     request=GenerationRequest.model_validate(
@@ -40,7 +41,7 @@ GENERATION = Generation(
     text=SECRET, finish_reason="length", completion_tokens=32, prompt_tokens=9, token_count_source="server",
     started_at_s=1.0, first_token_at_s=1.1, finished_at_s=2.0,
 )  # fmt: skip
-ANSWERED = Outcome(generation=GENERATION, endpoint="e0", attempts=2)
+ANSWERED = AttemptResult(generation=GENERATION, endpoint="e0", attempts=2)
 
 
 class Traces:
@@ -48,7 +49,7 @@ class Traces:
         self.exporter = InMemorySpanExporter()
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-        self.tracing = Tracing(provider, version="1", group="sprout.router")
+        self.tracing = Tracing(provider.get_tracer(TRACER_NAME, "1"), group="sprout.router")
 
     @property
     def spans(self) -> dict[str, ReadableSpan]:
@@ -62,28 +63,28 @@ def traces() -> Traces:
     return Traces()
 
 
-def record(traceparent: bytes | None = f"00-{TRACE}-{PARENT}-01".encode()):
+def record(traceparent: bytes | None = CLIENT_TRACE.encode()):
     headers = () if traceparent is None else (("traceparent", traceparent), ("other", b"\xff"))
     return SimpleNamespace(topic="requests", partition=3, offset=17, headers=headers, value=SECRET.encode())
 
 
-async def serve(tracing: Tracing, outcome: Outcome, sent: list[dict[str, str]]) -> None:
-    async def run() -> Outcome:
-        return outcome
+def serve(
+    tracing: Tracing, header: SimpleNamespace, result: AttemptResult, sent: list[dict[str, str]] | None = None
+) -> None:
+    """All spans of a request; collects the headers of what it sends."""
+    sent = [] if sent is None else sent
+    with tracing.processing(header):
+        with tracing.generating(INCOMING, DECISION) as span:
+            tracing.generated(span, result)
+        with tracing.sending("responses"):
+            sent.append(tracing.headers())
+        sent.append(tracing.headers())
+        tracing.answered(response_of(INCOMING, DECISION, result))
 
-    await tracing.generating(ARRIVAL, DECISION, run())
-    with tracing.sending("responses") as headers:
-        sent.append(headers)
-    sent.append(tracing.headers())
-    if outcome.error is not None:
-        tracing.answered(answers.failure(ARRIVAL, outcome.error, decision=DECISION))
-    else:
-        tracing.answered(answers.answer(ARRIVAL, DECISION, GENERATION, endpoint="e0", attempts=2))
 
-
-async def test_the_producers_trace_goes_on_through_model_and_messages(traces):
+def test_the_clients_trace_continues_through_model_and_messages(traces):
     sent: list[dict[str, str]] = []
-    await traces.tracing.processing(record(), serve(traces.tracing, ANSWERED, sent))
+    serve(traces.tracing, record(), ANSWERED, sent)
     spans = traces.spans
     process, chat, send = spans["process requests"], spans["chat m"], spans["send responses"]
     assert [span.kind for span in (process, chat, send)] == [SpanKind.CONSUMER, SpanKind.CLIENT, SpanKind.PRODUCER]
@@ -124,9 +125,9 @@ async def test_the_producers_trace_goes_on_through_model_and_messages(traces):
     }
 
 
-async def test_an_error_is_marked_by_its_code_without_its_text(traces):
-    failed = Outcome(error=ErrorDetail(code="upstream_error", message=SECRET), endpoint="e0", attempts=1)
-    await traces.tracing.processing(record(), serve(traces.tracing, failed, []))
+def test_an_error_is_marked_by_its_code_without_its_text(traces):
+    failed = AttemptResult(error=ErrorDetail(code="upstream_error", message=SECRET), endpoint="e0", attempts=1)
+    serve(traces.tracing, record(), failed)
     for name in ("process requests", "chat m"):
         span = traces.spans[name]
         assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, None)
@@ -134,37 +135,53 @@ async def test_an_error_is_marked_by_its_code_without_its_text(traces):
 
 
 @pytest.mark.parametrize("error", [RuntimeError(SECRET), asyncio.CancelledError()])
-async def test_an_exception_ends_the_span_and_is_not_quoted(traces, error):
-    async def work() -> None:
+def test_an_exception_ends_the_span_and_is_not_quoted(traces, error):
+    with pytest.raises(type(error)), traces.tracing.processing(record()):
         raise error
-
-    with pytest.raises(type(error)):
-        await traces.tracing.processing(record(), work())
     span = traces.spans["process requests"]
     assert (span.attributes["error.type"], span.events) == (type(error).__name__, ())
 
 
 @pytest.mark.parametrize("header", [None, b"", b"00-zz", b"\xff\xfe", f"00-{'0' * 32}-{PARENT}-01".encode()])
-async def test_without_a_readable_parent_a_trace_begins_here(traces, header):
+def test_without_a_readable_parent_a_trace_starts_here(traces, header):
     sent: list[dict[str, str]] = []
-    await traces.tracing.processing(record(header), serve(traces.tracing, ANSWERED, sent))
+    serve(traces.tracing, record(header), ANSWERED, sent)
     assert traces.spans["process requests"].parent is None
     assert sent[0]["traceparent"].split("-")[1] == f"{traces.spans['chat m'].context.trace_id:032x}"
 
 
-async def test_what_the_producer_did_not_sample_is_not_sampled_and_still_carried_on(traces):
+def test_an_unsampled_trace_is_not_sampled_here_but_continued(traces):
     sent: list[dict[str, str]] = []
     unsampled = f"00-{TRACE}-{PARENT}-00".encode()
-    await traces.tracing.processing(record(unsampled), serve(traces.tracing, ANSWERED, sent))
+    serve(traces.tracing, record(unsampled), ANSWERED, sent)
     assert traces.spans == {}
     assert [headers["traceparent"].split("-")[1::2] for headers in sent] == [[TRACE, "00"]] * 2
 
 
-async def test_requests_at_once_have_a_trace_each(traces):
-    sent: list[list[dict[str, str]]] = [[] for _ in range(20)]
-    work = [traces.tracing.processing(record(None), serve(traces.tracing, ANSWERED, one)) for one in sent]
-    await asyncio.gather(*(asyncio.create_task(one) for one in work))
-    assert len({one["traceparent"].split("-")[1] for headers in sent for one in headers}) == 20
+async def test_concurrent_requests_have_a_trace_each(traces):
+    sent: list[dict[str, str]] = []
+
+    async def request() -> None:
+        with traces.tracing.processing(record(None)):
+            await asyncio.sleep(0)
+            with traces.tracing.generating(INCOMING, DECISION):
+                await asyncio.sleep(0)
+                sent.append(traces.tracing.headers())
+
+    await asyncio.gather(*(asyncio.create_task(request()) for _ in range(20)))
+    assert len({headers["traceparent"].split("-")[1] for headers in sent}) == 20
+
+
+@pytest.mark.parametrize(
+    ("header", "carried"),
+    [(None, {}), (CLIENT_TRACE.encode(), {"traceparent": CLIENT_TRACE})],
+    ids=["none", "client's"],
+)
+def test_without_a_collector_the_clients_trace_is_passed_on_unchanged(header, carried):
+    sent: list[dict[str, str]] = []
+    tracing = Tracing(NoOpTracerProvider().get_tracer(TRACER_NAME), group="sprout.router")
+    serve(tracing, record(header), ANSWERED, sent)
+    assert sent == [carried, carried]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""SmolLM2 behind the contract: what llama.cpp is asked, what its chunks mean, and where the joules come from."""
+"""SmolLM2: translation to llama.cpp's requests and from its chunks, parameters, and sources of energy."""
 
 import pytest
 
+from deploy.triton.repository import ParameterError
 from deploy.triton.request import GenerationRequest
-from deploy.triton.smollm2.completion import CompletionError, Progress, completion_body
-from deploy.triton.smollm2.parameters import ParameterError, SmolLm2Parameters
+from deploy.triton.smollm2.engine import CompletionError, Progress, completion_body
+from deploy.triton.smollm2.parameters import SmolLm2Parameters
 from deploy.triton.smollm2.power import CpuTimeModel, RaplCounter, RaplError, available_source, energy_label
 
 PARAMETERS = SmolLm2Parameters(gpu_uuid="cpu-modelled")
@@ -15,10 +16,14 @@ def chunk(text, *, reason=None, usage=None, **more):
             **({"usage": usage} if usage else {}), **more}  # fmt: skip
 
 
-def test_a_request_is_put_in_llama_cpps_terms():
+def test_a_request_is_translated_for_llama_cpp():
     body = completion_body(
         GenerationRequest(
-            text="p", max_tokens=9, stop_words=("x",), temperature=0.0, seed=2**40 + 3, return_log_probs=True
+            text="p",
+            max_tokens=9,
+            stop_words=("x",),
+            sampling={"temperature": 0.0, "seed": 2**40 + 3, "repetition_penalty": 1.1, "min_tokens": 4},
+            return_log_probs=True,
         ),
         PARAMETERS,
     )
@@ -26,11 +31,12 @@ def test_a_request_is_put_in_llama_cpps_terms():
     assert body["seed"] == 3
     assert body["n_probs"] == 1
     assert body["top_p"] == PARAMETERS.top_p
-    assert "top_k" not in body
+    assert body["repeat_penalty"] == 1.1
+    assert not {"top_k", "min_tokens"} & set(body)
     assert body["cache_prompt"] is False
 
 
-def test_every_chunk_is_a_token_and_the_last_one_settles_the_count():
+def test_each_chunk_is_a_token_and_the_last_one_corrects_the_count():
     progress = Progress()
     for text in ("The", " sky"):
         progress.take(chunk(text))
@@ -41,7 +47,7 @@ def test_every_chunk_is_a_token_and_the_last_one_settles_the_count():
     assert (progress.text, progress.tokens, progress.finished, progress.prompt_tokens) == ("", 2, True, 11)
 
 
-def test_log_probabilities_and_the_prompts_length_are_read_where_they_are_given():
+def test_log_probabilities_and_the_prompts_length_are_read_where_present():
     progress = Progress()
     progress.take(chunk("a", logprobs={"content": [{"logprob": -0.5}]}, timings={"prompt_n": 7}))
     assert progress.log_probs == [-0.5]
@@ -56,29 +62,29 @@ def test_log_probabilities_and_the_prompts_length_are_read_where_they_are_given(
         ("odd", False),
     ],
 )
-def test_an_error_says_whether_the_request_is_at_fault(error, invalid):
+def test_an_error_tells_whether_the_request_is_invalid(error, invalid):
     with pytest.raises(CompletionError) as caught:
         Progress().take({"error": error})
     assert caught.value.invalid is invalid
 
 
-def test_parameters_survive_the_way_through_a_configuration():
+def test_parameters_survive_the_round_trip_through_a_configuration():
     parameters = SmolLm2Parameters(gpu_uuid="g", energy_source="rapl", slots=3, temperature=0.7)
     assert SmolLm2Parameters.from_texts(parameters.to_texts()) == parameters
 
 
 @pytest.mark.parametrize(
-    ("texts", "said"),
+    ("texts", "message"),
     [
         ({}, "'gpu_uuid' is missing"),
         ({"gpu_uuid": "g", "slots": "0"}, "'slots' must be at least 1"),
         ({"gpu_uuid": "g", "slots": "many"}, "'slots' must be a number"),
         ({"gpu_uuid": "g", "energy_source": "guess"}, "'energy_source' must be one of"),
-        ({"gpu_uuid": "g", "colour": "red"}, "'colour' is no parameter"),
+        ({"gpu_uuid": "g", "colour": "red"}, "'colour' is not a parameter"),
     ],
 )
-def test_parameters_that_do_not_do_are_refused_by_name(texts, said):
-    with pytest.raises(ParameterError, match=said):
+def test_invalid_parameters_are_rejected_by_name(texts, message):
+    with pytest.raises(ParameterError, match=message):
         SmolLm2Parameters.from_texts(texts)
 
 
@@ -90,7 +96,7 @@ def package(folder, name, uj, range_uj=1_000_000_000):
     return zone / "energy_uj"
 
 
-def test_rapl_adds_up_whole_packages_and_survives_their_wrapping(tmp_path):
+def test_rapl_adds_up_packages_and_handles_wrapping_counters(tmp_path):
     first = package(tmp_path, "intel-rapl:0", 999_000_000)
     second = package(tmp_path, "intel-rapl:1", 5_000_000)
     package(tmp_path, "intel-rapl:0:0", 123)  # a part of the first

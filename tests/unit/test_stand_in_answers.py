@@ -1,4 +1,4 @@
-"""What the stand-in model answers: the recorded text, or a made-up one of a plausible length."""
+"""The answers of the stand-in model: the recorded text, or a made-up one of a plausible length."""
 
 import itertools
 from dataclasses import replace
@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from deploy.triton.request import GenerationRequest
-from deploy.triton.stand_in.answers import AnswerBook, Generation, text_end
-from deploy.triton.stand_in.filler import made_up_text
+from deploy.triton.stand_in.answers import PlannedAnswer, RecordedAnswers, made_up_text, text_end
 from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES
 from deploy.triton.stand_in.workload import Entry, Recorded, Workload
 
@@ -26,73 +25,74 @@ def entry(number, **texts):
 
 
 @pytest.fixture
-def book():
+def answers():
     workload = Workload([entry(0, L0=TEXT), *(entry(number) for number in range(1, 40))])
-    return AnswerBook(workload, model=MODEL, catalogue=DEFAULT_DIRECTIVES)
+    return RecordedAnswers(workload, model=MODEL, catalogue=DEFAULT_DIRECTIVES)
 
 
-def asked(user, system="", **changes):
+def request(user, system="", **changes):
     inner = f"<<SYS>>\n{system}\n<</SYS>>\n\n{user}" if system else user
     return GenerationRequest(text=f"[INST] {inner} [/INST]", **{"max_tokens": 1_000, **changes})
 
 
-def test_a_recorded_prompt_gets_its_recorded_answer(book):
-    planned = book.plan(asked("prompt 0"))
+def test_a_recorded_prompt_gets_its_recorded_answer(answers):
+    planned = answers.plan(request("prompt 0"))
     assert (planned.text, planned.tokens, planned.energy_j, planned.time_s) == (TEXT, 200, 1000.0, 4.0)
 
 
-def test_the_directive_chooses_the_recorded_level(book):
+def test_the_directive_chooses_the_recorded_level(answers):
     assert [
-        book.plan(asked("prompt 3", system)).tokens
+        answers.plan(request("prompt 3", system)).tokens
         for system in ("", "Always answer briefly.", "Always answer very briefly.")
     ] == [203, 63, 23]
 
 
-def test_an_answer_whose_text_was_not_kept_is_made_up_to_its_length_and_says_so(book):
-    planned = book.plan(asked("prompt 5"))
+def test_an_answer_without_a_recorded_text_gets_a_made_up_one_of_its_length_that_says_so(answers):
+    planned = answers.plan(request("prompt 5"))
     assert planned.tokens == 205
     assert planned.energy_j == 1025.0
     assert len(planned.text) == pytest.approx(205 * 4, rel=0.1)
     assert "made up by a stand-in model" in planned.text
 
 
-@pytest.mark.parametrize("user", ["Something nobody asked", "Ça va, 日本?", "x"])
-def test_an_unknown_prompt_gets_a_shorter_answer_the_briefer_the_directive(book, user):
+@pytest.mark.parametrize("user", ["A prompt that is not recorded", "Ça va, 日本?", "x"])
+def test_for_an_unknown_prompt_a_briefer_directive_gives_a_shorter_answer(answers, user):
     long, brief, briefer = (
-        book.plan(asked(user, system)) for system in ("", "Always answer briefly.", "Always answer very briefly.")
+        answers.plan(request(user, system)) for system in ("", "Always answer briefly.", "Always answer very briefly.")
     )
     assert long.tokens > brief.tokens > briefer.tokens
     assert long.energy_j == pytest.approx(long.tokens * 5.0)
     assert long.time_s == pytest.approx(long.tokens * 0.02)
 
 
-def test_the_same_prompt_is_always_answered_alike(book):
-    assert book.plan(asked("Something nobody asked")) == book.plan(asked("Something nobody asked"))
+def test_the_same_prompt_always_gets_the_same_answer(answers):
+    unknown = request("A prompt that is not recorded")
+    assert answers.plan(unknown) == answers.plan(unknown)
 
 
-def test_max_tokens_shortens_text_tokens_energy_and_time_alike(book):
-    whole, half = book.plan(asked("prompt 0")), book.plan(asked("prompt 0", max_tokens=100))
+def test_max_tokens_shortens_text_tokens_energy_and_time_in_proportion(answers):
+    whole, half = answers.plan(request("prompt 0")), answers.plan(request("prompt 0", max_tokens=100))
     assert half.tokens == 100
     assert whole.text.startswith(half.text)
     assert len(half.text) == len(whole.text) // 2
     assert (half.energy_j, half.time_s) == (whole.energy_j / 2, whole.time_s / 2)
 
 
-def test_a_stop_word_ends_the_answer_and_is_part_of_it(book):
-    planned = book.plan(asked("prompt 0", stop_words=("nowhere in it", ". ")))
+def test_a_stop_word_ends_the_answer_and_is_part_of_it(answers):
+    planned = answers.plan(request("prompt 0", stop_words=("nowhere in it", ". ")))
     assert planned.text == "Rayleigh scattering. "
     assert 0 < planned.tokens < 200
     assert planned.energy_j == pytest.approx(planned.tokens * 5.0)
 
 
-def test_a_level_that_was_never_recorded_is_answered_at_the_next_one_that_was():
+def test_a_level_that_is_not_recorded_uses_the_next_recorded_one():
     workload = Workload([replace(entry(1), responses={(MODEL, "L0"): Recorded(None, 80, 400.0, 1.6)})])
-    book = AnswerBook(workload, model=MODEL, catalogue=DEFAULT_DIRECTIVES)
-    assert book.plan(asked("prompt 1", "Always answer briefly.")).tokens == 80
+    answers = RecordedAnswers(workload, model=MODEL, catalogue=DEFAULT_DIRECTIVES)
+    assert answers.plan(request("prompt 1", "Always answer briefly.")).tokens == 80
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 30, 500])
-def test_made_up_text_has_about_the_length_that_was_asked_for(tokens):
+def test_made_up_text_has_about_the_requested_length(tokens):
     text = made_up_text("Explain photosynthesis to a gardener", tokens=tokens, key="m/L0")
     assert 1 < len(text) <= tokens * 4 + 1
     assert len(text) > tokens * 4 - 25
@@ -107,7 +107,7 @@ def test_the_tokens_of_a_text_are_slices_that_make_it_up():
     assert "".join(TEXT[a:b] for a, b in itertools.pairwise(ends)) == TEXT
 
 
-def test_a_generation_that_is_short_enough_is_left_as_it_is():
-    generation = Generation("text", 4, 1, 2.0, 1.0)
+def test_an_answer_that_is_short_enough_is_not_changed():
+    generation = PlannedAnswer("text", 4, 1, 2.0, 1.0)
     assert generation.truncated(4) is generation
     assert generation.stopped(("absent",)) is generation

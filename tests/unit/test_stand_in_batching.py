@@ -1,4 +1,4 @@
-"""In-flight batching: exact in event time, however coarsely it is advanced."""
+"""In-flight batching: exact in event time, whatever the step size."""
 
 import random
 
@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.triton.stand_in.answers import Generation
+from deploy.triton.stand_in.answers import PlannedAnswer
 from deploy.triton.stand_in.batching import BatchRules, InFlightBatch, Sequence
 
 
 def generation(time_s=2.0, tokens=20, energy_j=100.0):
-    return Generation("x" * tokens, tokens, 5, energy_j, time_s)
+    return PlannedAnswer("x" * tokens, tokens, 5, energy_j, time_s)
 
 
 def batch(**rules):
@@ -24,7 +24,7 @@ def added(to, at_s=0.0, **changes):
     return sequence
 
 
-def test_alone_a_sequence_takes_its_recorded_time_and_energy_token_by_token():
+def test_a_sequence_that_runs_alone_takes_its_recorded_time_and_energy_token_by_token():
     gpu = batch()
     sequence = added(gpu)
     for tenth in range(1, 20):
@@ -49,14 +49,14 @@ def test_a_step_of_any_size_gives_the_same_ends():
     assert fine.energy_j == pytest.approx(gpu.energy_j)
 
 
-def test_each_further_sequence_slows_all_down():
+def test_each_further_sequence_slows_all_of_them():
     gpu = batch(slowdown=0.5)
     sequences = [added(gpu), added(gpu), added(gpu)]
     gpu.advance(100.0)
     assert [one.finished_s for one in sequences] == pytest.approx([4.0, 4.0, 4.0])  # 2 s x (1 + 0.5 x 2)
 
 
-def test_beyond_the_slots_sequences_wait_first_come_first_served():
+def test_beyond_the_slots_sequences_wait_in_a_fifo_queue():
     gpu = batch(slots=2, slowdown=0.0)
     sequences = [added(gpu) for _ in range(5)]
     gpu.advance(1.0)
@@ -65,7 +65,7 @@ def test_beyond_the_slots_sequences_wait_first_come_first_served():
     assert [one.finished_s for one in sequences] == pytest.approx([2.0, 2.0, 4.0, 4.0, 6.0])
 
 
-def test_by_default_a_request_takes_its_own_energy_whatever_runs_beside_it():
+def test_by_default_a_requests_energy_does_not_depend_on_the_batch_size():
     gpu = batch(slowdown=0.3)
     for at in (0.0, 0.1, 0.2, 5.0):
         added(gpu, at_s=at)
@@ -73,14 +73,14 @@ def test_by_default_a_request_takes_its_own_energy_whatever_runs_beside_it():
     assert gpu.energy_j == pytest.approx(400.0)
 
 
-def test_energy_may_be_shared_by_those_that_run_together():
+def test_running_sequences_can_share_energy():
     gpu = batch(slowdown=0.0, shared_energy=0.6)
     added(gpu), added(gpu)
     gpu.advance(10.0)
     assert gpu.energy_j == pytest.approx(2 * 100.0 * (0.4 + 0.6 / 2))
 
 
-def test_a_cancelled_sequence_stops_taking_energy_and_makes_room():
+def test_a_cancelled_sequence_stops_taking_energy_and_frees_its_slot():
     gpu = batch(slots=1)
     first, second = added(gpu), added(gpu)
     gpu.advance(0.5)
@@ -93,7 +93,7 @@ def test_a_cancelled_sequence_stops_taking_energy_and_makes_room():
     assert first.finished_s is None
 
 
-def test_a_sequence_that_is_cancelled_in_line_never_runs():
+def test_a_sequence_that_is_cancelled_while_it_waits_never_runs():
     gpu = batch(slots=1)
     first, second = added(gpu), added(gpu)
     gpu.advance(0.1)
@@ -104,7 +104,7 @@ def test_a_sequence_that_is_cancelled_in_line_never_runs():
     assert not first.cancelled
 
 
-def test_the_next_token_and_the_next_end_are_foretold():
+def test_the_times_of_the_next_token_and_the_next_end_are_known():
     gpu = batch(slowdown=0.0)
     sequence = added(gpu)
     gpu.advance(0.55)
@@ -113,7 +113,7 @@ def test_the_next_token_and_the_next_end_are_foretold():
     assert gpu.next_end_s() == pytest.approx(2.0)
 
 
-def test_an_arrival_in_a_past_that_is_worked_out_arrives_now():
+def test_an_arrival_before_the_simulated_time_counts_as_an_arrival_now():
     gpu = batch()
     gpu.advance(10.0)
     late = added(gpu, at_s=3.0)
@@ -122,17 +122,17 @@ def test_an_arrival_in_a_past_that_is_worked_out_arrives_now():
 
 
 @pytest.mark.parametrize(
-    ("rules", "said"),
+    ("rules", "message"),
     [({"slots": 0}, "'slots'"), ({"slowdown": -1.0}, "'slowdown'"), ({"shared_energy": 1.5}, "'shared_energy'")],
 )
-def test_rules_that_make_no_sense_are_refused(rules, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_parameters_are_rejected(rules, message):
+    with pytest.raises(ValueError, match=message):
         BatchRules(**rules)
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 8), slowdown=st.floats(0, 1))
-def test_everything_ends_once_and_no_energy_is_lost_whatever_comes(seed, slots, slowdown):
+def test_every_sequence_ends_once_and_no_energy_is_lost(seed, slots, slowdown):
     chance = random.Random(seed)
     origin = 1.7e9  # as event time is: seconds since the epoch
     gpu = InFlightBatch(BatchRules(slots=slots, slowdown=slowdown), now_s=origin)

@@ -1,4 +1,4 @@
-"""The stand-in judge sees only the judge prompt, prefers what the workload prefers, and errs as it is told to."""
+"""The stand-in judge: parses the judge prompt, prefers the workload's level, and errs with the given probabilities."""
 
 from itertools import permutations
 
@@ -45,7 +45,7 @@ def chosen(judge, answers, **changes):
     return answers["ABCDEFGH".index(judge.verdict(prompt(*answers, **changes)))]
 
 
-def test_a_judge_prompt_is_read_back():
+def test_a_judge_prompt_is_parsed():
     read = parse_judge_prompt(prompt("one", "two\n\nwith a gap", "three", reference="because"))
     assert read.question == "Why is the sky blue, 0?"
     assert read.answers == ("one", "two\n\nwith a gap", "three")
@@ -56,7 +56,7 @@ def test_a_judge_prompt_is_read_back():
 
 
 @pytest.mark.parametrize("text", ["hello", "[Question]\nwhy?", "[Question]\nwhy?\n\n[Answer A]\nonly one"])
-def test_what_is_no_judge_prompt_gets_no_verdict(text):
+def test_a_text_that_is_not_a_judge_prompt_gets_no_verdict(text):
     with pytest.raises(JudgePromptError):
         parse_judge_prompt(text)
     assert Judge(Workload([entry()]), FAIR).verdict(text) == NO_VERDICT
@@ -76,7 +76,7 @@ def test_a_text_cut_by_a_token_limit_is_still_recognised():
     assert recognised_levels(entry(), "Something else entirely") == frozenset()
 
 
-def test_equal_texts_are_of_every_level_that_gave_them():
+def test_equal_texts_are_recognised_as_every_level_that_has_them():
     same = entry(texts={"L0": "long", "L1": "same", "L2": "same"}, preferred="L2")
     assert recognised_levels(same, "same") == {"L1", "L2"}
     assert chosen(Judge(Workload([same]), FAIR), ["long", "same", "same"]) == "same"
@@ -91,13 +91,13 @@ def test_texts_made_up_for_the_workload_are_recognised():
         assert recognised_levels(silent, recorded_text(silent, model, level, recorded)) == {level}
 
 
-def test_unrecognised_answers_are_judged_by_how_close_they_come_in_length_to_the_preferred_one():
+def test_of_unrecognised_answers_the_one_closest_in_length_to_the_preferred_one_wins():
     judge = Judge(Workload([entry(preferred="L1")]), FAIR)
     close = "x" * len(TEXTS["L1"])
     assert chosen(judge, ["y" * 400, close, "z"]) == close
 
 
-def test_an_unjudged_prompt_gets_a_stable_preference_and_all_of_them_the_tasks_shares():
+def test_prompts_without_a_recorded_preference_get_stable_ones_with_the_tasks_shares():
     judged = [entry(number, preferred="L0" if number < 30 else "L1" if number < 90 else "L2") for number in range(100)]
     unjudged = [entry(number, preferred=None) for number in range(1000, 2000)]
     judge = Judge(Workload(judged + unjudged), FAIR)
@@ -108,7 +108,7 @@ def test_an_unjudged_prompt_gets_a_stable_preference_and_all_of_them_the_tasks_s
     assert verdicts.count("B") / 1000 == pytest.approx(0.6, abs=0.05)
 
 
-def test_where_the_preferred_level_is_not_among_the_answers_another_is_named():
+def test_without_an_answer_of_the_preferred_level_another_is_named():
     judge = Judge(Workload([entry(preferred="L0")]), FAIR)
     assert chosen(judge, [TEXTS["L1"], TEXTS["L2"]]) in {TEXTS["L1"], TEXTS["L2"]}
 
@@ -119,7 +119,7 @@ def test_an_unknown_question_gets_the_same_answer_named_in_every_order():
     assert len(named) == 1
 
 
-def test_position_bias_names_the_first_answer_as_often_as_it_is_told_to():
+def test_position_bias_names_the_first_answer_with_its_probability():
     workload = Workload([entry(number, preferred="L2") for number in range(1500)])
     judge = Judge(workload, JudgeRules(position_bias=0.25))
     verdicts = [judge.verdict(prompt(*TEXTS.values(), number=number)) for number in range(1500)]
@@ -139,7 +139,7 @@ def test_balanced_orders_cancel_the_bias():
     assert counts[TEXTS["L1"]] / 1200 == pytest.approx(0.1, abs=0.03)
 
 
-def test_some_verdicts_may_be_unparseable():
+def test_some_verdicts_can_be_unparseable():
     workload = Workload([entry(number) for number in range(1000)])
     judge = Judge(workload, JudgeRules(unparseable=0.1))
     verdicts = [judge.verdict(prompt(*TEXTS.values(), number=number)) for number in range(1000)]
@@ -159,12 +159,12 @@ def test_a_verdict_is_one_token_and_its_energy_grows_with_the_prompt():
 
 
 @pytest.mark.parametrize(
-    ("rules", "said"),
+    ("rules", "message"),
     [({"position_bias": 1.2}, "'position_bias'"), ({"unparseable": -0.1}, "'unparseable'"),
      ({"decode_j_per_token": 0.0}, "'decode_j_per_token'")],
 )  # fmt: skip
-def test_rules_that_make_no_sense_are_refused(rules, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_parameters_are_rejected(rules, message):
+    with pytest.raises(ValueError, match=message):
         JudgeRules(**rules)
 
 

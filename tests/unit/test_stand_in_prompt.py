@@ -1,4 +1,4 @@
-"""The stand-in model reads the prompt, and the directive in it, from the text that a chat template made."""
+"""Parsing a rendered chat prompt, and finding the directive in it."""
 
 import pytest
 
@@ -43,23 +43,23 @@ def test_without_a_directive_the_level_is_the_reference(template):
     assert (level, prompt.user) == ("L0", QUESTION)
 
 
-def test_a_directive_is_found_inside_a_longer_system_message_whatever_its_case_and_spacing():
+def test_a_directive_in_a_longer_system_message_is_found_in_any_case_and_spacing():
     system = "You are a helpful assistant.\n\nALWAYS answer\n very  briefly"
     level, _ = detect_level(parse_chat(RENDERED["chatml"].format(system=system, user=QUESTION)), DEFAULT_DIRECTIVES)
     assert level == "L2"
 
 
-def test_a_system_message_that_is_no_directive_is_the_reference_level():
+def test_a_system_message_without_a_directive_means_the_reference_level():
     text = RENDERED["llama-2"].format(system="Answer like a pirate.", user=QUESTION)
     assert detect_level(parse_chat(text), DEFAULT_DIRECTIVES)[0] == "L0"
 
 
-def test_a_user_who_quotes_a_directive_does_not_switch_it_on():
+def test_a_directive_quoted_by_the_user_has_no_effect():
     text = WITHOUT_SYSTEM["chatml"].format(user=f"What does '{BRIEF}' mean?")
     assert detect_level(parse_chat(text), DEFAULT_DIRECTIVES)[0] == "L0"
 
 
-def test_of_two_directives_that_begin_alike_the_longer_one_is_found():
+def test_of_two_directives_with_the_same_beginning_the_longer_one_is_found():
     catalogue = [Directive("L1", "Be brief"), Directive("L2", "Be brief and plain")]
     assert detect_level(ChatPrompt(user="x", system="Be brief and plain."), catalogue)[0] == "L2"
 

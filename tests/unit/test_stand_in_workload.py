@@ -1,11 +1,18 @@
-"""The workload file: what is read, what is estimated, and what is said about lines that cannot be used."""
+"""Workload files: reading, estimates, messages about unusable lines; and the shipped workload."""
 
 import gzip
 import json
+from collections import Counter
+from statistics import fmean
 
 import pytest
 
+from deploy.triton.models import SHIPPED_WORKLOAD
 from deploy.triton.stand_in.workload import WorkloadError, load_workload
+from deploy.triton.workload.build import text as built_text
+
+MODEL = "llama-2-13b-chat"
+LEVELS = ("L0", "L1", "L2")
 
 LINE = {
     "task": "trivia",
@@ -32,7 +39,7 @@ def answer(**changes):
     return changed(responses={"m/L0": {"energy_j": 1.0, "time_s": 1.0, **changes}})
 
 
-def test_a_prompt_is_found_whatever_its_white_space(tmp_path):
+def test_a_prompt_is_found_regardless_of_white_space(tmp_path):
     workload = load_workload(written(tmp_path / "w.jsonl", LINE))
     entry = workload.find("  Who  wrote\nEmma? ")
     assert entry is not None
@@ -42,12 +49,12 @@ def test_a_prompt_is_found_whatever_its_white_space(tmp_path):
     assert workload.levels_of("m") == ("L0", "L1")
 
 
-def test_a_prompt_is_found_behind_a_system_message_that_its_template_put_in_front(tmp_path):
+def test_a_prompt_is_found_after_a_system_message_in_the_users_text(tmp_path):
     workload = load_workload(written(tmp_path / "w.jsonl", LINE))
     assert workload.find("You are helpful.\n\nWho wrote Emma?") is not None
 
 
-def test_a_gzipped_file_is_read_alike(tmp_path):
+def test_a_gzipped_file_is_read(tmp_path):
     path = tmp_path / "w.jsonl.gz"
     path.write_bytes(gzip.compress((json.dumps(LINE) + "\n").encode()))
     assert len(load_workload(path).entries) == 1
@@ -64,12 +71,12 @@ def test_means_are_per_token_over_all_answers(tmp_path):
     assert means.time_s_per_token == pytest.approx(0.65 / 26)
 
 
-def test_a_model_that_is_not_recorded_is_refused_with_those_that_are(tmp_path):
+def test_a_model_that_is_not_recorded_is_rejected_with_the_recorded_ones(tmp_path):
     with pytest.raises(WorkloadError, match=r"no answers of model 'x' \(it has: m\)"):
         load_workload(written(tmp_path / "w.jsonl", LINE)).means_of("x")
 
 
-def test_preference_shares_are_those_of_the_task_else_of_all_tasks_else_even(tmp_path):
+def test_preference_shares_are_of_the_task_otherwise_of_all_tasks_otherwise_even(tmp_path):
     workload = load_workload(
         written(
             tmp_path / "w.jsonl",
@@ -86,7 +93,7 @@ def test_preference_shares_are_those_of_the_task_else_of_all_tasks_else_even(tmp
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("{", "not JSON"),
         ("[1]", "must be a JSON object"),
@@ -103,22 +110,22 @@ def test_preference_shares_are_those_of_the_task_else_of_all_tasks_else_even(tmp
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_broken_line_is_left_out_and_named_with_its_field(tmp_path, line, said):
+def test_a_broken_line_is_skipped_and_named_with_its_field(tmp_path, line, message):
     workload = load_workload(written(tmp_path / "w.jsonl", LINE, line, changed(prompt="another")))
     assert len(workload.entries) == 2
     assert workload.skipped == 1
     assert "w.jsonl, line 2:" in workload.problems[0]
-    assert said in workload.problems[0]
+    assert message in workload.problems[0]
 
 
-def test_a_file_without_one_usable_line_is_refused(tmp_path):
+def test_a_file_without_any_usable_line_is_rejected(tmp_path):
     with pytest.raises(WorkloadError, match=r"no usable line; the first problem: .*line 1.*'prompt'"):
         load_workload(written(tmp_path / "w.jsonl", changed(prompt=None)))
     with pytest.raises(WorkloadError, match="no usable line: it is empty"):
         load_workload(written(tmp_path / "empty.jsonl"))
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+def test_a_file_that_cannot_be_read_is_rejected(tmp_path):
     with pytest.raises(WorkloadError, match=r"missing\.jsonl cannot be read.*give JSON lines"):
         load_workload(tmp_path / "missing.jsonl")
     (tmp_path / "not.gz").write_bytes(b"plain")
@@ -126,9 +133,51 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         load_workload(tmp_path / "not.gz")
 
 
-def test_the_measured_workload_is_read_whole(measured_data):
+def test_the_measured_workload_is_read_completely(measured_data):
     workload = load_workload(measured_data / "llama2_requests.jsonl.gz")
     assert (len(workload.entries), workload.skipped) == (16_201, 0)
     assert workload.models == ("llama-2-13b-chat", "llama-2-7b-chat")
     assert workload.means_of("llama-2-13b-chat").energy_j_per_token == pytest.approx(5.88, rel=0.01)
     assert workload.means_of("llama-2-7b-chat").energy_j_per_token == pytest.approx(3.21, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_workload(SHIPPED_WORKLOAD)
+
+
+def test_the_shipped_file_matches_its_sources():
+    assert SHIPPED_WORKLOAD.read_text(encoding="utf-8") == built_text()
+
+
+def test_the_shipped_workload_has_six_tasks_of_twenty_unique_prompts_without_a_broken_line(shipped):
+    assert shipped.problems == []
+    assert Counter(entry.task for entry in shipped.entries) == dict.fromkeys(
+        ("factual", "instruction", "math", "reading", "reasoning", "summary"), 20
+    )
+    assert len({entry.prompt for entry in shipped.entries}) == 120
+
+
+def test_every_prompt_has_a_text_at_every_level_and_a_preferred_one(shipped):
+    for entry in shipped.entries:
+        assert all(entry.responses[MODEL, level].text for level in LEVELS), entry.prompt
+        assert entry.preferred in LEVELS
+
+
+def test_in_every_task_each_level_takes_less_energy_than_the_one_before(shipped):
+    for task in {entry.task for entry in shipped.entries}:
+        answers = [entry.responses for entry in shipped.entries if entry.task == task]
+        for model in shipped.models:
+            energy = [fmean(one[model, level].energy_j for one in answers) for level in LEVELS]
+            assert energy[0] > 1.5 * energy[1] > 1.5 * energy[2], (task, model)
+
+
+def test_preferences_differ_by_task_so_that_prompt_groups_can_gain(shipped):
+    shares = {
+        task: Counter(entry.preferred for entry in shipped.entries if entry.task == task)
+        for task in {entry.task for entry in shipped.entries}
+    }
+    assert shares["math"]["L0"] > 10
+    assert shares["factual"]["L0"] < 6
+    overall = Counter(entry.preferred for entry in shipped.entries)
+    assert all(overall[level] >= 24 for level in LEVELS)

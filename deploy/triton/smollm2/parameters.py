@@ -1,31 +1,29 @@
-"""The parameters of the SmolLM2 model: written into its configuration, read back when Triton loads it."""
+"""The parameters of the SmolLM2 model: written to its Triton configuration, and read when Triton loads it."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
 
+from deploy.triton.repository import ParameterError
+
 EnergySource = Literal["rapl", "modelled"]
 ENERGY_SOURCES: tuple[EnergySource, ...] = get_args(EnergySource)
 
 
-class ParameterError(ValueError):
-    """A parameter is unknown, or its value does not do; the message names it."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmolLm2Parameters:
-    """The model and its meter.
+    """The model and its energy counter.
 
     Attributes:
-        gpu_uuid: label of its energy counters; it should say whether they are measured or modelled.
-        energy_source: `rapl` reads the processor's own counters (the whole package: everything that runs on it, idle
-            power included); `modelled` multiplies this process's CPU time by a power.
+        gpu_uuid: label of its energy counters; it should name the energy source.
+        energy_source: `rapl` reads the processor's counters, which cover the whole package: everything that runs on it,
+            and its idle power. `modelled` multiplies this process's CPU time by `core_power_w`.
         core_power_w: for `modelled`: power of one busy core, W.
-        slots: requests that are decoded together; more wait in line.
-        context_tokens: prompt and answer of one request must fit into this.
-        threads: of llama.cpp; 0 means one for each core.
-        temperature, top_p: where a request names none.
+        slots: requests that are decoded together; further ones wait.
+        context_tokens: most tokens of a request, prompt and answer together.
+        threads: of llama.cpp; 0 means one per core.
+        temperature, top_p: for requests that do not set them.
     """
 
     gpu_uuid: str
@@ -51,7 +49,7 @@ class SmolLm2Parameters:
 
     @property
     def thread_count(self) -> int:
-        """Threads that llama.cpp shall use."""
+        """Number of threads for llama.cpp."""
         return self.threads or os.cpu_count() or 1
 
     def to_texts(self) -> dict[str, str]:
@@ -63,14 +61,14 @@ class SmolLm2Parameters:
         """Read the string parameters of a model configuration.
 
         Raises:
-            ParameterError: one is missing, unknown, or does not do.
+            ParameterError: one is missing, unknown, or invalid.
         """
         types = {one.name: one.type for one in fields(cls)}
         values: dict[str, str | int | float] = {}
         for name, text in texts.items():
             kind = types.get(name)
             if kind is None:
-                raise ParameterError(f"{name!r} is no parameter of this model; remove it")
+                raise ParameterError(f"{name!r} is not a parameter of this model; remove it")
             try:
                 values[name] = int(text) if kind is int else float(text) if kind is float else text
             except ValueError:

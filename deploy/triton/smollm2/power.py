@@ -1,4 +1,4 @@
-"""Energy of the processor: measured by RAPL where the machine shows it, else modelled from CPU time."""
+"""Energy of the processor: measured by RAPL where the machine allows it, otherwise modelled from CPU time."""
 
 import re
 import time
@@ -11,7 +11,7 @@ from deploy.triton.smollm2.parameters import EnergySource
 POWERCAP = Path("/sys/class/powercap")
 
 _PACKAGE = re.compile(r"(intel|amd)-rapl:\d+")
-"""Whole packages; the zones below one (cores, memory controller) are part of it."""
+"""Whole packages; the zones inside a package (cores, memory controller) are included in it."""
 
 
 class RaplError(RuntimeError):
@@ -26,13 +26,13 @@ class _Package:
 
 
 class RaplCounter:
-    """Energy of all packages since this counter was made."""
+    """Energy of all packages since this counter was created."""
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
         """Find the packages.
 
         Raises:
-            RaplError: there is none, or it may not be read.
+            RaplError: there is none, or reading it is not permitted.
         """
         try:
             self._packages = [
@@ -61,14 +61,14 @@ class RaplCounter:
                 now_uj = int(package.counter.read_text())
             except (OSError, ValueError) as error:
                 raise RaplError(f"RAPL cannot be read: {error}") from error
-            # The counter starts again at 0 after its range.
+            # The counter wraps to 0 after its range.
             self._total_uj += (now_uj - package.last_uj) % (package.range_uj + 1)
             package.last_uj = now_uj
         return self._total_uj / 1e6
 
 
 class CpuTimeModel:
-    """CPU time of this process, all its threads, times the power of a busy core."""
+    """CPU time of all threads of this process, times the power of a busy core."""
 
     def __init__(self, core_power_w: float, *, cpu_time_s: Callable[[], float] = time.process_time) -> None:
         self._core_power_w = core_power_w
@@ -81,7 +81,7 @@ class CpuTimeModel:
 
 
 def available_source(powercap: Path = POWERCAP) -> EnergySource:
-    """`rapl` where this process may read it, else `modelled`."""
+    """`rapl` where this process may read it, otherwise `modelled`."""
     try:
         RaplCounter(powercap)
     except RaplError:
@@ -90,14 +90,14 @@ def available_source(powercap: Path = POWERCAP) -> EnergySource:
 
 
 def energy_label(source: EnergySource) -> str:
-    """Label of the energy counters: says where their joules come from."""
+    """Label of the energy counters, which names their source."""
     return f"cpu-{source}"
 
 
 def open_source(source: EnergySource, *, core_power_w: float) -> RaplCounter | CpuTimeModel:
-    """Begin to count.
+    """Create the counter of an energy source.
 
     Raises:
-        RaplError: RAPL was asked for and cannot be read.
+        RaplError: the source is RAPL and it cannot be read.
     """
     return RaplCounter() if source == "rapl" else CpuTimeModel(core_power_w)

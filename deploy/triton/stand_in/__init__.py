@@ -1,1 +1,1 @@
-"""The stand-in models: recorded answers and measured energy, replayed behind TensorRT-LLM's contract."""
+"""The stand-in models: replay recorded answers and measured energy behind TensorRT-LLM's contracts."""

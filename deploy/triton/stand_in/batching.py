@@ -1,9 +1,12 @@
-"""In-flight batching in event time: how far every sequence is at any moment, and what energy that took.
+"""Simulates in-flight batching in event time: each sequence's progress, and the energy of all.
 
-An exact simulation, not a loop over tokens. All running sequences share one speed, which falls as more of them run,
-so one virtual clock (`progress`, in seconds of lone work) serves them all: a sequence that is alone on the GPU for
-`time_s` seconds ends when the clock has moved on by `time_s` since it was admitted. Between two arrivals or endings
-the speed is constant, and everything follows in closed form, however coarse the steps of the caller are.
+The simulation is exact and does not loop over tokens. All running sequences have the same speed, which falls as more of
+them run, so one virtual clock serves them all: `progress`, in seconds of work of a sequence that runs alone. A sequence
+that would take `time_s` seconds alone ends when the clock has advanced by `time_s` since its admission. Between two
+arrivals or endings the speed is constant, and the state follows in closed form, whatever the caller's step size.
+
+`BatchRules` is the only place that knows how batch size acts on speed and energy (`slots`, `speed`, `energy_factor`). A
+measured power curve (joules and seconds per decode step as functions of the batch size) replaces that class alone.
 """
 
 import heapq
@@ -12,21 +15,22 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from deploy.triton.stand_in.answers import Generation
+from deploy.triton.stand_in.answers import PlannedAnswer
 
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRules:
-    """How concurrency acts on the GPU.
+    """How the batch size acts on speed and energy.
 
     Attributes:
-        slots: sequences that run at once; more wait in line, first come, first served.
+        slots: sequences that run at once; further ones wait in a queue, first in, first out.
         slowdown: each further sequence lengthens the time per token by this share:
             speed = 1 / (1 + slowdown * (n - 1)).
-        shared_energy: share of a sequence's energy that all running ones have in common (reading the weights):
-            its energy is multiplied by (1 - shared_energy) + shared_energy / n. 0 keeps every request's own energy.
+        shared_energy: share of a sequence's energy that all running sequences have in common (reading the weights):
+            its energy is multiplied by (1 - shared_energy) + shared_energy / n. With 0, each request takes the same
+            energy at any batch size.
     """
 
     slots: int = 64
@@ -42,11 +46,11 @@ class BatchRules:
             raise ValueError(f"'shared_energy' must lie between 0 and 1, got {self.shared_energy}")
 
     def speed(self, running: int) -> float:
-        """Lone-work seconds per second, for each of `running` sequences."""
+        """Progress per second of event time, for each of `running` sequences; 1 for one that runs alone."""
         return 1.0 / (1.0 + self.slowdown * (running - 1))
 
     def energy_factor(self, running: int) -> float:
-        """What each sequence's energy is multiplied by while `running` of them run."""
+        """Factor on each sequence's energy while `running` of them run."""
         return 1.0 - self.shared_energy + self.shared_energy / running
 
 
@@ -56,16 +60,16 @@ class Sequence:
 
     Attributes:
         arrived_s: event time of its arrival.
-        finished_s: event time of its last token; null until then, and for one that was cancelled.
-        cancelled: taken out before its end.
+        finished_s: event time of its last token; None before it, and for a sequence that was cancelled.
+        cancelled: removed before its end.
     """
 
-    generation: Generation
+    generation: PlannedAnswer
     arrived_s: float
     finished_s: float | None = None
     cancelled: bool = False
     started_at: float | None = field(default=None, repr=False)
-    """Progress at admission; null while it waits."""
+    """Progress at admission; None while it waits."""
 
     @property
     def running(self) -> bool:
@@ -74,14 +78,14 @@ class Sequence:
 
 
 class InFlightBatch:
-    """The sequences of one GPU, moved forward by `advance`."""
+    """The sequences of one GPU."""
 
     def __init__(self, rules: BatchRules, *, now_s: float) -> None:
         self._rules = rules
         self._now_s = now_s
         self._progress_s = 0.0
         self._energy_j = 0.0
-        self._power_w = 0.0  # of all running sequences, at full speed and undivided
+        self._power_w = 0.0  # of all running sequences, at full speed and before `energy_factor`
         self._running: set[Sequence] = set()
         self._ends: list[tuple[float, int, Sequence]] = []
         self._waiting: deque[Sequence] = deque()
@@ -90,12 +94,12 @@ class InFlightBatch:
 
     @property
     def now_s(self) -> float:
-        """Event time up to which everything is worked out."""
+        """Event time up to which the batch is simulated."""
         return self._now_s
 
     @property
     def energy_j(self) -> float:
-        """Energy that all sequences have taken so far, J; never falls."""
+        """Energy of all sequences so far, J; never falls."""
         return self._energy_j
 
     @property
@@ -105,17 +109,17 @@ class InFlightBatch:
 
     @property
     def busy(self) -> bool:
-        """Whether anything runs, waits, or is about to arrive."""
+        """Whether a sequence runs, waits, or is about to arrive."""
         return bool(self._running or self._waiting or self._arrivals)
 
     def submit(self, sequence: Sequence) -> None:
-        """Add a sequence; one that arrived in a past that is worked out already arrives now."""
+        """Add a sequence; an arrival before the simulated time counts as an arrival now."""
         latest = self._arrivals[-1].arrived_s if self._arrivals else self._now_s
         sequence.arrived_s = max(sequence.arrived_s, latest)
         self._arrivals.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Take a sequence out; it takes no energy from here on. Nothing happens if it has finished."""
+        """Remove a sequence; it takes no further energy. No effect if it has finished."""
         if sequence.finished_s is not None or sequence.cancelled:
             return
         sequence.cancelled = True
@@ -124,7 +128,7 @@ class InFlightBatch:
             self._admit_waiting()
 
     def advance(self, to_s: float) -> list[Sequence]:
-        """Work everything out up to `to_s`; a moment in the past changes nothing.
+        """Simulate up to event time `to_s`; no effect if that is in the past.
 
         Returns:
             The sequences that finished, in order.
@@ -145,7 +149,7 @@ class InFlightBatch:
                 return finished
 
     def produced(self, sequence: Sequence) -> int:
-        """Tokens that a sequence has generated so far."""
+        """Number of tokens that a sequence has generated so far."""
         generation = sequence.generation
         if sequence.finished_s is not None:
             return generation.tokens
@@ -155,7 +159,7 @@ class InFlightBatch:
         return min(generation.tokens, int(share * generation.tokens + _ROUNDING))
 
     def next_token_s(self, sequence: Sequence, *, after: int) -> float:
-        """Event time of a running sequence's token number `after` + 1, if nothing arrives or ends before."""
+        """Event time of token number `after` + 1 of a running sequence, if no sequence arrives or ends before."""
         if not sequence.running or sequence.started_at is None:
             return math.inf
         generation = sequence.generation
@@ -163,7 +167,7 @@ class InFlightBatch:
         return self._now_s + max(0.0, due - self._progress_s) / self._rules.speed(len(self._running))
 
     def next_end_s(self) -> float:
-        """Event time at which the next sequence ends, if nothing arrives before; infinite where none runs."""
+        """Event time at which the next sequence ends, if none arrives before; infinite if none runs."""
         while self._ends and self._ends[0][2].cancelled:
             heapq.heappop(self._ends)
         if not self._ends:
@@ -172,7 +176,7 @@ class InFlightBatch:
         return self._now_s + remaining_s / self._rules.speed(len(self._running))
 
     def _flow(self, to_s: float) -> None:
-        """Let time pass in which nothing arrives or ends."""
+        """Advance over a time in which no sequence arrives or ends."""
         elapsed_s = to_s - self._now_s
         if elapsed_s <= 0:
             return
@@ -187,7 +191,7 @@ class InFlightBatch:
 
     def _finish(self, end_s: float) -> Sequence:
         end, _, sequence = heapq.heappop(self._ends)
-        # Exactly to the end, so that rounding does not add up over many sequences.
+        # Advance exactly to the end, so that rounding errors do not accumulate.
         if end > self._progress_s:
             self._move(end - self._progress_s)
         self._now_s = max(self._now_s, end_s)

@@ -1,8 +1,8 @@
-"""Moves a stand-in model through event time: what is due is sent, what is used is metered.
+"""Runs a stand-in model in event time: sends responses when they are due, and meters the energy.
 
-One thread for the whole model. It sleeps until something is due. The end of an answer is sent when it is due; parts of
-streamed answers are sent in rounds that lie a tick of wall time apart at least, each with all tokens that are due by
-then: one token a response in real time, many in an accelerated replay.
+One thread serves the whole model and sleeps until the next response is due. The end of an answer is sent when it is
+due. Parts of streamed answers are sent in rounds, at least one tick of wall time apart, each with all tokens that are
+due by then: one token per response in real time, many in an accelerated replay.
 """
 
 import math
@@ -12,55 +12,55 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from deploy.triton.stand_in.answers import Generation, text_end
+from deploy.triton.stand_in.answers import PlannedAnswer, text_end
 from deploy.triton.stand_in.batching import InFlightBatch, Sequence
 from shared.runtime.clock import Clock
 
 LONGEST_SLEEP_S = 0.05
-"""Wall seconds; the energy counter moves at least this often."""
+"""Wall seconds; the energy counter is updated at least this often."""
 
 SHORTEST_SLEEP_S = 0.001
-"""Wall seconds; what falls due within it goes out together."""
+"""Wall seconds; responses that become due within it are sent together."""
 
 CANCELLATION_CHECK_S = 0.1
-"""Wall seconds between two questions whether a client still waits; an answer younger than this is not asked for."""
+"""Wall seconds between two checks whether clients have cancelled; newer answers than this are not checked."""
 
 
 class Outlet(Protocol):
-    """Where an answer goes."""
+    """Sends one answer to its client."""
 
     @property
     def streams(self) -> bool:
-        """Whether parts of the answer are wanted."""
+        """Whether the client wants the answer in parts."""
         ...
 
     def send(self, text: str, *, tokens: int, final: bool) -> None:
-        """The newest part of the answer, and whether it is the last."""
+        """Send the next part of the answer; `final` for the last."""
         ...
 
     def fail(self, message: str) -> None:
-        """The answer ends with an error."""
+        """End the answer with an error."""
         ...
 
     def end_cancelled(self) -> None:
-        """The answer ends because its client left."""
+        """End the answer because its client cancelled it."""
         ...
 
     def is_cancelled(self) -> bool:
-        """Whether the client left."""
+        """Whether the client has cancelled the request."""
         ...
 
 
 class Meter(Protocol):
-    """Where energy is shown."""
+    """Exports the energy."""
 
     def update(self, now_s: float, used_j: float, *, at_once: bool) -> None:
-        """Energy of all requests up to an event time."""
+        """Report the energy of all requests up to an event time."""
         ...
 
 
 class _Delivery:
-    """An answer on its way."""
+    """An answer that is being sent."""
 
     __slots__ = ("accepted", "outlet", "sent_tokens", "sequence")
 
@@ -72,7 +72,7 @@ class _Delivery:
 
 
 class StandInEngine:
-    """One model's answers, from their arrival to their last token."""
+    """Generates the answers of one model, from arrival to last token."""
 
     def __init__(
         self,
@@ -83,11 +83,11 @@ class StandInEngine:
         tick_s: float,
         report: Callable[[str], None],
     ) -> None:
-        """Set up; nothing runs before `start`.
+        """Configure the engine; nothing runs before `start`.
 
         Args:
-            tick_s: wall seconds between two rounds of parts, at least.
-            report: told about failures of the transport, which end the one answer concerned.
+            tick_s: least wall time between two rounds of parts, seconds.
+            report: called with an error message when sending fails, which ends only that answer.
         """
         self._batch = batch
         self._clock = clock
@@ -104,16 +104,16 @@ class StandInEngine:
         self._thread = threading.Thread(target=self._run, name="stand-in-pacing", daemon=True)
 
     def start(self) -> None:
-        """Begin to keep time."""
+        """Start the thread."""
         self._thread.start()
 
-    def submit(self, generation: Generation, outlet: Outlet) -> None:
-        """Accept an answer; its time begins now. From any thread."""
+    def submit(self, generation: PlannedAnswer, outlet: Outlet) -> None:
+        """Start an answer now; thread-safe."""
         self._incoming.append(_Delivery(Sequence(generation, self._clock.now_s()), outlet))
         self._wake.set()
 
     def stop(self) -> None:
-        """End; answers still on their way get an error."""
+        """Stop; answers that are not finished get an error."""
         self._stopping = True
         self._wake.set()
         self._thread.join()
@@ -121,16 +121,16 @@ class StandInEngine:
             self._guarded(delivery, lambda one: one.outlet.fail("the model is being unloaded"))
 
     def step(self) -> float:
-        """One round: take in what arrived, advance to now, meter, send.
+        """One round: accept new answers, advance to now, meter the energy, send what is due.
 
         Returns:
-            Wall seconds until something is due.
+            Wall seconds until the next response is due.
         """
         now_s = self._clock.now_s()
         changed = self._take_in()
         finished = self._batch.advance(now_s)
         self._drop_cancelled()
-        # The energy of an answer is on the counter before its client can know that it ended.
+        # The counter includes an answer's energy before its client can know that the answer has ended.
         self._meter.update(now_s, self._batch.energy_j, at_once=bool(finished))
         for sequence in finished:
             delivery = self._deliveries.pop(sequence, None)
@@ -149,7 +149,7 @@ class StandInEngine:
             self._wake.clear()
             wait_s = min(self.step(), LONGEST_SLEEP_S)
             if self._wake.wait(max(wait_s, SHORTEST_SLEEP_S)):
-                # Something arrived; others may arrive with it.
+                # A request arrived; others may arrive at the same time.
                 pause_s = began + SHORTEST_SLEEP_S - time.monotonic()
                 if pause_s > 0:
                     time.sleep(pause_s)
@@ -164,7 +164,7 @@ class StandInEngine:
         return taken
 
     def _parts_round(self, now_s: float) -> None:
-        """Send new tokens of streamed answers, unless it is too early, and work out when the next one is due."""
+        """Send new tokens of streamed answers, unless it is too early, and compute when the next token is due."""
         wall = time.monotonic()
         if wall >= self._next_parts and now_s >= self._part_due_s:
             self._next_parts = wall + self._tick_s
@@ -181,7 +181,7 @@ class StandInEngine:
 
     def _send_new(self, delivery: _Delivery) -> None:
         produced = self._batch.produced(delivery.sequence)
-        # The last token goes with the end of the answer.
+        # The last token is sent with the end of the answer.
         if delivery.sent_tokens < produced < delivery.sequence.generation.tokens:
             self._send(delivery, produced, final=False)
 
@@ -213,10 +213,10 @@ class StandInEngine:
             delivery.outlet.end_cancelled()
 
     def _guarded(self, delivery: _Delivery, act: Callable[[_Delivery], None]) -> None:
-        """One answer whose transport fails must not hold up the others."""
+        """Run a step of one answer; if sending fails, only that answer ends."""
         try:
             act(delivery)
-        except Exception as error:  # noqa: BLE001 - the backend raises its own types, which only exist in the server
+        except Exception as error:  # noqa: BLE001 - the backend's error types exist only inside the server
             self._report(f"an answer could not be sent: {type(error).__name__}: {error}")
             self._batch.cancel(delivery.sequence)
             self._deliveries.pop(delivery.sequence, None)

@@ -1,9 +1,9 @@
-"""The stand-in judge: sees only the judge prompt, and prefers what the workload's `preferred` says.
+"""The stand-in judge: reads only the judge prompt, and prefers the level that the workload names as `preferred`.
 
-It finds the question in the workload, recognises by their texts which level each answer was given at, and names the
-answer of the preferred level; with a chosen probability it names the first answer instead (the position bias of LLM
-judges), or something that is no verdict. Every draw is a hash of the prompt, so the same prompt gets the same
-verdict, and the same answers in another order get another draw.
+It looks the question up in the workload, recognises each answer's level by its text, and names the answer of the
+preferred level. With given probabilities it names the first answer instead (the position bias of LLM judges), or gives
+no verdict. Every draw is a hash of the prompt: the same prompt gets the same verdict, and the same answers in another
+order get another draw.
 """
 
 import re
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import log
 
 from deploy.triton.request import GenerationRequest
-from deploy.triton.stand_in.answers import Generation, estimated_tokens, recorded_text
+from deploy.triton.stand_in.answers import PlannedAnswer, estimated_tokens, recorded_text
 from deploy.triton.stand_in.prompt import normalised, parse_chat
 from deploy.triton.stand_in.workload import Entry, Workload, unit_hash
 
@@ -20,22 +20,22 @@ LETTERS = "ABCDEFGH"
 """Two to eight answers."""
 
 NO_VERDICT = "Unclear"
-"""One word that names no answer."""
+"""A word that names no answer."""
 
 _QUESTION = "[Question]\n"
 _REFERENCE = "\n\n[Reference]\n"
 _CLOSING = "\n\nWhich answer is best?"
 _SHORTEST_RECOGNISED = 8
-"""Characters from which the beginning of a recorded text counts as that text, cut by a token limit."""
+"""Least number of characters by which the beginning of a recorded text, cut by a token limit, is recognised."""
 
 
 class JudgePromptError(ValueError):
-    """The text is no judge prompt; the message says what is missing."""
+    """The text is not a judge prompt; the message says what is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class JudgePrompt:
-    """A judge prompt, read back."""
+    """A parsed judge prompt."""
 
     question: str
     answers: tuple[str, ...]
@@ -43,7 +43,7 @@ class JudgePrompt:
 
 
 def parse_judge_prompt(text: str) -> JudgePrompt:
-    """Read the user's turn of a judge prompt.
+    """Parse the user's turn of a judge prompt.
 
     Raises:
         JudgePromptError: a section is missing, or there are fewer than two answers.
@@ -62,13 +62,13 @@ def parse_judge_prompt(text: str) -> JudgePrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeRules:
-    """How the judge errs, and what it takes.
+    """The judge's error rates, energy and time.
 
     Attributes:
-        position_bias: probability that it names the first answer, whatever it says.
+        position_bias: probability that it names the first answer regardless of the texts.
         unparseable: probability that it names no answer.
-        prefill_j_per_token, prefill_s_per_token: for every token of the prompt.
-        decode_j_per_token, decode_s_per_token: for every token that it says.
+        prefill_j_per_token, prefill_s_per_token: for each token of the prompt.
+        decode_j_per_token, decode_s_per_token: for each token of the verdict.
     """
 
     position_bias: float = 0.15
@@ -90,17 +90,17 @@ class JudgeRules:
 
 
 class Judge:
-    """Gives verdicts on the answers of a workload."""
+    """Judges answers to the prompts of a workload."""
 
     def __init__(self, workload: Workload, rules: JudgeRules) -> None:
         self._workload = workload
         self._rules = rules
 
-    def plan(self, request: GenerationRequest) -> Generation:
-        """The verdict, one token, and what it takes; a text that is no judge prompt gets no verdict."""
+    def plan(self, request: GenerationRequest) -> PlannedAnswer:
+        """Plan the verdict, one token; a text that is not a judge prompt gets no verdict."""
         tokens = estimated_tokens(request.text)
         rules = self._rules
-        return Generation(
+        return PlannedAnswer(
             text=self.verdict(parse_chat(request.text).user),
             tokens=1,
             input_tokens=tokens,
@@ -111,33 +111,33 @@ class Judge:
     def verdict(self, prompt: str) -> str:
         """A letter, or `NO_VERDICT`."""
         try:
-            read = parse_judge_prompt(prompt)
+            parsed = parse_judge_prompt(prompt)
         except JudgePromptError:
             return NO_VERDICT
         if unit_hash("unparseable", prompt) < self._rules.unparseable:
             return NO_VERDICT
         if unit_hash("position", prompt) < self._rules.position_bias:
             return LETTERS[0]
-        return LETTERS[self.best(read, key=prompt)]
+        return LETTERS[self.best(parsed, key=prompt)]
 
     def best(self, prompt: JudgePrompt, *, key: str) -> int:
-        """Index of the answer that it thinks best, free of position bias.
+        """Index of the best answer, without position bias.
 
         Args:
-            key: decides between answers that are the same text.
+            key: decides between answers with the same text.
         """
         entry = self._workload.find(prompt.question)
         if entry is None:
             return self._by_hash(range(len(prompt.answers)), prompt, key)
         levels = [recognised_levels(entry, answer) for answer in prompt.answers]
         preferred = self._preferred_level(entry, sorted(set().union(*levels)))
-        fitting = [index for index, found in enumerate(levels) if preferred in found]
-        if fitting:
-            return self._by_hash(fitting, prompt, key)
+        matching = [index for index, found in enumerate(levels) if preferred in found]
+        if matching:
+            return self._by_hash(matching, prompt, key)
         return self._closest_in_length(entry, preferred, prompt, key)
 
     def _preferred_level(self, entry: Entry, presented: Sequence[str]) -> str | None:
-        """The recorded preference; for a prompt that nobody judged, one drawn by its hash from its task's shares."""
+        """The recorded preference; for a prompt without one, a draw from its task's shares by the prompt's hash."""
         if entry.preferred is not None and (entry.preferred in presented or not presented):
             return entry.preferred
         if not presented:
@@ -152,7 +152,7 @@ class Judge:
 
     @staticmethod
     def _closest_in_length(entry: Entry, preferred: str | None, prompt: JudgePrompt, key: str) -> int:
-        """No text is recognised at the preferred level: the answer whose length comes closest to that level's."""
+        """The answer whose length is closest to the preferred level's, where no text of that level is recognised."""
         wanted = next(
             (
                 len(recorded_text(entry, model, level, recorded))
@@ -167,7 +167,7 @@ class Judge:
 
     @staticmethod
     def _by_hash(indices: Sequence[int], prompt: JudgePrompt, key: str) -> int:
-        """One of several: by the texts, so that their order does not matter; by `key` among equal texts."""
+        """Select one answer by the texts, so that their order does not matter; among equal texts by `key`."""
         ranked = sorted(indices, key=lambda i: unit_hash("tie", prompt.question, normalised(prompt.answers[i])))
         first = normalised(prompt.answers[ranked[0]])
         equal = [index for index in ranked if normalised(prompt.answers[index]) == first]
@@ -175,7 +175,7 @@ class Judge:
 
 
 def recognised_levels(entry: Entry, answer: str) -> frozenset[str]:
-    """Levels at which some model gave this answer; the beginning of a recorded text counts as that text."""
+    """Levels at which some model gave this answer; the beginning of a recorded text is recognised as well."""
     wanted = normalised(answer)
     cut: set[str] = set()
     same: set[str] = set()
@@ -189,7 +189,7 @@ def recognised_levels(entry: Entry, answer: str) -> frozenset[str]:
 
 
 def _split_answers(text: str) -> list[str]:
-    """The question, then every answer; sections are taken in order of their letters."""
+    """Split into the question and the answers, which must be in the order of their letters."""
     parts: list[str] = []
     rest = text
     for letter in LETTERS:

@@ -1,22 +1,27 @@
-"""The stand-in model as Triton's Python backend loads it; everything it decides is decided elsewhere."""
+"""The stand-in model as Triton's Python backend loads it: wires the parts together."""
 
 import importlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from deploy.triton.backend import EnergyMeter, Reply, send_error, tensors_of
-from deploy.triton.energy import EnergyAccount
-from deploy.triton.lifeline import end_with_server
-from deploy.triton.llm_api import LlmApiReply, read_llm_api_request
-from deploy.triton.request import GenerationRequest, InvalidRequestError, read_request
-from deploy.triton.stand_in.answers import AnswerBook
+from deploy.triton.energy import EnergyAccount, EnergyMeter
+from deploy.triton.reply import LlmApiReply, Reply, send_error
+from deploy.triton.request import (
+    GenerationRequest,
+    InvalidRequestError,
+    read_llm_api_request,
+    read_request,
+    tensors_of,
+)
+from deploy.triton.stand_in.answers import RecordedAnswers
 from deploy.triton.stand_in.batching import InFlightBatch
 from deploy.triton.stand_in.engine import Outlet, StandInEngine
 from deploy.triton.stand_in.faults import FailingOutlet, FaultDraws
 from deploy.triton.stand_in.judge import Judge
 from deploy.triton.stand_in.parameters import StandInParameters
 from deploy.triton.stand_in.workload import load_workload
+from deploy.triton.watchdog import start_parent_watchdog
 from shared.runtime.clock import Clock
 
 
@@ -24,12 +29,12 @@ class TritonPythonModel:
     """Answers requests of either contract from a workload, in event time."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the workload and begin to keep time.
+        """Load the workload and start the engine.
 
         Raises:
-            ParameterError, WorkloadError, ClockConfigurationError: Triton then refuses to load the model, and says why.
+            ParameterError, WorkloadError, ClockConfigurationError: Triton reports it and does not load the model.
         """
-        end_with_server()
+        start_parent_watchdog()
         self._backend = importlib.import_module("triton_python_backend_utils")
         configured = json.loads(args["model_config"])["parameters"]
         parameters = StandInParameters.from_texts({name: one["string_value"] for name, one in configured.items()})
@@ -37,13 +42,13 @@ class TritonPythonModel:
         workload = load_workload(parameters.workload)
         log = self._backend.Logger
         for problem in workload.problems:
-            log.log_warn(f"{args['model_name']}: left out {problem}")
+            log.log_warn(f"{args['model_name']}: skipped {problem}")
         if workload.skipped > len(workload.problems):
-            log.log_warn(f"{args['model_name']}: {workload.skipped} lines of {parameters.workload} left out in all")
-        self._planner: AnswerBook | Judge = (
+            log.log_warn(f"{args['model_name']}: {workload.skipped} lines of {parameters.workload} skipped in total")
+        self._planner: RecordedAnswers | Judge = (
             Judge(workload, parameters.judge)
             if parameters.role == "judge"
-            else AnswerBook(workload, model=parameters.model, catalogue=parameters.directives)
+            else RecordedAnswers(workload, model=parameters.model, catalogue=parameters.directives)
         )
         self._faults = FaultDraws(parameters.faults)
         clock = Clock.from_environment()
@@ -59,28 +64,28 @@ class TritonPythonModel:
         self._engine.start()
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Accept requests; their responses follow from the engine's thread."""
+        """Accept requests; the engine's thread sends the responses."""
         for request in requests:
             sender = request.get_response_sender()
             try:
-                wanted = self._read(request)
+                parsed = self._read(request)
             except InvalidRequestError as error:
-                # TensorRT-LLM's LLM-API model has one status for all errors.
+                # TensorRT-LLM's LLM API model uses the same status for all errors.
                 invalid = self._parameters.contract == "ensemble"
                 send_error(self._backend, sender, str(error), invalid=invalid)
                 continue
-            generation = self._planner.plan(wanted)
-            outlet = self._outlet(sender, wanted, input_tokens=generation.input_tokens)
+            generation = self._planner.plan(parsed)
+            outlet = self._outlet(sender, parsed, input_tokens=generation.input_tokens)
             share = self._faults.fails_after(request.request_id())
             if share is not None:
                 generation = generation.truncated(max(1, int(share * generation.tokens)))
                 outlet = FailingOutlet(outlet)
             self._engine.submit(generation, outlet)
 
-    def _outlet(self, sender: Any, wanted: GenerationRequest, *, input_tokens: int) -> Outlet:  # noqa: ANN401
+    def _outlet(self, sender: Any, request: GenerationRequest, *, input_tokens: int) -> Outlet:  # noqa: ANN401
         if self._parameters.contract == "llm-api":
-            return LlmApiReply(self._backend, sender, wanted)
-        return Reply(self._backend, sender, wanted, input_tokens=input_tokens)
+            return LlmApiReply(self._backend, sender, request)
+        return Reply(self._backend, sender, request, input_tokens=input_tokens)
 
     def _read(self, request: Any) -> GenerationRequest:  # noqa: ANN401 - the backend's request
         tensors = tensors_of(request)
@@ -89,5 +94,5 @@ class TritonPythonModel:
         return read_request(tensors)
 
     def finalize(self) -> None:
-        """Stop keeping time."""
+        """Stop the engine."""
         self._engine.stop()

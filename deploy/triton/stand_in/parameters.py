@@ -1,4 +1,4 @@
-"""The parameters of a stand-in model: written into its configuration, read back when Triton loads it."""
+"""The parameters of a stand-in model: written to its Triton configuration, and read when Triton loads it."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from deploy.triton.contract import CONTRACT_NAMES, ContractName
+from deploy.triton.repository import ParameterError
 from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
@@ -16,15 +17,11 @@ Role = Literal["llm", "judge"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 DEFAULT_DIRECTIVES = (Directive("L1", "Always answer briefly."), Directive("L2", "Always answer very briefly."))
-"""The paper's catalogue, without L0, which has no text."""
+"""The paper's directives, without L0, which has no text."""
 
 _RULES = {"batch": BatchRules, "judge": JudgeRules, "faults": FaultRules}
-_WHOLE = frozenset({"slots", "seed"})
-"""Rules that are whole numbers."""
-
-
-class ParameterError(ValueError):
-    """A parameter is unknown, or its value does not do; the message names it."""
+_INTEGERS = frozenset({"slots", "seed"})
+"""Parameters that are integers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +31,16 @@ class StandInParameters:
     Attributes:
         role: an LLM that answers prompts, or the judge of answers.
         workload: file of recorded prompts.
-        model: whose answers an LLM gives; not used by a judge.
+        model: the model of the workload whose answers an LLM gives; not used by a judge.
         gpu_uuid: label of its energy counters.
-        idle_power_w: power while nothing runs, W.
-        directives: the catalogue, to find the level in a prompt.
-        tick_ms: at least this much wall time lies between two rounds of responses; what is due goes out together.
-        batch: how concurrency acts.
-        judge: how a judge errs, and what it takes.
+        idle_power_w: power while no request runs, W.
+        directives: the list of directives, to find the level in a prompt.
+        tick_ms: least wall time between two rounds of responses; parts that are due by then are sent together.
+        batch: how the batch size acts on speed and energy.
+        judge: a judge's error rates, energy and time.
         contract: which tensors it has.
-        decoupled: it may answer a request in several responses.
-        faults: how often an LLM fails on purpose.
+        decoupled: it can answer a request in several responses.
+        faults: how often an LLM's generation fails.
     """
 
     role: Role = "llm"
@@ -95,7 +92,7 @@ class StandInParameters:
         """Read the string parameters of a model configuration.
 
         Raises:
-            ParameterError: one is missing, unknown, or does not do.
+            ParameterError: one is missing, unknown, or invalid.
         """
         values: dict[str, Any] = {}
         rules: dict[str, dict[str, float]] = {prefix: {} for prefix in _RULES}
@@ -103,11 +100,11 @@ class StandInParameters:
         for name, text in texts.items():
             prefix, dot, rest = name.partition(".")
             if dot and prefix in _RULES and rest in {one.name for one in fields(_RULES[prefix])}:
-                rules[prefix][rest] = int(_number(name, text)) if rest in _WHOLE else _number(name, text)
+                rules[prefix][rest] = int(_number(name, text)) if rest in _INTEGERS else _number(name, text)
             elif name in known:
                 values[name] = _read(name, text)
             else:
-                raise ParameterError(f"{name!r} is no parameter of a stand-in model; remove it")
+                raise ParameterError(f"{name!r} is not a parameter of a stand-in model; remove it")
         for name in ("workload", "gpu_uuid"):
             if name not in values:
                 raise ParameterError(f"'{name}' is missing: add it to the model's parameters")
@@ -119,10 +116,10 @@ class StandInParameters:
 
 
 def read_directives(text: str) -> tuple[Directive, ...]:
-    """A catalogue as JSON: `[{"level": "L1", "text": "Always answer briefly."}]`.
+    """Read a list of directives as JSON: `[{"level": "L1", "text": "Always answer briefly."}]`.
 
     Raises:
-        ParameterError: it is not of this form.
+        ParameterError: it does not have this form.
     """
     try:
         listed = json.loads(text)

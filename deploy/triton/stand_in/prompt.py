@@ -1,8 +1,8 @@
-"""Reads a rendered chat prompt back: the system message, the user's last turn, and the directive in force.
+"""Parses a rendered chat prompt: the system message, the user's last turn, and the directive.
 
-A model sees nothing but text; so does its stand-in. The formats are those of the models' own chat templates: ChatML,
-Llama 3, Gemma, and Llama 2 or Mistral (`[INST]`). Where a format has no place for a system message (Mistral, Gemma)
-it stands in front of the user's text, and a directive is looked for there.
+A model receives only text, and so does its stand-in. The formats are those of the models' own chat templates: ChatML,
+Llama 3, Gemma, and Llama 2 or Mistral (`[INST]`). A format without a system role (Mistral, Gemma) has the system
+message at the start of the user's text, so a directive is searched for there too.
 """
 
 import re
@@ -20,7 +20,7 @@ _LLAMA_2_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """What the template was given, as far as the text tells."""
+    """The conversation that the template was given, as far as it can be read from the text."""
 
     user: str
     system: str = ""
@@ -28,14 +28,14 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Directive:
-    """One entry of the catalogue; its text is what the level's system message says."""
+    """A directive level and the text of its system message."""
 
     level: str
     text: str
 
 
 def parse_chat(text: str) -> ChatPrompt:
-    """Find the system message and the user's last turn; a text in no known format is the user's as a whole."""
+    """Find the system message and the user's last turn; a text in an unknown format is taken as the user's text."""
     for marker, turns in (("<|im_start|>", _CHATML), ("<|start_header_id|>", _LLAMA_3), ("<start_of_turn>", _GEMMA)):
         if marker in text:
             return _from_turns(turns.findall(text))
@@ -45,10 +45,10 @@ def parse_chat(text: str) -> ChatPrompt:
 
 
 def detect_level(prompt: ChatPrompt, catalogue: Sequence[Directive]) -> tuple[str, ChatPrompt]:
-    """The directive's level, and the prompt without a directive that stood in front of the user's text.
+    """Find the directive; returns its level, and the prompt without a directive at the start of the user's text.
 
-    A longer text is tried first, so that one directive may begin with another's words. Case and a closing full stop do
-    not matter.
+    Longer directives are tried first, because one may begin with another's words. Case and a final full stop do not
+    matter.
     """
     system = _folded(prompt.system)
     start = _folded(prompt.user[:2_000])
@@ -64,7 +64,7 @@ def detect_level(prompt: ChatPrompt, catalogue: Sequence[Directive]) -> tuple[st
 
 
 def normalised(text: str) -> str:
-    """A text as far as comparison goes: runs of white space are one blank."""
+    """A text for comparison: each run of white space becomes one space."""
     return " ".join(text.split())
 
 

@@ -1,12 +1,12 @@
-"""The workload: recorded prompts with their answers, energy and time, one JSON object a line (may be gzipped).
+"""The workload: recorded prompts with their answers, energy and time, as JSON lines (may be gzipped).
 
 ```json
 {"task": "trivia", "prompt": "Who wrote Emma?", "preferred": "L1", "reference": "Jane Austen",
  "responses": {"llama-2-13b-chat/L1": {"text": "Jane Austen.", "tokens": 5, "energy_j": 29.4, "time_s": 0.12}}}
 ```
 
-`preferred` is the level that a judge chose, null where none did; `text`, `tokens` and `correct` (whether the answer
-agrees with `reference`) may be absent; a missing token count is the energy divided by the model's mean energy per
+`preferred` is the level that a judge preferred, or JSON null. `text`, `tokens` and `correct` (whether the answer agrees
+with `reference`) are optional; a missing token count is estimated as the energy divided by the model's mean energy per
 token.
 """
 
@@ -23,28 +23,28 @@ from typing import Any
 from deploy.triton.stand_in.prompt import normalised
 
 DEFAULT_J_PER_TOKEN = 5.0
-"""For a model whose workload counts no tokens at all."""
+"""For a model without any token count in the workload."""
 
 CHARACTERS_PER_TOKEN = 4.0
-"""English text in the vocabularies of today's models."""
+"""Typical of English text and current tokenizers."""
 
 MOST_PROBLEMS_KEPT = 20
 
 
 class WorkloadError(ValueError):
-    """A line cannot be used, or the file has none that can; the message names file, line, field and remedy."""
+    """A line, or the whole file, cannot be used; the message names file, line, field and remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What one model did with one prompt at one level.
+    """The recorded answer of one model to one prompt at one level.
 
     Attributes:
-        text: the answer; null where it was not kept.
+        text: None where it was not kept.
         tokens: generated tokens, >= 1; estimated from the energy where they were not counted.
-        energy_j: of this request alone, J.
-        time_s: from the request to its last token, s, alone on the GPU.
-        correct: whether the answer agrees with the prompt's `reference`; null where nobody looked.
+        energy_j: of this request, J.
+        time_s: from the request to its last token, with no other request on the GPU, s.
+        correct: whether the answer agrees with the prompt's `reference`; None where it was not checked.
     """
 
     text: str | None
@@ -74,11 +74,11 @@ class ModelMeans:
 
 @dataclass(slots=True)
 class Workload:
-    """All that could be read.
+    """The entries of a workload file that can be used.
 
     Attributes:
-        problems: the first messages about lines that could not be used.
-        skipped: how many such lines there were.
+        problems: the first messages about lines that were skipped because they cannot be used.
+        skipped: number of such lines.
     """
 
     entries: list[Entry]
@@ -100,10 +100,10 @@ class Workload:
         return tuple(sorted({level for entry in self.entries for name, level in entry.responses if name == model}))
 
     def find(self, user_text: str) -> Entry | None:
-        """The entry of a prompt.
+        """The entry of a prompt; None if there is none.
 
-        Where a chat template put a system message in front of the user's text, the prompt is what remains after some
-        of its first paragraphs.
+        Where a chat template puts a system message at the start of the user's text, the prompt is the rest after the
+        first paragraphs, so up to four are removed.
         """
         found = self._by_prompt.get(normalised(user_text))
         rest = user_text
@@ -133,13 +133,13 @@ class Workload:
         )
 
     def preference_shares(self, task: str, levels: Sequence[str]) -> dict[str, float]:
-        """How often each of these levels was preferred on a task; over all tasks, else evenly, where none is judged."""
-        asked = (task, tuple(levels))
-        known = self._shares.get(asked)
+        """Share of each of these levels among the preferences of a task; otherwise of all tasks, otherwise even."""
+        key = (task, tuple(levels))
+        known = self._shares.get(key)
         if known is None:
             judged = [entry for entry in self.entries if entry.preferred in levels]
             of_task = [entry for entry in judged if entry.task == task] or judged
-            known = self._shares[asked] = {
+            known = self._shares[key] = {
                 level: sum(entry.preferred == level for entry in of_task) / len(of_task) if of_task else 1 / len(levels)
                 for level in levels
             }
@@ -147,16 +147,16 @@ class Workload:
 
 
 def unit_hash(*parts: str) -> float:
-    """A number in [0, 1) that depends on nothing but the texts, and looks random."""
+    """A deterministic pseudo-random number in [0, 1) from texts."""
     digest = blake2b("\x1f".join(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def load_workload(path: Path) -> Workload:
-    """Read a workload; a line that cannot be used is left out and noted in `problems`.
+    """Read a workload; a line that cannot be used is skipped and noted in `problems`.
 
     Raises:
-        WorkloadError: there is no such file, it is not text, or no line of it can be used.
+        WorkloadError: the file does not exist, is not text, or has no usable line.
     """
     lines: list[dict[str, Any]] = []
     problems: list[str] = []

@@ -1,7 +1,7 @@
-"""Writes small.jsonl from the hand-written prompts and answers in `source/`.
+"""Builds small.jsonl from the hand-written prompts and answers in `source/`.
 
-`python -m deploy.triton.workload.build` writes it, `--check` tells whether it is what the sources give. Tokens, energy
-and time follow from the rule below; they were not measured.
+`python -m deploy.triton.workload.build` writes it; `--check` checks that it matches the sources. Tokens, energy
+and time follow from the constants below; they were not measured.
 """
 
 import argparse
@@ -17,15 +17,15 @@ TARGET = FOLDER / "small.jsonl"
 LEVELS = ("L0", "L1", "L2")
 TOKENS_PER_WORD = 1.35
 SCATTER = 0.08
-"""Energy and time vary by this much from answer to answer."""
+"""Greatest relative variation of energy and time between answers."""
 MODELS = {"llama-2-13b-chat": (5.9, 0.0235, 1.0), "llama-2-7b-chat": (3.2, 0.0125, 0.95)}
-"""Joules a token, seconds a token, and length of the answers relative to the written ones."""
+"""Joules per token, seconds per token, and length of the answers relative to the written ones."""
 PREFILL_J = 12.0
 PREFILL_S = 0.05
 
 
 def entries() -> list[dict[str, Any]]:
-    """Every prompt of the sources, by task, as lines of the workload."""
+    """The prompts of all sources, by task, as lines of the workload."""
     return [
         _line(path.stem, entry)
         for path in sorted((FOLDER / "source").glob("*.toml"))
@@ -61,18 +61,18 @@ def _unit(*parts: str) -> float:
 
 
 def text() -> str:
-    """The file."""
+    """The content of the file."""
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries())
 
 
 def main() -> None:
     """Write the file, or check it."""
     parser = argparse.ArgumentParser(description="Write small.jsonl from source/.")
-    parser.add_argument("--check", action="store_true", help="only tell whether the file is what the sources give")
+    parser.add_argument("--check", action="store_true", help="only check that the file matches the sources")
     if not parser.parse_args().check:
         TARGET.write_text(text(), encoding="utf-8")
     elif TARGET.read_text(encoding="utf-8") != text():
-        sys.stderr.write(f"{TARGET.name} differs from what the sources give: run this without --check\n")
+        sys.stderr.write(f"{TARGET.name} does not match the sources: run this without --check\n")
         sys.exit(1)
 
 

@@ -10,32 +10,32 @@ from shared.inference.tokens import LONG_TEXT_CHARS, TokenCounts, Tokenizer, Tok
 from tests.support.tokenizer import write_tokenizer
 
 
-def test_a_models_folder_and_its_tokenizer_file_count_alike(tmp_path):
+def test_a_models_folder_and_its_tokenizer_file_give_the_same_count(tmp_path):
     folder = write_tokenizer(tmp_path)
     for path in (folder, folder / "tokenizer.json"):
         assert Tokenizer(path).tokens("a word more", special=False) == 3
         assert Tokenizer(path).tokens("a word more", special=True) == 4
 
 
-async def test_neither_the_tokenizers_truncation_nor_its_padding_falsify_a_count(tmp_path):
+async def test_a_tokenizers_truncation_and_padding_do_not_affect_a_count(tmp_path):
     tokenizer = Tokenizer(write_tokenizer(tmp_path))
     assert await tokenizer.count("word " * 20, "word") == TokenCounts(prompt=21, completion=1)
     assert await tokenizer.count("", "") == TokenCounts(prompt=1, completion=0)
 
 
 async def test_a_long_text_is_counted_outside_the_event_loop(tmp_path, monkeypatch):
-    tokenizer, seen = Tokenizer(write_tokenizer(tmp_path)), []
-    whole = tokenizer._counts
+    tokenizer, seen = Tokenizer(write_tokenizer(tmp_path)), set()
+    count = tokenizer.tokens
 
-    def watched(prompt, completion):
-        seen.append(threading.current_thread() is threading.main_thread())
-        return whole(prompt, completion)
+    def watched(text, *, special):
+        seen.add((len(text) > 10, threading.current_thread() is threading.main_thread()))
+        return count(text, special=special)
 
-    monkeypatch.setattr(tokenizer, "_counts", watched)
+    monkeypatch.setattr(tokenizer, "tokens", watched)
     long = "word " * (LONG_TEXT_CHARS // 5)
-    assert (await tokenizer.count(long, "word")).prompt == LONG_TEXT_CHARS // 5 + 1
+    assert (await tokenizer.count(long, long)).prompt == LONG_TEXT_CHARS // 5 + 1
     await tokenizer.count("word", "word")
-    assert seen == [False, True]
+    assert seen == {(True, False), (False, True)}
 
 
 def test_each_tokenizer_is_loaded_once(tmp_path):
@@ -44,7 +44,7 @@ def test_each_tokenizer_is_loaded_once(tmp_path):
     assert tokenizers.load(path) is tokenizers.load(path)
 
 
-def test_a_tokenizer_that_does_not_do_is_named_with_the_remedy(tmp_path, monkeypatch):
+def test_an_unusable_tokenizer_is_named_with_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(FleetError, match=r"nowhere is neither a tokenizer\.json nor a folder with one"):
         Tokenizer(tmp_path / "nowhere")
     (tmp_path / "broken.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Which option serves a request: drawn by its id, forced by the producer, or the reference."""
+"""How a request is served: usable policy, draw of an option, forced level, reference; which requests are samples."""
 
 import hashlib
 import tomllib
@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.grouping import LearnedGroups
-from services.router.knowledge import Knowledge
-from services.router.sampling import becomes_sample
-from services.router.selection import UnknownLevelError, draw, select
+from services.router.admission import should_sample
+from services.router.policy import PolicyCache, PromptGroupCache, UnknownLevelError, draw, select_option
 from shared.fleet import Fleet
 from shared.hashing import uniform
 from shared.messages import Decision
@@ -31,11 +29,11 @@ ROW = {"L0": 0.2, "L1": 0.5, "L2": 0.3}
 
 def decide(request_id: str = "r", *, fleet: Fleet = FLEET, task: str | None = None, **changes) -> Decision:
     given = {"policy": policy(ROW), **changes}
-    assignment = LearnedGroups().assign(request(1, task=task), model=MODEL, policy=given["policy"])
-    return select(request_id=request_id, model=MODEL, assignment=assignment, fleet=fleet, **given)
+    assignment = PromptGroupCache().assign(request(1, task=task), model=MODEL, policy=given["policy"])
+    return select_option(request_id=request_id, model=MODEL, assignment=assignment, fleet=fleet, **given)
 
 
-def test_the_drawn_number_is_the_documented_one_so_that_others_can_draw_it_too():
+def test_the_drawn_number_is_the_documented_one():
     digest = hashlib.blake2b(b"salt\0request-1", digest_size=8).digest()
     assert uniform("salt", "request-1") == (int.from_bytes(digest, "big") >> 11) / 2**53
     assert uniform("option:m", "r1") == 0.7357524318363831
@@ -43,7 +41,7 @@ def test_the_drawn_number_is_the_documented_one_so_that_others_can_draw_it_too()
 
 
 @given(st.text())
-def test_every_number_lies_in_the_unit_interval(text):
+def test_every_drawn_number_is_in_the_unit_interval(text):
     assert 0.0 <= uniform("salt", text) < 1.0
 
 
@@ -62,7 +60,7 @@ def test_draws_of_different_models_and_the_choice_of_samples_are_independent():
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 1), min_size=1), st.floats(0, 1, exclude_max=True))
-def test_a_draw_is_an_option_with_a_positive_probability_whatever_the_order_of_the_row(weights, point):
+def test_a_draw_has_a_positive_probability_and_does_not_depend_on_field_order(weights, point):
     total = sum(weights.values())
     if total < 1e-6:
         return
@@ -72,7 +70,7 @@ def test_a_draw_is_an_option_with_a_positive_probability_whatever_the_order_of_t
     assert draw(dict(reversed(row.items())), point) == drawn
 
 
-def test_the_same_request_draws_the_same_option_and_says_with_which_probability():
+def test_the_same_request_draws_the_same_option_and_states_its_probability():
     made = policy(ROW, version=7)
     first, second = (decide("again", policy=made) for _ in range(2))
     assert first == second
@@ -83,7 +81,7 @@ def test_the_same_request_draws_the_same_option_and_says_with_which_probability(
     assert first.zone == ZONE
 
 
-def test_a_group_has_its_own_row_and_an_unnamed_one_the_overall_row():
+def test_a_group_has_its_own_probabilities_and_an_unknown_group_the_overall_ones():
     made = policy({"L0": 1.0}, groups={"qa": {"p/L2": 1.0}})
     assert decide(policy=made, task="qa").level == "L2"
     assert decide(policy=made, task="maths").level == "L0"
@@ -95,95 +93,95 @@ def test_without_a_policy_the_reference_is_served():
     assert (decision.propensity, decision.propensities, decision.policy_version) == (1.0, {"p/L0": 1.0}, None)
 
 
-def test_a_forbidden_level_is_never_drawn_and_the_others_share_what_it_had():
-    drawn = Counter((one.level, one.source, round(one.propensity, 3)) for one in decisions(wish="!L1"))
+def test_a_forbidden_level_is_never_drawn_and_the_others_share_its_probability():
+    drawn = Counter((one.level, one.source, round(one.propensity, 3)) for one in decisions(requested_directive="!L1"))
     assert set(drawn) == {("L0", "forced", 0.4), ("L2", "forced", 0.6)}
     assert drawn["L0", "forced", 0.4] == pytest.approx(800, abs=80)
 
 
 @pytest.mark.parametrize(("row", "level"), [({"L2": 1.0}, "L0"), ({"L0": 1.0}, "L1")])
-def test_where_all_requests_go_to_the_forbidden_level_the_first_other_one_serves(row, level):
+def test_if_only_the_forbidden_level_has_probability_the_first_other_one_serves(row, level):
     forbidden = next(iter(row))
-    assert {one.level for one in decisions(policy=policy(row), wish=f"!{forbidden}")} == {level}
+    assert {one.level for one in decisions(policy=policy(row), requested_directive=f"!{forbidden}")} == {level}
 
 
 def test_the_only_level_cannot_be_forbidden():
     alone = FLEET.model_copy(update={"directives": FLEET.directives[:1]})
     with pytest.raises(UnknownLevelError, match="forbids the only level"):
-        decide(policy=None, fleet=alone, wish="!L0")
+        decide(policy=None, fleet=alone, requested_directive="!L0")
 
 
 def decisions(**changes):
     return [decide(f"r{number}", **changes) for number in range(2_000)]
 
 
-def test_a_forced_level_keeps_the_policys_choice_of_pools_and_is_not_taken_for_a_draw():
+def test_a_forced_level_keeps_the_policys_probabilities_of_pools():
     made = policy({}, overall={"p/L0": 0.25, "q/L0": 0.5, "q/L1": 0.25})
     drawn = Counter(
         (one.pool, one.level, one.source, one.propensity)
-        for one in (decide(f"r{n}", fleet=TWO_POOLS, policy=made, wish="L2") for n in range(2_000))
+        for one in (decide(f"r{n}", fleet=TWO_POOLS, policy=made, requested_directive="L2") for n in range(2_000))
     )
     assert set(drawn) == {("p", "L2", "forced", 0.25), ("q", "L2", "forced", 0.75)}
     assert drawn["p", "L2", "forced", 0.25] == pytest.approx(500, abs=80)
-    assert decide(policy=None, wish="L1").pool == "p"
+    assert decide(policy=None, requested_directive="L1").pool == "p"
 
 
-def test_an_unknown_level_is_refused_with_the_levels_that_exist():
-    with pytest.raises(UnknownLevelError, match=r"'L9' is not in the catalogue.*L0, L1, L2"):
-        decide(wish="L9")
+def test_an_unknown_level_is_rejected_with_the_available_levels():
+    with pytest.raises(UnknownLevelError, match=r"'L9' does not exist.*L0, L1, L2"):
+        decide(requested_directive="L9")
 
 
-def known(*, max_intensity_age_s: float | None = 3_600.0, fleet: Fleet = FLEET) -> Knowledge:
-    knowledge = Knowledge(fleet, max_intensity_age_s=max_intensity_age_s)
-    knowledge.learn_intensity(intensity(NOW))
-    knowledge.learn_policy(policy(ROW, now=NOW))
-    return knowledge
+def cache(*, max_intensity_age_s: float | None = 3_600.0, fleet: Fleet = FLEET) -> PolicyCache:
+    policies = PolicyCache(fleet, max_intensity_age_s=max_intensity_age_s)
+    policies.intensities.update(intensity(NOW))
+    policies.update(policy(ROW, now=NOW))
+    return policies
 
 
 @pytest.mark.parametrize(
-    ("knowledge", "later_s", "reason"),
+    ("policies", "later_s", "reason"),
     [
-        (known(), 0, None),
-        (known(), 3_600, None),
-        (known(), 3_601, "expired"),
-        (known(max_intensity_age_s=600), 601, "stale_intensity"),
-        (known(max_intensity_age_s=None), 3_000, None),
-        (known(fleet=TWO_POOLS), 0, "stale_intensity"),  # nothing is known of the second pool's zone
-        (Knowledge(FLEET, max_intensity_age_s=600), 0, "no_policy"),
+        (cache(), 0, None),
+        (cache(), 3_600, None),
+        (cache(), 3_601, "expired"),
+        (cache(max_intensity_age_s=600), 601, "stale_intensity"),
+        (cache(max_intensity_age_s=None), 3_000, None),
+        (cache(fleet=TWO_POOLS), 0, "stale_intensity"),  # no intensity of the second pool's zone
+        (PolicyCache(FLEET, max_intensity_age_s=600), 0, "no_policy"),
     ],
 )
-def test_a_policy_is_followed_while_it_is_valid_and_its_intensities_are_fresh(knowledge, later_s, reason):
-    standing = knowledge.standing(MODEL, NOW + timedelta(seconds=later_s))
-    assert standing.fallback == reason
-    assert (standing.policy is None) == (reason is not None)
+def test_a_policy_is_usable_while_it_is_valid_and_its_intensities_are_fresh(policies, later_s, reason):
+    active = policies.active(MODEL, NOW + timedelta(seconds=later_s))
+    assert active.fallback == reason
+    assert (active.policy is None) == (reason is not None)
 
 
-def test_a_policy_with_an_option_that_is_not_served_is_not_followed():
-    knowledge = known()
-    knowledge.learn_policy(policy({}, overall={"elsewhere/L0": 1.0}, now=NOW + timedelta(seconds=1)))
-    assert knowledge.standing(MODEL, NOW).fallback == "unknown_options"
-    knowledge.learn_policy(policy({}, overall={"p/L0": 1.0, "elsewhere/L0": 0.0}, now=NOW + timedelta(seconds=2)))
-    assert knowledge.standing(MODEL, NOW).fallback is None
+def test_a_policy_with_an_unserved_option_is_not_usable():
+    policies = cache()
+    policies.update(policy({}, overall={"elsewhere/L0": 1.0}, now=NOW + timedelta(seconds=1)))
+    assert policies.active(MODEL, NOW).fallback == "unknown_options"
+    policies.update(policy({}, overall={"p/L0": 1.0, "elsewhere/L0": 0.0}, now=NOW + timedelta(seconds=2)))
+    assert policies.active(MODEL, NOW).fallback is None
 
 
-def test_of_two_policies_the_later_one_counts_even_if_its_version_begins_again():
-    knowledge = known()
+def test_the_policy_created_last_is_the_newest_even_if_versions_restart():
+    policies = cache()
     old = policy(ROW, version=9, now=NOW + timedelta(seconds=5))
     new = policy(ROW, version=1, now=NOW + timedelta(seconds=6))
-    assert knowledge.learn_policy(old)
-    assert knowledge.learn_policy(new)
-    assert not knowledge.learn_policy(old)
-    assert knowledge.policy(MODEL) == new
-    assert not knowledge.learn_intensity(intensity(NOW - timedelta(hours=1)))
-    assert knowledge.intensity_age_s(ZONE, NOW) == 0
+    assert policies.update(old)
+    assert policies.update(new)
+    assert not policies.update(old)
+    assert policies.policy(MODEL) == new
+    assert not policies.intensities.update(intensity(NOW - timedelta(hours=1)))
+    assert policies.intensities.age_s(ZONE, NOW) == 0
 
 
-def test_samples_are_a_share_of_the_requests_that_allow_it():
-    decision, forced = decide(), decide(wish="L1")
-    kept = [number for number in range(5_000) if becomes_sample(f"r{number}", request(number), decision, share=0.1)]
+def test_samples_are_a_share_of_the_requests_that_allow_them():
+    decision, forced = decide(), decide(requested_directive="L1")
+    kept = [number for number in range(5_000) if should_sample(f"r{number}", request(number), decision, share=0.1)]
     assert len(kept) == pytest.approx(500, abs=70)
-    assert kept == [n for n in range(5_000) if becomes_sample(f"r{n}", request(n), decision, share=0.1)]
-    assert becomes_sample("r", request(1), decision, share=1.0)
-    assert not becomes_sample("r", request(1), decision, share=0.0)
-    assert not becomes_sample("r", request(1), forced, share=1.0)
-    assert not becomes_sample("r", request(1, evaluation_allowed=False), decision, share=1.0)
+    assert kept == [n for n in range(5_000) if should_sample(f"r{n}", request(n), decision, share=0.1)]
+    assert should_sample("r", request(1), decision, share=1.0)
+    assert not should_sample("r", request(1), decision, share=0.0)
+    assert not should_sample("r", request(1), forced, share=1.0)
+    assert not should_sample("r", request(1, evaluation_allowed=False), decision, share=1.0)

@@ -1,4 +1,4 @@
-"""Which prompt group a request belongs to: a learned one, if the policy goes by it and it is known; else its task."""
+"""The prompt group of a request: by the version that the policy names, otherwise by its task label."""
 
 from datetime import timedelta
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from services.evaluator.learning import learn
-from services.router.grouping import LearnedGroups
+from services.router.policy import PromptGroupCache
 from shared.grouping import GroupingError, unpack
 from shared.messages import GenerationRequest, PromptGrouping
 from tests.support.grouping import NOW, judged_kinds, question, sum_of
@@ -22,10 +22,10 @@ def grouping(seed: int = 1, *, hours: float = 0.0) -> PromptGrouping:
     return learned.model_copy(update={"learned_at": NOW + timedelta(hours=hours)})
 
 
-def known(*groupings: PromptGrouping) -> LearnedGroups:
-    groups = LearnedGroups()
+def known(*groupings: PromptGrouping) -> PromptGroupCache:
+    groups = PromptGroupCache()
     for one in groupings:
-        groups.learn(one)
+        groups.update(one)
     return groups
 
 
@@ -38,52 +38,52 @@ def asking(text: str, *, task: str | None = None) -> GenerationRequest:
     return GenerationRequest(id="r", model=MODEL, prompt=text, task=task)
 
 
-def test_by_task_labels_the_group_is_the_task_or_the_default():
+def test_without_a_version_the_group_is_the_task_or_the_default():
     groups = known(grouping())
     assert groups.assign(request(1, task="maths"), model=MODEL, policy=by(None)).group == "maths"
     assert groups.assign(request(1), model=MODEL, policy=by(None)).group == "default"
 
 
-def test_by_learned_groups_the_prompt_alone_decides():
+def test_with_a_version_only_the_prompt_decides():
     made = grouping()
     text = sum_of(RNG)
     name = unpack(made).assign(text)
     following = by(made.version, **{name: {"p/L0": 1.0}})
     for task in (None, "maths"):
         found = known(made).assign(asking(text, task=task), model=MODEL, policy=following)
-        assert (found.group, found.row, found.missing) == (name, {"p/L0": 1.0}, False)
+        assert (found.group, found.probabilities, found.unknown_version) == (name, {"p/L0": 1.0}, False)
     questions = [known(made).assign(asking(question(RNG)), model=MODEL, policy=following) for _ in range(20)]
     others = [found for found in questions if found.group != name]
     assert len(others) > 10
-    assert all(found.group in made.names and found.row == following.overall for found in others)
+    assert all(found.group in made.names and found.probabilities == following.overall for found in others)
 
 
-def test_a_version_that_is_not_known_leads_to_the_row_for_all_traffic():
+def test_an_unknown_version_leads_to_the_overall_probabilities():
     made = grouping()
     following = by("another", qa={"p/L0": 1.0})
     found = known(made).assign(asking("Why?", task="qa"), model=MODEL, policy=following)
-    assert (found.group, found.row, found.missing) == ("qa", following.overall, True)
+    assert (found.group, found.probabilities, found.unknown_version) == ("qa", following.overall, True)
 
 
-def test_without_a_policy_requests_are_told_apart_by_the_newest_groups():
+def test_without_a_policy_the_newest_groups_are_used():
     made = grouping()
     found = known(made).assign(asking(sum_of(RNG)), model=MODEL, policy=None)
-    assert found.row is None
+    assert found.probabilities is None
     assert found.group in made.names
-    assert LearnedGroups().assign(asking("Why?", task="qa"), model=MODEL, policy=None).group == "qa"
+    assert PromptGroupCache().assign(asking("Why?", task="qa"), model=MODEL, policy=None).group == "qa"
 
 
-def test_earlier_versions_stay_for_policies_that_have_not_followed_yet():
+def test_earlier_versions_are_kept_for_policies_that_still_name_them():
     first, second = grouping(1), grouping(2, hours=1)
     groups = known(first, second)
     for made in (first, second):
         assert groups.assign(asking("Why?"), model=MODEL, policy=by(made.version)).group in made.names
-    assert not groups.learn(first)  # older than what is known
+    assert not groups.update(first)  # older than the newest one
     many = known(*(grouping(seed, hours=seed) for seed in range(5)))
-    assert many.assign(asking("Why?"), model=MODEL, policy=by(grouping(0).version)).missing
+    assert many.assign(asking("Why?"), model=MODEL, policy=by(grouping(0).version)).unknown_version
 
 
-def test_groups_that_are_given_up_are_used_no_more():
+def test_withdrawn_groups_are_not_used():
     made = grouping()
     groups = known(made, PromptGrouping(model=MODEL, version=None, learned_at=NOW + timedelta(hours=1)))
     assert groups.assign(asking("Why?", task="qa"), model=MODEL, policy=None).group == "qa"
@@ -98,16 +98,16 @@ def test_groups_that_are_given_up_are_used_no_more():
         ({"names": ("a.00",)}, "array 'weights' has shape"),
     ],
 )
-def test_groups_that_cannot_be_used_are_refused_with_the_reason(change, why):
+def test_unusable_groups_are_rejected_with_the_reason(change, why):
     damaged = grouping().model_copy(update=change)
     with pytest.raises(GroupingError, match=why):
         unpack(damaged)
-    groups = LearnedGroups()
-    assert not groups.learn(damaged)
-    assert groups.assign(asking("Why?", task="qa"), model=MODEL, policy=by(damaged.version)).missing
+    groups = PromptGroupCache()
+    assert not groups.update(damaged)
+    assert groups.assign(asking("Why?", task="qa"), model=MODEL, policy=by(damaged.version)).unknown_version
 
 
-def test_damaged_arrays_are_refused():
+def test_damaged_arrays_are_rejected():
     made = grouping()
     weights = made.arrays["weights"]
     for packed, why in (

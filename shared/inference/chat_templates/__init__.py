@@ -1,1 +1,0 @@
-"""Chat templates of common model families, as Jinja files in Hugging Face's `chat_template` conventions."""

@@ -1,0 +1,107 @@
+"""A request consumer with stand-ins for its Kafka consumer and for the progress of its group."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+
+from aiokafka import TopicPartition
+from aiokafka.structs import OffsetAndMetadata
+from prometheus_client import CollectorRegistry
+
+from services.router.consumer import Handle, RequestConsumer
+from services.router.metrics import RouterMetrics
+from services.router.offsets import RecoveredOffsets
+from services.router.settings import RouterSettings
+
+KNOWN, NEW = TopicPartition("requests", 0), TopicPartition("requests", 1)
+
+
+class KafkaConsumerStandIn:
+    """Records the calls of the request consumer."""
+
+    def __init__(self) -> None:
+        self.paused: set[TopicPartition] = set()
+        self.committed: dict[TopicPartition, OffsetAndMetadata] = {}
+        self.position: dict[TopicPartition, int] = {}
+
+    def assignment(self):
+        return {KNOWN, NEW}
+
+    def pause(self, *partitions):
+        self.paused |= set(partitions)
+
+    def resume(self, *partitions):
+        self.paused -= set(partitions)
+
+    def seek(self, partition, offset):
+        self.position[partition] = offset
+
+    async def beginning_offsets(self, partitions):
+        return dict.fromkeys(partitions, 0)
+
+    async def commit(self, offsets):
+        self.committed |= offsets
+
+
+class GroupProgressStandIn:
+    """Reports the commits and answered records that a test sets, while `answer` is set."""
+
+    def __init__(self) -> None:
+        self.stored: dict[TopicPartition, OffsetAndMetadata] = {}
+        self.answered: dict[TopicPartition, dict[int, int]] = {}
+        self.answer = asyncio.Event()
+        self.answer.set()
+
+    async def committed(self, partitions):
+        return {one: self.stored[one] for one in partitions if one in self.stored}
+
+    async def recovered(self, commits):
+        await self.answer.wait()
+        return {one: RecoveredOffsets(commit, self.answered.get(one, {})) for one, commit in commits.items()}
+
+
+def record(partition: TopicPartition, offset: int) -> SimpleNamespace:
+    return SimpleNamespace(topic=partition.topic, partition=partition.partition, offset=offset, timestamp=offset)
+
+
+async def unlimited() -> None:
+    """There is always capacity."""
+
+
+def request_consumer(
+    handle: Handle, progress: GroupProgressStandIn, consumer: KafkaConsumerStandIn, **settings: float
+) -> RequestConsumer:
+    given = {"session_timeout_s": 10.0, "max_in_flight": 4, "rebalance_grace_s": 0.0, "drain_grace_s": 0.0, **settings}
+    requests = RequestConsumer(
+        handle,
+        progress,
+        settings=RouterSettings.model_validate(given),
+        metrics=RouterMetrics(CollectorRegistry()),
+        wait_for_capacity=unlimited,
+    )
+    requests.set_consumer(lambda: consumer)
+    return requests
+
+
+async def receive(requests: RequestConsumer, *records: SimpleNamespace) -> None:
+    """Deliver records."""
+    await requests.receive(records)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Run the event loop until a condition holds."""
+    async with asyncio.timeout(30.0):
+        while not condition():  # noqa: ASYNC110 - conditions on several objects have no event
+            await asyncio.sleep(0)
+
+
+async def run_ready() -> None:
+    """Run all tasks that are ready, and those that they wake."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def assigned(requests: RequestConsumer, *partitions: TopicPartition) -> None:
+    """Assign partitions, and recover them if nothing prevents it."""
+    await requests.on_partitions_assigned(partitions)
+    await run_ready()

@@ -1,0 +1,130 @@
+"""The publish fence: a response is published only by a router that owns the partition of its request."""
+
+import asyncio
+
+import pytest
+from aiokafka import TopicPartition
+
+from services.router.fencing import LEASE_SHARE, PublishFence, RecordFence
+
+HERE, THERE = TopicPartition("requests", 0), TopicPartition("requests", 1)
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Sending:
+    """Counts what was sent; waits while `go` is not set."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def __call__(self) -> None:
+        await self.go.wait()
+        self.sent += 1
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def fence(clock: Clock) -> PublishFence:
+    made = PublishFence(session_timeout_s=10.0, now_s=clock)
+    made.open({HERE})
+    made.renew_lease(clock())
+    return made
+
+
+@pytest.fixture
+def sending() -> Sending:
+    return Sending()
+
+
+async def start(fence: PublishFence, sending: Sending, partition: TopicPartition = HERE) -> asyncio.Task[None]:
+    """Start to publish, and continue as far as the fence allows."""
+    task = asyncio.create_task(RecordFence(fence, partition, "").publish(sending))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return task
+
+
+async def test_a_response_is_published_if_its_partition_is_open(fence, sending):
+    await start(fence, sending)
+    waiting = await start(fence, sending, THERE)
+    assert sending.sent == 1
+    fence.open({THERE})
+    await waiting
+    assert sending.sent == 2
+
+
+async def test_nothing_is_published_before_the_first_commit(clock, sending):
+    fence = PublishFence(session_timeout_s=10.0, now_s=clock)
+    fence.open({HERE})
+    assert fence.renewal_due
+    waiting = await start(fence, sending)
+    assert sending.sent == 0
+    fence.renew_lease(clock())
+    await waiting
+    assert not fence.renewal_due
+
+
+async def test_after_the_lease_has_expired_only_a_later_commit_renews_it(fence, clock, sending):
+    clock.now_s += 10.0 * LEASE_SHARE + 0.1
+    waiting = await start(fence, sending)
+    fence.renew_lease(clock() - 10.0 * LEASE_SHARE - 0.1)  # a commit that was started before the process slept
+    await asyncio.sleep(0)
+    assert sending.sent == 0
+    fence.renew_lease(clock())
+    await waiting
+    assert sending.sent == 1
+
+
+async def test_renewal_is_due_long_before_the_lease_expires(fence, clock):
+    clock.now_s += fence.lease_s / 2
+    assert fence.renewal_due
+    fence.close()
+    assert not fence.renewal_due
+
+
+async def test_sends_under_way_are_waited_for_after_closing(fence, sending):
+    sending.go.clear()
+    under_way = await start(fence, sending)
+    fence.close({HERE})
+    assert not await fence.wait_drained(0.0)
+    draining = asyncio.create_task(fence.wait_drained(60.0))
+    sending.go.set()
+    assert await draining
+    await under_way
+    late = await start(fence, sending)
+    assert sending.sent == 1
+    late.cancel()
+
+
+async def test_other_partitions_are_not_waited_for(fence, sending):
+    fence.open({THERE})
+    sending.go.clear()
+    under_way = await start(fence, sending, THERE)
+    fence.close({HERE})
+    assert await fence.wait_drained(60.0)
+    sending.go.set()
+    await under_way
+
+
+async def test_a_failed_send_is_no_longer_under_way(fence):
+    async def fail() -> None:
+        raise OSError("unreachable")
+
+    with pytest.raises(OSError, match="unreachable"):
+        await fence.publish(HERE, fail)
+    fence.close()
+    assert await fence.wait_drained(60.0)
