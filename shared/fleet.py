@@ -2,17 +2,17 @@
 
 ```toml
 [[directives]]
-level = "L0"                      # always "no system message at all"
+level = "L0"                      # no directive: no system message
 [[directives]]
 level = "L1"
 text = "Always answer briefly."
 
 [[models]]
-name = "llama-2-13b-chat"         # what producers ask for
+name = "llama-2-13b-chat"         # as requests name it in `model`
 chat_template = "llama-2"
 
 [[pools]]
-name = "california-13b"           # the first pool of a model is its reference
+name = "california-13b"           # the first pool of a model is its reference (baseline)
 model = "llama-2-13b-chat"
 zone = "US-CAL-CISO"
 embodied_g_per_s = 1.6715e-4
@@ -22,7 +22,7 @@ grpc = "triton-0:8001"
 metrics = "http://triton-0:8002/metrics"
 
 [judge]                           # optional: the evaluator's judge
-pool = "judge"                    # a pool that no model names
+pool = "judge"                    # a pool without `model`
 
 [[tenants]]                       # optional: defaults of a tenant's requests, see shared/tenants.py
 name = "support-desk"
@@ -30,25 +30,101 @@ directive = "L1"
 ```
 """
 
+import ssl
 import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, HttpUrl, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
-from shared.fleet_parts import FleetError, FleetPart, FleetPath, FleetTemplate, TlsFields
-from shared.messages.base import Identifier, Level, Zone, option_key
+from shared.messages import Identifier, Level, Zone, option_key
 from shared.tenants import OPTIMIZE, Tenant
 
-__all__ = ["Directive", "Endpoint", "Fleet", "FleetError", "Judge", "Model", "Pool", "load_fleet"]
-
 DEFAULT_EMBODIED_G_PER_S = 26_356.568 / (5 * 365 * 86_400)
-"""k1 of one A100 server: 26.36 kgCO2eq over five years (paper, section 4)."""
+"""k1 of a server with one A100: 26.36 kgCO2eq over five years (paper, section 4)."""
+
+
+class FleetError(ValueError):
+    """The fleet file is missing, not TOML, or inconsistent; the message says where, and what to do."""
+
+
+def _resolve_path(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder")
+    return path if folder is None else Path(folder) / path
+
+
+FleetPath = Annotated[Path, AfterValidator(_resolve_path)]
+"""A file or folder, relative to the folder of the fleet file. It need not exist."""
+
+
+def _resolve_template(name: str, info: ValidationInfo) -> str:
+    folder = (info.context or {}).get("folder")
+    if folder is None or not ("/" in name or name.endswith((".jinja", ".json"))):
+        return name
+    beside = Path(folder) / name
+    return str(beside) if beside.exists() else name
+
+
+FleetTemplate = Annotated[Identifier, AfterValidator(_resolve_template)]
+"""A chat template: a built-in name or a path. It is a path if it contains `/` or ends in `.jinja` or `.json`; a
+relative one is looked for in the folder of the fleet file, then in the working directory."""
+
+
+class FleetPart(BaseModel):
+    """A table of the fleet file: immutable; an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TlsFields(FleetPart):
+    """TLS of the connections to a model server; given for an endpoint, or for all endpoints of a pool.
+
+    `tls` encrypts gRPC; metrics are encrypted if their address is https. The other fields apply to both.
+    """
+
+    tls: bool | None = Field(default=None, description="Encrypt gRPC; default: as the pool, else plain text")
+    tls_ca_file: FleetPath | None = Field(
+        default=None,
+        description="PEM of trusted authorities; default: those of gRPC, and for metrics those of the system",
+    )
+    tls_cert_file: FleetPath | None = Field(default=None, description="PEM of the client's certificate, for mutual TLS")
+    tls_key_file: FleetPath | None = Field(default=None, description="PEM of the client's key, not encrypted")
+    tls_server_name: str | None = Field(
+        default=None, min_length=1, description="Name in the server's certificate, if it is not the host's"
+    )
+
+    def tls_files_named(self) -> list[str]:
+        """Names of the TLS fields that are set, without `tls`."""
+        names = ("tls_ca_file", "tls_cert_file", "tls_key_file", "tls_server_name")
+        return [name for name in names if getattr(self, name) is not None]
+
+    def over(self, other: "TlsFields") -> "TlsFields":
+        """These fields; those that are not set come from `other`."""
+        chosen = {
+            name: getattr(other if getattr(self, name) is None else self, name) for name in TlsFields.model_fields
+        }
+        return TlsFields.model_construct(**chosen)
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> Self:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            missing = "tls_key_file" if self.tls_key_file is None else "tls_cert_file"
+            raise ValueError(f"a client's certificate needs its key, and the key its certificate: add '{missing}'")
+        return self
 
 
 class Directive(FleetPart):
-    """A level and its text; the catalogue is ordered from no directive to the most brief."""
+    """A level and its text. The catalogue starts with no directive (L0) and ends with the shortest answers."""
 
     level: Level
     text: str = ""
@@ -59,10 +135,12 @@ class Endpoint(TlsFields):
 
     name: Identifier
     grpc: str = Field(pattern=r"^[^/\s]+:[0-9]+$", description="host:port of Triton's gRPC service")
-    metrics: HttpUrl | None = Field(default=None, description="Triton's Prometheus metrics; null: energy unmetered")
-    gpus: tuple[str, ...] = Field(default=(), description="uuids of this endpoint's GPUs; empty: all that it reports")
+    metrics: HttpUrl | None = Field(
+        default=None, description="Triton's Prometheus metrics; absent: energy is not metered"
+    )
+    gpus: tuple[str, ...] = Field(default=(), description="UUIDs of this endpoint's GPUs; empty: all that it reports")
     max_in_flight: int | None = Field(
-        default=None, ge=1, description="Requests of one router at once; the others wait in Kafka; null: unbounded"
+        default=None, ge=1, description="Concurrent requests of one router; others wait in Kafka; absent: unlimited"
     )
 
 
@@ -70,7 +148,7 @@ class Pool(TlsFields):
     """Interchangeable endpoints that serve one model variant in one zone."""
 
     name: Identifier
-    model: Identifier | None = Field(default=None, description="Logical model served; null for the judge's pool")
+    model: Identifier | None = Field(default=None, description="Logical model served; absent for the judge's pool")
     variant: Identifier | None = Field(default=None, description="Weights served; default: the model's name")
     triton_model: Identifier = Field(default="ensemble", description="Model name in Triton's repository")
     zone: Zone
@@ -80,18 +158,20 @@ class Pool(TlsFields):
     pue: float = Field(default=1.0, ge=1.0, description="Power usage effectiveness of the site")
     embodied_g_per_s: float = Field(default=DEFAULT_EMBODIED_G_PER_S, ge=0, description="k1")
     idle_power_w: float | None = Field(
-        default=None, ge=0, description="Per endpoint, all its GPUs; null: learned from quiet intervals"
+        default=None, ge=0, description="Per endpoint, all its GPUs; absent: learned from intervals without calls"
     )
-    concurrency: int | None = Field(default=None, ge=1, description="Requests at once, all endpoints; null: unbounded")
+    concurrency: int | None = Field(
+        default=None, ge=1, description="Concurrent requests, all endpoints; absent: unlimited"
+    )
 
     @property
     def weights(self) -> str | None:
-        """What answers here: pools of a model that agree in it give the same answers."""
+        """The weights served; pools of a model with equal weights give the same answers."""
         return self.variant or self.model
 
 
 class Model(FleetPart):
-    """A logical model that producers ask for."""
+    """A logical model, as requests name it."""
 
     name: Identifier
     chat_template: FleetTemplate = Field(
@@ -99,7 +179,7 @@ class Model(FleetPart):
     )
     tokenizer: FleetPath | None = Field(
         default=None,
-        description="tokenizer.json, or a folder with one: counts tokens where the model server does not",
+        description="tokenizer.json, or a folder with one; counts tokens where the model server does not",
     )
 
 
@@ -110,7 +190,7 @@ class Judge(FleetPart):
 
 
 class Fleet(FleetPart):
-    """All that can serve, as configured."""
+    """The fleet file: directives, models, pools, judge, tenants."""
 
     directives: tuple[Directive, ...] = Field(min_length=1)
     models: tuple[Model, ...] = Field(min_length=1)
@@ -126,10 +206,10 @@ class Fleet(FleetPart):
         _unique("pools.endpoints.name", [e.name for pool in self.pools for e in pool.endpoints])
         first = self.directives[0]
         if first.level != "L0" or first.text:
-            raise ValueError("the first of 'directives' must be level L0 with no text: it is the reference")
-        wordless = [d.level for d in self.directives[1:] if not d.text.strip()]
-        if wordless:
-            raise ValueError(f"directives {', '.join(wordless)} need a 'text'; only L0 has none")
+            raise ValueError("the first of 'directives' must be level L0 without text: it is the reference (baseline)")
+        without_text = [d.level for d in self.directives[1:] if not d.text.strip()]
+        if without_text:
+            raise ValueError(f"directives {', '.join(without_text)} need a 'text'; only L0 has none")
         known = {model.name for model in self.models}
         for pool in self.pools:
             if pool.model is not None and pool.model not in known:
@@ -168,7 +248,7 @@ class Fleet(FleetPart):
                 )
 
     def tenant(self, name: str | None) -> Tenant | None:
-        """The defaults of a tenant; null for an unknown one."""
+        """The defaults of a tenant; `None` for an unknown one."""
         return None if name is None else self._tenants_by_name.get(name)
 
     @cached_property
@@ -187,7 +267,7 @@ class Fleet(FleetPart):
 
     @property
     def zones(self) -> tuple[str, ...]:
-        """Every zone that a pool lies in, in order of appearance."""
+        """The zones of all pools, in order of appearance."""
         return tuple(dict.fromkeys(pool.zone for pool in self.pools))
 
     def directive_text(self, level: str) -> str:
@@ -213,11 +293,11 @@ class Fleet(FleetPart):
         raise KeyError(name)
 
     def pools_of(self, model: str) -> tuple[Pool, ...]:
-        """The pools that serve a logical model; the first is the reference's. Empty for an unknown model."""
+        """The pools that serve a logical model, that of the reference first; empty for an unknown model."""
         return tuple(pool for pool in self.pools if pool.model == model)
 
     def chat_template_of(self, pool: Pool) -> str:
-        """Name of the chat template for a pool: its own, else its model's, else ChatML."""
+        """Chat template of a pool: its own, else its model's, else ChatML."""
         if pool.chat_template is not None:
             return pool.chat_template
         for model in self.models:
@@ -226,13 +306,13 @@ class Fleet(FleetPart):
         return "chatml"
 
     def tokenizer_of(self, pool: Pool) -> Path | None:
-        """Where the tokenizer of a pool lies: its own, else its model's; null for none."""
+        """Path of a pool's tokenizer: its own, else its model's; `None` for none."""
         if pool.tokenizer is not None:
             return pool.tokenizer
         return next((model.tokenizer for model in self.models if model.name == pool.model), None)
 
     def options_of(self, model: str) -> tuple[str, ...]:
-        """Every option of a model: its pools times the levels."""
+        """Every option of a model: each of its pools with each level."""
         return tuple(option_key(pool.name, level) for pool in self.pools_of(model) for level in self.levels)
 
     def reference_of(self, model: str) -> str:
@@ -247,15 +327,15 @@ class Fleet(FleetPart):
         return option_key(pools[0].name, self.levels[0])
 
     def same_as_reference(self, model: str) -> tuple[str, ...]:
-        """The options that give the reference's own answers: its level on every pool with its weights."""
+        """The options with the same answers as the reference: L0 on every pool with the same weights."""
         pools = self.pools_of(model)
         return tuple(option_key(pool.name, self.levels[0]) for pool in pools if pool.weights == pools[0].weights)
 
 
 def _unique(what: str, names: list[str]) -> None:
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise ValueError(f"{what} must be unique; given more than once: {', '.join(doubled)}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{what} must be unique; given more than once: {', '.join(repeated)}")
 
 
 def load_fleet(path: Path) -> Fleet:
@@ -278,3 +358,29 @@ def load_fleet(path: Path) -> Fleet:
             for problem in error.errors(include_url=False, include_input=False)
         )
         raise FleetError(f"fleet file {path}: {problems}") from error
+
+
+def tls_context(security: TlsFields, *, endpoint: str) -> ssl.SSLContext:
+    """The TLS context of a client of an endpoint.
+
+    Raises:
+        FleetError: a file cannot be used.
+    """
+    where = f"endpoint {endpoint!r}"
+    authorities, certificate, key = security.tls_ca_file, security.tls_cert_file, security.tls_key_file
+    try:
+        context = ssl.create_default_context(cafile=authorities)
+    except OSError as error:
+        raise FleetError(
+            f"{where}: tls_ca_file {authorities} cannot be used: {error}; it must be the PEM of an authority"
+        ) from error
+    if certificate is not None and key is not None:
+        try:
+            # A function: with None OpenSSL would ask for the password of an encrypted key on the terminal.
+            context.load_cert_chain(certificate, key, password=lambda: "")
+        except OSError as error:
+            raise FleetError(
+                f"{where}: tls_cert_file {certificate} with tls_key_file {key} cannot be used: {error}; they must be "
+                "PEM and belong together, and the key must not be encrypted"
+            ) from error
+    return context

@@ -1,6 +1,6 @@
-"""Every Kafka topic, declared once: partitions, retention, compaction.
+"""Every Kafka topic, declared once: message, key, partitions, retention, compaction.
 
-`sprout topics create` provisions them (`shared.kafka.admin`); no service creates a topic.
+`sprout topics create` creates them (`shared.kafka.admin`); no service does.
 """
 
 from dataclasses import dataclass
@@ -40,12 +40,15 @@ class TopicSpec:
     """A topic's name (without prefix), message, and broker configuration.
 
     Attributes:
-        partitions: enough for the widest consumer group; only the request path needs many.
-        retention_ms: None where compaction alone keeps the topic small.
+        description: of the messages, for the AsyncAPI documents.
+        key: of the messages, in words.
+        partitions: upper limit of the members of a consumer group; only the request path needs many.
+        retention_ms: `None`: messages are removed by compaction only.
         max_message_bytes: largest record batch that the broker accepts.
     """
 
     name: str
+    description: str
     message: type[Message]
     key: str
     cleanup: Cleanup
@@ -54,18 +57,19 @@ class TopicSpec:
     max_message_bytes: int = MEBIBYTE
 
     def configuration(self) -> dict[str, str]:
-        """The topic-level settings for the broker."""
+        """The topic-level configuration of the broker."""
         settings = {"cleanup.policy": self.cleanup.value, "max.message.bytes": str(self.max_message_bytes)}
         if self.retention_ms is not None:
             settings["retention.ms"] = str(self.retention_ms)
         if self.cleanup is not Cleanup.DELETE:
-            # Consumers read these topics from the start: keep them short.
+            # Consumers read these topics from the beginning: compact them often.
             settings |= {"segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
         return settings
 
 
 REQUESTS: Final = TopicSpec(
     name="requests",
+    description="Prompts to be answered",
     message=GenerationRequest,
     key="producer's choice, else request id",
     cleanup=Cleanup.DELETE,
@@ -74,6 +78,7 @@ REQUESTS: Final = TopicSpec(
 )
 RESPONSES: Final = TopicSpec(
     name="responses",
+    description="Answers, and errors in place of answers",
     message=GenerationResponse,
     key="request id",
     cleanup=Cleanup.DELETE,
@@ -82,6 +87,7 @@ RESPONSES: Final = TopicSpec(
 )
 RESPONSE_CHUNKS: Final = TopicSpec(
     name="response-chunks",
+    description="Pieces of streamed answers",
     message=ResponseChunk,
     key="request id",
     cleanup=Cleanup.DELETE,
@@ -90,6 +96,7 @@ RESPONSE_CHUNKS: Final = TopicSpec(
 )
 SAMPLES: Final = TopicSpec(
     name="samples",
+    description="Prompts kept for evaluation",
     message=Sample,
     key="prompt group",
     cleanup=Cleanup.DELETE,
@@ -98,6 +105,7 @@ SAMPLES: Final = TopicSpec(
 )
 USAGE: Final = TopicSpec(
     name="usage",
+    description="Calls on model servers that the evaluator made",
     message=UsageRecord,
     key="usage record id",
     cleanup=Cleanup.DELETE,
@@ -106,6 +114,7 @@ USAGE: Final = TopicSpec(
 )
 CARBON_INTENSITY: Final = TopicSpec(
     name="carbon-intensity",
+    description="Carbon intensity of each zone's grid",
     message=CarbonIntensity,
     key="zone",
     cleanup=Cleanup.COMPACT_DELETE,
@@ -115,6 +124,7 @@ CARBON_INTENSITY: Final = TopicSpec(
 )
 FOOTPRINTS: Final = TopicSpec(
     name="footprints",
+    description="Energy and carbon of every call on a model server",
     message=Footprint,
     key="request id",
     cleanup=Cleanup.DELETE,
@@ -123,6 +133,7 @@ FOOTPRINTS: Final = TopicSpec(
 )
 QUALITY: Final = TopicSpec(
     name="quality",
+    description="Results of evaluations",
     message=Quality,
     key="model",
     cleanup=Cleanup.COMPACT,
@@ -130,6 +141,7 @@ QUALITY: Final = TopicSpec(
 )
 PROMPT_GROUPS: Final = TopicSpec(
     name="prompt-groups",
+    description="Prompt groups learned from judged prompts",
     message=PromptGrouping,
     key="model",
     cleanup=Cleanup.COMPACT,
@@ -138,6 +150,7 @@ PROMPT_GROUPS: Final = TopicSpec(
 )
 POLICIES: Final = TopicSpec(
     name="policies",
+    description="Probabilities of the options, per model",
     message=Policy,
     key="model",
     cleanup=Cleanup.COMPACT,
@@ -145,6 +158,7 @@ POLICIES: Final = TopicSpec(
 )
 DEAD_LETTERS: Final = TopicSpec(
     name="dead-letters",
+    description="Messages that could not be processed, with the reason",
     message=DeadLetter,
     key="original key",
     cleanup=Cleanup.DELETE,

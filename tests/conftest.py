@@ -82,7 +82,7 @@ def kafka_settings(kafka_server: KafkaServer) -> KafkaSettings:
         bootstrap_servers=kafka_server.bootstrap_servers,
         topic_prefix=prefix,
         group_prefix=prefix,
-        connect_attempts_s=30.0,
+        connect_timeout_s=30.0,
     )
 
 

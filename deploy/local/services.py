@@ -55,7 +55,7 @@ def service_spec(
     url = f"http://{LOOPBACK}:{port}"
     return ProcessSpec(
         name=name or service,
-        command=(sys.executable, "-m", f"services.{service}"),
+        command=(sys.executable, "-m", "services", service),
         environment={**environment, **settings},
         directory=REPOSITORY,
         ready=http_probe(f"{url}/ready"),

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from faststream.asgi import AsgiFastStream
 from prometheus_client import CollectorRegistry
 
+from services import SERVICES
 from services.carbon_feed.feed import FeedMetrics, ZoneFeed
 from services.carbon_feed.settings import CarbonFeedSettings, ConfigurationError
 from services.carbon_feed.trace import TraceError
@@ -20,7 +21,7 @@ from shared.runtime.settings import FleetSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY
 
 NAME = "carbon_feed"
-DESCRIPTION = "Publishes the carbon intensity of every zone of the fleet."
+DESCRIPTION = SERVICES[NAME].description
 
 
 def build_app(

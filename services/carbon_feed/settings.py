@@ -13,7 +13,7 @@ from services.carbon_feed.recorded import ConstantProvider, TraceProvider
 from services.carbon_feed.trace import Column, load_trace
 from shared.fleet import Fleet
 from shared.kafka.dead_letters import describe
-from shared.runtime.secrets import read_secret
+from shared.runtime.settings import read_secret
 
 
 class ConfigurationError(ValueError):

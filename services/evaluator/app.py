@@ -10,6 +10,7 @@ from faststream.kafka import KafkaBroker
 from faststream.kafka.subscriber.usecase import BatchSubscriber
 from prometheus_client import CollectorRegistry
 
+from services import SERVICES
 from services.evaluator.calls import ModelCalls
 from services.evaluator.delivery import Delivery
 from services.evaluator.evaluation import Evaluation, GroupOf
@@ -51,7 +52,7 @@ from shared.topics import (
 )
 
 NAME = "evaluator"
-DESCRIPTION = "Judges, when the grid is clean, how good the answers of every option are."
+DESCRIPTION = SERVICES[NAME].description
 
 
 class Evaluator:
@@ -234,7 +235,7 @@ class Evaluator:
         async def on_footprints(footprints: list[Footprint]) -> None:
             await self.intake.note(footprints)
 
-        @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY, description="What the grid emits")
+        @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
         async def on_intensities(news: list[CarbonIntensity]) -> None:
             for intensity in news:
                 self.watch.learn(intensity)

@@ -15,7 +15,7 @@ from services.evaluator.opportunity import (
 )
 from shared.inference.attempts import RetryRules
 from shared.inference.balancer import CoolDownRules
-from shared.runtime.secrets import read_secret
+from shared.runtime.settings import read_secret
 
 
 class EvaluatorSettings(BaseSettings):

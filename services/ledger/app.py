@@ -8,6 +8,7 @@ from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
+from services import SERVICES
 from services.ledger.ingest import Backlog, Ingest
 from services.ledger.meters import scrapers_of
 from services.ledger.metrics import LedgerMetrics
@@ -18,6 +19,7 @@ from services.ledger.sql import Storage
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.publish import declare_publisher
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
 from shared.runtime.health import Health
@@ -35,7 +37,7 @@ from shared.topics import (
 )
 
 NAME = "ledger"
-DESCRIPTION = "Attributes every metered joule to the calls that used it, and publishes their footprints."
+DESCRIPTION = SERVICES[NAME].description
 LINGER_MS = 5
 
 LONGEST_ROUND_S = 300.0
@@ -65,7 +67,7 @@ class Ledger:
         self.loop = AttributionLoop(
             Backlog({kafka.topic(spec): one for spec, one in ingest.call_topics.items()}, clock=clock),
             IntervalSettlement(fleet, settings=settings, storage=self.storage, metrics=metrics),
-            FootprintOutbox(broker, kafka.topic(FOOTPRINTS), storage=self.storage, metrics=metrics),
+            FootprintOutbox(declare_publisher(broker, kafka, FOOTPRINTS), storage=self.storage, metrics=metrics),
             storage=self.storage,
             settings=settings,
             metrics=metrics,
@@ -77,7 +79,8 @@ class Ledger:
         """Keep the database and the scrapers open while the broker runs."""
         pool = await open_pool(database, schema=NAME)
         try:
-            await migrate(pool, schema=NAME, package="services.ledger.migrations")
+            with self.storage.status.watch():
+                await migrate(pool, schema=NAME, package="services.ledger.migrations")
             self.storage.attach(pool)
             for number, scraper in enumerate(self.scrapers):
                 health.spawn(f"read meters {number}", scraper.run())
@@ -111,7 +114,7 @@ def build_app(
     health = Health()
     broker, dead_letters = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=LINGER_MS)
     ledger = Ledger(broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
-    health.add_check("postgresql", ledger.storage.problem)
+    health.add_check("postgresql", ledger.storage.status.problem)
     health.add_check("backlog", ledger.loop.problem)
     for number, scraper in enumerate(ledger.scrapers):
         health.add_check(f"meters {number}", scraper.problem)

@@ -8,11 +8,11 @@ from typing import Any
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from faststream.kafka import KafkaBroker
-from faststream.kafka.subscriber.usecase import BatchSubscriber
 
 from services.ledger.settings import LedgerSettings
-from services.ledger.sql import UNAVAILABLE_ERRORS, Row, Storage
-from shared.kafka.dead_letters import DeadLetterPublisher, RetryLaterError, batch_decoder
+from services.ledger.sql import Row, Storage
+from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.subscribe import Subscriber, subscribe_batches
 from shared.messages import (
     CarbonIntensity,
     GenerationResponse,
@@ -22,6 +22,7 @@ from shared.messages import (
     UsageRecord,
 )
 from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY, POLICIES, PROMPT_GROUPS, QUALITY, RESPONSES, USAGE, TopicSpec
 
@@ -45,18 +46,27 @@ class Ingest:
         storage: Storage,
         service: str,
     ) -> None:
-        self._broker = broker
-        self._dead_letters = dead_letters
-        self._kafka = kafka
-        self._settings = settings
-        self._storage = storage
-        self._service = service
-        self.call_topics = {spec: self._subscriber(spec) for spec in (RESPONSES, USAGE)}
+        self._retry_s = settings.retry_s
+
+        def subscribe(spec: TopicSpec) -> Subscriber:
+            return subscribe_batches(
+                broker,
+                kafka,
+                dead_letters,
+                spec,
+                group=f"{service}.{spec.name}",
+                max_records=settings.batch_records,
+                poll_ms=settings.poll_ms,
+                fetch_min_bytes=FETCH_MIN_BYTES,
+                fetch_max_wait_ms=settings.poll_ms,
+            )
+
+        self.call_topics = {spec: subscribe(spec) for spec in (RESPONSES, USAGE)}
         """Subscribers of the topics with calls."""
-        intensities = self._subscriber(CARBON_INTENSITY)
-        policies = self._subscriber(POLICIES)
-        qualities = self._subscriber(QUALITY)
-        groupings = self._subscriber(PROMPT_GROUPS)
+        intensities = subscribe(CARBON_INTENSITY)
+        policies = subscribe(POLICIES)
+        qualities = subscribe(QUALITY)
+        groupings = subscribe(PROMPT_GROUPS)
 
         @self.call_topics[RESPONSES]
         async def on_responses(batch: list[GenerationResponse]) -> None:
@@ -86,34 +96,17 @@ class Ingest:
             learned = [grouping_row(one) for one in batch if one.version is not None]
             await self._write(storage.put, "prompt_groups", learned)
 
-    def _subscriber(self, spec: TopicSpec) -> BatchSubscriber:
-        return self._broker.subscriber(
-            self._kafka.topic(spec),
-            # A record's header `reply_to` names a topic that FastStream would reply to.
-            no_reply=True,
-            batch=True,
-            max_records=self._settings.batch_records,
-            batch_timeout_ms=self._settings.poll_ms,
-            fetch_min_bytes=FETCH_MIN_BYTES,
-            fetch_max_wait_ms=self._settings.poll_ms,
-            group_id=self._kafka.group(f"{self._service}.{spec.name}"),
-            auto_offset_reset="earliest",
-            decoder=batch_decoder(spec.message, self._dead_letters),
-            title=spec.name,
-        )
-
     async def _write(self, write: Callable[[str, list[Row]], Awaitable[None]], table: str, rows: list[Row]) -> None:
         """Write rows.
 
         Raises:
-            RetryLaterError: PostgreSQL is unavailable; raised after a pause, and Kafka redelivers the batch.
+            DatabaseUnavailableError: raised after a pause; Kafka redelivers the batch.
         """
         try:
             await write(table, rows)
-        except UNAVAILABLE_ERRORS as error:
-            self._storage.mark_unavailable(error)
-            await asyncio.sleep(self._settings.retry_s)
-            raise RetryLaterError("PostgreSQL is unavailable") from error
+        except DatabaseUnavailableError:
+            await asyncio.sleep(self._retry_s)
+            raise
 
 
 class Watermark:
@@ -146,7 +139,7 @@ class Watermark:
 class Backlog:
     """Lag and watermark of the topics with calls, whichever process of the consumer group reads them."""
 
-    def __init__(self, subscribers: Mapping[str, BatchSubscriber], *, clock: Clock) -> None:
+    def __init__(self, subscribers: Mapping[str, Subscriber], *, clock: Clock) -> None:
         """Nothing is known yet.
 
         Args:

@@ -15,10 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.settings import LedgerSettings
-from services.ledger.sql import UNAVAILABLE_ERRORS, Storage
-from shared.fleet import Fleet
-from shared.fleet_parts import TlsFields, tls_context
+from services.ledger.sql import Storage
+from shared.fleet import Fleet, TlsFields, tls_context
 from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.logs import get_logger
 
 ENERGY = "nv_energy_consumption"
@@ -217,9 +217,8 @@ class Scraper:
                 at=before + (after - before) / 2,
                 spacing=timedelta(seconds=self._settings.scrape_interval_s * self._clock.rate / 2),
             )
-        except UNAVAILABLE_ERRORS as error:
-            self._storage.mark_unavailable(error)
-            return
+        except DatabaseUnavailableError:
+            return  # logged, and reported by the readiness check
         for endpoint in counters:
             self._set_problem(endpoint, "")
 

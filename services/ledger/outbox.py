@@ -3,11 +3,11 @@
 import asyncio
 
 from aiokafka.errors import KafkaError
-from faststream.kafka import KafkaBroker
 
 from services.ledger.footprint import footprint_message
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.sql import MARK_PUBLISHED, PUBLICATION_LOCK, UNPUBLISHED_FOOTPRINTS, Storage
+from shared.kafka.publish import Publisher
 from shared.messages import Footprint
 from shared.runtime.logs import get_logger
 
@@ -19,8 +19,8 @@ _log = get_logger(__name__)
 class FootprintOutbox:
     """Publishes every complete footprint that is not marked as published; the mark follows Kafka's acknowledgement."""
 
-    def __init__(self, broker: KafkaBroker, topic: str, *, storage: Storage, metrics: LedgerMetrics) -> None:
-        self._publisher = broker.publisher(topic, schema=Footprint)
+    def __init__(self, publisher: Publisher, *, storage: Storage, metrics: LedgerMetrics) -> None:
+        self._publisher = publisher
         self._storage = storage
         self._metrics = metrics
 
@@ -28,10 +28,11 @@ class FootprintOutbox:
         """Publish all unpublished footprints. What Kafka does not acknowledge stays for the next call.
 
         Raises:
-            asyncpg.PostgresError, OSError: PostgreSQL is unavailable.
+            DatabaseUnavailableError: what was not marked as published is published again later.
         """
-        while await self._publish_batch() == BATCH:
-            pass
+        with self._storage.status.watch():
+            while await self._publish_batch() == BATCH:
+                pass
 
     async def _publish_batch(self) -> int:
         async with self._storage.pool.acquire() as connection, connection.transaction():

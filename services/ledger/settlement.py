@@ -9,6 +9,7 @@ is `settle_delay_s` older than the watermark, that is when the calls that ran in
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 import asyncpg
@@ -29,9 +30,10 @@ from services.ledger.meters import Reading
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.outbox import FootprintOutbox
 from services.ledger.settings import LedgerSettings
-from services.ledger.sql import UNAVAILABLE_ERRORS, Connection, Row, Storage, execute_rows, to_datetime, to_iso
+from services.ledger.sql import Connection, Row, Storage, execute_rows, to_datetime, to_iso
 from shared.fleet import Fleet, Pool
 from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.logs import get_logger
 
 _log = get_logger(__name__)
@@ -55,20 +57,21 @@ class IntervalSettlement:
             False if another ledger holds the lock.
 
         Raises:
-            asyncpg.PostgresError, OSError: PostgreSQL is unavailable; nothing was written.
+            DatabaseUnavailableError: nothing was written.
         """
-        async with self._storage.pool.acquire() as connection, connection.transaction():
-            if not await connection.fetchval(sql.SETTLEMENT_LOCK):
-                return False
-            states, rows = await _read_states(connection, self._pools, watermark)
-            results = await asyncio.to_thread(
-                lambda: {endpoint: settle_endpoint(one, self._settings) for endpoint, one in states.items()}
-            )
-            await self._write(connection, states, results)
-            footprints = await self._footprints(connection, results, rows)
-            await execute_rows(connection, sql.ADD_FOOTPRINTS, footprints)
-            unmetered: int = await connection.fetchval(sql.SETTLE_UNMETERED, list(self._pools), watermark)
-            unsettled: int = await connection.fetchval(sql.UNSETTLED_CALLS)
+        with self._storage.status.watch():
+            async with self._storage.pool.acquire() as connection, connection.transaction():
+                if not await connection.fetchval(sql.SETTLEMENT_LOCK):
+                    return False
+                states, rows = await _read_states(connection, self._pools, watermark)
+                results = await asyncio.to_thread(
+                    lambda: {endpoint: settle_endpoint(one, self._settings) for endpoint, one in states.items()}
+                )
+                await self._write(connection, states, results)
+                footprints = await self._footprints(connection, results, rows)
+                await execute_rows(connection, sql.ADD_FOOTPRINTS, footprints)
+                unmetered: int = await connection.fetchval(sql.SETTLE_UNMETERED, list(self._pools), watermark)
+                unsettled: int = await connection.fetchval(sql.UNSETTLED_CALLS)
         for endpoint, result in results.items():
             unmetered += self._report_endpoint(endpoint, result)
             self._metrics.settled_age_s.labels(endpoint).set(watermark.timestamp() - result.settled_until_s)
@@ -233,19 +236,16 @@ class AttributionLoop:
         try:
             if watermark is not None:
                 await self._settlement.run_once(watermark - timedelta(seconds=self._settings.settle_delay_s))
-                self._storage.mark_available()
             await self._outbox.publish_pending()
-        except UNAVAILABLE_ERRORS as error:
-            self._storage.mark_unavailable(error)
+        except DatabaseUnavailableError:
+            return  # logged, and reported by the readiness check; the next round tries again
 
     async def remove_old_rows(self) -> None:
         """Remove rows beyond their retention, forever."""
         while True:
             await asyncio.sleep(self._settings.cleaning_interval_s)
-            try:
+            with suppress(DatabaseUnavailableError):
                 await self._storage.remove_old(self._clock.now() - timedelta(days=self._settings.retention_days))
-            except UNAVAILABLE_ERRORS as error:
-                self._storage.mark_unavailable(error)
 
     async def finish(self) -> None:
         """Settle and publish once more before the broker stops; the rest stays in PostgreSQL for the next start."""

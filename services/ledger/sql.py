@@ -10,15 +10,11 @@ from typing import Any, TypeAlias
 
 import asyncpg
 
-from shared.runtime.database import TRANSIENT_ERRORS
-from shared.runtime.logs import get_logger
+from shared.runtime.database import DatabaseStatus
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 Row = dict[str, Any]
 """Column name to value; times as ISO 8601 text."""
-
-UNAVAILABLE_ERRORS = (*TRANSIENT_ERRORS, TimeoutError)
-"""PostgreSQL is unreachable, or does not respond in time."""
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "calls": ("id",),
@@ -124,15 +120,16 @@ REMOVE_OLD = (
     "DELETE FROM calls WHERE settled AND finished_at < $1",
 )
 
-_log = get_logger(__name__)
-
 
 class Storage:
-    """The ledger's connection pool and its readiness, and the writes of single tables."""
+    """The ledger's connection pool with its status, and the writes of single tables.
+
+    Every write raises `DatabaseUnavailableError` while PostgreSQL is unavailable.
+    """
 
     def __init__(self) -> None:
+        self.status = DatabaseStatus()
         self._pool: asyncpg.Pool | None = None
-        self._problem = ""
 
     def attach(self, pool: asyncpg.Pool) -> None:
         """Set the pool; the search path of its connections is the ledger's schema."""
@@ -148,24 +145,6 @@ class Storage:
         if self._pool is None:
             raise RuntimeError("Storage.attach(pool) must be called first")
         return self._pool
-
-    def problem(self) -> str | None:
-        """Readiness check: why the ledger cannot use PostgreSQL; None if it can."""
-        if self._pool is None:
-            return "not connected yet"
-        return self._problem or None
-
-    def mark_available(self) -> None:
-        """Record that PostgreSQL responded; logs the change."""
-        if self._problem:
-            _log.info("PostgreSQL is available again")
-        self._problem = ""
-
-    def mark_unavailable(self, error: BaseException) -> None:
-        """Record that PostgreSQL did not respond; logs the change."""
-        if not self._problem:
-            _log.warning("PostgreSQL is unavailable; retrying", error=type(error).__name__)
-        self._problem = f"PostgreSQL is unavailable ({type(error).__name__})"
 
     async def add(self, table: str, rows: Sequence[Row]) -> None:
         """Add the rows whose keys are new, in one statement."""
@@ -197,18 +176,21 @@ class Storage:
             for endpoint, by_gpu in counters.items()
             for gpu, energy_j in by_gpu.items()
         ]
-        async with self.pool.acquire() as connection, connection.transaction():
-            await connection.execute(READINGS_LOCK)
-            await connection.execute(ADD_READINGS, json.dumps(rows), at, at - spacing)
+        with self.status.watch():
+            async with self.pool.acquire() as connection, connection.transaction():
+                await connection.execute(READINGS_LOCK)
+                await connection.execute(ADD_READINGS, json.dumps(rows), at, at - spacing)
 
     async def remove_old(self, before: datetime) -> None:
         """Remove raw readings and settled calls from before a time; footprints and intervals stay."""
-        for statement in REMOVE_OLD:
-            await self.pool.execute(statement, before)
+        with self.status.watch():
+            for statement in REMOVE_OLD:
+                await self.pool.execute(statement, before)
 
     async def _write(self, table: str, rows: Sequence[Row], on_conflict: str) -> None:
         if rows:
-            await self.pool.execute(_insert(table, list(rows[0]), on_conflict), json.dumps(rows))
+            with self.status.watch():
+                await self.pool.execute(_insert(table, list(rows[0]), on_conflict), json.dumps(rows))
 
 
 async def execute_rows(connection: Connection, statement: str, rows: Sequence[Mapping[str, Any]]) -> None:

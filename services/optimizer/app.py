@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 
 from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
-from faststream.kafka.subscriber.usecase import BatchSubscriber
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
+from services import SERVICES
 from services.optimizer import migrations
 from services.optimizer.linear import warm_up
 from services.optimizer.metrics import OptimizerMetrics
@@ -20,7 +20,7 @@ from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher, batch_decoder
 from shared.kafka.publish import publish_with_retry
-from shared.kafka.subscribe import POLL_MS, read_to_end, subscribe_compacted
+from shared.kafka.subscribe import POLL_MS, Subscriber, read_to_end, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
@@ -31,7 +31,7 @@ from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettin
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY
 
 NAME = "optimizer"
-DESCRIPTION = "Solves with which probability each directive is used, and publishes the policy."
+DESCRIPTION = SERVICES[NAME].description
 
 _log = get_logger(__name__)
 
@@ -43,15 +43,15 @@ def subscribe(
     *,
     kafka: KafkaSettings,
     settings: OptimizerSettings,
-) -> tuple[BatchSubscriber, ...]:
+) -> tuple[Subscriber, ...]:
     """Register the consumers: the compacted topics from their start at each start, footprints as a group.
 
     Returns:
         Those of the compacted topics.
     """
-    groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS, description="Learned prompt groups")
-    intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY, description="What the grid emits")
-    evaluations = subscribe_compacted(broker, kafka, dead_letters, QUALITY, description="What the judge preferred")
+    groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS)
+    intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
+    evaluations = subscribe_compacted(broker, kafka, dead_letters, QUALITY)
     footprints = broker.subscriber(
         kafka.topic(FOOTPRINTS),
         decoder=batch_decoder(Footprint, dead_letters),

@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
-from faststream.kafka.subscriber.usecase import BatchSubscriber
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
+from services import SERVICES
 from services.router.backlog import Backlog
 from services.router.delivery import Delivery
 from services.router.fetching import feed
@@ -28,7 +28,7 @@ from shared.inference.chat import ChatTemplateError
 from shared.inference.pool import Pools
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.subscribe import read_to_end, subscribe_compacted
+from shared.kafka.subscribe import Subscriber, read_to_end, subscribe_compacted
 from shared.messages import CarbonIntensity, GenerationRequest, Policy, PromptGrouping
 from shared.runtime.clock import Clock
 from shared.runtime.health import Health
@@ -48,7 +48,7 @@ from shared.topics import (
 )
 
 NAME = "router"
-DESCRIPTION = "Draws a generation directive for every request, has a model answer it, publishes the answer."
+DESCRIPTION = SERVICES[NAME].description
 
 LONGEST_COMMIT_S = 60.0
 """Wall seconds that a commit may take before the router says that it is not ready: one try may take 40."""
@@ -173,17 +173,11 @@ class Router:
 
     def _subscribe_state(
         self, broker: KafkaBroker, dead_letters: DeadLetterPublisher, kafka: KafkaSettings
-    ) -> tuple[BatchSubscriber, ...]:
+    ) -> tuple[Subscriber, ...]:
         """Compacted topics: every router reads all of them from the start."""
-        groupings = subscribe_compacted(
-            broker, kafka, dead_letters, PROMPT_GROUPS, description="Prompt groups learned from judged prompts"
-        )
-        policies = subscribe_compacted(
-            broker, kafka, dead_letters, POLICIES, description="Probabilities of the options"
-        )
-        intensities = subscribe_compacted(
-            broker, kafka, dead_letters, CARBON_INTENSITY, description="What the grid emits"
-        )
+        groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS)
+        policies = subscribe_compacted(broker, kafka, dead_letters, POLICIES)
+        intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
 
         @groupings
         async def on_groupings(news: list[PromptGrouping]) -> None:

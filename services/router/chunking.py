@@ -3,8 +3,7 @@
 from collections import deque
 from uuid import uuid4
 
-from shared.messages import ErrorDetail, ResponseChunk
-from shared.messages.responses import FinishReason
+from shared.messages import ErrorDetail, FinishReason, ResponseChunk
 
 
 class Chunker:

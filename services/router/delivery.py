@@ -1,21 +1,15 @@
-"""Publishes what the router has to say, for as long as it takes.
-
-Messages go to FastStream's producer directly: its publishers, which describe the topics in the AsyncAPI document, would
-lead each through middlewares that have nothing to add, at a price as high as the producer's own.
-"""
+"""Publishes what the router has to say, for as long as it takes."""
 
 from typing import Any
 
 from faststream.kafka import KafkaBroker
-from faststream.kafka.response import KafkaPublishCommand
-from faststream.response.publish_type import PublishType
 
 from services.router.gate import Passage
 from services.router.metrics import RouterMetrics
 from services.router.recovery import SOURCE_HEADER
 from services.router.tracing import Tracing
 from shared.kafka.dead_letters import DeadLetterPublisher, PoisonMessageError
-from shared.kafka.publish import TOO_LARGE, check_size, publish_with_retry
+from shared.kafka.publish import TOO_LARGE, check_size, declare_publisher, publish_with_retry
 from shared.messages import ErrorDetail, GenerationResponse, ResponseChunk, Sample
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
@@ -40,14 +34,10 @@ class Delivery:
         metrics: RouterMetrics,
         tracing: Tracing | None = None,
     ) -> None:
-        self._broker = broker
         self._kafka = kafka
-        for spec, description in (
-            (RESPONSES, "Answers"),
-            (RESPONSE_CHUNKS, "Pieces of streamed answers"),
-            (SAMPLES, "Prompts kept aside for the evaluator"),
-        ):
-            broker.publisher(kafka.topic(spec), description=description, schema=spec.message)
+        self._publishers = {
+            spec.name: declare_publisher(broker, kafka, spec) for spec in (RESPONSES, RESPONSE_CHUNKS, SAMPLES)
+        }
         self._dead_letters = dead_letters
         self._metrics = metrics
         self._tracing = tracing
@@ -120,16 +110,11 @@ class Delivery:
     ) -> None:
         value, encoded = message.model_dump_json().encode(), key.encode("utf-8", errors="surrogatepass")
         check_size(spec, value, encoded, *(part.encode() for header in headers.items() for part in header))
-        command = KafkaPublishCommand(
-            value,
-            topic=self._kafka.topic(spec),
-            key=encoded,
-            headers={"content-type": "application/json", **headers},
-            _publish_type=PublishType.PUBLISH,
-        )
+        headers = {"content-type": "application/json", **headers}
+        publisher = self._publishers[spec.name]
 
         async def publish() -> None:
-            await self._broker.config.producer.publish(command)
+            await publisher.publish(value, key=encoded, headers=headers)
 
         # Every attempt passes the gate again: much may have happened since the one before.
         await publish_with_retry(publish if passage is None else lambda: passage.through(publish))

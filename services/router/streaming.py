@@ -5,8 +5,7 @@ import asyncio
 from services.router.chunking import Chunker
 from services.router.delivery import Delivery
 from services.router.gate import Passage
-from shared.messages import ErrorDetail
-from shared.messages.responses import FinishReason
+from shared.messages import ErrorDetail, FinishReason
 
 
 class ChunkStream:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shared.fleet_parts import FleetError
+from shared.fleet import FleetError
 
 LONG_TEXT_CHARS: Final = 20_000
 """A longer text is counted in a thread: it takes tens of milliseconds, in which nothing else would be served."""

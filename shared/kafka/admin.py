@@ -1,4 +1,4 @@
-"""Creates the topics that `shared.topics` declares; idempotent, and says what differs."""
+"""Creates the topics that `shared.topics` declares; idempotent, reports differences."""
 
 import asyncio
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ VISIBLE_TIMEOUT_S = 30.0
 
 
 class ProvisioningError(RuntimeError):
-    """The broker refused a topic; the message names it and the reason."""
+    """The broker rejected a topic; the message names it and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Provisioned:
-    """What happened to one topic."""
+    """The result for one topic."""
 
     topic: str
     created: bool
@@ -30,12 +30,12 @@ class Provisioned:
 async def create_topics(
     kafka: KafkaSettings, *, replication_factor: int = 1, specs: Iterable[TopicSpec] = TOPICS
 ) -> list[Provisioned]:
-    """Create every declared topic that does not exist yet; returns once the broker serves them all.
+    """Create every declared topic that does not exist yet; returns once the broker serves all of them.
 
-    An existing topic is left as it is; where its partitions differ from the declaration, the note says so.
+    An existing topic is not changed; if its partitions differ from the declaration, the note says so.
 
     Raises:
-        ProvisioningError: the broker refused a topic, or does not serve it in time.
+        ProvisioningError: the broker rejected a topic, or does not serve it within `VISIBLE_TIMEOUT_S`.
     """
     declared = tuple(specs)
     admin = AIOKafkaAdminClient(**kafka.client_options())
@@ -69,18 +69,18 @@ async def create_topics(
 
 
 async def _wait_until_served(admin: AIOKafkaAdminClient, topics: list[str]) -> dict[str, int]:
-    """Partitions by topic, once the broker serves them all: the controller knows a topic a little before it does."""
+    """Number of partitions by topic, once the broker serves all topics: the controller knows them a little earlier."""
     try:
         async with asyncio.timeout(VISIBLE_TIMEOUT_S):
             while True:
                 answers = {entry["topic"]: entry for entry in await admin.describe_topics(topics)}
-                hidden = [name for name in topics if not answers.get(name, {}).get("partitions")]
-                if not hidden:
+                missing = [name for name in topics if not answers.get(name, {}).get("partitions")]
+                if not missing:
                     return {name: len(answers[name]["partitions"]) for name in topics}
                 await asyncio.sleep(0.1)
     except TimeoutError:
         raise ProvisioningError(
-            f"the broker does not serve topics {', '.join(hidden)} {VISIBLE_TIMEOUT_S:.0f} s after they were created"
+            f"the broker does not serve topics {', '.join(missing)} {VISIBLE_TIMEOUT_S:.0f} s after they were created"
         ) from None
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from functools import partial
+from types import TracebackType
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
@@ -11,15 +13,69 @@ from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
 from shared.kafka.dead_letters import DeadLetterMiddleware, DeadLetterPublisher
-from shared.kafka.refusal import KafkaRefusedError, refusal
-from shared.kafka.renewal import RenewingProducer
+from shared.kafka.publish import ProducerMiddleware, RecoveringProducer
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 
-LARGEST_REQUEST_BYTES = 8 * 1024 * 1024
+MAX_REQUEST_BYTES = 8 * 1024 * 1024
 
 _log = get_logger(__name__)
+
+
+class ServiceBroker(KafkaBroker):
+    """A FastStream broker whose publishers send through a `RecoveringProducer`.
+
+    FastStream's own producer is left out (`consumer_only`): it cannot be replaced while the service runs.
+    """
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        *,
+        service: str,
+        dead_letters: DeadLetterPublisher,
+        registry: CollectorRegistry,
+        linger_ms: int,
+    ) -> None:
+        self._recovering_producer = RecoveringProducer(
+            **kafka.client_options(),
+            client_id=f"sprout.{service}",
+            acks="all",
+            enable_idempotence=True,
+            max_request_size=MAX_REQUEST_BYTES,
+            linger_ms=linger_ms,
+        )
+        super().__init__(
+            kafka.bootstrap_servers,
+            client_id=f"sprout.{service}",
+            security=kafka.broker_security(),
+            consumer_only=True,
+            allow_auto_create_topics=False,
+            ack_policy=AckPolicy.NACK_ON_ERROR,
+            middlewares=(
+                KafkaPrometheusMiddleware(registry=registry, app_name=service),
+                partial(DeadLetterMiddleware, dead_letters=dead_letters),
+                partial(ProducerMiddleware, producer=self._recovering_producer),
+            ),
+            logger=logging.getLogger(f"faststream.{service}"),
+            log_level=logging.DEBUG,
+        )
+
+    async def start(self) -> None:
+        """Connect the producer, then start the subscribers."""
+        await self._recovering_producer.start()
+        await super().start()
+
+    async def stop(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_val: BaseException | None = None,
+        exc_tb: TracebackType | None = None,
+    ) -> None:
+        """Stop the subscribers, then the producer; does not wait for a Kafka that is unreachable."""
+        await super().stop(exc_type, exc_val, exc_tb)
+        await self._recovering_producer.stop()
 
 
 def build_broker(
@@ -30,73 +86,48 @@ def build_broker(
     registry: CollectorRegistry,
     linger_ms: int = 0,
 ) -> tuple[KafkaBroker, DeadLetterPublisher]:
-    """A broker that is not connected yet, and the dead_letters that keeps its poison messages.
+    """A broker that is not connected yet, and the publisher of its dead letters.
 
-    Differs from FastStream's defaults where they would lose or invent something: topics are never created by a
-    subscriber, records are produced idempotently with `acks=all`, a producer that Kafka does not take from any more is
-    replaced, an unhandled error leads to a dead letter, and what remains unacknowledged is redelivered rather than
-    skipped.
+    Differs from FastStream's defaults where those would lose or duplicate messages: subscribers create no topics,
+    messages are produced idempotently with `acks=all` by a producer that recovers, a handler's unexpected error leads
+    to a dead letter, and what is not acknowledged is delivered again rather than skipped.
+
+    Args:
+        linger_ms: how long the producer waits for more messages of a batch, wall milliseconds.
     """
     dead_letters = DeadLetterPublisher(kafka=kafka, service=service, clock=clock)
-    broker = KafkaBroker(
-        kafka.bootstrap_servers,
-        client_id=f"sprout.{service}",
-        allow_auto_create_topics=False,
-        acks="all",
-        enable_idempotence=True,
-        security=kafka.broker_security(),
-        max_request_size=LARGEST_REQUEST_BYTES,
-        linger_ms=linger_ms,
-        ack_policy=AckPolicy.NACK_ON_ERROR,
-        middlewares=(
-            KafkaPrometheusMiddleware(registry=registry, app_name=service),
-            DeadLetterMiddleware(dead_letters),
-        ),
-        logger=logging.getLogger(f"faststream.{service}"),
-        log_level=logging.DEBUG,
-    )
-    broker.config.broker_config.producer = RenewingProducer(broker)
+    broker = ServiceBroker(kafka, service=service, dead_letters=dead_letters, registry=registry, linger_ms=linger_ms)
     dead_letters.attach(broker)
     return broker, dead_letters
 
 
 async def wait_for_kafka(kafka: KafkaSettings, topics: list[str]) -> None:
-    """Wait until the broker answers and every topic exists; FastStream itself gives up at once.
+    """Wait until the broker answers and every topic exists; FastStream itself does not wait.
 
     Raises:
-        KafkaRefusedError: the broker answers and does not accept the credentials, or its certificate is not trusted.
-        TimeoutError: not within `kafka.connect_attempts_s`; the message says what was missing.
+        TimeoutError: not within `kafka.connect_timeout_s`; the message says what was missing and what to check.
     """
-    waiting_for = f"the broker at {kafka.bootstrap_servers}"
-    announced = ""
+    missing = f"the broker at {kafka.bootstrap_servers}"
+    logged = ""
     try:
-        async with asyncio.timeout(kafka.connect_attempts_s):
-            while True:
-                waiting_for = await _still_missing(kafka, topics)
-                if not waiting_for:
-                    return
-                if waiting_for != announced:
-                    _log.info("waiting for Kafka", missing=waiting_for)
-                    announced = waiting_for
+        async with asyncio.timeout(kafka.connect_timeout_s):
+            while missing := await _find_missing(kafka, topics):
+                if missing != logged:
+                    _log.info("waiting for Kafka", missing=missing)
+                    logged = missing
                 await asyncio.sleep(0.5)
     except TimeoutError:
-        raise TimeoutError(
-            f"Kafka is not ready after {kafka.connect_attempts_s:.0f} s: {waiting_for}. Check SPROUT_KAFKA_BOOTSTRAP_"
-            "SERVERS and SPROUT_KAFKA_SECURITY_PROTOCOL; create missing topics with 'sprout topics create'"
-        ) from None
+        raise TimeoutError(f"Kafka is not ready after {kafka.connect_timeout_s:.0f} s: {missing}") from None
 
 
-async def _still_missing(kafka: KafkaSettings, topics: list[str]) -> str:
-    """What is not there yet, in words; empty when nothing is."""
+async def _find_missing(kafka: KafkaSettings, topics: list[str]) -> str:
+    """What is missing and what to check, for people; empty when nothing is missing."""
     admin = AIOKafkaAdminClient(**kafka.client_options(), request_timeout_ms=5_000)
     try:
         await admin.start()
         missing = sorted(set(topics) - set(await admin.list_topics()))
     except (KafkaError, OSError) as error:
-        refused = await refusal(kafka)
-        if refused is not None:
-            raise KafkaRefusedError(refused) from None
-        return f"no broker answers at {kafka.bootstrap_servers} in {kafka.security_protocol} ({type(error).__name__})"
+        return f"no broker answers at {kafka.bootstrap_servers} ({type(error).__name__}). {kafka.connection_advice()}"
     finally:
         await admin.close()
-    return f"topics {', '.join(missing)}" if missing else ""
+    return f"topics {', '.join(missing)}; create them with 'sprout topics create'" if missing else ""

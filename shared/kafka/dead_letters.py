@@ -1,12 +1,10 @@
-"""Poison messages: recognised, kept with their original bytes on `dead-letters`, and passed over.
+"""Dead letters: messages that cannot be processed are published to `dead-letters` with their bytes, and skipped.
 
-Three ways in, by the kind of subscriber:
-
-- a subscriber of single messages gets `DeadLetterMiddleware` from `shared.kafka.broker.build_broker`: what its handler
-  cannot parse or process becomes a dead letter and is acknowledged;
-- a batch subscriber uses `batch_decoder(Model, dead_letters)`: the bad records of a batch become dead letters, the good
-  ones reach the handler;
-- whoever reads raw records calls `parse` and `DeadLetterPublisher.post`.
+- Single messages: `DeadLetterMiddleware`, which `build_broker` installs, publishes a dead letter for a message that its
+  handler cannot parse or process, and acknowledges it.
+- Batches: `batch_decoder(Model, dead_letters)` publishes a dead letter for every record that is invalid; the handler
+  receives the others.
+- Raw records: the service calls `parse` and `DeadLetterPublisher.publish`.
 """
 
 import base64
@@ -21,6 +19,7 @@ from faststream.exceptions import HandlerException, StopConsume
 from faststream.kafka import KafkaBroker, KafkaMessage
 from pydantic import ValidationError
 
+from shared.kafka.publish import Publisher, declare_publisher
 from shared.messages import DeadLetter, Message
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger, where
@@ -29,20 +28,20 @@ from shared.topics import DEAD_LETTERS
 
 M = TypeVar("M", bound=Message)
 
-LARGEST_CARRIED_BYTES = 4 * 1024 * 1024
-"""A larger value is cut: base64 of it must still fit the dead-letter topic's largest message."""
+MAX_VALUE_BYTES = 4 * 1024 * 1024
+"""A longer value is truncated, so that it fits the topic in base64."""
 
-LARGEST_KEY_BYTES = 64 * 1024
-"""A longer key is cut; it is carried twice, as the dead letter's own key too."""
+MAX_KEY_BYTES = 64 * 1024
+"""A longer key is truncated; a dead letter holds it twice, in its content and as its own key."""
 
-LARGEST_HEADERS_BYTES = 256 * 1024
-"""Names and values together, of the first headers; those beyond are left out."""
+MAX_HEADERS_BYTES = 256 * 1024
+"""Limit of the names and values of all headers together; further headers are left out."""
 
 _log = get_logger(__name__)
 
 
 class PoisonMessageError(ValueError):
-    """A message that will never be processable, however often it is redelivered."""
+    """A message that can never be processed, however often it is delivered."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -51,24 +50,24 @@ class PoisonMessageError(ValueError):
 
 
 class RetryLaterError(RuntimeError):
-    """A handler's word that the message is fine but something it needs is away; it will be redelivered."""
+    """The message is valid but the handler cannot process it now; it is delivered again."""
 
 
-def describe(error: ValidationError, *, whole: str = "message") -> str:
-    """What is wrong with a message, by field, without any of its content.
+def describe(error: ValidationError, *, root: str = "message") -> str:
+    """The problems of a message or of settings, by field; quotes nothing of the content.
 
     Args:
-        whole: the name of what is wrong as a whole.
+        root: name for problems that belong to no single field.
     """
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    shown = [f"{'.'.join(str(part) for part in p['loc']) or whole}: {p['msg']}" for p in problems[:10]]
+    shown = [f"{'.'.join(str(part) for part in p['loc']) or root}: {p['msg']}" for p in problems[:10]]
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
     return "; ".join(shown)
 
 
 def parse(model: type[M], value: bytes | None) -> M:
-    """Parse a record's value.
+    """Parse the value of a record.
 
     Raises:
         PoisonMessageError: not JSON, or not such a message.
@@ -92,24 +91,24 @@ def dead_letter_for(
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
-        key_base64=None if record.key is None else _base64(record.key[:LARGEST_KEY_BYTES]),
-        value_base64=_base64(value[:LARGEST_CARRIED_BYTES]),
-        headers=_carried(record.headers),
-        truncated_bytes=max(0, len(value) - LARGEST_CARRIED_BYTES),
+        key_base64=None if record.key is None else _base64(record.key[:MAX_KEY_BYTES]),
+        value_base64=_base64(value[:MAX_VALUE_BYTES]),
+        headers=_encode_headers(record.headers),
+        truncated_bytes=max(0, len(value) - MAX_VALUE_BYTES),
         reason=reason,
         detail=detail,
         failed_at=clock.now(),
     )
 
 
-def _carried(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
-    carried, size = {}, 0
+def _encode_headers(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
+    encoded, size = {}, 0
     for name, content in headers:
         size += len(name) + len(content or b"")
-        if size > LARGEST_HEADERS_BYTES:
+        if size > MAX_HEADERS_BYTES:
             break
-        carried[name] = _base64(content or b"")
-    return carried
+        encoded[name] = _base64(content or b"")
+    return encoded
 
 
 def _base64(content: bytes) -> str:
@@ -117,18 +116,17 @@ def _base64(content: bytes) -> str:
 
 
 class DeadLetterPublisher:
-    """Posts dead letters for one service."""
+    """Publishes the dead letters of one service."""
 
     def __init__(self, *, kafka: KafkaSettings, service: str, clock: Clock) -> None:
-        self._topic = kafka.topic(DEAD_LETTERS)
+        self._kafka = kafka
         self._service = service
         self._clock = clock
-        self._broker: KafkaBroker | None = None
-        self.posted = 0
+        self._publisher: Publisher | None = None
 
     def attach(self, broker: KafkaBroker) -> None:
-        """The broker to publish through; `build_broker` calls this."""
-        self._broker = broker
+        """Publish through this broker; `build_broker` calls this."""
+        self._publisher = declare_publisher(broker, self._kafka, DEAD_LETTERS)
 
     async def publish(
         self,
@@ -140,19 +138,18 @@ class DeadLetterPublisher:
         """Publish a record's dead letter; returns once Kafka has it.
 
         Args:
-            headers: of the dead letter's own message.
+            headers: of the dead letter itself.
 
         Raises:
             KafkaError: it could not be published; the record must not be acknowledged.
         """
-        if self._broker is None:
+        if self._publisher is None:
             raise RuntimeError("DeadLetterPublisher.attach(broker) must be called before the first message")
         letter = dead_letter_for(
             record, service=self._service, reason=error.reason, detail=error.detail, clock=self._clock
         )
-        key = None if record.key is None else record.key[:LARGEST_KEY_BYTES]
-        await self._broker.publish(letter, topic=self._topic, key=key, headers=headers)
-        self.posted += 1
+        key = None if record.key is None else record.key[:MAX_KEY_BYTES]
+        await self._publisher.publish(letter, key=key, headers=headers)
         _log.warning(
             "dead letter",
             topic=record.topic,
@@ -164,9 +161,9 @@ class DeadLetterPublisher:
 
 
 def batch_decoder(model: type[M], dead_letters: DeadLetterPublisher) -> Callable[[KafkaMessage], Awaitable[list[M]]]:
-    """A decoder for a batch subscriber: parses every record, posts dead letters for those that do not parse.
+    """A decoder for a batch subscriber: parses every record and publishes a dead letter for each invalid one.
 
-    A record without a value (a compacted topic's tombstone) is passed over.
+    A record without a value (a tombstone of a compacted topic) is skipped.
     """
 
     async def decode(message: KafkaMessage) -> list[M]:
@@ -184,7 +181,7 @@ def batch_decoder(model: type[M], dead_letters: DeadLetterPublisher) -> Callable
 
 
 def message_decoder(model: type[M]) -> Callable[[KafkaMessage], Awaitable[M]]:
-    """A decoder for a subscriber of single messages; a poison message is left to `DeadLetterMiddleware`."""
+    """A decoder for a subscriber of single messages; `DeadLetterMiddleware` handles its errors."""
 
     async def decode(message: KafkaMessage) -> M:
         return parse(model, message.body)
@@ -192,27 +189,16 @@ def message_decoder(model: type[M]) -> Callable[[KafkaMessage], Awaitable[M]]:
     return decode
 
 
-class DeadLetterMiddleware:
-    """Factory of the per-message middleware; give it to a broker."""
+class DeadLetterMiddleware(BaseMiddleware[Any, Any]):
+    """Turns a message that cannot be processed into a dead letter and acknowledges it."""
 
-    def __init__(self, dead_letters: DeadLetterPublisher) -> None:
-        self._dead_letters = dead_letters
-
-    def __call__(self, msg: Any | None, /, *, context: ContextRepo) -> "_DeadLetterScope":  # noqa: ANN401
-        """The middleware of one message or batch."""
-        return _DeadLetterScope(msg, context=context, dead_letters=self._dead_letters)
-
-
-class _DeadLetterScope(BaseMiddleware):
-    """Turns a message's failure into a dead letter, and its acknowledgement."""
-
-    def __init__(self, msg: Any | None, /, *, context: ContextRepo, dead_letters: DeadLetterPublisher) -> None:  # noqa: ANN401
+    def __init__(self, msg: Any, /, *, context: ContextRepo, dead_letters: DeadLetterPublisher) -> None:  # noqa: ANN401
         super().__init__(msg, context=context)
         self._dead_letters = dead_letters
 
     async def on_receive(self) -> None:
-        # FastStream decodes header values as UTF-8 before any handler runs; a producer's binary header must not
-        # make its message unreadable.
+        """Encode header values that are not UTF-8 in base64."""
+        # FastStream decodes header values as UTF-8 before any handler runs and would fail.
         for record in self._records():
             if any(not _is_text(content) for _, content in record.headers):
                 record.headers = tuple(
@@ -227,6 +213,7 @@ class _DeadLetterScope(BaseMiddleware):
         exc_val: BaseException | None = None,
         exc_tb: TracebackType | None = None,  # noqa: ARG002
     ) -> bool | None:
+        """Publish a dead letter for every record of a message that failed; `True`: FastStream acknowledges it."""
         if exc_val is None or isinstance(exc_val, (HandlerException, StopConsume, RetryLaterError)):
             return False
         if not isinstance(exc_val, Exception):
@@ -245,7 +232,7 @@ class _DeadLetterScope(BaseMiddleware):
 
 
 def _records_of(raw: Any) -> "tuple[ConsumerRecord[bytes, bytes], ...]":  # noqa: ANN401
-    """The records of a FastStream raw message: one, or a batch (a list with the in-memory broker)."""
+    """The records of a FastStream raw message: one, or a batch (a list with the in-memory test broker)."""
     return tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
 
 
@@ -256,7 +243,7 @@ def _as_poison(error: Exception) -> PoisonMessageError:
         return PoisonMessageError("invalid_message", describe(error))
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
         return PoisonMessageError("invalid_json", type(error).__name__)
-    # The text of an unforeseen error may quote the message: its type must do.
+    # The text of an unexpected error may quote the message.
     return PoisonMessageError("handler_error", type(error).__name__)
 
 

@@ -1,52 +1,258 @@
-"""Publishing that does not give up while Kafka is away."""
+"""Publishing to Kafka: size limits, retries, and a producer that is replaced after an error it cannot recover from.
 
+Services declare FastStream publishers (`broker.publisher(topic, ...)`) and call `publisher.publish(message, key=...)`.
+`ProducerMiddleware` hands every message to the broker's `RecoveringProducer`.
+"""
+
+import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final, Protocol
 
 import stamina
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError, RecordTooLargeError
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import (
+    InvalidProducerEpoch,
+    InvalidProducerIdMapping,
+    KafkaError,
+    MessageSizeTooLargeError,
+    OutOfOrderSequenceNumber,
+    ProducerClosed,
+    ProducerFenced,
+    RecordListTooLargeError,
+    RecordTooLargeError,
+    UnknownProducerId,
+)
+from faststream import BaseMiddleware, ContextRepo
+from faststream.exceptions import IncorrectState
+from faststream.kafka import KafkaBroker, KafkaPublishCommand
+from faststream.message import encode_message
+from pydantic import BaseModel
 
 from shared.runtime.logs import get_logger
+from shared.runtime.settings import KafkaSettings
 from shared.topics import TopicSpec
 
-TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError, RecordTooLargeError)
-"""What Kafka will never take, however often it is sent."""
+TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError, RecordTooLargeError)
+"""Errors of a message that Kafka rejects however often it is sent."""
 
-BATCH_BYTES: Final = 512
-"""What a batch of one message has around it, at most."""
+UNRECOVERABLE: Final = (
+    *TOO_LARGE,
+    OutOfOrderSequenceNumber,
+    UnknownProducerId,
+    InvalidProducerEpoch,
+    InvalidProducerIdMapping,
+    ProducerFenced,
+)
+"""Errors after which the sequence numbers of a producer and those that Kafka expects differ."""
+
+BATCH_OVERHEAD_BYTES: Final = 512
+"""Upper limit of the bytes that Kafka's format adds to a batch of one message."""
+
+FLUSH_TIMEOUT_S: Final = 5.0
+"""Wall seconds that stopping a producer waits for its unsent messages."""
 
 _log = get_logger(__name__)
 
 
+class Publisher(Protocol):
+    """The part of a FastStream publisher that services use."""
+
+    async def publish(
+        self,
+        message: Any,  # noqa: ANN401 - a message, or its bytes
+        /,
+        *,
+        key: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> object:
+        """Publish a message; returns once Kafka has it.
+
+        Raises:
+            KafkaError: it could not be published, or Kafka did not say whether it was.
+        """
+
+
+def declare_publisher(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec) -> Publisher:
+    """The FastStream publisher of a topic's messages, described in the service's AsyncAPI document."""
+    return broker.publisher(kafka.topic(spec), schema=spec.message, title=spec.name, description=spec.description)
+
+
 def check_size(spec: TopicSpec, *parts: bytes) -> None:
-    """Refuse a message that Kafka would refuse, before it is sent.
+    """Reject a message that Kafka would reject, before it is sent.
 
     Raises:
-        MessageSizeTooLargeError: its parts (value, key, headers) are together more than the topic's limit.
+        MessageSizeTooLargeError: value, key and headers together exceed the limit of the topic.
     """
-    size = sum(map(len, parts)) + BATCH_BYTES
+    size = sum(map(len, parts)) + BATCH_OVERHEAD_BYTES
     if size > spec.max_message_bytes:
-        raise MessageSizeTooLargeError(f"{size} bytes; the topic {spec.name!r} takes {spec.max_message_bytes}")
+        raise MessageSizeTooLargeError(f"{size} bytes; topic {spec.name!r} accepts {spec.max_message_bytes}")
 
 
 async def publish_with_retry(publish: Callable[[], Awaitable[object]]) -> None:
-    """Publish, again after a failure that may pass, for as long as it takes; cancellation ends the attempt.
+    """Call `publish` until it succeeds; retries without a limit, at most 5 s apart. Cancellation ends it.
 
     Raises:
-        KafkaError: one of `TOO_LARGE`.
+        KafkaError: one of `TOO_LARGE`, which no retry would cure.
     """
     try:
         await publish()
     except KafkaError as error:
         if isinstance(error, TOO_LARGE):
             raise
-        _log.warning("publishing failed, trying again", error=type(error).__name__)
+        _log.warning("publishing failed, retrying", error=type(error).__name__)
     else:
         return
-    async for attempt in stamina.retry_context(on=_may_pass, attempts=None, timeout=None, wait_max=5.0):
+    async for attempt in stamina.retry_context(on=_is_temporary, attempts=None, timeout=None, wait_max=5.0):
         with attempt:
             await publish()
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_temporary(error: Exception) -> bool:
     return isinstance(error, KafkaError) and not isinstance(error, TOO_LARGE)
+
+
+class RecoveringProducer:
+    """An idempotent aiokafka producer that is replaced after an error it cannot recover from.
+
+    Kafka accepts the batches of an idempotent producer in the order of their sequence numbers only. aiokafka numbers a
+    batch before sending it and does not take the number back. So after Kafka has rejected one batch (for example as too
+    large) it rejects every later batch of that partition. Java's producer starts a new epoch then (KIP-360); aiokafka
+    0.14 does not. Its sender task can also end with an error. In both cases a new producer with a new id takes over;
+    the old one finishes its other messages in the background.
+    """
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - the options of AIOKafkaProducer
+        self._options = options
+        self._producer: AIOKafkaProducer | None = None
+        self._replacing = asyncio.Lock()
+        self._stopping: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_started(self) -> bool:
+        """Whether `send` may be called."""
+        return self._producer is not None
+
+    async def start(self) -> None:
+        """Connect.
+
+        Raises:
+            KafkaError: Kafka cannot be reached.
+        """
+        if self._producer is None:
+            self._producer = await self._connect()
+
+    async def stop(self) -> None:
+        """Stop; waits at most `FLUSH_TIMEOUT_S` for unsent messages, so that it ends while Kafka is unreachable."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            self._stop_in_background(producer)
+        if not self._stopping:
+            return
+        _, unfinished = await asyncio.wait(self._stopping, timeout=FLUSH_TIMEOUT_S)
+        for task in unfinished:
+            _log.warning("stopping without having published every message: Kafka does not respond")
+            task.cancel()
+
+    async def send(self, topic: str, value: bytes | None, **options: Any) -> Any:  # noqa: ANN401 - aiokafka's metadata
+        """Send a message; returns once Kafka has it.
+
+        Args:
+            options: `key`, `partition`, `timestamp_ms`, `headers` of `AIOKafkaProducer.send`.
+
+        Raises:
+            KafkaError: it could not be sent, or Kafka did not say whether it has it.
+            IncorrectState: the producer is not started, or stopped.
+        """
+        while True:
+            producer = self._producer
+            if producer is None:
+                raise IncorrectState("the Kafka producer is not running")
+            try:
+                return await (await producer.send(topic, value, **options))
+            except ProducerClosed:
+                # The producer was replaced before it took the message.
+                if producer is self._producer:
+                    raise
+            except KafkaError as error:
+                # A sender task that has ended fails every message with a plain KafkaError.
+                if isinstance(error, UNRECOVERABLE) or type(error) is KafkaError:
+                    await self._replace(producer, error)
+                raise
+
+    async def _replace(self, broken: AIOKafkaProducer, reason: KafkaError) -> None:
+        """Let a new producer take over from `broken`, unless another call has already done so."""
+        async with self._replacing:
+            if self._producer is not broken:
+                return
+            _log.warning("replacing the Kafka producer", error=type(reason).__name__)
+            try:
+                replacement = await self._connect()
+            except KafkaError as error:
+                _log.warning("the Kafka producer could not be replaced yet", error=type(error).__name__)
+                return
+            if self._producer is broken:
+                self._producer = replacement
+                self._stop_in_background(broken)
+            else:
+                self._stop_in_background(replacement)
+
+    async def _connect(self) -> AIOKafkaProducer:
+        producer = AIOKafkaProducer(**self._options)
+        try:
+            await producer.start()
+        except BaseException:
+            await producer.stop()
+            raise
+        return producer
+
+    def _stop_in_background(self, producer: AIOKafkaProducer) -> None:
+        task = asyncio.create_task(_stop(producer), name="stop Kafka producer")
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+
+async def _stop(producer: AIOKafkaProducer) -> None:
+    try:
+        await producer.stop()
+    except KafkaError as error:
+        _log.warning("a Kafka producer did not stop cleanly", error=type(error).__name__)
+
+
+class ProducerMiddleware(BaseMiddleware[KafkaPublishCommand, Any]):
+    """Sends what a FastStream publisher publishes through the broker's `RecoveringProducer`."""
+
+    def __init__(self, msg: Any, /, *, context: ContextRepo, producer: RecoveringProducer) -> None:  # noqa: ANN401
+        super().__init__(msg, context=context)
+        self._producer = producer
+
+    async def publish_scope(
+        self, call_next: Callable[[KafkaPublishCommand], Awaitable[Any]], cmd: KafkaPublishCommand
+    ) -> Any:  # noqa: ANN401 - RecordMetadata, or a future of it
+        """Publish a message, or the messages of a batch; see `RecoveringProducer.send` for the errors."""
+        if not self._producer.is_started:
+            # FastStream's in-memory test broker is not started; otherwise this raises that the broker is not connected.
+            return await call_next(cmd)
+        sending = (
+            self._send(cmd, cmd.body, cmd.key_for(0))
+            if len(cmd.batch_bodies) <= 1
+            else asyncio.gather(*(self._send(cmd, body, cmd.key_for(i)) for i, body in enumerate(cmd.batch_bodies)))
+        )
+        return asyncio.ensure_future(sending) if cmd.no_confirm else await sending
+
+    async def _send(self, cmd: KafkaPublishCommand, body: Any, key: bytes | None) -> Any:  # noqa: ANN401
+        value: bytes | None
+        if body is None and key is not None:
+            value, content_type = None, None
+        elif isinstance(body, BaseModel):
+            value, content_type = body.model_dump_json().encode(), "application/json"
+        else:
+            value, content_type = encode_message(body, None)
+        headers = {"content-type": content_type or "", **cmd.headers_to_publish()}
+        return await self._producer.send(
+            cmd.destination,
+            value,
+            key=key,
+            partition=cmd.partition,
+            timestamp_ms=cmd.timestamp_ms,
+            headers=[(name, (content or "").encode()) for name, content in headers.items()],
+        )

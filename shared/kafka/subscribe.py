@@ -1,40 +1,48 @@
-"""Subscribing to what every process must know in full: the compacted topics."""
+"""Every way in which a service subscribes to a topic, and reading compacted topics to their end."""
 
 import asyncio
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
 
 from aiokafka.errors import KafkaError
 from faststream.kafka import KafkaBroker
-from faststream.kafka.subscriber.usecase import BatchSubscriber
 from faststream.middlewares import AckPolicy
 
-from shared.kafka.dead_letters import DeadLetterPublisher, batch_decoder
+from shared.kafka.dead_letters import DeadLetterPublisher, batch_decoder, message_decoder
 from shared.runtime.settings import KafkaSettings
 from shared.topics import TopicSpec
 
 POLL_MS = 100
-"""Wall milliseconds between two looks for news."""
+"""Wall milliseconds between two polls of a consumer."""
 
 HANDLING_S = 0.05
-"""Wall seconds in which what was read last is handled."""
+"""Wall seconds allowed for handling the messages that were read last."""
+
+
+class Subscriber(Protocol):
+    """The part of a FastStream subscriber that services use: a decorator of the handler, with its consumer."""
+
+    @property
+    def consumer(self) -> Any:  # noqa: ANN401 - aiokafka has no types
+        """The aiokafka consumer; `None` before the broker has started."""
+
+    def __call__(self, handler: Callable[..., Any], /) -> Any:  # noqa: ANN401
+        """Register the handler."""
 
 
 def subscribe_compacted(
-    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, spec: TopicSpec, *, description: str
-) -> BatchSubscriber:
-    """A subscriber that reads a topic from its beginning at each start and keeps no position.
+    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, spec: TopicSpec
+) -> Subscriber:
+    """A subscriber that reads a compacted topic from its beginning at each start and stores no offset.
 
-    It belongs to no consumer group: each process reads all of it, and what a handler missed comes again at the next
-    start.
+    It belongs to no consumer group: every process reads every message. The handler receives a list of messages. What it
+    failed to process is read again at the next start.
     """
-    return broker.subscriber(
-        kafka.topic(spec),
+    return _subscribe(
+        broker,
+        kafka,
+        spec,
         decoder=batch_decoder(spec.message, dead_letters),
-        title=spec.name,
-        description=description,
-        # A record's header `reply_to` names a topic that FastStream would answer to.
-        no_reply=True,
         batch=True,
         batch_timeout_ms=POLL_MS,
         auto_offset_reset="earliest",
@@ -42,8 +50,101 @@ def subscribe_compacted(
     )
 
 
-async def read_to_end(subscribers: Collection[BatchSubscriber], *, within_s: float) -> bool:
-    """Wait until followed topics have been read up to what they hold now.
+def subscribe_batches(
+    broker: KafkaBroker,
+    kafka: KafkaSettings,
+    dead_letters: DeadLetterPublisher,
+    spec: TopicSpec,
+    *,
+    group: str,
+    max_records: int,
+    poll_ms: int = POLL_MS,
+    **consumer_options: Any,  # noqa: ANN401
+) -> Subscriber:
+    """A subscriber of a consumer group; the handler receives a list of messages.
+
+    A handler that raises `RetryLaterError` gets the same batch again; another error makes every message of the batch a
+    dead letter.
+
+    Args:
+        group: of `kafka.group(...)`, without the prefix.
+        max_records: of one batch.
+        poll_ms: wall milliseconds that the consumer waits for messages.
+        consumer_options: further options of `KafkaBroker.subscriber`.
+    """
+    return _subscribe(
+        broker,
+        kafka,
+        spec,
+        decoder=batch_decoder(spec.message, dead_letters),
+        batch=True,
+        batch_timeout_ms=poll_ms,
+        max_records=max_records,
+        group_id=kafka.group(group),
+        auto_offset_reset="earliest",
+        ack_policy=AckPolicy.NACK_ON_ERROR,
+        **consumer_options,
+    )
+
+
+def subscribe_messages(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec, *, group: str) -> Subscriber:
+    """A subscriber of a consumer group; the handler receives one message at a time.
+
+    A handler that raises `RetryLaterError` gets the message again; another error makes it a dead letter.
+    """
+    return _subscribe(
+        broker,
+        kafka,
+        spec,
+        decoder=message_decoder(spec.message),
+        group_id=kafka.group(group),
+        auto_offset_reset="earliest",
+        ack_policy=AckPolicy.NACK_ON_ERROR,
+    )
+
+
+def subscribe_records(
+    broker: KafkaBroker,
+    kafka: KafkaSettings,
+    spec: TopicSpec,
+    *,
+    group: str,
+    max_records: int,
+    poll_ms: int = POLL_MS,
+    **consumer_options: Any,  # noqa: ANN401
+) -> Subscriber:
+    """A subscriber of a consumer group that commits nothing: the service parses the records and commits offsets itself.
+
+    The handler takes a `KafkaMessage`, whose `raw_message` is a tuple of aiokafka records.
+    """
+    return _subscribe(
+        broker,
+        kafka,
+        spec,
+        batch=True,
+        batch_timeout_ms=poll_ms,
+        max_records=max_records,
+        group_id=kafka.group(group),
+        auto_offset_reset="earliest",
+        ack_policy=AckPolicy.MANUAL,
+        **consumer_options,
+    )
+
+
+def _subscribe(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec, **options: Any) -> Subscriber:  # noqa: ANN401
+    subscriber: Subscriber = broker.subscriber(
+        kafka.topic(spec),
+        title=spec.name,
+        description=spec.description,
+        # Otherwise FastStream sends a handler's result to the topic that a record's header `reply_to` names.
+        no_reply=True,
+        **options,
+    )
+    return subscriber
+
+
+async def read_to_end(subscribers: Collection[Subscriber], *, within_s: float) -> bool:
+    """Wait until compacted topics have been read up to their present end.
 
     Returns:
         Whether that was done within `within_s` (wall).
@@ -51,7 +152,7 @@ async def read_to_end(subscribers: Collection[BatchSubscriber], *, within_s: flo
     try:
         async with asyncio.timeout(within_s):
             for subscriber in subscribers:
-                while not await _at_end(subscriber.consumer):  # noqa: ASYNC110 - a position has no event
+                while not await _is_at_end(subscriber.consumer):  # noqa: ASYNC110 - a position has no event
                     await asyncio.sleep(HANDLING_S)
             await asyncio.sleep(HANDLING_S)
     except TimeoutError:
@@ -59,8 +160,8 @@ async def read_to_end(subscribers: Collection[BatchSubscriber], *, within_s: flo
     return True
 
 
-async def _at_end(consumer: Any) -> bool:  # noqa: ANN401 - aiokafka has no types
-    """Whether a consumer without a group has been handed all that its topic held a moment ago."""
+async def _is_at_end(consumer: Any) -> bool:  # noqa: ANN401 - aiokafka has no types
+    """Whether a consumer without a group has received every message that its topic held a moment ago."""
     if consumer is None:
         return False
     try:

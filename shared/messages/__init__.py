@@ -1,52 +1,84 @@
-"""The messages of every topic, as pydantic models. JSON on the wire, additive evolution, UTC timestamps."""
+"""The messages of every topic, as pydantic models: JSON on the wire, additive evolution, UTC timestamps."""
 
-from shared.messages.base import Message, UtcDatetime, Value, option_key, split_option
-from shared.messages.carbon import CarbonIntensity, IntensityPoint
-from shared.messages.dead_letters import DeadLetter
+from shared.messages.base import (
+    FORBIDDEN,
+    DeadLetter,
+    Identifier,
+    Level,
+    Message,
+    Probability,
+    RequestedDirective,
+    UtcDatetime,
+    Value,
+    Zone,
+    option_key,
+    split_option,
+)
+from shared.messages.carbon import CarbonIntensity, Footprint, IntensityPoint
 from shared.messages.evaluation import EvaluationCost, Paired, Quality, QualityCount, Sample, UsageRecord
-from shared.messages.footprints import Footprint
-from shared.messages.grouping import GroupEvidence, GroupTaken, PackedArray, PromptGrouping
-from shared.messages.policies import OptionEstimate, Policy, PolicyInputs
-from shared.messages.requests import ChatMessage, GenerationRequest, SamplingParameters
-from shared.messages.responses import (
+from shared.messages.generation import (
+    ChatMessage,
     Decision,
     ErrorDetail,
+    FinishReason,
+    GenerationRequest,
     GenerationResponse,
     ResponseChunk,
+    SamplingParameters,
     Timing,
+    TokenCountSource,
     Usage,
+)
+from shared.messages.policies import (
+    GroupEvidence,
+    GroupTaken,
+    OptionEstimate,
+    PackedArray,
+    Policy,
+    PolicyInputs,
+    PolicyStatus,
+    PromptGrouping,
 )
 
 __all__ = [
+    "FORBIDDEN",
     "CarbonIntensity",
     "ChatMessage",
     "DeadLetter",
     "Decision",
     "ErrorDetail",
     "EvaluationCost",
+    "FinishReason",
     "Footprint",
     "GenerationRequest",
     "GenerationResponse",
     "GroupEvidence",
     "GroupTaken",
+    "Identifier",
     "IntensityPoint",
+    "Level",
     "Message",
     "OptionEstimate",
     "PackedArray",
     "Paired",
     "Policy",
     "PolicyInputs",
+    "PolicyStatus",
+    "Probability",
     "PromptGrouping",
     "Quality",
     "QualityCount",
+    "RequestedDirective",
     "ResponseChunk",
     "Sample",
     "SamplingParameters",
     "Timing",
+    "TokenCountSource",
     "Usage",
     "UsageRecord",
     "UtcDatetime",
     "Value",
+    "Zone",
     "option_key",
     "split_option",
 ]

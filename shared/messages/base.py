@@ -1,5 +1,6 @@
-"""What every message on a Sprout topic has in common."""
+"""What every message has in common, and the topic `dead-letters`, which carries messages of any kind."""
 
+import base64
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
@@ -8,12 +9,12 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 SCHEMA_VERSION: Literal[1] = 1
 
 
-def _as_utc(moment: datetime) -> datetime:
-    return moment.astimezone(UTC)
+def _as_utc(timestamp: datetime) -> datetime:
+    return timestamp.astimezone(UTC)
 
 
 UtcDatetime = Annotated[AwareDatetime, AfterValidator(_as_utc)]
-"""An instant with a zone, normalised to UTC; a naive timestamp is refused."""
+"""A timestamp with a time zone, normalised to UTC; one without a time zone is invalid."""
 
 Identifier = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 """A name or id: not empty, at most 256 characters."""
@@ -22,18 +23,19 @@ Zone = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 """A grid zone, named as Electricity Maps does: `US-CAL-CISO`."""
 
 Level = Annotated[str, StringConstraints(pattern=r"^L[0-9]+$")]
+"""A directive level: `L0`, `L1`, ..."""
 
 FORBIDDEN = "!"
-"""Before a level that a request forbids."""
+"""Prefix of a level that a request forbids."""
 
-Wish = Annotated[str, StringConstraints(pattern=rf"^{FORBIDDEN}?L[0-9]+$")]
-"""A directive level: `L0`, `L1`, ..."""
+RequestedDirective = Annotated[str, StringConstraints(pattern=rf"^{FORBIDDEN}?L[0-9]+$")]
+"""A level that a request forces (`L1`) or forbids (`!L1`)."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Value(BaseModel):
-    """A part of a message: immutable, tolerant of fields that a newer sender added."""
+    """A part of a message: immutable; unknown fields, which a newer sender may have added, are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -44,8 +46,30 @@ class Message(Value):
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1, description="Version of the message's schema")
 
 
+class DeadLetter(Message):
+    """A message that could not be processed, with its original bytes and the reason."""
+
+    service: str
+    topic: str
+    partition: int
+    offset: int
+    key_base64: str | None = Field(default=None, description="Original key; only the beginning of a very long one")
+    value_base64: str = Field(description="The original value, byte for byte")
+    headers: dict[str, str] = Field(
+        default_factory=dict, description="Original headers, values in base64; at most 256 KiB of them"
+    )
+    truncated_bytes: int = Field(default=0, ge=0, description="Bytes cut off the end of a value too large to carry")
+    reason: str = Field(description="Short code: invalid_json, invalid_message, too_large, handler_error")
+    detail: str = Field(description="What is wrong, by field; quotes nothing of the content")
+    failed_at: UtcDatetime
+
+    def original_value(self) -> bytes:
+        """The bytes of the original message."""
+        return base64.b64decode(self.value_base64)
+
+
 def option_key(pool: str, level: str) -> str:
-    """The name of an option, one way to serve a request: `<pool>/<level>`."""
+    """The name of an option, which is one way to serve a request: `<pool>/<level>`."""
     return f"{pool}/{level}"
 
 

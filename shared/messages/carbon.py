@@ -1,14 +1,14 @@
-"""Topic `carbon-intensity`: what the grid emits."""
+"""Topics `carbon-intensity` and `footprints`: carbon of the grid, energy and carbon of every call."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from shared.messages.base import Message, UtcDatetime, Value, Zone
+from shared.messages.base import Identifier, Level, Message, Probability, UtcDatetime, Value, Zone
 
 
 class IntensityPoint(Value):
-    """Carbon intensity of a zone at an instant."""
+    """Carbon intensity of a zone in one period."""
 
     at: UtcDatetime = Field(description="Start of the period that the value describes")
     intensity_g_per_kwh: float = Field(ge=0, description="gCO2eq per kWh")
@@ -16,19 +16,55 @@ class IntensityPoint(Value):
 
 
 class CarbonIntensity(Message):
-    """The latest intensity of a zone, with all that a consumer needs to decide alone.
+    """The latest intensity of a zone, with its history.
 
-    The topic is compacted by zone: the last message must suffice for a service that starts now, so the trailing
-    window travels with every value.
+    The topic is compacted by zone: the last message must be enough for a service that starts now, so every message
+    contains the trailing window.
     """
 
     zone: Zone
     latest: IntensityPoint
     history: tuple[IntensityPoint, ...] = Field(
-        default=(), description="Trailing window, oldest first, before `latest`; gaps stay gaps"
+        default=(), description="Trailing window before `latest`, oldest first; may have gaps"
     )
-    forecast: tuple[IntensityPoint, ...] = Field(default=(), description="Where the provider gives one; oldest first")
+    forecast: tuple[IntensityPoint, ...] = Field(
+        default=(), description="Forecast of the provider, if any; oldest first"
+    )
     kind: Literal["average", "marginal"] = "average"
     scope: Literal["direct", "life-cycle"] = "direct"
-    source: str = Field(description="Provider, and for a file its name")
+    source: str = Field(description="Name of the provider, for a recorded trace with its file")
     published_at: UtcDatetime
+
+
+class Footprint(Message):
+    """Energy and carbon attributed to one call.
+
+    total_g = energy_kwh * pue * intensity_g_per_kwh + embodied_g_per_s * processing_s
+    """
+
+    request_id: Identifier = Field(description="The request's id, or the usage record's")
+    purpose: Literal["request", "evaluation", "judge"]
+    evaluation_id: str | None = None
+    model: Identifier
+    group: Identifier
+    task: str | None = None
+    tenant: str | None = None
+    pool: Identifier
+    level: Level
+    zone: Zone
+    endpoint: Identifier
+    policy_version: int | None = None
+    propensity: Probability = 1.0
+    propensities: dict[str, Probability] = Field(default_factory=dict)
+    started_at: UtcDatetime
+    finished_at: UtcDatetime
+    processing_s: float = Field(ge=0, description="Seconds from sending the call to its last token, event time")
+    prompt_tokens: int | None = None
+    completion_tokens: int = Field(ge=0)
+    energy_j: float = Field(ge=0, description="Attributed from the endpoint's energy counter")
+    intensity_g_per_kwh: float | None = Field(
+        default=None, ge=0, description="Mean while the call ran; null where no value was recent enough"
+    )
+    operational_g: float | None = Field(default=None, ge=0)
+    embodied_g: float = Field(ge=0)
+    total_g: float | None = Field(default=None, ge=0, description="null where the intensity is unknown")

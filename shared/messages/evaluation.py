@@ -1,15 +1,15 @@
-"""Topics `samples`, `usage` and `quality`: what the evaluator learns from, spends, and finds."""
+"""Topics `samples`, `usage` and `quality`: the evaluator's prompts, its own calls on model servers, its results."""
 
 from typing import Literal
 
 from pydantic import Field
 
 from shared.messages.base import Identifier, Level, Message, UtcDatetime, Value, Zone
-from shared.messages.requests import ChatMessage, SamplingParameters
+from shared.messages.generation import ChatMessage, SamplingParameters
 
 
 class Sample(Message):
-    """A prompt kept aside for the evaluator."""
+    """A prompt kept for evaluation."""
 
     request_id: Identifier
     model: Identifier
@@ -21,7 +21,7 @@ class Sample(Message):
 
 
 class UsageRecord(Message):
-    """A call on a model server that no producer asked for; the ledger attributes energy to it as to a request."""
+    """A call of the evaluator on a model server; the ledger attributes energy to it as it does to a request."""
 
     id: Identifier
     purpose: Literal["evaluation", "judge"]
@@ -40,13 +40,14 @@ class UsageRecord(Message):
 
 
 class Paired(Value):
-    """How an option and the reference did on the same prompts."""
+    """Results of an option and the reference (baseline, no directive) on the same prompts."""
 
     reference: str = Field(description="`<pool>/<level>`")
-    successes: float = Field(ge=0, description="the reference's, on these prompts")
+    successes: float = Field(ge=0, description="Of the reference, on these prompts")
     both: float = Field(
         ge=0,
-        description="sum over the prompts of the lesser success: of right answers, on how many prompts both were right",
+        description="Sum over the prompts of the smaller of the two successes; for correctness: prompts that both "
+        "answered correctly",
     )
 
 
@@ -56,13 +57,13 @@ class QualityCount(Value):
     group: Identifier
     option: str = Field(description="`<pool>/<level>`")
     metric: Identifier = Field(description="`preference`, `correctness`, ...")
-    successes: float = Field(ge=0, description="preferred (ties may be shared), or correct, answers")
-    trials: float = Field(ge=0, description="prompts with a verdict")
-    paired: Paired | None = Field(default=None, description="Null: not known, or not of all these prompts")
+    successes: float = Field(ge=0, description="Answers preferred (ties may count as half), or correct")
+    trials: float = Field(ge=0, description="Prompts with a verdict")
+    paired: Paired | None = Field(default=None, description="null where it is not known for all of these prompts")
 
 
 class EvaluationCost(Value):
-    """The work of an evaluation; its joules and grams are in the footprints that carry the evaluation's id."""
+    """The work of an evaluation; its energy and carbon are in the footprints with the evaluation's id."""
 
     generations: int = Field(ge=0)
     judgements: int = Field(ge=0)
@@ -73,17 +74,19 @@ class EvaluationCost(Value):
         ge=0,
         description="Estimate from the footprints of earlier evaluations; null before the first",
     )
-    carbon_g: float | None = Field(default=None, ge=0, description="The same estimate at the intensity in force")
+    carbon_g: float | None = Field(
+        default=None, ge=0, description="The same estimate, at the carbon intensity of that time"
+    )
 
 
 class Quality(Message):
-    """The outcome of one evaluation of one model."""
+    """The result of one evaluation of one model."""
 
     evaluation_id: Identifier
     model: Identifier
     evaluated_at: UtcDatetime
-    trigger: str = Field(description="Why the evaluator ran: local_minimum, overdue, first, requested")
-    intensity_g_per_kwh: float | None = Field(default=None, ge=0, description="Of the evaluator's zone when it ran")
+    trigger: str = Field(description="What started the evaluation: local_minimum, overdue, first, requested")
+    intensity_g_per_kwh: float | None = Field(default=None, ge=0, description="Of the evaluator's zone at that time")
     counts: tuple[QualityCount, ...]
     prompts: int = Field(ge=0, description="Prompts evaluated")
     abstentions: int = Field(ge=0, description="Prompts without a usable verdict")

@@ -1,35 +1,36 @@
-"""Topic `policies`: how to draw an option."""
+"""Topics `policies` and `prompt-groups`: the probabilities of the options, and the learned groups they are for."""
 
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from shared.messages.base import Identifier, Message, Probability, UtcDatetime, Value
+from shared.messages.evaluation import QualityCount
 
 PolicyStatus = Literal["optimal", "floors_dropped", "capacity_dropped", "reference"]
 PROBABILITY_TOLERANCE = 1e-6
 
 
 class OptionEstimate(Value):
-    """What the optimizer believed of one option for one group when it solved."""
+    """The optimizer's estimates for one option and one group when it solved the program."""
 
     energy_kwh: float = Field(ge=0)
     processing_s: float = Field(ge=0)
     quality: dict[str, float] = Field(description="Expected, by metric")
     doubt: dict[str, tuple[float, float, float]] = Field(
         default={},
-        description="By metric, how far it may be off against the reference's: standard deviations of what is the "
-        "group's own, of what it shares with its family, and of what it shares with all; none where nothing is doubted",
+        description="By metric: standard errors of the difference from the reference (baseline, no directive), of the "
+        "group's own component, its family's and that of all groups; absent for a metric without uncertainty",
     )
     group_quality: dict[str, float] = Field(
-        default={}, description="By metric with a group floor: what is counted on for this group by itself"
+        default={}, description="By metric with a group floor: lower confidence bound of this group's quality"
     )
     trials: float = Field(default=0.0, ge=0, description="Effective judged prompts behind the quality")
     requests: float = Field(default=0.0, ge=0, description="Effective requests behind energy and time")
 
 
 class PolicyInputs(Value):
-    """Everything that the program was solved with."""
+    """The inputs of the program."""
 
     solved_for: UtcDatetime = Field(description="Event time of the inputs")
     intensity_g_per_kwh: dict[str, float] = Field(description="k by zone")
@@ -37,12 +38,13 @@ class PolicyInputs(Value):
     k0_g_per_kwh: float = Field(ge=0)
     k0_min_g_per_kwh: float = Field(ge=0, description="Over the trailing window")
     k0_max_g_per_kwh: float = Field(ge=0, description="Over the trailing window")
-    xi: dict[str, float] = Field(description="Largest relative loss tolerated, by metric")
-    weights: dict[str, Probability] = Field(description="Traffic share by group")
-    families: dict[str, str] = Field(default={}, description="Of groups that are about alike things, by group")
+    xi: dict[str, float] = Field(description="By metric: largest relative quality loss tolerated")
+    weights: dict[str, Probability] = Field(description="Share of the traffic, by group")
+    families: dict[str, str] = Field(default={}, description="By group: its family of similar groups")
     cautions: dict[str, float] = Field(
         default={},
-        description="By metric, standard deviations of all traffic's quality taken off what is expected",
+        description="By metric: confidence level as a number of standard errors that the quality of all traffic is "
+        "lowered by",
     )
     estimates: dict[str, dict[str, OptionEstimate]] = Field(description="By group, then option")
     holdout: Probability
@@ -52,19 +54,23 @@ class Policy(Message):
     """Probabilities of every option for every prompt group of one model."""
 
     model: Identifier
-    version: int = Field(ge=1, description="Grows by one with every policy of the model")
+    version: int = Field(ge=1, description="Increases by one with every policy of the model")
     group_version: str | None = Field(default=None, description="Version of the learned groups; null: task labels")
     created_at: UtcDatetime
     valid_until: UtcDatetime = Field(description="After this the router serves the reference")
     status: PolicyStatus
-    reason: str = Field(description="Why it was solved, and what was relaxed")
-    reference: str = Field(description="Option served without a policy and held out from optimisation")
+    reason: str = Field(description="What triggered it, and which constraints were relaxed")
+    reference: str = Field(description="Baseline option (no directive): served without a policy, and to the holdout")
     groups: dict[str, dict[str, Probability]] = Field(description="By group, then option")
-    overall: dict[str, Probability] = Field(description="Row for a group that the policy does not name")
-    bounds: dict[str, float] = Field(description="Quality relative to the reference that was required, by metric")
-    expected_quality: dict[str, float] = Field(description="Quality relative to the reference counted on, by metric")
+    overall: dict[str, Probability] = Field(description="Probabilities for a group that is not in `groups`, by option")
+    bounds: dict[str, float] = Field(description="By metric: required quality, relative to the reference")
+    expected_quality: dict[str, float] = Field(
+        description="By metric: lower confidence bound of the quality, relative to the reference"
+    )
     expected_g_per_request: float = Field(ge=0)
-    reference_g_per_request: float = Field(ge=0, description="The same traffic, all on the reference option")
+    reference_g_per_request: float = Field(
+        ge=0, description="The same traffic, all of it served by the reference option"
+    )
     inputs: PolicyInputs
 
     @model_validator(mode="after")
@@ -76,5 +82,59 @@ class Policy(Message):
         return self
 
     def row(self, group: str) -> dict[str, float]:
-        """Probabilities by option for a prompt group; the overall row where the group is unknown."""
+        """Probabilities by option for a prompt group; the overall ones for an unknown group."""
         return self.groups.get(group, self.overall)
+
+
+class PackedArray(Value):
+    """An array: little-endian bytes in C order, compressed with zlib, in base64."""
+
+    dtype: Literal["<f2", "<f4", "<f8", "<i8"]
+    shape: tuple[int, ...]
+    data: str = Field(repr=False)
+
+
+class GroupEvidence(Value):
+    """The counts of one day's evaluations, by learned group."""
+
+    evaluated_at: UtcDatetime = Field(description="Event time from which the counts are discounted")
+    counts: tuple[QualityCount, ...]
+
+
+class GroupTaken(Value):
+    """Energy and time of the judged answers of one group under one option."""
+
+    group: Identifier
+    option: str = Field(description="`<pool>/<level>`")
+    requests: float = Field(gt=0)
+    energy_kwh: float = Field(ge=0)
+    processing_s: float = Field(ge=0)
+
+
+class PromptGrouping(Message):
+    """A version of a model's prompt groups; routers use it once a policy refers to it.
+
+    It contains the counts of all judged prompts re-aggregated by the new groups, so a reader needs no earlier counts.
+    Without a version there are no learned groups: a request's group is its task label.
+    """
+
+    model: Identifier
+    version: Identifier | None = Field(description="Name of the version; null: no learned groups any more")
+    learned_at: UtcDatetime
+    prompts: int = Field(default=0, ge=0, description="Number of judged prompts the groups were learned from")
+    names: tuple[Identifier, ...] = Field(default=(), description="Names of the groups; unique across versions")
+    families: dict[str, Identifier] = Field(
+        default={}, description="By group: its family of similar groups; empty: all are of one family"
+    )
+    features: int = Field(default=0, ge=0, description="Version of the prompt features")
+    classifier: int = Field(default=1, ge=1, description="Version of the classifier that finds a prompt's group")
+    arrays: dict[str, PackedArray] = Field(default={}, description="Parameters of the classifier, see shared/grouping")
+    traffic: dict[str, Probability] = Field(default={}, description="By group: share of the sampled traffic")
+    evidence: tuple[GroupEvidence, ...] = Field(default=(), description="Oldest first")
+    taken: tuple[GroupTaken, ...] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.version is not None and not (self.names and self.arrays):
+            raise ValueError("a version of prompt groups must carry 'names' and 'arrays'")
+        return self

@@ -1,11 +1,11 @@
-"""Event time: one clock for every process of a deployment.
+"""Event time: one clock for all processes of a deployment.
 
-In production event time is the wall clock. In an accelerated replay every process, the model server included,
-derives event time from the same three environment variables, so that power, time and energy agree:
+In production, event time is wall-clock time. In an accelerated replay every process, model servers included, derives
+event time from the same three environment variables, so that power, time and energy are consistent:
 
     event = origin_event + (wall - origin_wall) * rate
 
-Only the standard library is used here: the model servers import this file from environments of their own.
+This module uses the standard library only: model servers import it in Python environments of their own.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ ORIGIN_EVENT_VARIABLE = "SPROUT_CLOCK_ORIGIN_EVENT"
 
 
 class ClockConfigurationError(ValueError):
-    """The clock's environment variables are incomplete or not numbers."""
+    """The environment variables of the clock are incomplete, or not numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class Clock:
 
     @classmethod
     def starting(cls, event_start: datetime, *, rate: float) -> "Clock":
-        """A clock that shows `event_start` now and runs `rate` times as fast as the wall clock."""
+        """A clock that shows `event_start` now and runs `rate` times as fast as wall-clock time."""
         return cls(rate=rate, origin_wall_s=time.time(), origin_event_s=event_start.timestamp())
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Clock":
-        """The deployment's clock: the wall clock unless the three `SPROUT_CLOCK_*` variables say otherwise.
+        """The clock of the deployment: wall-clock time unless the three `SPROUT_CLOCK_*` variables are set.
 
         Raises:
             ClockConfigurationError: only some of the variables are set, or one is not a number.
@@ -78,7 +78,7 @@ class Clock:
         )
 
     def environment(self) -> dict[str, str]:
-        """The variables that give a child process this very clock."""
+        """The environment variables that give a child process the same clock."""
         return {
             RATE_VARIABLE: repr(self.rate),
             ORIGIN_WALL_VARIABLE: repr(self.origin_wall_s),
@@ -90,11 +90,11 @@ class Clock:
         return self.origin_event_s + (time.time() - self.origin_wall_s) * self.rate
 
     def now(self) -> datetime:
-        """Event time, aware, UTC."""
+        """Event time, UTC, with its time zone."""
         return datetime.fromtimestamp(self.now_s(), UTC)
 
     def wall_seconds(self, event_seconds: float) -> float:
-        """How long `event_seconds` last on the wall clock."""
+        """Wall seconds that `event_seconds` take."""
         return event_seconds / self.rate
 
     def wall_seconds_until(self, event_time: datetime) -> float:
@@ -102,16 +102,16 @@ class Clock:
         return (event_time.timestamp() - self.now_s()) / self.rate
 
     async def sleep(self, event_seconds: float) -> None:
-        """Sleep for a span of event time."""
+        """Sleep for `event_seconds` of event time."""
         await asyncio.sleep(max(0.0, self.wall_seconds(event_seconds)))
 
     async def sleep_until(self, event_time: datetime) -> None:
-        """Sleep until an instant of event time; returns at once when it has passed."""
+        """Sleep until `event_time`; returns at once if it has passed."""
         await asyncio.sleep(max(0.0, self.wall_seconds_until(event_time)))
 
 
 class ManualClock(Clock):
-    """A clock that stands still until told to move; for simulations and tests."""
+    """A clock that moves only by `advance`; for simulations and tests."""
 
     __slots__ = ("_now",)
 
@@ -121,10 +121,10 @@ class ManualClock(Clock):
 
     def now_s(self) -> float:
         """Event time, seconds since the Unix epoch."""
-        moment: datetime = object.__getattribute__(self, "_now")
-        return moment.timestamp()
+        now: datetime = object.__getattribute__(self, "_now")
+        return now.timestamp()
 
     def advance(self, span: timedelta) -> None:
         """Move event time forward."""
-        moment: datetime = object.__getattribute__(self, "_now")
-        object.__setattr__(self, "_now", moment + span)
+        now: datetime = object.__getattribute__(self, "_now")
+        object.__setattr__(self, "_now", now + span)

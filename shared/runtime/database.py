@@ -1,15 +1,22 @@
 """PostgreSQL: a pool per service, one schema per service, migrations as ordered SQL files."""
 
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
+from typing import Final, TypeVar
 
 import asyncpg
 import stamina
 
+from shared.kafka.dead_letters import RetryLaterError
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import DatabaseSettings
 
-TRANSIENT_ERRORS = (
-    OSError,
+T = TypeVar("T")
+
+TRANSIENT_ERRORS: Final = (
+    OSError,  # TimeoutError included
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
     asyncpg.TooManyConnectionsError,
@@ -20,18 +27,74 @@ TRANSIENT_ERRORS = (
 )
 """Errors after which the same statement may succeed later.
 
-`InterfaceError` and `InternalClientError` are what asyncpg says of a connection whose server vanished in the middle of
-an operation; the pool gives such a connection up.
+asyncpg raises `InterfaceError` and `InternalClientError` when the server disappears in the middle of an operation; the
+pool then discards the connection.
 """
+
+RETRY_PAUSE_S: Final = 1.0
+"""Wall seconds before an operation is tried again while PostgreSQL is unavailable."""
 
 _log = get_logger(__name__)
 
 
+class DatabaseUnavailableError(RetryLaterError):
+    """PostgreSQL does not answer; the operation can be tried again.
+
+    A message whose handler raises it is delivered again.
+    """
+
+
+class DatabaseStatus:
+    """Whether PostgreSQL answers, as the service's own operations show it: for readiness and for the log.
+
+    Every operation runs in `with status.watch():`, which turns each of `TRANSIENT_ERRORS` into
+    `DatabaseUnavailableError`.
+    """
+
+    def __init__(self) -> None:
+        self._problem: str | None = "PostgreSQL: not connected yet"
+
+    def problem(self) -> str | None:
+        """The readiness check; `None` while PostgreSQL answers."""
+        return self._problem
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Note whether the operation inside reached PostgreSQL; logs when that changes.
+
+        Raises:
+            DatabaseUnavailableError: it did not.
+        """
+        try:
+            yield
+        except TRANSIENT_ERRORS as error:
+            problem = f"PostgreSQL is unavailable ({type(error).__name__})"
+            if problem != self._problem:
+                _log.warning("waiting for PostgreSQL", error=type(error).__name__)
+            self._problem = problem
+            raise DatabaseUnavailableError(problem) from error
+        if self._problem is not None:
+            _log.info("PostgreSQL answers")
+        self._problem = None
+
+    async def retry(self, operation: Callable[[], Awaitable[T]], *, pause_s: float = RETRY_PAUSE_S) -> T:
+        """Await `operation()`, again and again while it raises `DatabaseUnavailableError`."""
+        while True:
+            try:
+                return await operation()
+            except DatabaseUnavailableError:
+                await asyncio.sleep(pause_s)
+
+
 async def open_pool(settings: DatabaseSettings, *, schema: str, wait_s: float = 120.0) -> asyncpg.Pool:
-    """Connect, waiting for the server to come up; every connection's `search_path` is the service's schema.
+    """Connect, waiting for the server to start; every connection's `search_path` is the service's schema.
+
+    Args:
+        schema: the service's own.
+        wait_s: how long to wait, wall.
 
     Raises:
-        OSError, asyncpg.PostgresError: the server stayed away for `wait_s`, or refused the login.
+        OSError, asyncpg.PostgresError: the server did not answer within `wait_s`, or rejected the login.
     """
     async for attempt in stamina.retry_context(on=TRANSIENT_ERRORS, attempts=None, timeout=wait_s, wait_max=5.0):
         with attempt:
@@ -46,7 +109,7 @@ async def open_pool(settings: DatabaseSettings, *, schema: str, wait_s: float = 
 
 
 async def migrate(pool: asyncpg.Pool, *, schema: str, package: str) -> list[str]:
-    """Apply the SQL files of `package` that this schema has not seen, in the order of their names.
+    """Apply the SQL files of `package` that have not been applied to this schema, in the order of their names.
 
     Several processes may start at once: an advisory lock lets one migrate while the others wait.
 

@@ -1,4 +1,4 @@
-"""Is the service alive, and is it ready? Answered from real progress, not from being started."""
+"""Liveness and readiness of a service, from the progress of its work."""
 
 import asyncio
 import signal
@@ -12,21 +12,21 @@ from prometheus_client.registry import Collector
 from shared.runtime.logs import get_logger, where
 
 Check = Callable[[], str | None]
-"""Returns None when all is well, else what is wrong."""
+"""A readiness check: returns `None` if all is well, else the problem."""
 
 _log = get_logger(__name__)
 
 
 class ProgressCollector(Collector):
-    """Tells Prometheus of a service's progress, as it is when asked."""
+    """Exports the age of every `Progress` to Prometheus."""
 
     def __init__(self, health: "Health") -> None:
         self._health = health
 
     def collect(self) -> Iterable[Metric]:
-        """The one metric."""
+        """The gauge `sprout_progress_age_seconds`."""
         family = GaugeMetricFamily(
-            "sprout_progress_age_seconds", "Wall time since work that never ends last came round", labels=["work"]
+            "sprout_progress_age_seconds", "Wall time since the last round of recurring work ended", labels=["work"]
         )
         for work, progress in self._health.progress.items():
             family.add_metric([work], progress.age_s)
@@ -34,37 +34,36 @@ class ProgressCollector(Collector):
 
 
 class Progress:
-    """When work that never ends last came round; in wall time."""
+    """Time since the last round of recurring work, wall seconds."""
 
     def __init__(self, *, within_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
-        """Begin now.
+        """Start counting now.
 
         Args:
-            within_s: a round may take so long.
+            within_s: longest time between two rounds.
+            now_s: clock, for tests.
         """
         self._within_s = within_s
         self._now_s = now_s
         self._last_s = now_s()
 
     def made(self) -> None:
-        """A round is over."""
+        """Record the end of a round."""
         self._last_s = self._now_s()
 
     @property
     def age_s(self) -> float:
-        """Seconds since the last round was over."""
+        """Seconds since the last round ended."""
         return self._now_s() - self._last_s
 
     def problem(self) -> str | None:
-        """What stands against readiness."""
+        """The readiness check."""
         age_s = self.age_s
-        return (
-            None if age_s <= self._within_s else f"no progress for {age_s:.0f} s, at most {self._within_s:g} are usual"
-        )
+        return None if age_s <= self._within_s else f"no progress for {age_s:.0f} s (limit {self._within_s:g} s)"
 
 
 class Health:
-    """Readiness checks, and background tasks whose death is the service's death."""
+    """Readiness checks, and background tasks without which the service must not run on."""
 
     def __init__(self) -> None:
         self._checks: dict[str, Check] = {}
@@ -77,20 +76,20 @@ class Health:
         self._checks[name] = check
 
     def expect_progress(self, name: str, *, within_s: float) -> Progress:
-        """Expect rounds of some work from now on; it is a readiness check, and a metric of the service."""
+        """Expect rounds of recurring work from now on: adds a readiness check and a metric."""
         self.progress[name] = Progress(within_s=within_s)
         self.add_check(name, self.progress[name].problem)
         return self.progress[name]
 
     def problems(self) -> dict[str, str]:
-        """What stands against readiness, by check."""
+        """The problems that keep the service from being ready, by check."""
         found = {name: problem for name, check in self._checks.items() if (problem := check()) is not None}
         if self.failure is not None:
             found["failure"] = self.failure
         return found
 
     def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run `work` in the background; should it fail, the process stops with an error rather than limp on."""
+        """Run `work` in the background; if it raises, the process stops with an error."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -108,7 +107,7 @@ class Health:
         if task.cancelled() or (error := task.exception()) is None:
             return
         self.failure = f"{task.get_name()}: {type(error).__name__}"
-        # The text of an unforeseen error may quote what was worked on.
+        # The message of an unexpected error may quote a prompt.
         _log.critical(
             "background task failed; stopping", task=task.get_name(), error=type(error).__name__, where=where(error)
         )

@@ -1,4 +1,4 @@
-"""Structured logs: one line of JSON per event (or colours for people), never a prompt, never a secret."""
+"""Structured logs: one line of JSON per event, or coloured text; without prompts and secrets."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ from shared.runtime.settings import LogSettings
 
 
 def configure_logging(service: str, settings: LogSettings) -> None:
-    """Send structlog's and the standard library's records to standard output in one format."""
+    """Write the records of structlog and of the standard library to standard output in one format."""
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
@@ -22,7 +22,7 @@ def configure_logging(service: str, settings: LogSettings) -> None:
         structlog.processors.JSONRenderer()
         if settings.format == "json"
         else structlog.dev.ConsoleRenderer(
-            # The default formatter prints local variables, and with them prompts.
+            # The default formatter prints local variables, which may hold prompts.
             exception_formatter=structlog.dev.plain_traceback
         )
     )
@@ -46,10 +46,10 @@ def configure_logging(service: str, settings: LogSettings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level)
-    # Chatty below WARNING; aiokafka also logs every reconnect attempt.
+    # Below WARNING these log every request or reconnect attempt.
     for name in ("aiokafka", "httpx", "httpcore", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
-    # FastStream brings a handler and a format of its own, and warns at every start that it creates no topics.
+    # FastStream adds a handler with its own format, and warns at every start that it creates no topics.
     faststream = logging.getLogger("faststream")
     faststream.handlers.clear()
     faststream.propagate = True
@@ -58,11 +58,11 @@ def configure_logging(service: str, settings: LogSettings) -> None:
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """A logger bound to a module's name."""
+    """The logger of a module."""
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
     return logger
 
 
 def where(error: BaseException) -> list[str]:
-    """The frames that an error came through, innermost last, without its text: the text may quote a prompt."""
+    """The last frames of an error's traceback, innermost last, without its message: that may quote a prompt."""
     return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]

@@ -1,4 +1,4 @@
-"""Runs a service: the FastStream application, its health, readiness and metrics over HTTP, its orderly end."""
+"""Runs a service: the FastStream application with health, readiness and metrics over HTTP, until it is stopped."""
 
 import gc
 import json
@@ -24,15 +24,14 @@ from shared.topics import TopicSpec
 
 VERSION = "0.1.0"
 
-COLLECTOR_THRESHOLDS = (20_000, 20, 50)
-"""Of the garbage collector's generations. By default it looks at the young objects after every 700 allocations, which
-with hundreds of requests in flight is every few requests, and finds all of them alive; see
-`docs/decisions/0014-processor-time.md`."""
+GC_THRESHOLDS = (20_000, 20, 50)
+"""Thresholds of Python's garbage collector. With the default of 700 allocations it would run every few requests and,
+with hundreds of requests in flight, free nothing; see `docs/decisions/0014-processor-time.md`."""
 
 _log = get_logger(__name__)
 
 Lifespan = Callable[[], AbstractAsyncContextManager[None]]
-"""What a service opens before the broker starts and closes after it has stopped: pools, clients."""
+"""Opens what must be open while the broker runs (pools, clients), and closes it."""
 
 
 def build_service(
@@ -46,13 +45,13 @@ def build_service(
     health: Health,
     lifespan: Lifespan | None = None,
 ) -> AsgiFastStream:
-    """Put a service together without connecting to anything.
+    """Build a service; connects to nothing.
+
+    It serves `/health` (liveness), `/ready` (200, or 503 with the reasons) and `/metrics` (Prometheus).
 
     Args:
         topics: every topic that the service reads or writes; it waits for them before it starts.
-        lifespan: opened before the broker starts, closed after it has stopped.
-
-    The HTTP side answers `/health` (alive), `/ready` (200 or 503 with the reasons) and `/metrics` (Prometheus).
+        lifespan: entered before the broker starts, left after it has stopped.
     """
 
     @get(description="Liveness")
@@ -69,7 +68,7 @@ def build_service(
         )
 
     @asynccontextmanager
-    async def whole_lifespan() -> AsyncIterator[None]:
+    async def service_lifespan() -> AsyncIterator[None]:
         await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
         async with lifespan() if lifespan is not None else _nothing():
             try:
@@ -90,7 +89,7 @@ def build_service(
         broker,
         logger=None,
         specification=AsyncAPI(title=f"Sprout {name}", version=VERSION, description=description),
-        lifespan=whole_lifespan,
+        lifespan=service_lifespan,
         after_startup=(note_started,),
         asgi_routes=(
             ("/health", live),
@@ -106,14 +105,14 @@ def run_service(
     """Serve until SIGINT or SIGTERM; exits with status 1 when the service could not start.
 
     Args:
-        build: puts the service together from its environment.
-        configuration_errors: of `build`, whose text says all there is to say; a `ValidationError` is always one.
+        build: builds the service from its environment.
+        configuration_errors: errors of `build` of which only the message is printed; `ValidationError` is always one.
     """
     try:
         http, logs = HttpSettings(), LogSettings()
         app = build()
     except ValidationError as error:
-        sys.exit(f"{name}: {describe(error, whole=error.title)}")
+        sys.exit(f"{name}: {describe(error, root=error.title)}")
     except configuration_errors as error:
         sys.exit(f"{name}: {error}")
     configure_logging(name, logs)
@@ -121,8 +120,8 @@ def run_service(
         uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)
     )
     gc.collect()
-    gc.freeze()  # what was imported and built so far stays
-    gc.set_threshold(*COLLECTOR_THRESHOLDS)
+    gc.freeze()  # modules and settings live as long as the process
+    gc.set_threshold(*GC_THRESHOLDS)
     uvloop.run(server.serve())
     if not server.started:
         _log.critical("could not start; see the error above", service=name)

@@ -1,42 +1,214 @@
-"""Configuration that several services share; one class per concern, each with its own environment prefix."""
+"""Configuration that several services share: one settings class per concern, each with its own environment prefix."""
 
+import ssl
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
+from pydantic import AliasChoices, Field, PrivateAttr, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.kafka.security import KafkaSecuritySettings
-from shared.runtime.secrets import read_secret
 from shared.topics import TopicSpec
 
+SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 
-class KafkaSettings(KafkaSecuritySettings):
-    """How to reach Kafka, and what the topics are called."""
+_FASTSTREAM = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
 
-    bootstrap_servers: str = Field(default="localhost:9092", description="host:port,host:port")
-    topic_prefix: str = Field(default="sprout.", description="Put before every topic's name")
-    group_prefix: str = Field(default="sprout.", description="Put before every consumer group's name")
-    connect_attempts_s: float = Field(
-        default=300.0, gt=0, description="How long a starting service waits for the broker"
+
+def read_secret(file: Path, variable: str) -> str:
+    """The secret that a file holds, without the newline at its end.
+
+    Args:
+        variable: environment variable that named the file, for the error message.
+
+    Raises:
+        ValueError: it cannot be read, or is empty.
+    """
+    try:
+        secret = file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{variable} cannot be read: {error}") from error
+    if not secret:
+        raise ValueError(f"{variable} {file} is empty")
+    return secret
+
+
+class KafkaSettings(BaseSettings):
+    """Kafka: address of the brokers, TLS and login, prefixes of topics and consumer groups.
+
+    A value that would have no effect is an error.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="SPROUT_KAFKA_", extra="ignore", hide_input_in_errors=True, populate_by_name=True
     )
 
+    bootstrap_servers: str = Field(default="localhost:9092", description="host:port,host:port")
+    topic_prefix: str = Field(default="sprout.", description="Prefix of every topic name")
+    group_prefix: str = Field(default="sprout.", description="Prefix of every consumer group")
+    connect_timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="How long a starting service waits for a broker and its topics, wall",
+        validation_alias=AliasChoices("sprout_kafka_connect_timeout_s", "sprout_kafka_connect_attempts_s"),
+    )
+
+    security_protocol: SecurityProtocol = Field(default="PLAINTEXT", description="Protocol of the broker's listener")
+    sasl_mechanism: SaslMechanism | None = Field(default=None, description="With SASL_*; as the broker is configured")
+    sasl_username: str | None = Field(default=None, min_length=1)
+    sasl_password: SecretStr | None = None
+    sasl_password_file: Path | None = Field(default=None, description="File with the password, instead of it")
+    ssl_ca_file: Path | None = Field(
+        default=None, description="PEM of trusted authorities; default: those of the system"
+    )
+    ssl_certificate_file: Path | None = Field(
+        default=None, description="PEM of the client's certificate, if the broker asks for one"
+    )
+    ssl_key_file: Path | None = Field(default=None, description="PEM of its key; default: in the same file")
+    ssl_key_password: SecretStr | None = Field(default=None, description="Password of an encrypted key")
+    ssl_key_password_file: Path | None = Field(default=None, description="File with it, instead of it")
+    ssl_check_hostname: bool = Field(
+        default=True, description="Whether the broker's certificate must name the address that is connected to"
+    )
+
+    _ssl_context: ssl.SSLContext | None = PrivateAttr(default=None)
+
     def client_options(self) -> dict[str, Any]:
-        """Where an aiokafka client connects to, and how; for every client there is. Holds the password."""
+        """Connection options of every aiokafka client; contain the password."""
         return {"bootstrap_servers": self.bootstrap_servers, **self.security_options()}
 
+    def connection_advice(self) -> str:
+        """What to check when no broker answers, for people; contains no secret."""
+        checks = [
+            "SPROUT_KAFKA_BOOTSTRAP_SERVERS",
+            f"SPROUT_KAFKA_SECURITY_PROTOCOL (does the listener use {self.security_protocol}?)",
+        ]
+        if self.uses_sasl:
+            checks.append(f"the credentials of user {self.sasl_username!r} for {self.sasl_mechanism}")
+        if self.uses_tls:
+            checks.append("the certificates (SPROUT_KAFKA_SSL_*)")
+        return f"check {', '.join(checks[:-1])} and {checks[-1]}"
+
     def topic(self, spec: TopicSpec) -> str:
-        """The full name of a topic."""
+        """The topic's name on the broker."""
         return self.topic_prefix + spec.name
 
     def group(self, service: str) -> str:
-        """The consumer group of a service."""
+        """The consumer group's name on the broker."""
         return self.group_prefix + service
+
+    @property
+    def uses_sasl(self) -> bool:
+        """Whether clients log in."""
+        return self.security_protocol.startswith("SASL_")
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.security_protocol.endswith("SSL")
+
+    def security_options(self) -> dict[str, Any]:
+        """TLS and login options of an aiokafka client; contain the password."""
+        options: dict[str, Any] = {"security_protocol": self.security_protocol, "ssl_context": self._ssl_context}
+        if self.uses_sasl:
+            options |= {
+                "sasl_mechanism": self.sasl_mechanism,
+                "sasl_plain_username": self.sasl_username,
+                "sasl_plain_password": self._password(),
+            }
+        return options
+
+    def broker_security(self) -> BaseSecurity | None:
+        """The `security` option of a FastStream broker; `None` for PLAINTEXT."""
+        if self.sasl_mechanism is not None:
+            return _FASTSTREAM[self.sasl_mechanism](
+                self.sasl_username or "", self._password(), ssl_context=self._ssl_context, use_ssl=self.uses_tls
+            )
+        return BaseSecurity(ssl_context=self._ssl_context) if self.uses_tls else None
+
+    def _password(self) -> str:
+        return "" if self.sasl_password is None else self.sasl_password.get_secret_value()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_sasl()
+        self._check_tls()
+        if self.sasl_password_file is not None:
+            self.sasl_password = SecretStr(read_secret(self.sasl_password_file, "SPROUT_KAFKA_SASL_PASSWORD_FILE"))
+        if self.ssl_key_password_file is not None:
+            secret = read_secret(self.ssl_key_password_file, "SPROUT_KAFKA_SSL_KEY_PASSWORD_FILE")
+            self.ssl_key_password = SecretStr(secret)
+        self._ssl_context = self._create_ssl_context() if self.uses_tls else None
+        return self
+
+    def _check_sasl(self) -> None:
+        unused = self._set("sasl_mechanism", "sasl_username", "sasl_password", "sasl_password_file")
+        if not self.uses_sasl:
+            if unused:
+                raise ValueError(
+                    f"{', '.join(unused)} would not be used: SPROUT_KAFKA_SECURITY_PROTOCOL is "
+                    f"{self.security_protocol}; set it to SASL_SSL or SASL_PLAINTEXT, or leave these out"
+                )
+            return
+        if self.sasl_password is not None and self.sasl_password_file is not None:
+            raise ValueError("give either SPROUT_KAFKA_SASL_PASSWORD or SPROUT_KAFKA_SASL_PASSWORD_FILE")
+        missing = [
+            name
+            for name, given in (
+                ("SPROUT_KAFKA_SASL_MECHANISM (PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512)", self.sasl_mechanism),
+                ("SPROUT_KAFKA_SASL_USERNAME", self.sasl_username),
+                ("SPROUT_KAFKA_SASL_PASSWORD or SPROUT_KAFKA_SASL_PASSWORD_FILE", self._set("sasl_password")
+                 or self._set("sasl_password_file")),
+            )
+            if not given
+        ]  # fmt: skip
+        if missing:
+            raise ValueError(f"SPROUT_KAFKA_SECURITY_PROTOCOL {self.security_protocol} needs {' and '.join(missing)}")
+
+    def _check_tls(self) -> None:
+        tls_only = self._set(
+            "ssl_ca_file", "ssl_certificate_file", "ssl_key_file", "ssl_key_password", "ssl_key_password_file"
+        )
+        if not self.ssl_check_hostname:
+            tls_only.append("SPROUT_KAFKA_SSL_CHECK_HOSTNAME")
+        if tls_only and not self.uses_tls:
+            raise ValueError(
+                f"{', '.join(tls_only)} would not be used: SPROUT_KAFKA_SECURITY_PROTOCOL is {self.security_protocol}; "
+                "set it to SSL or SASL_SSL, or leave these out"
+            )
+        if self.ssl_certificate_file is None and self._set("ssl_key_file", "ssl_key_password", "ssl_key_password_file"):
+            raise ValueError("a client's key needs its certificate: SPROUT_KAFKA_SSL_CERTIFICATE_FILE")
+        if self.ssl_key_password is not None and self.ssl_key_password_file is not None:
+            raise ValueError("give either SPROUT_KAFKA_SSL_KEY_PASSWORD or SPROUT_KAFKA_SSL_KEY_PASSWORD_FILE")
+
+    def _set(self, *fields: str) -> list[str]:
+        """The environment variables of the fields that have a value."""
+        return [f"SPROUT_KAFKA_{field.upper()}" for field in fields if getattr(self, field) is not None]
+
+    def _create_ssl_context(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=self.ssl_ca_file)
+        except OSError as error:
+            raise ValueError(f"SPROUT_KAFKA_SSL_CA_FILE {self.ssl_ca_file} cannot be used: {error}") from error
+        context.check_hostname = self.ssl_check_hostname
+        if self.ssl_certificate_file is None:
+            return context
+        password = "" if self.ssl_key_password is None else self.ssl_key_password.get_secret_value()
+        try:
+            # A function: with None OpenSSL would ask for the password of an encrypted key on the terminal.
+            context.load_cert_chain(self.ssl_certificate_file, self.ssl_key_file, password=lambda: password)
+        except OSError as error:
+            raise ValueError(
+                f"SPROUT_KAFKA_SSL_CERTIFICATE_FILE {self.ssl_certificate_file} with its key cannot be used: {error}. "
+                "They must be PEM and belong together; an encrypted key needs SPROUT_KAFKA_SSL_KEY_PASSWORD"
+            ) from error
+        return context
 
 
 class DatabaseSettings(BaseSettings):
-    """How to reach PostgreSQL; every service owns one schema there."""
+    """PostgreSQL, in which every service that needs it has a schema of its own."""
 
     model_config = SettingsConfigDict(env_prefix="SPROUT_DATABASE_", extra="ignore", hide_input_in_errors=True)
 
@@ -44,9 +216,7 @@ class DatabaseSettings(BaseSettings):
         default=SecretStr("postgresql://sprout:sprout@localhost:5432/sprout"),
         description="postgresql://user:password@host:port/database, or a socket with ?host=/path",
     )
-    password_file: Path | None = Field(
-        default=None, description="File that holds the password, as orchestrators mount secrets; put into the URL"
-    )
+    password_file: Path | None = Field(default=None, description="File with the password, for a URL without one")
     pool_size: int = Field(default=5, ge=1)
     command_timeout_s: float = Field(default=30.0, gt=0)
 
@@ -58,17 +228,17 @@ class DatabaseSettings(BaseSettings):
         user, at, host = parts.netloc.rpartition("@")
         if not at or not user or ":" in user:
             raise ValueError(
-                "SPROUT_DATABASE_PASSWORD_FILE is for a SPROUT_DATABASE_URL that names a user and no password: "
+                "SPROUT_DATABASE_PASSWORD_FILE needs a SPROUT_DATABASE_URL with a user and without a password: "
                 "postgresql://user@host:port/database"
             )
         password = read_secret(self.password_file, "SPROUT_DATABASE_PASSWORD_FILE")
-        whole = parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}")
-        self.url = SecretStr(whole.geturl())
+        with_password = parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}")
+        self.url = SecretStr(with_password.geturl())
         return self
 
 
 class HttpSettings(BaseSettings):
-    """Where health, readiness and metrics are served."""
+    """Address on which health, readiness and metrics are served."""
 
     model_config = SettingsConfigDict(env_prefix="SPROUT_HTTP_", extra="ignore")
 
@@ -77,7 +247,7 @@ class HttpSettings(BaseSettings):
 
 
 class LogSettings(BaseSettings):
-    """What is logged, and how."""
+    """Level and format of the log."""
 
     model_config = SettingsConfigDict(env_prefix="SPROUT_LOG_", extra="ignore")
 
@@ -86,7 +256,7 @@ class LogSettings(BaseSettings):
 
 
 class FleetSettings(BaseSettings):
-    """Where the fleet file lies."""
+    """Path of the fleet file."""
 
     model_config = SettingsConfigDict(env_prefix="SPROUT_FLEET_", extra="ignore")
 

@@ -14,6 +14,7 @@ from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import DeadLetter, UsageRecord
 from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseUnavailableError
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, POLICIES, USAGE
 from tests.support.contract import Medium
 from tests.support.router import ZONE, intensity, policy
@@ -37,13 +38,10 @@ class MemoryStorage:
     async def add(self, table: str, rows: list[dict[str, Any]]) -> None:
         if not self.available:
             self.failed_writes += 1
-            raise ConnectionRefusedError
+            raise DatabaseUnavailableError
         self.tables.setdefault(table, []).extend(rows)
 
     put = add
-
-    def mark_unavailable(self, error: BaseException) -> None:
-        pass
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from services.ledger.meters import Scraper, scrapers_of
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Storage
-from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
-from shared.fleet_parts import FleetError
+from shared.fleet import Directive, Endpoint, Fleet, FleetError, Model, Pool
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
 from tests.support.certificate import Authority, Certificate

@@ -22,7 +22,7 @@ def in_memory(tmp_path):
     try:
         spec, address_file = mock_broker_spec(tmp_path, topics=[f"sprout.{topic.name}" for topic in TOPICS])
         running.start(spec)
-        yield KafkaSettings(bootstrap_servers=address_file.read_text(), connect_attempts_s=10)
+        yield KafkaSettings(bootstrap_servers=address_file.read_text(), connect_timeout_s=10)
     finally:
         running.stop_all()
 

@@ -38,7 +38,7 @@ def test_without_a_file_the_url_stays_as_it_is() -> None:
 def test_two_passwords_are_refused_without_telling_either(tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("hidden")
-    with pytest.raises(ValidationError, match="names a user and no password") as caught:
+    with pytest.raises(ValidationError, match="with a user and without a password") as caught:
         DatabaseSettings(url=SecretStr("postgresql://a:other@c/d"), password_file=secret)
     assert "hidden" not in str(caught.value)
     assert "other" not in str(caught.value)

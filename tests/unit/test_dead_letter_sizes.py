@@ -1,8 +1,8 @@
-"""Dead letters fit their topic whatever was sent."""
+"""Dead letters fit their topic, whatever the original message was."""
 
 from types import SimpleNamespace
 
-from shared.kafka.dead_letters import LARGEST_CARRIED_BYTES, LARGEST_KEY_BYTES, dead_letter_for
+from shared.kafka.dead_letters import MAX_VALUE_BYTES, MAX_KEY_BYTES, dead_letter_for
 from shared.kafka.publish import check_size
 from shared.runtime.clock import Clock
 from shared.topics import DEAD_LETTERS
@@ -21,10 +21,10 @@ def test_the_original_is_kept_byte_for_byte():
     assert (letter.key_base64, letter.headers, letter.truncated_bytes) == ("AP8=", {"trace": "AQ==", "empty": ""}, 0)
 
 
-def test_what_compression_made_small_enough_to_send_is_cut():
-    huge = b"\x00" * (2 * LARGEST_CARRIED_BYTES)
+def test_an_original_that_is_too_large_is_truncated():
+    huge = b"\x00" * (2 * MAX_VALUE_BYTES)
     headers = (("small", b"x"), ("huge", huge), ("after", b"y"))
     letter = letter_of(key=huge, value=huge, headers=headers)
-    check_size(DEAD_LETTERS, letter.model_dump_json().encode(), huge[:LARGEST_KEY_BYTES])
-    assert letter.truncated_bytes == LARGEST_CARRIED_BYTES
+    check_size(DEAD_LETTERS, letter.model_dump_json().encode(), huge[:MAX_KEY_BYTES])
+    assert letter.truncated_bytes == MAX_VALUE_BYTES
     assert set(letter.headers) == {"small"}

@@ -88,7 +88,7 @@ def test_embodied_carbon_defaults_to_the_papers_server(tmp_path: Path) -> None:
         (
             'grpc = "triton-1:8001"',
             'grpc = "triton-1:8001"\ntls = true\ntls_cert_file = "c.pem"',
-            "a client's certificate and its key go together: add 'tls_key_file'",
+            "a client's certificate needs its key, and the key its certificate: add 'tls_key_file'",
         ),
         (
             "[judge]",

@@ -1,4 +1,4 @@
-"""What a service says of its own state."""
+"""Liveness, readiness and background tasks of a service."""
 
 import asyncio
 import signal
@@ -12,19 +12,19 @@ from shared.runtime.health import Health, Progress, ProgressCollector
 
 @pytest.fixture
 def stops() -> Iterator[list[int]]:
-    """Collects the SIGTERMs that the process sends itself."""
+    """The SIGTERMs that the process sends to itself."""
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     yield seen
     signal.signal(signal.SIGTERM, before)
 
 
-def test_work_that_does_not_come_round_in_time_is_a_problem():
+def test_a_late_round_is_a_problem():
     now_s = 100.0
     progress = Progress(within_s=5.0, now_s=lambda: now_s)
     assert progress.problem() is None
     now_s = 106.0
-    assert (progress.age_s, progress.problem()) == (6.0, "no progress for 6 s, at most 5 are usual")
+    assert (progress.age_s, progress.problem()) == (6.0, "no progress for 6 s (limit 5 s)")
     progress.made()
     assert (progress.age_s, progress.problem()) == (0.0, None)
 
@@ -37,7 +37,7 @@ def test_progress_is_a_readiness_check_and_a_metric():
     assert registry.get_sample_value("sprout_progress_age_seconds", {"work": "commits"}) >= 0
 
 
-async def test_a_background_task_that_dies_stops_the_service_and_its_error_is_not_quoted(stops, caplog):
+async def test_a_failed_background_task_stops_the_service_and_its_error_is_not_quoted(stops, caplog):
     health = Health()
 
     async def die() -> None:

@@ -184,7 +184,7 @@ def test_traces_are_made_where_the_environment_names_a_collector(environment, on
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "only 'grpc' is offered"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "only 'grpc' is supported"),
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, "only 'otlp' and 'none'"),
     ],
 )

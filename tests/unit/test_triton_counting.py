@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from shared.fleet_parts import FleetError
+from shared.fleet import FleetError
 from shared.inference.tokens import LONG_TEXT_CHARS, TokenCounts, Tokenizer, Tokenizers
 from tests.support.tokenizer import write_tokenizer
 

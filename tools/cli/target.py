@@ -1,6 +1,5 @@
 """Which Kafka a subcommand talks to: the one named, the environment's, or the local stack's."""
 
-import asyncio
 import os
 from dataclasses import dataclass
 from typing import Annotated, NoReturn
@@ -12,7 +11,6 @@ from deploy.local.config import state_dir_from_environment
 from deploy.local.state import StackState, StateError, read_state
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.dead_letters import describe
-from shared.kafka.refusal import refusal
 from shared.runtime.clock import Clock
 from shared.runtime.settings import FleetSettings, KafkaSettings
 from tools.cli.console import Exit, fail
@@ -53,13 +51,10 @@ class Target:
 
 
 def unreachable(target: Target, error: Exception) -> NoReturn:
-    """Leave because Kafka did not answer, or does not let us in."""
-    refused = asyncio.run(refusal(target.kafka))
-    if refused is not None:
-        fail(refused, code=Exit.NOT_RUNNING)
+    """Leave because Kafka did not answer, or rejected the login."""
     fail(
         f"no Kafka answers at {target.kafka.bootstrap_servers} ({type(error).__name__})",
-        remedy="check the address and SPROUT_KAFKA_SECURITY_PROTOCOL, or start the local stack: sprout up",
+        remedy=f"{target.kafka.connection_advice()}; or start the local stack: sprout up",
         code=Exit.NOT_RUNNING,
     )
 
@@ -92,7 +87,7 @@ def find_target(bootstrap: str | None) -> Target:
         try:
             return Target(KafkaSettings(bootstrap_servers=bootstrap) if bootstrap else KafkaSettings(), None)
         except ValidationError as error:
-            fail(describe(error, whole="Kafka settings"))
+            fail(describe(error, root="Kafka settings"))
     state = local_state()
     if state is None or not state.running or not state.bootstrap_servers:
         fail(

@@ -11,8 +11,7 @@ import grpc
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelStreamInferResponse
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from shared.fleet import Endpoint, Pool
-from shared.fleet_parts import tls_context
+from shared.fleet import Endpoint, Pool, tls_context
 
 LARGEST_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from shared.inference.base import GenerationParameters
 from shared.inference.tokens import TokenCounts
 from shared.inference.triton.wire import Part
-from shared.messages.responses import FinishReason, TokenCountSource
+from shared.messages import FinishReason, TokenCountSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from shared.inference.base import SAMPLING_FIELDS, GenerationParameters, InvalidRequest
 from shared.inference.triton.contract import Contract, Input
-from shared.messages.responses import FinishReason
+from shared.messages import FinishReason
 
 EMPTY_FINAL_RESPONSE: Final = "triton_enable_empty_final_response"
 """Request parameter: a model that ends without a last word is still heard to end."""

@@ -1,5 +1,0 @@
-"""`python -m services.evaluator`."""
-
-from services.evaluator.app import main
-
-main()

@@ -1,5 +1,0 @@
-"""`python -m services.ledger`."""
-
-from services.ledger.app import main
-
-main()

@@ -1,5 +1,0 @@
-"""`python -m services.optimizer`."""
-
-from services.optimizer.app import main
-
-main()

@@ -1,5 +1,0 @@
-"""`python -m services.router`."""
-
-from services.router.app import main
-
-main()
