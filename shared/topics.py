@@ -3,7 +3,8 @@
 `sprout topics create` creates them (`shared.kafka.admin`); no service does.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -27,6 +28,35 @@ DAY_MS: Final = 24 * HOUR_MS
 MEBIBYTE: Final = 1024 * 1024
 
 
+SOURCE_HEADER: Final = "sprout-request"
+"""Header of the router's answers and dead letters: the record of `requests` that they are for."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderSpec:
+    """A Kafka header of a topic's messages, for the AsyncAPI documents."""
+
+    description: str
+    required: bool = False
+    pattern: str | None = None
+
+
+TRACE_HEADERS: Final = {
+    "traceparent": HeaderSpec("W3C trace context, where traces are on", pattern="^[0-9a-f]{2}-[0-9a-f]{32}-"),
+    "tracestate": HeaderSpec("W3C trace state"),
+}
+PUBLISHED_HEADERS: Final = {
+    "content-type": HeaderSpec("Always application/json", required=True, pattern="^application/json$"),
+    "correlation_id": HeaderSpec("Random id of the message", required=True),
+}
+SOURCE_HEADERS: Final = {
+    SOURCE_HEADER: HeaderSpec(
+        "From the router: record of the topic `requests` that this is for, partition:offset:timestamp",
+        pattern="^[0-9]+:[0-9]+:-?[0-9]+$",
+    )
+}
+
+
 class Cleanup(StrEnum):
     """Kafka's `cleanup.policy`."""
 
@@ -42,6 +72,8 @@ class TopicSpec:
     Attributes:
         description: of the messages, for the AsyncAPI documents.
         key: of the messages, in words.
+        headers: Kafka headers, by name; default: those of every message that a service publishes.
+        correlation: field by which an answer is matched to its request.
         partitions: upper limit of the members of a consumer group; only the request path needs many.
         retention_ms: `None`: messages are removed by compaction only.
         max_message_bytes: largest record batch that the broker accepts.
@@ -55,6 +87,8 @@ class TopicSpec:
     partitions: int
     retention_ms: int | None = None
     max_message_bytes: int = MEBIBYTE
+    headers: Mapping[str, HeaderSpec] = field(default_factory=lambda: PUBLISHED_HEADERS)
+    correlation: str | None = None
 
     def configuration(self) -> dict[str, str]:
         """The topic-level configuration of the broker."""
@@ -75,6 +109,8 @@ REQUESTS: Final = TopicSpec(
     cleanup=Cleanup.DELETE,
     partitions=12,
     retention_ms=7 * DAY_MS,
+    headers=TRACE_HEADERS,
+    correlation="id",
 )
 RESPONSES: Final = TopicSpec(
     name="responses",
@@ -84,6 +120,8 @@ RESPONSES: Final = TopicSpec(
     cleanup=Cleanup.DELETE,
     partitions=12,
     retention_ms=7 * DAY_MS,
+    headers=PUBLISHED_HEADERS | SOURCE_HEADERS | TRACE_HEADERS,
+    correlation="request_id",
 )
 RESPONSE_CHUNKS: Final = TopicSpec(
     name="response-chunks",
@@ -93,6 +131,8 @@ RESPONSE_CHUNKS: Final = TopicSpec(
     cleanup=Cleanup.DELETE,
     partitions=12,
     retention_ms=HOUR_MS,
+    headers=PUBLISHED_HEADERS | TRACE_HEADERS,
+    correlation="request_id",
 )
 SAMPLES: Final = TopicSpec(
     name="samples",
@@ -102,6 +142,7 @@ SAMPLES: Final = TopicSpec(
     cleanup=Cleanup.DELETE,
     partitions=3,
     retention_ms=7 * DAY_MS,
+    headers=PUBLISHED_HEADERS | TRACE_HEADERS,
 )
 USAGE: Final = TopicSpec(
     name="usage",
@@ -165,6 +206,7 @@ DEAD_LETTERS: Final = TopicSpec(
     partitions=1,
     retention_ms=90 * DAY_MS,
     max_message_bytes=8 * MEBIBYTE,
+    headers=PUBLISHED_HEADERS | SOURCE_HEADERS,
 )
 
 TOPICS: Final = (
@@ -180,3 +222,6 @@ TOPICS: Final = (
     POLICIES,
     DEAD_LETTERS,
 )
+
+REPLIES: Final = {REQUESTS.name: RESPONSES}
+"""Topic of the answers, by topic of the requests."""

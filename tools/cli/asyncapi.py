@@ -1,15 +1,43 @@
-"""`sprout asyncapi`: the AsyncAPI document of a service, generated from its code without connecting to anything."""
+"""`sprout asyncapi`: the AsyncAPI document of a service, generated from its code without connecting to anything.
 
-import importlib
-import inspect
-import pkgutil
+FastStream knows which topics a service reads and writes. It describes batches as arrays, and knows neither keys nor
+headers nor replies; those, and the messages, come from `shared.topics`.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml  # type: ignore[import-untyped]
+from pydantic.json_schema import models_json_schema
 
-from shared.fleet import Fleet
+from services import SERVICES, Service
+from shared.messages import Message
+from shared.runtime.settings import KafkaSettings
+from shared.topics import DEAD_LETTERS, REPLIES, TOPICS, HeaderSpec, TopicSpec
 from tools.cli.console import fail, say
+
+KAFKA_BINDING_VERSION = "0.5.0"
+
+_EXAMPLE_FLEET = """
+directives = [{level = "L0"}, {level = "L1", text = "Always answer briefly."}]
+models = [{name = "example", chat_template = "chatml"}]
+judge = {pool = "judge"}
+[[pools]]
+name = "example"
+model = "example"
+zone = "EXAMPLE"
+endpoints = [{name = "example-0", grpc = "triton:8001", metrics = "http://triton:8002/metrics"}]
+[[pools]]
+name = "judge"
+zone = "EXAMPLE"
+endpoints = [{name = "judge-0", grpc = "triton:8001", metrics = "http://triton:8002/metrics"}]
+"""
 
 
 def asyncapi(
@@ -21,59 +49,184 @@ def asyncapi(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of YAML")] = False,
 ) -> None:
     """Print the AsyncAPI document of a service: the topics it reads and writes, and their messages."""
-    known = service_names()
-    chosen = known if service is None else [service.replace("-", "_")]
-    unknown = [name for name in chosen if name not in known]
-    if unknown:
-        fail(f"no service {unknown[0]!r}", remedy=f"there are: {', '.join(known)}")
-    documents = {name: document_of(name, as_json=as_json) for name in chosen}
+    chosen = list(SERVICES) if service is None else [service.replace("-", "_")]
+    if chosen[0] not in SERVICES:
+        fail(f"no service {chosen[0]!r}", remedy=f"there are: {', '.join(SERVICES)}")
+    texts = {}
+    for name in chosen:
+        document = describe_service(SERVICES[name])
+        texts[name] = (
+            json.dumps(document, indent=2, ensure_ascii=False)
+            if as_json
+            else yaml.safe_dump(document, sort_keys=False, allow_unicode=True).rstrip("\n")
+        )
     if out is None:
-        print("\n---\n".join(text.rstrip("\n") for text in documents.values()))
+        print("\n---\n".join(texts.values()))
         return
     suffix = "json" if as_json else "yaml"
-    for name, text in documents.items():
+    for name, text in texts.items():
         path = out if service is not None else out / f"{name}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        path.write_text(text + "\n", encoding="utf-8")
         say(f"wrote {path}")
 
 
-def service_names() -> list[str]:
-    """Every package below `services`."""
-    package = importlib.import_module("services")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg)
+def describe_service(service: Service) -> dict[str, Any]:
+    """The AsyncAPI 3 document of a service.
 
-
-def document_of(service: str, *, as_json: bool) -> str:
-    """The document of one service.
-
-    It depends on the names of the topics alone (`SPROUT_KAFKA_TOPIC_PREFIX`), so that no fleet, no carbon data and no
-    database are needed: an example stands for each.
+    It depends on the addresses and names of `SPROUT_KAFKA_*` only; an example replaces all other configuration.
     """
-    build_app = importlib.import_module(f"services.{service}.app").build_app
-    fleet = _example_fleet()
-    example: dict[str, Any] = {"fleet": fleet}
-    if service == "carbon_feed":
-        example["settings"] = importlib.import_module("services.carbon_feed.settings").CarbonFeedSettings(
-            providers={zone: [{"kind": "constant", "intensity_g_per_kwh": 0}] for zone in fleet.zones}
-        )
-    wanted = inspect.signature(build_app).parameters
-    app = build_app(**{name: value for name, value in example.items() if name in wanted})
-    specification = app.schema.to_specification()
-    text: str = specification.to_json() if as_json else specification.to_yaml()
-    return text
+    with _example_environment(service.example_environment):
+        kafka = KafkaSettings()
+        specification = service.load().build_app().schema.to_specification().to_jsonable()
+    received, sent = _topics(specification, kafka)
+    http_channels, http_operations = _http(specification)
+    if not received:
+        sent.remove(DEAD_LETTERS)  # every broker declares them, but only a consumer publishes any
+    used = [spec for spec in TOPICS if spec in (*received, *sent)]
+    return {
+        "asyncapi": "3.0.0",
+        "info": specification["info"],
+        "defaultContentType": "application/json",
+        "servers": {
+            "kafka": specification["servers"]["development"],
+            "http": {"host": "localhost:8080", "protocol": "http", "description": "Address: SPROUT_HTTP_*"},
+        },
+        "channels": {**{spec.name: _channel(spec, kafka) for spec in used}, **http_channels},
+        "operations": {
+            **{f"receive-{spec.name}": _operation("receive", spec) for spec in received},
+            **{f"send-{spec.name}": _operation("send", spec) for spec in sent},
+            **http_operations,
+        },
+        "components": {
+            "messages": {spec.message.__name__: _message(spec) for spec in used},
+            "schemas": _schemas(spec.message for spec in used),
+            **{key: value for key, value in specification["components"].items() if key == "securitySchemes"},
+        },
+    }
 
 
-def _example_fleet() -> Fleet:
-    def pool(name: str, model: str | None) -> dict[str, Any]:
-        endpoints = [{"name": f"{name}-0", "grpc": "triton:8001", "metrics": "http://triton:8002/metrics"}]
-        return {"name": name, "model": model, "zone": "EXAMPLE", "endpoints": endpoints}
+@contextmanager
+def _example_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Replace Sprout's variables by an example, except for those about Kafka."""
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        fleet = Path(folder) / "fleet.toml"
+        fleet.write_text(_EXAMPLE_FLEET, encoding="utf-8")
+        for name in before:
+            if name.startswith(("SPROUT_", "OTEL_")) and not name.startswith("SPROUT_KAFKA_"):
+                del os.environ[name]
+        os.environ |= {"SPROUT_FLEET_FILE": str(fleet), **variables}
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
-    return Fleet.model_validate(
-        {
-            "directives": [{"level": "L0"}, {"level": "L1", "text": "Always answer briefly."}],
-            "models": [{"name": "example", "chat_template": "chatml"}],
-            "pools": [pool("example", "example"), pool("judge", None)],
-            "judge": {"pool": "judge"},
-        }
+
+def _topics(specification: Mapping[str, Any], kafka: KafkaSettings) -> tuple[list[TopicSpec], list[TopicSpec]]:
+    """The topics that a service receives from and sends to, in the order of `TOPICS`."""
+    by_address = {kafka.topic(spec): spec for spec in TOPICS}
+    found: dict[str, set[str]] = {"receive": set(), "send": set()}
+    for operation in specification["operations"].values():
+        channel = specification["channels"][operation["channel"]["$ref"].rpartition("/")[2]]
+        if channel["address"] in by_address:
+            found[operation["action"]].add(by_address[channel["address"]].name)
+    return (
+        [spec for spec in TOPICS if spec.name in found["receive"]],
+        [spec for spec in TOPICS if spec.name in found["send"]],
     )
+
+
+def _http(specification: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The channels and operations of the service's HTTP routes, as FastStream describes them."""
+    channels, operations = {}, {}
+    for name, operation in specification["operations"].items():
+        if "http" not in operation.get("bindings", {}):
+            continue
+        key = name.removesuffix(":HttpChannel")
+        channel = specification["channels"][operation["channel"]["$ref"].rpartition("/")[2]]
+        channels[f"http-{key}"] = {**channel, "servers": [{"$ref": "#/servers/http"}]}
+        operations[f"http-{key}"] = {**operation, "channel": {"$ref": f"#/channels/http-{key}"}}
+    return channels, operations
+
+
+def _channel(spec: TopicSpec, kafka: KafkaSettings) -> dict[str, Any]:
+    configuration: dict[str, Any] = {
+        "cleanup.policy": spec.cleanup.value.split(","),
+        "max.message.bytes": spec.max_message_bytes,
+    }
+    if spec.retention_ms is not None:
+        configuration["retention.ms"] = spec.retention_ms
+    return {
+        "address": kafka.topic(spec),
+        "description": spec.description,
+        "servers": [{"$ref": "#/servers/kafka"}],
+        "messages": {spec.message.__name__: {"$ref": f"#/components/messages/{spec.message.__name__}"}},
+        "bindings": {
+            "kafka": {
+                "topic": kafka.topic(spec),
+                "partitions": spec.partitions,
+                "topicConfiguration": configuration,
+                "bindingVersion": KAFKA_BINDING_VERSION,
+            }
+        },
+    }
+
+
+def _operation(action: str, spec: TopicSpec) -> dict[str, Any]:
+    operation = {"action": action, **_messages_of(spec)}
+    if action == "receive" and spec.name in REPLIES:
+        operation["reply"] = _messages_of(REPLIES[spec.name])
+    return operation
+
+
+def _messages_of(spec: TopicSpec) -> dict[str, Any]:
+    channel = f"#/channels/{spec.name}"
+    return {"channel": {"$ref": channel}, "messages": [{"$ref": f"{channel}/messages/{spec.message.__name__}"}]}
+
+
+def _message(spec: TopicSpec) -> dict[str, Any]:
+    name = spec.message.__name__
+    message: dict[str, Any] = {
+        "name": name,
+        "title": spec.description,
+        "contentType": "application/json",
+        "payload": {"$ref": f"#/components/schemas/{name}"},
+        "headers": {
+            "type": "object",
+            "properties": {header: _header(found) for header, found in spec.headers.items()},
+            "required": [header for header, found in spec.headers.items() if found.required],
+        },
+        "bindings": {
+            "kafka": {
+                "key": {"type": "string", "description": spec.key},
+                "bindingVersion": KAFKA_BINDING_VERSION,
+            }
+        },
+    }
+    if spec.correlation is not None:
+        message["correlationId"] = {"location": f"$message.payload#/{spec.correlation}"}
+    return message
+
+
+def _header(spec: HeaderSpec) -> dict[str, Any]:
+    header = {"type": "string", "description": spec.description}
+    return header if spec.pattern is None else header | {"pattern": spec.pattern}
+
+
+def _schemas(models: Iterable[type[Message]]) -> dict[str, Any]:
+    _, document = models_json_schema(
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+    )
+    schemas: dict[str, Any] = _as_draft_7(document["$defs"])
+    return schemas
+
+
+def _as_draft_7(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON schema
+    """AsyncAPI's schemas are of draft 7, in which `items` describes tuples; pydantic's are of 2020-12."""
+    if isinstance(schema, list):
+        return [_as_draft_7(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {"items" if key == "prefixItems" else key: _as_draft_7(value) for key, value in schema.items()}
