@@ -65,7 +65,7 @@ class Ledger:
         self.scrapers = scrapers_of(fleet, settings=settings, storage=self.storage, clock=clock, metrics=metrics)
         ingest = Ingest(broker, dead_letters, kafka=kafka, settings=settings, storage=self.storage, service=NAME)
         self.loop = AttributionLoop(
-            Backlog({kafka.topic(spec): one for spec, one in ingest.call_topics.items()}, clock=clock),
+            Backlog(ingest.call_subscribers, clock=clock),
             IntervalSettlement(fleet, settings=settings, storage=self.storage, metrics=metrics),
             FootprintOutbox(declare_publisher(broker, kafka, FOOTPRINTS), storage=self.storage, metrics=metrics),
             storage=self.storage,

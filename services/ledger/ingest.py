@@ -61,21 +61,23 @@ class Ingest:
                 fetch_max_wait_ms=settings.poll_ms,
             )
 
-        self.call_topics = {spec: subscribe(spec) for spec in (RESPONSES, USAGE)}
-        """Subscribers of the topics with calls."""
+        responses = subscribe(RESPONSES)
+        usage = subscribe(USAGE)
         intensities = subscribe(CARBON_INTENSITY)
         policies = subscribe(POLICIES)
         qualities = subscribe(QUALITY)
         groupings = subscribe(PROMPT_GROUPS)
+        self.call_subscribers = {kafka.topic(RESPONSES): responses, kafka.topic(USAGE): usage}
+        """The subscribers of the topics with calls, by topic name."""
 
-        @self.call_topics[RESPONSES]
+        @responses
         async def on_responses(batch: list[GenerationResponse]) -> None:
             answered = [request_row(one) for one in batch if one.status == "ok"]
             rejected = [rejection_row(one) for one in batch if one.status == "error"]
             await self._write(storage.add, "calls", answered)
             await self._write(storage.add, "refusals", rejected)
 
-        @self.call_topics[USAGE]
+        @usage
         async def on_usage(batch: list[UsageRecord]) -> None:
             await self._write(storage.add, "calls", [usage_row(one) for one in batch])
 

@@ -35,7 +35,7 @@ FROM jsonb_populate_recordset(NULL::readings, $1) AS new
 WHERE NOT EXISTS (SELECT FROM readings AS old WHERE old.endpoint = new.endpoint AND old.at > $3)
 """
 
-# Settlement: $1 lists endpoints, so that endpoints can be settled in any partition.
+# Settlement: $1 lists endpoints; any subset of the endpoints can be settled.
 SETTLEMENT_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('sprout.ledger.settlement'))"
 READINGS = """
 SELECT r.endpoint, r.at, r.gpu, r.energy_j

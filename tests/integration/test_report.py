@@ -177,14 +177,14 @@ async def test_a_day_is_reported_from_the_tables(ledger):
 
 async def test_two_zones_are_reported_separately_and_one_can_be_selected(ledger):
     day = await write_day(ledger, zones={"NORTH": 0.5})
-    whole = await collect_report(ledger)
+    everything = await collect_report(ledger)
     north = await collect_report(ledger, zone="NORTH")
     served = [record for record in day.records if record["zone"] == "NORTH"]
-    assert [row.zone for row in whole.zones] == ["NORTH", ZONE]
-    assert sum(row.requests for row in whole.zones) == 500
+    assert [row.zone for row in everything.zones] == ["NORTH", ZONE]
+    assert sum(row.requests for row in everything.zones) == 500
     assert north.requests.settled == len(served)
     assert north.saving.emitted_g == pytest.approx(sum(float(record["total_g"]) for record in served))
-    assert north.saving.reference_g == pytest.approx(whole.zones[0].saving.reference_g)
+    assert north.saving.reference_g == pytest.approx(everything.zones[0].saving.reference_g)
     assert north.energy.difference_pct == pytest.approx(0.0, abs=1e-6)
     assert sum(hour.reference_g for hour in north.hours) == pytest.approx(north.saving.reference_g)
 

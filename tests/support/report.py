@@ -61,7 +61,7 @@ def made_day(
     zones: Mapping[str, float] | None = None,
     scatter: float = 0.6,
 ) -> MadeDay:
-    """A day of requests, drawn from hourly policies.
+    """A day of requests, whose options are drawn from hourly policies.
 
     Args:
         zones: further zones with their intensity relative to the reference's; each has its own pool.

@@ -79,9 +79,9 @@ def test_a_pools_pue_and_embodied_carbon_are_read_off_its_footprints():
 def test_a_call_keeps_its_own_intensity_in_its_zone_and_uses_the_current_one_elsewhere():
     calls, _ = calls_of([record_of("a", intensity=200.0, at=DAY + timedelta(hours=5))])
     sites = {**SITES, "north": Site("NORTH", 1.0, 0.0)}
-    home, away = prices_at(calls, POOL, sites, {}), prices_at(calls, "north", sites, {"NORTH": CONSTANT_DAY})
-    assert home.g_per_j * 3.6e6 == pytest.approx([PUE * 200.0])
-    assert away.g_per_j * 3.6e6 == pytest.approx([100.0])
+    own_zone, other_zone = prices_at(calls, POOL, sites, {}), prices_at(calls, "north", sites, {"NORTH": CONSTANT_DAY})
+    assert own_zone.g_per_j * 3.6e6 == pytest.approx([PUE * 200.0])
+    assert other_zone.g_per_j * 3.6e6 == pytest.approx([100.0])
     assert np.isnan(prices_at(calls, "nowhere", sites, {}).g_per_j).all()
 
 

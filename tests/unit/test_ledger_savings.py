@@ -85,10 +85,10 @@ def test_without_a_baseline_request_or_a_variance_there_is_no_interval():
 
 def test_the_allocation_sums_to_the_total():
     _, comparable, _ = comparable_of(made_day(requests=300).records)
-    whole = estimate_saving(comparable.comparison)
+    total = estimate_saving(comparable.comparison)
     parts = allocate_total(comparable.comparison)
-    assert parts.reference_g.sum() == pytest.approx(whole.reference_g)
-    assert parts.half_width_g.sum() == pytest.approx(whole.reference_interval.high - whole.reference_g)
+    assert parts.reference_g.sum() == pytest.approx(total.reference_g)
+    assert parts.half_width_g.sum() == pytest.approx(total.reference_interval.high - total.reference_g)
 
 
 def test_forced_unidentified_and_unpriced_requests_are_excluded_and_counted():
@@ -167,6 +167,6 @@ def test_each_of_two_zones_is_compared_with_the_baseline_of_its_own_requests():
 def test_the_counterfactuals_of_the_zones_sum_to_the_total():
     counterfactual, comparable, distributions = comparable_of(made_day(requests=400, zones={"NORTH": 0.5}).records)
     parts = [estimate_saving(counterfactual.in_zone(comparable, distributions, zone)) for zone in (ZONE, "NORTH")]
-    whole = estimate_saving(comparable.comparison)
-    assert sum(part.reference_g for part in parts) == pytest.approx(whole.reference_g)
-    assert sum(part.emitted_g for part in parts) == pytest.approx(whole.emitted_g)
+    total = estimate_saving(comparable.comparison)
+    assert sum(part.reference_g for part in parts) == pytest.approx(total.reference_g)
+    assert sum(part.emitted_g for part in parts) == pytest.approx(total.emitted_g)
