@@ -104,7 +104,7 @@ def grams_figure(report: Report) -> go.Figure:
         mode="lines+markers",
         line={"color": GREEN, "width": 2.5},
         customdata=[hour_saving_pct(row) for row in rows],
-        hovertemplate="%{y:.3g} mg, %{customdata:.0f} % less",
+        hovertemplate="%{y:.3g} mg, saving %{customdata:.0f} %",
     )
     figure.update_yaxes(rangemode="tozero")
     return figure
