@@ -8,11 +8,11 @@ from prometheus_client import CollectorRegistry
 
 from services import SERVICES
 from services.carbon_feed.feed import FeedMetrics, ZoneFeed
-from services.carbon_feed.settings import CarbonFeedSettings, ConfigurationError
-from services.carbon_feed.trace import TraceError
+from services.carbon_feed.providers.base import ConfigurationError
+from services.carbon_feed.settings import CarbonFeedSettings
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
-from shared.kafka.publish import publish_with_retry
+from shared.kafka.publish import declare_publisher, publish_with_retry
 from shared.messages import CarbonIntensity
 from shared.runtime.clock import Clock
 from shared.runtime.health import Health
@@ -31,10 +31,10 @@ def build_app(
     fleet: Fleet | None = None,
     clock: Clock | None = None,
 ) -> AsgiFastStream:
-    """The feed, without connecting; what is not given is read from the environment.
+    """The service, without connecting; arguments that are `None` are read from the environment.
 
     Raises:
-        FleetError, TraceError, ConfigurationError, ValidationError: the configuration does not do.
+        FleetError, ConfigurationError, ValidationError: the configuration cannot be used; the message says why.
     """
     kafka = kafka or KafkaSettings()
     settings = settings or CarbonFeedSettings()
@@ -43,7 +43,7 @@ def build_app(
     registry = CollectorRegistry()
     health = Health()
     broker, _ = build_broker(kafka, service=NAME, clock=clock, registry=registry)
-    publisher = broker.publisher(kafka.topic(CARBON_INTENSITY), schema=CarbonIntensity)
+    publisher = declare_publisher(broker, kafka, CARBON_INTENSITY)
     metrics = FeedMetrics(registry)
     feeds = [
         ZoneFeed(
@@ -62,12 +62,12 @@ def build_app(
     async def publish(message: CarbonIntensity) -> None:
         await publish_with_retry(lambda: publisher.publish(message, key=message.zone.encode()))
 
-    async def begin() -> None:
+    async def start_feeds() -> None:
         for feed in feeds:
             health.spawn(f"feed {feed.zone}", feed.run(publish))
 
     @asynccontextmanager
-    async def providers_open() -> AsyncIterator[None]:
+    async def open_providers() -> AsyncIterator[None]:
         try:
             yield
         finally:
@@ -84,12 +84,12 @@ def build_app(
         topics=(CARBON_INTENSITY,),
         registry=registry,
         health=health,
-        lifespan=providers_open,
+        lifespan=open_providers,
     )
-    app.after_startup(begin)
+    app.after_startup(start_feeds)
     return app
 
 
 def main() -> None:
-    """Run until told to stop."""
-    run_service(build_app, name=NAME, configuration_errors=(FleetError, TraceError, ConfigurationError))
+    """Run until stopped."""
+    run_service(build_app, name=NAME, configuration_errors=(FleetError, ConfigurationError))

@@ -127,7 +127,7 @@ async def _find_missing(kafka: KafkaSettings, topics: list[str]) -> str:
         await admin.start()
         missing = sorted(set(topics) - set(await admin.list_topics()))
     except (KafkaError, OSError) as error:
-        return f"no broker answers at {kafka.bootstrap_servers} ({type(error).__name__}). {kafka.connection_advice()}"
+        return f"no broker answers at {kafka.bootstrap_servers} ({type(error).__name__}); {kafka.connection_advice()}"
     finally:
         await admin.close()
     return f"topics {', '.join(missing)}; create them with 'sprout topics create'" if missing else ""

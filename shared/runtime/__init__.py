@@ -1,1 +1,1 @@
-"""What runs a service: settings, logs, health, clock, database, traces."""
+"""What every service runs with: settings, logs, health, clock, database, traces."""

@@ -1,4 +1,4 @@
-"""The same cases in memory and on real Kafka: a test that asks for `medium` runs once on each."""
+"""Contract tests run in memory and on real Kafka: once for each value of the fixture `medium`."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.support.contract import Medium
 
 @pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.integration)])
 def medium(request: pytest.FixtureRequest) -> Medium:
-    """No broker is started for the cases in memory."""
+    """What carries the messages; Kafka is started only if needed."""
     if request.param == "memory":
         return Medium(KafkaSettings(), in_memory=True)
     return Medium(request.getfixturevalue("kafka"), in_memory=False)

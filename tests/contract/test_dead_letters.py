@@ -1,19 +1,24 @@
-"""Poison messages: kept with their bytes and a reason, passed over, their content never logged."""
+"""Dead letters: invalid messages are kept with their bytes and a reason, skipped, and never logged."""
 
+import dataclasses
 import logging
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from shared.kafka.broker import build_broker
-from shared.kafka.dead_letters import RetryLaterError, batch_decoder, message_decoder
+from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.subscribe import subscribe_batches, subscribe_messages
 from shared.messages import DeadLetter, GenerationRequest
 from shared.runtime.clock import Clock
 from shared.topics import DEAD_LETTERS, REQUESTS, SAMPLES
 from tests.support.contract import Medium
 
+BATCHES = dataclasses.replace(SAMPLES, message=GenerationRequest)
+"""A topic of requests that is read in batches."""
 
-class Desk:
+
+class Fixture:
     """A service with one single-message and one batch subscriber, and a reader of its dead letters."""
 
     def __init__(self, medium: Medium) -> None:
@@ -22,29 +27,18 @@ class Desk:
         self.letters: list[DeadLetter] = []
         self.topics = {"single": medium.kafka.topic(REQUESTS), "batch": medium.kafka.topic(SAMPLES)}
         self.broker, dead_letters = build_broker(
-            medium.kafka, service="desk", clock=Clock(), registry=CollectorRegistry()
+            medium.kafka, service="test", clock=Clock(), registry=CollectorRegistry()
         )
 
-        @self.broker.subscriber(
-            self.topics["single"],
-            group_id=medium.kafka.group("single"),
-            auto_offset_reset="earliest",
-            decoder=message_decoder(GenerationRequest),
-        )
+        @subscribe_messages(self.broker, medium.kafka, REQUESTS, group="single")
         async def single(request: GenerationRequest) -> None:
             if request.prompt == "explode":
                 raise KeyError("a secret prompt")
             if request.prompt == "wait":
-                raise RetryLaterError("database away")
+                raise RetryLaterError("database unavailable")
             self.handled.append(request)
 
-        @self.broker.subscriber(
-            self.topics["batch"],
-            batch=True,
-            group_id=medium.kafka.group("batch"),
-            auto_offset_reset="earliest",
-            decoder=batch_decoder(GenerationRequest, dead_letters),
-        )
+        @subscribe_batches(self.broker, medium.kafka, dead_letters, BATCHES, group="batch", max_records=100)
         async def batch(requests: list[GenerationRequest]) -> None:
             self.handled.extend(requests)
 
@@ -64,8 +58,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(medium: Medium) -> Desk:
-    return Desk(medium)
+def service(medium: Medium) -> Fixture:
+    return Fixture(medium)
 
 
 @pytest.mark.parametrize(
@@ -78,38 +72,38 @@ def desk(medium: Medium) -> Desk:
         (b'{"prompt": "explode"}', "handler_error", "KeyError"),
     ],
 )
-async def test_a_poison_message_keeps_its_bytes_and_gets_a_reason(
-    desk: Desk, value: bytes, reason: str, detail: str
+async def test_an_invalid_message_keeps_its_bytes_and_gets_a_reason(
+    service: Fixture, value: bytes, reason: str, detail: str
 ) -> None:
-    await desk.read(value, b'{"prompt": "fine"}')
-    assert [request.prompt for request in desk.handled] == ["fine"]
-    (letter,) = desk.letters
+    await service.read(value, b'{"prompt": "fine"}')
+    assert [request.prompt for request in service.handled] == ["fine"]
+    (letter,) = service.letters
     assert letter.original_value() == value
-    assert (letter.reason, letter.topic, letter.service) == (reason, desk.topics["single"], "desk")
+    assert (letter.reason, letter.topic, letter.service) == (reason, service.topics["single"], "test")
     assert detail in letter.detail
     assert "secret" not in letter.detail
 
 
-async def test_the_good_records_of_a_batch_are_handled(desk: Desk) -> None:
-    await desk.read(b'{"prompt": "one"}', b"{", b'{"prompt": "two"}', through="batch")
-    assert sorted(request.prompt for request in desk.handled) == ["one", "two"]
-    assert [letter.original_value() for letter in desk.letters] == [b"{"]
+async def test_the_valid_records_of_a_batch_are_handled(service: Fixture) -> None:
+    await service.read(b'{"prompt": "one"}', b"{", b'{"prompt": "two"}', through="batch")
+    assert sorted(request.prompt for request in service.handled) == ["one", "two"]
+    assert [letter.original_value() for letter in service.letters] == [b"{"]
 
 
 @pytest.mark.parametrize("medium", ["memory"], indirect=True)
-async def test_what_can_be_retried_is_no_poison(desk: Desk) -> None:
+async def test_a_message_that_can_be_retried_is_no_dead_letter(service: Fixture) -> None:
     logging.disable(logging.CRITICAL)
     try:
         with pytest.raises(RetryLaterError):
-            await desk.read(b'{"prompt": "wait"}')
+            await service.read(b'{"prompt": "wait"}')
     finally:
         logging.disable(logging.NOTSET)
-    assert desk.letters == []
+    assert service.letters == []
 
 
-async def test_content_never_reaches_the_logs(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    await desk.read(b'{"prompt": "explode"}', b'{"prompt": 12345678}')
+async def test_content_is_never_logged(service: Fixture, capsys: pytest.CaptureFixture[str]) -> None:
+    await service.read(b'{"prompt": "explode"}', b'{"prompt": 12345678}')
     printed = capsys.readouterr()
-    assert len(desk.letters) == 2
+    assert len(service.letters) == 2
     for text in ("secret", "explode", "12345678"):
         assert text not in printed.out + printed.err

@@ -1,4 +1,4 @@
-"""carbon_feed as a process on real Kafka: a recorded day replayed, and what it refuses to start with."""
+"""carbon_feed as a process on real Kafka: a recorded day is replayed; an invalid configuration is rejected."""
 
 import asyncio
 import json
@@ -76,7 +76,7 @@ def feeds(supervisor: Supervisor, kafka: KafkaSettings, tmp_path: Path):
         supervisor.stop(made.name)
 
 
-async def heard(kafka: KafkaSettings, *, messages: int) -> list[CarbonIntensity]:
+async def read(kafka: KafkaSettings, *, messages: int) -> list[CarbonIntensity]:
     """The first messages of the zone; each is keyed by it."""
     found: list[CarbonIntensity] = []
     async with (
@@ -93,13 +93,13 @@ async def heard(kafka: KafkaSettings, *, messages: int) -> list[CarbonIntensity]
     raise AssertionError("unreachable")
 
 
-async def test_a_recorded_day_is_replayed_in_event_time_and_a_gap_stays_a_gap(feeds, kafka, tmp_path):
+async def test_a_recorded_day_is_replayed_in_event_time_with_its_gaps(feeds, kafka, tmp_path):
     clock = Clock.starting(DAY, rate=1800.0)
     feeds.start([{"kind": "csv", "path": str(write_trace(tmp_path / "trace.csv"))}], clock=clock)
-    messages = await heard(kafka, messages=4)
+    messages = await read(kafka, messages=4)
     first = messages[0].latest.at
-    told = [message.latest.at for message in messages]
-    assert told == [at for at in (first + n * HOUR for n in range(5)) if at != GAP][:4]
+    at = [message.latest.at for message in messages]
+    assert at == [hour for hour in (first + n * HOUR for n in range(5)) if hour != GAP][:4]
     for message in messages:
         assert message.latest.intensity_g_per_kwh == 200 + message.latest.at.hour
         assert message.latest.at <= message.published_at
@@ -108,9 +108,9 @@ async def test_a_recorded_day_is_replayed_in_event_time_and_a_gap_stays_a_gap(fe
     assert GAP not in {point.at for point in messages[-1].history}
 
 
-async def test_where_the_live_provider_cannot_be_reached_the_next_one_is_told_and_no_secret_is_logged(feeds, kafka):
+async def test_if_the_live_provider_cannot_be_reached_the_next_one_is_used_and_no_secret_is_logged(feeds, kafka):
     feeds.start([{"kind": "electricity_maps"}, {"kind": "constant", "intensity_g_per_kwh": 412.5}], clock=Clock())
-    (message,) = await heard(kafka, messages=1)
+    (message,) = await read(kafka, messages=1)
     assert (message.source, message.latest.intensity_g_per_kwh) == ("constant", 412.5)
     await feeds.logged("electricity_maps cannot be reached")
     assert "secret-token" not in feeds.log()
@@ -125,7 +125,7 @@ async def test_where_the_live_provider_cannot_be_reached_the_next_one_is_told_an
         (HEADER + f"2024-02-08 00:00:00,{ZONE},\n", "ELSEWHERE", f"zones without a provider: {ZONE}"),
     ],
 )
-def test_what_it_cannot_work_with_is_named_at_the_start(feeds, tmp_path, trace, zone, message):
+def test_an_invalid_configuration_is_named_at_the_start(feeds, tmp_path, trace, zone, message):
     path = tmp_path / "trace.csv"
     path.write_text(trace, encoding="utf-8")
     with pytest.raises(ProcessFailedError, match=message):

@@ -8,16 +8,20 @@ import respx
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
-from services.carbon_feed.electricity_maps import BASE_URL, ElectricityMapsProvider
 from services.carbon_feed.feed import FeedMetrics, ZoneFeed
-from services.carbon_feed.providers import (
+from services.carbon_feed.providers.base import (
     NoDataError,
     ProviderError,
     RateLimitedError,
     UnauthorisedError,
     ZoneUnknownError,
 )
-from services.carbon_feed.recorded import ConstantProvider
+from services.carbon_feed.providers.constant import ConstantProvider
+from services.carbon_feed.providers.electricity_maps import (
+    BASE_URL,
+    ElectricityMapsProvider,
+    ElectricityMapsSource,
+)
 from shared.runtime.clock import ManualClock
 
 NOW = datetime(2024, 2, 1, 12, 20, tzinfo=UTC)
@@ -54,7 +58,7 @@ async def test_the_latest_value_is_asked_for_with_token_and_factor(api, provider
     assert dict(request.url.params) == {"zone": "DE", "emissionFactorType": "direct"}
 
 
-async def test_history_and_forecast_come_in_order_and_null_is_a_gap(api, provider):
+async def test_history_and_forecast_are_ordered_and_null_is_a_gap(api, provider):
     values = [
         {"zone": "DE", "carbonIntensity": value, "datetime": f"2024-02-01T{hour:02}:00:00.000Z"}
         for hour, value in ((11, 310), (9, 290), (10, None), (13, 330))
@@ -71,14 +75,14 @@ async def test_history_and_forecast_come_in_order_and_null_is_a_gap(api, provide
     [
         (httpx.Response(200, json={**LATEST, "zone": "FR"}), ProviderError, "answered for 'FR'"),
         (httpx.Response(200, json={**LATEST, "carbonIntensity": None}), NoDataError, "null"),
-        (httpx.Response(200, json={**LATEST, "carbonIntensity": "much"}), ProviderError, "cannot be read"),
+        (httpx.Response(200, json={**LATEST, "carbonIntensity": "much"}), ProviderError, "invalid value"),
         (httpx.Response(200, text="<html>"), ProviderError, "not JSON"),
         (httpx.Response(401, json={"error": "Invalid auth-token"}), UnauthorisedError, "check SPROUT_CARBON_FEED"),
         (httpx.Response(404, json={"error": "no such zone"}), ZoneUnknownError, "does not know zone 'DE'"),
         (httpx.Response(429, headers={"retry-after": "90"}), RateLimitedError, "too often"),
     ],
 )
-async def test_what_is_no_answer_is_told_apart(api, provider, response, error, message):
+async def test_each_failure_has_its_own_error(api, provider, response, error, message):
     api.get("/carbon-intensity/latest").mock(return_value=response)
     with pytest.raises(error, match=message) as caught:
         await provider.latest(NOW)
@@ -87,7 +91,7 @@ async def test_what_is_no_answer_is_told_apart(api, provider, response, error, m
         assert caught.value.retry_after_s == 90
 
 
-async def test_a_servers_failure_is_tried_again(api, provider):
+async def test_a_server_error_is_retried(api, provider):
     route = api.get("/carbon-intensity/latest").mock(
         side_effect=[httpx.Response(502), httpx.ConnectTimeout("late"), httpx.Response(200, json=LATEST)]
     )
@@ -95,7 +99,7 @@ async def test_a_servers_failure_is_tried_again(api, provider):
     assert route.call_count == 3
 
 
-async def test_the_next_provider_of_the_chain_stands_in_and_only_news_is_published(api, provider):
+async def test_the_next_provider_answers_instead_and_only_new_values_are_published(api, provider):
     api.get("/carbon-intensity/latest").respond(404)
     clock = ManualClock(NOW)
     feed = ZoneFeed(
@@ -114,12 +118,26 @@ async def test_the_next_provider_of_the_chain_stands_in_and_only_news_is_publish
         published.append(message)
 
     assert "not asked yet" in feed.problem()
-    await feed.turn(publish)
-    await feed.turn(publish)
+    await feed.poll(publish)
+    await feed.poll(publish)
     assert feed.problem() is None
     clock.advance(timedelta(hours=1))
-    await feed.turn(publish)
+    await feed.poll(publish)
     assert [message.source for message in published] == ["constant", "constant"]
     assert [message.latest.at.hour for message in published] == [12, 13]
     assert len(published[0].history) == 48
     assert published[1].history[-1].at.hour == 12
+
+
+async def test_token_and_address_come_from_the_environment(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("mounted\n")
+    monkeypatch.setenv("SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("SPROUT_CARBON_FEED_ELECTRICITY_MAPS_URL", "http://proxy.example")
+    source = ElectricityMapsSource(kind="electricity_maps", forecast=False)
+    provider = source.open("DE", window=timedelta(days=1))
+    with respx.mock(base_url="http://proxy.example") as mock:
+        route = mock.get("/carbon-intensity/latest").respond(json=LATEST)
+        await provider.latest(NOW)
+    assert route.calls.last.request.headers["auth-token"] == "mounted"
+    assert await provider.forecast(NOW) == ()
+    await provider.close()

@@ -1,4 +1,4 @@
-"""One zone's feed: what is known is told, whatever a provider cannot answer."""
+"""The feed of one zone: publishes what is available, whichever provider fails."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -6,9 +6,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.carbon_feed.feed import FeedMetrics, ZoneFeed
-from services.carbon_feed.providers import NoDataError, Provider, ProviderError, RateLimitedError
-from services.carbon_feed.recorded import ConstantProvider
-from services.carbon_feed.settings import CarbonFeedSettings, ConfigurationError
+from services.carbon_feed.providers.base import (
+    ConfigurationError,
+    NoDataError,
+    Provider,
+    ProviderError,
+    RateLimitedError,
+)
+from services.carbon_feed.providers.constant import ConstantProvider
+from services.carbon_feed.settings import CarbonFeedSettings
 from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
 from shared.messages import CarbonIntensity, IntensityPoint
 from shared.runtime.clock import ManualClock
@@ -23,7 +29,7 @@ FLEET = Fleet(
 
 
 class Faulty(ConstantProvider):
-    """A constant that fails where it is told to."""
+    """A constant provider with faults."""
 
     def __init__(self, **faults: Exception) -> None:
         super().__init__(100.0)
@@ -49,8 +55,8 @@ class Faulty(ConstantProvider):
         return await super().forecast(now)
 
 
-class Desk:
-    """A feed, and what it published."""
+class Fixture:
+    """A feed, and the messages that it published."""
 
     def __init__(self, *providers: Provider) -> None:
         self.clock = ManualClock(NOW)
@@ -61,51 +67,51 @@ class Desk:
             metrics=FeedMetrics(self.registry),
         )  # fmt: skip
 
-    async def turn(self) -> float:
+    async def poll(self) -> float:
         async def publish(message: CarbonIntensity) -> None:
             self.published.append(message)
 
-        return await self.feed.turn(publish)
+        return await self.feed.poll(publish)
 
     def errors(self, source: str) -> float | None:
         return self.registry.get_sample_value("sprout_carbon_provider_errors_total", {"zone": "DE", "source": source})
 
 
 @pytest.mark.parametrize("fault", [NoDataError("null"), KeyError("carbonIntensity")])
-async def test_whatever_a_provider_fails_with_the_next_one_is_asked(fault: Exception) -> None:
-    desk = Desk(Faulty(latest=fault), ConstantProvider(380.0))
-    await desk.turn()
-    assert [message.source for message in desk.published] == ["constant"]
-    assert desk.errors("faulty") == 1
+async def test_after_any_failure_the_next_provider_is_asked(fault: Exception) -> None:
+    fixture = Fixture(Faulty(latest=fault), ConstantProvider(380.0))
+    await fixture.poll()
+    assert [message.source for message in fixture.published] == ["constant"]
+    assert fixture.errors("faulty") == 1
 
 
-async def test_a_value_is_told_without_the_history_and_the_forecast_that_cannot_be_had() -> None:
+async def test_a_value_is_published_even_without_history_and_forecast() -> None:
     provider = Faulty(history=ProviderError("no history"), forecast=ValueError("defect"))
-    desk = Desk(provider)
-    await desk.turn()
-    (message,) = desk.published
+    fixture = Fixture(provider)
+    await fixture.poll()
+    (message,) = fixture.published
     assert message.latest.intensity_g_per_kwh == 100.0
     assert (message.history, message.forecast) == ((), ())
     provider.faults.clear()
-    desk.clock.advance(HOUR)
-    await desk.turn()
-    assert len(desk.published[1].history) == 24  # asked for again, in full
+    fixture.clock.advance(HOUR)
+    await fixture.poll()
+    assert len(fixture.published[1].history) == 24  # asked for again, in full
 
 
-async def test_between_two_values_nothing_but_the_latest_is_asked_for() -> None:
+async def test_between_two_values_only_the_latest_is_asked_for() -> None:
     provider = Faulty()
-    desk = Desk(provider)
+    fixture = Fixture(provider)
     for _ in range(3):
-        await desk.turn()
+        await fixture.poll()
     assert provider.asked == ["latest", "history", "forecast", "latest", "latest"]
-    assert len(desk.published) == 1
+    assert len(fixture.published) == 1
 
 
-async def test_with_no_answer_it_is_not_ready_says_why_and_waits_as_long_as_told() -> None:
-    desk = Desk(Faulty(latest=RateLimitedError("asked too often", retry_after_s=90.0)))
-    assert await desk.turn() == 90.0
-    assert "asked too often" in (desk.feed.problem() or "")
-    assert desk.published == []
+async def test_without_an_answer_it_is_not_ready_says_why_and_waits_as_long_as_the_provider_says() -> None:
+    fixture = Fixture(Faulty(latest=RateLimitedError("asked too often", retry_after_s=90.0)))
+    assert await fixture.poll() == 90.0
+    assert "asked too often" in (fixture.feed.problem() or "")
+    assert fixture.published == []
 
 
 @pytest.mark.parametrize(
@@ -116,11 +122,14 @@ async def test_with_no_answer_it_is_not_ready_says_why_and_waits_as_long_as_told
         ({"DE": [{"kind": "electricity_maps"}]}, "set SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN"),
         (
             {"DE": [{"kind": "csv", "path": "a.csv"}, {"kind": "csv", "path": "b.csv", "column": "life-cycle"}]},
-            "count different emissions",
+            "include different emissions",
         ),
     ],
 )
-def test_providers_that_do_not_fit_the_fleet_are_refused_with_the_remedy(providers: object, message: str) -> None:
+def test_providers_that_do_not_fit_the_fleet_are_rejected_with_the_remedy(
+    providers: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN", raising=False)
     settings = CarbonFeedSettings.model_validate({"providers": providers})
     with pytest.raises(ConfigurationError, match=message):
         settings.chains(FLEET)

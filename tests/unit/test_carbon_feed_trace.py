@@ -1,4 +1,4 @@
-"""A trace is read as it was recorded: never from the future, a gap stays a gap, what is wrong is named."""
+"""Recorded traces: no value from the future, gaps are preserved, errors name the line."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from deploy.local.grid import SAMPLE_ZONE, default_day, shipped_trace, zone_of
 from deploy.local.grid import TraceError as GridError
 from deploy.local.traces.build import TRACE, text
-from services.carbon_feed.recorded import ConstantProvider, TraceProvider
-from services.carbon_feed.trace import Trace, TraceError, load_trace, parse_trace
-from services.carbon_feed.window import Window
+from services.carbon_feed.feed import Window
+from services.carbon_feed.providers.constant import ConstantProvider
+from services.carbon_feed.providers.recorded import Trace, TraceError, TraceProvider, load_trace, parse_trace
 from shared.messages import IntensityPoint
 
 START = datetime(2024, 2, 1, tzinfo=UTC)
@@ -29,7 +29,7 @@ def hours(count: int, missing: set[int] = frozenset()) -> Trace:
     )
 
 
-def test_the_column_asked_for_is_read_with_the_estimated_flag():
+def test_the_configured_column_is_read_with_the_estimated_flag():
     row = "2024-02-01 00:00:00,Z,100.5,150,true"
     assert trace_of(row).at(START) == IntensityPoint(at=START, intensity_g_per_kwh=100.5, estimated=True)
     assert trace_of(row, column="life-cycle").at(START).intensity_g_per_kwh == 150
@@ -53,12 +53,12 @@ def test_an_empty_cell_and_nan_are_missing_and_never_zero():
         (["2024-02-01 01:00:00,Z,1,1,", "2024-02-01 01:00:00,Z,1,1,"], "line 3.*sort by time"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(rows, message):
+def test_an_invalid_row_is_named_with_its_line(rows, message):
     with pytest.raises(TraceError, match=message):
         trace_of(*rows)
 
 
-def test_a_file_that_is_empty_absent_or_lacks_a_column_is_refused(tmp_path: Path):
+def test_an_empty_or_missing_file_or_column_is_rejected(tmp_path: Path):
     empty = tmp_path / "empty.csv"
     empty.touch()
     with pytest.raises(TraceError, match="is empty"):
@@ -70,7 +70,7 @@ def test_a_file_that_is_empty_absent_or_lacks_a_column_is_refused(tmp_path: Path
 
 
 @given(st.integers(0, 60 * 24 * 3), st.sets(st.integers(1, 47)))
-def test_the_future_is_never_seen_and_a_gap_stays_a_gap(minutes, missing):
+def test_the_future_is_not_used_and_gaps_are_preserved(minutes, missing):
     moment = START + timedelta(minutes=minutes)
     trace = hours(48, missing)
     point = trace.at(moment)
@@ -90,7 +90,7 @@ def test_a_repeated_trace_keeps_the_hour_of_the_day_and_reaches_back(days):
     assert len(trace.between(now - timedelta(days=3), now)) == 72
 
 
-async def test_a_replay_tells_its_history_and_no_forecast():
+async def test_a_replay_has_a_history_and_no_forecast():
     provider = TraceProvider(hours(48), Path("t.csv"), repeat=False, window=timedelta(days=2))
     now = START + timedelta(hours=30, minutes=10)
     assert (await provider.latest(now)).intensity_g_per_kwh == 30
@@ -111,12 +111,12 @@ def test_the_window_is_trailing_and_takes_corrections():
     window = Window(timedelta(hours=3))
     points = list(hours(6).between(START, START + timedelta(days=1)))
     window.add(points[:5])
-    assert window.is_news(points[5])
+    assert window.is_new(points[5])
     window.advance(points[5])
     assert [p.intensity_g_per_kwh for p in window.history()] == [2, 3, 4]
-    assert not window.is_news(points[5])
-    assert window.is_news(points[5].model_copy(update={"estimated": True}))
-    assert not window.is_news(points[4])
+    assert not window.is_new(points[5])
+    assert window.is_new(points[5].model_copy(update={"estimated": True}))
+    assert not window.is_new(points[4])
 
 
 def test_the_sample_trace_is_what_its_script_makes_and_starts_a_week_in():

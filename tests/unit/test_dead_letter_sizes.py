@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from shared.kafka.dead_letters import MAX_VALUE_BYTES, MAX_KEY_BYTES, dead_letter_for
+from shared.kafka.dead_letters import MAX_KEY_BYTES, MAX_VALUE_BYTES, dead_letter_for
 from shared.kafka.publish import check_size
 from shared.runtime.clock import Clock
 from shared.topics import DEAD_LETTERS

@@ -1,4 +1,4 @@
-"""The fleet file: one place says what can serve; a mistake in it is named."""
+"""The fleet file: directives, models and pools; a mistake is named with its place."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_embodied_carbon_defaults_to_the_papers_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "complaint"),
+    ("old", "new", "message"),
     [
         ('model = "llama-2-13b-chat"', 'model = "gpt"', "serves model 'gpt', which 'models' does not list"),
         ('name = "texas"', 'name = "california"', "pools.name must be unique; given more than once: california"),
@@ -116,9 +116,9 @@ def test_embodied_carbon_defaults_to_the_papers_server(tmp_path: Path) -> None:
         ("[[models]]", "[[models", "not valid TOML"),
     ],
 )
-def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+def test_a_mistake_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in GOOD
-    with pytest.raises(FleetError, match=complaint.replace("[", r"\[")):
+    with pytest.raises(FleetError, match=message.replace("[", r"\[")):
         load_fleet(written(tmp_path, GOOD.replace(old, new, 1)))
 
 
@@ -127,7 +127,7 @@ def test_a_missing_file_says_which_variable_names_one(tmp_path: Path) -> None:
         load_fleet(tmp_path / "nowhere.toml")
 
 
-def test_a_pools_tokenizer_is_its_own_or_its_models_and_lies_beside_the_fleet_file(tmp_path: Path) -> None:
+def test_a_tokenizers_path_is_the_pools_or_the_models_and_relative_to_the_fleet_file(tmp_path: Path) -> None:
     text = GOOD.replace('chat_template = "llama-2"', 'chat_template = "llama-2"\ntokenizer = "weights"', 1)
     text = text.replace('zone = "US-TEX-ERCO"', 'zone = "US-TEX-ERCO"\ntokenizer = "/other/tokenizer.json"', 1)
     fleet = load_fleet(written(tmp_path, text))
@@ -136,7 +136,7 @@ def test_a_pools_tokenizer_is_its_own_or_its_models_and_lies_beside_the_fleet_fi
     assert fleet.tokenizer_of(fleet.pool("judge")) is None
 
 
-def test_an_endpoint_is_secured_by_its_own_fields_and_else_by_its_pools(tmp_path: Path) -> None:
+def test_tls_fields_of_an_endpoint_take_precedence_over_its_pools(tmp_path: Path) -> None:
     text = GOOD.replace(
         'zone = "US-TEX-ERCO"', 'zone = "US-TEX-ERCO"\ntls = true\ntls_ca_file = "ca.pem"\ntls_server_name = "a"', 1
     )
@@ -149,7 +149,7 @@ def test_an_endpoint_is_secured_by_its_own_fields_and_else_by_its_pools(tmp_path
     assert not california.endpoints[0].over(california).tls
 
 
-def test_a_chat_templates_path_starts_at_the_fleet_file_and_else_at_the_working_directory(tmp_path: Path) -> None:
+def test_a_chat_templates_path_is_relative_to_the_fleet_file_or_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("{{ messages }}")
     for name, found in (("mine.jinja", str(tmp_path / "mine.jinja")), ("./llama-2", "./llama-2"), ("gemma", "gemma")):
         fleet = load_fleet(written(tmp_path, GOOD.replace('"llama-2"', f'"{name}"', 1)))

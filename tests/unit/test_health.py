@@ -52,7 +52,7 @@ async def test_a_failed_background_task_stops_the_service_and_its_error_is_not_q
     assert "the prompt was" not in caplog.text
 
 
-async def test_a_background_task_that_ends_or_is_cancelled_is_no_failure(stops):
+async def test_a_background_task_that_ends_or_is_cancelled_is_not_a_failure(stops):
     health = Health()
     ended = health.spawn("once", asyncio.sleep(0))
     health.spawn("for ever", asyncio.sleep(60))

@@ -1,10 +1,10 @@
-"""Which security settings go together, and what every Kafka client is given."""
+"""Security settings of Kafka: valid combinations, and the options of every client."""
 
 import ssl
 from pathlib import Path
 
 import pytest
-from faststream.kafka.security import parse_security
+from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
 from pydantic import ValidationError
 
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
@@ -12,6 +12,7 @@ from tests.support.certificate import Authority
 
 PASSWORD = "v3ry-s3cret"
 SASL = {"protocol": "SASL_PLAINTEXT", "mechanism": "SCRAM-SHA-512", "username": "sprout", "password": PASSWORD}
+MECHANISMS = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
 NAMES = {
     "protocol": "SECURITY_PROTOCOL",
     "mechanism": "SASL_MECHANISM",
@@ -24,6 +25,11 @@ NAMES = {
     "key_password": "SSL_KEY_PASSWORD",
     "hostname": "SSL_CHECK_HOSTNAME",
 }
+
+
+def faststream_options(security: BaseSecurity | None) -> dict[str, object]:
+    """What a FastStream broker is configured with."""
+    return {name: getattr(security, name, None) for name in ("ssl_context", "use_ssl", "username", "password")}
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("certificates"))
 
 
-def test_without_settings_it_is_plaintext(read):
+def test_the_default_is_plaintext(read):
     kafka = read()
     assert kafka.security_options() == {"security_protocol": "PLAINTEXT", "ssl_context": None}
     assert kafka.broker_security() is None
@@ -53,7 +59,7 @@ def test_without_settings_it_is_plaintext(read):
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
 @pytest.mark.parametrize("protocol", ["SASL_PLAINTEXT", "SASL_SSL"])
-def test_aiokafka_and_faststream_are_told_the_same(read, protocol, mechanism):
+def test_aiokafka_and_faststream_get_the_same_options(read, protocol, mechanism):
     kafka = read(**SASL | {"protocol": protocol, "mechanism": mechanism})
     options = kafka.security_options()
     assert options == {
@@ -64,12 +70,18 @@ def test_aiokafka_and_faststream_are_told_the_same(read, protocol, mechanism):
         "sasl_plain_password": PASSWORD,
     }
     assert isinstance(options["ssl_context"], ssl.SSLContext) == (protocol == "SASL_SSL")
-    assert parse_security(kafka.broker_security()) == options
+    assert faststream_options(kafka.broker_security()) == {
+        "ssl_context": options["ssl_context"],
+        "use_ssl": protocol == "SASL_SSL",
+        "username": "sprout",
+        "password": PASSWORD,
+    }
+    assert type(kafka.broker_security()) is MECHANISMS[mechanism]
     assert kafka.client_options() == {"bootstrap_servers": kafka.bootstrap_servers, **options}
     assert PASSWORD not in repr(kafka)
 
 
-def test_tls_checks_the_broker_and_shows_a_certificate(read, authority):
+def test_tls_checks_the_broker_and_sends_a_client_certificate(read, authority):
     client = authority.issue("client", password="key-secret")
     kafka = read(
         protocol="SSL",
@@ -81,7 +93,12 @@ def test_tls_checks_the_broker_and_shows_a_certificate(read, authority):
     context = kafka.security_options()["ssl_context"]
     assert (context.check_hostname, context.verify_mode) == (True, ssl.CERT_REQUIRED)
     assert [one["subject"] for one in context.get_ca_certs()] == [((("commonName", "authority"),),)]
-    assert parse_security(kafka.broker_security()) == kafka.security_options()
+    assert faststream_options(kafka.broker_security()) == {
+        "ssl_context": context,
+        "use_ssl": True,
+        "username": None,
+        "password": None,
+    }
     lenient = read(protocol="SSL", ca=authority.certificate, hostname="false").security_options()["ssl_context"]
     assert (lenient.check_hostname, lenient.verify_mode) == (False, ssl.CERT_REQUIRED)
 
@@ -94,7 +111,7 @@ def test_the_password_may_be_a_mounted_secret(read, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"username": "sprout", "password": PASSWORD}, "SASL_PASSWORD would not be used.*is PLAINTEXT; set it to SASL"),
         ({"protocol": "SSL", "mechanism": "PLAIN"}, "SASL_MECHANISM would not be used"),
@@ -110,19 +127,19 @@ def test_the_password_may_be_a_mounted_secret(read, tmp_path):
         ({**SASL, "mechanism": "GSSAPI"}, "Input should be 'PLAIN', 'SCRAM-SHA-256' or"),
     ],
 )
-def test_what_does_not_go_together_is_refused_without_telling_a_secret(read, variables, said):
-    with pytest.raises(ValidationError, match=said) as caught:
+def test_contradictory_settings_are_rejected_without_quoting_a_secret(read, variables, message):
+    with pytest.raises(ValidationError, match=message) as caught:
         read(**variables)
     assert PASSWORD not in str(caught.value)
 
 
-def test_an_encrypted_key_without_its_password_is_refused_rather_than_asked_for(read, authority):
+def test_an_encrypted_key_without_its_password_is_rejected_without_a_prompt(read, authority):
     client = authority.issue("locked", password="key-secret")
     with pytest.raises(ValidationError, match="an encrypted key needs SPROUT_KAFKA_SSL_KEY_PASSWORD"):
         read(protocol="SSL", certificate=client.certificate, key=client.key)
 
 
-def test_a_database_url_that_does_not_do_is_not_quoted(monkeypatch):
+def test_an_invalid_database_url_is_not_quoted(monkeypatch):
     monkeypatch.setenv("SPROUT_DATABASE_URL", f"postgresql://sprout:{PASSWORD}@db/sprout")
     monkeypatch.setenv("SPROUT_DATABASE_PASSWORD_FILE", "/absent")
     with pytest.raises(ValidationError) as caught:

@@ -1,4 +1,4 @@
-"""The contracts: what is accepted, what is refused with which words, and additive evolution."""
+"""The messages: what is valid, which error an invalid one gets, and additive evolution."""
 
 import json
 from datetime import UTC, datetime
@@ -27,7 +27,7 @@ def test_a_prompt_is_a_conversation_of_one_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "complaint"),
+    ("body", "reason"),
     [
         ({}, "give either 'prompt' .* or 'messages' .*, found neither"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "found both"),
@@ -39,8 +39,8 @@ def test_a_prompt_is_a_conversation_of_one_turn() -> None:
         ({"prompt": "a", "requested_at": "2024-02-03T12:00:00"}, "timezone"),
     ],
 )
-def test_a_bad_request_is_refused_with_the_reason(body: dict[str, object], complaint: str) -> None:
-    with pytest.raises(ValidationError, match=complaint):
+def test_an_invalid_request_is_rejected_with_the_reason(body: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
         GenerationRequest.model_validate_json(json.dumps(body))
 
 
@@ -56,14 +56,14 @@ def test_timestamps_are_normalised_to_utc() -> None:
     assert request.model_dump_json(include={"requested_at"}) == '{"requested_at":"2024-02-03T12:00:00Z"}'
 
 
-def test_an_answer_must_carry_what_accounting_needs() -> None:
+def test_a_response_must_contain_what_attribution_needs() -> None:
     with pytest.raises(ValidationError, match="must carry decision, endpoint, timing, usage"):
         GenerationResponse(request_id="1", model="m", status="ok", text="hello", requested_at=NOON)
     with pytest.raises(ValidationError, match="must carry 'error'"):
         GenerationResponse(request_id="1", model="m", status="error", requested_at=NOON)
 
 
-def test_a_probability_outside_the_unit_interval_is_refused() -> None:
+def test_a_probability_outside_the_unit_interval_is_rejected() -> None:
     with pytest.raises(ValidationError, match="propensity"):
         Decision(source="policy", group="g", pool="p", level="L1", zone="Z", propensity=1.2)
 
@@ -99,17 +99,17 @@ def policy(**changes: object) -> Policy:
     return Policy.model_validate(fields | changes)
 
 
-def test_a_group_that_the_policy_does_not_name_gets_the_overall_row() -> None:
+def test_an_unknown_group_gets_the_overall_probabilities() -> None:
     assert policy().row("facts")["p/L1"] == 0.75
     assert policy().row("poems") == {"p/L0": 1.0}
 
 
-def test_a_row_that_is_no_distribution_is_refused_by_name() -> None:
+def test_probabilities_that_do_not_sum_to_one_are_rejected_by_name() -> None:
     with pytest.raises(ValidationError, match=r"probabilities of 'facts' must sum to 1, got 0\.9"):
         policy(groups={"facts": {"p/L0": 0.9}})
 
 
-def test_option_names_round_trip_even_where_pools_contain_slashes() -> None:
+def test_option_names_round_trip_even_with_slashes_in_the_pools_name() -> None:
     assert split_option(option_key("eu/nl-1", "L2")) == ("eu/nl-1", "L2")
     with pytest.raises(ValueError, match="<pool>/<level>"):
         split_option("L2")
@@ -121,4 +121,4 @@ def test_every_topic_has_a_described_message_and_a_bound_on_its_size() -> None:
         assert spec.message.__doc__
         assert spec.configuration()["cleanup.policy"] in {"delete", "compact", "compact,delete"}
         if "delete" in spec.cleanup.value:
-            assert spec.retention_ms is not None, f"{spec.name} would grow for ever"
+            assert spec.retention_ms is not None, f"{spec.name} would grow forever"

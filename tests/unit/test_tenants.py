@@ -1,4 +1,4 @@
-"""Defaults of a tenant's requests: applied where a request says nothing, and nowhere else."""
+"""Defaults of a tenant's requests: applied only where the request sets nothing."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def turns(made: GenerationRequest) -> list[tuple[str, str]]:
     return [(turn.role, turn.content) for turn in made.conversation()]
 
 
-def test_a_request_that_says_nothing_gets_all_defaults():
+def test_a_request_that_sets_nothing_gets_all_defaults():
     made = with_defaults(request(top_p=0.5), DESK)
     assert (made.model, made.directive) == ("small", "L1")
     assert turns(made) == [("system", "Be kind."), ("user", "Why?")]
@@ -33,7 +33,7 @@ def test_a_request_that_says_nothing_gets_all_defaults():
     assert GenerationRequest.model_validate_json(made.model_dump_json()) == made  # still a valid message
 
 
-def test_what_a_request_says_wins():
+def test_values_of_the_request_take_precedence():
     said = request(
         prompt=None,
         messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
@@ -44,13 +44,13 @@ def test_what_a_request_says_wins():
     assert with_defaults(said, DESK) == said
 
 
-def test_defaults_fill_what_is_left_open_one_by_one():
+def test_each_default_applies_on_its_own():
     made = with_defaults(request(sampling={"temperature": 1.0, "seed": 3}), DESK)
     assert (made.sampling.temperature, made.sampling.seed, made.sampling.max_tokens) == (1.0, 3, 64)
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": None}, {"stop": []}])
-def test_null_and_an_empty_stop_say_nothing(sampling):
+def test_null_and_an_empty_stop_count_as_not_set(sampling):
     made = with_defaults(request(model=None, directive=None, sampling=sampling), DESK)
     assert (made.model, made.sampling.temperature, made.sampling.stop) == ("small", 0.2, ("END",))
 

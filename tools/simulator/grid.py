@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from services.carbon_feed.trace import TIME, ZONE, Column, TraceError, load_trace
+from services.carbon_feed.providers.base import Scope
+from services.carbon_feed.providers.recorded import TIME, ZONE, TraceError, load_trace
 from tools.simulator.errors import SimulationInputError
 from tools.simulator.measured import Floats
 
@@ -76,7 +77,7 @@ class Window:
         return int(np.count_nonzero(np.isnan(self.past[max(0, len(self.past) - hours) :])))
 
 
-def read_grids(paths: Sequence[Path], *, column: Column, zones: Sequence[str] = ()) -> list[Grid]:
+def read_grids(paths: Sequence[Path], *, column: Scope, zones: Sequence[str] = ()) -> list[Grid]:
     """Read traces: files, or folders of them; a file may hold several zones.
 
     Args:
@@ -131,7 +132,7 @@ def _rows_by_zone(file: Path) -> dict[str, list[_Row]]:
     return rows
 
 
-def _grid(zone: str, file: Path, rows: Sequence[_Row], column: Column) -> Grid:
+def _grid(zone: str, file: Path, rows: Sequence[_Row], column: Scope) -> Grid:
     try:
         trace = load_trace(file, zone=zone, column=column)
     except TraceError as error:

@@ -1,43 +1,88 @@
-"""Electricity Maps, API v4: `carbon-intensity/latest`, `/history` and `/forecast`.
+"""The API of Electricity Maps, v4: `carbon-intensity/latest`, `/history` and `/forecast`.
 
 https://app.electricitymaps.com/developer-hub/api/reference
 """
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from http import HTTPStatus
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import httpx
 import stamina
-from pydantic import SecretStr, TypeAdapter, ValidationError
+from pydantic import SecretStr, TypeAdapter, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from services.carbon_feed.providers import (
+from services.carbon_feed.providers.base import (
+    ConfigurationError,
     NoDataError,
+    Provider,
     ProviderError,
     RateLimitedError,
+    Scope,
+    Source,
     UnauthorisedError,
     ZoneUnknownError,
 )
-from services.carbon_feed.trace import Column
-from shared.messages import IntensityPoint
-from shared.messages.base import UtcDatetime
+from shared.messages import IntensityPoint, UtcDatetime
+from shared.runtime.settings import read_secret
 
 BASE_URL = "https://api.electricitymaps.com/v4"
-FACTORS: dict[Column, str] = {"direct": "direct", "life-cycle": "lifecycle"}
+EMISSION_FACTORS: dict[Scope, str] = {"direct": "direct", "life-cycle": "lifecycle"}
 TIMEOUT_S = 10.0
 ATTEMPTS = 3
 _TIME: TypeAdapter[datetime] = TypeAdapter(UtcDatetime)
 
 
-class ElectricityMapsProvider:
-    """Asks the API for one zone."""
+class ElectricityMapsSettings(BaseSettings):
+    """Access to the API, from `SPROUT_CARBON_FEED_ELECTRICITY_MAPS_*`."""
+
+    model_config = SettingsConfigDict(env_prefix="SPROUT_CARBON_FEED_ELECTRICITY_MAPS_", extra="ignore")
+
+    token: SecretStr = SecretStr("")
+    token_file: Path | None = None
+    url: str = BASE_URL
+
+    @model_validator(mode="after")
+    def _read_token(self) -> Self:
+        if self.token_file is not None:
+            self.token = SecretStr(read_secret(self.token_file, "SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN_FILE"))
+        return self
+
+
+class ElectricityMapsSource(Source):
+    """The API of Electricity Maps."""
+
+    kind: Literal["electricity_maps"]
+    column: Scope = "direct"
+    forecast: bool = True
+
+    @property
+    def scope(self) -> Scope | None:
+        """As the column says."""
+        return self.column
+
+    def open(self, zone: str, *, window: timedelta) -> "ElectricityMapsProvider":  # noqa: ARG002
+        """Create the provider, with the token of the environment."""
+        settings = ElectricityMapsSettings()
+        if not settings.token.get_secret_value():
+            raise ConfigurationError(
+                f"zone {zone!r} uses Electricity Maps: set SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN"
+            )
+        return ElectricityMapsProvider(
+            zone, token=settings.token, column=self.column, with_forecast=self.forecast, url=settings.url
+        )
+
+
+class ElectricityMapsProvider(Provider):
+    """Queries the API for one zone."""
 
     def __init__(
-        self, zone: str, *, token: SecretStr, column: Column = "direct", with_forecast: bool = True, url: str = BASE_URL
+        self, zone: str, *, token: SecretStr, column: Scope = "direct", with_forecast: bool = True, url: str = BASE_URL
     ) -> None:
         self._zone = zone
-        self._factor = FACTORS[column]
+        self._factor = EMISSION_FACTORS[column]
         self._with_forecast = with_forecast
         self._client = httpx.AsyncClient(
             base_url=url, headers={"auth-token": token.get_secret_value()}, timeout=TIMEOUT_S
@@ -45,19 +90,19 @@ class ElectricityMapsProvider:
         self.source = "electricity_maps"
 
     async def latest(self, now: datetime) -> IntensityPoint:
-        """See `Provider`; a value from after `now` is no answer."""
+        """The API's latest value; one from after `now` is rejected."""
         point = point_of(await self._get("latest"))
         if point is None or point.at > now:
             raise NoDataError(f"electricity_maps has no value of zone {self._zone!r} for now (carbonIntensity is null)")
         return point
 
     async def history(self, since: datetime, until: datetime) -> tuple[IntensityPoint, ...]:
-        """See `Provider`; the API's history is the last 24 hours."""
+        """Values of the last 24 hours, which is all that the API has."""
         answer = await self._get("history")
         return tuple(point for point in points_of(answer, "history") if since <= point.at < until)
 
     async def forecast(self, now: datetime) -> tuple[IntensityPoint, ...]:
-        """See `Provider`; empty where the token's plan has no forecast."""
+        """The API's forecast; empty if the token's plan does not include it."""
         if not self._with_forecast:
             return ()
         try:
@@ -67,16 +112,12 @@ class ElectricityMapsProvider:
             return ()
         return tuple(point for point in points_of(answer, "forecast") if point.at > now)
 
-    def next_change(self, now: datetime) -> datetime | None:  # noqa: ARG002
-        """Not known: ask now and then."""
-        return None
-
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
 
     async def _get(self, what: str) -> Mapping[str, Any]:
-        """One answer of the API, for the zone that was asked for; a server's failure is tried again.
+        """Query the API; retries after a server error.
 
         Raises:
             ProviderError: see the subclasses.
@@ -91,29 +132,31 @@ class ElectricityMapsProvider:
                     if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
                         response.raise_for_status()
         except httpx.HTTPStatusError as error:
-            raise ProviderError(f"electricity_maps answered {error.response.status_code}; asked again later") from error
+            raise ProviderError(
+                f"electricity_maps answered {error.response.status_code}; will be asked again later"
+            ) from error
         except httpx.HTTPError as error:
             raise ProviderError(
-                f"electricity_maps cannot be reached ({type(error).__name__}); asked again later"
+                f"electricity_maps cannot be reached ({type(error).__name__}); will be asked again later"
             ) from error
-        _refuse(response, self._zone)
+        _check_status(response, self._zone)
         try:
             answer = response.json()
         except ValueError as error:
-            raise ProviderError("electricity_maps answered something that is not JSON") from error
+            raise ProviderError("electricity_maps answered with something that is not JSON") from error
         found = answer.get("zone") if isinstance(answer, dict) else None
         if found != self._zone:
             raise ProviderError(
-                f"electricity_maps was asked for zone {self._zone!r} and answered for {found!r}: not used"
+                f"electricity_maps was asked for zone {self._zone!r} but answered for {found!r}: ignored"
             )
         return dict(answer)
 
 
 def point_of(value: Mapping[str, Any]) -> IntensityPoint | None:
-    """One value of an answer; null where its intensity is null.
+    """Parse one value of an answer; `None` if its intensity is null.
 
     Raises:
-        ProviderError: it is not such a value.
+        ProviderError: the value is invalid.
     """
     intensity = value.get("carbonIntensity")
     if intensity is None:
@@ -126,14 +169,14 @@ def point_of(value: Mapping[str, Any]) -> IntensityPoint | None:
         )
     except ValidationError as error:
         fields = ", ".join(str(problem["loc"]) for problem in error.errors(include_input=False))
-        raise ProviderError(f"electricity_maps answered a value that cannot be read ({fields})") from error
+        raise ProviderError(f"electricity_maps answered with an invalid value ({fields})") from error
 
 
 def points_of(answer: Mapping[str, Any], name: str) -> list[IntensityPoint]:
-    """The values of a list in an answer, oldest first; a null is a gap.
+    """Parse a list of values in an answer, oldest first; values of null are left out.
 
     Raises:
-        ProviderError: there is no such list, or a value cannot be read.
+        ProviderError: there is no such list, or a value is invalid.
     """
     values = answer.get(name)
     if not isinstance(values, list):
@@ -146,13 +189,13 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, (httpx.TransportError, httpx.HTTPStatusError))
 
 
-def _refuse(response: httpx.Response, zone: str) -> None:
+def _check_status(response: httpx.Response, zone: str) -> None:
     match response.status_code:
         case HTTPStatus.OK:
             return
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
             raise UnauthorisedError(
-                f"electricity_maps refused the token for zone {zone!r} ({response.status_code}); check "
+                f"electricity_maps rejected the token for zone {zone!r} ({response.status_code}); check "
                 "SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN and the zones of its plan"
             )
         case HTTPStatus.NOT_FOUND:

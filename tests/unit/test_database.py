@@ -1,10 +1,13 @@
-"""Where the database's password may come from."""
+"""PostgreSQL: where the password comes from, and what happens while the server is unavailable."""
 
 from pathlib import Path
 
+import asyncpg
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from shared.kafka.dead_letters import RetryLaterError
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 from shared.runtime.settings import DatabaseSettings
 
 
@@ -35,7 +38,7 @@ def test_without_a_file_the_url_stays_as_it_is() -> None:
     assert _url(DatabaseSettings(url=SecretStr("postgresql://a:b@c/d"))) == "postgresql://a:b@c/d"
 
 
-def test_two_passwords_are_refused_without_telling_either(tmp_path: Path) -> None:
+def test_two_passwords_are_rejected_without_quoting_either(tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("hidden")
     with pytest.raises(ValidationError, match="with a user and without a password") as caught:
@@ -51,3 +54,39 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ValidationError, match=r"SPROUT_DATABASE_PASSWORD_FILE .*empty is empty"):
         DatabaseSettings(url=url, password_file=tmp_path / "empty")
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(), TimeoutError(), asyncpg.InterfaceError("closed")])
+def test_an_operation_that_does_not_reach_the_server_can_be_retried(error: Exception) -> None:
+    status = DatabaseStatus()
+    assert status.problem() == "PostgreSQL: not connected yet"
+    with status.watch():
+        pass
+    assert status.problem() is None
+    with pytest.raises(DatabaseUnavailableError) as caught, status.watch():
+        raise error
+    assert isinstance(caught.value, RetryLaterError)
+    assert status.problem() == f"PostgreSQL is unavailable ({type(error).__name__})"
+
+
+def test_an_error_in_a_statement_is_no_outage() -> None:
+    status = DatabaseStatus()
+    with status.watch():
+        pass
+    with pytest.raises(asyncpg.UniqueViolationError), status.watch():
+        raise asyncpg.UniqueViolationError("duplicate")
+    assert status.problem() is None
+
+
+async def test_an_operation_is_retried_until_the_server_answers() -> None:
+    status = DatabaseStatus()
+    errors: list[Exception] = [OSError(), OSError()]
+
+    async def operation() -> str:
+        with status.watch():
+            if errors:
+                raise errors.pop()
+        return "done"
+
+    assert await status.retry(operation, pause_s=0) == "done"
+    assert errors == []

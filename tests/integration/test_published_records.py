@@ -1,0 +1,114 @@
+"""What is on Kafka is what the AsyncAPI documents describe; and why the producer has to be replaced."""
+
+import jsonschema
+import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import MessageSizeTooLargeError, OutOfOrderSequenceNumber
+from prometheus_client import CollectorRegistry
+
+from shared.kafka.broker import build_broker
+from shared.kafka.publish import declare_publisher
+from shared.runtime.clock import Clock
+from shared.runtime.settings import KafkaSettings
+from shared.topics import (
+    DEAD_LETTERS,
+    FOOTPRINTS,
+    MEBIBYTE,
+    POLICIES,
+    QUALITY,
+    REQUESTS,
+    RESPONSE_CHUNKS,
+    RESPONSES,
+    SAMPLES,
+    TOPICS,
+    TopicSpec,
+)
+from tests.support.contract import EXAMPLES, check_record, documents
+from tests.support.router import reading, request
+
+pytestmark = pytest.mark.integration
+
+TOO_LARGE = b"x" * 2 * MEBIBYTE
+"""More than the topics below accept."""
+
+
+def check(described, spec: TopicSpec, record) -> None:
+    """Check a record against every document that has its topic."""
+    for document in described.values():
+        if spec.name in document["channels"]:
+            check_record(document, spec, key=record.key, value=record.value, headers=record.headers)
+
+
+async def test_the_records_of_every_service_are_as_described(kafka):
+    described = documents()
+    broker, _ = build_broker(kafka, service="test", clock=Clock(), registry=CollectorRegistry())
+    publishers = {spec.name: declare_publisher(broker, kafka, spec) for spec in TOPICS if spec is not REQUESTS}
+    await broker.start()
+    try:
+        for name, publisher in publishers.items():
+            await publisher.publish(EXAMPLES[name], key=b"k")
+    finally:
+        await broker.stop()
+    for spec in TOPICS:
+        if spec is not REQUESTS:
+            async with reading(kafka, spec) as found:
+                (record,) = await found.read(until=1)
+                check(described, spec, record)
+                assert spec.message.model_validate_json(record.value) == EXAMPLES[spec.name]
+
+
+async def test_the_records_of_a_router_are_as_described(kafka, routers, producer):
+    described = documents()
+    await producer.prepare({"L1": 1.0})
+    routers.start(SPROUT_ROUTER_SAMPLE_SHARE="1")
+    await producer.ask(request(1, stream=True))
+    raw = AIOKafkaProducer(**kafka.client_options())
+    await raw.start()
+    try:
+        await raw.send_and_wait(kafka.topic(REQUESTS), b"{broken", key=b"k")
+    finally:
+        await raw.stop()
+    for spec in (RESPONSES, RESPONSE_CHUNKS, SAMPLES, DEAD_LETTERS):
+        async with reading(kafka, spec) as found:
+            for record in await found.read(until=1, settle_s=0.5):
+                check(described, spec, record)
+                names = {name for name, _ in record.headers}
+                assert ("sprout-request" in names) == (spec in (RESPONSES, DEAD_LETTERS))
+                with pytest.raises(jsonschema.ValidationError):
+                    check(described, spec, type("Keyless", (), {**vars_of(record), "key": None}))
+
+
+def vars_of(record) -> dict[str, object]:
+    return {name: getattr(record, name) for name in ("key", "value", "headers")}
+
+
+async def test_aiokafka_does_not_recover_from_a_rejected_batch_itself(kafka: KafkaSettings):
+    """When this fails, aiokafka has learned KIP-360, and `RecoveringProducer` need not replace producers any more."""
+    producer = AIOKafkaProducer(
+        **kafka.client_options(), acks="all", enable_idempotence=True, max_request_size=8 * MEBIBYTE
+    )
+    await producer.start()
+    try:
+        await producer.send_and_wait(kafka.topic(QUALITY), b"small", key=b"k")
+        with pytest.raises(MessageSizeTooLargeError):
+            await producer.send_and_wait(kafka.topic(QUALITY), TOO_LARGE, key=b"k")
+        with pytest.raises(OutOfOrderSequenceNumber):
+            await producer.send_and_wait(kafka.topic(QUALITY), b"small", key=b"k")
+    finally:
+        await producer.stop()
+
+
+async def test_a_publisher_goes_on_after_a_message_that_kafka_rejects(kafka: KafkaSettings):
+    broker, _ = build_broker(kafka, service="test", clock=Clock(), registry=CollectorRegistry())
+    policies, footprints = (declare_publisher(broker, kafka, spec) for spec in (POLICIES, FOOTPRINTS))
+    await broker.start()
+    try:
+        await policies.publish(b"small", key=b"k")
+        with pytest.raises(MessageSizeTooLargeError):
+            await policies.publish(TOO_LARGE, key=b"k")
+        await policies.publish(b"small", key=b"k")
+        await footprints.publish(b"small", key=b"k")
+    finally:
+        await broker.stop()
+    async with reading(kafka, POLICIES) as found:
+        assert [record.value for record in await found.read(until=2, settle_s=0.3)] == [b"small", b"small"]
