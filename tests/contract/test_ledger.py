@@ -1,4 +1,4 @@
-"""What the ledger makes of the messages of other services; its database is stood in for."""
+"""How the ledger stores the messages of other services; a fake takes the place of its database."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,6 +14,7 @@ from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import DeadLetter, UsageRecord
 from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseUnavailableError
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, POLICIES, USAGE
 from tests.support.contract import Medium
 from tests.support.router import ZONE, intensity, policy
@@ -26,39 +27,37 @@ FLEET = Fleet(
 )
 
 
-class Memory:
-    """Stands for PostgreSQL."""
+class MemoryStorage:
+    """The tables in memory; can be made unavailable."""
 
     def __init__(self) -> None:
         self.tables: dict[str, list[dict[str, Any]]] = {}
-        self.away = False
-        self.refused = 0
+        self.available = True
+        self.failed_writes = 0
 
     async def add(self, table: str, rows: list[dict[str, Any]]) -> None:
-        if self.away:
-            self.refused += 1
-            raise ConnectionRefusedError
+        if not self.available:
+            self.failed_writes += 1
+            raise DatabaseUnavailableError
         self.tables.setdefault(table, []).extend(rows)
 
     put = add
 
-    def note(self, error: BaseException | None) -> None:
-        pass
+
+@pytest.fixture
+def memory() -> MemoryStorage:
+    return MemoryStorage()
 
 
 @pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
-    made = Memory()
-    monkeypatch.setattr("services.ledger.app.Storage", lambda: made)
-    return made
-
-
-@pytest.fixture
-def broker(memory: Memory, medium: Medium) -> KafkaBroker:
+def broker(memory: MemoryStorage, medium: Medium) -> KafkaBroker:
     registry = CollectorRegistry()
     broker, dead_letters = build_broker(medium.kafka, service="ledger", clock=Clock(), registry=registry)
     settings = LedgerSettings(retry_s=0.01, poll_ms=20)
-    Ledger(broker, dead_letters, kafka=medium.kafka, settings=settings, fleet=FLEET, clock=Clock(), registry=registry)
+    Ledger(
+        broker, dead_letters, kafka=medium.kafka, settings=settings, fleet=FLEET, clock=Clock(), registry=registry,
+        storage=memory,
+    )  # fmt: skip
     return broker
 
 
@@ -70,7 +69,7 @@ def usage(name: str) -> UsageRecord:
     )  # fmt: skip
 
 
-async def test_a_broken_record_becomes_a_dead_letter_and_the_others_are_kept(broker, memory, medium):
+async def test_an_invalid_record_becomes_a_dead_letter_and_the_others_are_stored(broker, memory, medium):
     letters: list[DeadLetter] = []
 
     @broker.subscriber(medium.kafka.topic(DEAD_LETTERS), auto_offset_reset="earliest")
@@ -84,7 +83,7 @@ async def test_a_broken_record_becomes_a_dead_letter_and_the_others_are_kept(bro
     assert [letter.reason for letter in letters] == ["invalid_json"]
 
 
-async def test_what_postgresql_cannot_store_is_kept_in_the_nearest_form(broker, memory, medium):
+async def test_values_that_postgresql_cannot_store_are_replaced_by_the_nearest(broker, memory, medium):
     async with medium.running(broker):
         await broker.publish_batch(usage("a"), topic=medium.kafka.topic(USAGE))
         await medium.until(lambda: "calls" in memory.tables)
@@ -93,8 +92,8 @@ async def test_what_postgresql_cannot_store_is_kept_in_the_nearest_form(broker, 
 
 
 @pytest.mark.parametrize("medium", ["memory"], indirect=True)
-async def test_while_postgresql_is_away_the_batch_is_refused(broker, memory, medium):
-    memory.away = True
+async def test_while_postgresql_is_unavailable_the_batch_is_not_acknowledged(broker, memory, medium):
+    memory.available = False
     async with medium.running(broker):
         with pytest.raises(RetryLaterError):
             await broker.publish_batch(usage("a"), topic=medium.kafka.topic(USAGE))
@@ -103,17 +102,17 @@ async def test_while_postgresql_is_away_the_batch_is_refused(broker, memory, med
 
 @pytest.mark.parametrize("medium", ["kafka"], indirect=True)
 @pytest.mark.integration
-async def test_a_batch_that_came_while_postgresql_was_away_is_read_again(broker, memory, medium):
-    memory.away = True
+async def test_a_batch_that_arrived_while_postgresql_was_unavailable_is_redelivered(broker, memory, medium):
+    memory.available = False
     async with medium.running(broker):
         await broker.publish_batch(usage("a"), usage("b"), topic=medium.kafka.topic(USAGE))
-        await medium.until(lambda: memory.refused >= 2)
-        memory.away = False
+        await medium.until(lambda: memory.failed_writes >= 2)
+        memory.available = True
         await medium.until(lambda: "calls" in memory.tables)
     assert {row["id"] for row in memory.tables["calls"]} == {"a", "b"}
 
 
-async def test_policies_and_intensities_are_kept_whole(broker, memory, medium):
+async def test_policies_and_intensities_are_stored_completely(broker, memory, medium):
     made, value = policy({"L0": 1.0}), intensity(START)
     async with medium.running(broker):
         await broker.publish(made, topic=medium.kafka.topic(POLICIES), key=b"m")

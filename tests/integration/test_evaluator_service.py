@@ -34,6 +34,8 @@ pytestmark = pytest.mark.integration
 BIAS = 0.5
 PROMPTS = 240
 RATE = 60.0
+DEADLINE_S = 120.0
+"""Bounds the waits of the test that stops PostgreSQL; it passes as soon as the event occurs."""
 CLOCK = Clock.starting(datetime(2023, 2, 10, 12, tzinfo=UTC), rate=RATE)
 
 
@@ -242,19 +244,20 @@ async def test_an_evaluation_that_a_kill_interrupts_begins_again(kafka, database
 async def test_without_postgresql_it_waits_and_then_goes_on_where_it_was(
     kafka, database, evaluators, producer, supervisor
 ):
-    name = evaluators.start()
+    # The evaluation is due once all samples are stored, in however many batches they arrive.
+    name = evaluators.start(SPROUT_EVALUATOR_MIN_SAMPLES="40")
     spec = supervisor.process("postgres").spec
     supervisor.stop("postgres")
     try:
         await send_samples(producer, range(40))
         url = f"{evaluators.url(name)}/ready"
-        assert "PostgreSQL is away" in await until_status(url, 503)
+        await wait_until_ready_is(url, 503, mentions="PostgreSQL")
     finally:
         # Spawned here: a process dies with the thread that started it.
         await asyncio.to_thread(supervisor.spawn(spec).wait_ready)
-    await until_status(url, 200)
+    await wait_until_ready_is(url, 200)
     async with reading(kafka, QUALITY) as found:
-        await found.read(until=1)
+        await found.read(until=1, timeout_s=DEADLINE_S)
         assert qualities(found)[0].prompts == 40
     assert supervisor.process(name).alive
 
@@ -264,14 +267,16 @@ async def ask_for_evaluation(url: str) -> None:
     assert (await asyncio.to_thread(urllib.request.urlopen, request)).status == 202
 
 
-async def until_status(url: str, wanted: int) -> str:
-    """Ask until the answer has this status; what it says."""
-    for _ in range(200):
-        status, text = await asyncio.to_thread(answer, url)
-        if status == wanted:
-            return text
-        await asyncio.sleep(0.1)
-    raise AssertionError(f"{url} says {status} {text}, not {wanted}")
+async def wait_until_ready_is(url: str, status: int, *, mentions: str = "") -> None:
+    """Poll `/ready` until it has this status and mentions a text, for example the name of a failing dependency."""
+    found: tuple[int, str] = 0, ""
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while not (found[0] == status and mentions in found[1]):
+                await asyncio.sleep(0.1)
+                found = await asyncio.to_thread(answer, url)
+    except TimeoutError:
+        raise AssertionError(f"{url} responds {found}, not {status} with {mentions!r}, after {DEADLINE_S} s") from None
 
 
 def answer(url: str) -> tuple[int, str]:
@@ -280,6 +285,8 @@ def answer(url: str) -> tuple[int, str]:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+    except OSError as error:  # busy machine: no response in time
+        return 0, str(error)
 
 
 def page(url: str) -> str:

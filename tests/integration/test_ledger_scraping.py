@@ -10,9 +10,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 from pydantic import HttpUrl
 
+from services.ledger.meters import Scraper, scrapers_of
 from services.ledger.metrics import LedgerMetrics
-from services.ledger.scraping import Scraper, scrapers_of
-from services.ledger.storage import Storage
+from services.ledger.settings import LedgerSettings
+from services.ledger.sql import Storage
 from shared.fleet import Directive, Endpoint, Fleet, FleetError, Model, Pool
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
@@ -47,7 +48,7 @@ def ours(authority: Authority) -> Certificate:
 
 @pytest.fixture
 async def port(authority: Authority) -> AsyncIterator[int]:
-    """Of a server whose certificate has another name than its host, and that asks for ours."""
+    """The port of a server whose certificate names another host, and that requires a client certificate."""
     theirs = authority.issue("meters", alternative=f"DNS:{NAME}")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=authority.certificate)
     context.load_cert_chain(theirs.certificate, theirs.key)
@@ -72,19 +73,20 @@ def scraper(storage: Storage, port: int, **security: Any) -> Scraper:
         models=(Model(name="m", chat_template="llama-2"),),
         pools=(Pool(name="p", model="m", zone="GB", endpoints=(endpoint,), **security),),
     )
+    settings = LedgerSettings(scrape_interval_s=1.0, scrape_timeout_s=5.0)
     (one,) = scrapers_of(
-        fleet, storage=storage, clock=Clock(), metrics=LedgerMetrics(CollectorRegistry()), interval_s=1.0, timeout_s=5.0
+        fleet, settings=settings, storage=storage, clock=Clock(), metrics=LedgerMetrics(CollectorRegistry())
     )
     return one
 
 
 async def read_once(one: Scraper) -> str | None:
     async with one.client() as client:
-        await one.turn(client)
+        await one.run_once(client)
     return one.problem()
 
 
-async def test_meters_are_read_over_tls_with_a_certificate_of_our_own(storage, port, authority, ours):
+async def test_meters_are_read_over_mutual_tls(storage, port, authority, ours):
     one = scraper(
         storage, port, tls_ca_file=authority.certificate, tls_cert_file=ours.certificate, tls_key_file=ours.key,
         tls_server_name=NAME,
@@ -93,7 +95,7 @@ async def test_meters_are_read_over_tls_with_a_certificate_of_our_own(storage, p
     assert await storage.pool.fetchval("SELECT energy_j FROM readings WHERE endpoint = 'gpu-0'") == 42.5
 
 
-async def test_a_server_that_is_not_trusted_is_not_read(storage, port, authority, ours):
+async def test_an_untrusted_server_is_not_read(storage, port, authority, ours):
     certificate = {"tls_cert_file": ours.certificate, "tls_key_file": ours.key}
     for security in ({"tls_server_name": NAME}, {"tls_ca_file": authority.certificate}):
         problem = await read_once(scraper(storage, port, **certificate, **security))
@@ -103,6 +105,6 @@ async def test_a_server_that_is_not_trusted_is_not_read(storage, port, authority
     assert await storage.pool.fetchval("SELECT count(*) FROM readings") == 0
 
 
-def test_a_file_that_cannot_be_used_is_named(tmp_path):
+def test_an_unusable_file_is_named(tmp_path):
     with pytest.raises(FleetError, match=r"endpoint 'gpu-0': tls_ca_file .*nowhere\.pem cannot be used"):
         scraper(Storage(), 1, tls_ca_file=tmp_path / "nowhere.pem")

@@ -1,4 +1,4 @@
-"""The report on real books: rows in PostgreSQL, under the ledger's migrations; and the command that prints it."""
+"""The report on real tables of the ledger in PostgreSQL; and the command that prints it."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ from tests.support.report import (
     record_of,
 )
 from tools.cli.main import app
-from tools.reporting import NoBooksError, collect_report
+from tools.reporting import NoLedgerError, collect_report
 
 pytestmark = pytest.mark.integration
 
@@ -32,7 +32,7 @@ COLUMNS = list(record_of("any"))
 
 
 @pytest.fixture
-async def books(database):
+async def ledger(database):
     """An empty ledger."""
     pool = await open_pool(database, schema="ledger")
     await migrate(pool, schema="ledger", package="services.ledger.migrations")
@@ -45,7 +45,7 @@ def url_of(database):
 
 
 async def write_calls(pool, records, *, unsettled=()):
-    """Calls, and a footprint of each that is settled."""
+    """Write calls, and the footprints of the settled ones."""
     only_footprints = {"request_id", "processing_s", "energy_j", "intensity_g_per_kwh", "operational_g", "embodied_g"}
     call_columns = [name for name in COLUMNS if name not in only_footprints | {"total_g"}]
     plain = [{**record, "propensities": json.dumps(record["propensities"])} for record in records]
@@ -65,7 +65,7 @@ async def write_calls(pool, records, *, unsettled=()):
 
 
 async def write_day(pool, *, zones=None):
-    """A day of requests, two evaluations, hourly policies and intensities, meters that agree with the calls."""
+    """Write a day of requests, two evaluations, hourly policies and intensities, and meters that match the calls."""
     day = made_day(requests=500, seed=3, zones=zones)
     evaluation = [
         record_of(
@@ -123,7 +123,7 @@ async def write_day(pool, *, zones=None):
 
 
 async def write_meter(pool, endpoint, pool_name, zone, attributed_j):
-    """An endpoint's day: two GPUs, one of which restarts its counter at noon; 24 intervals."""
+    """Write an endpoint's day: two GPUs, one with a counter reset at noon; 24 intervals."""
     hourly_j = (attributed_j + IDLE_J + UNATTRIBUTED_J) / 24
     await pool.executemany(
         "INSERT INTO ledger.intervals (endpoint, started_at, finished_at, zone, pool, metered_j, attributed_j, idle_j, "
@@ -144,7 +144,7 @@ async def write_meter(pool, endpoint, pool_name, zone, attributed_j):
         ],
     )
     readings = []
-    for hour in range(-2, 27):  # beyond the settled span as well: that must not count
+    for hour in range(-2, 27):  # readings outside the settled time must not count
         steady = 5_000.0 + hourly_j * 0.6 * hour
         restarted = 9_000.0 + hourly_j * 0.4 * hour if hour < 12 else hourly_j * 0.4 * (hour - 11)
         readings += [
@@ -154,9 +154,9 @@ async def write_meter(pool, endpoint, pool_name, zone, attributed_j):
     await pool.executemany("INSERT INTO ledger.readings VALUES ($1, $2, $3, $4)", readings)
 
 
-async def test_a_day_is_reported_from_the_tables(books):
-    day = await write_day(books)
-    report = await collect_report(books)
+async def test_a_day_is_reported_from_the_tables(ledger):
+    day = await write_day(ledger)
+    report = await collect_report(ledger)
     assert report.requests.answered == report.requests.settled == report.requests.compared == 500
     assert report.requests.refused_by_code == {"deadline_exceeded": 1}
     assert report.references == (REFERENCE,)
@@ -175,24 +175,24 @@ async def test_a_day_is_reported_from_the_tables(books):
     assert 80 < report.quality.preference_pct < 100
 
 
-async def test_two_zones_are_told_apart_and_one_can_be_asked_for(books):
-    day = await write_day(books, zones={"NORTH": 0.5})
-    whole = await collect_report(books)
-    north = await collect_report(books, zone="NORTH")
+async def test_two_zones_are_reported_separately_and_one_can_be_selected(ledger):
+    day = await write_day(ledger, zones={"NORTH": 0.5})
+    everything = await collect_report(ledger)
+    north = await collect_report(ledger, zone="NORTH")
     served = [record for record in day.records if record["zone"] == "NORTH"]
-    assert [row.zone for row in whole.zones] == ["NORTH", ZONE]
-    assert sum(row.requests for row in whole.zones) == 500
+    assert [row.zone for row in everything.zones] == ["NORTH", ZONE]
+    assert sum(row.requests for row in everything.zones) == 500
     assert north.requests.settled == len(served)
     assert north.saving.emitted_g == pytest.approx(sum(float(record["total_g"]) for record in served))
-    assert north.saving.reference_g == pytest.approx(whole.zones[0].saving.reference_g)
+    assert north.saving.reference_g == pytest.approx(everything.zones[0].saving.reference_g)
     assert north.energy.difference_pct == pytest.approx(0.0, abs=1e-6)
     assert sum(hour.reference_g for hour in north.hours) == pytest.approx(north.saving.reference_g)
 
 
-async def test_a_period_narrows_every_figure(books):
-    day = await write_day(books)
+async def test_a_period_limits_every_figure(ledger):
+    day = await write_day(ledger)
     noon = DAY + timedelta(hours=12)
-    report = await collect_report(books, since=DAY + timedelta(hours=6), until=noon)
+    report = await collect_report(ledger, since=DAY + timedelta(hours=6), until=noon)
     chosen = [record for record in day.records if DAY + timedelta(hours=6) <= record["started_at"] < noon]
     assert report.requests.answered == len(chosen)
     assert [hour.start.hour for hour in report.hours] == [6, 7, 8, 9, 10, 11]
@@ -201,35 +201,35 @@ async def test_a_period_narrows_every_figure(books):
     assert not report.evaluations
 
 
-async def test_calls_that_wait_for_their_energy_are_counted_as_such(books):
+async def test_unsettled_calls_are_counted_separately(ledger):
     records = [record_of(f"r{number}") for number in range(4)]
-    await write_calls(books, records, unsettled={"r3"})
-    report = await collect_report(books)
+    await write_calls(ledger, records, unsettled={"r3"})
+    report = await collect_report(ledger)
     assert (report.requests.answered, report.requests.settled, report.requests.unsettled) == (4, 3, 1)
 
 
-async def test_another_model_has_no_requests_here(books):
-    await write_day(books)
-    report = await collect_report(books, model="other")
+async def test_another_model_has_no_requests(ledger):
+    await write_day(ledger)
+    report = await collect_report(ledger, model="other")
     assert report.requests.answered == 0
     assert report.saving.saving_pct is None
     assert report.energy.metered_j > 0
 
 
-async def test_without_the_ledgers_tables_it_says_so(database):
-    with pytest.raises(NoBooksError, match="ledger"):
+async def test_a_database_without_the_ledgers_tables_is_reported(database):
+    with pytest.raises(NoLedgerError, match="ledger"):
         await collect_report(url_of(database))
 
 
-async def test_empty_books_make_an_empty_report(books):
-    report = await collect_report(books)
+async def test_empty_tables_make_an_empty_report(ledger):
+    report = await collect_report(ledger)
     assert report.empty
     assert report.saving.saving_pct is None
     assert report.energy.difference_pct is None
 
 
 async def sprout_report(database, *arguments):
-    """The command, on a thread of its own as it runs an event loop itself."""
+    """Run the command, in a separate thread because it runs an event loop."""
 
     def invoke():
         return CliRunner().invoke(app, ["report", "--database", url_of(database), *arguments], env={"COLUMNS": "160"})
@@ -237,12 +237,21 @@ async def sprout_report(database, *arguments):
     return await asyncio.to_thread(invoke)
 
 
-async def test_the_command_prints_tables_and_writes_files(books, database, tmp_path):
-    await write_day(books)
+async def test_the_command_prints_tables_and_writes_files(ledger, database, tmp_path):
+    await write_day(ledger)
     page, figures = tmp_path / "out" / "report.html", tmp_path / "report.json"
     result = await sprout_report(database, "--html", str(page), "--json", str(figures))
     assert result.exit_code == 0, result.output
-    for words in ("carbon saved", "95 % interval", "Zones", "Hours (UTC)", "Prompt groups", "Evaluations", "gsm8k"):
+    for words in (
+        "carbon saved",
+        "95 % interval",
+        "answer quality",
+        "Zones",
+        "Hours (UTC)",
+        "Prompt groups",
+        "Evaluations",
+        "gsm8k",
+    ):
         assert words in result.output
     written = json.loads(figures.read_text())
     assert written["energy_attributed_j"] == pytest.approx(written["energy_metered_j"])
@@ -254,33 +263,36 @@ async def test_the_command_prints_tables_and_writes_files(books, database, tmp_p
     assert 'src="http' not in text
 
 
-async def test_the_command_says_when_there_is_nothing_yet(books, database):
+async def test_the_command_reports_that_there_is_nothing_yet(ledger, database):
     result = await sprout_report(database, "--since", "2024-02-08")
     assert result.exit_code == 3
     assert "nothing to report yet" in result.output
     assert "--since 2024-02-08" in result.output
 
 
-async def test_the_command_says_when_there_is_no_ledger(database):
+async def test_the_command_reports_that_there_is_no_ledger(database):
     result = await sprout_report(database)
     assert result.exit_code == 3
     assert "start the ledger" in result.output
 
 
-async def test_the_command_refuses_what_is_no_time_and_a_database_that_is_not_there(database):
-    assert "--since must be a time" in (await sprout_report(database, "--since", "yesterday")).output
-    outcome = await sprout_report(database, "--since", "2024-02-09", "--until", "2024-02-08")
-    assert "--since must lie before" in outcome.output
-    nowhere = CliRunner()
+async def test_the_command_rejects_an_invalid_time_and_an_unreachable_database(database):
+    wrong_time = await sprout_report(database, "--since", "yesterday")
+    assert wrong_time.exit_code == 2
+    assert "--since" in wrong_time.output
+    assert "must be a time" in wrong_time.output
+    wrong_order = await sprout_report(database, "--since", "2024-02-09", "--until", "2024-02-08")
+    assert wrong_order.exit_code == 2
+    assert "--since must be before" in wrong_order.output
     result = await asyncio.to_thread(
-        nowhere.invoke, app, ["report", "--database", "postgresql://nobody@127.0.0.1:9/none"]
+        CliRunner().invoke, app, ["report", "--database", "postgresql://nobody@127.0.0.1:9/none"]
     )
     assert result.exit_code == 3
-    assert "no answer from the database" in result.output
+    assert "cannot read from the database" in result.output
 
 
-async def test_a_pool_of_any_schema_will_do(books, database):
-    await write_calls(books, [record_of("r1", option=f"{POOL}/L1", row={REFERENCE: 0.5, f"{POOL}/L1": 0.5})])
+async def test_a_pool_with_any_search_path_works(ledger, database):
+    await write_calls(ledger, [record_of("r1", option=f"{POOL}/L1", row={REFERENCE: 0.5, f"{POOL}/L1": 0.5})])
     pool = await asyncpg.create_pool(url_of(database), min_size=1, max_size=1)
     try:
         report = await collect_report(pool, model=MODEL)
@@ -289,10 +301,10 @@ async def test_a_pool_of_any_schema_will_do(books, database):
     assert report.requests.settled == 1
 
 
-async def test_readings_that_were_cleared_away_leave_the_intervals_note_of_the_meter(books):
-    await write_day(books)
-    await books.execute("DELETE FROM ledger.readings WHERE at < $1", DAY + timedelta(hours=6))
-    await books.execute("DELETE FROM ledger.calls WHERE settled AND started_at < $1", DAY + timedelta(hours=6))
-    report = await collect_report(books)
+async def test_intervals_replace_readings_beyond_their_retention(ledger):
+    await write_day(ledger)
+    await ledger.execute("DELETE FROM ledger.readings WHERE at < $1", DAY + timedelta(hours=6))
+    await ledger.execute("DELETE FROM ledger.calls WHERE settled AND started_at < $1", DAY + timedelta(hours=6))
+    report = await collect_report(ledger)
     assert report.energy.difference_pct == pytest.approx(0.0, abs=1e-6)
     assert report.requests.answered == 500

@@ -1,6 +1,7 @@
-"""A made-up day of books for the report's tests: calls whose energy, grams and counterfactual are known."""
+"""A synthetic day for the report's tests: calls whose energy, grams and counterfactual are known."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -8,8 +9,9 @@ import numpy as np
 
 from shared.messages import OptionEstimate, Policy, PolicyInputs, Quality, QualityCount
 from shared.messages.evaluation import EvaluationCost
-from tools.reporting.calls import Calls
-from tools.reporting.columns import CallColumns, Rows
+from tools.reporting.frame import Calls, CallsBuilder, Distributions, IntensitySeries
+from tools.reporting.quality import PolicyHistory
+from tools.reporting.query import CallSums, EvaluationSums, IntervalSums, LearnedGroups, Selection, Snapshot
 
 DAY = datetime(2024, 2, 8, tzinfo=UTC)
 MODEL = "llama-2-13b-chat"
@@ -20,21 +22,21 @@ REFERENCE = OPTIONS[0]
 PUE = 1.2
 EMBODIED_G_PER_S = 1.6715e-4
 GROUPS = {"alpaca": 1400.0, "gsm8k": 900.0, "triviaqa": 350.0}
-"""Mean joules at the reference."""
+"""Mean energy at the reference by group, J."""
 FACTORS = {"L0": 1.0, "L1": 0.55, "L2": 0.4}
 WATTS = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class MadeDay:
-    """Records of `ledger.footprints`, and what nobody sees: each request's grams had the reference served it."""
+    """Records of `ledger.footprints`, and the true counterfactual: each request's grams at the reference."""
 
     records: list[dict[str, object]]
     reference_g: np.ndarray
 
     @property
     def emitted_g(self) -> float:
-        """Grams that the producers' requests emitted."""
+        """Grams emitted by the requests."""
         return sum(float(record["total_g"]) for record in self.records if record["purpose"] == "request")
 
 
@@ -44,7 +46,7 @@ def intensity_at(hour: float) -> float:
 
 
 def row_of(options: tuple[str, ...] = OPTIONS, hour: float = 0.0, holdout: float = 0.1) -> dict[str, float]:
-    """Probabilities of a policy at an hour: more of the brief levels where the grid is dirty."""
+    """Probabilities of a policy at an hour: more of the brief levels at high carbon intensity."""
     dirty = (intensity_at(hour) - 130.0) / 200.0
     brief = (1.0 - holdout) * min(1.0, max(0.05, dirty))
     shares = [1.0 - brief, *([brief / (len(options) - 1)] * (len(options) - 1))]
@@ -59,10 +61,10 @@ def made_day(
     zones: Mapping[str, float] | None = None,
     scatter: float = 0.6,
 ) -> MadeDay:
-    """A day of requests, drawn from hourly policies.
+    """A day of requests, whose options are drawn from hourly policies.
 
     Args:
-        zones: by further zone, its intensity relative to the reference's; each has a pool of its own.
+        zones: further zones with their intensity relative to the reference's; each has its own pool.
         scatter: of a request's energy around its group's mean.
     """
     random = np.random.default_rng(seed)
@@ -149,16 +151,68 @@ def record_of(
 
 
 def calls_of(records: list[dict[str, object]]) -> tuple[Calls, list[Mapping[str, float]]]:
-    """The records in columns, and the rows of probabilities that they point at."""
-    import json  # noqa: PLC0415
-
-    rows = Rows()
-    columns = CallColumns(rows)
+    """The records as columns, and their distributions of options."""
+    distributions = Distributions()
+    builder = CallsBuilder(distributions)
     for record in records:
         started = record["started_at"]
         assert isinstance(started, datetime)
-        columns.add({**record, "started_s": started.timestamp(), "propensities": json.dumps(record["propensities"])})
-    return columns.calls(), rows.rows
+        builder.add({**record, "started_s": started.timestamp(), "propensities": json.dumps(record["propensities"])})
+    return builder.build(), distributions.all
+
+
+CONSTANT_DAY = IntensitySeries(
+    at_s=DAY.timestamp() + np.arange(24.0) * 3600, g_per_kwh=np.full(24, 100.0), estimated=np.zeros(24, dtype=bool)
+)
+"""100 gCO2eq/kWh in every hour of the day."""
+PURPOSES = {
+    "request": CallSums(500.0, 5.0, 0.5, 0.0),
+    "evaluation": CallSums(80.0, 0.4, 0.1, 0.0),
+    "judge": CallSums(20.0, 0.1, 0.0, 5.0),
+}
+"""600 J by purpose; with `interval_sums()`, 1000 J are metered."""
+
+
+def interval_sums(zone: str = ZONE) -> IntervalSums:
+    """An hour of a pool's intervals: 600 J attributed, 300 J idle, 100 J unattributed."""
+    return IntervalSums(zone, POOL, DAY.timestamp() + 3.5 * 3600, 600.0, 300.0, 100.0)
+
+
+def snapshot_of(
+    records: Iterable[dict[str, object]] = (),
+    *,
+    evaluations: Iterable[dict[str, object]] = (),
+    metered_j: float = 0.0,
+    purposes: Mapping[str, CallSums] | None = None,
+    intervals: Iterable[IntervalSums] = (),
+    grid: Mapping[str, IntensitySeries] | None = None,
+    policies: Iterable[Policy] = (),
+    qualities: Iterable[Quality] = (),
+    groupings: Iterable[LearnedGroups] = (),
+    unsettled: int = 0,
+    selection: Selection | None = None,
+) -> Snapshot:
+    """A snapshot of the ledger's tables, from records of `ledger.footprints`."""
+    requests = list(records)
+    calls, distributions = calls_of([*requests, *evaluations])
+    is_request = np.arange(len(calls)) < len(requests)
+    return Snapshot(
+        selection=selection or Selection(),
+        requests=calls.select(is_request),
+        evaluations=calls.select(~is_request),
+        distributions=distributions,
+        unsettled=unsettled,
+        unsettled_calls=unsettled,
+        rejections={},
+        metered_j=metered_j,
+        purposes=purposes or {},
+        intervals=list(intervals),
+        grid=grid or {},
+        policies=PolicyHistory.of(policies),
+        qualities=list(qualities),
+        groupings=list(groupings),
+        evaluation_costs={"evaluation-12": EvaluationSums(3, 60.0, 0.5)},
+    )
 
 
 def policy_at(
@@ -208,7 +262,7 @@ def policy_at(
 def quality_at(
     hour: float, *, options: tuple[str, ...] = OPTIONS, shares: Mapping[str, float] | None = None
 ) -> Quality:
-    """An evaluation at an hour: 30 verdicts per group."""
+    """An evaluation at an hour: 30 verdicts per group and option."""
     preferred = shares or {"L0": 0.36, "L1": 0.34, "L2": 0.30}
     return Quality(
         evaluation_id=f"evaluation-{hour:g}",

@@ -4,25 +4,33 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from test_ledger_report_accounts import CLEAN_DAY, PURPOSES, books_of, interval
 
 from deploy.demo.observer import Tally
 from deploy.demo.outcome import LARGEST_DISAGREEMENT_POINTS, outcome_of
-from tests.support.report import ZONE, made_day, policy_at, quality_at
-from tools.reporting.assemble import assemble
+from tests.support.report import (
+    CONSTANT_DAY,
+    PURPOSES,
+    ZONE,
+    interval_sums,
+    made_day,
+    policy_at,
+    quality_at,
+    snapshot_of,
+)
+from tools.reporting.collect import compute_report
 
 SENT = 200
 
 
 @pytest.fixture(scope="module")
 def report():
-    found = assemble(
-        books_of(
+    found = compute_report(
+        snapshot_of(
             made_day(requests=SENT).records,
             metered_j=1000.0,
             purposes=PURPOSES,
-            intervals=[interval()],
-            grid={ZONE: CLEAN_DAY},
+            intervals=[interval_sums()],
+            grid={ZONE: CONSTANT_DAY},
             policies=[policy_at(hour) for hour in range(24)],
             qualities=[quality_at(1)],
             groupings=[],

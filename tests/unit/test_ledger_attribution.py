@@ -1,4 +1,4 @@
-"""Every joule that a meter counted is in the books once, whatever calls ran and in whatever order they are known."""
+"""Every metered joule is attributed exactly once, whichever calls ran and in whichever order they are known."""
 
 import math
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ledger.attribution import Call, attribute
-from services.ledger.metering import Interval
+from services.ledger.meters import Interval
 
 spans = st.floats(0.001, 500, allow_nan=False)
 instants = st.floats(0, 1_000, allow_nan=False)
@@ -50,7 +50,7 @@ def test_the_parts_sum_to_what_was_metered(metered, running, idle_w, prefill):
 
 
 @given(intervals(), calls(), watts, st.randoms(use_true_random=False))
-def test_the_order_in_which_calls_are_known_changes_nothing(metered, running, idle_w, random):
+def test_the_order_of_calls_changes_nothing(metered, running, idle_w, random):
     shuffled = random.sample(running, len(running))
     assert attribute(metered, running, idle_power_w=idle_w, prefill_weight=0.1) == attribute(
         metered, shuffled, idle_power_w=idle_w, prefill_weight=0.1
@@ -58,7 +58,7 @@ def test_the_order_in_which_calls_are_known_changes_nothing(metered, running, id
 
 
 @given(intervals(), calls())
-def test_a_call_gets_energy_only_of_intervals_that_it_ran_in(metered, running):
+def test_a_call_gets_energy_only_from_intervals_it_ran_in(metered, running):
     for one in attribute(metered, running, idle_power_w=0, prefill_weight=0):
         inside = {c.id for c in running if c.runs_in(one.interval.started_s, one.interval.finished_s)}
         assert set(one.shares_j) == inside
@@ -69,30 +69,30 @@ def shares(metered: Interval, *running: Call, idle_w: float = 0.0, prefill: floa
     return dict(one.shares_j)
 
 
-def test_what_idle_power_leaves_is_shared_by_tokens():
+def test_energy_beyond_idle_is_shared_by_generated_tokens():
     found = shares(Interval(0, 10, 1_000), call("a", 1, 4, 30), call("b", 2, 9, 10), idle_w=20)
     assert found == pytest.approx({"a": 600, "b": 200})
 
 
-def test_of_a_call_on_an_edge_the_tokens_inside_count():
+def test_only_tokens_inside_the_interval_count():
     assert shares(Interval(10, 20, 300), call("a", 5, 15, 20), call("b", 11, 12, 20)) == pytest.approx(
         {"a": 100, "b": 200}
     )
 
 
-def test_tokens_come_after_the_first_one_and_prompts_are_read_before_it():
+def test_tokens_are_spread_after_the_first_token_and_the_prompt_before_it():
     waiting = call("a", 0, 20, 40, prompt=100, first=10)
     other = call("b", 0, 10, 10)
     assert shares(Interval(0, 10, 100), waiting, other) == pytest.approx({"a": 0, "b": 100})
     assert shares(Interval(0, 10, 100), waiting, other, prefill=0.1) == pytest.approx({"a": 50, "b": 50})
 
 
-def test_calls_without_a_token_in_the_interval_share_it_by_time():
+def test_calls_without_a_token_in_the_interval_share_it_by_running_time():
     found = shares(Interval(0, 10, 100), call("a", 0, 12, 1, first=12), call("b", 5, 15, 1, first=15))
     assert found == pytest.approx({"a": 100 * 10 / 15, "b": 100 * 5 / 15})
 
 
-def test_without_calls_what_idle_power_does_not_explain_is_unattributed():
+def test_without_calls_energy_beyond_idle_is_unattributed():
     (one,) = attribute([Interval(0, 10, 700)], [], idle_power_w=50, prefill_weight=0)
     assert (one.idle_j, one.unattributed_j) == (500, 200)
     (one,) = attribute([Interval(0, 10, 300)], [], idle_power_w=50, prefill_weight=0)

@@ -1,16 +1,17 @@
-"""The estimator of the saving: unbiased, its interval honest, and silent where nothing can be known."""
+"""The saving estimator is unbiased, its interval covers the truth, and it reports nothing without evidence."""
 
 import numpy as np
 import pytest
 
 from tests.support.report import DAY, POOL, REFERENCE, ZONE, calls_of, intensity_at, made_day, policy_at, record_of
+from tools.reporting.accounts import sites_of
 from tools.reporting.counterfactual import Counterfactual
-from tools.reporting.grams import IntensitySeries, sites_of
-from tools.reporting.policies import PolicyBook
-from tools.reporting.savings import Comparison, benchmarked, estimate_saving
+from tools.reporting.frame import IntensitySeries
+from tools.reporting.quality import PolicyHistory
+from tools.reporting.savings import Comparison, allocate_total, estimate_saving
 
 NO_EVALUATIONS = calls_of([])[0]
-POLICIES = PolicyBook.of(policy_at(hour) for hour in range(24))
+POLICIES = PolicyHistory.of(policy_at(hour) for hour in range(24))
 HOURS = np.arange(24.0)
 START_S = DAY.timestamp()
 
@@ -24,71 +25,73 @@ GRID = {ZONE: series(), "NORTH": series(0.5)}
 
 
 def comparable_of(records):
-    calls, rows = calls_of(records)
+    calls, distributions = calls_of(records)
     counterfactual = Counterfactual(calls, NO_EVALUATIONS, sites=sites_of(calls), grid=GRID)
-    return counterfactual, counterfactual.comparable(calls, rows, POLICIES), rows
+    return counterfactual, counterfactual.compare(calls, distributions, POLICIES), distributions
 
 
-def comparison_of(*, emitted, propensity, referred, predicted=None, variance=None):
+def comparison_of(*, emitted, propensity, served_by_baseline, predicted=None, variance=None):
     emitted = np.array(emitted, dtype=float)
     zeros = np.zeros(len(emitted))
-    return Comparison.whole(
+    return Comparison.of_all(
         emitted_g=emitted,
         propensity=np.array(propensity, dtype=float),
-        referred=np.array(referred),
+        served_by_baseline=np.array(served_by_baseline),
         predicted_g=zeros if predicted is None else np.array(predicted, dtype=float),
         variance=zeros if variance is None else np.array(variance, dtype=float),
     )
 
 
-def test_grams_of_reference_calls_are_weighted_by_how_seldom_they_are_drawn():
-    saving = estimate_saving(comparison_of(emitted=[4.0, 1.0], propensity=[0.5, 0.5], referred=[True, False]))
+def test_grams_of_baseline_requests_are_weighted_by_the_inverse_propensity():
+    saving = estimate_saving(comparison_of(emitted=[4.0, 1.0], propensity=[0.5, 0.5], served_by_baseline=[True, False]))
     assert saving.reference_g == pytest.approx(8.0)
     assert saving.emitted_g == pytest.approx(5.0)
     assert saving.saving_pct == pytest.approx(100 * (1 - 5 / 8))
     assert saving.saved_g == pytest.approx(3.0)
 
 
-def test_a_good_prediction_is_corrected_only_by_what_it_missed():
+def test_a_prediction_is_corrected_by_its_weighted_residual():
     saving = estimate_saving(
-        comparison_of(emitted=[4.0, 1.0], propensity=[0.5, 0.5], referred=[True, False], predicted=[3.0, 3.0])
+        comparison_of(emitted=[4.0, 1.0], propensity=[0.5, 0.5], served_by_baseline=[True, False], predicted=[3.0, 3.0])
     )
     assert saving.reference_g == pytest.approx(3.0 + 3.0 + (4.0 - 3.0) / 0.5)
 
 
-def test_requests_in_fallback_are_their_own_counterfactual_and_certain():
-    saving = estimate_saving(comparison_of(emitted=[4.0, 2.0], propensity=[1.0, 1.0], referred=[True, True]))
+def test_requests_in_fallback_are_their_own_counterfactual_with_certainty():
+    saving = estimate_saving(comparison_of(emitted=[4.0, 2.0], propensity=[1.0, 1.0], served_by_baseline=[True, True]))
     assert saving.saving_pct == pytest.approx(0.0)
     assert saving.saving_interval.low == saving.saving_interval.high == pytest.approx(0.0)
 
 
-def test_a_reference_that_is_never_drawn_is_refused():
+def test_a_propensity_of_zero_is_rejected():
     with pytest.raises(ValueError, match="propensity"):
-        comparison_of(emitted=[1.0], propensity=[0.0], referred=[False])
+        comparison_of(emitted=[1.0], propensity=[0.0], served_by_baseline=[False])
 
 
 def test_without_requests_there_is_no_saving():
-    saving = estimate_saving(comparison_of(emitted=[], propensity=[], referred=np.array([], dtype=bool)))
+    saving = estimate_saving(comparison_of(emitted=[], propensity=[], served_by_baseline=np.array([], dtype=bool)))
     assert saving.requests == 0
     assert saving.saving_pct is None
     assert saving.saving_interval is None
 
 
-def test_without_one_reference_call_nor_a_variance_there_is_no_interval():
-    saving = estimate_saving(comparison_of(emitted=[1.0], propensity=[0.1], referred=[False], predicted=[2.0]))
+def test_without_a_baseline_request_or_a_variance_there_is_no_interval():
+    saving = estimate_saving(
+        comparison_of(emitted=[1.0], propensity=[0.1], served_by_baseline=[False], predicted=[2.0])
+    )
     assert saving.saving_pct == pytest.approx(50.0)
     assert saving.saving_interval is None
 
 
-def test_what_is_shared_out_to_the_hours_sums_to_the_whole():
+def test_the_allocation_sums_to_the_total():
     _, comparable, _ = comparable_of(made_day(requests=300).records)
-    whole = estimate_saving(comparable.comparison)
-    parts = benchmarked(comparable.comparison)
-    assert parts.reference_g.sum() == pytest.approx(whole.reference_g)
-    assert parts.half_width_g.sum() == pytest.approx(whole.reference_interval.high - whole.reference_g)
+    total = estimate_saving(comparable.comparison)
+    parts = allocate_total(comparable.comparison)
+    assert parts.reference_g.sum() == pytest.approx(total.reference_g)
+    assert parts.half_width_g.sum() == pytest.approx(total.reference_interval.high - total.reference_g)
 
 
-def test_forced_unidentified_and_unpriced_requests_are_left_out_and_counted():
+def test_forced_unidentified_and_unpriced_requests_are_excluded_and_counted():
     records = [
         record_of("policy", row={REFERENCE: 0.5, f"{POOL}/L1": 0.5}),
         record_of("forced", option=f"{POOL}/L2", source="forced"),
@@ -113,7 +116,7 @@ def test_a_call_does_not_predict_itself():
 
 
 @pytest.mark.parametrize("holdout", [0.1, 0.3])
-def test_unbiased_and_covered_on_the_whole(holdout):
+def test_the_estimate_is_unbiased_and_its_interval_covers_the_truth(holdout):
     errors, covered, runs = [], 0, 300
     for seed in range(runs):
         day = made_day(requests=400, seed=seed, holdout=holdout)
@@ -126,16 +129,16 @@ def test_unbiased_and_covered_on_the_whole(holdout):
     assert 0.92 <= covered / runs <= 0.99
 
 
-def test_the_counterfactual_is_unbiased_even_where_the_prediction_is_wrong():
+def test_the_counterfactual_is_unbiased_even_with_a_wrong_prediction():
     errors = []
     for seed in range(300):
         day = made_day(requests=150, seed=seed, holdout=0.2)
         _, comparable, _ = comparable_of(day.records)
         comparison = comparable.comparison
-        wrong = Comparison.whole(
+        wrong = Comparison.of_all(
             emitted_g=comparison.emitted_g,
             propensity=comparison.propensity,
-            referred=comparison.referred,
+            served_by_baseline=comparison.served_by_baseline,
             predicted_g=np.full(len(comparison), comparison.predicted_g.mean() / 3),
             variance=comparison.variance,
         )
@@ -143,15 +146,15 @@ def test_the_counterfactual_is_unbiased_even_where_the_prediction_is_wrong():
     assert abs(np.mean(errors)) < 3 * np.std(errors) / 300**0.5
 
 
-def test_of_two_zones_each_is_compared_with_the_reference_of_what_it_served():
+def test_each_of_two_zones_is_compared_with_the_baseline_of_its_own_requests():
     errors, covered, runs = {ZONE: [], "NORTH": []}, 0, 150
     for seed in range(runs):
         day = made_day(requests=400, seed=seed, holdout=0.2, zones={"NORTH": 0.5})
-        counterfactual, comparable, rows = comparable_of(day.records)
+        counterfactual, comparable, distributions = comparable_of(day.records)
         served = np.array([record["zone"] for record in day.records])
         emitted = np.array([record["total_g"] for record in day.records])
         for zone, found in errors.items():
-            saving = estimate_saving(counterfactual.of_zone(comparable, rows, zone))
+            saving = estimate_saving(counterfactual.in_zone(comparable, distributions, zone))
             truth = 100 * (1 - emitted[served == zone].sum() / day.reference_g[served == zone].sum())
             assert saving.emitted_g == pytest.approx(emitted[served == zone].sum())
             found.append(saving.saving_pct - truth)
@@ -161,9 +164,9 @@ def test_of_two_zones_each_is_compared_with_the_reference_of_what_it_served():
     assert covered / (2 * runs) >= 0.92
 
 
-def test_the_zones_counterfactuals_sum_to_the_wholes():
-    counterfactual, comparable, rows = comparable_of(made_day(requests=400, zones={"NORTH": 0.5}).records)
-    parts = [estimate_saving(counterfactual.of_zone(comparable, rows, zone)) for zone in (ZONE, "NORTH")]
-    whole = estimate_saving(comparable.comparison)
-    assert sum(part.reference_g for part in parts) == pytest.approx(whole.reference_g)
-    assert sum(part.emitted_g for part in parts) == pytest.approx(whole.emitted_g)
+def test_the_counterfactuals_of_the_zones_sum_to_the_total():
+    counterfactual, comparable, distributions = comparable_of(made_day(requests=400, zones={"NORTH": 0.5}).records)
+    parts = [estimate_saving(counterfactual.in_zone(comparable, distributions, zone)) for zone in (ZONE, "NORTH")]
+    total = estimate_saving(comparable.comparison)
+    assert sum(part.reference_g for part in parts) == pytest.approx(total.reference_g)
+    assert sum(part.emitted_g for part in parts) == pytest.approx(total.emitted_g)

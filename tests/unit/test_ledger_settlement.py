@@ -1,4 +1,4 @@
-"""Books are closed interval by interval: in however many steps, no joule is lost, moved or counted twice."""
+"""Intervals are settled once: in however many steps, no joule is lost, moved or counted twice."""
 
 import math
 from dataclasses import replace
@@ -7,19 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ledger.attribution import Call
-from services.ledger.metering import Reading
-from services.ledger.settlement import EndpointBooks, OpenCall, Rules, SettledInterval, settle
+from services.ledger.attribution import Call, EndpointState, OpenCall, SettledInterval, settle_endpoint
+from services.ledger.meters import Reading
+from services.ledger.settings import LedgerSettings
 
-RULES = Rules()
+SETTINGS = LedgerSettings()
 
 
 def call(name: str, started_s: float, finished_s: float, tokens: int = 10) -> Call:
     return Call(name, started_s, None, finished_s, 0, tokens)
 
 
-class Book:
-    """One endpoint's tables, kept in memory."""
+class EndpointTables:
+    """One endpoint's tables, in memory."""
 
     def __init__(self, readings: list[Reading], idle_w: float = 0.0) -> None:
         self.readings, self.idle_w = readings, idle_w
@@ -30,21 +30,21 @@ class Book:
         self.footprints: dict[str, float] = {}
         self.partial: set[str] = set()
 
-    def learn(self, *calls: Call) -> None:
+    def add(self, *calls: Call) -> None:
         for one in calls:
             if one.id not in self.footprints:
                 self.open.setdefault(one.id, OpenCall(one))
 
-    def settle(self, horizon_s: float) -> None:
-        books = EndpointBooks(
-            readings=[one for one in self.readings if self.until_s <= one.at_s <= horizon_s],
+    def settle(self, watermark_s: float) -> None:
+        state = EndpointState(
+            readings=[one for one in self.readings if self.until_s <= one.at_s <= watermark_s],
             calls=list(self.open.values()),
             settled=list(self.intervals.values()),
             metered_from_s=self.readings[0].at_s,
             idle_power_w=self.idle_w,
         )
-        books = replace(books, calls=[c for c in books.calls if c.call.started_s <= books.readings[-1].at_s])
-        result = settle(books, RULES)
+        state = replace(state, calls=[c for c in state.calls if c.call.started_s <= state.readings[-1].at_s])
+        result = settle_endpoint(state, SETTINGS)
         self.until_s = result.settled_until_s
         for one in result.intervals:
             self.intervals[one.interval.started_s] = SettledInterval(
@@ -52,7 +52,7 @@ class Book:
             )
             self.idle_j += one.idle_j
             self.metered_j += one.interval.metered_j
-        for start_s, joules in result.taken_j:
+        for start_s, joules in result.reallocated_j:
             old = self.intervals[start_s]
             assert joules == pytest.approx(old.unattributed_j)
             self.intervals[start_s] = replace(old, attributed_j=old.attributed_j + joules, unattributed_j=0.0)
@@ -67,7 +67,7 @@ class Book:
                     self.partial.add(one.id)
 
     @property
-    def booked_j(self) -> float:
+    def accounted_j(self) -> float:
         in_calls = (*self.footprints.values(), *(one.energy_j for one in self.open.values()))
         return math.fsum((*in_calls, self.idle_j, *(one.unattributed_j for one in self.intervals.values())))
 
@@ -83,60 +83,60 @@ calls_drawn = st.lists(
 
 @settings(deadline=None)
 @given(calls_drawn, st.lists(st.floats(0, 100), max_size=5), st.data())
-def test_whenever_calls_come_and_books_are_closed_all_joules_are_in_them_once(drawn, horizons, data):
-    book = Book(READINGS, idle_w=30)
+def test_whenever_calls_arrive_and_intervals_are_settled_every_joule_is_accounted_once(drawn, watermarks, data):
+    tables = EndpointTables(READINGS, idle_w=30)
     waiting = [call(f"c{n}", *one) for n, one in enumerate(drawn)]
-    for horizon_s in sorted(horizons):
+    for watermark_s in sorted(watermarks):
         known = data.draw(st.integers(0, len(waiting)))
-        book.learn(*waiting[:known], *waiting[:known])
+        tables.add(*waiting[:known], *waiting[:known])
         waiting = waiting[known:]
-        book.settle(horizon_s)
-        assert book.booked_j == pytest.approx(book.metered_j, rel=1e-9, abs=1e-6)
-    book.learn(*waiting)
-    book.settle(100)
-    book.settle(100)
-    assert book.metered_j == pytest.approx(READINGS[-1].energy_j["g"])
-    assert book.booked_j == pytest.approx(book.metered_j, rel=1e-9)
-    assert set(book.open) == {f"c{n}" for n, (_, finished_s, _) in enumerate(drawn) if finished_s > 100}
+        tables.settle(watermark_s)
+        assert tables.accounted_j == pytest.approx(tables.metered_j, rel=1e-9, abs=1e-6)
+    tables.add(*waiting)
+    tables.settle(100)
+    tables.settle(100)
+    assert tables.metered_j == pytest.approx(READINGS[-1].energy_j["g"])
+    assert tables.accounted_j == pytest.approx(tables.metered_j, rel=1e-9)
+    assert set(tables.open) == {f"c{n}" for n, (_, finished_s, _) in enumerate(drawn) if finished_s > 100}
 
 
 @settings(deadline=None)
 @given(calls_drawn, st.lists(st.floats(0, 100), max_size=5))
-def test_calls_known_in_time_get_the_same_in_one_step_or_many(drawn, horizons):
+def test_calls_known_in_time_get_the_same_energy_in_one_settlement_or_many(drawn, watermarks):
     calls = [call(f"c{n}", *one) for n, one in enumerate(drawn)]
-    once, often = Book(READINGS), Book(READINGS)
-    for book in (once, often):
-        book.learn(*calls)
-    for horizon_s in sorted(horizons):
-        often.settle(horizon_s)
+    once, often = EndpointTables(READINGS), EndpointTables(READINGS)
+    for tables in (once, often):
+        tables.add(*calls)
+    for watermark_s in sorted(watermarks):
+        often.settle(watermark_s)
     once.settle(100)
     often.settle(100)
     assert often.footprints == pytest.approx(once.footprints, rel=1e-9, abs=1e-9)
 
 
-def test_a_late_call_takes_what_its_intervals_left():
-    book = Book(READINGS)
-    book.settle(50)
-    book.learn(call("late", 12, 14))
-    book.settle(50)
-    assert book.footprints == pytest.approx({"late": READINGS[3].energy_j["g"] - READINGS[2].energy_j["g"]})
-    assert book.partial == set()
+def test_a_late_call_gets_the_unattributed_energy_of_its_intervals():
+    tables = EndpointTables(READINGS)
+    tables.settle(50)
+    tables.add(call("late", 12, 14))
+    tables.settle(50)
+    assert tables.footprints == pytest.approx({"late": READINGS[3].energy_j["g"] - READINGS[2].energy_j["g"]})
+    assert tables.partial == set()
 
 
-def test_a_late_call_takes_nothing_from_others_and_is_known_to_be_short():
-    book = Book(READINGS)
-    book.learn(call("early", 11, 14))
-    book.settle(50)
-    before = dict(book.footprints)
-    book.learn(call("late", 12, 14))
-    book.settle(50)
-    assert book.footprints == {**before, "late": 0.0}
-    assert book.partial == {"late"}
+def test_a_late_call_takes_nothing_from_other_calls_and_is_partial():
+    tables = EndpointTables(READINGS)
+    tables.add(call("early", 11, 14))
+    tables.settle(50)
+    before = dict(tables.footprints)
+    tables.add(call("late", 12, 14))
+    tables.settle(50)
+    assert tables.footprints == {**before, "late": 0.0}
+    assert tables.partial == {"late"}
 
 
-def test_a_call_from_before_the_first_reading_is_short_or_has_no_footprint():
-    book = Book(READINGS)
-    book.learn(call("before", -9, -1), call("across", -5, 5))
-    book.settle(20)
-    assert set(book.footprints) == {"across"}
-    assert "across" in book.partial
+def test_a_call_from_before_the_first_reading_is_partial_or_has_no_footprint():
+    tables = EndpointTables(READINGS)
+    tables.add(call("before", -9, -1), call("across", -5, 5))
+    tables.settle(20)
+    assert set(tables.footprints) == {"across"}
+    assert "across" in tables.partial

@@ -1,14 +1,13 @@
-"""Reports from the ledger's tables: as tables for a terminal, one self-contained page with plots, a JSON document."""
+"""Reports from the ledger's tables: on a terminal, as one self-contained HTML page with plots, and as JSON."""
 
 from tools.reporting.collect import collect_report
-from tools.reporting.document import to_json
-from tools.reporting.model import Report
+from tools.reporting.model import Report, to_json
 from tools.reporting.page import render_html
-from tools.reporting.queries import NoBooksError, TooManyCallsError
+from tools.reporting.query import NoLedgerError, TooManyCallsError
 from tools.reporting.tables import render_tables
 
 __all__ = [
-    "NoBooksError",
+    "NoLedgerError",
     "Report",
     "TooManyCallsError",
     "collect_report",

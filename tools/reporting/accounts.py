@@ -1,40 +1,120 @@
-"""Conservation: the joules that the meters counted, and the grams they came to, by what they were spent on."""
+"""Energy and carbon accounts: what the metered joules, and their grams, were used for.
+
+Also the prices, gCO2eq per joule and per second, that apply to any pool and time. Calls that were served and calls of
+the counterfactual are priced alike.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from tools.reporting.books import Books, CallSums, IntervalSums
-from tools.reporting.grams import JOULES_PER_KWH, IntensitySeries, Site
+from shared.units import JOULES_PER_KWH
+from tools.reporting.frame import Calls, Floats, IntensitySeries, partition
 from tools.reporting.model import CarbonAccount, EnergyAccount
+from tools.reporting.query import CallSums, IntervalSums, Snapshot
 
 NOTHING = CallSums(energy_j=0.0, grams=0.0, embodied_g=0.0, unpriced_j=0.0)
 
 
-def energy_account(books: Books) -> EnergyAccount:
-    """Share the metered joules among calls, idle power and what nothing explains."""
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a pool runs.
+
+    Attributes:
+        zone: grid zone.
+        pue: power usage effectiveness.
+        embodied_g_per_s: embodied-carbon rate k1, gCO2eq/s.
+    """
+
+    zone: str
+    pue: float
+    embodied_g_per_s: float
+
+
+def sites_of(*tables: Calls) -> dict[str, Site]:
+    """The site of every pool: zone, and the medians of the PUE and k1 with which its footprints were computed."""
+    sites: dict[str, Site] = {}
+    for calls in tables:
+        for (pool, zone), where in partition(calls.pool, calls.zone).items():
+            if pool in sites:
+                continue
+            unit_g = calls.energy_j[where] / JOULES_PER_KWH * calls.intensity_g_per_kwh[where]
+            priced = unit_g > 0
+            timed = calls.processing_s[where] > 0
+            sites[pool] = Site(
+                zone=zone,
+                pue=float(np.median(calls.operational_g[where][priced] / unit_g[priced])) if priced.any() else 1.0,
+                embodied_g_per_s=float(np.median(calls.embodied_g[where][timed] / calls.processing_s[where][timed]))
+                if timed.any()
+                else 0.0,
+            )
+    return sites
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """gCO2eq per joule and per second of each call at one pool; arrays of shape `(calls,)`, NaN if unknown."""
+
+    g_per_j: Floats
+    g_per_s: Floats
+
+    def grams(self, energy_j: Floats | float, processing_s: Floats | float) -> Floats:
+        """gCO2eq of that energy and time; shape `(calls,)`."""
+        return self.g_per_j * energy_j + self.g_per_s * processing_s
+
+
+def prices_at(calls: Calls, pool: str, sites: Mapping[str, Site], grid: Mapping[str, IntensitySeries]) -> Prices:
+    """The prices of `pool` for each call, at the call's own time.
+
+    A call in the pool's own zone keeps the intensity of its footprint, so the variation of the grid cancels out of the
+    comparison. For another zone it is the zone's intensity when the call started.
+    """
+    site = sites.get(pool)
+    if site is None:
+        unknown = np.full(len(calls), np.nan)
+        return Prices(unknown, unknown)
+    series = grid.get(site.zone)
+    elsewhere = np.full(len(calls), np.nan) if series is None else series.at(calls.started_s)
+    own = (calls.zone == site.zone) & ~np.isnan(calls.intensity_g_per_kwh)
+    intensity = np.where(own, calls.intensity_g_per_kwh, elsewhere)
+    return Prices(site.pue * intensity / JOULES_PER_KWH, np.full(len(calls), site.embodied_g_per_s))
+
+
+def grams_per_joule(interval: IntervalSums, grid: Mapping[str, IntensitySeries], sites: Mapping[str, Site]) -> float:
+    """The price of a pool's energy in one hour, gCO2eq/J; NaN if the intensity is unknown."""
+    series = grid.get(interval.zone)
+    if series is None:
+        return float("nan")
+    site = sites.get(interval.pool)
+    pue = 1.0 if site is None else site.pue
+    return pue * float(series.at(np.array([interval.middle_s]))[0]) / JOULES_PER_KWH
+
+
+def energy_account(snapshot: Snapshot) -> EnergyAccount:
+    """Split the metered energy into calls, idle and unattributed energy."""
     requests, evaluation, judge = (
-        books.purposes.get(purpose, NOTHING).energy_j for purpose in ("request", "evaluation", "judge")
+        snapshot.purposes.get(purpose, NOTHING).energy_j for purpose in ("request", "evaluation", "judge")
     )
-    attributed = sum(interval.attributed_j for interval in books.intervals)
+    attributed = sum(interval.attributed_j for interval in snapshot.intervals)
     return EnergyAccount(
-        metered_j=books.metered_j,
+        metered_j=snapshot.metered_j,
         requests_j=requests,
         evaluation_j=evaluation,
         judge_j=judge,
-        idle_j=sum(interval.idle_j for interval in books.intervals),
-        unattributed_j=sum(interval.unattributed_j for interval in books.intervals),
-        # Only where calls wait to be settled: elsewhere a difference would be an error, and must show as one.
-        unsettled_j=max(0.0, attributed - requests - evaluation - judge) if books.unsettled_calls else 0.0,
+        idle_j=sum(interval.idle_j for interval in snapshot.intervals),
+        unattributed_j=sum(interval.unattributed_j for interval in snapshot.intervals),
+        # Only while calls are unsettled; otherwise a difference is an error and must show as one.
+        unsettled_j=max(0.0, attributed - requests - evaluation - judge) if snapshot.unsettled_calls else 0.0,
     )
 
 
-def carbon_account(books: Books, sites: Mapping[str, Site]) -> CarbonAccount:
-    """Price the same joules with the intensity in force, embodied carbon included where a call took time."""
-    purposes = {name: books.purposes.get(name, NOTHING) for name in ("request", "evaluation", "judge")}
+def carbon_account(snapshot: Snapshot, sites: Mapping[str, Site]) -> CarbonAccount:
+    """Price the same energy at the intensity of its time, and add the embodied carbon of the calls."""
+    purposes = {name: snapshot.purposes.get(name, NOTHING) for name in ("request", "evaluation", "judge")}
     idle_g = unattributed_g = unpriced = 0.0
-    for interval in books.intervals:
-        g_per_j = price_of(interval, books.grid, sites)
+    for interval in snapshot.intervals:
+        g_per_j = grams_per_joule(interval, snapshot.grid, sites)
         if np.isnan(g_per_j):
             unpriced += interval.idle_j + interval.unattributed_j
         else:
@@ -49,13 +129,3 @@ def carbon_account(books: Books, sites: Mapping[str, Site]) -> CarbonAccount:
         embodied_g=sum(sums.embodied_g for sums in purposes.values()),
         unpriced_j=unpriced + sum(sums.unpriced_j for sums in purposes.values()),
     )
-
-
-def price_of(interval: IntervalSums, grid: Mapping[str, IntensitySeries], sites: Mapping[str, Site]) -> float:
-    """Grams per joule in an hour of a pool's intervals; NaN where the intensity is unknown."""
-    series = grid.get(interval.zone)
-    if series is None:
-        return float("nan")
-    site = sites.get(interval.pool)
-    pue = 1.0 if site is None else site.pue
-    return pue * float(series.at(np.array([interval.middle_s]))[0]) / JOULES_PER_KWH

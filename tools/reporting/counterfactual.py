@@ -1,30 +1,79 @@
-"""What every request would have emitted elsewhere: at the reference, and on average under its policy."""
+"""The counterfactual: what every request would have emitted at the reference, and on average under its policy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tools.reporting.calls import Calls, Flags, Floats, Indices, Texts, partition
-from tools.reporting.grams import IntensitySeries, Prices, Site, prices_at
-from tools.reporting.means import Means, cell_of
-from tools.reporting.policies import PolicyBook
+from tools.reporting.accounts import Prices, Site, prices_at
+from tools.reporting.frame import Calls, Flags, Floats, Indices, IntensitySeries, Texts, partition
+from tools.reporting.quality import PolicyHistory
 from tools.reporting.savings import Comparison
 
 NO_REFERENCE = ""
 
+DistributionList = Sequence[Mapping[str, float]]
+"""Probability by option; `Calls.distribution` holds indices into it."""
+
 
 @dataclass(frozen=True, slots=True)
-class Comparable:
-    """The requests that can be compared with the reference, and why the others cannot.
+class CallStatistics:
+    """Energy and time of the calls of one group at one option.
 
     Attributes:
-        calls: those that can; shape (n,).
-        comparison: their two sides; shape (n,).
-        reference: each one's reference option; shape (n,).
-        forced: which of all requests are left out because the producer chose the directive.
-        unidentified: which are, because the reference could not have been drawn: nothing tells what it would emit.
-        without_intensity: which are, because the grid's intensity is unknown where they ran, or would have.
+        calls: number of calls.
+        mean: energy (J) and time (s); shape `(2,)`.
+        covariance: of energy and time between calls; shape `(2, 2)`, zero with fewer than two calls.
+    """
+
+    calls: int
+    mean: Floats
+    covariance: Floats
+
+
+class MeanTable:
+    """Mean energy and time by (group, option).
+
+    Requests count first. If a group was never served at an option, the evaluator's calls are used, which are a random
+    sample of the same prompts; otherwise the option's mean over all groups.
+    """
+
+    def __init__(self, requests: Calls, evaluations: Calls) -> None:
+        self._pairs: dict[tuple[str, str], CallStatistics] = {}
+        self._options: dict[str, CallStatistics] = {}
+        for calls in (evaluations, requests):  # requests replace evaluations
+            for (group, option), where in partition(calls.group, calls.option).items():
+                self._pairs[group, option] = call_statistics(calls, where)
+            for (option,), where in partition(calls.option).items():
+                self._options[option] = call_statistics(calls, where)
+
+    def get(self, group: str, option: str) -> CallStatistics | None:
+        """The statistics of a group at an option; None if the option was never used."""
+        return self._pairs.get((group, option)) or self._options.get(option)
+
+    def measured(self) -> Iterable[tuple[tuple[str, str], CallStatistics]]:
+        """All (group, option) pairs with calls."""
+        return self._pairs.items()
+
+
+def call_statistics(calls: Calls, where: Indices) -> CallStatistics:
+    """Mean and covariance of the energy and time of some calls."""
+    pairs = np.stack([calls.energy_j[where], calls.processing_s[where]])
+    covariance = np.cov(pairs) if len(where) > 1 else np.zeros((2, 2))
+    return CallStatistics(calls=len(where), mean=pairs.mean(axis=1), covariance=covariance)
+
+
+@dataclass(frozen=True, slots=True)
+class ComparableRequests:
+    """The requests that can be compared with the reference, and the reasons why others cannot.
+
+    Attributes:
+        calls: the comparable requests; shape `(comparable,)`.
+        comparison: their emitted and counterfactual grams; shape `(comparable,)`.
+        reference: the reference option of each; shape `(comparable,)`.
+        forced: excluded because the client chose the directive; shape `(requests,)`.
+        unidentified: excluded because the reference could not have been chosen; shape `(requests,)`.
+        without_intensity: excluded because an intensity is unknown; shape `(requests,)`.
     """
 
     calls: Calls
@@ -36,77 +85,75 @@ class Comparable:
 
 
 class Counterfactual:
-    """Prices and means with which any request can be moved to any option."""
+    """Prices, and mean energy and time, with which the grams of any request at any option are estimated."""
 
     def __init__(
         self, requests: Calls, evaluations: Calls, *, sites: Mapping[str, Site], grid: Mapping[str, IntensitySeries]
     ) -> None:
-        self._unforced = requests.where(requests.source != "forced")
-        self._means = Means(self._unforced, evaluations)
+        self._unforced = requests.select(requests.source != "forced")
+        self.means = MeanTable(self._unforced, evaluations)
         self._sites = sites
         self._grid = grid
 
-    @property
-    def means(self) -> Means:
-        """Energy and time by group and option."""
-        return self._means
-
-    def comparable(self, requests: Calls, rows: Sequence[Mapping[str, float]], policies: PolicyBook) -> Comparable:
-        """Set the requests beside what the reference would have emitted."""
+    def compare(self, requests: Calls, distributions: DistributionList, policies: PolicyHistory) -> ComparableRequests:
+        """Compare the requests with what they would have emitted at the reference."""
         forced = requests.source == "forced"
         reference = references_of(requests, policies)
-        propensity = propensities_of(requests, rows, reference)
+        propensity = propensities_of(requests, distributions, reference)
         identified = ~forced & (propensity > 0.0)
         prices = self._prices_by(requests, reference)
         priced = ~np.isnan(requests.total_g) & ~np.isnan(prices.g_per_j)
-        chosen = identified & priced
+        mask = identified & priced
         predicted, variance = self._predict(requests, reference, prices)
-        return Comparable(
-            calls=requests.where(chosen),
-            comparison=Comparison.whole(
-                emitted_g=requests.total_g[chosen],
-                propensity=propensity[chosen],
-                referred=(requests.option == reference)[chosen],
-                predicted_g=predicted[chosen],
-                variance=variance[chosen],
+        return ComparableRequests(
+            calls=requests.select(mask),
+            comparison=Comparison.of_all(
+                emitted_g=requests.total_g[mask],
+                propensity=propensity[mask],
+                served_by_baseline=(requests.option == reference)[mask],
+                predicted_g=predicted[mask],
+                variance=variance[mask],
             ),
-            reference=reference[chosen],
+            reference=reference[mask],
             forced=forced,
             unidentified=~forced & ~identified,
             without_intensity=identified & ~priced,
         )
 
-    def of_zone(self, whole: Comparable, rows: Sequence[Mapping[str, float]], zone: str) -> Comparison:
+    def in_zone(self, requests: ComparableRequests, distributions: DistributionList, zone: str) -> Comparison:
         """The comparison of the requests that were served in one zone."""
-        calls = whole.calls
-        probability = np.zeros(len(calls))
-        for (row_name,), where in partition(calls.row.astype(object)).items():
-            row = rows[int(row_name)]
-            probability[where] = sum(share for option, share in row.items() if self._lies_in(zone, option))
-        inside = calls.zone == zone
-        # A fallback's row may be absent: its draw was certain.
-        probability[calls.source == "fallback"] = inside[calls.source == "fallback"]
-        reference_inside = np.array([self._lies_in(zone, option) for option in whole.reference], dtype=bool)
-        return whole.comparison.part(inside, np.minimum(1.0, probability), reference_inside)
+        calls = requests.calls
+        p_zone = np.zeros(len(calls))
+        for (index,), where in partition(calls.distribution.astype(object)).items():
+            distribution = distributions[int(index)]
+            p_zone[where] = sum(share for option, share in distribution.items() if self._lies_in(zone, option))
+        in_zone = calls.zone == zone
+        # A fallback may have no distribution; its option was certain.
+        p_zone[calls.source == "fallback"] = in_zone[calls.source == "fallback"]
+        baseline_in_zone = np.array([self._lies_in(zone, option) for option in requests.reference], dtype=bool)
+        return requests.comparison.subset(in_zone, np.minimum(1.0, p_zone), baseline_in_zone)
 
-    def expected_under(self, requests: Calls, rows: Sequence[Mapping[str, float]], zone: str | None = None) -> Floats:
-        """Grams expected of each request on average over the row of probabilities it was drawn from; NaN unknown.
+    def expected_under_policy(
+        self, requests: Calls, distributions: DistributionList, zone: str | None = None
+    ) -> Floats:
+        """Expected gCO2eq of each request over its distribution of options; shape `(requests,)`, NaN if unknown.
 
-        With a `zone`, only the options that lie there count.
+        Args:
+            zone: count only the options in this zone.
         """
         expected = np.zeros(len(requests))
         prices = {
             pool: prices_at(requests, pool, self._sites, self._grid)
-            for pool in {_pool_of(option) for row in rows for option in row}
+            for pool in {_pool_of(option) for distribution in distributions for option in distribution}
         }
-        for (group, row_name), where in partition(requests.group, requests.row.astype(object)).items():
-            for option, probability in rows[int(row_name)].items():
+        for (group, index), where in partition(requests.group, requests.distribution.astype(object)).items():
+            for option, probability in distributions[int(index)].items():
                 if probability > 0.0 and (zone is None or self._lies_in(zone, option)):
                     expected[where] += probability * self._grams(group, option, prices[_pool_of(option)], where)
         return expected
 
-    def at_reference(self, requests: Calls, reference: Texts) -> Floats:
-        """Grams expected of each request at its reference, by the measured means alone."""
+    def expected_at_reference(self, requests: Calls, reference: Texts) -> Floats:
+        """Expected gCO2eq of each request at its reference, from the measured means; shape `(requests,)`."""
         prices = self._prices_by(requests, reference)
         expected = np.zeros(len(requests))
         for (group, option), where in partition(requests.group, reference).items():
@@ -118,14 +165,14 @@ class Counterfactual:
         return site is not None and site.zone == zone
 
     def _grams(self, group: str, option: str, prices: Prices, where: Indices) -> Floats:
-        cell = self._means.of(group, option)
-        if cell is None:
+        statistics = self.means.get(group, option)
+        if statistics is None:
             return np.full(len(where), np.nan)
-        grams: Floats = prices.g_per_j[where] * cell.mean[0] + prices.g_per_s[where] * cell.mean[1]
+        grams: Floats = prices.g_per_j[where] * statistics.mean[0] + prices.g_per_s[where] * statistics.mean[1]
         return grams
 
     def _prices_by(self, requests: Calls, option: Texts) -> Prices:
-        """Each request's prices at its own `option`."""
+        """The prices of each request at its own `option`."""
         g_per_j = np.full(len(requests), np.nan)
         g_per_s = np.full(len(requests), np.nan)
         for (name,), where in partition(option).items():
@@ -136,46 +183,51 @@ class Counterfactual:
         return Prices(g_per_j, g_per_s)
 
     def _predict(self, requests: Calls, reference: Texts, prices: Prices) -> tuple[Floats, Floats]:
-        """Grams at the reference predicted from *other* calls, and the variance around the prediction; shape (n,).
+        """Grams at the reference predicted from *other* calls, and the variance around it; shapes `(requests,)`.
 
-        A call is left out of its own prediction: only then does the estimate stay unbiased with few reference calls.
+        The prediction of a request served by the reference leaves that request out; only then is the estimate unbiased
+        with few reference calls.
         """
         energy_j, processing_s = np.zeros(len(requests)), np.zeros(len(requests))
         variance = np.zeros(len(requests))
         served = (requests.option == reference) & (requests.source != "forced")
         for (group, option), where in partition(requests.group, reference).items():
-            evidence = self._means.of(group, option)
-            if option == NO_REFERENCE or evidence is None:
+            statistics = self.means.get(group, option)
+            if option == NO_REFERENCE or statistics is None:
                 continue
-            energy_j[where], processing_s[where] = evidence.mean
-            spread = evidence.covariance
-            if evidence.calls < 2:
-                spread = self._spread(option)
+            energy_j[where], processing_s[where] = statistics.mean
+            covariance = statistics.covariance if statistics.calls > 1 else self._covariance(option)
             a, b = prices.g_per_j[where], prices.g_per_s[where]
-            variance[where] = np.maximum(0.0, a * a * spread[0, 0] + 2 * a * b * spread[0, 1] + b * b * spread[1, 1])
+            variance[where] = np.maximum(
+                0.0, a * a * covariance[0, 0] + 2 * a * b * covariance[0, 1] + b * b * covariance[1, 1]
+            )
             own = where[served[where]]
             if len(own):
-                energy_j[own] = self._left_out(requests.energy_j, own, served & (reference == option))
-                processing_s[own] = self._left_out(requests.processing_s, own, served & (reference == option))
+                energy_j[own] = self._leave_one_out(requests.energy_j, own, served & (reference == option))
+                processing_s[own] = self._leave_one_out(requests.processing_s, own, served & (reference == option))
         return prices.grams(energy_j, processing_s), variance
 
     @staticmethod
-    def _left_out(values: Floats, own: Indices, wider: Flags) -> Floats:
-        """Mean of the other calls of the group; of the other groups' where it is the group's only one; else 0."""
+    def _leave_one_out(values: Floats, own: Indices, all_groups: Flags) -> Floats:
+        """Mean of the group's other calls; of the other groups' calls if there is no other; else 0."""
         if len(own) > 1:
             means: Floats = (values[own].sum() - values[own]) / (len(own) - 1)
             return means
-        others = int(wider.sum()) - 1
-        return np.array([(values[wider].sum() - values[own[0]]) / others if others else 0.0])
+        others = int(all_groups.sum()) - 1
+        return np.array([(values[all_groups].sum() - values[own[0]]) / others if others else 0.0])
 
-    def _spread(self, option: str) -> Floats:
+    def _covariance(self, option: str) -> Floats:
         """Covariance over all groups, for a group with a single call."""
         calls = self._unforced
-        return cell_of(calls, np.flatnonzero(calls.option == option)).covariance if len(calls) else np.zeros((2, 2))
+        return (
+            call_statistics(calls, np.flatnonzero(calls.option == option)).covariance
+            if len(calls)
+            else np.zeros((2, 2))
+        )
 
 
-def references_of(requests: Calls, policies: PolicyBook) -> Texts:
-    """Each request's reference option: its policy's, or in fallback what served it; empty where none is known."""
+def references_of(requests: Calls, policies: PolicyHistory) -> Texts:
+    """The reference option of each request: its policy's, or in fallback the option that served it; else empty."""
     reference = np.full(len(requests), NO_REFERENCE, dtype=object)
     for (model, version), where in partition(requests.model, requests.policy_version.astype(object)).items():
         reference[where] = policies.reference_of(model, int(version)) or NO_REFERENCE
@@ -184,11 +236,11 @@ def references_of(requests: Calls, policies: PolicyBook) -> Texts:
     return reference
 
 
-def propensities_of(requests: Calls, rows: Sequence[Mapping[str, float]], reference: Texts) -> Floats:
-    """Probability with which each request would have been served by its reference; 0 where it could not be."""
+def propensities_of(requests: Calls, distributions: DistributionList, reference: Texts) -> Floats:
+    """Probability with which each request's reference was chosen; 0 if it could not be; shape `(requests,)`."""
     propensity = np.zeros(len(requests))
-    for (option, row_name), where in partition(reference, requests.row.astype(object)).items():
-        propensity[where] = min(1.0, rows[int(row_name)].get(option, 0.0))
+    for (option, index), where in partition(reference, requests.distribution.astype(object)).items():
+        propensity[where] = min(1.0, distributions[int(index)].get(option, 0.0))
     propensity[requests.source == "fallback"] = 1.0
     return propensity
 

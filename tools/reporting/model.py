@@ -1,20 +1,21 @@
-"""What a report says, as plain values: the command line prints them, draws them, or writes them as JSON."""
+"""The report as dataclasses, and as JSON. The field names are keys of the JSON document."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from tools.reporting.preference import JudgedShare
+from tools.reporting.quality import JudgedShare
 from tools.reporting.savings import Interval, Saving
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What the report is about; null means all.
+    """The selection of the report; None means all.
 
     Attributes:
-        first: when the first settled request began; null where there is none.
-        last: when the last one did.
+        first, last: start of the first and last settled request; None if there is none.
         intensity_g_per_kwh: mean over the requests.
     """
 
@@ -31,18 +32,19 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class RequestCounts:
-    """Producers' requests.
+    """Requests of clients.
 
     Attributes:
-        answered: with an answer from a model server.
-        unsettled: answered, but energy not attributed yet; they are in no other figure.
-        refused: answered with an error code instead.
+        answered: answered by a model server.
+        settled: answered, and their energy is attributed.
+        unsettled: answered, but their energy is not attributed yet; in no other figure.
+        refused: rejected with an error code.
         refused_by_code: by error code.
-        compared: in the saving.
-        forced: not in the saving: the producer chose the directive.
-        unidentified: not in the saving: the policy never drew the reference.
-        without_intensity: not in the saving: the grid's intensity is unknown.
-        fallback: served by the reference for want of a valid policy; compared, with a saving of 0.
+        compared: included in the saving.
+        forced: excluded from the saving because the client chose the directive.
+        unidentified: excluded because the policy could not choose the reference.
+        without_intensity: excluded because the carbon intensity is unknown.
+        fallback: served by the reference without a valid policy; compared, with a saving of 0.
     """
 
     answered: int
@@ -61,13 +63,13 @@ class RequestCounts:
 
 @dataclass(frozen=True, slots=True)
 class EnergyAccount:
-    """Where the metered joules went. Never limited to a model: a meter does not know which one it measures.
+    """How the metered energy was used, J. Always for all models: a meter does not distinguish them.
 
     Attributes:
-        metered_j: from the raw counters, last less first reading of each within the settled span, restarts allowed for.
-        requests_j: footprints of requests; likewise the evaluator's generations and the judge.
-        idle_j: power of servers that nothing ran on.
-        unattributed_j: what no known call explains.
+        metered_j: from the raw counters within the settled time, resets considered.
+        requests_j, evaluation_j, judge_j: footprints of requests, of the evaluator's generations, and of the judge.
+        idle_j: idle power of the servers.
+        unattributed_j: energy without a known call.
         unsettled_j: attributed to calls that are not settled yet.
     """
 
@@ -81,12 +83,12 @@ class EnergyAccount:
 
     @property
     def attributed_j(self) -> float:
-        """Everything that the books explain: calls, idle, and what is booked as unexplained."""
+        """All accounted energy: calls, idle and unattributed."""
         return self.requests_j + self.evaluation_j + self.judge_j + self.idle_j + self.unattributed_j + self.unsettled_j
 
     @property
     def difference_pct(self) -> float | None:
-        """How far the books are from the meters, % of the meters; null where nothing was metered."""
+        """Accounted minus metered energy, % of the metered; None if nothing was metered."""
         if self.metered_j <= 0:
             return None
         return 100.0 * (self.attributed_j - self.metered_j) / self.metered_j
@@ -94,14 +96,14 @@ class EnergyAccount:
 
 @dataclass(frozen=True, slots=True)
 class CarbonAccount:
-    """Grams of everything that ran, gCO2eq; joules without a known intensity are counted, not guessed.
+    """Carbon of all metered energy, gCO2eq. Energy without a known intensity is reported, not estimated.
 
     Attributes:
-        requests_g: operational and embodied; likewise the evaluator's generations and the judge.
-        idle_g: of idle power.
-        unattributed_g: of the energy that no known call explains.
-        embodied_g: the embodied part of the calls' grams.
-        unpriced_j: energy at unknown intensity, in none of the grams.
+        requests_g, evaluation_g, judge_g: operational and embodied carbon of the calls.
+        idle_g: of idle energy.
+        unattributed_g: of energy without a known call.
+        embodied_g: the embodied part of the calls' carbon.
+        unpriced_j: energy at unknown intensity, J; in none of the grams.
     """
 
     requests_g: float
@@ -114,24 +116,26 @@ class CarbonAccount:
 
     @property
     def total_g(self) -> float:
-        """All grams."""
+        """Sum of all uses."""
         return self.requests_g + self.evaluation_g + self.judge_g + self.idle_g + self.unattributed_g
 
     @property
     def evaluation_share_pct(self) -> float | None:
-        """Grams of evaluating, % of the requests' grams."""
+        """Carbon of evaluations and judge, % of the requests' carbon."""
         return 100.0 * (self.evaluation_g + self.judge_g) / self.requests_g if self.requests_g > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class QualitySummary:
-    """Quality of what was served.
+    """Quality of the answers served.
 
     Attributes:
-        preference_pct: expected preference of what was served relative to the reference, from all judged counts.
-        unjudged: requests served under an option that was never judged; not in `preference_pct`.
-        judged: pooled counts by metric, group and option.
-        policies_below_bound: policies that counted on less quality than they had to keep.
+        preference_pct: preference rate of the served options relative to the reference, from all judged counts.
+        unjudged: requests served at an option that was never judged; not in `preference_pct`.
+        abstentions: judged prompts without a conclusive judgment.
+        prompts: judged prompts.
+        judged: counts by metric, group and option.
+        policies_below_bound: policies that expected a quality below their bound.
     """
 
     preference_pct: float | None
@@ -143,13 +147,13 @@ class QualitySummary:
 
     @property
     def bound_kept(self) -> bool:
-        """Whether every policy expected to keep its bound."""
+        """Whether every policy expected to meet its bounds."""
         return self.policies_below_bound == 0
 
 
 @dataclass(frozen=True, slots=True)
 class ZoneRow:
-    """Requests served in one zone."""
+    """Requests served in one zone, and its idle energy."""
 
     zone: str
     requests: int
@@ -168,13 +172,13 @@ class HourRow:
         intensity_g_per_kwh: mean over the hour's requests, by zone.
         mix: requests by option.
         emitted_g: grams of the compared requests.
-        reference_g: the same at the reference: shape over the hours by the means of the groups at the hour's own
-            intensity, level by the doubly robust total, to which the hours sum.
-        reference_interval: the total's interval, shared out likewise.
-        saving: the doubly robust estimate from this hour's requests alone; wide where few drew the reference.
-        expected_quality: counted on by the policies in force, relative to the reference; null where none tells.
-        quality_bound: what they had to keep.
-        judged_quality: of what was served, from the judged counts.
+        reference_g: their grams at the reference: the doubly robust total, allocated to the hours in proportion to the
+            groups' mean energy at the hour's intensity.
+        reference_interval: the interval of the total, allocated likewise.
+        saving: the doubly robust estimate from only this hour's requests; wide with few reference calls.
+        expected_quality: quality relative to the reference that the active policies expected; None if unknown.
+        quality_bound: the quality that they had to meet.
+        judged_quality: quality of the served options, from the judged counts.
     """
 
     start: datetime
@@ -198,7 +202,7 @@ class GroupRow:
     """Requests of one prompt group.
 
     Attributes:
-        task: the label that most of its requests carry; empty where most carry none.
+        task: the most frequent task label; empty if most requests have none.
         task_pct: share of its requests with that label.
     """
 
@@ -215,7 +219,7 @@ class GroupRow:
 
 @dataclass(frozen=True, slots=True)
 class OptionRow:
-    """Measured means of a group under an option: joules, seconds and tokens of a call."""
+    """Mean energy (J) and time (s) of the calls of a group at an option."""
 
     group: str
     option: str
@@ -226,7 +230,7 @@ class OptionRow:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRow:
-    """One evaluation."""
+    """One evaluation; `preference` is the share preferred by option, over all groups."""
 
     evaluation_id: str
     model: str
@@ -239,12 +243,11 @@ class EvaluationRow:
     energy_j: float
     carbon_g: float
     preference: Mapping[str, float]
-    """Share preferred by option, all groups together."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupingRow:
-    """A version of prompt groups that was learned."""
+    """A version of learned prompt groups, and the number of judged prompts it was learned from."""
 
     version: str
     at: datetime
@@ -253,7 +256,7 @@ class GroupingRow:
 
 @dataclass(frozen=True, slots=True)
 class GridPoint:
-    """Intensity of a zone at an instant."""
+    """Carbon intensity of a zone at one time."""
 
     zone: str
     at: datetime
@@ -263,14 +266,15 @@ class GridPoint:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How much carbon was saved, at which quality, and where every joule went.
+    """How much carbon was saved, at which quality, and how the energy was used.
 
     Attributes:
-        options: every option that was served, reference first.
+        options: all options served, reference first.
         references: reference options.
-        implied_saving_pct: from the policies' probabilities and the measured means of every group and option.
-        promised_saving_pct: what the policies themselves expected when they were solved.
-        policies: how many were published in the period, by status.
+        implied_saving_pct: computed from the policies' probabilities and the measured means by group and option.
+        promised_saving_pct: predicted by the policies when they were solved.
+        measured: mean energy and time by group and option.
+        policies: number of policies published in the period, by status.
     """
 
     scope: Scope
@@ -294,16 +298,48 @@ class Report:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was answered or evaluated in the period."""
+        """Whether nothing was answered, rejected or evaluated in the period."""
         return self.requests.answered == 0 and self.requests.refused == 0 and not self.evaluations
 
     @property
     def requests_by_learned_groups(self) -> int:
-        """Requests that a learned prompt group was found for."""
+        """Number of requests assigned to a learned prompt group."""
         learned = tuple(f"{one.version}." for one in self.groupings)
         return sum(row.requests for row in self.groups if row.group.startswith(learned))
 
     @property
     def policies_published(self) -> int:
-        """Policies of every status."""
+        """Number of policies of any status."""
         return sum(self.policies.values())
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report as JSON values: key figures first, then everything; times as ISO 8601 in UTC, unknown as null."""
+    interval = report.saving.saving_interval
+    return {
+        "carbon_saving_pct": report.saving.saving_pct,
+        "carbon_saving_low_pct": None if interval is None else interval.low,
+        "carbon_saving_high_pct": None if interval is None else interval.high,
+        "carbon_saved_g": report.saving.saved_g,
+        "implied_saving_pct": report.implied_saving_pct,
+        "promised_saving_pct": report.promised_saving_pct,
+        "energy_attributed_j": report.energy.attributed_j,
+        "energy_metered_j": report.energy.metered_j,
+        "energy_difference_pct": report.energy.difference_pct,
+        "preference_pct": report.quality.preference_pct,
+        "evaluations": len(report.evaluations),
+        "policies_published": report.policies_published,
+        "report": _plain(report),
+    }
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401 - JSON
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value

@@ -1,23 +1,32 @@
-"""The report's plots, as plotly figures without colours of text and grid: the page gives them those of its theme."""
+"""The report's plots, as plotly figures. The page sets the colours of text and grid, to match its theme."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
 
-from tools.reporting.content import hour_saving_pct
+from tools.reporting.format import option_names
 from tools.reporting.model import HourRow, Report
 from tools.reporting.savings import Interval
-from tools.reporting.words import option_names
+from tools.reporting.tables import BASELINE, hour_saving_pct
 
 GREEN, AMBER, RED, BLUE, GREY, PURPLE = "#2f9e5b", "#e0a030", "#d1495b", "#3a7ebf", "#8b949e", "#8e6bbf"
 LEVELS = (GREY, "#7fc796", GREEN, BLUE, PURPLE, AMBER, RED)
-"""Of the options, reference first."""
+"""Colours of the options, reference first."""
 HEIGHT = 320
 
 
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A plot with its title, and a note on how to read it."""
+
+    title: str
+    note: str
+    figure: go.Figure
+
+
 def intensity_figure(report: Report) -> go.Figure:
-    """Carbon intensity per zone, evaluations marked."""
+    """Carbon intensity by zone; evaluations are marked."""
     figure = blank_figure("gCO₂eq per kWh")
     colours = (AMBER, BLUE, PURPLE, RED)
     for number, zone in enumerate(sorted({point.zone for point in report.grid})):
@@ -45,7 +54,7 @@ def intensity_figure(report: Report) -> go.Figure:
 
 
 def mix_figure(report: Report) -> go.Figure:
-    """Share of every option per hour, stacked."""
+    """Share of every option by hour, stacked."""
     figure = blank_figure("share of requests, %")
     names = option_names(report)
     for number, option in enumerate(report.options):
@@ -62,10 +71,10 @@ def mix_figure(report: Report) -> go.Figure:
 
 
 def grams_figure(report: Report) -> go.Figure:
-    """Grams per request as emitted and had the reference served all, with its interval."""
+    """Grams per request: emitted, and estimated for the baseline with its interval."""
     figure = blank_figure("mgCO₂eq per request")
     rows = [row for row in report.hours if row.compared]
-    moments = [_middle(row) for row in rows]
+    hours = [_middle(row) for row in rows]
     banded = [row for row in rows if row.reference_interval is not None]
     if banded:
         high = [_mg(row.reference_interval.high, row) for row in banded if row.reference_interval]
@@ -81,34 +90,34 @@ def grams_figure(report: Report) -> go.Figure:
             hoverinfo="skip",
         )
     figure.add_scatter(
-        x=moments,
+        x=hours,
         y=[_mg(row.reference_g, row) for row in rows],
-        name="all by the reference (estimated)",
+        name=f"{BASELINE}, estimated",
         mode="lines",
         line={"color": GREY, "width": 2.5, "dash": "dash"},
         hovertemplate="%{y:.3g} mg",
     )
     figure.add_scatter(
-        x=moments,
+        x=hours,
         y=[_mg(row.emitted_g, row) for row in rows],
-        name="emitted (measured)",
+        name="emitted, measured",
         mode="lines+markers",
         line={"color": GREEN, "width": 2.5},
         customdata=[hour_saving_pct(row) for row in rows],
-        hovertemplate="%{y:.3g} mg, %{customdata:.0f} % less",
+        hovertemplate="%{y:.3g} mg, saving %{customdata:.0f} %",
     )
     figure.update_yaxes(rangemode="tozero")
     return figure
 
 
 def quality_figure(report: Report) -> go.Figure:
-    """Preference relative to the reference: expected by the policies, from judged counts, and the bound."""
-    figure = blank_figure("preference, % of the reference's")
+    """Preference relative to the baseline: expected by the policies, from judged samples, and the bound."""
+    figure = blank_figure("preference, % of the baseline's")
     lines: tuple[tuple[str, list[float | None], dict[str, Any]], ...] = (
-        ("bound to keep", [row.quality_bound for row in report.hours], {"color": RED, "dash": "dot", "shape": "hvh"}),
-        ("counted on by the policies", [row.expected_quality for row in report.hours], {"color": BLUE}),
+        ("quality bound", [row.quality_bound for row in report.hours], {"color": RED, "dash": "dot", "shape": "hvh"}),
+        ("expected by the policies", [row.expected_quality for row in report.hours], {"color": BLUE}),
         (
-            "served, by judged counts",
+            "served, from judged samples",
             [row.judged_quality for row in report.hours],
             {"color": GREEN, "dash": "dash"},
         ),
@@ -127,7 +136,7 @@ def quality_figure(report: Report) -> go.Figure:
 
 
 def energy_figure(report: Report) -> go.Figure:
-    """Where the metered energy went, beside the meters."""
+    """The metered energy, and its uses."""
     account = report.energy
     parts = (
         ("requests", account.requests_j, GREEN),
@@ -139,7 +148,7 @@ def energy_figure(report: Report) -> go.Figure:
     )
     figure = blank_figure("")
     figure.add_bar(
-        y=["meters"],
+        y=["metered"],
         x=[account.metered_j / 3600.0],
         name="metered",
         orientation="h",
@@ -149,7 +158,7 @@ def energy_figure(report: Report) -> go.Figure:
     for name, joules, colour in parts:
         if joules > 0:
             figure.add_bar(
-                y=["books"],
+                y=["used for"],
                 x=[joules / 3600.0],
                 name=name,
                 orientation="h",
@@ -158,12 +167,12 @@ def energy_figure(report: Report) -> go.Figure:
             )
     figure.update_layout(barmode="stack", hovermode="closest", bargap=0.45)
     figure.update_xaxes(title={"text": "Wh"}, type="linear")
-    figure.update_yaxes(categoryorder="array", categoryarray=["books", "meters"])
+    figure.update_yaxes(categoryorder="array", categoryarray=["used for", "metered"])
     return figure
 
 
 def group_figure(report: Report) -> go.Figure:
-    """Per prompt group: the saving with its interval, above the use of the options."""
+    """By prompt group: the saving with its interval, over the shares of the options."""
     figure = blank_figure("")
     names = option_names(report)
     rows = list(reversed(report.groups))
@@ -199,26 +208,28 @@ def group_figure(report: Report) -> go.Figure:
     return figure
 
 
-def figures(report: Report) -> Sequence[tuple[str, str, go.Figure]]:
-    """Title, explanation and figure of every plot that has something to show."""
-    found: list[tuple[str, str, go.Figure]] = []
+def plots(report: Report) -> list[Plot]:
+    """Every plot for which the report has data."""
+    found: list[Plot] = []
     if report.grid:
-        found.append(("Carbon intensity", "Of the grid, and when the evaluator ran.", intensity_figure(report)))
+        found.append(Plot("Carbon intensity", "Of the grid; diamonds are evaluations.", intensity_figure(report)))
     if report.hours:
         found += [
-            ("Directive mix", "Share of every option per hour; the reference is grey.", mix_figure(report)),
-            ("Grams per request", "Emitted, against all requests on the reference.", grams_figure(report)),
-            ("Quality", "Judged preference relative to the reference.", quality_figure(report)),
+            Plot("Directive mix", f"Share of every option by hour; the {BASELINE} is grey.", mix_figure(report)),
+            Plot("Grams per request", f"Emitted, and if the {BASELINE} had served all.", grams_figure(report)),
+            Plot("Quality", f"Judged preference relative to the {BASELINE}.", quality_figure(report)),
         ]
     if report.energy.metered_j > 0 or report.energy.attributed_j > 0:
-        found.append(("Energy", "What the meters counted, and what it was spent on.", energy_figure(report)))
+        found.append(Plot("Energy", "Metered energy and its uses.", energy_figure(report)))
     if report.groups:
-        found.append(("Prompt groups", "Use of the options, and the saving with its interval.", group_figure(report)))
+        found.append(
+            Plot("Prompt groups", "Shares of the options, and saving with its interval.", group_figure(report))
+        )
     return found
 
 
 def blank_figure(y_title: str) -> go.Figure:
-    """A figure without data, text colour or grid colour."""
+    """A figure without data and without text and grid colours."""
     return go.Figure(
         layout={
             "height": HEIGHT,
@@ -235,7 +246,7 @@ def blank_figure(y_title: str) -> go.Figure:
 
 
 def _middle(row: HourRow) -> str:
-    """The middle of the hour, where its point is drawn."""
+    """The middle of the hour, as ISO 8601."""
     return f"{row.start:%Y-%m-%dT%H}:30:00"
 
 

@@ -1,7 +1,9 @@
-"""The saving: grams emitted against those of the same requests, had all of them been served by the reference.
+"""The saving: grams emitted against the grams if the baseline (no directive) had served every request.
 
-Doubly robust (augmented inverse propensity weighting) from the probabilities logged with every request; the method,
-and why the interval is what it is, stands in docs/decisions/0007-saving-estimator.md.
+The estimator is augmented inverse propensity weighting (AIPW; Robins, Rotnitzky and Zhao, JASA 1994), known as doubly
+robust off-policy evaluation (Dudík, Langford and Li, ICML 2011). It uses the probabilities logged with every request.
+docs/decisions/0007 derives the estimator and its interval. No library offers this interval: the sample is fixed, and
+only the random choice of the option varies.
 """
 
 import math
@@ -11,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from tools.reporting.calls import Flags, Floats
+from tools.reporting.frame import Flags, Floats
 
 CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
@@ -19,60 +21,62 @@ _Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Requests whose counterfactual can be identified; arrays of shape (n,), one element per request.
+    """Requests whose counterfactual is identified; every array has shape `(requests,)`.
 
-    A part that the draw itself decides upon (the requests that were served in one zone) keeps every request, because
-    those that the reference served tell what the part would have emitted there, wherever the reference lies.
+    A subset can depend on the random choice, for example the requests served in one zone. Such a comparison keeps every
+    request, because the requests served by the baseline also estimate what the subset would have emitted there.
 
     Attributes:
-        emitted_g: grams emitted.
-        propensity: probability with which the reference would have been drawn, > 0; 1 in fallback.
-        referred: whether the reference served it.
-        predicted_g: grams expected at the reference from other requests' energy and time, at this one's prices.
-        variance: of the grams at the reference around `predicted_g`.
-        inside: whether it belongs to the part compared; all do in the whole.
-        inside_probability: probability with which the draw would have put it inside; 1 in the whole.
-        reference_inside: whether it would belong had the reference served it.
+        emitted_g: emitted gCO2eq.
+        propensity: probability with which the baseline was chosen, > 0; 1 in fallback.
+        served_by_baseline: whether the baseline served the request.
+        predicted_g: gCO2eq expected at the baseline, from other requests' energy and time at this request's prices.
+        variance: variance of the grams at the baseline around `predicted_g`, g².
+        in_subset: whether the request belongs to the subset.
+        p_subset: probability with which the random choice put the request into the subset.
+        baseline_in_subset: whether the request would belong to the subset if the baseline had served it.
     """
 
     emitted_g: Floats
     propensity: Floats
-    referred: Flags
+    served_by_baseline: Flags
     predicted_g: Floats
     variance: Floats
-    inside: Flags
-    inside_probability: Floats
-    reference_inside: Flags
+    in_subset: Flags
+    p_subset: Floats
+    baseline_in_subset: Flags
 
     @classmethod
-    def whole(
-        cls, *, emitted_g: Floats, propensity: Floats, referred: Flags, predicted_g: Floats, variance: Floats
+    def of_all(
+        cls, *, emitted_g: Floats, propensity: Floats, served_by_baseline: Flags, predicted_g: Floats, variance: Floats
     ) -> Self:
         """A comparison of all these requests.
 
         Raises:
-            ValueError: a propensity is 0: where the reference is never drawn nothing is known.
+            ValueError: a propensity is 0; the counterfactual of such a request is not identified.
         """
         if np.any(propensity <= 0):
-            raise ValueError("propensity must be greater than 0: where the reference is never drawn nothing is known")
-        everyone = np.ones(len(emitted_g), dtype=bool)
-        return cls(emitted_g, propensity, referred, predicted_g, variance, everyone, np.ones(len(emitted_g)), everyone)
+            raise ValueError("propensity must be greater than 0: a baseline that is never chosen identifies nothing")
+        every = np.ones(len(emitted_g), dtype=bool)
+        return cls(
+            emitted_g, propensity, served_by_baseline, predicted_g, variance, every, np.ones(len(emitted_g)), every
+        )
 
     def __len__(self) -> int:
         return len(self.emitted_g)
 
-    def part(self, inside: Flags, inside_probability: Floats, reference_inside: Flags) -> Self:
-        """The same requests, compared over a part that the draw decides upon."""
-        return replace(self, inside=inside, inside_probability=inside_probability, reference_inside=reference_inside)
+    def subset(self, in_subset: Flags, p_subset: Floats, baseline_in_subset: Flags) -> Self:
+        """The same requests, compared over a subset that depends on the random choice."""
+        return replace(self, in_subset=in_subset, p_subset=p_subset, baseline_in_subset=baseline_in_subset)
 
-    def where(self, chosen: Flags) -> Self:
-        """The requests for which `chosen`, of shape (n,), is true; it must not depend on the draw."""
-        return type(self)(*(getattr(self, field.name)[chosen] for field in fields(self)))
+    def select(self, mask: Flags) -> Self:
+        """The requests for which `mask`, of shape `(requests,)`, is true; it must not depend on the random choice."""
+        return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A confidence interval, 95 %."""
+    """A 95 % confidence interval."""
 
     low: float
     high: float
@@ -80,14 +84,17 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """What a set of requests emitted, against the counterfactual.
+    """What a set of requests emitted, against the counterfactual. The field names are keys of the JSON report.
 
     Attributes:
-        requests: how many were compared.
-        references: how many of them a policy could have served otherwise but served by the reference: the evidence.
-        reference_g: grams had the reference served all of them.
-        reference_interval: of `reference_g`; null where there is no evidence for one.
-        saving_pct: null where nothing would have been emitted.
+        requests: number of requests compared.
+        references: number of requests randomly assigned to the baseline although the policy could have chosen
+            otherwise.
+        emitted_g: gCO2eq emitted.
+        reference_g: estimated gCO2eq if the baseline had served all of them.
+        reference_interval: of `reference_g`; None without evidence of its variance.
+        saving_pct: negative if more was emitted; None if the baseline would have emitted nothing.
+        saving_interval: of `saving_pct`.
     """
 
     requests: int
@@ -100,28 +107,27 @@ class Saving:
 
     @property
     def saved_g(self) -> float:
-        """Grams not emitted; negative where more was."""
+        """gCO2eq saved; negative if more was emitted than at the baseline."""
         return self.reference_g - self.emitted_g
 
 
 def estimate_saving(requests: Comparison) -> Saving:
-    """Estimate the saving of these very requests.
+    """Estimate the saving of exactly these requests.
 
-    psi_i = m_i + 1[reference served i] / pi_i * (Y_i - m_i), summed, is what the reference would have emitted; it is
-    unbiased whatever the prediction m, because the router drew with the probability pi that it logged.
+    The baseline's emissions are the sum of psi_i = m_i + 1[baseline served i] / pi_i * (Y_i - m_i). The sum is unbiased
+    for any prediction m, because the router chose the baseline at random with the logged probability pi_i.
     """
-    inside = requests.inside
-    emitted = float(requests.emitted_g[inside].sum())
-    residual = np.where(requests.referred, requests.emitted_g - requests.predicted_g, 0.0)
-    weight = requests.inside_probability / requests.propensity
-    reference = float(requests.predicted_g[inside].sum() + (weight * residual).sum())
+    emitted = float(requests.emitted_g[requests.in_subset].sum())
+    residual = np.where(requests.served_by_baseline, requests.emitted_g - requests.predicted_g, 0.0)
+    weight = requests.p_subset / requests.propensity
+    reference = float(requests.predicted_g[requests.in_subset].sum() + (weight * residual).sum())
     half = _half_width(requests, residual)
-    references = int(np.count_nonzero(requests.referred & (requests.propensity < 1.0)))
-    compared = int(np.count_nonzero(inside))
+    references = int(np.count_nonzero(requests.served_by_baseline & (requests.propensity < 1.0)))
+    compared = int(np.count_nonzero(requests.in_subset))
     if reference <= 0.0:
         return Saving(compared, references, emitted, reference, None, None, None)
     interval = None if half is None else Interval(max(0.0, reference - half), reference + half)
-    # The emitted grams are known, only the counterfactual is estimated: d(1 - A/C) = A/C^2 dC.
+    # Delta method: the emitted grams A are known, only the counterfactual C is estimated: d(1 - A/C) = A/C^2 dC.
     slope = emitted / reference**2
     saving = 1.0 - emitted / reference
     return Saving(
@@ -138,48 +144,52 @@ def estimate_saving(requests: Comparison) -> Saving:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedOut:
-    """An estimate of the whole, shared out to its requests; arrays of shape (n,).
+class Allocation:
+    """An estimate for all requests, allocated to the single requests; arrays of shape `(requests,)`.
 
     Attributes:
-        reference_g: sums to the whole's `reference_g`.
-        half_width_g: sums to half the whole's interval; null where it has none.
+        reference_g: sums to the `reference_g` of all requests.
+        half_width_g: sums to half the width of their interval; None if there is no interval.
     """
 
     reference_g: Floats
     half_width_g: Floats | None
 
 
-def benchmarked(requests: Comparison) -> SharedOut:
-    """Share the estimate of all requests out to each: what the prediction says, scaled to the doubly robust total.
+def allocate_total(requests: Comparison) -> Allocation:
+    """Allocate the estimate for all requests to each request, in proportion to its prediction.
 
-    For parts too small to estimate alone, such as an hour. What the reference was bound to serve keeps its own grams.
+    For subsets too small for an estimate of their own, such as one hour. Requests that only the baseline could serve
+    keep their own grams.
     """
-    whole = estimate_saving(requests)
+    total = estimate_saving(requests)
     certain = requests.propensity >= 1.0
-    known = np.where(certain & requests.inside, requests.emitted_g, 0.0)
-    shape = np.where(requests.inside & ~certain, requests.predicted_g, 0.0)
-    total = float(shape.sum())
-    if total <= 0.0:
-        return SharedOut(known, np.zeros(len(requests)))
+    known = np.where(certain & requests.in_subset, requests.emitted_g, 0.0)
+    share = np.where(requests.in_subset & ~certain, requests.predicted_g, 0.0)
+    shares = float(share.sum())
+    if shares <= 0.0:
+        return Allocation(known, np.zeros(len(requests)))
     half = None
-    if whole.reference_interval is not None:
-        half = shape * ((whole.reference_interval.high - whole.reference_g) / total)
-    return SharedOut(known + shape * ((whole.reference_g - float(known.sum())) / total), half)
+    if total.reference_interval is not None:
+        half = share * ((total.reference_interval.high - total.reference_g) / shares)
+    return Allocation(known + share * ((total.reference_g - float(known.sum())) / shares), half)
 
 
 def _half_width(requests: Comparison, residual: Floats) -> float | None:
-    """Half the interval's width in grams: the wider of what these requests show and what their groups do.
+    """Half the width of the interval of the counterfactual, g; None without evidence of its variance.
 
-    A few hours hold only a handful of reference draws, whose own spread may look small by chance.
+    The variance is estimated from the residuals of these requests, and from the spread within their groups. The larger
+    one is used: a few hours hold only a handful of baseline requests, whose residuals may be small by chance.
+
+    Args:
+        residual: emitted minus predicted grams of requests served by the baseline, else 0; shape `(requests,)`.
     """
-    drawn, apart = requests.propensity, requests.inside_probability
-    # E (1[reference] apart / drawn - 1[inside])^2: what the draw adds, per squared gram around the prediction.
-    factor = np.maximum(0.0, apart**2 / drawn + np.where(requests.reference_inside, -apart, apart))
-    at_stake = factor > 0.0
-    if not at_stake.any():
+    propensity, p_subset = requests.propensity, requests.p_subset
+    # E (1[baseline] p_subset / propensity - 1[in subset])^2: variance of the random choice per squared gram.
+    factor = np.maximum(0.0, p_subset**2 / propensity + np.where(requests.baseline_in_subset, -p_subset, p_subset))
+    if not (factor > 0.0).any():
         return 0.0
     expected = float((factor * requests.variance).sum())
-    shown = factor / drawn * residual**2
-    variance = max(expected, float(shown.sum()))
+    empirical = float((factor / propensity * residual**2).sum())
+    variance = max(expected, empirical)
     return _Z * math.sqrt(variance) if variance > 0.0 else None

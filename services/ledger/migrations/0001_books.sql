@@ -1,4 +1,4 @@
--- Calls on model servers, as responses and usage records told them.
+-- Calls on model servers, from responses and usage records.
 CREATE TABLE calls (
     id text PRIMARY KEY,
     purpose text NOT NULL,
@@ -20,17 +20,17 @@ CREATE TABLE calls (
     finished_at timestamptz NOT NULL,
     prompt_tokens int,
     completion_tokens int NOT NULL,
-    -- Energy from the intervals of the endpoint that were settled while the call was known, up to accounted_until.
+    -- The call's share of the endpoint's intervals that were settled while the call was known, up to accounted_until.
     energy_j float8 NOT NULL DEFAULT 0,
     accounted_until timestamptz,
-    -- Some of its energy is not in energy_j: it came late, or began before the endpoint was metered.
+    -- Some of its energy is missing in energy_j: the call arrived late, or started before the endpoint was metered.
     partial bool NOT NULL DEFAULT false,
     settled bool NOT NULL DEFAULT false
 );
 CREATE INDEX calls_unsettled ON calls (endpoint, started_at) WHERE NOT settled;
 CREATE INDEX calls_by_end ON calls (finished_at);
 
--- Responses with an error.
+-- Rejected requests: responses with an error.
 CREATE TABLE refusals (
     request_id text PRIMARY KEY,
     model text NOT NULL,
@@ -39,7 +39,7 @@ CREATE TABLE refusals (
 );
 CREATE INDEX refusals_by_time ON refusals (at);
 
--- Energy counters as they were read; joules since the server's start.
+-- Readings of the energy counters; joules since the server's start.
 CREATE TABLE readings (
     endpoint text NOT NULL,
     at timestamptz NOT NULL,
@@ -61,21 +61,21 @@ CREATE TABLE intervals (
     attributed_j float8 NOT NULL,
     idle_j float8 NOT NULL,
     unattributed_j float8 NOT NULL,
-    -- The counter began anew within it: what was counted before that is lost.
+    -- A counter was reset within the interval: the energy between the last reading and the reset is lost.
     restarted bool NOT NULL DEFAULT false,
-    -- Calls that ran in it, as known when it was settled.
+    -- Number of calls that ran in it and were known when it was settled.
     calls int NOT NULL DEFAULT 0,
     PRIMARY KEY (endpoint, started_at)
 );
 CREATE INDEX intervals_by_end ON intervals (endpoint, finished_at);
 
--- How far the books of an endpoint are, and the idle power learned from its quiet intervals.
+-- The end of the last settled interval of every endpoint, and the idle power learned from intervals without calls.
 CREATE TABLE meters (
     endpoint text PRIMARY KEY,
     metered_from timestamptz NOT NULL,
     settled_until timestamptz NOT NULL,
     idle_power_w float8,
-    -- The quiet span that is being watched.
+    -- Duration and energy of the current span without calls.
     quiet_s float8 NOT NULL DEFAULT 0,
     quiet_j float8 NOT NULL DEFAULT 0
 );
@@ -107,7 +107,7 @@ CREATE TABLE footprints (
     operational_g float8,
     embodied_g float8 NOT NULL,
     total_g float8,
-    -- Some of the energy is missing: kept for the books, never published.
+    -- Some of the energy is missing: in the accounts, but never published.
     partial bool NOT NULL DEFAULT false,
     published bool NOT NULL DEFAULT false
 );
@@ -115,7 +115,7 @@ CREATE INDEX footprints_unpublished ON footprints (finished_at) WHERE NOT publis
 CREATE INDEX footprints_by_start ON footprints (started_at);
 CREATE INDEX footprints_by_evaluation ON footprints (evaluation_id) WHERE evaluation_id IS NOT NULL;
 
--- What the grid emitted; a value holds from its instant until the next one.
+-- Carbon intensity of the grid; a value holds from its time until the next one.
 CREATE TABLE intensity (
     zone text NOT NULL,
     at timestamptz NOT NULL,
@@ -125,7 +125,7 @@ CREATE TABLE intensity (
     PRIMARY KEY (zone, at)
 );
 
--- Every policy that was in force, for the report's comparison.
+-- Every published policy; the report compares requests with its reference option.
 CREATE TABLE policies (
     model text NOT NULL,
     version int NOT NULL,
@@ -134,7 +134,7 @@ CREATE TABLE policies (
     PRIMARY KEY (model, version, created_at)
 );
 
--- What the evaluations found.
+-- Results of the evaluations.
 CREATE TABLE quality (
     evaluation_id text PRIMARY KEY,
     model text NOT NULL,

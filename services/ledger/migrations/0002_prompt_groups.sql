@@ -1,4 +1,4 @@
--- Versions of learned prompt groups: what had been judged before each, counted by its groups.
+-- Versions of learned prompt groups, each with the counts of earlier judgments re-aggregated by its groups.
 CREATE TABLE prompt_groups (
     model text NOT NULL,
     version text NOT NULL,

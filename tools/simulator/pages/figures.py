@@ -6,8 +6,10 @@ from statistics import fmean
 import plotly.graph_objects as go
 
 from tools.reporting.plots import AMBER, BLUE, GREEN, GREY, LEVELS, PURPLE, RED, blank_figure
-from tools.reporting.shell import NamedFigure
 from tools.simulator.outcome import Outcome
+
+NamedFigure = tuple[str, str, go.Figure]
+"""Title, a note on how to read it, and the plot."""
 
 COLOURS = {
     "base": GREY, "co2_opt": RED, "model_opt": AMBER, "sprout_sta": "#9ecae1", "sprout": BLUE, "sprout_task": "#7fc796",

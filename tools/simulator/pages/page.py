@@ -1,10 +1,9 @@
 """A simulation as one HTML file that needs nothing else."""
 
 from collections.abc import Sequence
-from html import escape
 
-from tools.reporting.shell import plot_cards, table_card
-from tools.reporting.shell import render_page as render
+from tools.reporting.page import render_page as render
+from tools.reporting.plots import Plot
 from tools.simulator.outcome import Outcome
 from tools.simulator.pages.figures import figures
 from tools.simulator.pages.tables import means_table, windows_table
@@ -13,17 +12,16 @@ TITLE = "Sprout: simulation"
 
 
 def render_page(outcomes: Sequence[Outcome]) -> str:
-    """The page; see `tools.reporting.shell`."""
+    """The page; see `tools.reporting.page`."""
     zones = sorted({one.zone for one in outcomes})
     hours = len(outcomes[0].grams)
     about = f"{len(zones)} zones ({', '.join(zones)}), windows of {hours} hours, {len(outcomes)} runs"
-    parts = [
-        *(f'<p class="about">{escape(text)}</p>' for text in (about, *_remarks(outcomes))),
-        table_card(means_table(outcomes)),
-        plot_cards(figures(outcomes)),
-        table_card(windows_table(outcomes)),
-    ]
-    return render(TITLE, parts, with_plots=True)
+    plots = [Plot(*one) for one in figures(outcomes)]
+    return render(
+        TITLE,
+        intro=[about, *_remarks(outcomes)],
+        sections=[means_table(outcomes), plots, windows_table(outcomes)],
+    )
 
 
 def _remarks(outcomes: Sequence[Outcome]) -> list[str]:

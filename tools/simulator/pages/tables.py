@@ -6,9 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tools.reporting.content import TextTable
-from tools.reporting.tables import rich_table
-from tools.reporting.words import UNKNOWN, percent
+from tools.reporting.format import UNKNOWN, percent
+from tools.reporting.tables import TextTable, rich_table
 from tools.simulator.outcome import Outcome
 
 _COLUMNS = ("saving", "preference", "correctness", "bound kept", "evaluations", "evaluator")

@@ -1,4 +1,4 @@
-"""The report's tables: zones, hours, groups, evaluations."""
+"""Breakdowns of the report: one row per zone, hour, prompt group and evaluation."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,12 @@ from datetime import UTC, datetime
 import numpy as np
 
 from shared.messages import Quality
-from tools.reporting.accounts import price_of
-from tools.reporting.books import EvaluationSums, IntervalSums
-from tools.reporting.calls import Calls, Flags, Floats, Texts, partition
-from tools.reporting.grams import IntensitySeries, Site
+from tools.reporting.accounts import Site, grams_per_joule
+from tools.reporting.frame import Calls, Flags, Floats, IntensitySeries, Texts, partition
 from tools.reporting.model import EvaluationRow, GroupRow, HourRow, ZoneRow
-from tools.reporting.policies import PolicyBook
-from tools.reporting.preference import PREFERENCE, JudgedShares, expectation, relative_pct
-from tools.reporting.savings import Comparison, Interval, Saving, SharedOut, benchmarked, estimate_saving
+from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policy_expectation, relative_pct
+from tools.reporting.query import EvaluationSums, IntervalSums
+from tools.reporting.savings import Allocation, Comparison, Interval, Saving, allocate_total, estimate_saving
 
 HOUR_S = 3600
 NO_COST = EvaluationSums(calls=0, energy_j=0.0, grams=0.0)
@@ -23,11 +21,12 @@ NO_COST = EvaluationSums(calls=0, energy_j=0.0, grams=0.0)
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The requests that the report shows, with the judged quality of their option and of their reference.
+    """The requests that the report shows, with the quality of their option and of their reference.
 
     Attributes:
-        reference: reference option; shape (n,).
-        quality: share preferred expected of what was served; shape (n,), NaN where never judged.
+        calls: the requests.
+        reference: reference option; shape `(calls,)`.
+        quality: expected share preferred of the served option; shape `(calls,)`, NaN if never judged.
         reference_quality: likewise of the reference.
     """
 
@@ -46,13 +45,13 @@ def zone_row(
     grid: Mapping[str, IntensitySeries],
     sites: Mapping[str, Site],
 ) -> ZoneRow:
-    """The requests that a zone served, and what its servers used while idle."""
+    """The requests served in a zone, and the idle energy of its servers."""
     here = served.calls.zone == zone
-    idle_g = [interval.idle_j * price_of(interval, grid, sites) for interval in intervals]
+    idle_g = [interval.idle_j * grams_per_joule(interval, grid, sites) for interval in intervals]
     return ZoneRow(
         zone=zone,
         requests=int(here.sum()),
-        intensity_g_per_kwh=mean_of(served.calls.intensity_g_per_kwh[here]),
+        intensity_g_per_kwh=known_mean(served.calls.intensity_g_per_kwh[here]),
         energy_j=float(served.calls.energy_j[here].sum()),
         saving=saving,
         idle_j=sum(interval.idle_j for interval in intervals),
@@ -61,7 +60,7 @@ def zone_row(
 
 
 def group_rows(served: Served, compared: Calls, comparison: Comparison) -> tuple[GroupRow, ...]:
-    """The prompt groups, by name. `compared` are the calls of `comparison`."""
+    """One row per prompt group, ordered by name. `compared` are the calls of `comparison`."""
     calls = served.calls
     return tuple(
         GroupRow(
@@ -72,7 +71,7 @@ def group_rows(served: Served, compared: Calls, comparison: Comparison) -> tuple
             mix=_mix(calls.option[where]),
             energy_j=float(calls.energy_j[where].sum()),
             completion_tokens=int(calls.completion_tokens[where].sum()),
-            saving=estimate_saving(comparison.where(compared.group == group)),
+            saving=estimate_saving(comparison.select(compared.group == group)),
             preference_pct=relative_pct(served.quality[where], served.reference_quality[where]),
         )
         for (group,), where in partition(calls.group).items()
@@ -80,10 +79,10 @@ def group_rows(served: Served, compared: Calls, comparison: Comparison) -> tuple
     )
 
 
-def hour_rows(served: Served, compared: Calls, comparison: Comparison, policies: PolicyBook) -> tuple[HourRow, ...]:
-    """The hours with traffic, in order. `compared` are the calls of `comparison`."""
+def hour_rows(served: Served, compared: Calls, comparison: Comparison, policies: PolicyHistory) -> tuple[HourRow, ...]:
+    """One row per hour with requests, in order of time. `compared` are the calls of `comparison`."""
     hours, compared_hours = _hours(served.calls), _hours(compared)
-    shared_out = benchmarked(comparison)
+    allocation = allocate_total(comparison)
     return tuple(
         _hour_row(
             float(hour),
@@ -91,7 +90,7 @@ def hour_rows(served: Served, compared: Calls, comparison: Comparison, policies:
             here=hours == hour,
             comparison=comparison,
             compared=compared_hours == hour,
-            shared_out=shared_out,
+            allocation=allocation,
             policies=policies,
         )
         for hour in np.unique(hours)
@@ -105,39 +104,39 @@ def _hour_row(
     here: Flags,
     comparison: Comparison,
     compared: Flags,
-    shared_out: SharedOut,
-    policies: PolicyBook,
+    allocation: Allocation,
+    policies: PolicyHistory,
 ) -> HourRow:
-    calls = served.calls.where(here)
-    quality = expectation(calls, policies, PREFERENCE)
+    calls = served.calls.select(here)
+    quality = policy_expectation(calls, policies, PREFERENCE)
     judged = relative_pct(served.quality[here], served.reference_quality[here])
-    reference = float(shared_out.reference_g[compared].sum())
-    half = None if shared_out.half_width_g is None else float(shared_out.half_width_g[compared].sum())
-    inside = compared & comparison.inside
+    reference = float(allocation.reference_g[compared].sum())
+    half = None if allocation.half_width_g is None else float(allocation.half_width_g[compared].sum())
+    counted = compared & comparison.in_subset
     return HourRow(
-        start=moment_of(hour * HOUR_S),
+        start=to_datetime(hour * HOUR_S),
         requests=len(calls),
         intensity_g_per_kwh={
             zone: mean
             for (zone,), where in partition(calls.zone).items()
-            if (mean := mean_of(calls.intensity_g_per_kwh[where])) is not None
+            if (mean := known_mean(calls.intensity_g_per_kwh[where])) is not None
         },
         mix=_mix(calls.option),
         energy_j=float(calls.energy_j.sum()),
         completion_tokens=int(calls.completion_tokens.sum()),
-        compared=int(inside.sum()),
-        emitted_g=float(comparison.emitted_g[inside].sum()),
+        compared=int(counted.sum()),
+        emitted_g=float(comparison.emitted_g[counted].sum()),
         reference_g=reference,
         reference_interval=None if half is None else Interval(max(0.0, reference - half), reference + half),
-        saving=estimate_saving(comparison.where(compared)),
-        expected_quality=mean_of(quality.expected),
-        quality_bound=mean_of(quality.bound),
+        saving=estimate_saving(comparison.select(compared)),
+        expected_quality=known_mean(quality.expected),
+        quality_bound=known_mean(quality.bound),
         judged_quality=None if judged is None else judged / 100.0,
     )
 
 
 def evaluation_rows(qualities: Sequence[Quality], costs: Mapping[str, EvaluationSums]) -> tuple[EvaluationRow, ...]:
-    """The evaluations, as they came. A failed call is in the cost too: its energy was spent."""
+    """One row per evaluation. Its cost includes failed calls."""
     rows = []
     for quality in qualities:
         shares = JudgedShares([quality])
@@ -162,14 +161,14 @@ def evaluation_rows(qualities: Sequence[Quality], costs: Mapping[str, Evaluation
     return tuple(rows)
 
 
-def mean_of(values: Floats) -> float | None:
-    """Mean of what is known; None where nothing is."""
+def known_mean(values: Floats) -> float | None:
+    """Mean of the values that are not NaN; None if all are."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
 
 
-def moment_of(seconds: float) -> datetime:
-    """Seconds since the Unix epoch as an instant, UTC."""
+def to_datetime(seconds: float) -> datetime:
+    """Seconds since the Unix epoch as a UTC time."""
     return datetime.fromtimestamp(seconds, UTC)
 
 

@@ -1,11 +1,11 @@
-"""The intensity in force over a call, and joules and seconds to grams."""
+"""The mean carbon intensity during a call, and its energy and time in grams."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ledger.footprint import Grams, grams_of
-from services.ledger.intensity import IntensitySteps
+from services.ledger.footprint import IntensitySteps, footprint_grams, footprint_row
+from shared.fleet import Endpoint, Pool
 
 HOUR = 3600.0
 STEPS = IntensitySteps([(HOUR, 300.0), (0.0, 100.0), (2 * HOUR, 200.0)], max_age_s=3 * HOUR)
@@ -41,11 +41,26 @@ def test_a_mean_lies_between_the_values(values, start_h, length_h):
     assert min(values) - 1e-6 <= mean <= max(values) + 1e-6
 
 
-def test_grams_are_electricity_with_overhead_and_the_servers_making():
-    grams = grams_of(energy_j=3.6e6, processing_s=10, pue=1.2, intensity_g_per_kwh=250, embodied_g_per_s=0.5)
-    assert grams == Grams(pytest.approx(300), 5.0, pytest.approx(305))
+POOL = Pool(
+    name="p", model="m", zone="GB", pue=1.2, embodied_g_per_s=0.5, endpoints=(Endpoint(name="e", grpc="localhost:1"),)
+)
+
+
+def test_grams_are_electricity_with_overhead_and_embodied_carbon():
+    grams = footprint_grams(energy_j=3.6e6, processing_s=10, pool=POOL, intensity_g_per_kwh=250)
+    assert grams == {"operational_g": pytest.approx(300), "embodied_g": 5.0, "total_g": pytest.approx(305)}
 
 
 def test_an_unknown_intensity_stays_unknown():
-    grams = grams_of(energy_j=3.6e6, processing_s=10, pue=1, intensity_g_per_kwh=None, embodied_g_per_s=0.5)
-    assert grams == Grams(None, 5.0, None)
+    grams = footprint_grams(energy_j=3.6e6, processing_s=10, pool=POOL, intensity_g_per_kwh=None)
+    assert grams == {"operational_g": None, "embodied_g": 5.0, "total_g": None}
+
+
+def test_a_footprint_is_priced_at_the_mean_intensity_of_the_call():
+    row = footprint_row(
+        request_id="r", started_s=HOUR - 30, finished_s=HOUR + 10, energy_j=3.6e6, partial=True, pool=POOL,
+        intensity=STEPS,
+    )  # fmt: skip
+    assert (row["request_id"], row["processing_s"], row["partial"]) == ("r", 40.0, True)
+    assert row["intensity_g_per_kwh"] == pytest.approx(150)
+    assert row["total_g"] == pytest.approx(1.2 * 150 + 40 * 0.5)

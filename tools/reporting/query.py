@@ -1,37 +1,130 @@
-"""Reads a snapshot of the ledger's tables for a report. Only reads; the tables are those of the ledger's migrations."""
+"""Reads the snapshot of the ledger's tables that a report is computed from. Read-only.
+
+The tables are defined by `services/ledger/migrations`.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import asyncpg
 import numpy as np
 from asyncpg.pool import PoolConnectionProxy
 
-from shared.messages import GroupEvidence, Policy, Quality
-from tools.reporting.books import Books, CallSums, EvaluationSums, IntervalSums, Regrouping, Selection
-from tools.reporting.calls import Calls
-from tools.reporting.columns import CallColumns, Rows
-from tools.reporting.grams import MAX_AGE_S, IntensitySeries
-from tools.reporting.policies import PolicyBook
+from shared.messages import GroupEvidence, Policy, Quality, QualityCount
+from tools.reporting.frame import MAX_AGE_S, Calls, CallsBuilder, Distributions, IntensitySeries
+from tools.reporting.quality import PolicyHistory
 
-MOST_CALLS = 2_000_000
-"""Calls that one report takes in: about 600 MB and a minute of arithmetic."""
-_CHUNK = 20_000
-
+MAX_CALLS = 2_000_000
+"""Most calls in one report: about 600 MB and a minute of computation."""
+_PREFETCH = 20_000
 
 Connection = asyncpg.Connection | PoolConnectionProxy
 
 
-class NoBooksError(RuntimeError):
-    """The database has no tables of the ledger; the message says what to do."""
+class NoLedgerError(RuntimeError):
+    """The database has no tables of the ledger; the message names the remedy."""
 
 
 class TooManyCallsError(RuntimeError):
-    """The period holds more calls than one report takes in; the message says what to do."""
+    """The period holds more calls than one report can process; the message names the remedy."""
 
 
-# Every statement names its schema: the connection may be anybody's. $1 is since, $2 until, then model and zone.
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The calls of a report: started in [since, until), of one model, served in one zone; None means all."""
+
+    since: datetime | None = None
+    until: datetime | None = None
+    model: str | None = None
+    zone: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallSums:
+    """Settled calls of one purpose, all models: energy (J), gCO2eq, and energy without a known intensity (J)."""
+
+    energy_j: float
+    grams: float
+    embodied_g: float
+    unpriced_j: float
+
+
+@dataclass(frozen=True, slots=True)
+class IntervalSums:
+    """Energy of one pool's intervals that started in one hour, J; `middle_s` is the middle of the hour."""
+
+    zone: str
+    pool: str
+    middle_s: float
+    attributed_j: float
+    idle_j: float
+    unattributed_j: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSums:
+    """Calls of one evaluation: number, energy (J), gCO2eq."""
+
+    calls: int
+    energy_j: float
+    grams: float
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedGroups:
+    """A version of learned prompt groups.
+
+    Attributes:
+        prompts: number of judged prompts from which they were learned.
+        counts: earlier judgments, re-aggregated by these groups.
+    """
+
+    version: str
+    learned_at: datetime
+    prompts: int
+    counts: tuple[QualityCount, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The ledger's tables at one time.
+
+    Attributes:
+        requests: settled requests of clients.
+        evaluations: settled calls of the evaluator to the models, without the judge.
+        distributions: probabilities by option, indexed by `requests.distribution` and `evaluations.distribution`.
+        unsettled: answered requests that are not settled yet.
+        unsettled_calls: unsettled calls of every purpose, model and zone.
+        rejections: requests rejected, by error code.
+        metered_j: metered energy, J.
+        purposes: by `request`, `evaluation`, `judge`.
+        grid: carbon intensity by zone.
+        policies: all policies published so far; earlier ones may still be active.
+        qualities: results of the evaluations in the period.
+        groupings: prompt groups learned in the period, oldest first.
+        evaluation_costs: by evaluation id.
+    """
+
+    selection: Selection
+    requests: Calls
+    evaluations: Calls
+    distributions: Sequence[Mapping[str, float]]
+    unsettled: int
+    unsettled_calls: int
+    rejections: Mapping[str, int]
+    metered_j: float
+    purposes: Mapping[str, CallSums]
+    intervals: Sequence[IntervalSums]
+    grid: Mapping[str, IntensitySeries]
+    policies: PolicyHistory
+    qualities: Sequence[Quality]
+    groupings: Sequence[LearnedGroups]
+    evaluation_costs: Mapping[str, EvaluationSums]
+
+
+# Every statement names its schema, because any connection may be used. $1 is since, $2 until, then model and zone.
 _PERIOD = "($1::timestamptz IS NULL OR {at} >= $1) AND ($2::timestamptz IS NULL OR {at} < $2)"
 _MODEL = "($3::text IS NULL OR model = $3)"
 _ZONE = "($4::text IS NULL OR zone = $4)"
@@ -48,17 +141,17 @@ WHERE purpose IN ('request', 'evaluation') AND {_PERIOD.format(at="started_at")}
 ORDER BY started_at, request_id
 """
 
-_COUNTED = f"""
+_COUNT = f"""
 SELECT count(*) FROM ledger.footprints
 WHERE purpose IN ('request', 'evaluation') AND {_PERIOD.format(at="started_at")} AND {_MODEL}
 """
 
-_CALLS = f"""
+_UNSETTLED = f"""
 SELECT count(*) FILTER (WHERE purpose = 'request' AND {_MODEL}) AS unsettled, count(*) AS unsettled_calls
 FROM ledger.calls WHERE NOT settled AND {_PERIOD.format(at="started_at")} AND {_ZONE}
 """
 
-_REFUSALS = f"""
+_REJECTIONS = f"""
 SELECT code, count(DISTINCT request_id) AS requests FROM ledger.refusals
 WHERE {_PERIOD.format(at="at")} AND {_MODEL} GROUP BY code ORDER BY code
 """
@@ -78,8 +171,8 @@ FROM ledger.intervals WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS N
 GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
 """
 
-# Straight from the counters, whatever the intervals say: a counter that fell was restarted, and counts from 0. Readings
-# are not kept for ever: of intervals older than an endpoint's first one only their own note of the meter is left.
+# Metered energy comes from the raw readings, independently of the intervals. A counter that decreased was reset and
+# counts from 0. Readings have a limited retention: intervals older than an endpoint's first reading use `metered_j`.
 _METERED = f"""
 WITH span AS (
     SELECT endpoint, min(started_at) AS first, max(finished_at) AS last FROM ledger.intervals
@@ -125,47 +218,47 @@ WHERE purpose <> 'request' AND evaluation_id IS NOT NULL AND {_PERIOD.format(at=
 """
 
 
-async def read_books(connection: Connection, selection: Selection) -> Books:
-    """One snapshot of the books; nothing in the report can contradict another part of it.
+async def read_snapshot(connection: Connection, selection: Selection) -> Snapshot:
+    """Read all tables in one transaction, so that all figures of a report are consistent.
 
     Raises:
-        NoBooksError: the ledger has never set up its tables here.
+        NoLedgerError: the ledger has not created its tables here.
         TooManyCallsError: the period is too long for one report.
-        asyncpg.PostgresError: the database refused.
+        asyncpg.PostgresError: the database rejected a statement.
     """
     if await connection.fetchval("SELECT to_regclass('ledger.footprints')") is None:
-        raise NoBooksError("this database has no tables of the ledger: start the ledger on it first")
+        raise NoLedgerError("this database has no tables of the ledger: start the ledger on it first")
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         return await _read(connection, selection)
 
 
-async def _read(connection: Connection, selection: Selection) -> Books:
+async def _read(connection: Connection, selection: Selection) -> Snapshot:
     since, until, model, zone = selection.since, selection.until, selection.model, selection.zone
-    counted = await connection.fetchval(_COUNTED, since, until, model)
-    if counted > MOST_CALLS:
+    count = await connection.fetchval(_COUNT, since, until, model)
+    if count > MAX_CALLS:
         raise TooManyCallsError(
-            f"the period holds {counted:,} calls and one report takes in {MOST_CALLS:,}: "
+            f"the period holds {count:,} calls, and one report can process {MAX_CALLS:,}: "
             "narrow it with --since and --until"
         )
-    rows = Rows()
-    requests, evaluations = await _footprints(connection, selection, rows)
-    (calls,) = await connection.fetch(_CALLS, since, until, model, zone)
-    # Nothing is refused in a zone: refusals are told whatever the zone.
-    refusals = await connection.fetch(_REFUSALS, since, until, model)
+    distributions = Distributions()
+    requests, evaluations = await _footprints(connection, selection, distributions)
+    (calls,) = await connection.fetch(_UNSETTLED, since, until, model, zone)
+    # A rejected request has no zone: rejections are counted for all zones.
+    rejections = await connection.fetch(_REJECTIONS, since, until, model)
     purposes = await connection.fetch(_PURPOSES, since, until, zone)
     intervals = await connection.fetch(_INTERVALS, since, until, zone)
     policies = await connection.fetch(_POLICIES, until, model)
     qualities = await connection.fetch(_QUALITY, since, until, model)
     groupings = await connection.fetch(_GROUPINGS, since, until, model)
     costs = await connection.fetch(_EVALUATION_COSTS, since, None)
-    return Books(
+    return Snapshot(
         selection=selection,
         requests=requests,
         evaluations=evaluations,
-        rows=rows.rows,
+        distributions=distributions.all,
         unsettled=calls["unsettled"],
         unsettled_calls=calls["unsettled_calls"],
-        refusals={row["code"]: row["requests"] for row in refusals},
+        rejections={row["code"]: row["requests"] for row in rejections},
         metered_j=await connection.fetchval(_METERED, since, until, zone),
         purposes={
             row["purpose"]: CallSums(row["energy_j"], row["grams"], row["embodied_g"], row["unpriced_j"])
@@ -173,34 +266,36 @@ async def _read(connection: Connection, selection: Selection) -> Books:
         },
         intervals=[IntervalSums(**row) for row in intervals],
         grid=await _grid(connection, selection, requests, evaluations),
-        policies=PolicyBook.of(Policy.model_validate_json(row["policy"]) for row in policies),
+        policies=PolicyHistory.of(Policy.model_validate_json(row["policy"]) for row in policies),
         qualities=[Quality.model_validate_json(row["quality"]) for row in qualities],
-        groupings=[_regrouping(row) for row in groupings],
+        groupings=[_learned_groups(row) for row in groupings],
         evaluation_costs={
             row["evaluation_id"]: EvaluationSums(row["calls"], row["energy_j"], row["grams"]) for row in costs
         },
     )
 
 
-def _regrouping(row: asyncpg.Record) -> Regrouping:
+def _learned_groups(row: asyncpg.Record) -> LearnedGroups:
     grouping = json.loads(row["grouping"])
     evidence = [GroupEvidence.model_validate(one) for one in grouping["evidence"]]
     counts = tuple(count for one in evidence for count in one.counts)
-    return Regrouping(row["version"], row["learned_at"], grouping["prompts"], counts)
+    return LearnedGroups(row["version"], row["learned_at"], grouping["prompts"], counts)
 
 
-async def _footprints(connection: Connection, selection: Selection, rows: Rows) -> tuple[Calls, Calls]:
-    """Requests, and the evaluator's calls; a zone does not narrow them: the reference may lie in another."""
-    columns = {"request": CallColumns(rows), "evaluation": CallColumns(rows)}
-    cursor = connection.cursor(_FOOTPRINTS, selection.since, selection.until, selection.model, prefetch=_CHUNK)
+async def _footprints(
+    connection: Connection, selection: Selection, distributions: Distributions
+) -> tuple[Calls, Calls]:
+    """Requests, and calls of the evaluator, of all zones: the reference may run in another zone than the selected."""
+    columns = {"request": CallsBuilder(distributions), "evaluation": CallsBuilder(distributions)}
+    cursor = connection.cursor(_FOOTPRINTS, selection.since, selection.until, selection.model, prefetch=_PREFETCH)
     async for record in cursor:
         columns[record["purpose"]].add(record)
-    return columns["request"].calls(), columns["evaluation"].calls()
+    return columns["request"].build(), columns["evaluation"].build()
 
 
-async def _grid(connection: Connection, selection: Selection, *books: Calls) -> Mapping[str, IntensitySeries]:
-    """Intensity by zone, from a little before the period on."""
-    starts = [calls.started_s for calls in books if len(calls)]
+async def _grid(connection: Connection, selection: Selection, *tables: Calls) -> Mapping[str, IntensitySeries]:
+    """Carbon intensity by zone, from `MAX_AGE_S` before the first call."""
+    starts = [calls.started_s for calls in tables if len(calls)]
     if selection.since is None and not starts:
         return {}
     first_s = selection.since.timestamp() if selection.since else min(float(started.min()) for started in starts)

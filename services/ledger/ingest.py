@@ -1,0 +1,289 @@
+"""Ingest: messages of other services become rows, and the watermark up to which all calls are in PostgreSQL."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
+from faststream.kafka import KafkaBroker
+
+from services.ledger.settings import LedgerSettings
+from services.ledger.sql import Row, Storage
+from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.subscribe import Subscriber, subscribe_batches
+from shared.messages import (
+    CarbonIntensity,
+    GenerationResponse,
+    Policy,
+    PromptGrouping,
+    Quality,
+    UsageRecord,
+)
+from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseUnavailableError
+from shared.runtime.settings import KafkaSettings
+from shared.topics import CARBON_INTENSITY, POLICIES, PROMPT_GROUPS, QUALITY, RESPONSES, USAGE, TopicSpec
+
+FETCH_MIN_BYTES = 1_000_000
+"""Kafka holds back a fetch until it has this many bytes or the poll time is over: few, large batches."""
+LARGEST_INTEGER = 2**31 - 1
+
+Offsets = Mapping[TopicPartition, int]
+
+
+class Ingest:
+    """Subscribes to all topics, in batches that are acknowledged once they are in PostgreSQL."""
+
+    def __init__(
+        self,
+        broker: KafkaBroker,
+        dead_letters: DeadLetterPublisher,
+        *,
+        kafka: KafkaSettings,
+        settings: LedgerSettings,
+        storage: Storage,
+        service: str,
+    ) -> None:
+        self._retry_s = settings.retry_s
+
+        def subscribe(spec: TopicSpec) -> Subscriber:
+            return subscribe_batches(
+                broker,
+                kafka,
+                dead_letters,
+                spec,
+                group=f"{service}.{spec.name}",
+                max_records=settings.batch_records,
+                poll_ms=settings.poll_ms,
+                fetch_min_bytes=FETCH_MIN_BYTES,
+                fetch_max_wait_ms=settings.poll_ms,
+            )
+
+        responses = subscribe(RESPONSES)
+        usage = subscribe(USAGE)
+        intensities = subscribe(CARBON_INTENSITY)
+        policies = subscribe(POLICIES)
+        qualities = subscribe(QUALITY)
+        groupings = subscribe(PROMPT_GROUPS)
+        self.call_subscribers = {kafka.topic(RESPONSES): responses, kafka.topic(USAGE): usage}
+        """The subscribers of the topics with calls, by topic name."""
+
+        @responses
+        async def on_responses(batch: list[GenerationResponse]) -> None:
+            answered = [request_row(one) for one in batch if one.status == "ok"]
+            rejected = [rejection_row(one) for one in batch if one.status == "error"]
+            await self._write(storage.add, "calls", answered)
+            await self._write(storage.add, "refusals", rejected)
+
+        @usage
+        async def on_usage(batch: list[UsageRecord]) -> None:
+            await self._write(storage.add, "calls", [usage_row(one) for one in batch])
+
+        @intensities
+        async def on_intensities(batch: list[CarbonIntensity]) -> None:
+            await self._write(storage.put, "intensity", [row for one in batch for row in intensity_rows(one)])
+
+        @policies
+        async def on_policies(batch: list[Policy]) -> None:
+            await self._write(storage.add, "policies", [policy_row(one) for one in batch])
+
+        @qualities
+        async def on_qualities(batch: list[Quality]) -> None:
+            await self._write(storage.put, "quality", [quality_row(one) for one in batch])
+
+        @groupings
+        async def on_groupings(batch: list[PromptGrouping]) -> None:
+            learned = [grouping_row(one) for one in batch if one.version is not None]
+            await self._write(storage.put, "prompt_groups", learned)
+
+    async def _write(self, write: Callable[[str, list[Row]], Awaitable[None]], table: str, rows: list[Row]) -> None:
+        """Write rows.
+
+        Raises:
+            DatabaseUnavailableError: raised after a pause; Kafka redelivers the batch.
+        """
+        try:
+            await write(table, rows)
+        except DatabaseUnavailableError:
+            await asyncio.sleep(self._retry_s)
+            raise
+
+
+class Watermark:
+    """The event time up to which every published call is in PostgreSQL.
+
+    Compares the committed offsets with earlier end offsets of the topics; a commit follows the write to PostgreSQL.
+    """
+
+    def __init__(self) -> None:
+        self.time: datetime | None = None
+        """None until all records of some time have been committed."""
+        self._pending: tuple[datetime, Offsets] | None = None
+
+    def observe(self, now: datetime, ends: Offsets, committed: Offsets) -> None:
+        """Advance the watermark.
+
+        Args:
+            now: event time at which `ends` were read.
+            ends: end offsets of all partitions.
+            committed: committed offsets, read after `ends`.
+        """
+        if _reached(ends, committed):
+            self.time, self._pending = now, None
+        elif self._pending is None:
+            self._pending = (now, ends)
+        elif _reached(self._pending[1], committed):
+            self.time, self._pending = self._pending[0], (now, ends)
+
+
+class Backlog:
+    """Lag and watermark of the topics with calls, whichever process of the consumer group reads them."""
+
+    def __init__(self, subscribers: Mapping[str, Subscriber], *, clock: Clock) -> None:
+        """Nothing is known yet.
+
+        Args:
+            subscribers: by topic name; their consumers exist once the broker has started.
+        """
+        self._subscribers = subscribers
+        self._clock = clock
+        self._watermark = Watermark()
+
+    @property
+    def watermark(self) -> datetime | None:
+        """Event time up to which every published call is in PostgreSQL; None while unknown."""
+        return self._watermark.time
+
+    async def refresh(self) -> int | None:
+        """Read the offsets from Kafka, and advance the watermark.
+
+        Returns:
+            The number of records that are not read yet; None if Kafka does not respond.
+        """
+        now = self._clock.now()
+        ends: dict[TopicPartition, int] = {}
+        committed: dict[TopicPartition, int] = {}
+        try:
+            for topic, subscriber in self._subscribers.items():
+                consumer = subscriber.consumer
+                numbers = consumer.partitions_for_topic(topic) if consumer is not None else None
+                if consumer is None or not numbers:
+                    return None
+                partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
+                ends |= await consumer.end_offsets(partitions)
+                begins = await consumer.beginning_offsets(partitions)
+                for partition in partitions:
+                    committed[partition] = max(await consumer.committed(partition) or 0, begins[partition])
+        except KafkaError:
+            return None
+        self._watermark.observe(now, ends, committed)
+        return sum(max(0, end - committed[partition]) for partition, end in ends.items())
+
+
+def _reached(ends: Offsets, committed: Offsets) -> bool:
+    return all(committed.get(partition, 0) >= end for partition, end in ends.items())
+
+
+def rejection_row(response: GenerationResponse) -> Row:
+    """The row in `refusals` of a response with an error."""
+    at = response.timing.finished_at if response.timing is not None else response.requested_at
+    return _storable_row(
+        {
+            "request_id": response.request_id,
+            "model": response.model,
+            "code": response.error.code if response.error is not None else "upstream_error",
+            "at": at.isoformat(),
+        }
+    )
+
+
+def request_row(response: GenerationResponse) -> Row:
+    """The row in `calls` of a request that was answered.
+
+    Raises:
+        ValueError: the response is not complete.
+    """
+    decision, usage, timing = response.decision, response.usage, response.timing
+    if decision is None or usage is None or timing is None or response.endpoint is None:
+        raise ValueError("a response with status 'ok' must carry decision, usage, timing and endpoint")
+    return _storable_row(
+        {
+            "id": response.request_id,
+            "purpose": "request",
+            "model": response.model,
+            "grp": decision.group,
+            "task": response.task,
+            "tenant": response.tenant,
+            "pool": decision.pool,
+            "level": decision.level,
+            "zone": decision.zone,
+            "endpoint": response.endpoint,
+            "policy_version": decision.policy_version,
+            "decision_source": decision.source,
+            "propensity": decision.propensity,
+            "propensities": decision.propensities,
+            "started_at": timing.started_at.isoformat(),
+            "first_token_at": timing.first_token_at.isoformat() if timing.first_token_at is not None else None,
+            "finished_at": timing.finished_at.isoformat(),
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+        }
+    )
+
+
+def usage_row(record: UsageRecord) -> Row:
+    """The row in `calls` of a call by the evaluator."""
+    row = record.model_dump(mode="json", exclude={"schema_version", "group"})
+    return _storable_row({**row, "grp": record.group, "propensity": 1.0, "propensities": {}})
+
+
+def intensity_rows(intensity: CarbonIntensity) -> list[Row]:
+    """The rows in `intensity` of the latest value and its history."""
+    return [
+        {
+            "zone": intensity.zone,
+            "source": intensity.source,
+            "at": point.at.isoformat(),
+            "intensity_g_per_kwh": point.intensity_g_per_kwh,
+            "estimated": point.estimated,
+        }
+        for point in (*intensity.history, intensity.latest)
+    ]
+
+
+def policy_row(policy: Policy) -> Row:
+    """The row in `policies`, with the whole message as JSON."""
+    content = policy.model_dump(mode="json")
+    return _storable_row({**{name: content[name] for name in ("model", "version", "created_at")}, "policy": content})
+
+
+def quality_row(quality: Quality) -> Row:
+    """The row in `quality`, with the whole message as JSON."""
+    content = quality.model_dump(mode="json")
+    names = ("evaluation_id", "model", "evaluated_at")
+    return _storable_row({**{name: content[name] for name in names}, "quality": content})
+
+
+def grouping_row(grouping: PromptGrouping) -> Row:
+    """The row in `prompt_groups` of learned prompt groups, with the counts of earlier judgments by these groups."""
+    content = grouping.model_dump(mode="json", include={"model", "version", "learned_at", "prompts", "evidence"})
+    return _storable_row({**{name: content[name] for name in ("model", "version", "learned_at")}, "grouping": content})
+
+
+def _storable_row(row: Row) -> Row:
+    """Replace what PostgreSQL cannot store: NUL in a text by U+FFFD, a larger integer by the largest of 32 bits."""
+    return {name: _storable(content) for name, content in row.items()}
+
+
+def _storable(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    if isinstance(value, str):
+        return value.replace("\x00", "\ufffd")
+    if isinstance(value, dict):
+        return {_storable(name): _storable(content) for name, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(one) for one in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return min(value, LARGEST_INTEGER)
+    return value

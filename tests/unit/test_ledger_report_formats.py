@@ -1,0 +1,127 @@
+"""The report on a terminal, as an HTML page and as JSON; an unknown value is a dash, never a zero."""
+
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from tests.support.report import (
+    CONSTANT_DAY,
+    MODEL,
+    PURPOSES,
+    ZONE,
+    interval_sums,
+    made_day,
+    policy_at,
+    quality_at,
+    record_of,
+    snapshot_of,
+)
+from tools.reporting import render_html, render_tables, to_json
+from tools.reporting.collect import compute_report
+from tools.reporting.format import energy, grams, percent, relative_difference
+from tools.reporting.tables import summary_lines
+
+
+@pytest.fixture(scope="module")
+def report():
+    return compute_report(
+        snapshot_of(
+            made_day(requests=200).records,
+            metered_j=1000.0,
+            purposes=PURPOSES,
+            intervals=[interval_sums()],
+            grid={ZONE: CONSTANT_DAY},
+            policies=[policy_at(hour) for hour in range(24)],
+            qualities=[quality_at(1), quality_at(12)],
+            groupings=[],
+        )
+    )
+
+
+def printed(report, **options):
+    console = Console(width=160, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        render_tables(report, console, **options)
+    return capture.get()
+
+
+def test_numbers_are_formatted_for_people():
+    assert [grams(value) for value in (0.0, 0.0123, 4.56, 12_345.0)] == ["0 g", "12.3 mg", "4.56 g", "12.3 kg"]
+    assert [energy(value) for value in (12.0, 7_200.0, 7.2e9)] == ["12.0 J", "2.00 Wh", "2.00 MWh"]
+    assert (grams(-1.4e-14), percent(-1e-9)) == ("0 g", "0.0 %")
+    assert percent(None) == grams(None) == energy(None) == "–"
+    assert relative_difference(-0.25) == "0.25 %"
+    assert relative_difference(1e-9) == "under 0.001 %"
+
+
+def test_the_terminal_shows_summary_and_tables(report):
+    text = printed(report)
+    for words in (
+        MODEL,
+        "carbon saved",
+        "95 % interval",
+        "saving by policies",
+        "answer quality",
+        "Zones",
+        "Hours (UTC)",
+        "Prompt groups",
+    ):
+        assert words in text
+    assert "Hours (UTC)" not in printed(report, hours=False)
+
+
+def test_the_page_is_self_contained(report):
+    page = render_html(report, title="A day <b>")
+    assert page.startswith("<!doctype html>")
+    assert "A day &lt;b&gt;" in page
+    assert page.count("Plotly.react") >= 1
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+    assert len(page) < 6_000_000
+    for title in ("Carbon intensity", "Directive mix", "Grams per request", "Quality", "Energy", "Prompt groups"):
+        assert f"<h2>{title}</h2>" in page
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}&lt;b&gt;"
+
+
+def test_hostile_names_cannot_break_out_of_the_page():
+    hostile = [record_of("a", group=HOSTILE, zone=HOSTILE, option="<svg onload=alert(3)>/L0")]
+    page = render_html(compute_report(snapshot_of(hostile)), title=HOSTILE)
+    assert "<script>alert(1)" not in page
+    assert "<img src=x" not in page
+    assert "<svg onload" not in page
+    assert "&lt;img src=x onerror=alert(2)&gt;{{ 7 * 7 }}&amp;lt;b&amp;gt;" in page
+    assert page.count("</script>") == page.count("<script>") + page.count('<script type="application/json"')
+
+
+def test_gain_and_loss_are_both_shown(report):
+    lines = dict(summary_lines(report))
+    assert lines["carbon saved"].startswith(f"{report.saving.saving_pct:.1f} %")
+    assert "compared with the baseline (no directive)" in lines["carbon saved"]
+    assert f"({100 - report.quality.preference_pct:.1f} % worse)" in lines["answer quality"]
+    assert "% of the requests' carbon" in lines["evaluations"]
+
+
+def test_an_empty_report_can_be_shown():
+    empty = compute_report(snapshot_of())
+    assert "not known" in printed(empty)
+    assert "no policy" in render_html(empty)
+    assert to_json(empty)["carbon_saving_pct"] is None
+
+
+def test_json_holds_key_figures_and_all_details(report):
+    document = json.loads(json.dumps(to_json(report), allow_nan=False))
+    assert document["evaluations"] == 2
+    assert document["policies_published"] == 24
+    assert document["energy_metered_j"] == 1000.0
+    assert document["carbon_saving_low_pct"] < document["carbon_saving_pct"] < document["carbon_saving_high_pct"]
+    assert len(document["report"]["hours"]) == 24
+
+
+def test_requests_excluded_from_the_saving_are_reported_with_the_reason():
+    records = [record_of("a"), record_of("b", source="forced"), record_of("c", row={"local-13b/L1": 1.0})]
+    lines = dict(summary_lines(compute_report(snapshot_of(records, policies=[policy_at(0)]))))
+    assert "1 with a directive chosen by the client" in lines["not compared"]
+    assert "1 under a policy that never chooses the baseline" in lines["not compared"]
