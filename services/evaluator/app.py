@@ -80,7 +80,7 @@ class Evaluator:
         self._pools = Pools(
             fleet,
             clock=clock,
-            rules=settings.cool_down_rules,
+            circuit_breaker=settings.cool_down_rules,
             on_failure=lambda endpoint: self.metrics.endpoint_failures.labels(endpoint).inc(),
             check_interval_s=settings.endpoint_check_interval_s,
             check_timeout_s=settings.endpoint_check_timeout_s,
@@ -91,7 +91,7 @@ class Evaluator:
             pools=self._pools,
             attempts=Attempts(
                 clock=clock,
-                rules=settings.retry_rules,
+                retry=settings.retry_rules,
                 on_retry=lambda pool: self.metrics.retries.labels(pool).inc(),
                 stream_timeouts=StreamTimeouts(settings.first_chunk_timeout_s, settings.first_chunk_timeout_s),
                 stream_always=settings.stream,

@@ -8,11 +8,10 @@ from uuid import uuid4
 
 from services.evaluator.spending import Call, Errand, Purpose
 from shared.fleet import Fleet
-from shared.inference.attempts import Attempts, Job
-from shared.inference.base import GenerationParameters
+from shared.inference.attempts import Attempts, GenerationJob
+from shared.inference.base import Generation, GenerationParameters
 from shared.inference.chat import ConversationError
 from shared.inference.pool import Pools
-from shared.inference.triton.generation import Generation
 from shared.messages import ChatMessage, SamplingParameters, UsageRecord
 from shared.runtime.clock import Clock
 
@@ -88,7 +87,7 @@ class ModelCalls:
         async with self._turns:
             outcome = await self._attempts.run(
                 serving,
-                Job(
+                GenerationJob(
                     request_id=record_id,
                     prompt=prompt,
                     parameters=GenerationParameters.of(sampling, stop=serving.template.stop),

@@ -13,8 +13,8 @@ from services.evaluator.opportunity import (
     OpportunityRules,
     Variant,
 )
-from shared.inference.attempts import RetryRules
-from shared.inference.balancer import CoolDownRules
+from shared.inference.attempts import RetrySettings
+from shared.inference.balancer import CircuitBreakerSettings
 from shared.runtime.secrets import read_secret
 
 
@@ -141,11 +141,11 @@ class EvaluatorSettings(BaseSettings):
         )
 
     @property
-    def retry_rules(self) -> RetryRules:
+    def retry_rules(self) -> RetrySettings:
         """When a failed call is repeated."""
-        return RetryRules(max_attempts=self.max_attempts)
+        return RetrySettings(max_attempts=self.max_attempts)
 
     @property
-    def cool_down_rules(self) -> CoolDownRules:
+    def cool_down_rules(self) -> CircuitBreakerSettings:
         """When an endpoint is left alone."""
-        return CoolDownRules()
+        return CircuitBreakerSettings()

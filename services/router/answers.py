@@ -2,7 +2,7 @@
 
 from services.router.admission import Arrival
 from services.router.grouping import DEFAULT_GROUP
-from shared.inference.triton.generation import Generation
+from shared.inference.base import Generation
 from shared.messages import Decision, ErrorDetail, GenerationResponse, Sample, Timing, Usage
 from shared.runtime.clock import Clock
 

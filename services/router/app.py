@@ -80,7 +80,7 @@ class Router:
         self.pools = Pools(
             fleet,
             clock=clock,
-            rules=settings.cool_down_rules,
+            circuit_breaker=settings.cool_down_rules,
             on_failure=lambda endpoint: self.metrics.endpoint_failures.labels(endpoint).inc(),
             check_interval_s=settings.endpoint_check_interval_s,
             check_timeout_s=settings.endpoint_check_timeout_s,
@@ -93,7 +93,7 @@ class Router:
             pools=self.pools,
             attempts=Attempts(
                 clock=clock,
-                rules=settings.retry_rules,
+                retry=settings.retry_rules,
                 on_retry=lambda pool: self.metrics.retries.labels(pool).inc(),
                 stream_timeouts=settings.stream_timeouts,
                 stream_always=settings.stream_always,
@@ -112,7 +112,7 @@ class Router:
             max_in_flight=settings.max_in_flight,
             rebalance_grace_s=settings.rebalance_grace_s,
             metrics=self.metrics,
-            room=self.pools.room,
+            room=self.pools.wait_for_capacity,
         )
         self._state_topics = self._subscribe_state(broker, dead_letters, kafka)
         self._backlog = self._subscribe_requests(broker, kafka)

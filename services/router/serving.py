@@ -16,7 +16,7 @@ from services.router.selection import UnknownLevelError, select
 from services.router.streaming import ChunkStream
 from services.router.tracing import Tracing
 from shared.fleet import Fleet
-from shared.inference.attempts import Attempts, Job, Outcome
+from shared.inference.attempts import AttemptResult, Attempts, GenerationJob
 from shared.inference.base import GenerationParameters
 from shared.inference.chat import ControlSequencePolicy, ConversationError
 from shared.inference.pool import Pools, ServingPool
@@ -112,7 +112,7 @@ class Serving:
             detail = ErrorDetail(code="invalid_request", message=str(error))
             return answers.failure(arrival, detail, decision=decision), 0.0
         parameters = GenerationParameters.of(arrival.request.sampling, stop=pool.template.stop)
-        job = Job(
+        job = GenerationJob(
             request_id=arrival.request_id, prompt=prompt, parameters=parameters, deadline=arrival.deadline, sink=chunks
         )
         run = self.attempts.run(pool, job)
@@ -167,7 +167,7 @@ class Serving:
         return await self.delivery.respond(response, passage)
 
 
-def _concluded(arrival: Arrival, decision: Decision, outcome: Outcome) -> GenerationResponse:
+def _concluded(arrival: Arrival, decision: Decision, outcome: AttemptResult) -> GenerationResponse:
     if outcome.generation is not None and outcome.endpoint is not None:
         return answers.answer(
             arrival, decision, outcome.generation, endpoint=outcome.endpoint, attempts=outcome.attempts

@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.router.admission import Limits
-from shared.inference.attempts import RetryRules
-from shared.inference.balancer import CoolDownRules
+from shared.inference.attempts import RetrySettings
+from shared.inference.balancer import CircuitBreakerSettings
 from shared.inference.base import StreamTimeouts
 from shared.inference.chat import ControlSequencePolicy
 
@@ -113,11 +113,15 @@ class RouterSettings(BaseSettings):
         return StreamTimeouts(self.first_chunk_timeout_s, self.chunk_timeout_s)
 
     @property
-    def retry_rules(self) -> RetryRules:
+    def retry_rules(self) -> RetrySettings:
         """When an attempt is repeated."""
-        return RetryRules(max_attempts=self.max_attempts, backoff_s=self.backoff_s, backoff_max_s=self.backoff_max_s)
+        return RetrySettings(max_attempts=self.max_attempts, backoff_s=self.backoff_s, backoff_max_s=self.backoff_max_s)
 
     @property
-    def cool_down_rules(self) -> CoolDownRules:
+    def cool_down_rules(self) -> CircuitBreakerSettings:
         """When an endpoint is left alone."""
-        return CoolDownRules(failures=self.cool_down_failures, first_s=self.cool_down_s, longest_s=self.cool_down_max_s)
+        return CircuitBreakerSettings(
+            circuit_failures=self.cool_down_failures,
+            circuit_open_s=self.cool_down_s,
+            circuit_open_max_s=self.cool_down_max_s,
+        )

@@ -17,7 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from services.router.admission import Arrival
-from shared.inference.attempts import Outcome
+from shared.inference.attempts import AttemptResult
 from shared.messages import Decision, GenerationResponse
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Tracing:
         """The record that is being processed becomes a dead letter."""
         _fail(trace.get_current_span(), reason)
 
-    async def generating(self, arrival: Arrival, decision: Decision, run: Awaitable[Outcome]) -> Outcome:
+    async def generating(self, arrival: Arrival, decision: Decision, run: Awaitable[AttemptResult]) -> AttemptResult:
         """Have a model answer, in a span of its own."""
         sampling = arrival.request.sampling
         attributes = _given(
@@ -143,7 +143,7 @@ class Tracing:
                 raise
 
 
-def _conclude(span: Span, outcome: Outcome) -> None:
+def _conclude(span: Span, outcome: AttemptResult) -> None:
     found: dict[str, AttributeValue | None] = {
         "sprout.attempts": outcome.attempts,
         "sprout.endpoint": outcome.endpoint,

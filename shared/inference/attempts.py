@@ -1,7 +1,4 @@
-"""Has a model answer one request: on one endpoint, then on another, until it works or there is no use in going on.
-
-Whether a failed attempt is repeated, and after how long.
-"""
+"""Runs one generation: on one endpoint, then on others, until it succeeds or another attempt is pointless."""
 
 import asyncio
 import random
@@ -12,52 +9,57 @@ from datetime import datetime
 from time import perf_counter
 from typing import Final, Literal, Protocol
 
+from pydantic import BaseModel, Field
+
 from shared.inference.base import (
     DeadlineExceeded,
     EndpointUnavailable,
+    Generation,
     GenerationError,
     GenerationParameters,
+    InferenceClient,
     InvalidRequest,
     StreamTimeouts,
 )
 from shared.inference.pool import ServingPool
-from shared.inference.triton.client import TritonClient
-from shared.inference.triton.generation import Generation
 from shared.messages import ErrorDetail
 from shared.runtime.clock import Clock
 
-GiveUp = Literal["upstream_error", "no_endpoint", "deadline_exceeded"]
-"""The error code of a request that is not tried again."""
+GiveUpCode = Literal["upstream_error", "no_endpoint", "deadline_exceeded"]
+"""The error code of a request for which no further attempt is made."""
+
+_EXPLANATIONS: Final[dict[GiveUpCode, str]] = {
+    "deadline_exceeded": "there was no answer before the deadline: give it more time",
+    "no_endpoint": "no model server could be reached before the deadline: try again later",
+    "upstream_error": "the model server failed: try again later",
+}
+
+SUSPICIOUS_SILENCE_S: Final = 5.0
+"""Wall seconds without a response until the deadline that count as a failure of the endpoint; after a shorter time the
+deadline may have been too short."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryRules:
-    """Limits of repetition; wall seconds.
+class RetrySettings(BaseModel):
+    """How often, and how soon, a failed attempt is repeated. A service's settings class may inherit these fields."""
 
-    Attributes:
-        max_attempts: endpoints asked for one request, >= 1.
-        backoff_s: before the second attempt; doubles with every further one.
-        backoff_max_s: longest pause.
-    """
-
-    max_attempts: int = 6
-    backoff_s: float = 0.05
-    backoff_max_s: float = 2.0
+    max_attempts: int = Field(default=6, ge=1, description="Most attempts for one request")
+    backoff_s: float = Field(default=0.05, gt=0, description="Before the second attempt; doubles, with jitter; wall")
+    backoff_max_s: float = Field(default=2.0, gt=0, description="Longest pause between attempts, wall")
 
     def pause_s(self, attempts: int, jitter: float) -> float:
-        """Pause after `attempts` failed ones, between half and all of the backoff.
+        """Pause after `attempts` failed attempts, between half of the backoff and all of it.
 
         Args:
-            jitter: in [0, 1); keeps requests that failed together from coming back together.
+            jitter: in [0, 1); keeps requests that failed together from returning together.
         """
         full_s = min(self.backoff_max_s, self.backoff_s * 2.0 ** min(attempts - 1, 30))
         return full_s * (0.5 + 0.5 * jitter)
 
-    def verdict(self, *, attempts: int, published: bool, pause_s: float, remaining_s: float) -> GiveUp | None:
-        """Why a request is not tried again; null when it is.
+    def give_up_code(self, *, attempts: int, published: bool, pause_s: float, remaining_s: float) -> GiveUpCode | None:
+        """The error code if no further attempt is made, otherwise None.
 
         Args:
-            attempts: made so far, all failed.
+            attempts: attempts so far, all failed.
             published: a part of the answer has been published; another attempt would contradict it.
             remaining_s: until the deadline.
         """
@@ -66,35 +68,25 @@ class RetryRules:
         return "deadline_exceeded" if pause_s >= remaining_s else None
 
 
-LONG_SILENCE_S: Final = 5.0
-"""Wall seconds without a word until the deadline that speak against the endpoint; fewer may be the deadline's fault."""
-
-_EXPLANATIONS: dict[GiveUp, str] = {
-    "deadline_exceeded": "there was no answer before the deadline: give it more time",
-    "no_endpoint": "no model server could be reached before the deadline: try again later",
-    "upstream_error": "the model server failed: try again later",
-}
-
-
 class TextSink(Protocol):
-    """Where an answer's text goes as it comes."""
+    """Receives an answer's text as it arrives."""
 
     @property
     def started(self) -> bool:
-        """Whether somebody may have seen a part of the answer: another attempt would contradict it."""
+        """Whether a part of the answer may have been published: another attempt would contradict it."""
 
     def offer(self, text: str) -> None:
         """Take new text, without waiting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What is asked of a model.
+class GenerationJob:
+    """One generation that a pool is asked for.
 
     Attributes:
-        prompt: with the chat template and the directive.
+        prompt: with the chat template and the directive applied.
         deadline: event time.
-        sink: where the answer's text goes as it comes; null: nowhere.
+        sink: receives the answer's text as it arrives; None: nobody wants it before the end.
     """
 
     request_id: str
@@ -105,16 +97,16 @@ class Job:
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What came of a request.
+class AttemptResult:
+    """The result of all attempts at one job.
 
     Attributes:
-        generation: null when there is an error.
-        endpoint: the last one that was asked.
-        attempts: endpoints asked.
+        generation: None when there is an error.
+        endpoint: of the last attempt.
+        attempts: number of attempts.
         model_s: wall seconds spent on model servers.
-        span: when the last attempt began and ended, event time.
-        heard: the last endpoint said something.
+        span: start and end of the last attempt, event time.
+        responded: the endpoint of the last attempt has sent something.
     """
 
     generation: Generation | None = None
@@ -123,104 +115,115 @@ class Outcome:
     attempts: int = 0
     model_s: float = 0.0
     span: tuple[datetime, datetime] | None = None
-    heard: bool = False
+    responded: bool = False
+
+    def fail(self, code: GiveUpCode, error: GenerationError | None = None) -> None:
+        """Record that no further attempt is made.
+
+        Args:
+            error: of the last attempt.
+        """
+        details = f" ({error.for_requester})" if error is not None else ""
+        self.error = ErrorDetail(code=code, message=_EXPLANATIONS[code] + details)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempts:
-    """Makes attempts by the same rules for all requests.
+    """Makes attempts, with the same limits for all jobs.
 
     Attributes:
-        on_retry: told the pool's name at every attempt that follows a failed one.
-        stream_timeouts: with a streaming server that is silent.
-        stream_always: stream from the model server whether or not the text has a sink.
+        on_retry: called with the pool's name before every attempt after the first.
+        stream_timeouts: for responses that are streamed.
+        stream_always: stream from the model server even where the job has no sink.
     """
 
     clock: Clock
-    rules: RetryRules
+    retry: RetrySettings
     on_retry: Callable[[str], None]
     stream_timeouts: StreamTimeouts
     stream_always: bool
 
-    async def run(self, pool: ServingPool, job: Job) -> Outcome:
-        """Have the request answered by the pool, before its deadline."""
-        outcome = Outcome()
+    async def run(self, pool: ServingPool, job: GenerationJob) -> AttemptResult:
+        """Run the job on endpoints of the pool until it succeeds, its deadline passes, or another attempt is pointless.
+
+        Errors of model servers end up in the result; only cancellation is raised.
+        """
+        result = AttemptResult()
         tried: set[str] = set()
         while (remaining_s := self._remaining_s(job)) > 0:
             endpoint = pool.choose(avoid=tried)
             if endpoint is None:
                 await pool.wait_for_endpoint(remaining_s)
                 continue
-            outcome.endpoint = endpoint
-            outcome.attempts += 1
-            if outcome.attempts > 1:
+            result.endpoint = endpoint
+            result.attempts += 1
+            if result.attempts > 1:
                 self.on_retry(pool.name)
             tried.add(endpoint)
-            pause_s = await self._attempt(pool, endpoint, job, outcome)
+            pause_s = await self._attempt(pool, endpoint, job, result)
             if pause_s is None:
-                return outcome
+                return result
             await asyncio.sleep(pause_s)
-        return self._give_up(outcome, "deadline_exceeded" if outcome.attempts else "no_endpoint")
+        result.fail("deadline_exceeded" if result.attempts else "no_endpoint")
+        return result
 
-    async def _attempt(self, pool: ServingPool, endpoint: str, job: Job, outcome: Outcome) -> float | None:
-        """One attempt; returns the pause before the next one, null when the outcome is final."""
+    async def _attempt(
+        self, pool: ServingPool, endpoint: str, job: GenerationJob, result: AttemptResult
+    ) -> float | None:
+        """One attempt; returns the pause before the next one, None when the result is final."""
         began, started_at = perf_counter(), self.clock.now()
         try:
             with pool.lease(endpoint) as client:
-                outcome.generation = await self._ask(client, job, outcome)
+                result.generation = await self._generate(client, job, result)
         except EndpointUnavailable as error:
             pool.failed(endpoint, str(error))
-            pause_s = self.rules.pause_s(outcome.attempts, random.random())
-            verdict = self.rules.verdict(
-                attempts=outcome.attempts,
+            pause_s = self.retry.pause_s(result.attempts, random.random())
+            code = self.retry.give_up_code(
+                attempts=result.attempts,
                 published=job.sink is not None and job.sink.started,
                 pause_s=pause_s,
                 remaining_s=self._remaining_s(job),
             )
-            if verdict is None:
+            if code is None:
                 return pause_s
-            self._give_up(outcome, verdict, error)
+            result.fail(code, error)
         except DeadlineExceeded as error:
-            if not outcome.heard and perf_counter() - began >= LONG_SILENCE_S:
+            if not result.responded and perf_counter() - began >= SUSPICIOUS_SILENCE_S:
                 pool.failed(endpoint, str(error))
-            self._give_up(outcome, "deadline_exceeded")
+            result.fail("deadline_exceeded")
         except InvalidRequest as error:
             pool.succeeded(endpoint)
-            outcome.error = ErrorDetail(
+            result.error = ErrorDetail(
                 code="invalid_request", message=f"the model server refused it: {error.for_requester}"
             )
         else:
             pool.succeeded(endpoint)
         finally:
-            outcome.model_s += perf_counter() - began
-            outcome.span = (started_at, self.clock.now())
+            result.model_s += perf_counter() - began
+            result.span = (started_at, self.clock.now())
         return None
 
-    async def _ask(self, client: TritonClient, job: Job, outcome: Outcome) -> Generation:
-        outcome.heard = False
+    async def _generate(self, client: InferenceClient, job: GenerationJob, result: AttemptResult) -> Generation:
+        result.responded = False
         streamed = job.sink is not None or self.stream_always
-        pieces = client.stream(
+        request = await client.prepare(
             job.prompt,
             job.parameters,
             request_id=job.request_id,
             timeout_s=self._remaining_s(job),
-            stream_timeouts=self.stream_timeouts if streamed else None,
             streamed=streamed,
         )
-        async with aclosing(pieces):
-            async for piece in pieces:
-                outcome.heard = True
-                if job.sink is not None and piece.text:
-                    job.sink.offer(piece.text)
-                if piece.generation is not None:
-                    return piece.generation
+        chunks = client.stream(
+            request, timeout_s=self._remaining_s(job), stream_timeouts=self.stream_timeouts if streamed else None
+        )
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                result.responded = True
+                if job.sink is not None and chunk.text:
+                    job.sink.offer(chunk.text)
+                if chunk.generation is not None:
+                    return chunk.generation
         raise EndpointUnavailable(f"{client.name}: the stream ended without an answer")
 
-    def _remaining_s(self, job: Job) -> float:
+    def _remaining_s(self, job: GenerationJob) -> float:
         return self.clock.wall_seconds_until(job.deadline)
-
-    @staticmethod
-    def _give_up(outcome: Outcome, code: GiveUp, error: GenerationError | None = None) -> Outcome:
-        said = f" ({error.for_requester})" if error is not None else ""
-        outcome.error = ErrorDetail(code=code, message=_EXPLANATIONS[code] + said)
-        return outcome

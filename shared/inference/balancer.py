@@ -1,172 +1,171 @@
-"""Which endpoint of a pool is asked: the least busy one that has room and is not known to fail.
+"""Chooses the endpoint of a pool for a request: the least busy one with free capacity whose circuit is closed.
 
-An endpoint that fails several times in a row is left alone for a while, longer after each relapse. Then one request, or
-the health check, is let through; if it succeeds the endpoint is back, if not it cools down again. A health check tells
-that the server is there, not that its model generates: until it has answered a request, one failure more sends it back.
+A circuit breaker per endpoint: after several failures in a row the circuit opens, and the endpoint is ejected for a
+while, for longer after each re-ejection. Then the circuit is half-open: one request, or a health check, probes the
+endpoint. Success closes the circuit, failure opens it again. A health check shows that the server responds, not that
+its model generates: until the endpoint has answered a request, one more failure opens the circuit again.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from pydantic import BaseModel, Field
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CoolDownRules:
-    """When an endpoint is left alone; seconds on the clock that is handed in.
 
-    Attributes:
-        failures: in a row, before it is left alone.
-        first_s: how long at first; doubles with every relapse.
-        longest_s: how long at most.
-    """
+class CircuitBreakerSettings(BaseModel):
+    """When an endpoint's circuit opens, and for how long. A service's settings class may inherit these fields."""
 
-    failures: int = 3
-    first_s: float = 1.0
-    longest_s: float = 15.0
+    circuit_failures: int = Field(default=3, ge=1, description="Failures in a row that eject an endpoint")
+    circuit_open_s: float = Field(
+        default=1.0, gt=0, description="First time that an endpoint stays ejected; doubles with each re-ejection; wall"
+    )
+    circuit_open_max_s: float = Field(default=15.0, gt=0, description="Longest time that it stays ejected, wall")
 
 
 @dataclass(slots=True)
 class EndpointState:
-    """What is known of one endpoint.
+    """Load and circuit breaker of one endpoint.
 
     Attributes:
-        limit: most requests at once; null: unbounded.
-        outstanding: requests that it is working on.
-        failures: in a row.
-        relapses: how often it was left alone since it last worked.
-        closed_until_s: it is left alone until then; null: it works, as far as is known.
-        probing: it was left alone, and one request has been let through.
+        limit: most requests at once; None: unlimited.
+        outstanding: requests in flight.
+        failures: failures in a row.
+        ejections: how often the circuit opened since the last request succeeded.
+        open_until_s: the circuit is open until then, and half-open afterwards; None: the circuit is closed.
+        probing: the circuit is half-open and its one request is in flight.
     """
 
     name: str
     limit: int | None = None
     outstanding: int = 0
     failures: int = 0
-    relapses: int = 0
-    closed_until_s: float | None = None
+    ejections: int = 0
+    open_until_s: float | None = None
     probing: bool = False
 
     @property
-    def full(self) -> bool:
-        """Whether it works on as many requests as it may."""
+    def at_capacity(self) -> bool:
+        """Whether it has as many requests in flight as it may have."""
         return self.limit is not None and self.outstanding >= self.limit
+
+    def admits(self, now_s: float) -> bool:
+        """Whether it may be given a request."""
+        if self.at_capacity:
+            return False
+        return self.open_until_s is None or (now_s >= self.open_until_s and not self.probing)
 
 
 class Balancer:
-    """Chooses among the endpoints of one pool."""
+    """The endpoints of one pool; all times are seconds on the clock that the caller passes in."""
 
-    def __init__(self, limits: Mapping[str, int | None], rules: CoolDownRules) -> None:
-        """Set up.
+    def __init__(self, limits: Mapping[str, int | None], settings: CircuitBreakerSettings) -> None:
+        """Start with all circuits closed.
 
         Args:
-            limits: most requests at once, by endpoint; null: unbounded.
+            limits: most requests at once, by endpoint; None: unlimited.
         """
         self._endpoints = {name: EndpointState(name, limit) for name, limit in limits.items()}
-        self._rules = rules
+        self._settings = settings
         self._turn = 0
 
     def choose(self, now_s: float, *, avoid: Collection[str] = ()) -> str | None:
-        """The endpoint to ask next; null while all are full or left alone. `began` must follow.
+        """The endpoint for the next request; None while all are at capacity or ejected. Call `began` next.
 
         Args:
-            avoid: endpoints that have already failed this request; asked again only if there is no other.
+            avoid: endpoints at which this request has failed; chosen only if there is no other.
         """
-        ready = [one for one in self._endpoints.values() if self._admits(one, now_s)]
-        if not ready:
+        admitting = [one for one in self._endpoints.values() if one.admits(now_s)]
+        if not admitting:
             return None
-        fresh = [one for one in ready if one.name not in avoid] or ready
-        # A probe goes first: it is what brings an endpoint back. Ties are broken in turn.
+        candidates = [one for one in admitting if one.name not in avoid] or admitting
+        # Half-open endpoints come first, because only a probe brings them back. Ties are broken round-robin.
         self._turn += 1
-        count = len(fresh)
+        count = len(candidates)
         best = min(
             range(count),
             key=lambda index: (
-                fresh[index].closed_until_s is None,
-                fresh[index].outstanding,
+                candidates[index].open_until_s is None,
+                candidates[index].outstanding,
                 (index - self._turn) % count,
             ),
         )
-        return fresh[best].name
+        return candidates[best].name
 
-    def opens_in_s(self, now_s: float) -> float:
-        """Seconds until an endpoint may be asked again, 0 if one may be now; infinite while
-        all are full or tried by a probe."""
+    def next_admission_s(self, now_s: float) -> float:
+        """Seconds until an endpoint may be given a request, as far as time decides; 0 if one may be now.
+
+        Infinite while every endpoint is at capacity or has a probe in flight.
+        """
         waits = [
-            0.0 if one.closed_until_s is None else max(0.0, one.closed_until_s - now_s)
+            0.0 if one.open_until_s is None else max(0.0, one.open_until_s - now_s)
             for one in self._endpoints.values()
-            if not one.probing and not one.full
+            if not one.probing and not one.at_capacity
         ]
         return min(waits, default=float("inf"))
 
     def began(self, name: str) -> bool:
-        """A request was given to the endpoint that `choose` named; returns whether it is the probe."""
+        """A request was sent to the endpoint that `choose` named; returns whether it is the probe."""
         endpoint = self._endpoints[name]
         endpoint.outstanding += 1
-        if endpoint.closed_until_s is None:
+        if endpoint.open_until_s is None:
             return False
         endpoint.probing = True
         return True
 
     def ended(self, name: str, *, probe: bool) -> None:
-        """The request is no longer with the endpoint, however it ended; says nothing about its health."""
+        """The request has ended; `succeeded` or `failed` reports how."""
         endpoint = self._endpoints[name]
         endpoint.outstanding -= 1
         if probe:
             endpoint.probing = False
 
     def succeeded(self, name: str) -> bool:
-        """The endpoint answered a request; returns whether it was left alone until now."""
+        """The endpoint answered a request; returns whether this closed its circuit."""
         endpoint = self._endpoints[name]
-        was_closed = endpoint.closed_until_s is not None
-        endpoint.failures = endpoint.relapses = 0
-        endpoint.closed_until_s = None
-        return was_closed
+        was_open = endpoint.open_until_s is not None
+        endpoint.failures = endpoint.ejections = 0
+        endpoint.open_until_s = None
+        return was_open
 
     def healthy(self, name: str) -> bool:
-        """The endpoint's health check succeeded; returns whether it was left alone until now."""
+        """The endpoint's health check succeeded; returns whether this closed its circuit."""
         endpoint = self._endpoints[name]
-        was_closed = endpoint.closed_until_s is not None
-        endpoint.failures = min(endpoint.failures, self._rules.failures - 1)
-        endpoint.closed_until_s = None
-        return was_closed
+        was_open = endpoint.open_until_s is not None
+        endpoint.failures = min(endpoint.failures, self._settings.circuit_failures - 1)
+        endpoint.open_until_s = None
+        return was_open
 
     def failed(self, name: str, now_s: float) -> bool:
-        """The endpoint failed; returns whether it is left alone from now on."""
+        """The endpoint failed; returns whether this opened its circuit."""
         endpoint = self._endpoints[name]
         endpoint.failures += 1
-        if endpoint.closed_until_s is not None:
-            if now_s < endpoint.closed_until_s:
-                return False  # a request that began before it was left alone
-        elif endpoint.failures < self._rules.failures:
+        if endpoint.open_until_s is not None:
+            if now_s < endpoint.open_until_s:
+                return False  # a request that was sent before the circuit opened
+        elif endpoint.failures < self._settings.circuit_failures:
             return False
-        pause_s = min(self._rules.longest_s, self._rules.first_s * 2.0 ** min(endpoint.relapses, 30))
-        endpoint.relapses += 1
-        endpoint.closed_until_s = now_s + pause_s
+        backoff_s = self._settings.circuit_open_s * 2.0 ** min(endpoint.ejections, 30)
+        endpoint.ejections += 1
+        endpoint.open_until_s = now_s + min(self._settings.circuit_open_max_s, backoff_s)
         return True
 
-    def working(self) -> list[str]:
-        """Endpoints that are not left alone."""
-        return [one.name for one in self._endpoints.values() if one.closed_until_s is None]
+    def available(self) -> list[str]:
+        """Endpoints whose circuit is closed."""
+        return [one.name for one in self._endpoints.values() if one.open_until_s is None]
 
     def due_for_probe(self, now_s: float) -> list[str]:
-        """Endpoints that were left alone long enough, with no request let through yet."""
+        """Endpoints whose circuit is half-open, without a probe in flight."""
         return [
             one.name
             for one in self._endpoints.values()
-            if one.closed_until_s is not None and now_s >= one.closed_until_s and not one.probing
+            if one.open_until_s is not None and now_s >= one.open_until_s and not one.probing
         ]
 
     @property
-    def full(self) -> bool:
-        """Whether every endpoint works on as many requests as it may."""
-        return all(one.full for one in self._endpoints.values())
+    def at_capacity(self) -> bool:
+        """Whether every endpoint has as many requests in flight as it may have."""
+        return all(one.at_capacity for one in self._endpoints.values())
 
     def outstanding(self) -> dict[str, int]:
-        """Requests being worked on, by endpoint."""
+        """Requests in flight, by endpoint."""
         return {one.name: one.outstanding for one in self._endpoints.values()}
-
-    def _admits(self, endpoint: EndpointState, now_s: float) -> bool:
-        if endpoint.full:
-            return False
-        if endpoint.closed_until_s is None:
-            return True
-        return now_s >= endpoint.closed_until_s and not endpoint.probing

@@ -17,7 +17,7 @@ from deploy.local.services import Surroundings, service_spec
 from deploy.local.triton import free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.models import stand_in_llm
 from deploy.triton.repository import write_repository
-from shared.inference.base import GenerationParameters
+from shared.inference.base import GenerationParameters, generate
 from shared.inference.triton.client import TritonClient
 from shared.messages import (
     CarbonIntensity,
@@ -176,8 +176,8 @@ async def serve(producer: Producer, server: Server, numbers: range, *, purpose: 
         system = f"<<SYS>>\n{SYSTEM[level]}\n<</SYS>>\n\n" if SYSTEM[level] else ""
         await asyncio.sleep((number - numbers.start) * 0.02)
         prompt = f"<s>[INST] {system}{question(number % 40)} [/INST]"
-        made = await client.generate(
-            prompt, GenerationParameters(max_tokens=500), request_id=f"r{number}", timeout_s=30
+        made = await generate(
+            client, prompt, GenerationParameters(max_tokens=500), request_id=f"r{number}", timeout_s=30
         )
         assert made.completion_tokens == LEVELS[level][0]
         expected[f"r{number}"] = made.completion_tokens * 6.0

@@ -90,8 +90,8 @@ def prompt(text: str) -> str:
 async def ask(client: TritonClient, *, text: str = question(1), streamed: bool = True, **wanted):
     parameters = GenerationParameters(**{"max_tokens": 500, **wanted})
     pieces, generation = [], None
-    chunks = client.stream(prompt(text), parameters, request_id="r", timeout_s=20, streamed=streamed)
-    async with aclosing(chunks):
+    request = await client.prepare(prompt(text), parameters, request_id="r", timeout_s=20, streamed=streamed)
+    async with aclosing(client.stream(request, timeout_s=20)) as chunks:
         async for chunk in chunks:
             pieces.append(chunk.text)
             generation = chunk.generation or generation
@@ -107,7 +107,7 @@ async def test_an_answer_is_the_recorded_text_without_the_prompt(client, streame
     assert generation.text == TEXT
     assert generation.finish_reason == "stop"
     assert client.contract is not None
-    in_parts = client.contract.decoupled and (streamed or client.contract.dialect == "llm-api")
+    in_parts = client.contract.decoupled and (streamed or client.contract.name == "llm-api")
     assert (len(pieces) > 10) == in_parts
 
 
@@ -174,7 +174,7 @@ async def test_a_client_that_gives_up_stops_the_server(client, server):
 
 @pytest.mark.parametrize("client", ["llmapi", WHOLE], indirect=True)
 async def test_a_sampling_parameter_that_the_llm_api_has_no_input_for_is_refused(client):
-    assert client.contract.unserved == ("min_tokens", "repetition_penalty")
+    assert client.capabilities.unsupported_sampling == ("min_tokens", "repetition_penalty")
     with pytest.raises(InvalidRequest, match=r"sampling\.repetition_penalty cannot be served"):
         await ask(client, repetition_penalty=1.1)
     assert (await ask(client, temperature=0.1, top_p=0.9, top_k=3, seed=2**63, max_tokens=3))[1].text
@@ -184,7 +184,7 @@ async def test_a_sampling_parameter_that_the_llm_api_has_no_input_for_is_refused
 async def test_the_llm_apis_errors_have_one_status_and_so_another_endpoint_is_tried(client):
     with pytest.raises(EndpointUnavailable, match="e0: INTERNAL") as caught:
         await ask(client, temperature=-1.0)
-    assert "Error generating request" in caught.value.said
+    assert "Error generating request" in caught.value.server_message
     assert (await ask(client, max_tokens=3))[1].text
 
 
@@ -221,19 +221,16 @@ async def test_a_server_that_counts_is_believed_rather_than_a_tokenizer(server, 
 
 @pytest.mark.parametrize("client", DECOUPLED, indirect=True)
 async def test_a_server_that_falls_silent_in_the_middle_has_failed(client):
-    chunks = client.stream(
-        prompt(LONG_PROMPT),
-        GenerationParameters(max_tokens=500),
-        request_id="r",
-        timeout_s=20,
-        stream_timeouts=StreamTimeouts(first_s=5.0, next_s=0.02),  # its parts come every tenth of a second
-    )
+    parameters = GenerationParameters(max_tokens=500)
+    request = await client.prepare(prompt(LONG_PROMPT), parameters, request_id="r", timeout_s=20)
+    timeouts = StreamTimeouts(first_s=5.0, next_s=0.02)  # a part arrives every tenth of a second
+    chunks = client.stream(request, timeout_s=20, stream_timeouts=timeouts)
     heard = []
 
     async def listen() -> None:
         async for chunk in chunks:
             heard.append(chunk.text)  # noqa: PERF401 - what came before the error counts
 
-    with pytest.raises(EndpointUnavailable, match=r"nothing was heard within 0\.02 s"):
+    with pytest.raises(EndpointUnavailable, match=r"no response within 0\.02 s"):
         await listen()
     assert "".join(heard).startswith("L0")

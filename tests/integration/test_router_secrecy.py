@@ -128,7 +128,7 @@ async def test_no_failure_brings_a_prompt_into_log_or_metrics(kafka, routers):
     routers.stop_gently(name, within_s=30)
     log = routers.log(name)
     assert "dead letter" in log
-    assert "endpoint is left alone for a while" in log
+    assert "circuit breaker opened, endpoint ejected" in log
     assert MARKER not in log
 
 

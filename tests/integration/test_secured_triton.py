@@ -13,8 +13,8 @@ from deploy.local.triton import free_triton_ports, install, ready_probe
 from deploy.triton.models import stand_in_llm
 from deploy.triton.repository import write_repository
 from shared.fleet import FleetError, load_fleet
-from shared.inference.balancer import CoolDownRules
-from shared.inference.base import EndpointUnavailable, GenerationParameters
+from shared.inference.balancer import CircuitBreakerSettings
+from shared.inference.base import EndpointUnavailable, GenerationParameters, generate
 from shared.inference.pool import Pools
 from shared.runtime.clock import Clock
 from tests.support.certificate import Authority
@@ -76,7 +76,7 @@ def pools(servers: Servers, address: str, **tls: object) -> Pools:
     return Pools(
         load_fleet(path),
         clock=Clock(),
-        rules=CoolDownRules(),
+        circuit_breaker=CircuitBreakerSettings(),
         on_failure=lambda _: None,
         check_interval_s=60.0,
         check_timeout_s=5.0,
@@ -94,7 +94,8 @@ async def client(made: Pools):
 
 async def answer(made: Pools, *, timeout_s: float = 20.0) -> str:
     async with client(made) as asked:
-        generation = await asked.generate(
+        generation = await generate(
+            asked,
             f"[INST] {question(1)} [/INST]",
             GenerationParameters(max_tokens=20),
             request_id="r",

@@ -13,8 +13,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from services.router import answers
 from services.router.admission import Arrival
 from services.router.tracing import Tracing
-from shared.inference.attempts import Outcome
-from shared.inference.triton.generation import Generation
+from shared.inference.attempts import AttemptResult
+from shared.inference.base import Generation
 from shared.messages import Decision, ErrorDetail, GenerationRequest
 from shared.runtime.tracing import TelemetryError, tracer_provider, wanted
 
@@ -40,7 +40,7 @@ GENERATION = Generation(
     text=SECRET, finish_reason="length", completion_tokens=32, prompt_tokens=9, token_count_source="server",
     started_at_s=1.0, first_token_at_s=1.1, finished_at_s=2.0,
 )  # fmt: skip
-ANSWERED = Outcome(generation=GENERATION, endpoint="e0", attempts=2)
+ANSWERED = AttemptResult(generation=GENERATION, endpoint="e0", attempts=2)
 
 
 class Traces:
@@ -67,8 +67,8 @@ def record(traceparent: bytes | None = f"00-{TRACE}-{PARENT}-01".encode()):
     return SimpleNamespace(topic="requests", partition=3, offset=17, headers=headers, value=SECRET.encode())
 
 
-async def serve(tracing: Tracing, outcome: Outcome, sent: list[dict[str, str]]) -> None:
-    async def run() -> Outcome:
+async def serve(tracing: Tracing, outcome: AttemptResult, sent: list[dict[str, str]]) -> None:
+    async def run() -> AttemptResult:
         return outcome
 
     await tracing.generating(ARRIVAL, DECISION, run())
@@ -125,7 +125,7 @@ async def test_the_producers_trace_goes_on_through_model_and_messages(traces):
 
 
 async def test_an_error_is_marked_by_its_code_without_its_text(traces):
-    failed = Outcome(error=ErrorDetail(code="upstream_error", message=SECRET), endpoint="e0", attempts=1)
+    failed = AttemptResult(error=ErrorDetail(code="upstream_error", message=SECRET), endpoint="e0", attempts=1)
     await traces.tracing.processing(record(), serve(traces.tracing, failed, []))
     for name in ("process requests", "chat m"):
         span = traces.spans[name]

@@ -9,9 +9,9 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from deploy.triton.contract import CONTRACTS
 from shared.inference.base import EndpointUnavailable, GenerationParameters, InvalidRequest
-from shared.inference.triton.client import failure, failure_in_stream
-from shared.inference.triton.contract import Contract, ContractError
-from shared.inference.triton.generation import Assembly, BrokenStreamError, StopScanner
+from shared.inference.triton.assembly import AnswerAssembler, BrokenStreamError, StopScanner
+from shared.inference.triton.channel import status_error, stream_error
+from shared.inference.triton.contract import ContractError, ModelContract
 from shared.inference.triton.wire import Part, decode, encode
 
 NAMES = ("ensemble", "llm-api")
@@ -29,9 +29,11 @@ def config(name: str, *, without: tuple[str, ...] = (), decoupled: bool = True) 
     return made
 
 
-def asked(name: str, **wanted) -> dict[str, tuple[list[int], bytes]]:
-    contract = Contract.from_config(config(name))
-    request = encode(contract, "hi", GenerationParameters(**{"max_tokens": 9, **wanted}), request_id="r", stream=True)
+def encoded(name: str, **parameters) -> dict[str, tuple[list[int], bytes]]:
+    contract = ModelContract.from_config(config(name))
+    request = encode(
+        contract, "hi", GenerationParameters(**{"max_tokens": 9, **parameters}), request_id="r", stream=True
+    )
     return {
         tensor.name: (list(tensor.shape), content)
         for tensor, content in zip(request.inputs, request.raw_input_contents, strict=True)
@@ -48,16 +50,18 @@ def answered(text: str, reason: str) -> ModelInferResponse:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_models_configuration_tells_its_contract(name):
-    contract = Contract.from_config(config(name))
-    assert contract.dialect == name
+    contract = ModelContract.from_config(config(name))
+    assert contract.name == name
     assert contract.cumulative == (name == "llm-api")
     assert contract.batched == (name == "ensemble")
     assert (contract.completion_tokens is None) == (name == "llm-api")
-    assert contract.unserved == (("min_tokens", "repetition_penalty") if name == "llm-api" else ())
+    assert contract.capabilities.unsupported_sampling == (
+        ("min_tokens", "repetition_penalty") if name == "llm-api" else ()
+    )
 
 
 def test_the_llm_api_is_asked_in_tensors_without_a_batch_and_never_for_stop_sequences():
-    sent = asked("llm-api", temperature=0.5, seed=3, stop=("END",))
+    sent = encoded("llm-api", temperature=0.5, seed=3, stop=("END",))
     assert sent["text_input"] == ([1], b"\x02\x00\x00\x00hi")
     assert sent["sampling_param_max_tokens"] == ([1], b"\x09\x00\x00\x00")
     assert sent["sampling_param_seed"] == ([1], b"\x03" + b"\x00" * 7)
@@ -68,20 +72,20 @@ def test_the_llm_api_is_asked_in_tensors_without_a_batch_and_never_for_stop_sequ
 
 
 def test_the_ensemble_is_asked_in_batches_of_one_and_told_of_stop_sequences():
-    sent = asked("ensemble", stop=("END",))
+    sent = encoded("ensemble", stop=("END",))
     assert sent["max_tokens"] == ([1, 1], b"\x09\x00\x00\x00")
     assert sent["stop_words"] == ([1, 1], b"\x03\x00\x00\x00END")
 
 
 def test_a_sampling_parameter_without_an_input_is_refused_by_name():
     with pytest.raises(InvalidRequest, match=r"sampling\.repetition_penalty cannot be served: model 'm'"):
-        asked("llm-api", repetition_penalty=1.2)
+        encoded("llm-api", repetition_penalty=1.2)
 
 
 @pytest.mark.parametrize("missing", ["text_input", "sampling_param_max_tokens"])
 def test_a_model_of_neither_contract_is_refused_with_what_it_lacks(missing):
     with pytest.raises(ContractError, match=r"text_input and max_tokens or text_input and sampling_param_max_tokens"):
-        Contract.from_config(config("llm-api", without=(missing,)))
+        ModelContract.from_config(config("llm-api", without=(missing,)))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,7 @@ def test_a_model_of_neither_contract_is_refused_with_what_it_lacks(missing):
     [("None", None), ("stop", "stop"), ("length", "length"), ("timeout", "deadline"), ("cancelled", "cancelled")],
 )
 def test_the_servers_finish_reason_is_read_and_its_word_for_none_is_none(word, reason):
-    contract = Contract.from_config(config("llm-api"))
+    contract = ModelContract.from_config(config("llm-api"))
     assert decode(contract, answered("so far", word)) == Part("so far", None, None, final=False, finish_reason=reason)
 
 
@@ -102,22 +106,22 @@ def test_the_servers_finish_reason_is_read_and_its_word_for_none_is_none(word, r
     ],
 )
 def test_a_prompt_that_is_too_long_for_the_llm_api_is_not_taken_for_a_broken_endpoint(name, said, kind):
-    refusals = Contract.from_config(config(name)).refusals
+    phrases = ModelContract.from_config(config(name)).invalid_request_phrases
     for error in (
-        failure("e0", grpc.StatusCode.INTERNAL, said, refusals=refusals),
-        failure_in_stream("e0", said, refusals=refusals),
+        status_error("e0", grpc.StatusCode.INTERNAL, said, invalid_request_phrases=phrases),
+        stream_error("e0", said, invalid_request_phrases=phrases),
     ):
         assert type(error) is kind
         assert (said in error.for_requester, said in str(error)) == (True, False)
 
 
 def assembled(texts, *, reason="stop", **options):
-    assembly = Assembly("p", GenerationParameters(max_tokens=50, stop=("END",)), started_at_s=0.0, **options)
+    assembler = AnswerAssembler("p", GenerationParameters(max_tokens=50, stop=("END",)), started_at_s=0.0, **options)
     fresh = []
     for index, text in enumerate(texts):
         last = index == len(texts) - 1
-        fresh.append(assembly.take(Part(text, None, None, final=last, finish_reason=reason if last else None), now_s=1))
-    return fresh, assembly.result(now_s=2.0)
+        fresh.append(assembler.add(Part(text, None, None, final=last, finish_reason=reason if last else None), now_s=1))
+    return fresh, assembler.result(now_s=2.0)
 
 
 def test_parts_that_carry_the_whole_answer_so_far_are_told_apart():
@@ -138,7 +142,7 @@ def test_an_answer_that_is_taken_back_at_its_end_adds_nothing():
 
 
 def test_parts_that_do_not_go_on_from_one_another_are_an_error_not_an_answer():
-    with pytest.raises(BrokenStreamError, match="do not go on from one another"):
+    with pytest.raises(BrokenStreamError, match="does not continue the parts before it"):
         assembled(["One", " two"], cumulative=True)
 
 
@@ -166,4 +170,4 @@ def test_a_stop_sequence_ends_the_text_wherever_the_parts_are_cut(text, cuts, cu
 def test_what_might_begin_a_stop_sequence_is_held_back_and_passed_on_when_it_does_not():
     scanner = StopScanner(("END", "E!"))
     assert [scanner.feed(piece) for piece in ("a E", "N", "x E")] == ["a ", "", "ENx "]
-    assert scanner.finish() == "E"
+    assert scanner.flush() == "E"

@@ -1,27 +1,102 @@
-"""What a model on Triton takes and gives, read from its own configuration.
+"""The tensors of a model on Triton: two known contracts, and which of their tensors a model has.
 
-Which of the known dialects a model speaks, and which of its tensors there are, follows from that configuration alone:
-nothing has to be configured here.
+`ENSEMBLE` is the contract of TensorRT-LLM's models `ensemble` and `tensorrt_llm_bls`
+(`triton_backend/all_models/inflight_batcher_llm/*/config.pbtxt` in NVIDIA/TensorRT-LLM); releases differ in which
+tensors exist, in integer types, and in names. `LLM_API` is the contract of the model `tensorrt_llm` that wraps the LLM
+API (`triton_backend/all_models/llmapi/tensorrt_llm`). `docs/decisions/0011-model-server-contracts.md` compares them.
+
+A model's own configuration determines its contract, so there is no setting for it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Self
+from typing import Final, Self
 
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from shared.inference.base import SAMPLING_FIELDS
-from shared.inference.triton.dialects import DIALECTS, Dialect
+from shared.inference.base import SAMPLING_FIELDS, Capabilities
 
 
 class ContractError(ValueError):
-    """A model is not one that can be asked for text; the message says what it lacks."""
+    """A model has neither contract; the message says which tensors are missing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorContract:
+    """Tensor names by meaning. Where releases differ, the first name that a model has is used.
+
+    Attributes:
+        name: for logs and documents.
+        stop: input for stop sequences; empty: there is none that works, so the client cuts the text itself.
+        flags: switches that request the outputs below; all that a model has are set.
+        cumulative: each part of a stream carries the whole answer so far; otherwise only the new text.
+        may_be_empty: inputs that some releases require and that have no effect when they are empty.
+        invalid_request_phrases: parts of the server's error messages that show that the request is invalid, where the
+            gRPC status does not.
+    """
+
+    name: str
+    text_input: tuple[str, ...]
+    max_tokens: tuple[str, ...]
+    stop: tuple[str, ...] = ()
+    stream: tuple[str, ...]
+    exclude_input: tuple[str, ...]
+    sampling: Mapping[str, tuple[str, ...]]
+    text_output: tuple[str, ...]
+    prompt_tokens: tuple[str, ...] = ()
+    completion_tokens: tuple[str, ...] = ()
+    finish_reason: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    cumulative: bool = False
+    may_be_empty: frozenset[str] = frozenset()
+    invalid_request_phrases: tuple[str, ...] = ()
+
+
+ENSEMBLE: Final = TensorContract(
+    name="ensemble",
+    text_input=("text_input",),
+    max_tokens=("max_tokens",),
+    stop=("stop_words",),
+    stream=("stream",),
+    exclude_input=("exclude_input_in_output",),
+    sampling=MappingProxyType(
+        {name: (name,) for name in SAMPLING_FIELDS}
+        | {"min_tokens": ("min_tokens", "min_length"), "seed": ("seed", "random_seed")}
+    ),
+    text_output=("text_output",),
+    prompt_tokens=("num_input_tokens",),
+    completion_tokens=("num_output_tokens",),
+    flags=("return_num_input_tokens", "return_num_output_tokens"),
+    # Required by the first releases; an empty word has no effect.
+    may_be_empty=frozenset({"stop_words", "bad_words"}),
+)
+
+LLM_API: Final = TensorContract(
+    name="llm-api",
+    text_input=("text_input",),
+    max_tokens=("sampling_param_max_tokens",),
+    # `sampling_param_stop` exists, but the model passes its bytes to a tokenizer that accepts only str, so that every
+    # request with one fails. `stop` is a flag that cancels the request of the same id.
+    stop=(),
+    stream=("streaming",),
+    exclude_input=("sampling_param_exclude_input_from_output",),
+    sampling=MappingProxyType({name: (f"sampling_param_{name}",) for name in SAMPLING_FIELDS}),
+    text_output=("text_output",),
+    finish_reason=("finish_reason",),
+    flags=("return_finish_reason",),
+    cumulative=True,
+    # All its errors have the status INTERNAL.
+    invalid_request_phrases=("sum of prompt length", "default_max_tokens", "text_input is missing"),
+)
+
+CONTRACTS: Final = (ENSEMBLE, LLM_API)
+"""Tried in order; the input that limits the tokens tells them apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An input tensor as the model has it.
+    """An input tensor of a model.
 
     Attributes:
         datatype: as in the inference protocol: `BYTES`, `INT32`, ...
@@ -33,23 +108,23 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contract:
-    """How to ask one model; null where it has no such tensor.
+class ModelContract:
+    """The tensors of one model; None where the model does not have the tensor.
 
     Attributes:
         model: its name on the server.
-        dialect: name of the set of tensors that it has.
-        batched: tensors carry a batch dimension in front (`max_batch_size` > 0).
+        name: of its `TensorContract`.
+        batched: tensors have a leading batch dimension (`max_batch_size` > 0).
         decoupled: it answers over a stream, in any number of responses; otherwise each request has one response.
-        cumulative: a part of a stream carries the whole answer so far.
+        cumulative: each part of a stream carries the whole answer so far.
         sampling: inputs by field of `GenerationParameters`.
-        flags: inputs that ask for the outputs below.
-        empty: inputs that must be sent although there is nothing to say.
-        refusals: words of the server by which a request at fault is known, where its status does not tell.
+        flags: switches that request the outputs below.
+        empty: inputs that must be sent although they are empty.
+        invalid_request_phrases: see `TensorContract`.
     """
 
     model: str
-    dialect: str
+    name: str
     batched: bool
     decoupled: bool
     cumulative: bool = False
@@ -65,25 +140,30 @@ class Contract:
     completion_tokens: str | None = None
     finish_reason: str | None = None
     empty: tuple[Input, ...] = ()
-    refusals: tuple[str, ...] = ()
+    invalid_request_phrases: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The outputs to ask for; a model may have large ones that nobody needs."""
-        wanted = (self.text_output, self.prompt_tokens, self.completion_tokens, self.finish_reason)
-        return tuple(name for name in wanted if name is not None)
+        """The outputs to request; a model may have large ones that are not needed."""
+        used = (self.text_output, self.prompt_tokens, self.completion_tokens, self.finish_reason)
+        return tuple(name for name in used if name is not None)
 
     @property
-    def unserved(self) -> tuple[str, ...]:
-        """Sampling parameters that the model has no input for; a request that sets one is refused."""
-        return tuple(name for name in SAMPLING_FIELDS if name not in self.sampling)
+    def capabilities(self) -> Capabilities:
+        """What the model supports."""
+        return Capabilities(
+            streaming=self.decoupled,
+            counts_tokens=self.completion_tokens is not None,
+            stop_sequences=self.stop is not None,
+            sampling_fields=frozenset(self.sampling),
+        )
 
     def must_stream(self, *, tokenizer: bool, stops: bool) -> bool:
-        """Whether a stream is the only way to count tokens, or to stop the server at a sequence it is not told of.
+        """Whether only a stream can count the tokens, or stop the server at a stop sequence that it does not support.
 
         Args:
-            tokenizer: tokens can be counted here.
-            stops: the answer may end at a stop sequence.
+            tokenizer: the client can count tokens itself.
+            stops: the request has stop sequences.
         """
         return (self.completion_tokens is None and not tokenizer) or (self.stop is None and stops)
 
@@ -92,63 +172,55 @@ class Contract:
         """Read a model's configuration.
 
         Raises:
-            ContractError: it has no known text input, or requires an input that nobody knows.
+            ContractError: it has neither contract, or requires an input that is not known.
         """
         inputs = {one.name: Input(one.name, _datatype(one.data_type), bool(one.optional)) for one in config.input}
         outputs = {one.name for one in config.output}
-        for dialect in DIALECTS:
-            if (
-                _first(dialect.text_input, inputs)
-                and _first(dialect.max_tokens, inputs)
-                and _first(dialect.text_output, outputs)
-            ):
-                return cls._speaking(dialect, config, inputs, outputs)
-        wanted = " or ".join(f"{one.text_input[0]} and {one.max_tokens[0]}" for one in DIALECTS)
-        raise ContractError(
-            f"model {config.name!r} has inputs {', '.join(sorted(inputs)) or 'none'} and outputs "
-            f"{', '.join(sorted(outputs)) or 'none'}: a text model has the inputs {wanted}, and the output "
-            "text_output; check 'triton_model' in the fleet file"
-        )
-
-    @classmethod
-    def _speaking(cls, dialect: Dialect, config: ModelConfig, inputs: dict[str, Input], outputs: set[str]) -> Self:
-        def named(names: tuple[str, ...]) -> Input | None:
-            name = _first(names, inputs)
-            return inputs[name] if name is not None else None
-
-        text_input, max_tokens = named(dialect.text_input), named(dialect.max_tokens)
-        text_output = _first(dialect.text_output, outputs)
-        if text_input is None or max_tokens is None or text_output is None:
-            raise ContractError(f"model {config.name!r} does not have the tensors of dialect {dialect.name}")
-        sampling = {name: found for name, names in dialect.sampling.items() if (found := named(names)) is not None}
-        known = {text_input.name, max_tokens.name}
-        required = [one for one in inputs.values() if not one.optional and one.name not in known]
-        strange = [one.name for one in required if one.name not in dialect.may_be_empty]
-        if strange:
-            raise ContractError(f"model {config.name!r} requires inputs that are not known: {', '.join(strange)}")
+        for contract in CONTRACTS:
+            text_input, max_tokens = _input(contract.text_input, inputs), _input(contract.max_tokens, inputs)
+            text_output = _first(contract.text_output, outputs)
+            if text_input is not None and max_tokens is not None and text_output is not None:
+                break
+        else:
+            expected = " or ".join(f"{one.text_input[0]} and {one.max_tokens[0]}" for one in CONTRACTS)
+            raise ContractError(
+                f"model {config.name!r} has inputs {', '.join(sorted(inputs)) or 'none'} and outputs "
+                f"{', '.join(sorted(outputs)) or 'none'}: a text model has the inputs {expected}, and the output "
+                "text_output; check 'triton_model' in the fleet file"
+            )
+        used = {text_input.name, max_tokens.name}
+        required = tuple(one for one in inputs.values() if not one.optional and one.name not in used)
+        unknown = [one.name for one in required if one.name not in contract.may_be_empty]
+        if unknown:
+            raise ContractError(f"model {config.name!r} requires inputs that are not known: {', '.join(unknown)}")
+        sampling = {name: _input(names, inputs) for name, names in contract.sampling.items()}
         return cls(
             model=config.name,
-            dialect=dialect.name,
+            name=contract.name,
             batched=config.max_batch_size > 0,
             decoupled=bool(config.model_transaction_policy.decoupled),
-            cumulative=dialect.cumulative,
+            cumulative=contract.cumulative,
             text_input=text_input,
             max_tokens=max_tokens,
             text_output=text_output,
-            stop=named(dialect.stop),
-            stream=named(dialect.stream),
-            exclude_input=named(dialect.exclude_input),
-            sampling=MappingProxyType(sampling),
-            flags=tuple(inputs[name] for name in dialect.flags if name in inputs),
-            prompt_tokens=_first(dialect.prompt_tokens, outputs),
-            completion_tokens=_first(dialect.completion_tokens, outputs),
-            finish_reason=_first(dialect.finish_reason, outputs),
-            empty=tuple(required),
-            refusals=dialect.refusals,
+            stop=_input(contract.stop, inputs),
+            stream=_input(contract.stream, inputs),
+            exclude_input=_input(contract.exclude_input, inputs),
+            sampling=MappingProxyType({name: found for name, found in sampling.items() if found is not None}),
+            flags=tuple(inputs[name] for name in contract.flags if name in inputs),
+            prompt_tokens=_first(contract.prompt_tokens, outputs),
+            completion_tokens=_first(contract.completion_tokens, outputs),
+            finish_reason=_first(contract.finish_reason, outputs),
+            empty=required,
+            invalid_request_phrases=contract.invalid_request_phrases,
         )
 
 
-def _first(names: tuple[str, ...], among: Mapping[str, object] | set[str]) -> str | None:
+def _input(names: tuple[str, ...], inputs: Mapping[str, Input]) -> Input | None:
+    return next((inputs[name] for name in names if name in inputs), None)
+
+
+def _first(names: tuple[str, ...], among: set[str]) -> str | None:
     return next((name for name in names if name in among), None)
 
 

@@ -1,7 +1,7 @@
-"""One request and its responses in the inference protocol's own messages (KServe v2), without numpy between.
+"""Encodes a request and decodes its responses in the inference protocol's messages (KServe v2), without numpy.
 
-Tensors of one value are packed directly: for a router that asks hundreds of times a second, building arrays only to
-take them apart again is most of a request's cost.
+`tritonclient`'s own `InferInput` and `as_numpy` build an array for every tensor, which is most of the cost of a request
+where all tensors hold one value and a router sends hundreds of requests a second. So values are packed directly.
 """
 
 import struct
@@ -11,14 +11,14 @@ from typing import Any, Final
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from shared.inference.base import SAMPLING_FIELDS, GenerationParameters, InvalidRequest
-from shared.inference.triton.contract import Contract, Input
+from shared.inference.triton.contract import Input, ModelContract
 from shared.messages.responses import FinishReason
 
 EMPTY_FINAL_RESPONSE: Final = "triton_enable_empty_final_response"
-"""Request parameter: a model that ends without a last word is still heard to end."""
+"""Request parameter: Triton then marks the end of an answer even where the model sends no final response of its own."""
 
 FINAL_RESPONSE: Final = "triton_final_response"
-"""Response parameter: nothing follows."""
+"""Response parameter: this is the last response."""
 
 _FORMATS: Final = {
     "BOOL": "<?",
@@ -41,7 +41,7 @@ _FINISH_REASONS: Final[dict[str, FinishReason]] = {
     "timeout": "deadline",
     "cancelled": "cancelled",
 }
-"""The server's words, and ours."""
+"""Finish reasons of the LLM API, and those of Sprout's responses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,10 @@ class Part:
 
     Attributes:
         text: what it adds to the answer; all of the answer so far where the contract is `cumulative`.
-        tokens: what the server counted in this response; null where it does not count.
-        prompt_tokens: of the whole prompt; null where the server does not count.
-        final: nothing follows.
-        finish_reason: why the answer ended, once it has; null where the server does not tell.
+        tokens: number of tokens in this response, by the server's count; None where it does not count.
+        prompt_tokens: number of tokens in the prompt; None where the server does not count.
+        final: this is the last response.
+        finish_reason: why the answer ended; None before the end, and where the server does not report it.
     """
 
     text: str
@@ -64,15 +64,15 @@ class Part:
 
 
 def encode(
-    contract: Contract, prompt: str, parameters: GenerationParameters, *, request_id: str, stream: bool
+    contract: ModelContract, prompt: str, parameters: GenerationParameters, *, request_id: str, stream: bool
 ) -> ModelInferRequest:
-    """The request for one generation.
+    """Encode the request for one generation.
 
     Args:
-        stream: one response for each step's tokens rather than a single one, where the model can.
+        stream: request one response for each step's tokens rather than a single one, where the model supports it.
 
     Raises:
-        InvalidRequest: a parameter that the model has no input for, or a value that its type cannot hold.
+        InvalidRequest: the model has no input for a parameter, or its type cannot hold a value.
     """
     writer = _Writer(contract, request_id)
     writer.texts(contract.text_input, prompt)
@@ -95,8 +95,8 @@ def encode(
     return writer.request
 
 
-def decode(contract: Contract, response: ModelInferResponse) -> Part:
-    """Read one response; an empty final one has no outputs at all."""
+def decode(contract: ModelContract, response: ModelInferResponse) -> Part:
+    """Decode one response; an empty final response has no outputs."""
     text, tokens, prompt_tokens, reason = "", None, None, None
     for output, content in zip(response.outputs, response.raw_output_contents, strict=False):
         if output.name == contract.text_output:
@@ -106,18 +106,18 @@ def decode(contract: Contract, response: ModelInferResponse) -> Part:
         elif output.name == contract.prompt_tokens:
             prompt_tokens = _integer(output.datatype, content)
         elif output.name == contract.finish_reason:
-            # While the answer goes on, the LLM API's model sends the word "None".
+            # Before the end, the LLM API's model sends the string "None".
             reason = _FINISH_REASONS.get(_first_text(content))
     final = FINAL_RESPONSE in response.parameters and response.parameters[FINAL_RESPONSE].bool_param
     return Part(text, tokens, prompt_tokens, final, reason)
 
 
 class _Writer:
-    """Adds tensors to a request; an input that the model does not have is passed over."""
+    """Adds tensors to a request; skips inputs that the model does not have."""
 
     __slots__ = ("_batched", "_shape", "request")
 
-    def __init__(self, contract: Contract, request_id: str) -> None:
+    def __init__(self, contract: ModelContract, request_id: str) -> None:
         self.request = ModelInferRequest(model_name=contract.model, id=request_id)
         self.request.parameters[EMPTY_FINAL_RESPONSE].bool_param = True
         for name in contract.outputs:
@@ -147,23 +147,23 @@ def _pack(tensor: Input, value: bool | float) -> bytes:
 
 
 def _pack_texts(words: tuple[str, ...]) -> bytes:
-    """Strings in Triton's layout: each is its length in four bytes and its UTF-8."""
+    """Strings in Triton's layout: for each, its length in four bytes, then its UTF-8."""
     packed = bytearray()
     for word in words:
         try:
             content = word.encode()
         except UnicodeEncodeError as error:
-            raise InvalidRequest("the text has characters that are no Unicode (lone surrogates)") from error
+            raise InvalidRequest("the text is not valid Unicode: it contains lone surrogates") from error
         packed += struct.pack("<I", len(content)) + content
     return bytes(packed)
 
 
 def _first_text(content: bytes) -> str:
-    """The first of the strings of a tensor: of several sequences or beams the first is the answer."""
+    """The first string of a tensor: of several sequences or beams, the first is the answer."""
     if len(content) < 4:
         return ""
     (size,) = struct.unpack_from("<I", content)
-    # A piece of a stream may be cut inside a character.
+    # A part of a stream may end inside a character.
     return content[4 : 4 + size].decode("utf-8", errors="replace")
 
 

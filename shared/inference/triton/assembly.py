@@ -1,71 +1,28 @@
-"""What a generation came to, put together from its parts.
-
-Ends a text at a stop sequence, wherever the pieces in which it arrives are cut.
-"""
+"""Assembles an answer from the parts in which it arrives, and ends it at a stop sequence."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 
-from shared.inference.base import GenerationParameters
+from shared.inference.base import Generation, GenerationParameters
 from shared.inference.tokens import TokenCounts
 from shared.inference.triton.wire import Part
 from shared.messages.responses import FinishReason, TokenCountSource
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """One finished generation; times are event time, seconds since the Unix epoch.
-
-    Attributes:
-        text: the answer, without the prompt and without the stop sequence that ended it.
-        completion_tokens: counted by `token_count_source`.
-        prompt_tokens: null where nothing counts them.
-        started_at_s: sent to the model server.
-        first_token_at_s: first text received; null for an empty answer.
-        finished_at_s: last token received.
-    """
-
-    text: str
-    finish_reason: FinishReason
-    completion_tokens: int
-    prompt_tokens: int | None
-    token_count_source: TokenCountSource
-    started_at_s: float
-    first_token_at_s: float | None
-    finished_at_s: float
-
-    @property
-    def started_at(self) -> datetime:
-        """When it was sent to the model server, event time."""
-        return datetime.fromtimestamp(self.started_at_s, UTC)
-
-    @property
-    def first_token_at(self) -> datetime | None:
-        """When the first text came, event time."""
-        return None if self.first_token_at_s is None else datetime.fromtimestamp(self.first_token_at_s, UTC)
-
-    @property
-    def finished_at(self) -> datetime:
-        """When the last token came, event time."""
-        return datetime.fromtimestamp(self.finished_at_s, UTC)
-
-
 class BrokenStreamError(ValueError):
-    """A stream whose parts do not fit together: the model does not answer as its contract says."""
+    """The parts of a stream contradict each other: the model does not follow its contract."""
 
 
-class Assembly:
-    """Takes the parts of a generation in order and says which text is new.
+class AnswerAssembler:
+    """Takes the parts of an answer in order and returns the text that each one adds.
 
-    Token counts come from the server where it counts, else from a tokenizer where there is one. Otherwise every
-    response with text is taken for one token, which is what TensorRT-LLM streams unless it is set to send several at
-    once; asking for log probabilities only to count them would cost the server more.
+    Token counts come from the server where it counts, else from a tokenizer where there is one. Otherwise each response
+    with text counts as one token, which is how TensorRT-LLM streams by default; requesting log probabilities only to
+    count them would cost the server more.
     """
 
     __slots__ = (
-        "_cumulative", "_first_s", "_pieces", "_prompt", "_prompt_tokens", "_reason", "_received", "_responses",
-        "_scanner", "_started_s", "_tokens", "_wanted", "_whole",
+        "_answer", "_cumulative", "_first_s", "_parameters", "_pieces", "_prompt", "_prompt_tokens", "_reason",
+        "_received", "_responses", "_scanner", "_started_s", "_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -77,17 +34,18 @@ class Assembly:
         echoes: bool = False,
         cumulative: bool = False,
     ) -> None:
-        """Begin.
+        """Start with an empty answer.
 
         Args:
-            echoes: the model cannot be told to leave the prompt out, so an answer that begins with it loses it.
-            cumulative: every part carries the whole answer so far.
+            started_at_s: when the request was sent, event time.
+            echoes: the model has no input to leave the prompt out, so it is removed from the start of the answer.
+            cumulative: each part carries the whole answer so far.
         """
         self._cumulative = cumulative
-        self._whole = ""
+        self._answer = ""
         self._reason: FinishReason | None = None
         self._prompt = prompt if echoes else ""
-        self._wanted = parameters
+        self._parameters = parameters
         self._scanner = StopScanner(parameters.stop)
         self._started_s = started_at_s
         self._first_s: float | None = None
@@ -98,8 +56,8 @@ class Assembly:
         self._prompt_tokens: int | None = None
 
     @property
-    def overrun(self) -> bool:
-        """The answer ended at a stop sequence, and yet the server goes on: it does not know the sequence."""
+    def stopped(self) -> bool:
+        """Whether the answer has ended at a stop sequence; further parts add no text."""
         return self._scanner.stopped
 
     @property
@@ -109,19 +67,19 @@ class Assembly:
 
     @property
     def received(self) -> str:
-        """All that the server generated, the stop sequence and what came after it included."""
+        """All text that the server generated, with the stop sequence and what came after it."""
         return "".join(self._received)
 
-    def take(self, part: Part, *, now_s: float) -> str:
-        """Take the next part; returns the new text of the answer.
+    def add(self, part: Part, *, now_s: float) -> str:
+        """Add the next part; returns the new text of the answer.
 
         Raises:
-            BrokenStreamError: it does not go on from what came before.
+            BrokenStreamError: the part contradicts the parts before it.
         """
         self._reason = part.finish_reason or self._reason
         if part.prompt_tokens is not None:
             self._prompt_tokens = part.prompt_tokens
-        text, tokens = self._news(part), part.tokens
+        text, tokens = self._new_text(part), part.tokens
         if self._prompt and text.startswith(self._prompt) and not self._responses:
             text = text[len(self._prompt) :]
             if tokens is not None and self._prompt_tokens is not None:
@@ -133,25 +91,26 @@ class Assembly:
             self._responses += 1
             if self._first_s is None:
                 self._first_s = now_s
-        fresh = self._scanner.feed(text)
+        added = self._scanner.feed(text)
         if part.final and not self._scanner.stopped:
-            fresh += self._scanner.finish()
-        if fresh:
-            self._pieces.append(fresh)
-        return fresh
+            added += self._scanner.flush()
+        if added:
+            self._pieces.append(added)
+        return added
 
-    def rest(self) -> str:
-        """The text that was held back, where the server ended without a final part."""
-        fresh = "" if self._scanner.stopped else self._scanner.finish()
-        if fresh:
-            self._pieces.append(fresh)
-        return fresh
+    def flush(self) -> str:
+        """The text that was held back, where the stream ended without a final part."""
+        added = "" if self._scanner.stopped else self._scanner.flush()
+        if added:
+            self._pieces.append(added)
+        return added
 
     def result(self, *, now_s: float, counts: TokenCounts | None = None) -> Generation:
-        """The whole.
+        """The whole answer.
 
         Args:
-            counts: a tokenizer's; used where the server has none.
+            now_s: when the last part was received, event time.
+            counts: a tokenizer's counts, for a server that does not count.
         """
         tokens = self._responses
         source: TokenCountSource = "stream"
@@ -173,17 +132,17 @@ class Assembly:
             finished_at_s=now_s,
         )
 
-    def _news(self, part: Part) -> str:
+    def _new_text(self, part: Part) -> str:
         if not self._cumulative:
             return part.text
-        # A character that is not complete yet is shown as this one, and as itself later.
+        # An incomplete character appears as U+FFFD first, and as itself later.
         text = part.text if part.final else part.text.rstrip("\ufffd")
-        before = self._whole
+        before = self._answer
         if before.startswith(text):
             return ""
         if not text.startswith(before):
-            raise BrokenStreamError("the parts of the model's answer do not go on from one another")
-        self._whole = text
+            raise BrokenStreamError("a part of the answer does not continue the parts before it")
+        self._answer = text
         return text[len(before) :]
 
     def _finish_reason(self, tokens: int) -> FinishReason:
@@ -191,16 +150,16 @@ class Assembly:
             return "stop"
         if self._reason is not None:
             return self._reason
-        return "length" if tokens >= self._wanted.max_tokens else "stop"
+        return "length" if tokens >= self._parameters.max_tokens else "stop"
 
 
 class StopScanner:
     """Passes a text on piece by piece, up to the first stop sequence.
 
-    A piece that ends with the beginning of a stop sequence is held back until it is clear which of the two it is.
+    Where a piece ends with the beginning of a stop sequence, that end is held back until the next piece decides.
 
     Attributes:
-        stopped: a stop sequence was found; nothing is passed on any more.
+        stopped: a stop sequence was found; no more text is passed on.
     """
 
     __slots__ = ("_held", "_longest", "_sequences", "stopped")
@@ -212,13 +171,13 @@ class StopScanner:
         self.stopped = False
 
     def feed(self, piece: str) -> str:
-        """What may be passed on after this piece."""
+        """Add a piece; returns the text that can be passed on."""
         if self.stopped:
             return ""
         if not self._sequences:
             return piece
         text = self._held + piece
-        found = [place for one in self._sequences if (place := text.find(one)) >= 0]
+        found = [index for one in self._sequences if (index := text.find(one)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
@@ -227,8 +186,8 @@ class StopScanner:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-    def finish(self) -> str:
-        """What was held back, now that nothing more comes."""
+    def flush(self) -> str:
+        """The text that was held back, once no more text can follow."""
         held, self._held = self._held, ""
         return held
 
