@@ -149,6 +149,8 @@ class EvaluationRunner:
             log.warning("evaluation failed", error=str(error))
             await self.store.fail(evaluation_id, str(error))
             return EvaluationResult("failed")
+        # The result has cost energy, so it is completed and stored however long the database is unavailable.
+        energy = await self.status.retry(self.store.energy)
         quality = Quality(
             evaluation_id=evaluation_id,
             model=model,
@@ -158,14 +160,8 @@ class EvaluationRunner:
             counts=tally((one.group, one) for one in judging.judged),
             prompts=len(judging.evaluated),
             abstentions=judging.abstentions,
-            cost=estimate_cost(
-                judging.work,
-                energy=await self.store.energy(),
-                intensities=self._current_intensities(),
-                fleet=self.fleet,
-            ),
+            cost=estimate_cost(judging.work, energy=energy, intensities=self._current_intensities(), fleet=self.fleet),
         )
-        # The result has cost energy, so it is stored however long the database is unavailable.
         await self.status.retry(lambda: self.store.finish(quality, evaluated=judging.evaluated, judged=judging.judged))
         await self.publish_unpublished()
         await self._learn_groups(model)

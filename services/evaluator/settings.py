@@ -110,7 +110,7 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     judge: Literal["fleet", "openai"] = Field(
         default="fleet", description="fleet: the judge pool of the fleet file; openai: an OpenAI-compatible server"
     )
-    judge_max_tokens: int = Field(default=1, ge=1, le=16, description="A vote is one letter")
+    judge_max_tokens: int = Field(default=1, ge=1, le=16, description="Maximum tokens of a vote, which is one letter")
     judge_url: HttpUrl | None = Field(default=None, description="Base URL of the OpenAI-compatible server, with /v1")
     judge_model: str | None = Field(default=None, min_length=1, description="Model of the OpenAI-compatible server")
     judge_api_key: SecretStr | None = Field(default=None, description="Bearer token; null: none is sent")

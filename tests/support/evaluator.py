@@ -1,4 +1,4 @@
-"""Builders for the evaluator's tests: samples, intensities, judged prompts, a Triton server, the service as a process."""
+"""Builders for the evaluator's tests: samples, intensities, judged prompts, a Triton server, and service processes."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
