@@ -1,1 +1,1 @@
-"""Judges, when the grid is clean, how good the answers of every option are."""
+"""The evaluator: measures the quality of answers with an LLM judge, when the grid is clean."""

@@ -1,206 +1,342 @@
-"""Carries an evaluation out: every prompt is answered by every contestant, and the answers are judged."""
+"""One evaluation from its trigger to the published quality: claim, choose prompts, generate, judge, store, publish."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import TypeVar
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+from uuid import uuid4
 
-from services.evaluator.calls import Answer, CallError, ModelCalls
-from services.evaluator.counting import PREFERENCE, preference
-from services.evaluator.judged import JudgedAnswer, JudgedPrompt, Looks
-from services.evaluator.judging import Ballot, Comparison, Judge, JudgeError, Opinion
-from services.evaluator.judging.prompt import LETTERS, question_of
+from faststream.kafka import KafkaBroker
+
+from services.evaluator.cost import CallContext, Work, estimate_cost
+from services.evaluator.generate import Answer, CallError, ModelCalls, all_or_first_error
+from services.evaluator.judges import JudgeError
+from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
-from services.evaluator.plan import Contestant
-from services.evaluator.spending import Call, Errand
-from shared.grouping import prompt_text
-from shared.messages import Sample, option_key
+from services.evaluator.plan import Candidate, allocate, interleave
+from services.evaluator.quality import JudgedAnswer, JudgedPrompt, QualityMetric, tally
+from services.evaluator.samples import SampleStore
+from services.evaluator.settings import EvaluatorSettings
+from services.evaluator.store import EvaluationStore, GroupStore
+from shared.carbon import LatestIntensities
+from shared.fleet import Fleet
+from shared.grouping import extract_features, prompt_text
+from shared.kafka.publish import declare_publisher, publish_with_retry
+from shared.messages import PromptGrouping, Quality, Sample, UsageRecord, option_key
+from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 from shared.runtime.logs import get_logger
+from shared.runtime.settings import KafkaSettings
+from shared.topics import PROMPT_GROUPS, QUALITY, USAGE
 
 _log = get_logger(__name__)
 
-T = TypeVar("T")
-
-GroupOf = Callable[[Sample], str]
-
 
 class EvaluationFailedError(RuntimeError):
-    """An evaluation came to nothing; the message says why."""
+    """An evaluation has no result; the text says why."""
 
 
-@dataclass(slots=True)
-class Results:
-    """What an evaluation has found so far.
+@dataclass(frozen=True, slots=True)
+class EvaluationTrigger:
+    """Why and when to evaluate.
+
+    Attributes:
+        reason: see `opportunity.Reason`.
+        at: event time to which the evaluation is assigned.
+        g_per_kwh: carbon intensity of the evaluator's zone, gCO2eq/kWh; None if no recent value is known.
+    """
+
+    reason: str
+    at: datetime
+    g_per_kwh: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """Result of an attempt to evaluate.
+
+    Attributes:
+        status: `claimed_by_other`: another process evaluates the model, or has just evaluated it.
+        last: event time of the other process's evaluation, if known.
+    """
+
+    status: Literal["finished", "failed", "claimed_by_other"]
+    last: datetime | None = None
+
+
+class Publishers:
+    """The evaluator's publishers. Methods return once Kafka has the message."""
+
+    def __init__(self, broker: KafkaBroker, kafka: KafkaSettings) -> None:
+        self._usage = declare_publisher(broker, kafka, USAGE)
+        self._quality = declare_publisher(broker, kafka, QUALITY)
+        self._groupings = declare_publisher(broker, kafka, PROMPT_GROUPS)
+
+    async def usage(self, record: UsageRecord) -> None:
+        """Publish a finished call."""
+        await publish_with_retry(lambda: self._usage.publish(record, key=record.id.encode()))
+
+    async def quality(self, quality: Quality) -> None:
+        """Publish the result of an evaluation."""
+        await publish_with_retry(lambda: self._quality.publish(quality, key=quality.model.encode()))
+
+    async def grouping(self, grouping: PromptGrouping) -> None:
+        """Publish a version of prompt groups."""
+        await publish_with_retry(lambda: self._groupings.publish(grouping, key=grouping.model.encode()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRunner:
+    """Runs evaluations.
+
+    Attributes:
+        candidates: answers to compare, by model.
+        quality_metrics: computed for every prompt; a prompt is judged if one of them has outcomes.
+    """
+
+    samples: SampleStore
+    store: EvaluationStore
+    group_store: GroupStore
+    status: DatabaseStatus
+    learner: GroupLearner
+    publishers: Publishers
+    calls: ModelCalls
+    quality_metrics: Sequence[QualityMetric]
+    candidates: Mapping[str, Sequence[Candidate]]
+    intensities: LatestIntensities
+    fleet: Fleet
+    clock: Clock
+    settings: EvaluatorSettings
+    metrics: EvaluatorMetrics
+
+    async def evaluate(self, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
+        """Evaluate a model, unless another process does so or has done so within the grace period.
+
+        Raises:
+            DatabaseUnavailableError: before the evaluation was finished.
+        """
+        async with self.store.claim(model) as claimed:
+            if not claimed:
+                return EvaluationResult("claimed_by_other")
+            last = await self.store.last_evaluation(model)
+            recent = last is not None and trigger.at - last <= timedelta(hours=self.settings.grace_h)
+            if recent and trigger.reason != "requested":
+                return EvaluationResult("claimed_by_other", last)
+            await self.store.recover_interrupted(model)
+            evaluation_id = uuid4().hex
+            await self.store.start(evaluation_id, model=model, reason=trigger.reason, at=trigger.at)
+            return await self._run(evaluation_id, model, trigger)
+
+    async def publish_unpublished(self) -> None:
+        """Publish every result that Kafka may not have, then every version of groups."""
+        for quality in await self.status.retry(self.store.unpublished):
+            await self.publishers.quality(quality)
+            await self.store.mark_published(quality.evaluation_id)
+        for grouping in await self.status.retry(self.group_store.unpublished):
+            await self.publishers.grouping(grouping)
+            await self.group_store.mark_published(grouping)
+
+    async def _run(self, evaluation_id: str, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
+        log = _log.bind(model=model, evaluation=evaluation_id, trigger=trigger.reason)
+        samples = await self._choose_samples(model)
+        log.info("evaluation started", prompts=len(samples), g_per_kwh=trigger.g_per_kwh)
+        group_of = await self.learner.assignment(model, samples)
+        judging = PromptJudging(self, evaluation_id, model, at=trigger.at, group_of=group_of)
+        try:
+            await judging.run(samples)
+        except EvaluationFailedError as error:
+            log.warning("evaluation failed", error=str(error))
+            await self.store.fail(evaluation_id, str(error))
+            return EvaluationResult("failed")
+        # The result has cost energy, so it is completed and stored however long the database is unavailable.
+        energy = await self.status.retry(self.store.energy)
+        quality = Quality(
+            evaluation_id=evaluation_id,
+            model=model,
+            evaluated_at=trigger.at,
+            trigger=trigger.reason,
+            intensity_g_per_kwh=trigger.g_per_kwh,
+            counts=tally((one.group, one) for one in judging.judged),
+            prompts=len(judging.evaluated),
+            abstentions=judging.abstentions,
+            cost=estimate_cost(judging.work, energy=energy, intensities=self._current_intensities(), fleet=self.fleet),
+        )
+        await self.status.retry(lambda: self.store.finish(quality, evaluated=judging.evaluated, judged=judging.judged))
+        await self.publish_unpublished()
+        await self._learn_groups(model)
+        log.info(
+            "evaluation finished",
+            prompts=quality.prompts,
+            abstentions=quality.abstentions,
+            dropped=judging.dropped,
+            energy_kwh=quality.cost.energy_kwh,
+        )
+        return EvaluationResult("finished")
+
+    async def _choose_samples(self, model: str) -> list[Sample]:
+        """Samples by traffic share, in an order whose beginning covers every group."""
+        available = await self.samples.ids_by_group(model)
+        numbers = allocate(
+            {group: len(ids) for group, ids in available.items()},
+            await self.samples.traffic(model),
+            total=self.settings.prompts_per_evaluation,
+            minimum=self.settings.min_prompts_per_group,
+        )
+        chosen = {group: available[group][:number] for group, number in numbers.items()}
+        return await self.samples.load(model, [request_id for _, request_id in interleave(chosen)])
+
+    def _current_intensities(self) -> dict[str, float]:
+        """gCO2eq/kWh by zone; without zones whose latest value is too old."""
+        now, max_age_s = self.clock.now(), self.settings.max_intensity_age_s
+        values = {
+            zone: self.intensities.fresh_g_per_kwh(zone, now, max_age_s=max_age_s) for zone in self.intensities.zones
+        }
+        return {zone: value for zone, value in values.items() if value is not None}
+
+    async def _learn_groups(self, model: str) -> None:
+        """Learn prompt groups if it is due. The evaluation is finished, so a failure here is only logged."""
+        try:
+            learned = await self.learner.learn_if_due(
+                model,
+                traffic=await self.samples.traffic(model),
+                energy=await self.store.energy(),
+                now=self.clock.now(),
+            )
+        except DatabaseUnavailableError as error:
+            _log.warning("learning prompt groups is postponed", model=model, error=str(error))
+            return
+        if learned is not None:
+            await self.publish_unpublished()
+
+
+class PromptJudging:
+    """Generates and judges the answers to all prompts of one evaluation.
 
     Attributes:
         judged: prompts with a verdict.
-        evaluated: ids of the prompts that were answered and judged, abstentions included.
-        dropped: prompts that a failed call took out.
-        calls: that finished, of dropped prompts too.
+        evaluated: ids of the prompts that were answered and judged, with or without a verdict.
+        abstentions: prompts without a verdict.
+        dropped: prompts that were removed because a call failed.
+        work: of all prompts, including dropped ones.
     """
-
-    judged: list[JudgedPrompt] = field(default_factory=list)
-    evaluated: list[str] = field(default_factory=list)
-    abstentions: int = 0
-    dropped: int = 0
-    judgements: int = 0
-    calls: list[Call] = field(default_factory=list)
-
-
-class Evaluation:
-    """One evaluation of one model."""
 
     def __init__(
         self,
+        runner: EvaluationRunner,
         evaluation_id: str,
         model: str,
-        contestants: Sequence[Contestant],
         *,
         at: datetime,
-        group_of: GroupOf,
-        calls: ModelCalls,
-        judge: Judge,
-        metrics: EvaluatorMetrics,
-        max_tokens: int,
-        give_up_after: int,
+        group_of: Callable[[Sample], str],
     ) -> None:
         """Prepare.
 
         Args:
-            at: event time that the evaluation counts from.
-            group_of: the group that a sample is counted in.
+            at: event time to which the evaluation is assigned.
+            group_of: the group in which a sample is counted.
         """
-        self._at = at
-        self._group_of = group_of
+        self.judged: list[JudgedPrompt] = []
+        self.evaluated: list[str] = []
+        self.abstentions = 0
+        self.dropped = 0
+        self.work = Work()
+        self._runner = runner
         self._evaluation_id = evaluation_id
         self._model = model
-        self._contestants = contestants
-        self._calls = calls
-        self._judge = judge
-        self._metrics = metrics
-        self._max_tokens = max_tokens
-        self._give_up_after = give_up_after
-        self._dropped_in_a_row = 0
-        self.results = Results()
+        self._at = at
+        self._group_of = group_of
+        self._candidates = runner.candidates[model]
+        self._consecutive_failures = 0
 
-    async def run(self, prompts: Sequence[Sample]) -> Results:
-        """Evaluate the prompts, all at once as far as `calls` allows.
+    async def run(self, samples: Sequence[Sample]) -> None:
+        """Evaluate all prompts concurrently; `ModelCalls` limits the calls.
 
         Raises:
-            EvaluationFailedError: so many prompts in a row came to nothing that there is no use in going on, or not
-                one of them was judged.
+            EvaluationFailedError: too many prompts in a row failed, or no prompt has a verdict.
         """
         failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                for turn, sample in enumerate(prompts):
-                    group.create_task(self._evaluate(sample, turn))
+                for number, sample in enumerate(samples):
+                    group.create_task(self._evaluate(sample, number))
         except* EvaluationFailedError as failures:
             failure = failures.exceptions[0]
         if failure is not None:
             raise failure
-        if not self.results.judged:
+        if not self.judged:
             raise EvaluationFailedError(
-                f"of {len(prompts)} prompts none has a verdict: {self.results.abstentions} abstained, "
-                f"{self.results.dropped} could not be answered or judged"
+                f"none of {len(samples)} prompts has a verdict: {self.abstentions} abstentions, {self.dropped} could "
+                "not be answered or judged"
             )
-        return self.results
 
-    async def _evaluate(self, sample: Sample, turn: int) -> None:
-        errand = Errand(self._evaluation_id, self._model, self._group_of(sample))
+    async def _evaluate(self, sample: Sample, number: int) -> None:
+        context = CallContext(self._evaluation_id, self._model, self._group_of(sample), self.work)
         try:
-            answers = await self._answers(sample, errand, turn)
-            await self._decide(sample, errand, answers)
+            answers = await self._generate(sample, context, number)
+            scores = {
+                metric.name: await metric.score(sample, [one.text for one in answers], context)
+                for metric in self._runner.quality_metrics
+            }
         except (CallError, JudgeError) as error:
             self._drop(error)
-        else:
-            self._dropped_in_a_row = 0
+            return
+        self._consecutive_failures = 0
+        self.evaluated.append(sample.request_id)
+        outcomes = {name: found for name, found in scores.items() if found is not None}
+        if not outcomes:
+            self.abstentions += 1
+            self._runner.metrics.abstentions.labels(self._model).inc()
+            return
+        self._runner.metrics.judged_prompts.labels(self._model).inc()
+        self.judged.append(self._judged_prompt(sample, context.group, answers, outcomes))
 
-    async def _answers(self, sample: Sample, errand: Errand, turn: int) -> list[Answer]:
-        sampling = sample.sampling.model_copy(update={"max_tokens": min(sample.sampling.max_tokens, self._max_tokens)})
-        asked = [
-            self._calls.make(
-                errand,
-                purpose="evaluation",
-                pool=contestant.pool_for(turn),
-                level=contestant.level,
-                messages=sample.messages,
-                sampling=sampling,
-            )
-            for contestant in self._contestants
-        ]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        # What was generated costs energy, whether or not the prompt stays in.
-        self.results.calls += [one.call for one in answers if isinstance(one, Answer)]
-        return _all_or_error(answers)
-
-    async def _decide(self, sample: Sample, errand: Errand, answers: Sequence[Answer]) -> None:
-        ballot = Ballot([one.text for one in answers])
-        question = question_of(sample.messages)
-        opinions = await asyncio.gather(
-            *(self._judge.best(Comparison(question, ballot.shown(order)), errand) for order in ballot.orders()),
+    async def _generate(self, sample: Sample, context: CallContext, number: int) -> list[Answer]:
+        """The answer of every candidate; waits for all of them even if one fails."""
+        limit = min(sample.sampling.max_tokens, self._runner.settings.max_tokens)
+        sampling = sample.sampling.model_copy(update={"max_tokens": limit})
+        results = await asyncio.gather(
+            *(
+                self._runner.calls.generate(
+                    context,
+                    purpose="evaluation",
+                    pool=candidate.pool_for(number),
+                    level=candidate.level,
+                    messages=sample.messages,
+                    sampling=sampling,
+                )
+                for candidate in self._candidates
+            ),
             return_exceptions=True,
         )
-        given = [one for one in opinions if isinstance(one, Opinion)]
-        self.results.judgements += len(given)
-        self.results.calls += [one.call for one in given if one.call is not None]
-        verdict = ballot.verdict([one.choice for one in _all_or_error(opinions)])
-        self.results.evaluated.append(sample.request_id)
-        for opinion in given:
-            named = "none" if opinion.choice is None else LETTERS[opinion.choice]
-            self._metrics.positions.labels(named).inc()
-        if not verdict.winners:
-            self.results.abstentions += 1
-            self._metrics.abstentions.labels(self._model).inc()
-            return
-        self._metrics.judged.labels(self._model).inc()
-        self._metrics.votes.labels("yes").inc(verdict.agreeing)
-        self._metrics.votes.labels("no").inc(verdict.votes - verdict.agreeing)
-        winners = [self._contestants[place] for place in verdict.winners]
-        self.results.judged.append(self._judged(sample, errand.group, answers, winners))
+        return all_or_first_error(results)
 
-    def _judged(
-        self, sample: Sample, group: str, answers: Sequence[Answer], winners: Sequence[Contestant]
+    def _judged_prompt(
+        self, sample: Sample, group: str, answers: Sequence[Answer], outcomes: Mapping[str, Sequence[float]]
     ) -> JudgedPrompt:
-        successes = preference(self._contestants, winners)
         return JudgedPrompt(
             request_id=sample.request_id,
             stratum=sample.group,
             group=group,
             evaluated_at=self._at,
-            looks=Looks.of(prompt_text(sample.messages)),
+            features=extract_features(prompt_text(sample.messages)),
             answers=tuple(
                 JudgedAnswer(
-                    level=contestant.level,
-                    options=contestant.options,
-                    asked=option_key(answer.call.pool, contestant.level),
+                    level=candidate.level,
+                    options=candidate.options,
+                    generated_by=option_key(answer.call.pool, candidate.level),
                     tokens=answer.call.tokens,
                     seconds=answer.call.seconds,
-                    successes={PREFERENCE: success},
+                    outcomes={name: found[index] for name, found in outcomes.items()},
                 )
-                for contestant, answer, success in zip(self._contestants, answers, successes, strict=True)
+                for index, (candidate, answer) in enumerate(zip(self._candidates, answers, strict=True))
             ),
         )
 
     def _drop(self, error: Exception) -> None:
-        self.results.dropped += 1
-        self._dropped_in_a_row += 1
-        self._metrics.dropped.labels(self._model).inc()
-        _log.info("prompt left out", model=self._model, evaluation=self._evaluation_id, error=str(error))
-        if self._dropped_in_a_row >= self._give_up_after:
-            raise EvaluationFailedError(f"{self._dropped_in_a_row} prompts in a row came to nothing; the last: {error}")
-
-
-def chosen(samples: Mapping[str, Sample], ids: Sequence[str]) -> list[Sample]:
-    """The samples of these ids in this order, less those that were deleted meanwhile."""
-    return [samples[name] for name in ids if name in samples]
-
-
-def _all_or_error(results: Sequence[T | BaseException]) -> list[T]:
-    found: list[T] = []
-    for one in results:
-        if isinstance(one, BaseException):
-            raise one
-        found.append(one)
-    return found
+        self.dropped += 1
+        self._consecutive_failures += 1
+        self._runner.metrics.dropped_prompts.labels(self._model).inc()
+        _log.info("prompt dropped", model=self._model, evaluation=self._evaluation_id, error=str(error))
+        if self._consecutive_failures >= self._runner.settings.max_consecutive_failures:
+            raise EvaluationFailedError(f"{self._consecutive_failures} prompts in a row failed; the last: {error}")

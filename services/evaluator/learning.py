@@ -1,108 +1,139 @@
-"""When prompt groups are learned anew, and what is published of them. Decides; nothing is read or written.
+"""Prompt groups of every model: the current version, when to learn a new one, and re-aggregation of past verdicts.
 
-What was judged is restated by the new groups: each prompt is counted in the group in which a model would have put it
-that had not seen it, so that quality is not flattered by what was learned by heart (docs/decisions/0008).
+A new version re-aggregates all stored verdicts. Each judged prompt is assigned to the group that a model without its
+verdict predicts (leave-one-out), so that quality counted by group is not biased by overfitting
+(docs/decisions/0008-prompt-groups.md).
 """
 
+import asyncio
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 
 import numpy as np
 
-from services.evaluator.counting import PREFERENCE, tally
-from services.evaluator.grouping import Doubles, Places, TooFewPromptsError, learn_from
-from services.evaluator.judged import JudgedPrompt, stacked
-from services.evaluator.spending import JOULES_PER_KWH, EnergyBook
-from shared.grouping import CLASSIFIER, FEATURES, pack
-from shared.messages import GroupEvidence, GroupTaken, PromptGrouping
+from services.evaluator.clusters import Doubles, Indices, TooFewPromptsError, learn_groups_from_features
+from services.evaluator.cost import EnergyByPool
+from services.evaluator.preference import PREFERENCE
+from services.evaluator.quality import JudgedPrompt, tally
+from services.evaluator.settings import EvaluatorSettings
+from services.evaluator.store import GroupStore
+from shared.grouping import CLASSIFIER, FEATURES, GroupingError, PromptGroups, pack, prompt_text, unpack
+from shared.messages import GroupEvidence, GroupTaken, PromptGrouping, Sample
+from shared.runtime.logs import get_logger
+from shared.units import JOULES_PER_KWH
 
+_log = get_logger(__name__)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearningRules:
-    """When to learn.
-
-    Attributes:
-        least: judged prompts before groups are learned at all.
-        growth: share of the prompts learned from by which more must have been judged before they are learned anew.
-        most: newest judged prompts that are learned from.
-    """
-
-    least: int
-    growth: float
-    most: int
+LabelledPrompts = Sequence[tuple[str, JudgedPrompt]]
+"""Judged prompts, each with the group in which it is counted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """What was learned.
+class TrainingSet:
+    """Judged prompts that were answered at the same levels.
 
     Attributes:
-        grouping: as it is published.
-        groups: that the prompts are counted in from now on, by request id.
+        levels: of the fleet, the reference first.
     """
 
-    grouping: PromptGrouping
-    groups: Mapping[str, str]
+    prompts: Sequence[JudgedPrompt]
+    levels: tuple[str, ...]
+
+    @classmethod
+    def select(cls, prompts: Sequence[JudgedPrompt], levels: Sequence[str], *, minimum: int) -> "TrainingSet":
+        """Take the prompts that were answered at exactly these levels by the reference's weights.
+
+        Raises:
+            TooFewPromptsError: fewer than `minimum`.
+        """
+        wanted = tuple(levels)
+        found = [one for one in prompts if tuple(answer.level for answer in one.answers[: len(wanted)]) == wanted]
+        if len(found) < minimum:
+            raise TooFewPromptsError(
+                f"{len(found)} prompts were judged at levels {', '.join(wanted)}, {minimum} are needed"
+            )
+        return cls(found, wanted)
+
+    def preferred(self) -> Indices:
+        """(prompts,) index of the level that won, whichever weights won; the less brief one of equal answers."""
+        index = {level: number for number, level in enumerate(self.levels)}
+        winners = [max(one.answers, key=lambda answer: answer.outcomes.get(PREFERENCE, 0.0)) for one in self.prompts]
+        return np.array([index[winner.level] for winner in winners], dtype=np.int64)
+
+    def energy_kwh(self, energy: EnergyByPool) -> Doubles:
+        """(prompts, levels) energy of the reference's weights; proportional to tokens where it is unknown."""
+        return np.array(
+            [
+                [
+                    max(1, answer.tokens) * (_joules_per_token(answer.generated_by, energy) or 1.0) / JOULES_PER_KWH
+                    for answer in prompt.answers[: len(self.levels)]
+                ]
+                for prompt in self.prompts
+            ]
+        )
+
+    def other_metrics(self) -> list[Doubles]:
+        """(prompts, levels) outcomes of every metric except preference; NaN where a metric has no outcome."""
+        answers = [prompt.answers[: len(self.levels)] for prompt in self.prompts]
+        names = {name for row in answers for answer in row for name in answer.outcomes} - {PREFERENCE}
+        return [
+            np.array([[answer.outcomes.get(name, np.nan) for answer in row] for row in answers])
+            for name in sorted(names)
+        ]
 
 
-def learning_due(rules: LearningRules, *, judged: int, fresh: int, learned_from: int | None) -> bool:
-    """Whether to learn.
+@dataclass(frozen=True, slots=True)
+class LearnedGrouping:
+    """A new version of prompt groups.
+
+    Attributes:
+        message: to be published.
+        group_of: group in which each judged prompt is counted from now on, by request id.
+    """
+
+    message: PromptGrouping
+    group_of: Mapping[str, str]
+
+
+def learning_due(settings: EvaluatorSettings, *, judged: int, unused: int, learned_from: int | None) -> bool:
+    """Whether to learn groups now.
 
     Args:
-        judged: prompts that may be learned from.
-        fresh: of these, judged since the version in force was learned.
-        learned_from: prompts that it was learned from; null: there is none.
+        judged: stored judged prompts.
+        unused: of these, judged since the current version was learned.
+        learned_from: prompts that the current version was learned from; None: there is no version.
     """
-    if judged < rules.least:
+    if judged < settings.min_judged_to_learn:
         return False
-    return learned_from is None or fresh >= rules.growth * min(learned_from, rules.most)
+    return learned_from is None or unused >= settings.relearn_growth * min(learned_from, settings.max_judged_to_learn)
 
 
-def comparable(prompts: Sequence[JudgedPrompt], levels: Sequence[str], *, least: int) -> list[JudgedPrompt]:
-    """The prompts that were answered at these very levels by the reference's weights.
-
-    Raises:
-        TooFewPromptsError: fewer than `least`.
-    """
-    wanted = tuple(levels)
-    found = [one for one in prompts if tuple(answer.level for answer in one.answers[: len(wanted)]) == wanted]
-    if len(found) < least:
-        raise TooFewPromptsError(f"{len(found)} prompts were judged at levels {', '.join(wanted)}, {least} are needed")
-    return found
-
-
-def learn(
-    model: str,
-    prompts: Sequence[JudgedPrompt],
-    *,
-    levels: Sequence[str],
-    traffic: Mapping[str, float],
-    book: EnergyBook,
-    learned_at: datetime,
-) -> Lesson:
-    """Learn groups, and restate by them all that was judged.
+def learn_grouping(
+    model: str, training: TrainingSet, *, traffic: Mapping[str, float], energy: EnergyByPool, learned_at: datetime
+) -> LearnedGrouping:
+    """Learn groups, and re-aggregate all verdicts by them.
 
     Args:
-        prompts: `comparable` ones.
-        traffic: any measure of how often each stratum is asked for.
-        book: energy per token comes from here; a pool without an entry counts by its tokens.
+        traffic: frequency of each stratum in any unit.
+        energy: gives the energy per token.
 
     Raises:
-        TooFewPromptsError: no two groups can be told apart; task labels, where there are any, tell more than one group.
+        TooFewPromptsError: the prompts form no two groups; then task labels are the better groups.
     """
-    learned = learn_from(
-        stacked(list(prompts)),
-        _preferred(prompts, levels),
-        _energy_kwh(prompts, len(levels), book),
-        _judged_otherwise(prompts, len(levels)),
+    prompts = training.prompts
+    learned = learn_groups_from_features(
+        [one.features for one in prompts],
+        training.preferred(),
+        training.energy_kwh(energy),
+        training.other_metrics(),
     )
     if len(learned.groups.names) < 2:
-        raise TooFewPromptsError(f"{len(prompts)} judged prompts do not tell two groups apart")
-    names = [learned.groups.names[place] for place in learned.unseen]
-    counted = list(zip(names, prompts, strict=True))
-    grouping = PromptGrouping(
+        raise TooFewPromptsError(f"{len(prompts)} judged prompts do not form two groups")
+    names = [learned.groups.names[index] for index in learned.leave_one_out]
+    labelled = list(zip(names, prompts, strict=True))
+    message = PromptGrouping(
         model=model,
         version=learned.groups.version,
         learned_at=learned_at,
@@ -112,77 +143,145 @@ def learn(
         features=FEATURES,
         classifier=CLASSIFIER,
         arrays=pack(learned.groups),
-        traffic=_traffic(counted, traffic),
-        evidence=tuple(_evidence(counted)),
-        taken=tuple(_taken(counted, book)),
+        traffic=_traffic_shares(labelled, traffic),
+        evidence=tuple(_evidence(labelled)),
+        taken=tuple(_resource_use(labelled, energy)),
     )
-    return Lesson(grouping, {prompt.request_id: name for name, prompt in counted})
+    return LearnedGrouping(message, {prompt.request_id: name for name, prompt in labelled})
 
 
-def _preferred(prompts: Sequence[JudgedPrompt], levels: Sequence[str]) -> Places:
-    """Place of the level that won each prompt, whichever weights won; of equal answers the least brief."""
-    place = {level: number for number, level in enumerate(levels)}
-    winners = [max(one.answers, key=lambda answer: answer.successes.get(PREFERENCE, 0.0)).level for one in prompts]
-    return np.array([place[level] for level in winners], dtype=np.int64)
+class GroupLearner:
+    """Prompt groups of every model; methods raise `DatabaseUnavailableError`."""
+
+    def __init__(self, store: GroupStore, settings: EvaluatorSettings, *, levels: Sequence[str]) -> None:
+        """Create.
+
+        Args:
+            levels: of the fleet, the reference first.
+        """
+        self._store = store
+        self._settings = settings
+        self._levels = tuple(levels)
+        self._cached: dict[str, tuple[str | None, PromptGroups | None]] = {}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether groups are learned; otherwise they are the producers' task labels."""
+        return self._settings.prompt_groups == "learned"
+
+    async def withdraw_if_disabled(self, models: Collection[str], now: datetime) -> None:
+        """If groups are not learned, store a message per model that makes readers return to task labels."""
+        if self.enabled:
+            return
+        for model in models:
+            if await self._store.version(model) is not None:
+                await self._store.save(PromptGrouping(model=model, version=None, learned_at=now), {})
+                _log.info("learned prompt groups withdrawn", model=model)
+
+    async def assignment(self, model: str, samples: Sequence[Sample]) -> Callable[[Sample], str]:
+        """A function that gives the group in which a sample is counted: a learned group, or its task label."""
+        groups = await self._current(model)
+        if groups is None:
+            return lambda sample: sample.group
+        # Prompts of the training set keep their leave-one-out group.
+        earlier = await self._store.groups_of(model, [sample.request_id for sample in samples])
+        names = set(groups.names)
+
+        def group_of(sample: Sample) -> str:
+            known = earlier.get(sample.request_id)
+            return known if known in names else groups.assign(prompt_text(sample.messages))
+
+        return group_of
+
+    async def learn_if_due(
+        self, model: str, *, traffic: Mapping[str, float], energy: EnergyByPool, now: datetime
+    ) -> PromptGrouping | None:
+        """Learn and store a new version if it is due; the caller must hold the claim on the model.
+
+        Returns:
+            The new version, which is to be published; None if there is none.
+        """
+        if not self.enabled:
+            return None
+        progress = await self._store.progress(model)
+        # A version of another release cannot be used here, so it is replaced without waiting for new verdicts.
+        learned_from = progress.learned_from if await self._current(model) is not None else None
+        if not learning_due(self._settings, judged=progress.judged, unused=progress.unused, learned_from=learned_from):
+            return None
+        prompts = await self._store.judged_prompts(model, limit=self._settings.max_judged_to_learn)
+        try:
+            training = TrainingSet.select(prompts, self._levels, minimum=self._settings.min_judged_to_learn)
+            learned = await asyncio.to_thread(
+                learn_grouping, model, training, traffic=traffic, energy=energy, learned_at=now
+            )
+        except TooFewPromptsError as error:
+            _log.info("prompt groups not learned yet", model=model, reason=str(error))
+            return None
+        await self._store.save(learned.message, learned.group_of)
+        _log.info(
+            "prompt groups learned",
+            model=model,
+            version=learned.message.version,
+            groups=len(learned.message.names),
+            prompts=learned.message.prompts,
+        )
+        return learned.message
+
+    async def _current(self, model: str) -> PromptGroups | None:
+        """The newest version, whichever process learned it; None if there is none that this release can use."""
+        if not self.enabled:
+            return None
+        version = await self._store.version(model)
+        if model not in self._cached or self._cached[model][0] != version:
+            message = await self._store.grouping(model) if version is not None else None
+            try:
+                groups = None if message is None else unpack(message)
+            except GroupingError as error:
+                _log.warning("learned prompt groups cannot be used", model=model, reason=str(error))
+                groups = None
+            self._cached[model] = version, groups
+        return self._cached[model][1]
 
 
-def _energy_kwh(prompts: Sequence[JudgedPrompt], levels: int, book: EnergyBook) -> Doubles:
-    """(prompts, levels), of the reference's weights; only its ratios matter where energy is not known."""
-    return np.array(
-        [
-            [max(1, one.tokens) * (_joules_per_token(one.asked, book) or 1.0) / JOULES_PER_KWH for one in found]
-            for found in (prompt.answers[:levels] for prompt in prompts)
-        ]
-    )
+def _joules_per_token(option: str, energy: EnergyByPool) -> float | None:
+    known = energy.get(("evaluation", option.rpartition("/")[0]))
+    return None if known is None else known.joules_per_token
 
 
-def _judged_otherwise(prompts: Sequence[JudgedPrompt], levels: int) -> list[Doubles]:
-    """(prompts, levels) of every metric but preference, of the reference's weights; NaN where it was not told."""
-    answers = [prompt.answers[:levels] for prompt in prompts]
-    metrics = {metric for found in answers for one in found for metric in one.successes} - {PREFERENCE}
-    return [
-        np.array([[one.successes.get(metric, np.nan) for one in found] for found in answers])
-        for metric in sorted(metrics)
-    ]
-
-
-def _joules_per_token(option: str, book: EnergyBook) -> float | None:
-    known = book.get(("evaluation", option.rpartition("/")[0]))
-    return known.joules / known.tokens if known is not None and known.tokens else None
-
-
-def _traffic(counted: Sequence[tuple[str, JudgedPrompt]], traffic: Mapping[str, float]) -> dict[str, float]:
-    """Share of the traffic by group: prompts were taken from the strata unevenly, and are weighted back."""
+def _traffic_shares(labelled: LabelledPrompts, traffic: Mapping[str, float]) -> dict[str, float]:
+    """Traffic share by group. Strata are sampled unevenly, so each prompt is weighted by its stratum's traffic."""
     judged: dict[str, int] = defaultdict(int)
-    for _, prompt in counted:
+    for _, prompt in labelled:
         judged[prompt.stratum] += 1
     if not any(traffic.get(stratum) for stratum in judged):
         traffic = judged
-    whole = sum(traffic.get(stratum, 0.0) for stratum in judged)
+    total = sum(traffic.get(stratum, 0.0) for stratum in judged)
     shares: dict[str, float] = defaultdict(float)
-    for group, prompt in counted:
-        shares[group] += traffic.get(prompt.stratum, 0.0) / judged[prompt.stratum] / whole
+    for group, prompt in labelled:
+        shares[group] += traffic.get(prompt.stratum, 0.0) / judged[prompt.stratum] / total
     return {group: min(1.0, share) for group, share in sorted(shares.items())}
 
 
-def _evidence(counted: Sequence[tuple[str, JudgedPrompt]]) -> Iterator[GroupEvidence]:
+def _evidence(labelled: LabelledPrompts) -> Iterator[GroupEvidence]:
+    """Counts by day, so that readers can discount older days."""
     days: dict[date, list[tuple[str, JudgedPrompt]]] = defaultdict(list)
-    for group, prompt in counted:
+    for group, prompt in labelled:
         days[prompt.evaluated_at.date()].append((group, prompt))
     for _, found in sorted(days.items()):
         yield GroupEvidence(evaluated_at=max(prompt.evaluated_at for _, prompt in found), counts=tally(found))
 
 
-def _taken(counted: Sequence[tuple[str, JudgedPrompt]], book: EnergyBook) -> Iterator[GroupTaken]:
-    """What the answers took, where their energy is known."""
+def _resource_use(labelled: LabelledPrompts, energy: EnergyByPool) -> Iterator[GroupTaken]:
+    """Energy and time of the judged answers by group and option, where the energy is known."""
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for group, prompt in counted:
+    for group, prompt in labelled:
         for answer in prompt.answers:
-            joules = _joules_per_token(answer.asked, book)
+            joules = _joules_per_token(answer.generated_by, energy)
             if joules is not None:
-                sums[group, answer.asked][0] += 1.0
-                sums[group, answer.asked][1] += answer.tokens * joules / JOULES_PER_KWH
-                sums[group, answer.asked][2] += answer.seconds
+                total = sums[group, answer.generated_by]
+                total[0] += 1.0
+                total[1] += answer.tokens * joules / JOULES_PER_KWH
+                total[2] += answer.seconds
     for (group, option), (requests, energy_kwh, seconds) in sorted(sums.items()):
         yield GroupTaken(
             group=group, option=option, requests=requests, energy_kwh=energy_kwh, processing_s=max(0.0, seconds)

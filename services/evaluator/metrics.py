@@ -1,4 +1,4 @@
-"""What the evaluator tells Prometheus."""
+"""Prometheus metrics of the evaluator."""
 
 from collections.abc import Callable
 
@@ -6,46 +6,51 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
 class EvaluatorMetrics:
-    """All metrics of one evaluator."""
+    """All metrics of one evaluator process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.evaluations = Counter(
             "sprout_evaluator_evaluations",
-            "Evaluations by trigger and outcome: finished, or failed",
+            "Evaluations by trigger and outcome (finished, failed)",
             ("model", "trigger", "outcome"),
             registry=registry,
         )
-        self.running = Gauge("sprout_evaluator_running", "Evaluations that are running", ("model",), registry=registry)
-        self.judged = Counter("sprout_evaluator_judged", "Prompts with a verdict", ("model",), registry=registry)
-        self.abstentions = Counter(
-            "sprout_evaluator_abstentions", "Prompts without a usable verdict", ("model",), registry=registry
+        self.running = Gauge("sprout_evaluator_running", "Evaluations in progress", ("model",), registry=registry)
+        self.judged_prompts = Counter(
+            "sprout_evaluator_judged_prompts", "Prompts with a verdict", ("model",), registry=registry
         )
-        self.dropped = Counter(
-            "sprout_evaluator_dropped",
-            "Prompts that a failed call took out of an evaluation",
+        self.abstentions = Counter(
+            "sprout_evaluator_abstentions",
+            "Prompts without a verdict: no answer got a majority of the judge's votes",
             ("model",),
             registry=registry,
         )
-        self.positions = Counter(
-            "sprout_evaluator_positions",
-            "Readings of the judge by the position it named: equal shares if it has no position bias",
+        self.dropped_prompts = Counter(
+            "sprout_evaluator_dropped_prompts",
+            "Prompts removed from an evaluation because a call failed",
+            ("model",),
+            registry=registry,
+        )
+        self.judge_positions = Counter(
+            "sprout_evaluator_judge_positions",
+            "Votes of the judge by the position that it named; equal shares without position bias",
             ("position",),
             registry=registry,
         )
-        self.votes = Counter(
-            "sprout_evaluator_votes",
-            "Readings of prompts with a verdict: for the winner, or not",
+        self.judge_votes = Counter(
+            "sprout_evaluator_judge_votes",
+            "Votes on prompts with a verdict: for the winner (yes) or for another answer (no)",
             ("agreeing",),
             registry=registry,
         )
         self.samples = Counter(
             "sprout_evaluator_samples",
-            "Samples: offered to the reservoir, or refused (unknown model, unusable id)",
+            "Samples: offered to the reservoir, or rejected (unknown model, unusable id)",
             ("outcome",),
             registry=registry,
         )
         self.retries = Counter(
-            "sprout_evaluator_retries", "Attempts that followed a failed one", ("pool",), registry=registry
+            "sprout_evaluator_retries", "Attempts after a failed attempt", ("pool",), registry=registry
         )
         self.endpoint_failures = Counter(
             "sprout_evaluator_endpoint_failures", "Failed attempts and health checks", ("endpoint",), registry=registry
@@ -57,6 +62,6 @@ class EvaluatorMetrics:
             registry=registry,
         )
 
-    def watch_adjusted(self, model: str, value: Callable[[], float]) -> None:
-        """Read a model's urgency-adjusted intensity whenever it is asked for."""
-        self._adjusted.labels(model).set_function(value)
+    def observe_adjusted_intensity(self, model: str, read: Callable[[], float]) -> None:
+        """Call `read` for a model's urgency-adjusted intensity at every scrape."""
+        self._adjusted.labels(model).set_function(read)

@@ -1,10 +1,10 @@
-"""When the evaluator spends energy: at a local minimum of the urgency-adjusted carbon intensity.
+"""Decides when to evaluate: at a local minimum of the urgency-adjusted carbon intensity. Pure functions.
 
-With t hours since the last evaluation, the intensity k2 is weighed as k2' = k2 · exp(−βt), β = ln 2 / 24 per hour: the
-longer ago the last evaluation, the cleaner the grid appears. The evaluator runs when the grace period has passed, k2'
-is not above the threshold, and k2' has stopped falling; in any case when an evaluation is overdue (paper, section 3.3).
+With t hours since the last evaluation, the intensity k2 is adjusted to k2' = k2 · exp(−βt), β = ln 2 / 24 per hour: the
+more time has passed, the cleaner the grid appears. The evaluator runs when the grace period has passed, k2' is at most
+the threshold, and k2' has stopped falling. It also runs when an evaluation is overdue (arXiv 2403.12900, section 3.3).
 
-The code that the authors published weighs with exp(+βt) and compares the raw k2 with the threshold: that is variant
+The code that the authors published adjusts with exp(+βt) and compares the raw k2 with the threshold: variant
 `published`.
 """
 
@@ -13,35 +13,37 @@ from datetime import datetime
 from math import exp, log
 from typing import Final, Literal
 
+from pydantic import BaseModel, Field
+
 Variant = Literal["urgency", "published"]
-Trigger = Literal["local_minimum", "overdue", "first", "requested"]
+Reason = Literal["local_minimum", "overdue", "first", "requested"]
 
 URGENCY_PER_HOUR: Final = log(2) / 24
-"""β: after a day without an evaluation an intensity counts half."""
+"""β: after 24 hours without an evaluation an intensity counts half."""
 
 PUBLISHED_URGENCY_PER_HOUR: Final = 0.029
-"""β as the authors' code has it."""
+"""β of the authors' code."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpportunityRules:
-    """When it is time; hours of event time.
-
-    Attributes:
-        grace_h: no evaluation for so long after the last one.
-        overdue_h: an evaluation in any case after so long.
-        urgency_per_hour: β.
-    """
+class OpportunityRules(BaseModel):
+    """Parameters of the rule; the evaluator's settings extend this class. Hours are event time."""
 
     variant: Variant = "urgency"
-    grace_h: float = 6.0
-    overdue_h: float = 72.0
-    urgency_per_hour: float = URGENCY_PER_HOUR
+    grace_h: float = Field(default=6.0, ge=0, description="No evaluation for so long after the last, event hours")
+    overdue_h: float = Field(
+        default=72.0, gt=0, description="After so long an evaluation runs whatever the intensity, event hours"
+    )
+    urgency_per_hour: float | None = Field(
+        default=None, ge=0, description="beta; default: ln 2 / 24, for the published rule 0.029"
+    )
 
     def adjusted(self, intensity: float, elapsed_h: float) -> float:
         """k2' of an intensity, `elapsed_h` after the last evaluation; in the intensity's unit."""
-        sign = 1.0 if self.variant == "published" else -1.0
-        return intensity * exp(sign * self.urgency_per_hour * elapsed_h)
+        published = self.variant == "published"
+        beta = self.urgency_per_hour
+        if beta is None:
+            beta = PUBLISHED_URGENCY_PER_HOUR if published else URGENCY_PER_HOUR
+        return intensity * exp((1.0 if published else -1.0) * beta * elapsed_h)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,44 +51,47 @@ class _Reading:
     at: datetime
     intensity: float
     falling: bool | None
-    """Whether k2' had last fallen, or was level, before this reading; null: not known."""
+    """Whether k2' fell or stayed level between the previous reading and this one; None: there is no previous one."""
 
 
 class Opportunity:
-    """Follows the intensity of one zone for one model, one reading at a time.
+    """Tracks the intensity of one zone for one model, one reading at a time.
 
     Attributes:
-        last: event time of the last evaluation; null before the first.
+        last: event time of the last evaluation; None before the first.
     """
 
     def __init__(self, rules: OpportunityRules, *, last: datetime | None = None) -> None:
         self.rules = rules
         self.last = last
         self._reading: _Reading | None = None
-        self._before: _Reading | None = None
+        self._previous: _Reading | None = None
 
     def evaluated(self, at: datetime) -> None:
-        """An evaluation was decided on at an event time."""
+        """Record that an evaluation starts at an event time."""
         self.last = at
 
-    def observe(self, at: datetime, intensity: float, *, threshold: float) -> Trigger | None:
-        """Take the next reading; returns why it is time for an evaluation, null if it is not.
+    def observe(self, at: datetime, intensity: float, *, threshold: float) -> Reason | None:
+        """Process the next reading.
 
-        A reading as old as the one before revises it; an older one says nothing new. Before the first evaluation there
-        is never a reason here: see `due`.
+        A reading of the same time as the previous one replaces it. An older one is ignored. The first evaluation is
+        never triggered here, but by `due`.
 
         Args:
             at: event time.
             intensity: k2, gCO2eq/kWh.
-            threshold: what k2' (variant `published`: k2) must not exceed; the mean of the trailing window.
+            threshold: upper limit of k2' (variant `published`: of k2), usually the mean of the trailing window.
+
+        Returns:
+            Why to evaluate now; None: do not evaluate.
         """
         if self._reading is not None:
             if at < self._reading.at:
                 return None
             if at > self._reading.at:
-                self._before = self._reading
-        gradient = None if self._before is None else self._gradient(self._before, at, intensity)
-        fell = self._before is not None and self._before.falling is True
+                self._previous = self._reading
+        gradient = None if self._previous is None else self._gradient(self._previous, at, intensity)
+        fell = self._previous is not None and self._previous.falling is True
         self._reading = _Reading(at, intensity, None if gradient is None else gradient <= 0)
         if self.last is None:
             return None
@@ -97,21 +102,21 @@ class Opportunity:
             return None
         return "local_minimum" if fell and gradient is not None and gradient >= 0 else None
 
-    def due(self, now: datetime, *, samples: int, min_samples: int) -> Trigger | None:
-        """Whether it is time whatever the grid does: for the very first evaluation, or because one is overdue.
+    def due(self, now: datetime, *, samples: int, min_samples: int) -> Reason | None:
+        """Whether to evaluate regardless of the grid: for the first time, or because an evaluation is overdue.
 
-        Quality must be known before anything can be saved, so the first does not wait for a clean grid.
+        Nothing can be saved before quality is known, so the first evaluation does not wait for a clean grid.
 
         Args:
-            samples: prompts that could be evaluated.
-            min_samples: fewer tell too little for a first evaluation.
+            samples: prompts that can be evaluated.
+            min_samples: required for the first evaluation.
         """
         if self.last is None:
             return "first" if samples >= min_samples else None
         return "overdue" if samples > 0 and _hours(self.last, now) >= self.rules.overdue_h else None
 
     def adjusted(self) -> float | None:
-        """k2' of the newest reading, gCO2eq/kWh; null before the first evaluation or reading."""
+        """k2' of the newest reading, gCO2eq/kWh; None before the first evaluation or reading."""
         if self.last is None or self._reading is None:
             return None
         return self.rules.adjusted(self._reading.intensity, _hours(self.last, self._reading.at))
@@ -119,12 +124,13 @@ class Opportunity:
     def _compared(self, intensity: float, elapsed_h: float) -> float:
         return intensity if self.rules.variant == "published" else self.rules.adjusted(intensity, elapsed_h)
 
-    def _gradient(self, before: _Reading, at: datetime, intensity: float) -> float:
-        """How k2' changed since the reading before.
+    def _gradient(self, previous: _Reading, at: datetime, intensity: float) -> float:
+        """Change of k2' since the previous reading.
 
-        Both are weighed from the reading before: another origin would scale both alike and leave the sign as it is.
+        Both values are adjusted from the time of the previous reading. Another origin scales both alike and keeps the
+        sign.
         """
-        return self.rules.adjusted(intensity, _hours(before.at, at)) - before.intensity
+        return self.rules.adjusted(intensity, _hours(previous.at, at)) - previous.intensity
 
 
 def _hours(start: datetime, end: datetime) -> float:

@@ -3,114 +3,134 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, HttpUrl, SecretStr, model_validator
+from pydantic import AliasChoices, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from services.evaluator.learning import LearningRules
-from services.evaluator.opportunity import (
-    PUBLISHED_URGENCY_PER_HOUR,
-    URGENCY_PER_HOUR,
-    OpportunityRules,
-    Variant,
-)
+from services.evaluator.opportunity import OpportunityRules, Variant
 from shared.inference.attempts import RetrySettings
 from shared.inference.balancer import CircuitBreakerSettings
 from shared.runtime.settings import read_secret
+from shared.runtime.database import RETRY_PAUSE_S
 
 
-class EvaluatorSettings(BaseSettings):
+class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings, BaseSettings):
     """When and how answers are judged. "Wall" means real seconds, "event" those of the clock."""
 
-    model_config = SettingsConfigDict(env_prefix="SPROUT_EVALUATOR_", extra="ignore", env_parse_none_str="null")
+    model_config = SettingsConfigDict(
+        env_prefix="SPROUT_EVALUATOR_",
+        extra="ignore",
+        env_parse_none_str="null",
+        populate_by_name=True,
+        hide_input_in_errors=True,
+    )
 
     # When
-    variant: Variant = Field(default="urgency", description="urgency, or as the paper's code was published")
-    zone: str | None = Field(
-        default=None, min_length=1, description="Whose intensity decides; default: of each model's reference pool"
+    variant: Variant = Field(
+        default="urgency",
+        validation_alias=AliasChoices("sprout_evaluator_opportunity_rule", "sprout_evaluator_variant"),
+        description="Rule that decides when to evaluate: urgency (the paper's text) or published (the paper's code)",
     )
-    grace_h: float = Field(default=6.0, ge=0, description="No evaluation for so long after the last, event hours")
-    overdue_h: float = Field(default=72.0, gt=0, description="An evaluation in any case after so long, event hours")
-    urgency_per_hour: float | None = Field(
-        default=None, ge=0, description="beta; default: ln 2 / 24, with variant published 0.029"
+    zone: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Zone whose carbon intensity decides; default: the zone of each model's reference pool",
     )
     threshold_factor: float = Field(
-        default=1.0, gt=0, description="Of the trailing window's mean: above it no evaluation, unless overdue"
+        default=1.0,
+        gt=0,
+        description="No evaluation above this multiple of the trailing window's mean intensity, unless overdue",
     )
     max_intensity_age_s: float = Field(
-        default=3 * 3_600.0, gt=0, description="An older intensity is no reason to evaluate, event"
+        default=3 * 3_600.0, gt=0, description="An older intensity triggers no evaluation, event"
     )
     retry_pause_s: float = Field(
-        default=30.0, gt=0, description="After an evaluation that failed, wall; doubles with each in a row"
+        default=30.0, gt=0, description="Pause after a failed evaluation, wall; doubles with each failure in a row"
     )
 
     # Samples
-    samples_per_group: int = Field(default=200, ge=1, description="Kept for each model and prompt group")
+    samples_per_group: int = Field(default=200, ge=1, description="Samples kept per model and prompt group")
     max_sample_age_h: float = Field(
-        default=7 * 24.0, gt=0, description="Prompts are deleted after so long, event hours: the retention of prompts"
+        default=7 * 24.0, gt=0, description="Retention of prompts: samples are deleted at this age, event hours"
     )
 
     # What
-    prompts_per_evaluation: int = Field(default=150, ge=1, description="Most prompts in one evaluation")
-    min_samples: int = Field(default=60, ge=1, description="Samples of a model before its first evaluation")
-    min_prompts_per_group: int = Field(default=5, ge=0, description="From each group before traffic share counts")
-    max_tokens: int = Field(default=1_024, ge=1, description="Most tokens of an answer; the request's own limit counts")
+    prompts_per_evaluation: int = Field(default=150, ge=1, description="Maximum number of prompts in one evaluation")
+    min_samples: int = Field(default=60, ge=1, description="Samples of a model required for its first evaluation")
+    min_prompts_per_group: int = Field(
+        default=5, ge=0, description="Prompts taken from each group before the rest is divided by traffic share"
+    )
+    max_tokens: int = Field(
+        default=1_024, ge=1, description="Maximum tokens of an answer; a lower limit of the request applies"
+    )
 
     # Prompt groups
     prompt_groups: Literal["learned", "task"] = Field(
         default="learned",
-        description="Groups learned from judged prompts, once there are enough of these, or the producers' task labels",
+        description="learned: groups learned from judged prompts, once there are enough; task: task labels",
     )
-    min_judged_to_learn: int = Field(default=600, ge=40, description="Judged prompts before groups are learned")
-    learn_again_share: float = Field(
-        default=0.5, gt=0, description="Of the prompts learned from; so many newly judged ones have them learned anew"
+    min_judged_to_learn: int = Field(default=600, ge=40, description="Judged prompts required to learn groups")
+    relearn_growth: float = Field(
+        default=0.5,
+        gt=0,
+        validation_alias=AliasChoices("sprout_evaluator_relearn_growth", "sprout_evaluator_learn_again_share"),
+        description="Groups are learned again after new judged prompts of this share of the previous training set",
     )
     max_judged_to_learn: int = Field(
-        default=3_000, ge=40, description="Newest judged prompts learned from; memory and time grow with the square"
+        default=3_000,
+        ge=40,
+        description="Newest judged prompts used for learning; memory and time grow with the square",
     )
     max_judged_age_h: float = Field(
-        default=60 * 24.0, gt=0, description="Verdicts and the prompts' features are deleted after so long, event hours"
+        default=60 * 24.0,
+        gt=0,
+        description="Retention of verdicts and prompt features: deleted at this age, event hours",
     )
 
     # Model servers
-    concurrency: int = Field(default=16, ge=1, le=1_000, description="Calls at once, of all evaluations")
-    call_timeout_s: float = Field(default=120.0, gt=0, description="For one call with its retries, wall")
-    give_up_after: int = Field(
-        default=10, ge=1, description="Prompts in a row that cannot be answered or judged: the evaluation has failed"
+    concurrency: int = Field(default=16, ge=1, le=1_000, description="Concurrent calls, over all evaluations")
+    call_timeout_s: float = Field(default=120.0, gt=0, description="Timeout of one call including retries, wall")
+    max_consecutive_failures: int = Field(
+        default=10,
+        ge=1,
+        validation_alias=AliasChoices("sprout_evaluator_max_consecutive_failures", "sprout_evaluator_give_up_after"),
+        description="The evaluation fails after so many prompts in a row that cannot be answered or judged",
     )
     stream: bool = Field(
-        default=False, description="Stream from the model servers: tells the time of the first token; costs processor"
+        default=False,
+        description="Stream from the model servers: measures the time to the first token, needs more CPU time",
     )
     first_chunk_timeout_s: float = Field(
-        default=60.0, gt=0, description="A streaming server that says nothing for so long has failed, wall"
+        default=60.0, gt=0, description="A streaming server that sends nothing for this long has failed, wall"
     )
-    max_attempts: int = Field(default=3, ge=1, description="Endpoints asked for one call")
-    endpoint_check_interval_s: float = Field(default=5.0, gt=0, description="Between health checks, wall")
-    endpoint_check_timeout_s: float = Field(default=2.0, gt=0, description="For a health check's answer, wall")
+    max_attempts: int = Field(default=3, ge=1, description="Endpoints tried for one call")
+    endpoint_check_interval_s: float = Field(default=5.0, gt=0, description="Interval of health checks, wall")
+    endpoint_check_timeout_s: float = Field(default=2.0, gt=0, description="Timeout of a health check, wall")
 
     # Judge
     judge: Literal["fleet", "openai"] = Field(
-        default="fleet", description="The judge pool of the fleet file, or an OpenAI-compatible server"
+        default="fleet", description="fleet: the judge pool of the fleet file; openai: an OpenAI-compatible server"
     )
-    judge_max_tokens: int = Field(default=1, ge=1, le=16, description="A verdict is one letter")
-    judge_url: HttpUrl | None = Field(default=None, description="Of the OpenAI-compatible server, up to /v1")
-    judge_model: str | None = Field(default=None, min_length=1, description="Model to ask there")
+    judge_max_tokens: int = Field(default=1, ge=1, le=16, description="Maximum tokens of a vote, which is one letter")
+    judge_url: HttpUrl | None = Field(default=None, description="Base URL of the OpenAI-compatible server, with /v1")
+    judge_model: str | None = Field(default=None, min_length=1, description="Model of the OpenAI-compatible server")
     judge_api_key: SecretStr | None = Field(default=None, description="Bearer token; null: none is sent")
-    judge_api_key_file: Path | None = Field(default=None, description="File that holds the token")
-    judge_timeout_s: float = Field(default=30.0, gt=0, description="For one answer of that server, wall")
+    judge_api_key_file: Path | None = Field(default=None, description="File that contains the token")
+    judge_timeout_s: float = Field(default=30.0, gt=0, description="Timeout of one request to that server, wall")
 
-    # Kafka
-    fetch_max_records: int = Field(default=500, ge=1, description="Samples or footprints handled at once")
-    session_timeout_s: float = Field(
-        default=6.0, ge=1.0, description="An evaluator that is silent for so long is given up by the group, wall"
+    # Kafka and PostgreSQL
+    fetch_max_records: int = Field(default=500, ge=1, description="Maximum samples or footprints per batch")
+    session_timeout_s: float = Field(default=6.0, ge=1.0, description="Session timeout of the consumer group, wall")
+    database_retry_pause_s: float = Field(
+        default=RETRY_PAUSE_S, gt=0, description="Pause before a batch is redelivered that could not be stored, wall"
     )
-    poll_ms: int = Field(default=200, ge=1, le=10_000, description="Pause between two looks for messages, wall")
+    poll_ms: int = Field(default=200, ge=1, le=10_000, description="Poll interval, wall")
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _check(self) -> Self:
         if self.judge == "openai" and (self.judge_url is None or self.judge_model is None):
             raise ValueError("SPROUT_EVALUATOR_JUDGE=openai needs SPROUT_EVALUATOR_JUDGE_URL and _JUDGE_MODEL")
         if self.judge_api_key is not None and self.judge_api_key_file is not None:
-            raise ValueError("give SPROUT_EVALUATOR_JUDGE_API_KEY or _JUDGE_API_KEY_FILE, not both")
+            raise ValueError("set SPROUT_EVALUATOR_JUDGE_API_KEY or _JUDGE_API_KEY_FILE, not both")
         if self.max_judged_to_learn < self.min_judged_to_learn:
             raise ValueError("max_judged_to_learn must not be below min_judged_to_learn")
         if self.overdue_h <= self.grace_h:
@@ -119,33 +139,3 @@ class EvaluatorSettings(BaseSettings):
             key = read_secret(self.judge_api_key_file, "SPROUT_EVALUATOR_JUDGE_API_KEY_FILE")
             self.judge_api_key = SecretStr(key)
         return self
-
-    @property
-    def opportunity_rules(self) -> OpportunityRules:
-        """When it is time."""
-        standard = PUBLISHED_URGENCY_PER_HOUR if self.variant == "published" else URGENCY_PER_HOUR
-        return OpportunityRules(
-            variant=self.variant,
-            grace_h=self.grace_h,
-            overdue_h=self.overdue_h,
-            urgency_per_hour=standard if self.urgency_per_hour is None else self.urgency_per_hour,
-        )
-
-    @property
-    def learning_rules(self) -> LearningRules | None:
-        """When prompt groups are learned; null: never."""
-        if self.prompt_groups == "task":
-            return None
-        return LearningRules(
-            least=self.min_judged_to_learn, growth=self.learn_again_share, most=self.max_judged_to_learn
-        )
-
-    @property
-    def retry_rules(self) -> RetrySettings:
-        """When a failed call is repeated."""
-        return RetrySettings(max_attempts=self.max_attempts)
-
-    @property
-    def cool_down_rules(self) -> CircuitBreakerSettings:
-        """When an endpoint is left alone."""
-        return CircuitBreakerSettings()

@@ -1,16 +1,17 @@
-"""Prompt groups that are learned from prompts: prompts in one group react alike to directives."""
+"""Learned prompt groups: prompts of one group react alike to directives."""
 
-from shared.grouping.features import FEATURES, feature_count, features, prompt_text
-from shared.grouping.groups import CLASSIFIER, PromptGroups
+from shared.grouping.features import FEATURES, PromptFeatures, extract_features, prompt_text
+from shared.grouping.model import CLASSIFIER, FeatureScaling, PromptGroups
 from shared.grouping.packing import GroupingError, pack, unpack
 
 __all__ = [
     "CLASSIFIER",
     "FEATURES",
+    "FeatureScaling",
     "GroupingError",
+    "PromptFeatures",
     "PromptGroups",
-    "feature_count",
-    "features",
+    "extract_features",
     "pack",
     "prompt_text",
     "unpack",

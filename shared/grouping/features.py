@@ -1,14 +1,15 @@
-"""What a prompt looks like, in numbers: its words, its opening, its shape. No second language model, no vocabulary.
+"""Features of a prompt: hashed words, hashed opening and closing words, and a few counts. No model, no vocabulary.
 
-Words and pairs of words, and the opening and closing ones by their place, are hashed into buckets; the shape is a few
-counts. Texts stay where they are: of a prompt nothing is kept but numbers. However long it is, looking at it takes no
-longer than a router can wait.
+Words and word pairs are hashed into one set of buckets. The opening words (by position) and the last words are hashed
+into another. The shape is a vector of counts, such as length and digits. The features keep no text of the prompt. The
+time to extract them is bounded, because only the beginning of a long prompt is read.
 """
 
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, Self
 from zlib import crc32
 
 import numpy as np
@@ -16,112 +17,119 @@ from numpy.typing import NDArray
 
 from shared.messages import ChatMessage
 
-FEATURES = 2
-"""Version of all that follows: weights learned for one are of no use for another."""
+FEATURES: Final = 2
+"""Version of the features. Weights learned for one version are useless for another."""
 
-WORD_BUCKETS = 16_384
-OPENING_BUCKETS = 1_024
-HASHED = WORD_BUCKETS + OPENING_BUCKETS
-MOST_WORDS = 160
-"""Of a prompt that are looked at: its beginning tells its kind."""
+WORD_BUCKETS: Final = 16_384
+OPENING_BUCKETS: Final = 1_024
+HASHED: Final = WORD_BUCKETS + OPENING_BUCKETS
+MAX_WORDS: Final = 160
+"""Words that are hashed: the beginning of a prompt shows its kind."""
 
-MOST_CHARACTERS = 2_000
-"""The same for its shape, but for its lengths."""
+MAX_CHARACTERS: Final = 2_000
+"""Characters from which the shape is counted, except for the lengths."""
 
 _WORD = re.compile(r"[a-z]+|\d|[^\sa-z\d]")
 _NUMBER = re.compile(r"\d+")
-_COUNTED = ("\n", "?", ".", "$", "(", '"', "_", ",", ":")
-_SHAPES = 10 + len(_COUNTED)
-_DIGITS = b"0123456789"
-_CAPITALS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_COUNTED_SIGNS: Final = ("\n", "?", ".", "$", "(", '"', "_", ",", ":")
+_DIGITS: Final = b"0123456789"
+_CAPITALS: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+SHAPE_FEATURES: Final = 10 + len(_COUNTED_SIGNS)
+FEATURE_COUNT: Final = HASHED + SHAPE_FEATURES
+"""Length of the feature vector: word buckets, then opening buckets, then the shape."""
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Looks:
-    """A prompt's features, not scaled yet; hardly any bucket of many thousands is hit.
+class PromptFeatures:
+    """Unscaled features of one prompt. Few of the buckets occur, so the hashed part is sparse.
 
     Attributes:
-        buckets: that were hit, in growing order; the words' before the opening's.
-        counts: logarithms of how often (log1p), in the same order.
-        shape: the counts that are not hashed.
+        buckets: (n,) indices of the buckets that occur, ascending.
+        counts: (n,) log1p of the number of occurrences of each bucket.
+        shape: (SHAPE_FEATURES,) counts that are not hashed.
     """
 
     buckets: NDArray[np.int64]
     counts: Floats
     shape: Floats
 
+    def to_bytes(self) -> bytes:
+        """Serialise the non-zero features: all indices (uint16), then all values (float32), little-endian."""
+        nonzero = np.flatnonzero(self.shape)
+        indices = np.concatenate([self.buckets, HASHED + nonzero])
+        values = np.concatenate([self.counts, self.shape[nonzero]])
+        return indices.astype("<u2").tobytes() + values.astype("<f4").tobytes()
+
+    @classmethod
+    def from_bytes(cls, stored: bytes) -> Self:
+        """Parse the result of `to_bytes`."""
+        count = len(stored) // 6
+        indices = np.frombuffer(stored, "<u2", count).astype(np.int64)
+        values = np.frombuffer(stored, "<f4", count, offset=2 * count)
+        hashed = indices < HASHED
+        shape = np.zeros(SHAPE_FEATURES, dtype=np.float32)
+        shape[indices[~hashed] - HASHED] = values[~hashed]
+        return cls(indices[hashed], values[hashed], shape)
+
 
 def prompt_text(messages: Sequence[ChatMessage]) -> str:
-    """What of a conversation tells its group: its last turn, the user's."""
+    """The part of a conversation that its group is derived from: the last message, which is the user's."""
     return messages[-1].content
 
 
-def feature_count() -> int:
-    """Length of `features`."""
-    return HASHED + _SHAPES
-
-
-def look(prompt: str) -> Looks:
-    """Look at a prompt."""
-    words = _WORD.findall(prompt[: 8 * MOST_WORDS].lower())[:MOST_WORDS]
-    ends = np.array([WORD_BUCKETS + _hash(text) % OPENING_BUCKETS for text in _ends(words)], dtype=np.int64)
-    hit, times = np.unique(np.concatenate([_word_buckets(words), ends]), return_counts=True)
-    return Looks(hit, np.log1p(times, dtype=np.float32), np.array(_shape(prompt), dtype=np.float32))
-
-
-def features(prompt: str) -> Floats:
-    """A prompt's features in a row: the buckets, hit or not, then the shape."""
-    looks = look(prompt)
-    found = np.zeros(feature_count(), dtype=np.float32)
-    found[looks.buckets] = looks.counts
-    found[HASHED:] = looks.shape
-    return found
+def extract_features(prompt: str) -> PromptFeatures:
+    """Compute the features of a prompt."""
+    words = _WORD.findall(prompt[: 8 * MAX_WORDS].lower())[:MAX_WORDS]
+    openings = np.array([WORD_BUCKETS + _hash(text) % OPENING_BUCKETS for text in _first_and_last(words)], np.int64)
+    buckets, occurrences = np.unique(np.concatenate([_word_buckets(words), openings]), return_counts=True)
+    return PromptFeatures(buckets, np.log1p(occurrences, dtype=np.float32), np.array(_shape(prompt), np.float32))
 
 
 def _word_buckets(words: list[str]) -> NDArray[np.int64]:
-    """Of every word and of every two that follow each other, beginning and end of the prompt being words too."""
-    # No word has a line's end in it, so all are encoded at once.
-    encoded = [b"^", *(_bytes("\n".join(words)).split(b"\n") if words else ()), b"$"]
-    alone = list(map(crc32, encoded))
-    # Of two words the checksum goes on where the first one's ended.
-    pairs = map(crc32, [*(b" " + word for word in encoded[1:]), b" "], alone)
-    return np.array([*alone, *pairs], dtype=np.int64) % WORD_BUCKETS
+    """Buckets of every word and every pair of neighbours. Markers for begin and end of the prompt count as words."""
+    # No word contains a newline, so one call encodes all of them.
+    encoded = [b"^", *(_encode("\n".join(words)).split(b"\n") if words else ()), b"$"]
+    singles = list(map(crc32, encoded))
+    # The checksum of a pair continues from the checksum of its first word.
+    pairs = map(crc32, [*(b" " + word for word in encoded[1:]), b" "], singles)
+    return np.array([*singles, *pairs], dtype=np.int64) % WORD_BUCKETS
 
 
 def _hash(text: str) -> int:
-    return crc32(_bytes(text))
+    return crc32(_encode(text))
 
 
-def _bytes(text: str) -> bytes:
-    # JSON can say lone surrogates, UTF-8 cannot.
+def _encode(text: str) -> bytes:
+    # JSON can carry lone surrogates, which UTF-8 cannot.
     return text.encode("utf-8", errors="surrogatepass")
 
 
-def _ends(words: list[str]) -> list[str]:
-    """The opening words by their place and together, and the last ones."""
-    placed = [f"{place}:{word}" for place, word in enumerate(words[:4])]
+def _first_and_last(words: list[str]) -> list[str]:
+    """The first four words with their positions, the first two and three words together, the last three words."""
+    positioned = [f"{position}:{word}" for position, word in enumerate(words[:4])]
     together = [f"together:{' '.join(words[:count])}" for count in (2, 3)]
-    return [*placed, *together, *(f"last:{word}" for word in words[-3:])]
+    return [*positioned, *together, *(f"last:{word}" for word in words[-3:])]
 
 
 def _shape(prompt: str) -> list[float]:
-    seen, ending = prompt[:MOST_CHARACTERS], prompt[-MOST_CHARACTERS:].rstrip()
-    words = max(1, round(len(seen.split()) * len(prompt) / max(1, len(seen))))
-    digits, capitals = _digits_and_capitals(seen)
+    head, tail = prompt[:MAX_CHARACTERS], prompt[-MAX_CHARACTERS:].rstrip()
+    words = max(1, round(len(head.split()) * len(prompt) / max(1, len(head))))
+    digits, capitals = _digits_and_capitals(head)
     return [
         math.log1p(len(prompt)),
         math.log1p(words),
         len(prompt) / words,
         math.log1p(digits),
-        math.log1p(len(_NUMBER.findall(seen))),
+        math.log1p(len(_NUMBER.findall(head))),
         math.log1p(capitals),
-        math.log1p(len(seen.partition("\n")[0])),
-        float(ending.endswith("?")),
-        float(ending.endswith(".")),
-        float("(A)" in seen or "A." in seen),
-        *(math.log1p(seen.count(sign)) for sign in _COUNTED),
+        math.log1p(len(head.partition("\n")[0])),
+        float(tail.endswith("?")),
+        float(tail.endswith(".")),
+        float("(A)" in head or "A." in head),
+        *(math.log1p(head.count(sign)) for sign in _COUNTED_SIGNS),
     ]
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from services.evaluator.grouping import learn_groups
+from services.evaluator.clusters import learn_groups
 from services.optimizer.settings import OptimizerSettings
 from tests.benchmarks.results import record
 from tools.simulator.grid import Grid
@@ -66,8 +66,8 @@ def main() -> None:
     learned = learn_groups(judged.prompts, judged.preferred, judged.energy_kwh, [judged.correct])
     learning_s = time.perf_counter() - begun
     places = np.zeros(len(learn), dtype=np.int64)
-    places[learn.judged] = learned.unseen
-    in_groups = learned.groups.places(measured.prompts)
+    places[learn.judged] = learned.leave_one_out
+    in_groups = learned.groups.assign_all(measured.prompts)
     contexts = Grouping(learned.groups.names, places, in_groups, learned.families)
     study = Study(
         variant="production",

@@ -20,7 +20,7 @@ from shared.topics import CARBON_INTENSITY, FOOTPRINTS, PROMPT_GROUPS, QUALITY, 
 from tests.support.evaluator import (
     KINDS,
     EvaluatorProcess,
-    grid,
+    intensities,
     judged_fleet,
     of_a_kind,
     sample,
@@ -89,7 +89,7 @@ async def stored(database: DatabaseSettings, query: str) -> list[asyncpg.Record]
         await connection.close()
 
 
-async def test_with_a_biased_judge_the_published_shares_still_follow_what_is_preferred(kafka, evaluators, producer):
+async def test_published_shares_follow_the_preferences_although_the_judge_is_biased(kafka, evaluators, producer):
     await send_samples(producer, range(PROMPTS))
     name = evaluators.start(
         SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION=str(PROMPTS),
@@ -102,7 +102,7 @@ async def test_with_a_biased_judge_the_published_shares_still_follow_what_is_pre
         assert found.records[0].key == MODEL.encode()
         assert (quality.model, quality.trigger, quality.prompts) == (MODEL, "first", PROMPTS)
         measured = shares(quality.counts, group="qa")
-        # The prompts that abstain are drawn alike from all: three standard deviations of 180 prompts.
+        # Abstentions do not depend on the preferred level; three standard deviations of 180 prompts.
         assert measured == pytest.approx({"p/L0": 1 / 2, "p/L1": 1 / 3, "p/L2": 1 / 6}, abs=0.11)
         assert sum(measured.values()) == pytest.approx(1.0)
         judged = {one.trials for one in quality.counts}
@@ -124,15 +124,17 @@ async def test_with_a_biased_judge_the_published_shares_still_follow_what_is_pre
         assert all(record.started_at <= record.finished_at for record in records)
         assert {(record.zone, record.group) for record in records} == {(ZONE, "qa")}
     text = await asyncio.to_thread(page, f"{evaluators.url(name)}/metrics")
-    assert f'sprout_evaluator_judged_total{{model="{MODEL}"}} {PROMPTS - quality.abstentions}.0' in text
+    assert f'sprout_evaluator_judged_prompts_total{{model="{MODEL}"}} {PROMPTS - quality.abstentions}.0' in text
     assert f'sprout_evaluator_evaluations_total{{model="{MODEL}",outcome="finished",trigger="first"}} 1.0' in text
-    # The bias is in plain sight: a fair judge names each position a third of the time.
-    (line,) = [line for line in text.splitlines() if line.startswith('sprout_evaluator_positions_total{position="A"}')]
+    # A fair judge names each position in a third of its votes.
+    (line,) = [
+        line for line in text.splitlines() if line.startswith('sprout_evaluator_judge_positions_total{position="A"}')
+    ]
     assert float(line.split()[-1]) > 0.55 * 3 * PROMPTS
     assert question(1) not in evaluators.log(name)
 
 
-async def test_it_learns_what_it_costs_and_survives_a_restart(kafka, database, evaluators, producer):
+async def test_it_estimates_its_cost_from_footprints_and_survives_a_restart(kafka, database, evaluators, producer):
     await send_samples(producer, range(20), group="qa")
     await send_samples(producer, range(20, 30), group="code")
     name = evaluators.start()
@@ -156,8 +158,8 @@ async def test_it_learns_what_it_costs_and_survives_a_restart(kafka, database, e
             if len(await stored(database, "SELECT 1 FROM evaluator.energy")) == 2:
                 break
             await asyncio.sleep(0.1)
-        # Nothing is due: the first evaluation is remembered. Then the grid reaches its cleanest hour.
-        await producer.post(CARBON_INTENSITY, grid(CLOCK.now(), 400, 420, 300, 200, 100, 130, hours=0.01), ZONE)
+        # The restarted process knows the first evaluation, so it waits for the next minimum.
+        await producer.post(CARBON_INTENSITY, intensities(CLOCK.now(), 400, 420, 300, 200, 100, 130, hours=0.01), ZONE)
         await found.read(until=2)
         second = qualities(found)[1]
         assert (second.trigger, second.intensity_g_per_kwh) == ("local_minimum", 130.0)
@@ -166,7 +168,7 @@ async def test_it_learns_what_it_costs_and_survives_a_restart(kafka, database, e
         generated = 30 * 140
         assert second.cost.energy_kwh == pytest.approx((generated * 6 + 90 * 50) / 3.6e6)
         assert second.cost.carbon_g > second.cost.energy_kwh * 130
-        # A person wants one now.
+        # Requested by a person.
         await ask_for_evaluation(evaluators.url(again))
         await found.read(until=3)
         assert qualities(found)[2].trigger == "requested"
@@ -174,13 +176,13 @@ async def test_it_learns_what_it_costs_and_survives_a_restart(kafka, database, e
         assert len(found.records) == 3
 
 
-async def test_prompt_groups_are_learned_from_what_was_judged_and_given_up_when_told(
+async def test_prompt_groups_are_learned_from_judged_prompts_and_withdrawn_when_disabled(
     kafka, database, evaluators, producer
 ):
     await send_samples(producer, range(KINDS), text=of_a_kind)
     few = {
         "SPROUT_EVALUATOR_MIN_JUDGED_TO_LEARN": "100",
-        "SPROUT_EVALUATOR_LEARN_AGAIN_SHARE": "9",
+        "SPROUT_EVALUATOR_RELEARN_GROWTH": "9",
         "SPROUT_EVALUATOR_SAMPLES_PER_GROUP": str(KINDS),
     }
     name = evaluators.start(
@@ -190,16 +192,16 @@ async def test_prompt_groups_are_learned_from_what_was_judged_and_given_up_when_
         await found.read(until=1)
         await learned.read(until=1)
         (first,) = qualities(found)
-        assert {one.group for one in first.counts} == {"qa"}  # counted before anything was learned
+        assert {one.group for one in first.counts} == {"qa"}  # counted before groups were learned
         made = PromptGrouping.model_validate_json(learned.records[0].value)
         assert learned.records[0].key == MODEL.encode()
         questions, sums = ({unpack(made).assign(of_a_kind(n)) for n in range(first, 20, 2)} for first in (0, 1))
         assert questions != sums
-        (restated,) = made.evidence
+        (evidence,) = made.evidence
         judged = first.prompts - first.abstentions
         assert made.prompts == judged
-        assert sum(one.trials for one in restated.counts if one.option == "p/L0") == judged
-        assert restated.evaluated_at == first.evaluated_at
+        assert sum(one.trials for one in evidence.counts if one.option == "p/L0") == judged
+        assert evidence.evaluated_at == first.evaluated_at
         kept = await stored(database, "SELECT answers::text AS answers, prompt_group FROM evaluator.judged")
         assert len(kept) == judged
         assert {row["prompt_group"] for row in kept} <= set(made.names)
@@ -209,7 +211,7 @@ async def test_prompt_groups_are_learned_from_what_was_judged_and_given_up_when_
         await found.read(until=2)
         assert {one.group for one in qualities(found)[1].counts} <= set(made.names)
         evaluators.supervisor.stop(name)
-        # Another process knows them too; one that is told to go by task labels takes them back.
+        # Another process uses the stored groups; one without learned groups withdraws them.
         again = evaluators.start(**few)
         await ask_for_evaluation(evaluators.url(again))
         await found.read(until=3)
@@ -217,12 +219,12 @@ async def test_prompt_groups_are_learned_from_what_was_judged_and_given_up_when_
         evaluators.supervisor.stop(again)
         evaluators.start(SPROUT_EVALUATOR_PROMPT_GROUPS="task")
         await learned.read(until=2)
-        given_up = PromptGrouping.model_validate_json(learned.records[1].value)
-        assert given_up.version is None
-        assert given_up.learned_at > made.learned_at
+        withdrawn = PromptGrouping.model_validate_json(learned.records[1].value)
+        assert withdrawn.version is None
+        assert withdrawn.learned_at > made.learned_at
 
 
-async def test_an_evaluation_that_a_kill_interrupts_begins_again(kafka, database, evaluators, producer):
+async def test_an_evaluation_interrupted_by_a_kill_is_repeated(kafka, database, evaluators, producer):
     await send_samples(producer, range(60))
     name = evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1")
     async with reading(kafka, USAGE) as used, reading(kafka, QUALITY) as found:
@@ -235,13 +237,13 @@ async def test_an_evaluation_that_a_kill_interrupts_begins_again(kafka, database
         rows = await stored(database, "SELECT status, published FROM evaluator.evaluations ORDER BY status")
         assert sorted(row["status"] for row in rows) == ["finished", "interrupted"]
         records = [UsageRecord.model_validate_json(record.value) for record in await used.read(settle_s=0.3)]
-        # What the interrupted one has spent is accounted as well.
+        # The calls of the interrupted evaluation are published too.
         assert len({record.evaluation_id for record in records}) == 2
     kept = await stored(database, "SELECT count(*) AS n, sum(evaluations) AS used FROM evaluator.reservoir")
     assert (kept[0]["n"], kept[0]["used"]) == (60, 60)
 
 
-async def test_without_postgresql_it_waits_and_then_goes_on_where_it_was(
+async def test_it_waits_while_postgresql_is_unavailable_and_then_continues(
     kafka, database, evaluators, producer, supervisor
 ):
     # The evaluation is due once all samples are stored, in however many batches they arrive.
@@ -253,7 +255,7 @@ async def test_without_postgresql_it_waits_and_then_goes_on_where_it_was(
         url = f"{evaluators.url(name)}/ready"
         await wait_until_ready_is(url, 503, mentions="PostgreSQL")
     finally:
-        # Spawned here: a process dies with the thread that started it.
+        # Spawned here: a process ends with the thread that started it.
         await asyncio.to_thread(supervisor.spawn(spec).wait_ready)
     await wait_until_ready_is(url, 200)
     async with reading(kafka, QUALITY) as found:

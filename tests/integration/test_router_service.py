@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from deploy.local.ports import free_ports
-from services.evaluator.learning import learn
 from shared.grouping import unpack
 from shared.messages import DeadLetter, ResponseChunk, Sample
 from shared.topics import DEAD_LETTERS, POLICIES, PROMPT_GROUPS, REQUESTS, RESPONSE_CHUNKS, SAMPLES
-from tests.support.grouping import NOW, judged_kinds, sum_of
+from tests.support.grouping import judged_kinds, learned_grouping, sum_of
 from tests.support.grouping import question as question_text
 from tests.support.router import (
     LEVELS,
@@ -69,7 +68,7 @@ async def test_five_hundred_concurrent_requests_get_one_response_each_as_the_pol
 
 
 async def test_a_policy_for_learned_groups_is_applied_by_the_prompt(kafka, routers, producer):
-    learned = learn(MODEL, judged_kinds(200, seed=1), levels=("L0", "L1"), traffic={}, book={}, learned_at=NOW).grouping
+    learned = learned_grouping(MODEL, judged_kinds(200, seed=1)).message
     groups, rng = unpack(learned), np.random.default_rng(5)
     texts = {f"r{number}": (sum_of, question_text)[number % 2](rng) for number in range(40)}
     rows = {name: {f"p/{('L1', 'L2')[place % 2]}": 1.0} for place, name in enumerate(learned.names)}

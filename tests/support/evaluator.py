@@ -1,4 +1,4 @@
-"""What the evaluator's tests share: samples, grids, a Triton with stand-in model and judge, and the service itself."""
+"""Builders for the evaluator's tests: samples, intensities, judged prompts, a Triton server, and service processes."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,22 +15,22 @@ from deploy.local.triton import free_triton_ports, install, ready_probe
 from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.repository import write_repository
 from deploy.triton.stand_in.judge import JudgeRules
-from services.evaluator.judged import JudgedAnswer, JudgedPrompt, Looks
+from services.evaluator.quality import JudgedAnswer, JudgedPrompt
+from shared.grouping import extract_features
 from shared.messages import CarbonIntensity, ChatMessage, IntensityPoint, Sample
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from tests.support.router import LEVELS, MODEL, ZONE, TritonServer, fleet_toml, question
 
 PREFERRED = ("L0", "L0", "L0", "L1", "L1", "L2")
-"""By the prompt's number: shares 1/2, 1/3, 1/6."""
-
+"""Preferred level by prompt number modulo 6: shares 1/2, 1/3, 1/6."""
 
 KINDS = 400
-"""Prompts of two kinds, for groups to be learned."""
+"""Number of prompts of two kinds, which learned groups separate."""
 
 
 def of_a_kind(number: int) -> str:
-    """Questions, whose shortest answer is preferred, and sums, whose longest one is, in turn."""
+    """Even numbers: questions, whose shortest answer is preferred. Odd numbers: sums, whose longest answer is."""
     if number % 2 == 0:
         return f"Which country is the city of number {number} the capital of?"
     return f"Ann has {number} apples and gives {number % 9} away. How many remain?"
@@ -53,8 +53,8 @@ def sample(
     )
 
 
-def grid(at: datetime, *values: float, hours: float = 1.0) -> CarbonIntensity:
-    """Values so many hours apart, the last of them at `at`."""
+def intensities(at: datetime, *values: float, hours: float = 1.0) -> CarbonIntensity:
+    """An intensity message: values `hours` apart, the last one at `at`."""
     points = [
         IntensityPoint(at=at - timedelta(hours=hours * age), intensity_g_per_kwh=value)
         for age, value in enumerate(reversed(values))
@@ -64,7 +64,7 @@ def grid(at: datetime, *values: float, hours: float = 1.0) -> CarbonIntensity:
 
 
 def judged_fleet(address: str) -> str:
-    """The fleet of the router's tests, with a judge."""
+    """Fleet file of the router's tests, with a judge."""
     return fleet_toml([address]) + "\n".join(
         [
             "[[pools]]", 'name = "judge"', 'triton_model = "judge"', f'zone = "{ZONE}"', "[[pools.endpoints]]",
@@ -99,7 +99,7 @@ def write_judged_workload(path: Path, *, prompts: int) -> Path:
 def start_judged_triton(
     supervisor: Supervisor, folder: Path, *, name: str, clock: Clock, position_bias: float, prompts: int
 ) -> TritonServer:
-    """A Triton with the stand-in model and judge."""
+    """Start a Triton server with the stand-in model and judge."""
     installation = install(default_state_dir(), say=print)
     workload = write_judged_workload(folder / "w.jsonl", prompts=prompts)
     judge = stand_in_judge(workload, rules=JudgeRules(position_bias=position_bias))
@@ -118,7 +118,7 @@ def start_judged_triton(
 
 @dataclass
 class EvaluatorProcess:
-    """An evaluator as it runs in production: a process with an environment."""
+    """Evaluators as they run in production: processes with an environment."""
 
     supervisor: Supervisor
     kafka: KafkaSettings
@@ -129,7 +129,7 @@ class EvaluatorProcess:
     names: list[str] = field(default_factory=list)
 
     def start(self, **changes: str) -> str:
-        """Start one; returns its process's name once it is ready."""
+        """Start one, wait until it is ready, and return the name of its process."""
         name = f"{self.kafka.topic_prefix}evaluator{len(self.names)}"
         self.names.append(name)
         (port,) = free_ports(1)
@@ -162,10 +162,10 @@ def judged_answer(
     options: Sequence[str] = (),
     tokens: int = 50,
     seconds: float = 1.0,
-    **successes: float,
+    **outcomes: float,
 ) -> JudgedAnswer:
-    held = tuple(options) or (f"p/{level}",)
-    return JudgedAnswer(level, held, held[0], tokens, seconds, successes)
+    counted = tuple(options) or (f"p/{level}",)
+    return JudgedAnswer(level, counted, counted[0], tokens, seconds, outcomes)
 
 
 def judged_prompt(
@@ -176,7 +176,7 @@ def judged_prompt(
     stratum: str = "qa",
     at: datetime = datetime(2023, 2, 10, 12, tzinfo=UTC),
 ) -> JudgedPrompt:
-    return JudgedPrompt(name, stratum, stratum, at, Looks.of(text), tuple(answers))
+    return JudgedPrompt(name, stratum, stratum, at, extract_features(text), tuple(answers))
 
 
 def shares(counts: Sequence[Any], *, group: str) -> dict[str, float]:

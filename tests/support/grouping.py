@@ -1,10 +1,13 @@
-"""Prompts whose reaction to directives is known: questions that a brief answer does for, sums that need a long one."""
+"""Judged prompts of two kinds: questions with a preferred brief answer, sums with a preferred long answer."""
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
-from services.evaluator.judged import JudgedPrompt
+from services.evaluator.cost import EnergyByPool
+from services.evaluator.learning import LearnedGrouping, TrainingSet, learn_grouping
+from services.evaluator.quality import JudgedPrompt
 from tests.support.evaluator import judged_answer, judged_prompt
 
 CITIES = ("Oslo", "Lima", "Cairo", "Delhi", "Quito", "Seoul", "Tunis", "Dakar", "Hanoi", "Minsk")
@@ -21,7 +24,7 @@ def sum_of(rng: np.random.Generator) -> str:
 
 
 def judged_kinds(count: int, *, seed: int, pool: str = "p") -> list[JudgedPrompt]:
-    """Judged prompts, questions and sums in turn, in strata of these names; over two days."""
+    """Judged questions and sums alternately, over two days; the strata are called question and sum."""
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -35,3 +38,15 @@ def judged_kinds(count: int, *, seed: int, pool: str = "p") -> list[JudgedPrompt
         at = NOW - timedelta(days=1) if number < count // 2 else NOW
         made.append(judged_prompt(f"s{seed}-{number}", answers=answers, text=text, stratum=kind, at=at))
     return made
+
+
+def learned_grouping(
+    model: str,
+    prompts: Sequence[JudgedPrompt],
+    *,
+    traffic: Mapping[str, float] | None = None,
+    energy: EnergyByPool | None = None,
+) -> LearnedGrouping:
+    """Groups learned from prompts that were judged at L0 and L1."""
+    training = TrainingSet.select(prompts, ("L0", "L1"), minimum=0)
+    return learn_grouping(model, training, traffic=traffic or {}, energy=energy or {}, learned_at=NOW)

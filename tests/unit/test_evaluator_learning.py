@@ -1,36 +1,34 @@
-"""When prompt groups are learned from judged prompts, and how what was judged is restated by them."""
+"""When prompt groups are learned from judged prompts, and how verdicts are re-aggregated by them."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 import numpy as np
 import pytest
 
-from services.evaluator.grouping import TooFewPromptsError
-from services.evaluator.judged import JudgedAnswer, Looks
-from services.evaluator.learning import LearningRules, comparable, learn, learning_due
-from services.evaluator.spending import Energy
-from shared.grouping import feature_count, features, unpack
+from services.evaluator.clusters import TooFewPromptsError
+from services.evaluator.cost import Energy
+from services.evaluator.learning import GroupLearner, TrainingSet, learning_due
+from services.evaluator.quality import JudgedAnswer, JudgedPrompt
+from services.evaluator.settings import EvaluatorSettings
+from services.evaluator.store import LearningProgress
+from shared.grouping import unpack
 from shared.messages import PromptGrouping
-from tests.support.grouping import NOW, judged_kinds, question, sum_of
+from tests.support.grouping import NOW, judged_kinds, learned_grouping, question, sum_of
 
-RULES = LearningRules(least=600, growth=0.5, most=3_000)
+SETTINGS = EvaluatorSettings(min_judged_to_learn=600, relearn_growth=0.5, max_judged_to_learn=3_000)
 LEVELS = ("L0", "L1")
-BOOK = {("evaluation", "p"): Energy(joules=600.0, tokens=100)}
+ENERGY = {("evaluation", "p"): Energy(joules=600.0, tokens=100)}
 
 
-def lesson(prompts=None, *, traffic=None, book=None):
-    return learn(
-        "m",
-        prompts or judged_kinds(400, seed=1),
-        levels=LEVELS,
-        traffic={"question": 30.0, "sum": 10.0} if traffic is None else traffic,
-        book=BOOK if book is None else book,
-        learned_at=NOW,
-    )
+@pytest.fixture(scope="module")
+def learned():
+    return learned_grouping("m", judged_kinds(400, seed=1), traffic={"question": 30.0, "sum": 10.0}, energy=ENERGY)
 
 
 @pytest.mark.parametrize(
-    ("judged", "fresh", "learned_from", "expected"),
+    ("judged", "unused", "learned_from", "expected"),
     [
         (599, 599, None, False),
         (600, 600, None, True),
@@ -40,19 +38,19 @@ def lesson(prompts=None, *, traffic=None, book=None):
         (9_000, 1_500, 9_000, True),
     ],
 )
-def test_groups_are_learned_from_enough_verdicts_and_again_once_enough_are_new(judged, fresh, learned_from, expected):
-    assert learning_due(RULES, judged=judged, fresh=fresh, learned_from=learned_from) is expected
+def test_groups_are_learned_from_enough_verdicts_and_again_once_enough_are_new(judged, unused, learned_from, expected):
+    assert learning_due(SETTINGS, judged=judged, unused=unused, learned_from=learned_from) is expected
 
 
 def test_prompts_answered_at_other_levels_are_left_out():
     prompts = judged_kinds(4, seed=2)
-    assert comparable(prompts, LEVELS, least=4) == prompts
+    assert TrainingSet.select(prompts, LEVELS, minimum=4).prompts == prompts
     with pytest.raises(TooFewPromptsError, match="0 prompts were judged at levels L0, L1, L2, 4 are needed"):
-        comparable(prompts, ("L0", "L1", "L2"), least=4)
+        TrainingSet.select(prompts, ("L0", "L1", "L2"), minimum=4)
 
 
-def test_the_groups_tell_the_kinds_apart_for_prompts_that_were_not_judged():
-    groups = unpack(lesson().grouping)
+def test_the_groups_separate_the_kinds_of_prompts_that_were_not_judged(learned):
+    groups = unpack(learned.message)
     rng = np.random.default_rng(7)
     questions = Counter(groups.assign(question(rng)) for _ in range(100))
     sums = Counter(groups.assign(sum_of(rng)) for _ in range(100))
@@ -61,57 +59,99 @@ def test_the_groups_tell_the_kinds_apart_for_prompts_that_were_not_judged():
         assert min(questions[name], sums[name]) <= 0.02 * of_both
 
 
-def test_one_group_for_all_is_no_lesson():
-    with pytest.raises(TooFewPromptsError, match="60 judged prompts do not tell two groups apart"):
-        lesson(judged_kinds(60, seed=3))
+def test_a_single_group_is_not_published():
+    with pytest.raises(TooFewPromptsError, match="60 judged prompts do not form two groups"):
+        learned_grouping("m", judged_kinds(60, seed=3))
 
 
-def test_every_verdict_is_counted_once_on_its_day():
-    grouping = lesson().grouping
-    assert [one.evaluated_at.day for one in grouping.evidence] == [9, 10]
-    for one in grouping.evidence:
+def test_every_verdict_is_counted_once_on_its_day(learned):
+    assert [one.evaluated_at.day for one in learned.message.evidence] == [9, 10]
+    for one in learned.message.evidence:
         assert sum(count.trials for count in one.counts if count.option == "p/L0") == 200
         assert sum(count.successes for count in one.counts) == pytest.approx(200)
-        assert {count.group for count in one.counts} <= set(grouping.names)
+        assert {count.group for count in one.counts} <= set(learned.message.names)
 
 
-def test_traffic_is_weighted_back_to_what_is_asked():
-    learned = lesson()
+def test_traffic_shares_are_those_of_the_strata(learned):
     kinds = {prompt.request_id: prompt.stratum for prompt in judged_kinds(400, seed=1)}
     by_kind = {"question": 0.0, "sum": 0.0}
     judged = {"question": 200, "sum": 200}
-    for name, share in learned.grouping.traffic.items():
-        members = [kinds[request] for request, group in learned.groups.items() if group == name]
-        whole = sum({"question": 3, "sum": 1}[kind] / judged[kind] for kind in members)
-        assert share == pytest.approx(whole / 4)
+    for name, share in learned.message.traffic.items():
+        members = [kinds[request] for request, group in learned.group_of.items() if group == name]
+        total = sum({"question": 3, "sum": 1}[kind] / judged[kind] for kind in members)
+        assert share == pytest.approx(total / 4)
         for kind in by_kind:
             by_kind[kind] += {"question": 0.75, "sum": 0.25}[kind] * members.count(kind) / judged[kind]
-    assert sum(learned.grouping.traffic.values()) == pytest.approx(1.0)
+    assert sum(learned.message.traffic.values()) == pytest.approx(1.0)
     assert by_kind == pytest.approx({"question": 0.75, "sum": 0.25})
 
 
-def test_what_the_judged_answers_took_is_told_where_it_is_known():
-    taken = lesson().grouping.taken
+def test_energy_and_time_of_the_judged_answers_are_published_where_energy_is_known(learned):
+    taken = learned.message.taken
     assert sum(one.requests for one in taken if one.option == "p/L1") == 400
     joules = sum(one.energy_kwh for one in taken if one.option == "p/L0") * 3.6e6
     assert joules == pytest.approx(400 * 80 * 6.0)
-    assert lesson(book={}).grouping.taken == ()
+    assert learned_grouping("m", judged_kinds(400, seed=1)).message.taken == ()
 
 
-def test_the_message_says_the_same_after_its_journey():
-    grouping = lesson().grouping
-    arrived = PromptGrouping.model_validate_json(grouping.model_dump_json())
-    assert arrived == grouping
+def test_the_message_survives_serialisation(learned):
+    received = PromptGrouping.model_validate_json(learned.message.model_dump_json())
+    assert received == learned.message
     rng = np.random.default_rng(8)
     prompts = [question(rng) for _ in range(50)] + [sum_of(rng) for _ in range(50)]
-    assert [unpack(arrived).assign(one) for one in prompts] == [unpack(grouping).assign(one) for one in prompts]
-    assert len(grouping.model_dump_json()) < 1_000_000
+    before, after = unpack(learned.message), unpack(received)
+    assert [after.assign(one) for one in prompts] == [before.assign(one) for one in prompts]
+    assert len(learned.message.model_dump_json()) < 1_000_000
 
 
-def test_looks_and_answers_come_back_from_storage_as_they_were():
-    text = "How many of the 12 apples remain?"
-    row = np.zeros(feature_count(), dtype=np.float32)
-    Looks.from_bytes(Looks.of(text).to_bytes()).fill(row)
-    assert np.array_equal(row, features(text))
+def test_answers_survive_storage():
     answer = JudgedAnswer("L1", ("p/L1", "q/L1"), "q/L1", 30, 0.5, {"preference": 1.0})
-    assert JudgedAnswer.from_document(answer.document()) == answer
+    assert JudgedAnswer.from_json(answer.to_json()) == answer
+    assert answer.to_json() == {
+        "level": "L1", "options": ["p/L1", "q/L1"], "asked": "q/L1", "tokens": 30, "seconds": 0.5,
+        "successes": {"preference": 1.0},
+    }  # fmt: skip
+
+
+JUDGED = judged_kinds(200, seed=1)
+
+
+class FakeGroupStore:
+    """A store with a version that was learned from all judged prompts."""
+
+    def __init__(self, grouping: PromptGrouping) -> None:
+        self.current = grouping
+
+    async def progress(self, model: str) -> LearningProgress:
+        return LearningProgress(judged=len(JUDGED), unused=0, learned_from=self.current.prompts)
+
+    async def judged_prompts(self, model: str, *, limit: int) -> Sequence[JudgedPrompt]:
+        return JUDGED
+
+    async def version(self, model: str) -> str | None:
+        return self.current.version
+
+    async def grouping(self, model: str) -> PromptGrouping:
+        return self.current
+
+    async def save(self, grouping: PromptGrouping, group_of: Mapping[str, str]) -> None:
+        self.current = grouping
+
+
+@pytest.mark.parametrize(("classifier", "learns"), [(2, False), (1, True)])
+async def test_a_version_of_another_release_is_replaced_without_waiting_for_new_verdicts(classifier, learns):
+    known = learned_grouping("m", JUDGED).message
+    store = FakeGroupStore(known.model_copy(update={"classifier": classifier}))
+    learner = GroupLearner(store, EvaluatorSettings(min_judged_to_learn=100), levels=LEVELS)
+    found = await learner.learn_if_due("m", traffic={}, energy={}, now=NOW + timedelta(hours=1))
+    assert (found is not None) is learns
+    assert store.current.classifier == 2
+
+
+async def test_without_learned_groups_a_published_version_is_withdrawn():
+    store = FakeGroupStore(learned_grouping("m", JUDGED).message)
+    later = NOW + timedelta(hours=1)
+    await GroupLearner(store, EvaluatorSettings(), levels=LEVELS).withdraw_if_disabled(["m"], later)
+    assert store.current.version is not None
+    await GroupLearner(store, EvaluatorSettings(prompt_groups="task"), levels=LEVELS).withdraw_if_disabled(["m"], later)
+    assert (store.current.version, store.current.learned_at) == (None, later)

@@ -1,4 +1,4 @@
-"""When the evaluator runs: at clean, local minima of the urgency-adjusted intensity; never too soon, never too late."""
+"""The evaluator runs at local minima of the urgency-adjusted intensity, after the grace period, or when overdue."""
 
 import csv
 import gzip
@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evaluator.opportunity import PUBLISHED_URGENCY_PER_HOUR, URGENCY_PER_HOUR, Opportunity, OpportunityRules
+from services.evaluator.opportunity import URGENCY_PER_HOUR, Opportunity, OpportunityRules
 
 START = datetime(2023, 2, 10, tzinfo=UTC)
 USUAL = OpportunityRules()
-PUBLISHED = OpportunityRules(variant="published", urgency_per_hour=PUBLISHED_URGENCY_PER_HOUR)
+PUBLISHED = OpportunityRules(variant="published")
 
 
 def at(hour: float) -> datetime:
@@ -23,7 +23,7 @@ def at(hour: float) -> datetime:
 
 
 def run(intensities, *, rules=USUAL, threshold=None, last=0.0):
-    """Hours at which an evaluation is decided on, the first hour being 0, and why."""
+    """(hour, reason) of every evaluation; the first hour is 0."""
     mean = sum(intensities) / len(intensities) if threshold is None else threshold
     opportunity = Opportunity(rules, last=None if last is None else at(last))
     found = []
@@ -49,11 +49,11 @@ def test_it_does_not_run_at_a_minimum_on_a_dirty_grid():
     assert run([500] * 8 + [400, 300, 200, 260, 400], threshold=150.0) == []
 
 
-def test_it_runs_when_it_is_overdue_whatever_the_grid():
+def test_it_runs_when_it_is_overdue_regardless_of_the_grid():
     assert run([500.0 + hour for hour in range(80)], threshold=100.0) == [(72, "overdue")]
 
 
-def test_urgency_lowers_the_bar_as_time_passes():
+def test_urgency_accepts_higher_intensities_as_time_passes():
     ups_and_downs = [400, 340, 400, 430, 410] * 10
     found = run(ups_and_downs, threshold=300.0)
     assert found
@@ -64,12 +64,12 @@ def test_urgency_lowers_the_bar_as_time_passes():
     assert pytest.approx(math.log(2)) == URGENCY_PER_HOUR * 24
 
 
-def test_before_the_first_evaluation_the_grid_is_no_reason():
+def test_the_grid_does_not_trigger_the_first_evaluation():
     assert run([500] * 8 + [400, 300, 200, 260], last=None) == []
 
 
 @pytest.mark.parametrize(("samples", "expected"), [(59, None), (60, "first"), (500, "first")])
-def test_the_first_evaluation_waits_for_samples_and_for_nothing_else(samples, expected):
+def test_the_first_evaluation_waits_for_samples_only(samples, expected):
     opportunity = Opportunity(OpportunityRules())
     assert opportunity.due(at(3), samples=samples, min_samples=60) == expected
 
@@ -81,7 +81,7 @@ def test_without_an_intensity_it_runs_only_when_it_is_overdue():
     assert opportunity.due(at(72), samples=0, min_samples=60) is None
 
 
-def test_an_older_reading_says_nothing_and_one_of_the_same_hour_revises():
+def test_an_older_reading_is_ignored_and_one_of_the_same_hour_replaces():
     opportunity = Opportunity(OpportunityRules(), last=at(-24))
     for hour, intensity in enumerate([500, 400, 300]):
         assert opportunity.observe(at(hour), intensity, threshold=1_000.0) is None
@@ -96,16 +96,16 @@ def test_an_older_reading_says_nothing_and_one_of_the_same_hour_revises():
     st.sampled_from([OpportunityRules(), PUBLISHED]),
     st.floats(1, 1_000),
 )
-def test_two_evaluations_are_never_within_the_grace_period_nor_further_apart_than_overdue(values, rules, threshold):
+def test_gaps_between_evaluations_are_between_grace_period_and_overdue(values, rules, threshold):
     hours = [0, *(hour for hour, _ in run(values, rules=rules, threshold=threshold))]
-    gaps = [later - sooner for sooner, later in pairwise(hours)]
+    gaps = [later - earlier for earlier, later in pairwise(hours)]
     assert all(6 < gap <= 72 for gap in gaps)
     assert len(values) - 1 - hours[-1] < 72
 
 
 @given(st.lists(st.floats(1, 1_000), min_size=2, max_size=100), st.floats(0.1, 10))
 def test_the_unit_of_the_intensity_does_not_matter(values, factor):
-    # A threshold that is met exactly could be missed by a rounding error.
+    # A rounding error could decide at a threshold that is met exactly.
     mean = sum(values) / len(values) * 1.000_1
     scaled = [value * 2.0 ** round(factor) for value in values]
     assert run(values, threshold=mean) == run(scaled, threshold=mean * 2.0 ** round(factor))

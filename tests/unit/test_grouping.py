@@ -1,10 +1,17 @@
-"""Prompt groups learned from judged prompts: alike prompts come together, by prompts that were not seen too."""
+"""Features of prompts, clustering of judged prompts, and assignment of prompts that were not judged."""
 
 import numpy as np
 import pytest
 
-from services.evaluator.grouping import FAMILY_GROUPS, LEAST_PROMPTS, MOST_GROUPS, TooFewPromptsError, learn_groups
-from shared.grouping import PromptGroups, feature_count, features
+from services.evaluator.clusters import (
+    GROUPS_PER_FAMILY,
+    MAX_GROUPS,
+    MIN_GROUP_PROMPTS,
+    TooFewPromptsError,
+    learn_groups,
+)
+from shared.grouping import PromptFeatures, PromptGroups, extract_features
+from shared.grouping.features import HASHED, SHAPE_FEATURES
 
 CITIES = ("Oslo", "Lima", "Cairo", "Delhi", "Quito", "Seoul", "Tunis", "Dakar", "Hanoi", "Minsk")
 ODD_TEXTS = ("", " ", "?", "a" * 100_000, "\ud800 lone", "多言語の質問です", "1 2 3\n" * 10_000)
@@ -12,7 +19,7 @@ THINGS = ("apples", "marbles", "stamps", "coins", "books", "shells", "cards", "b
 
 
 def made(count: int, *, seed: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Questions whose brief answer is preferred, and sums whose long one is; prompts, kind, preferred, energy."""
+    """Questions with a preferred brief answer, sums with a preferred long one: (prompts, kinds, preferred, energy)."""
     rng = np.random.default_rng(seed)
     kinds = rng.integers(0, 2, count)
     prompts = [
@@ -26,18 +33,18 @@ def made(count: int, *, seed: int) -> tuple[list[str], np.ndarray, np.ndarray, n
     return prompts, kinds, brief.astype(np.int64), energy
 
 
-def test_prompts_that_react_alike_come_together_also_those_that_were_not_learned_from():
+def test_groups_separate_prompts_with_different_outcomes_also_those_that_were_not_judged():
     prompts, kinds, preferred, energy = made(600, seed=1)
     learned = learn_groups(prompts, preferred, energy)
     new_prompts, new_kinds, _, _ = made(300, seed=2)
-    for places, truth in ((learned.unseen, kinds), (learned.groups.places(new_prompts), new_kinds)):
+    for places, truth in ((learned.leave_one_out, kinds), (learned.groups.assign_all(new_prompts), new_kinds)):
         members = np.bincount(places)
         of_the_second_kind = np.bincount(places, weights=truth)[members > 0] / members[members > 0]
         assert np.all((of_the_second_kind < 0.02) | (of_the_second_kind > 0.98))
 
 
-def test_what_else_is_judged_draws_groups_apart_that_preference_and_energy_do_not():
-    """One word among many tells whether a brief answer is right; neither preference nor energy goes by it."""
+def test_other_metrics_separate_prompts_that_preference_and_energy_do_not():
+    """One of many words decides whether a brief answer is correct; preference and energy do not depend on it."""
     rng = np.random.default_rng(1)
     hard = rng.integers(0, 2, 400)
     prompts = [
@@ -49,56 +56,56 @@ def test_what_else_is_judged_draws_groups_apart_that_preference_and_energy_do_no
     right[:50] = np.nan
     preferred = rng.integers(0, 2, 400)
 
-    def apart(judged: list[np.ndarray]) -> float:
-        """How far the groups differ in what they hold of either kind; 0.5 where each holds one alone."""
-        places = learn_groups(prompts, preferred, energy, judged).unseen
+    def separation(other_metrics: list[np.ndarray]) -> float:
+        """Deviation of the share of hard prompts between groups; 0.5 if every group contains one kind only."""
+        places = learn_groups(prompts, preferred, energy, other_metrics).leave_one_out
         members = np.bincount(places)
         return float(np.sqrt(np.average(np.square(np.bincount(places, hard) / members - 0.5), weights=members)))
 
-    assert apart([right]) > 1.5 * apart([])
+    assert separation([right]) > 1.5 * separation([])
 
 
-def test_prompts_whose_answers_can_be_checked_are_told_from_others_and_noise_is_not_followed():
+def test_groups_separate_prompts_by_coverage_of_a_metric_but_not_by_noise():
     prompts, kinds, preferred, energy = made(600, seed=8)
     right = np.ones((600, 2))
     right[kinds == 0] = np.nan
     checkable = learn_groups(prompts, preferred, energy, [right])
     assert checkable.groups.version != learn_groups(prompts, preferred, energy).groups.version
-    for place in np.unique(checkable.unseen):
-        assert len(set(kinds[checkable.unseen == place])) == 1
-    # Whether these can be checked is chance: the groups are by kind all the same.
-    by_chance = np.ones((600, 2))
-    by_chance[np.random.default_rng(1).random(600) < 0.5] = np.nan
-    places = learn_groups(prompts, preferred, energy, [by_chance]).unseen
+    for place in np.unique(checkable.leave_one_out):
+        assert len(set(kinds[checkable.leave_one_out == place])) == 1
+    # Random coverage is ignored: the groups still follow the kinds.
+    random_coverage = np.ones((600, 2))
+    random_coverage[np.random.default_rng(1).random(600) < 0.5] = np.nan
+    places = learn_groups(prompts, preferred, energy, [random_coverage]).leave_one_out
     assert all(np.mean(kinds[places == place]) in (0.0, 1.0) for place in np.unique(places))
 
 
-def test_groups_near_each_other_are_of_one_family():
+def test_neighbouring_groups_form_a_family():
     prompts, kinds, preferred, energy = made(1_000, seed=10)
     learned = learn_groups(prompts, preferred, energy)
     assert set(learned.families) == set(learned.groups.names)
-    assert len(set(learned.families.values())) == max(1, len(learned.families) // FAMILY_GROUPS) > 1
+    assert len(set(learned.families.values())) == max(1, len(learned.families) // GROUPS_PER_FAMILY) > 1
     for family in set(learned.families.values()):
         members = [place for place, name in enumerate(learned.groups.names) if learned.families[name] == family]
-        assert len({round(kinds[learned.unseen == place].mean()) for place in members}) == 1
+        assert len({round(kinds[learned.leave_one_out == place].mean()) for place in members}) == 1
 
 
-def test_there_are_as_many_groups_as_the_verdicts_allow():
+def test_the_number_of_groups_grows_with_the_verdicts():
     prompts, _, preferred, energy = made(1_000, seed=9)
-    for count, least, most in ((40, 1, 1), (200, 2, 5), (1_000, 6, MOST_GROUPS)):
+    for count, least, most in ((40, 1, 1), (200, 2, 5), (1_000, 6, MAX_GROUPS)):
         learned = learn_groups(prompts[:count], preferred[:count], energy[:count])
         assert least <= len(learned.groups.names) <= most
-        assert np.bincount(learned.unseen, minlength=len(learned.groups.names)).min() >= LEAST_PROMPTS
+        assert np.bincount(learned.leave_one_out, minlength=len(learned.groups.names)).min() >= MIN_GROUP_PROMPTS
 
 
-def test_one_prompt_gets_the_name_that_it_gets_among_many():
+def test_a_prompt_alone_gets_the_same_group_as_among_others():
     prompts, _, preferred, energy = made(100, seed=3)
     groups = learn_groups(prompts, preferred, energy).groups
     asked = [*prompts, *ODD_TEXTS]
-    assert [groups.assign(prompt) for prompt in asked] == [groups.names[place] for place in groups.places(asked)]
+    assert [groups.assign(prompt) for prompt in asked] == [groups.names[place] for place in groups.assign_all(asked)]
 
 
-def test_the_version_is_that_of_what_was_learned():
+def test_the_version_is_a_hash_of_the_model():
     def version(seed: int) -> str:
         prompts, _, preferred, energy = made(100, seed=seed)
         return learn_groups(prompts, preferred, energy).groups.version
@@ -106,20 +113,38 @@ def test_the_version_is_that_of_what_was_learned():
     assert version(4) == version(4) != version(5)
 
 
-def test_too_few_prompts_are_refused():
-    prompts, _, preferred, energy = made(2 * LEAST_PROMPTS - 1, seed=6)
-    with pytest.raises(TooFewPromptsError, match="39 judged prompts, 40 at least"):
+def test_too_few_prompts_are_rejected():
+    prompts, _, preferred, energy = made(2 * MIN_GROUP_PROMPTS - 1, seed=6)
+    with pytest.raises(TooFewPromptsError, match="39 judged prompts, at least 40"):
         learn_groups(prompts, preferred, energy)
 
 
+def test_identical_prompts_form_one_group():
+    learned = learn_groups(["Why?"] * 50, np.zeros(50, dtype=np.int64), np.full((50, 2), 1e-5))
+    assert len(learned.groups.names) == 1
+    assert learned.groups.assign("Why?") == learned.groups.names[0]
+
+
 @pytest.mark.parametrize("prompt", ODD_TEXTS)
-def test_any_text_has_features(prompt):
-    found = features(prompt)
-    assert found.shape == (feature_count(),)
-    assert np.isfinite(found).all()
+def test_any_text_has_finite_features(prompt):
+    found = extract_features(prompt)
+    assert found.shape.shape == (SHAPE_FEATURES,)
+    assert found.buckets.shape == found.counts.shape
+    assert np.all(np.diff(found.buckets) > 0)
+    assert found.buckets.max() < HASHED
+    assert np.isfinite(found.shape).all()
+    assert (found.counts > 0).all()
 
 
-def test_nothing_of_a_prompt_is_kept_but_numbers():
+@pytest.mark.parametrize("prompt", [*ODD_TEXTS, "How many of the 12 apples remain?"])
+def test_features_survive_storage(prompt):
+    found = extract_features(prompt)
+    stored = PromptFeatures.from_bytes(found.to_bytes())
+    for name in PromptFeatures.__slots__:
+        assert np.array_equal(getattr(stored, name), getattr(found, name))
+
+
+def test_groups_contain_no_text_of_the_prompts():
     prompts, _, preferred, energy = made(100, seed=7)
     groups: PromptGroups = learn_groups(prompts, preferred, energy).groups
     kept = [getattr(groups, name) for name in groups.__slots__]

@@ -9,16 +9,14 @@ from services.evaluator.learning import learn
 from services.router.policy import PromptGroupCache
 from shared.grouping import GroupingError, unpack
 from shared.messages import GenerationRequest, PromptGrouping
-from tests.support.grouping import NOW, judged_kinds, question, sum_of
+from tests.support.grouping import NOW, judged_kinds, learned_grouping, question, sum_of
 from tests.support.router import MODEL, policy, request
 
 RNG = np.random.default_rng(3)
 
 
 def grouping(seed: int = 1, *, hours: float = 0.0) -> PromptGrouping:
-    learned = learn(
-        MODEL, judged_kinds(200, seed=seed), levels=("L0", "L1"), traffic={}, book={}, learned_at=NOW
-    ).grouping
+    learned = learned_grouping(MODEL, judged_kinds(200, seed=seed)).message
     return learned.model_copy(update={"learned_at": NOW + timedelta(hours=hours)})
 
 
@@ -92,9 +90,9 @@ def test_withdrawn_groups_are_not_used():
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"features": 99}, "features 99 there"),
+        ({"features": 99}, "features version 99"),
         ({"arrays": {}}, "no array 'telling'"),
-        ({"classifier": 1}, "classifier 1 there and 2 here"),
+        ({"classifier": 1}, "classifier version 1, this release uses 2"),
         ({"names": ("a.00",)}, "array 'weights' has shape"),
     ],
 )
@@ -112,7 +110,7 @@ def test_damaged_arrays_are_rejected():
     weights = made.arrays["weights"]
     for packed, why in (
         (weights.model_copy(update={"data": "%%%"}), "'weights' is damaged"),
-        (weights.model_copy(update={"shape": (3, 4)}), "'weights' does not hold what its shape"),
+        (weights.model_copy(update={"shape": (3, 4)}), "'weights' does not have the size of its shape"),
         (weights.model_copy(update={"shape": (1 << 40,)}), "'weights' is larger"),
         (made.arrays["intercept"], "'weights' has shape"),
     ):

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from services.evaluator.grouping import TooFewPromptsError, learn_groups
+from services.evaluator.clusters import TooFewPromptsError, learn_groups
 from services.optimizer.settings import OptimizerSettings
 from tools.simulator.draws import QualityDraws, draw_quality, read_draws
 from tools.simulator.errors import SimulationInputError
@@ -223,8 +223,8 @@ def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:
     except TooFewPromptsError as error:
         raise SimulationInputError(f"scheme sprout_context: {error}; leave it out of --schemes") from error
     places = np.zeros(len(learn), dtype=np.int64)
-    places[learn.judged] = learned.unseen
-    return Grouping(learned.groups.names, places, learned.groups.places(measured.prompts), learned.families)
+    places[learn.judged] = learned.leave_one_out
+    return Grouping(learned.groups.names, places, learned.groups.assign_all(measured.prompts), learned.families)
 
 
 def _draws(asked: Inputs, measured: Measured, mix: Floats, preferred: Floats | None) -> QualityDraws | None:

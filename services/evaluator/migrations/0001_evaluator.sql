@@ -1,4 +1,4 @@
--- Prompts are personal data: a sample that leaves the reservoir is deleted.
+-- Samples for evaluations. Prompts are personal data: a sample that leaves the reservoir is deleted.
 CREATE TABLE reservoir (
     model        text             NOT NULL,
     request_id   text             NOT NULL,
@@ -12,7 +12,7 @@ CREATE TABLE reservoir (
 CREATE INDEX reservoir_stratum ON reservoir (model, prompt_group);
 CREATE INDEX reservoir_age ON reservoir (sampled_at);
 
--- How often each group is asked for, without the prompts.
+-- Traffic of each group by hour, without prompts.
 CREATE TABLE arrivals (
     model        text        NOT NULL,
     prompt_group text        NOT NULL,
@@ -33,7 +33,7 @@ CREATE TABLE evaluations (
 );
 CREATE INDEX evaluations_of_model ON evaluations (model, evaluated_at DESC);
 
--- What the ledger attributed to earlier evaluations' calls.
+-- Energy that the ledger attributed to the calls of evaluations.
 CREATE TABLE energy (
     purpose text             NOT NULL,
     pool    text             NOT NULL,

@@ -1,4 +1,4 @@
--- What was judged, for prompt groups to be learned from and counted by: features, not the prompts themselves.
+-- Judged prompts, from which prompt groups are learned: features and outcomes, not the prompts themselves.
 CREATE TABLE judged (
     model        text        NOT NULL,
     request_id   text        NOT NULL,

@@ -1,0 +1,215 @@
+"""Clusters judged prompts into groups with scikit-learn (docs/decisions/0008-prompt-groups.md). Pure functions.
+
+The coordinates of a prompt are the principal components of its features (its topic), and what ridge regression predicts
+from them: which level the judge prefers, the energy of each level, and every other metric. k-means clusters the
+coordinates. Single verdicts are noisy, so the regression is strongly regularised. Its leave-one-out predictions give
+each judged prompt the group in which a model without its verdict would put it, so that quality counted by group is not
+biased by overfitting.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import pairwise_distances_argmin
+
+from shared.grouping import FeatureScaling, PromptFeatures, PromptGroups, extract_features
+from shared.grouping.features import FEATURE_COUNT, HASHED
+
+Doubles = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+RIDGE_PENALTY: Final = 100.0
+COMPONENTS: Final = 30
+"""Principal components that describe the topic."""
+
+OUTCOME_SPREAD: Final = 0.3
+"""Standard deviation of each predicted outcome, relative to that of all topic coordinates together."""
+
+COVERAGE_SPREAD: Final = 1.0
+"""The same for the prediction whether a metric is defined for a prompt, if the prediction were perfect. Coverage
+matters more than outcomes: a quality bound costs nothing where its metric is not defined."""
+
+MAX_GROUPS: Final = 12
+PROMPTS_PER_GROUP: Final = 40
+"""Judged prompts per group while there are too few for `MAX_GROUPS`."""
+
+MIN_GROUP_PROMPTS: Final = 20
+"""Smaller clusters are merged into their neighbours."""
+
+GROUPS_PER_FAMILY: Final = 3
+"""On average."""
+
+_SEED: Final = 1
+_KMEANS_RUNS: Final = 5
+
+
+class TooFewPromptsError(ValueError):
+    """There are too few judged prompts to learn groups from."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LearnedGroups:
+    """Groups, and the judged prompts assigned to them.
+
+    Attributes:
+        leave_one_out: (prompts,) index of each judged prompt's group, predicted by a model without its verdict.
+        families: name of the family (cluster of groups) by group name.
+    """
+
+    groups: PromptGroups
+    leave_one_out: Indices
+    families: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Coordinates:
+    """Coordinates of prompts, linear in their scaled features.
+
+    Attributes:
+        weights: (features, coordinates).
+        intercept: (coordinates,).
+        judged: (prompts, coordinates) of the judged prompts, predicted without their own verdicts.
+    """
+
+    weights: Doubles
+    intercept: Doubles
+    judged: Doubles
+
+    @classmethod
+    def constant(cls, matrix: sparse.csr_array) -> "_Coordinates":
+        """One coordinate that is 0 for every prompt, for prompts that do not differ."""
+        prompts, features = matrix.shape
+        return cls(np.zeros((features, 1)), np.zeros(1), np.zeros((prompts, 1)))
+
+
+def learn_groups(
+    prompts: Sequence[str], preferred: Indices, energy_kwh: Doubles, other_metrics: Sequence[Doubles] = ()
+) -> LearnedGroups:
+    """Learn groups from judged prompts; see `learn_groups_from_features`."""
+    features = [extract_features(prompt) for prompt in prompts]
+    return learn_groups_from_features(features, preferred, energy_kwh, other_metrics)
+
+
+def learn_groups_from_features(
+    features: Sequence[PromptFeatures], preferred: Indices, energy_kwh: Doubles, other_metrics: Sequence[Doubles] = ()
+) -> LearnedGroups:
+    """Learn groups from the features of judged prompts.
+
+    Args:
+        preferred: (prompts,) index of the level that the judge preferred.
+        energy_kwh: (prompts, levels) of the judged answers, all greater than 0.
+        other_metrics: (prompts, levels) outcomes of every other metric; NaN where the metric is not defined.
+
+    Raises:
+        TooFewPromptsError: fewer prompts than two groups need.
+    """
+    if len(features) < 2 * MIN_GROUP_PROMPTS:
+        raise TooFewPromptsError(f"{len(features)} judged prompts, at least {2 * MIN_GROUP_PROMPTS} are needed")
+    scaling = _fit_scaling(features)
+    matrix = _scaled_matrix(features, scaling)
+    # An undefined outcome counts as 0 at every level, as it does in the optimizer's linear program.
+    outcomes = [np.eye(energy_kwh.shape[1])[preferred], np.log(energy_kwh), *map(np.nan_to_num, other_metrics)]
+    coverage = [np.isfinite(one.sum(axis=1, keepdims=True)).astype(np.float64) for one in other_metrics]
+    parts = (_topics(matrix), _predictions(matrix, outcomes, coverage))
+    judged = np.hstack([part.judged for part in parts])
+    centres = _centres(
+        judged, min(MAX_GROUPS, max(1, len(features) // PROMPTS_PER_GROUP)), min_members=MIN_GROUP_PROMPTS
+    )
+    # |s - c|² is smallest where s·c - |c|²/2 is largest, which is linear in the features too.
+    weights = np.hstack([part.weights for part in parts]) @ centres.T
+    intercept = np.hstack([part.intercept for part in parts]) @ centres.T - np.square(centres).sum(axis=1) / 2.0
+    groups = _prompt_groups(scaling, weights, intercept)
+    families = _centres(centres, max(1, len(centres) // GROUPS_PER_FAMILY), min_members=1)
+    family_of = pairwise_distances_argmin(centres, families)
+    return LearnedGroups(
+        groups,
+        pairwise_distances_argmin(judged, centres),
+        {name: f"family-{index}" for name, index in zip(groups.names, family_of, strict=True)},
+    )
+
+
+def _fit_scaling(features: Sequence[PromptFeatures]) -> FeatureScaling:
+    document_frequency = np.bincount(np.concatenate([one.buckets for one in features]), minlength=HASHED)
+    idf = np.where(document_frequency >= 2, np.log((1.0 + len(features)) / (1.0 + document_frequency)), 0.0)
+    shapes = np.stack([one.shape for one in features])
+    return FeatureScaling(idf.astype(np.float32), shapes.mean(axis=0), np.maximum(shapes.std(axis=0), 1e-6))
+
+
+def _scaled_matrix(features: Sequence[PromptFeatures], scaling: FeatureScaling) -> sparse.csr_array:
+    """The scaled features, (prompts, FEATURE_COUNT)."""
+    shape_columns = np.arange(HASHED, FEATURE_COUNT)
+    columns = [np.concatenate([one.buckets, shape_columns]) for one in features]
+    values = [np.concatenate(scaling.transform(one)) for one in features]
+    ends = np.cumsum([0, *map(len, columns)])
+    return sparse.csr_array(
+        (np.concatenate(values).astype(np.float64), np.concatenate(columns), ends), shape=(len(features), FEATURE_COUNT)
+    )
+
+
+def _topics(matrix: sparse.csr_array) -> _Coordinates:
+    """Principal components, scaled so that all features together have a standard deviation of 1."""
+    mean = np.asarray(matrix.mean(axis=0))
+    variance = float(matrix.multiply(matrix).mean(axis=0).sum() - np.square(mean).sum())
+    if variance <= 1e-12:
+        return _Coordinates.constant(matrix)
+    pca = PCA(min(COMPONENTS, matrix.shape[0] - 1), svd_solver="arpack", random_state=_SEED).fit(matrix)
+    components = pca.components_[pca.explained_variance_ratio_ > 1e-6]
+    weights = components.T / np.sqrt(variance)
+    return _Coordinates(weights, -pca.mean_ @ weights, (matrix @ weights) - pca.mean_ @ weights)
+
+
+def _predictions(matrix: sparse.csr_array, outcomes: Sequence[Doubles], coverage: Sequence[Doubles]) -> _Coordinates:
+    """Predicted outcomes and coverage, each scaled to its spread.
+
+    Args:
+        outcomes: each (prompts, levels).
+        coverage: each (prompts, 1).
+    """
+    outcome_count = sum(one.shape[1] for one in outcomes)
+    targets = np.hstack([*outcomes, *coverage])
+    varying = targets.std(axis=0) > 1e-12
+    is_outcome, targets = (np.arange(targets.shape[1]) < outcome_count)[varying], targets[:, varying]
+    if not varying.any():
+        return _Coordinates.constant(matrix)
+    centred = targets - targets.mean(axis=0)
+    # The column of ones is an intercept with the same penalty as every other weight.
+    design = sparse.hstack([matrix, np.ones((matrix.shape[0], 1))], format="csr")
+    ridge = RidgeCV([RIDGE_PENALTY], fit_intercept=False, scoring="neg_mean_squared_error", store_cv_results=True).fit(
+        design, centred
+    )
+    coefficients = np.atleast_2d(ridge.coef_).T
+    # With `scoring` set, `cv_results_` holds the leave-one-out predictions.
+    predicted = ridge.cv_results_[:, :, 0]
+    mean, deviation = predicted.mean(axis=0), np.maximum(predicted.std(axis=0), 1e-12)
+    correlation = ((predicted - mean) * centred).mean(axis=0) / deviation / targets.std(axis=0)
+    # A prediction that does not correlate with what it predicts is noise.
+    scale = np.where(is_outcome, OUTCOME_SPREAD, COVERAGE_SPREAD * np.maximum(correlation, 0.0)) / deviation
+    return _Coordinates(coefficients[:-1] * scale, (coefficients[-1] - mean) * scale, (predicted - mean) * scale)
+
+
+def _centres(points: Doubles, count: int, *, min_members: int) -> Doubles:
+    """k-means centres, (centres, coordinates); clusters with fewer members are removed."""
+    count = min(count, len(np.unique(points, axis=0)))
+    centres: Doubles = KMeans(count, n_init=_KMEANS_RUNS, random_state=_SEED).fit(points).cluster_centers_
+    while len(centres) > 1:
+        members = np.bincount(pairwise_distances_argmin(points, centres), minlength=len(centres))
+        if members.min() >= min_members:
+            break
+        centres = np.delete(centres, members.argmin(), axis=0)
+    return centres
+
+
+def _prompt_groups(scaling: FeatureScaling, weights: Doubles, intercept: Doubles) -> PromptGroups:
+    rounded = weights.astype(np.float16)
+    version = hashlib.blake2b(rounded.tobytes() + intercept.tobytes(), digest_size=4).hexdigest()
+    # Two versions share no name, so counts of different versions cannot be mixed up.
+    names = tuple(f"{version}.{index:02}" for index in range(weights.shape[1]))
+    return PromptGroups(version, names, scaling, rounded.astype(np.float32), intercept.astype(np.float32))

@@ -1,1 +1,0 @@
-"""The evaluator's schema, as ordered SQL files."""

@@ -1,0 +1,142 @@
+"""Quality metrics: what a metric is, the stored outcomes of judged prompts, and the counts that are published.
+
+A quality metric scores the answers to one prompt, one outcome in [0, 1] per candidate. To add one, implement
+`QualityMetric`, construct it in `Evaluator` (app.py), and name it in the optimizer's settings. Storage, counting, group
+learning and messages treat all metrics alike.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple, Protocol, Self
+
+from services.evaluator.cost import CallContext
+from shared.grouping import PromptFeatures
+from shared.messages import Paired, QualityCount, Sample
+
+
+class QualityMetric(Protocol):
+    """Scores the answers to one prompt."""
+
+    @property
+    def name(self) -> str:
+        """Name of the metric in messages and settings."""
+
+    async def score(self, sample: Sample, answers: Sequence[str], context: CallContext) -> Sequence[float] | None:
+        """Score the answers of all candidates.
+
+        Returns:
+            Outcomes in [0, 1], one per answer; None: the metric is undecided or undefined for this prompt.
+
+        Raises:
+            JudgeError: the metric could not be computed.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedAnswer:
+    """One answer to a judged prompt.
+
+    Attributes:
+        options: options for which the outcomes count.
+        generated_by: the one of them that generated the answer.
+        seconds: event time from sending the call to the last token.
+        outcomes: in [0, 1], by metric.
+    """
+
+    level: str
+    options: tuple[str, ...]
+    generated_by: str
+    tokens: int
+    seconds: float
+    outcomes: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that is stored; its keys are part of the database schema."""
+        return {
+            "level": self.level,
+            "options": list(self.options),
+            "asked": self.generated_by,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "successes": dict(self.outcomes),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """Parse the result of `to_json`."""
+        return cls(
+            level=document["level"],
+            options=tuple(document["options"]),
+            generated_by=document["asked"],
+            tokens=document["tokens"],
+            seconds=document["seconds"],
+            outcomes=document["successes"],
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JudgedPrompt:
+    """A prompt with the outcomes of its answers. It contains the prompt's features, never its text.
+
+    Attributes:
+        request_id: of the sample.
+        stratum: task label under which the prompt was sampled.
+        group: group in which it is counted.
+        evaluated_at: event time.
+        answers: of every candidate, the reference first.
+    """
+
+    request_id: str
+    stratum: str
+    group: str
+    evaluated_at: datetime
+    features: PromptFeatures
+    answers: tuple[JudgedAnswer, ...]
+
+
+class _Outcome(NamedTuple):
+    value: float
+    reference_option: str
+    reference_value: float | None
+
+
+def tally(judged: Iterable[tuple[str, JudgedPrompt]]) -> tuple[QualityCount, ...]:
+    """Count outcomes by group, option and metric. A prompt is a trial of every option for which it was answered.
+
+    Args:
+        judged: prompts, each with the group in which to count it.
+    """
+    outcomes: dict[tuple[str, str, str], list[_Outcome]] = defaultdict(list)
+    for group, prompt in judged:
+        reference = prompt.answers[0]
+        for answer in prompt.answers:
+            for metric, value in answer.outcomes.items():
+                outcome = _Outcome(value, reference.options[0], reference.outcomes.get(metric))
+                for option in answer.options:
+                    outcomes[metric, group, option].append(outcome)
+    return tuple(
+        QualityCount(
+            group=group,
+            option=option,
+            metric=metric,
+            successes=sum(one.value for one in found),
+            trials=len(found),
+            paired=_paired(found),
+        )
+        for (metric, group, option), found in sorted(outcomes.items())
+    )
+
+
+def _paired(outcomes: Sequence[_Outcome]) -> Paired | None:
+    """Joint counts with the reference; None if it has no outcome on some prompt, or if the reference changed."""
+    known = [(one.value, one.reference_value) for one in outcomes if one.reference_value is not None]
+    references = {one.reference_option for one in outcomes}
+    if len(known) < len(outcomes) or len(references) > 1:
+        return None
+    return Paired(
+        reference=references.pop(),
+        successes=sum(reference for _, reference in known),
+        both=sum(min(value, reference) for value, reference in known),
+    )

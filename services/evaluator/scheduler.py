@@ -1,0 +1,241 @@
+"""Starts evaluations when carbon intensities and samples call for them, at most one at a time per model."""
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Final
+
+from services.evaluator.evaluation import EvaluationResult, EvaluationRunner, EvaluationTrigger
+from services.evaluator.metrics import EvaluatorMetrics
+from services.evaluator.opportunity import Opportunity, Reason
+from services.evaluator.samples import SampleStore
+from services.evaluator.settings import EvaluatorSettings
+from services.evaluator.store import EvaluationStore, GroupStore
+from shared.carbon import LatestIntensities, trailing_mean, trailing_points
+from shared.kafka.dead_letters import RetryLaterError
+from shared.messages import CarbonIntensity
+from shared.runtime.clock import Clock
+from shared.runtime.health import Health
+from shared.runtime.logs import get_logger, where
+
+MIN_CHECK_INTERVAL_S: Final = 0.3
+"""Minimum wall time between two checks of all models."""
+
+MAX_CHECK_INTERVAL_S: Final = 5.0
+"""Wall time after which models are checked without an event: an evaluation may have become overdue."""
+
+EXPIRY_INTERVAL_S: Final = 60.0
+"""Wall time between two deletions of expired rows."""
+
+MAX_BACKOFF_DOUBLINGS: Final = 7
+
+_log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class ModelState:
+    """Scheduling state of a model.
+
+    Attributes:
+        zone: whose intensity decides.
+        pending: a trigger that has not started an evaluation yet.
+        running: task of the running evaluation.
+        failures: failed evaluations in a row.
+        not_before_s: loop time before which no evaluation starts.
+    """
+
+    model: str
+    zone: str
+    opportunity: Opportunity
+    pending: EvaluationTrigger | None = None
+    running: "asyncio.Task[None] | None" = None
+    failures: int = 0
+    not_before_s: float = 0.0
+
+    def adjusted_intensity(self) -> float:
+        """Urgency-adjusted intensity, gCO2eq/kWh; NaN while it is unknown."""
+        value = self.opportunity.adjusted()
+        return math.nan if value is None else value
+
+
+class Scheduler:
+    """Decides for every model when to evaluate, and starts the evaluation.
+
+    Attributes:
+        states: by model.
+    """
+
+    def __init__(
+        self,
+        zones: Mapping[str, str],
+        *,
+        settings: EvaluatorSettings,
+        intensities: LatestIntensities,
+        clock: Clock,
+        metrics: EvaluatorMetrics,
+    ) -> None:
+        """Create.
+
+        Args:
+            zones: whose intensity decides, by model.
+        """
+        self.states = {model: ModelState(model, zone, Opportunity(settings)) for model, zone in zones.items()}
+        self._settings = settings
+        self._intensities = intensities
+        self._clock = clock
+        self._metrics = metrics
+        self._wake = asyncio.Event()
+        self._next_expiry_s = 0.0
+        for state in self.states.values():
+            metrics.observe_adjusted_intensity(state.model, state.adjusted_intensity)
+            metrics.running.labels(state.model).set(0)
+
+    async def restore(self, store: EvaluationStore) -> None:
+        """Load the times of the last evaluations; must be called before the first intensity arrives."""
+        for state in self.states.values():
+            state.opportunity.last = await store.last_evaluation(state.model)
+
+    def on_intensity(self, intensity: CarbonIntensity) -> None:
+        """Process a new carbon intensity."""
+        if not self._intensities.update(intensity):
+            return
+        threshold = trailing_mean(intensity) * self._settings.threshold_factor
+        fresh = self._fresh_g_per_kwh(intensity.zone) is not None
+        for state in self.states.values():
+            if state.zone != intensity.zone:
+                continue
+            reason: Reason | None = None
+            for point in trailing_points(intensity):
+                reason = state.opportunity.observe(point.at, point.intensity_g_per_kwh, threshold=threshold)
+            if reason is not None and fresh:
+                state.pending = EvaluationTrigger(reason, intensity.latest.at)
+        self._wake.set()
+
+    def on_new_samples(self) -> None:
+        """New samples have been stored."""
+        self._wake.set()
+
+    def request(self, model: str) -> bool:
+        """Evaluate a model as soon as possible, regardless of the grid.
+
+        Returns:
+            Whether the model is known.
+        """
+        state = self.states.get(model)
+        if state is None:
+            return False
+        state.pending = EvaluationTrigger("requested", self._clock.now())
+        self._wake.set()
+        return True
+
+    async def run(self, runner: EvaluationRunner, health: Health, *, is_reachable: Callable[[str], bool]) -> None:
+        """Start evaluations until cancelled.
+
+        Args:
+            is_reachable: whether the servers that an evaluation of a model needs can be reached.
+        """
+        await self._recover_interrupted(runner)
+        while True:
+            try:
+                await self._delete_expired(runner.samples, runner.group_store)
+                for state in self.states.values():
+                    await self._start_if_due(state, runner, health, is_reachable)
+            except RetryLaterError as error:
+                _log.warning("scheduling is postponed", error=str(error))
+            await asyncio.sleep(MIN_CHECK_INTERVAL_S)
+            try:
+                async with asyncio.timeout(MAX_CHECK_INTERVAL_S - MIN_CHECK_INTERVAL_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+
+    async def _recover_interrupted(self, runner: EvaluationRunner) -> None:
+        """Schedule evaluations that were interrupted by a stop; `_current_trigger` discards old ones."""
+        for state in self.states.values():
+
+            async def recover(model: str = state.model) -> EvaluationTrigger | None:
+                async with runner.store.claim(model) as claimed:
+                    found = await runner.store.recover_interrupted(model) if claimed else None
+                return None if found is None else EvaluationTrigger(found.reason, found.evaluated_at)
+
+            interrupted = await runner.status.retry(recover)
+            if interrupted is not None and state.pending is None:
+                state.pending = interrupted
+                _log.info("interrupted evaluation will be repeated", model=state.model, trigger=interrupted.reason)
+
+    async def _delete_expired(self, samples: SampleStore, groups: GroupStore) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._next_expiry_s:
+            await samples.delete_expired(now=self._clock.now())
+            await groups.delete_expired(now=self._clock.now())
+            self._next_expiry_s = now_s + EXPIRY_INTERVAL_S
+
+    async def _start_if_due(
+        self, state: ModelState, runner: EvaluationRunner, health: Health, is_reachable: Callable[[str], bool]
+    ) -> None:
+        now = self._clock.now()
+        if state.running is not None or asyncio.get_running_loop().time() < state.not_before_s:
+            return
+        samples = await runner.samples.count(state.model)
+        trigger = self._current_trigger(state, now)
+        if trigger is None:
+            reason = state.opportunity.due(now, samples=samples, min_samples=self._settings.min_samples)
+            if reason is None:
+                return
+            trigger = EvaluationTrigger(reason, now)
+        if not samples or not is_reachable(state.model):
+            return
+        state.pending = None
+        trigger = replace(trigger, g_per_kwh=self._fresh_g_per_kwh(state.zone))
+        state.running = health.spawn(f"evaluate {state.model}", self._evaluate(state, trigger, runner))
+
+    def _current_trigger(self, state: ModelState, now: datetime) -> EvaluationTrigger | None:
+        """The pending trigger; one that is too old is discarded, unless a person requested it."""
+        trigger = state.pending
+        if trigger is None or trigger.reason == "requested":
+            return trigger
+        if (now - trigger.at).total_seconds() > self._settings.max_intensity_age_s:
+            state.pending = trigger = None
+        return trigger
+
+    async def _evaluate(self, state: ModelState, trigger: EvaluationTrigger, runner: EvaluationRunner) -> None:
+        last_before = state.opportunity.last
+        # The grace period starts with the evaluation.
+        state.opportunity.evaluated(trigger.at)
+        self._metrics.running.labels(state.model).set(1)
+        result = EvaluationResult("failed")
+        try:
+            result = await runner.evaluate(state.model, trigger)
+        except RetryLaterError as error:
+            _log.warning("evaluation failed", model=state.model, error=str(error))
+        except Exception as error:  # noqa: BLE001 - a failed evaluation must not stop the service
+            # The text of an unexpected error may quote a prompt.
+            _log.error(
+                "evaluation failed unexpectedly", model=state.model, error=type(error).__name__, where=where(error)
+            )
+        finally:
+            self._metrics.running.labels(state.model).set(0)
+            state.running = None
+        now_s = asyncio.get_running_loop().time()
+        if result.status == "finished":
+            state.failures = 0
+            self._metrics.evaluations.labels(state.model, trigger.reason, "finished").inc()
+        elif result.status == "claimed_by_other":
+            state.opportunity.last = result.last or last_before
+            state.not_before_s = now_s + self._settings.retry_pause_s
+        else:
+            self._metrics.evaluations.labels(state.model, trigger.reason, "failed").inc()
+            state.opportunity.last = last_before
+            state.pending = state.pending or trigger
+            # Every attempt costs energy, so the pause doubles with each failure in a row.
+            state.not_before_s = now_s + self._settings.retry_pause_s * 2.0 ** min(
+                state.failures, MAX_BACKOFF_DOUBLINGS
+            )
+            state.failures += 1
+        self._wake.set()
+
+    def _fresh_g_per_kwh(self, zone: str) -> float | None:
+        return self._intensities.fresh_g_per_kwh(zone, self._clock.now(), max_age_s=self._settings.max_intensity_age_s)

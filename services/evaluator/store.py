@@ -1,0 +1,300 @@
+"""Tables of evaluations, energy, judged prompts and prompt groups. Samples have their own store in samples.py."""
+
+import json
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import asyncpg
+
+from services.evaluator.cost import Energy, EnergyByPool
+from services.evaluator.quality import JudgedAnswer, JudgedPrompt
+from shared.grouping import FEATURES, PromptFeatures
+from shared.messages import PromptGrouping, Quality
+from shared.runtime.database import DatabaseStatus
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptedEvaluation:
+    """An evaluation that a process left unfinished."""
+
+    reason: str
+    evaluated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class LearningProgress:
+    """Number of judged prompts that prompt groups can be learned from.
+
+    Attributes:
+        judged: stored prompts.
+        unused: of these, judged since the current version was learned.
+        learned_from: prompts that the current version was learned from; None: there is no version.
+    """
+
+    judged: int
+    unused: int
+    learned_from: int | None
+
+
+class EvaluationStore:
+    """The tables `evaluations` and `energy`; methods raise `DatabaseUnavailableError`."""
+
+    def __init__(self, pool: asyncpg.Pool, status: DatabaseStatus) -> None:
+        """Use an open pool whose `search_path` is the evaluator's schema."""
+        self._pool = pool
+        self._status = status
+
+    @asynccontextmanager
+    async def claim(self, model: str) -> AsyncIterator[bool]:
+        """Lock the evaluation of a model; yields False if another process holds the lock."""
+        with self._status.watch():
+            connection = await self._pool.acquire()
+        try:
+            with self._status.watch():
+                key = f"sprout.evaluate.{model}"
+                claimed: bool = await connection.fetchval("SELECT pg_try_advisory_lock(hashtext($1))", key)
+            yield claimed
+        finally:
+            # Releasing resets the connection, which unlocks.
+            await self._pool.release(connection)
+
+    async def last_evaluation(self, model: str) -> datetime | None:
+        """Event time of a model's last finished evaluation."""
+        with self._status.watch():
+            found: datetime | None = await self._pool.fetchval(
+                "SELECT max(evaluated_at) FROM evaluations WHERE model = $1 AND status = 'finished'", model
+            )
+        return found
+
+    async def recover_interrupted(self, model: str) -> InterruptedEvaluation | None:
+        """Mark running evaluations of a model as interrupted; the caller must hold the claim.
+
+        Returns:
+            The newest of them; None if there is none.
+        """
+        with self._status.watch():
+            rows = await self._pool.fetch(
+                "UPDATE evaluations SET status = 'interrupted' WHERE model = $1 AND status = 'running' "
+                "RETURNING trigger, evaluated_at",
+                model,
+            )
+        found = [InterruptedEvaluation(row["trigger"], row["evaluated_at"]) for row in rows]
+        return max(found, key=lambda one: one.evaluated_at, default=None)
+
+    async def start(self, evaluation_id: str, *, model: str, reason: str, at: datetime) -> None:
+        """Record that an evaluation starts."""
+        with self._status.watch():
+            await self._pool.execute(
+                "INSERT INTO evaluations (evaluation_id, model, trigger, evaluated_at, status) "
+                "VALUES ($1, $2, $3, $4, 'running')",
+                evaluation_id,
+                model,
+                reason,
+                at,
+            )
+
+    async def fail(self, evaluation_id: str, error: str) -> None:
+        """Record that an evaluation failed."""
+        with self._status.watch():
+            await self._pool.execute(
+                "UPDATE evaluations SET status = 'failed', reason = $2 WHERE evaluation_id = $1", evaluation_id, error
+            )
+
+    async def finish(self, quality: Quality, *, evaluated: Iterable[str], judged: Sequence[JudgedPrompt]) -> None:
+        """Record the result of an evaluation, which is to be published.
+
+        Args:
+            evaluated: ids of the samples that took part.
+            judged: those with a verdict.
+        """
+        with self._status.watch():
+            async with self._pool.acquire() as connection, connection.transaction():
+                await connection.execute(
+                    "UPDATE evaluations SET status = 'finished', quality = $2 WHERE evaluation_id = $1",
+                    quality.evaluation_id,
+                    quality.model_dump_json(),
+                )
+                await connection.execute(
+                    "UPDATE reservoir SET evaluations = evaluations + 1 "
+                    "WHERE model = $1 AND request_id = ANY($2::text[])",
+                    quality.model,
+                    list(evaluated),
+                )
+                await _save_judged(connection, quality.model, judged)
+
+    async def unpublished(self) -> list[Quality]:
+        """Results that may not have reached Kafka, oldest first."""
+        with self._status.watch():
+            rows = await self._pool.fetch(
+                "SELECT quality FROM evaluations WHERE status = 'finished' AND NOT published ORDER BY evaluated_at"
+            )
+        return [Quality.model_validate_json(row["quality"]) for row in rows]
+
+    async def mark_published(self, evaluation_id: str) -> None:
+        """Record that a result has reached Kafka."""
+        with self._status.watch():
+            await self._pool.execute("UPDATE evaluations SET published = true WHERE evaluation_id = $1", evaluation_id)
+
+    async def add_energy(self, energy: EnergyByPool) -> None:
+        """Add attributed energy. A redelivery adds joules and tokens alike, so their ratio stays the same."""
+        with self._status.watch():
+            await self._pool.executemany(
+                "INSERT INTO energy AS known (purpose, pool, joules, tokens) VALUES ($1, $2, $3, $4) "
+                "ON CONFLICT (purpose, pool) DO UPDATE SET joules = known.joules + excluded.joules, "
+                "tokens = known.tokens + excluded.tokens",
+                [(purpose, pool, one.joules, one.tokens) for (purpose, pool), one in energy.items()],
+            )
+
+    async def energy(self) -> dict[tuple[str, str], Energy]:
+        """Energy of earlier evaluations by (purpose, pool)."""
+        with self._status.watch():
+            rows = await self._pool.fetch("SELECT purpose, pool, joules, tokens FROM energy")
+        return {(row["purpose"], row["pool"]): Energy(row["joules"], row["tokens"]) for row in rows}
+
+
+class GroupStore:
+    """The tables `judged` and `prompt_groups`; methods raise `DatabaseUnavailableError`."""
+
+    def __init__(self, pool: asyncpg.Pool, status: DatabaseStatus, *, max_judged_age: timedelta) -> None:
+        """Use an open pool whose `search_path` is the evaluator's schema.
+
+        Args:
+            max_judged_age: retention of judged prompts, event time.
+        """
+        self._pool = pool
+        self._status = status
+        self._max_judged_age = max_judged_age
+
+    async def delete_expired(self, *, now: datetime) -> None:
+        """Delete judged prompts that are older than the retention."""
+        with self._status.watch():
+            await self._pool.execute("DELETE FROM judged WHERE evaluated_at < $1", now - self._max_judged_age)
+
+    async def progress(self, model: str) -> LearningProgress:
+        """Number of judged prompts of a model."""
+        with self._status.watch():
+            (row,) = await self._pool.fetch(
+                "SELECT count(*) AS judged, count(*) FILTER (WHERE learned_at IS NULL OR evaluated_at > learned_at) "
+                "AS unused, max(prompts) AS learned_from FROM judged LEFT JOIN prompt_groups ON version IS NOT NULL "
+                "AND prompt_groups.model = judged.model WHERE judged.model = $1 AND features = $2",
+                model,
+                FEATURES,
+            )
+        return LearningProgress(row["judged"], row["unused"], row["learned_from"])
+
+    async def judged_prompts(self, model: str, *, limit: int) -> list[JudgedPrompt]:
+        """The newest judged prompts, oldest first."""
+        with self._status.watch():
+            rows = await self._pool.fetch(
+                "SELECT * FROM judged WHERE model = $1 AND features = $2 "
+                "ORDER BY evaluated_at DESC, request_id LIMIT $3",
+                model,
+                FEATURES,
+                limit,
+            )
+        return [_judged_prompt(row) for row in reversed(rows)]
+
+    async def groups_of(self, model: str, ids: Sequence[str]) -> dict[str, str]:
+        """Groups of prompts that were judged before, by request id."""
+        with self._status.watch():
+            rows = await self._pool.fetch(
+                "SELECT request_id, prompt_group FROM judged WHERE model = $1 AND request_id = ANY($2::text[])",
+                model,
+                list(ids),
+            )
+        return {row["request_id"]: row["prompt_group"] for row in rows}
+
+    async def version(self, model: str) -> str | None:
+        """The current version of a model's groups; None if there is none."""
+        with self._status.watch():
+            version: str | None = await self._pool.fetchval("SELECT version FROM prompt_groups WHERE model = $1", model)
+        return version
+
+    async def grouping(self, model: str) -> PromptGrouping | None:
+        """The newest message; None if there was never one."""
+        with self._status.watch():
+            message = await self._pool.fetchval("SELECT message FROM prompt_groups WHERE model = $1", model)
+        return None if message is None else PromptGrouping.model_validate_json(message)
+
+    async def save(self, grouping: PromptGrouping, group_of: Mapping[str, str]) -> None:
+        """Store a new version, which is to be published, and re-label the judged prompts.
+
+        Args:
+            group_of: new group of judged prompts, by request id.
+        """
+        with self._status.watch():
+            async with self._pool.acquire() as connection, connection.transaction():
+                await connection.execute(
+                    "INSERT INTO prompt_groups (model, version, learned_at, prompts, message) "
+                    "VALUES ($1, $2, $3, $4, $5) ON CONFLICT (model) DO UPDATE SET version = excluded.version, "
+                    "learned_at = excluded.learned_at, prompts = excluded.prompts, message = excluded.message, "
+                    "published = false",
+                    grouping.model,
+                    grouping.version,
+                    grouping.learned_at,
+                    grouping.prompts,
+                    grouping.model_dump_json(),
+                )
+                await connection.execute(
+                    "UPDATE judged SET prompt_group = new.name FROM unnest($2::text[], $3::text[]) AS new(id, name) "
+                    "WHERE model = $1 AND request_id = new.id",
+                    grouping.model,
+                    list(group_of.keys()),
+                    list(group_of.values()),
+                )
+
+    async def unpublished(self) -> list[PromptGrouping]:
+        """Versions that may not have reached Kafka."""
+        with self._status.watch():
+            rows = await self._pool.fetch("SELECT message FROM prompt_groups WHERE NOT published")
+        return [PromptGrouping.model_validate_json(row["message"]) for row in rows]
+
+    async def mark_published(self, grouping: PromptGrouping) -> None:
+        """Record that a version has reached Kafka."""
+        with self._status.watch():
+            await self._pool.execute(
+                "UPDATE prompt_groups SET published = true WHERE model = $1 AND version IS NOT DISTINCT FROM $2",
+                grouping.model,
+                grouping.version,
+            )
+
+
+async def _save_judged(
+    connection: Any,  # noqa: ANN401 - asyncpg's proxy has no common base with a connection
+    model: str,
+    prompts: Sequence[JudgedPrompt],
+) -> None:
+    """Store judged prompts in the caller's transaction; a newer verdict replaces an older one on the same prompt."""
+    await connection.executemany(
+        "INSERT INTO judged (model, request_id, stratum, prompt_group, evaluated_at, features, looks, answers) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (model, request_id) DO UPDATE SET "
+        "stratum = excluded.stratum, prompt_group = excluded.prompt_group, evaluated_at = excluded.evaluated_at, "
+        "features = excluded.features, looks = excluded.looks, answers = excluded.answers",
+        [
+            (
+                model,
+                one.request_id,
+                one.stratum,
+                one.group,
+                one.evaluated_at,
+                FEATURES,
+                one.features.to_bytes(),
+                json.dumps([answer.to_json() for answer in one.answers]),
+            )
+            for one in prompts
+        ],
+    )
+
+
+def _judged_prompt(row: asyncpg.Record) -> JudgedPrompt:
+    return JudgedPrompt(
+        request_id=row["request_id"],
+        stratum=row["stratum"],
+        group=row["prompt_group"],
+        evaluated_at=row["evaluated_at"],
+        features=PromptFeatures.from_bytes(row["looks"]),
+        answers=tuple(JudgedAnswer.from_json(one) for one in json.loads(row["answers"])),
+    )

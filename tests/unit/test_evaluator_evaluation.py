@@ -1,0 +1,99 @@
+"""One evaluation: answers of all candidates, quality metrics, dropped prompts, and the work that is charged."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.evaluator.cost import Call, CallContext
+from services.evaluator.evaluation import EvaluationFailedError, PromptJudging
+from services.evaluator.generate import Answer, CallError
+from services.evaluator.judges import JudgeError
+from services.evaluator.metrics import EvaluatorMetrics
+from services.evaluator.plan import Candidate
+from services.evaluator.settings import EvaluatorSettings
+from shared.messages import Sample
+from tests.support.evaluator import sample
+
+AT = datetime(2023, 2, 10, 12, tzinfo=UTC)
+CANDIDATES = (Candidate("L0", ("p", "q")), Candidate("L1", ("p", "q")))
+
+
+class FakeCalls:
+    """Answers with the level's name; calls for given prompts fail at L1."""
+
+    def __init__(self, *, failing: frozenset[str] = frozenset()) -> None:
+        self.failing = failing
+
+    async def generate(self, context: CallContext, *, purpose, pool, level, messages, sampling) -> Answer:
+        if level == "L1" and messages[-1].content in self.failing:
+            raise CallError("no server")
+        call = Call(purpose, pool, 10, 1.0)
+        context.work.calls.append(call)
+        return Answer(level, call)
+
+
+class FixedMetric:
+    """A metric with the same outcomes for every prompt, except for given request ids."""
+
+    def __init__(self, name: str, outcomes: Sequence[float], *, without: frozenset[str] = frozenset()) -> None:
+        self.name = name
+        self.outcomes = outcomes
+        self.without = without
+
+    async def score(self, sample: Sample, answers: Sequence[str], context: CallContext) -> Sequence[float] | None:
+        context.work.judgements += 1
+        return None if sample.request_id in self.without else self.outcomes
+
+
+class FailingMetric:
+    name = "preference"
+
+    async def score(self, sample: Sample, answers: Sequence[str], context: CallContext) -> Sequence[float] | None:
+        raise JudgeError("the judge is down")
+
+
+def judging(*metrics, calls: FakeCalls | None = None, max_consecutive_failures: int = 10) -> PromptJudging:
+    runner = SimpleNamespace(
+        calls=calls or FakeCalls(),
+        quality_metrics=metrics,
+        candidates={"m": CANDIDATES},
+        settings=EvaluatorSettings(max_consecutive_failures=max_consecutive_failures),
+        metrics=EvaluatorMetrics(CollectorRegistry()),
+    )
+    return PromptJudging(runner, "e", "m", at=AT, group_of=lambda one: one.group)  # type: ignore[arg-type]
+
+
+async def test_every_metric_adds_outcomes_and_a_prompt_without_any_is_an_abstention():
+    preference = FixedMetric("preference", (1.0, 0.0), without=frozenset({"r1", "r2"}))
+    correctness = FixedMetric("correctness", (1.0, 1.0), without=frozenset({"r0", "r2"}))
+    run = judging(preference, correctness)
+    await run.run([sample(number) for number in range(3)])
+    assert {one.request_id: [answer.outcomes for answer in one.answers] for one in run.judged} == {
+        "r0": [{"preference": 1.0}, {"preference": 0.0}],
+        "r1": [{"correctness": 1.0}, {"correctness": 1.0}],
+    }
+    assert (sorted(run.evaluated), run.abstentions, run.dropped) == (["r0", "r1", "r2"], 1, 0)
+    assert (len(run.work.calls), run.work.judgements) == (6, 6)
+    assert {one.answers[0].generated_by for one in run.judged} == {"p/L0", "q/L0"}  # pools alternate
+
+
+async def test_a_failed_call_drops_the_prompt_but_its_other_answers_are_charged():
+    failing = sample(1).messages[-1].content
+    run = judging(FixedMetric("preference", (1.0, 0.0)), calls=FakeCalls(failing=frozenset({failing})))
+    await run.run([sample(0), sample(1)])
+    assert ([one.request_id for one in run.judged], run.evaluated, run.dropped) == (["r0"], ["r0"], 1)
+    assert len(run.work.calls) == 3
+
+
+async def test_too_many_failures_in_a_row_end_the_evaluation():
+    with pytest.raises(EvaluationFailedError, match="3 prompts in a row failed; the last: the judge is down"):
+        await judging(FailingMetric(), max_consecutive_failures=3).run([sample(number) for number in range(9)])
+
+
+async def test_an_evaluation_without_a_verdict_has_failed():
+    undecided = FixedMetric("preference", (1.0, 0.0), without=frozenset({"r0", "r1"}))
+    with pytest.raises(EvaluationFailedError, match="none of 2 prompts has a verdict: 2 abstentions, 0 could"):
+        await judging(undecided).run([sample(0), sample(1)])

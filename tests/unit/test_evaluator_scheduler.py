@@ -1,0 +1,169 @@
+"""When the scheduler starts evaluations, and what it does after a failure."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.evaluator.evaluation import EvaluationResult, EvaluationTrigger
+from services.evaluator.metrics import EvaluatorMetrics
+from services.evaluator.scheduler import Scheduler
+from services.evaluator.settings import EvaluatorSettings
+from services.evaluator.store import InterruptedEvaluation
+from shared.carbon import LatestIntensities
+from shared.runtime.clock import ManualClock
+from shared.runtime.database import DatabaseStatus
+from shared.runtime.health import Health
+from tests.support.evaluator import intensities
+from tests.support.router import ZONE
+
+NOW = datetime(2023, 2, 10, 12, tzinfo=UTC)
+LOCAL_MINIMUM = (400, 420, 300, 200, 220)
+
+
+class FakeStore:
+    """Samples, evaluations and groups of one model in memory."""
+
+    def __init__(self, *, last: datetime | None, interrupted: InterruptedEvaluation | None, samples: int) -> None:
+        self.last = last
+        self.interrupted = interrupted
+        self.samples = samples
+        self.checked = asyncio.Event()
+
+    async def last_evaluation(self, model: str) -> datetime | None:
+        return self.last
+
+    @asynccontextmanager
+    async def claim(self, model: str) -> AsyncIterator[bool]:
+        yield True
+
+    async def recover_interrupted(self, model: str) -> InterruptedEvaluation | None:
+        return self.interrupted
+
+    async def count(self, model: str) -> int:
+        self.checked.set()
+        return self.samples
+
+    async def delete_expired(self, *, now: datetime) -> None:
+        return
+
+
+class Fixture:
+    """A scheduler of one model, and a runner that records triggers and returns prepared results."""
+
+    def __init__(self, *, last=None, interrupted=None, samples=100, results=(), **settings) -> None:
+        self.triggers: list[EvaluationTrigger] = []
+        self.results = list(results)
+        self.started = asyncio.Event()
+        self.reachable = True
+        self.store = FakeStore(last=last, interrupted=interrupted, samples=samples)
+        self.registry = CollectorRegistry()
+        self.scheduler = Scheduler(
+            {"m": ZONE},
+            settings=EvaluatorSettings(**settings),
+            intensities=LatestIntensities(),
+            clock=ManualClock(NOW),
+            metrics=EvaluatorMetrics(self.registry),
+        )
+        self.state = self.scheduler.states["m"]
+
+    async def evaluate(self, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
+        self.triggers.append(trigger)
+        self.started.set()
+        return self.results.pop(0) if self.results else EvaluationResult("finished")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        runner = SimpleNamespace(
+            samples=self.store,
+            store=self.store,
+            group_store=self.store,
+            status=DatabaseStatus(),
+            evaluate=self.evaluate,
+        )
+        health = Health()
+        await self.scheduler.restore(self.store)  # type: ignore[arg-type]
+        health.spawn(
+            "schedule",
+            self.scheduler.run(runner, health, is_reachable=lambda _: self.reachable),  # type: ignore[arg-type]
+        )
+        try:
+            yield
+        finally:
+            await health.cancel_background()
+
+    async def evaluations(self, count: int) -> list[EvaluationTrigger]:
+        """Wait for so many evaluations."""
+        async with asyncio.timeout(10):
+            while len(self.triggers) < count:
+                self.started.clear()
+                await self.started.wait()
+        return self.triggers
+
+
+async def test_the_first_evaluation_starts_with_enough_samples():
+    fixture = Fixture(samples=60)
+    async with fixture.running():
+        assert await fixture.evaluations(1) == [EvaluationTrigger("first", NOW)]
+
+
+async def test_a_local_minimum_starts_an_evaluation_with_its_intensity():
+    fixture = Fixture(last=NOW - timedelta(hours=24))
+    async with fixture.running():
+        fixture.scheduler.on_intensity(intensities(NOW, *LOCAL_MINIMUM))
+        assert await fixture.evaluations(1) == [EvaluationTrigger("local_minimum", NOW, g_per_kwh=220.0)]
+
+
+async def test_an_interrupted_evaluation_is_repeated_unless_it_is_too_old():
+    recent = InterruptedEvaluation("local_minimum", NOW - timedelta(hours=2))
+    fixture = Fixture(last=NOW - timedelta(hours=30), interrupted=recent)
+    async with fixture.running():
+        assert await fixture.evaluations(1) == [EvaluationTrigger("local_minimum", recent.evaluated_at)]
+    old = Fixture(last=NOW - timedelta(hours=30), interrupted=InterruptedEvaluation("first", NOW - timedelta(hours=4)))
+    async with old.running():
+        assert old.scheduler.request("m")
+        assert [one.reason for one in await old.evaluations(1)] == ["requested"]
+
+
+async def test_a_failed_evaluation_is_repeated_with_the_same_trigger():
+    fixture = Fixture(results=[EvaluationResult("failed")] * 2, retry_pause_s=0.001)
+    async with fixture.running():
+        first, *repeated = await fixture.evaluations(3)
+        assert repeated == [first, first]
+
+    def evaluations(outcome: str) -> float | None:
+        labels = {"model": "m", "trigger": "first", "outcome": outcome}
+        return fixture.registry.get_sample_value("sprout_evaluator_evaluations_total", labels)
+
+    assert evaluations("failed") == 2
+
+
+async def test_after_an_evaluation_of_another_process_its_time_counts():
+    last = NOW - timedelta(hours=1)
+    fixture = Fixture(results=[EvaluationResult("claimed_by_other", last)], retry_pause_s=0.001)
+    async with fixture.running():
+        await fixture.evaluations(1)
+        assert fixture.scheduler.request("m")
+        await fixture.evaluations(2)
+        assert [one.reason for one in fixture.triggers] == ["first", "requested"]
+
+
+@pytest.mark.parametrize("missing", ["samples", "servers"])
+async def test_without_samples_or_servers_a_request_stays_pending(missing):
+    fixture = Fixture(samples=0 if missing == "samples" else 100, last=NOW)
+    fixture.reachable = missing != "servers"
+    async with fixture.running():
+        assert fixture.scheduler.request("m")
+        assert not fixture.scheduler.request("unknown")
+        for _ in range(2):  # the second check begins after the first one has ended
+            fixture.store.checked.clear()
+            fixture.scheduler.on_new_samples()
+            await fixture.store.checked.wait()
+        assert (fixture.triggers, fixture.state.pending.reason) == ([], "requested")
+        fixture.store.samples, fixture.reachable = 100, True
+        fixture.scheduler.on_new_samples()
+        assert [one.reason for one in await fixture.evaluations(1)] == ["requested"]
