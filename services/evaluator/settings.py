@@ -9,8 +9,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from services.evaluator.opportunity import OpportunityRules, Variant
 from shared.inference.attempts import RetrySettings
 from shared.inference.balancer import CircuitBreakerSettings
-from shared.runtime.settings import read_secret
 from shared.runtime.database import RETRY_PAUSE_S
+from shared.runtime.settings import read_secret
 
 
 class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings, BaseSettings):

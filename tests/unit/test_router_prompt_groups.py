@@ -5,7 +5,6 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
-from services.evaluator.learning import learn
 from services.router.policy import PromptGroupCache
 from shared.grouping import GroupingError, unpack
 from shared.messages import GenerationRequest, PromptGrouping
