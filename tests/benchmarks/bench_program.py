@@ -8,9 +8,8 @@ import random
 import statistics
 import time
 
-from services.optimizer.linear import warm_up
-from services.optimizer.problem import Option, Problem
-from services.optimizer.program import solve
+from services.optimizer.problem import OptionPrice, Problem
+from services.optimizer.program import solve, warm_up
 from shared.messages import OptionEstimate
 from tests.benchmarks.results import record
 
@@ -27,7 +26,7 @@ def made_up(groups: int, options: int) -> Problem:
     return Problem(
         reference=names[0],
         options={
-            name: Option(pool=name.split("/")[0], g_per_kwh=250.0 + 40 * number, embodied_g_per_s=1.7e-4)
+            name: OptionPrice(pool=name.split("/")[0], g_per_kwh=250.0 + 40 * number, embodied_g_per_s=1.7e-4)
             for number, name in enumerate(names)
         },
         weights={f"group-{number}": 1 / groups for number in range(groups)},
@@ -44,7 +43,7 @@ def made_up(groups: int, options: int) -> Problem:
             for number in range(groups)
         },
         families={f"group-{number}": f"family-{number // 6}" for number in range(groups)},
-        cautions=dict.fromkeys(METRICS, 1.96),
+        confidence_z=dict.fromkeys(METRICS, 1.96),
         bounds={"preference": 0.93, "correctness": 0.97},
         floors={"preference": 0.8},
         capacities={"pool-0": 20.0},

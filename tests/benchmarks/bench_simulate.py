@@ -1,4 +1,4 @@
-"""How long a study of the paper's size takes: `python -m tests.benchmarks.bench_simulate`.
+"""How long a experiment of the paper's size takes: `python -m tests.benchmarks.bench_simulate`.
 
 15 windows of 720 hours × 7 schemes on 16,000 made-up prompts, on two processes. Adds `simulate_15x7_s` to
 build/bench.json.
@@ -14,8 +14,8 @@ from services.optimizer.settings import OptimizerSettings
 from tests.benchmarks.results import record
 from tools.simulator.grid import Grid
 from tools.simulator.jobs import Job, run_all
-from tools.simulator.measured import UNJUDGED, Measured
-from tools.simulator.schemes import DEFAULT_SCHEMES, Fold, Grouping, Study
+from tools.simulator.requests import UNJUDGED, Measured
+from tools.simulator.schemes import DEFAULT_SCHEMES, Experiment, Fold, Grouping
 from tools.simulator.traffic import constant_mix
 
 PROMPTS = 16_000
@@ -69,7 +69,7 @@ def main() -> None:
     places[learn.judged] = learned.unseen
     in_groups = learned.groups.places(measured.prompts)
     contexts = Grouping(learned.groups.names, places, in_groups, learned.families)
-    study = Study(
+    experiment = Experiment(
         variant="production",
         folds=(Fold(learn, measured, contexts),),
         mix=constant_mix(measured, hours=HOURS),
@@ -79,7 +79,7 @@ def main() -> None:
     windows = [made_up_grid(rng, zone).window(start, HOURS) for zone in range(ZONES) for start in STARTS]
     jobs = [Job(scheme, window, {"preference": 0.1}) for window in windows for scheme in DEFAULT_SCHEMES]
     begun = time.perf_counter()
-    done = sum(1 for _ in run_all(study, jobs, processes=PROCESSES))
+    done = sum(1 for _ in run_all(experiment, jobs, processes=PROCESSES))
     seconds = time.perf_counter() - begun
     print(f"{done} runs of {HOURS} hours on {PROCESSES} processes: {seconds:.1f} s")
     print(f"groups learned from {len(judged):,} prompts: {learning_s:.1f} s, {len(learned.groups.names)} groups")

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from tools.simulator.grid import Grid
-from tools.simulator.measured import Measured
+from tools.simulator.requests import Measured
 
 BEGIN = datetime(2023, 1, 1, tzinfo=UTC)
 

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.optimizer.margin import parts_of
-from services.optimizer.problem import Option, Problem, Rows, Solution
-from services.optimizer.program import SLACK, solve
+from services.optimizer.problem import BOUND_TOLERANCE, OptionPrice, Problem, Rows, Solution, error_factors
+from services.optimizer.program import solve
 from shared.messages import OptionEstimate
 
 LEVELS = ("L0", "L1", "L2")
@@ -28,7 +27,7 @@ def problem(groups: dict[str, list[tuple[float, float]]], weights: dict[str, flo
     """Groups of (kWh, quality) by level, on one pool at 1 g/kWh without embodied carbon."""
     return Problem(
         reference=REFERENCE,
-        options={f"p/{level}": Option(pool="p", g_per_kwh=1.0, embodied_g_per_s=0.0) for level in LEVELS},
+        options={f"p/{level}": OptionPrice(pool="p", g_per_kwh=1.0, embodied_g_per_s=0.0) for level in LEVELS},
         weights=weights or {group: 1 / len(groups) for group in groups},
         estimates={
             group: {f"p/{level}": estimate(*cell) for level, cell in zip(LEVELS, row, strict=False)}
@@ -89,7 +88,7 @@ def test_co2_opt_has_no_bound_and_base_no_option_but_the_reference():
 
 
 def test_model_opt_is_two_pools_at_l0():
-    options = {name: Option(pool=name[0], g_per_kwh=1.0, embodied_g_per_s=0.0) for name in ("a/L0", "b/L0")}
+    options = {name: OptionPrice(pool=name[0], g_per_kwh=1.0, embodied_g_per_s=0.0) for name in ("a/L0", "b/L0")}
     made = Problem(
         reference="a/L0",
         options=options,
@@ -115,8 +114,8 @@ def test_floors_are_given_up_first_then_capacity():
     both = solve(problem(slow, floors={"preference": 1.0}, capacities=tight, requests_per_s=1.0))
     assert both.status == "capacity_dropped"
     options = {
-        "a/L0": Option(pool="a", g_per_kwh=1.0, embodied_g_per_s=0.0),
-        "b/L0": Option(pool="b", g_per_kwh=2.0, embodied_g_per_s=0.0),
+        "a/L0": OptionPrice(pool="a", g_per_kwh=1.0, embodied_g_per_s=0.0),
+        "b/L0": OptionPrice(pool="b", g_per_kwh=2.0, embodied_g_per_s=0.0),
     }
     two = Problem(
         reference="a/L0",
@@ -151,11 +150,11 @@ def served_briefly(solution: Solution) -> dict[str, float]:
 
 
 def test_of_one_group_as_much_is_moved_as_the_bound_leaves_to_loss_and_margin():
-    made = doubted({"g": (0.05, (0.03, 0.0, 0.04))}, bounds={"preference": 0.9}, cautions={"preference": 2.0})
+    made = doubted({"g": (0.05, (0.03, 0.0, 0.04))}, bounds={"preference": 0.9}, confidence_z={"preference": 2.0})
     solution = solve(made)
     assert served_briefly(solution)["g"] == pytest.approx(0.05 / (0.05 + 2.0 * 0.05), abs=1e-4)
     assert solution.quality["preference"] == pytest.approx(0.9, abs=2e-5)
-    assert solve(replace(made, cautions={})).rows["g"] == pytest.approx({"p/L1": 1.0})
+    assert solve(replace(made, confidence_z={})).rows["g"] == pytest.approx({"p/L1": 1.0})
 
 
 def test_doubts_of_their_own_cancel_out_those_that_are_shared_do_not():
@@ -166,7 +165,7 @@ def test_doubts_of_their_own_cancel_out_those_that_are_shared_do_not():
             {f"g{n}": (0.0, doubt) for n in range(4)},
             families={"g0": "a", "g1": "a", "g2": "b", "g3": "b"},
             bounds={"preference": 0.9},
-            cautions={"preference": 1.0},
+            confidence_z={"preference": 1.0},
         )
         shares.append(fmean(served_briefly(solve(made)).values()))
     # 0.05 of loss is tolerated.
@@ -186,7 +185,7 @@ def test_a_margin_is_kept_and_nothing_is_given_away_as_brute_force_finds(losses,
         {f"g{n}": one for n, one in enumerate(zip(losses, deviations, strict=True))},
         families={} if together else {"g0": "a", "g1": "b"},
         bounds={"preference": bound},
-        cautions={"preference": caution},
+        confidence_z={"preference": caution},
     )
     first, second = np.meshgrid(np.linspace(0, 1, 401), np.linspace(0, 1, 401))
     (own, family, common), (other, others_family, others_common) = deviations
@@ -196,14 +195,14 @@ def test_a_margin_is_kept_and_nothing_is_given_away_as_brute_force_finds(losses,
     quality = 0.5 - (first * losses[0] + second * losses[1]) / 2 - margin
     grid = np.where(quality >= bound * 0.5, 1.0 - (first + second) / 4, np.inf).min()
     solution = solve(made)
-    assert solution.quality["preference"] >= bound - 2 * SLACK
+    assert solution.quality["preference"] >= bound - 2 * BOUND_TOLERANCE
     assert grid - 0.005 <= solution.g_per_request <= grid + 1e-4
 
 
 @pytest.mark.parametrize("share", [1.0, 1e-3, 1e-6, 1e-9])
 def test_a_metric_that_can_be_told_of_few_prompts_is_bound_as_tightly(share):
     """Right answers are that share of all; losses and doubts are as much smaller."""
-    made = doubted({"g": (0.05, (0.03, 0.0, 0.04))}, bounds={"preference": 0.9}, cautions={"preference": 2.0})
+    made = doubted({"g": (0.05, (0.03, 0.0, 0.04))}, bounds={"preference": 0.9}, confidence_z={"preference": 2.0})
     few = {
         option: one.model_copy(
             update={
@@ -238,7 +237,7 @@ def many_groups(seed: int, bounds: dict[str, float]) -> Problem:
     return replace(
         problem({"g": ROW}),
         bounds=bounds,
-        cautions=dict.fromkeys(BOTH, 1.96),
+        confidence_z=dict.fromkeys(BOTH, 1.96),
         weights={group: share / sum(shares) for group, share in zip(groups, shares, strict=True)},
         families={group: f"f{n // 3}" for n, group in enumerate(groups)},
         estimates={group: {f"p/{level}": cell(place) for place, level in enumerate(LEVELS)} for group in groups},
@@ -253,15 +252,15 @@ def with_margins_as_at(made: Problem, rows: Rows) -> Problem:
     estimates = {group: dict(row) for group, row in made.estimates.items()}
     for metric in made.bounds:
         doubts = np.array([estimates[group][option].doubt.get(metric, (0.0, 0.0, 0.0)) for group, option in cells])
-        parts = parts_of(
+        parts = error_factors(
             weights[:, None] * doubts, [group for group, _ in cells], [made.families[group] for group, _ in cells]
         )
-        slopes = made.cautions[metric] * parts.T @ (parts @ x) / np.linalg.norm(parts @ x) / weights
+        slopes = made.confidence_z[metric] * parts.T @ (parts @ x) / np.linalg.norm(parts @ x) / weights
         for (group, option), slope in zip(cells, slopes, strict=True):
             one = estimates[group][option]
             less = {**one.quality, metric: one.quality[metric] - slope}
             estimates[group][option] = one.model_copy(update={"quality": less})
-    return replace(made, estimates=estimates, cautions={})
+    return replace(made, estimates=estimates, confidence_z={})
 
 
 @settings(max_examples=40, deadline=None)
@@ -272,7 +271,7 @@ def test_margins_of_several_bounds_are_kept_and_nothing_cheaper_keeps_them(seed,
     solution = solve(made)
     assert solution.status == "optimal"
     for metric, bound in made.bounds.items():
-        assert solution.quality[metric] >= bound - 2 * SLACK
+        assert solution.quality[metric] >= bound - 2 * BOUND_TOLERANCE
     if any(row != {REFERENCE: 1.0} for row in solution.rows.values()):
         cheapest = solve(with_margins_as_at(made, solution.rows))
         assert solution.g_per_request <= cheapest.g_per_request + 0.01 * solution.reference_g_per_request

@@ -1,4 +1,4 @@
-"""From what is known of a model to its policy: what it was solved with, and the row of all traffic."""
+"""Policies: what they contain, the distribution for all traffic, and the program rebuilt from a policy."""
 
 import tomllib
 from datetime import UTC, datetime
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from services.optimizer.bounds import InForce, TrailingRange
+from services.optimizer.bounds import CurrentIntensity, TrailingRange
 from services.optimizer.estimates import Estimates
-from services.optimizer.planning import Situation, make_policy
-from services.optimizer.program import SLACK
+from services.optimizer.policy import Situation, make_policy
+from services.optimizer.problem import BOUND_TOLERANCE
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy
@@ -19,15 +19,15 @@ FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
 ZONE = FLEET.pools[0].zone
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 METRIC = "preference"
-DOUBT = (0.02, 0.01, 0.01)
+ERRORS = (0.02, 0.01, 0.01)
 
 
-def believed(energy_kwh: float, quality: float, **more: Any) -> OptionEstimate:
+def cell(energy_kwh: float, quality: float, **more: Any) -> OptionEstimate:
     return OptionEstimate(energy_kwh=energy_kwh, processing_s=1.0, quality={METRIC: quality}, **more)
 
 
-def row(doubt: tuple[float, float, float], **more: Any) -> dict[str, OptionEstimate]:
-    return {"p/L0": believed(1e-4, 0.5), "p/L1": believed(4e-5, 0.46, doubt={METRIC: doubt}, **more)}
+def row(errors: tuple[float, float, float], **more: Any) -> dict[str, OptionEstimate]:
+    return {"p/L0": cell(1e-4, 0.5), "p/L1": cell(4e-5, 0.46, doubt={METRIC: errors}, **more)}
 
 
 def planned(estimates: Estimates, **settings: Any) -> Policy:
@@ -35,48 +35,48 @@ def planned(estimates: Estimates, **settings: Any) -> Policy:
         model=MODEL,
         now=NOW,
         trigger="start",
-        intensities={ZONE: InForce(300.0, NOW)},
+        intensities={ZONE: CurrentIntensity(300.0, NOW)},
         range=TrailingRange(100.0, 300.0),
         estimates=estimates,
     )
-    return make_policy(situation, fleet=FLEET, aims=OptimizerSettings(holdout=0.0, **settings).aims, version=1)
+    return make_policy(situation, fleet=FLEET, settings=OptimizerSettings(holdout=0.0, **settings), version=1)
 
 
 def two_groups(**more: Any) -> Estimates:
     return Estimates(
         weights={"a": 0.5, "b": 0.5},
-        groups={"a": row(DOUBT, **more), "b": row(DOUBT, **more)},
-        whole=row((0.02, 0.0, 0.0), **more),
+        groups={"a": row(ERRORS, **more), "b": row(ERRORS, **more)},
+        overall=row((0.02, 0.0, 0.0), **more),
         families={"a": "sums"},
         requests_per_s=1.0,
     )
 
 
-def test_a_policy_tells_all_that_it_was_solved_with():
+def test_a_policy_contains_what_it_was_solved_with():
     made = planned(two_groups(), xi={METRIC: 0.1})
     assert made.inputs.families == {"a": "sums"}
     assert made.inputs.cautions == {METRIC: pytest.approx(1.645)}
-    assert made.inputs.estimates["b"]["p/L1"].doubt == {METRIC: DOUBT}
+    assert made.inputs.estimates["b"]["p/L1"].doubt == {METRIC: ERRORS}
 
 
-def test_what_is_counted_on_is_what_is_left_after_the_margin():
-    """Of 0.05 that may be lost, a moved request takes 0.04 and so many standard deviations."""
+def test_the_expected_quality_is_the_lower_confidence_bound():
+    """Of a tolerated loss of 0.05, a request moved to L1 uses 0.04 and z standard errors."""
     made = planned(two_groups(), xi={METRIC: 0.1})
-    apart = planned(two_groups(), xi={METRIC: 0.1}, cautions={METRIC: 0.0})
+    apart = planned(two_groups(), xi={METRIC: 0.1}, confidence_z_by_metric={METRIC: 0.0})
     assert apart.groups["a"] == {"p/L1": 1.0}
-    # The groups have different families: all but what is shared with all cancels out in part.
+    # The groups have different families: only the component shared with all does not cancel out in part.
     deviation = ((0.02**2 + 0.01**2) / 2 + 0.01**2) ** 0.5
     moved = sum(one.get("p/L1", 0.0) for one in made.groups.values()) / 2
     assert moved == pytest.approx(0.05 / (0.04 + 1.645 * deviation), rel=1e-2)
-    assert made.expected_quality[METRIC] == pytest.approx(0.9, abs=2 * SLACK)
+    assert made.expected_quality[METRIC] == pytest.approx(0.9, abs=2 * BOUND_TOLERANCE)
     assert made.overall["p/L1"] == pytest.approx(0.05 / (0.04 + 1.645 * 0.02), rel=1e-3)
 
 
-def test_a_floor_binds_the_row_of_all_traffic_by_what_is_counted_on():
+def test_a_floor_limits_the_overall_distribution_by_its_lower_confidence_bound():
     made = planned(two_groups(group_quality={METRIC: 0.3}), xi={METRIC: 1.0}, floors={METRIC: 0.9})
     for one in (*made.groups.values(), made.overall):
         assert one["p/L1"] == pytest.approx(0.05 / 0.2, rel=1e-3)
 
 
-def test_a_bound_of_nothing_binds_nothing():
-    assert planned(two_groups(), xi={METRIC: 1.0}, caution=50.0).groups["a"] == {"p/L1": 1.0}
+def test_a_limit_of_zero_has_no_effect():
+    assert planned(two_groups(), xi={METRIC: 1.0}, confidence_z=50.0).groups["a"] == {"p/L1": 1.0}
