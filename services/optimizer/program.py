@@ -117,20 +117,20 @@ class NormConstraint:
         """
         values = self._factors @ x
         slopes = values / np.linalg.norm(values)
-        for k in np.flatnonzero(slopes):
+        for k in np.flatnonzero(slopes).tolist():
             # t_k - 2 a (P x)_k + a^2 sigma >= 0
             row = -2.0 * slopes[k] * self._factors[k]
-            cells = np.flatnonzero(row)
+            cells = np.flatnonzero(row).tolist()
             columns = [*(variables[cell].index for cell in cells), self._terms[k].index, self.sigma.index]
             coefficients = np.concatenate([row[cells], [1.0, slopes[k] ** 2]])
             solver.addRow(0.0, highspy.kHighsInf, len(columns), np.array(columns, dtype=np.int32), coefficients)
-            self._cuts.append((int(k), float(slopes[k] ** 2), row))
+            self._cuts.append((k, float(slopes[k] ** 2), row))
 
     def state_cuts(self, lp: pulp.LpProblem, variables: Sequence[pulp.LpVariable]) -> None:
         """Add the cuts to the PuLP program as well, named `cut[name,n]`, so that its text contains them."""
         for number, (k, slope_squared, row) in enumerate(self._cuts):
             terms = [(self._terms[k], 1.0), (self.sigma, slope_squared)]
-            terms += [(variables[cell], float(row[cell])) for cell in np.flatnonzero(row)]
+            terms += [(variables[cell], float(row[cell])) for cell in np.flatnonzero(row).tolist()]
             lp.addConstraint(pulp.LpAffineExpression(terms) >= 0.0, f"cut[{self._name},{number}]")
 
 
@@ -225,7 +225,8 @@ class Program:
     @property
     def _solver(self) -> highspy.Highs:
         """The live model that PuLP built; it keeps its basis between runs."""
-        return self._lp.solverModel
+        solver: highspy.Highs = self._lp.solverModel
+        return solver
 
     def _add_bound(self, metric: str, bound: QualityBound) -> None:
         quality = self._expression(bound.mean_factors)
