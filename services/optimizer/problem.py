@@ -1,4 +1,4 @@
-"""What the linear program is asked and what it answers, and its data as arrays (docs/architecture.md).
+"""Input and solution of the linear program, and its data as arrays (docs/architecture.md).
 
 A program that chooses among noisy estimates chooses those that are too high by chance. Each quality limit therefore
 holds for the mean minus z standard errors of the quality of all traffic (docs/decisions/0004-optimizer-estimates.md).
@@ -66,7 +66,7 @@ class Problem:
         options: prices of the options that may be used, the reference among them; of equal options the first is used.
         weights: traffic share w_g by group; sums to 1.
         families: families of groups about similar things, by group; groups of a family share an error component.
-        estimates: e, p and q by group, then option; an option that a group lacks is not available to it.
+        estimates: e, p and q by group, then option; a group cannot use an option without an estimate.
         confidence_z: standard errors of the quality of all traffic taken off its mean, by metric.
         bounds: b_m by metric, in [0, 1]: minimum quality of all traffic, relative to the reference's.
         floors: f_m by metric, in [0, 1]: minimum quality of each group, relative to the reference's.

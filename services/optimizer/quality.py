@@ -1,6 +1,6 @@
 """Quality of one metric by prompt group and option: paired differences from the baseline, partially pooled.
 
-The program asks how much quality an option loses against the baseline (the reference option). Both answered the same
+The program needs the loss of quality of an option against the baseline (the reference option). Both answered the same
 prompts, so the mean of the paired differences is estimated: it varies much less than the two success rates do, and it
 differs much less between groups (docs/decisions/0004-optimizer-estimates.md).
 

@@ -55,7 +55,7 @@ class Grid:
             first = self.begin + (start_hour + int(gaps[0])) * HOUR
             raise SimulationInputError(
                 f"zone {self.zone}: {len(gaps)} hours without a value in the window from hour {start_hour} (the first: "
-                f"{first:%Y-%m-%d %H:%M}); choose another window, or fill them knowingly"
+                f"{first:%Y-%m-%d %H:%M}); choose another window, or fill the gap in the file"
             )
         return Window(self.zone, start_hour, self.begin + start_hour * HOUR, values, self.g_per_kwh[:start_hour], self)
 

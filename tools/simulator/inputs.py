@@ -180,8 +180,8 @@ def _read_learn(path: Path, requests: Measured, inputs: Inputs, say: Say) -> Mea
     known = set(learn.prompts)
     if both := sum(prompt in known for prompt in requests.prompts):
         say(
-            f"{both:,} of {len(requests):,} prompts of {inputs.requests} are in --learn {path} too: results are not on "
-            "fresh prompts alone"
+            f"{both:,} of {len(requests):,} prompts of {inputs.requests} are in --learn {path} too: part of the "
+            "results is measured on prompts that were learned from"
         )
     return learn
 

@@ -83,7 +83,7 @@ def sprout_sta(case: PublishedCase) -> Outcome:
     window = case.window
     known = window.grid.g_per_kwh if window.start_hour == STATIC_WHOLE_YEAR_START else window.past[-STATIC_HOURS:]
     if not len(known):
-        raise SimulationInputError(f"zone {window.zone}: nothing is known before hour {window.start_hour}")
+        raise SimulationInputError(f"zone {window.zone}: the trace has no value before hour {window.start_hour}")
     k0 = float(np.nanmean(known))
     solver = Solver()
     x = solver.solve(
@@ -149,22 +149,22 @@ def oracle(case: PublishedCase) -> Outcome:
     energy, time_s = case.mean_by_hour(measured.energy_kwh), case.mean_by_hour(measured.time_s)
     bounds, solver = case.bounds, Solver()
     known = measured.checkable
-    everything = np.ones(len(measured), dtype=bool)
-    of_all, of_judged, of_known = (_numbers(measured, rows) for rows in (everything, measured.judged, known))
+    all_rows = np.ones(len(measured), dtype=bool)
+    of_all, of_judged, of_known = (_prompts_of_task(measured, rows) for rows in (all_rows, measured.judged, known))
     right = np.nan_to_num(measured.correct)
     grams, seconds, liked, base_liked, correct, base_correct = (np.zeros(case.hours) for _ in range(6))
     mix = np.zeros((case.hours, len(levels)))
     for h in range(case.hours):
         k0 = float(case.window.g_per_kwh[h])
         x = solver.solve(energy[h], time_s[h], case.draws.oracle[h], g_per_kwh=k0, bound=float(bounds[h]))
-        asked = case.mix[h, measured.task]
-        weights = asked / of_all
+        traffic = case.mix[h, measured.task]
+        weights = traffic / of_all
         own = measured.energy_kwh * k0 + DEFAULT_EMBODIED_G_PER_S * measured.time_s
         level = _cheaper_where_it_saves_most(x, own, weights)
         rows = np.arange(len(level))
         grams[h] = weights @ own[rows, level]
         seconds[h] = weights @ measured.time_s[rows, level]
-        judged, checked = asked * measured.judged / of_judged, asked * known / of_known
+        judged, checked = traffic * measured.judged / of_judged, traffic * known / of_known
         liked[h], base_liked[h] = judged @ (measured.preferred == level), judged @ (measured.preferred == 0)
         correct[h], base_correct[h] = checked @ right[rows, level], checked @ right[:, 0]
         mix[h] = [weights @ (level == one) for one in range(len(levels))]
@@ -251,7 +251,7 @@ def _by_levels(
     )
 
 
-def _numbers(measured: Measured, rows: Flags) -> Ints:
+def _prompts_of_task(measured: Measured, rows: Flags) -> Ints:
     """For every prompt, the number of these prompts of its task, at least 1."""
     counts = np.bincount(measured.task[rows], minlength=len(measured.tasks))
     return np.asarray(np.maximum(counts, 1)[measured.task])

@@ -164,17 +164,17 @@ def read_measured(path: Path, *, model: str | None = None) -> Measured:
     if levels[0] != REFERENCE:
         raise SimulationInputError(f"{path}: model {chosen!r} was not measured at {REFERENCE}, the reference")
     for level in levels:
-        lacking = [place for place, entry in enumerate(workload.entries, 1) if (chosen, level) not in entry.responses]
-        if lacking:
+        missing = [place for place, entry in enumerate(workload.entries, 1) if (chosen, level) not in entry.responses]
+        if missing:
             raise SimulationInputError(
-                f"{path}: {len(lacking)} prompts lack '{chosen}/{level}' (the first is prompt {lacking[0]}); "
+                f"{path}: {len(missing)} prompts lack '{chosen}/{level}' (the first is prompt {missing[0]}); "
                 "measure it, or leave these prompts out"
             )
     for entry in workload.entries:
         if entry.preferred is not None and entry.preferred not in levels:
             raise SimulationInputError(
                 f"{path}, line {_line_of(path, entry)}: 'preferred' is {entry.preferred!r}, at which {chosen!r} was "
-                f"not measured; its levels are {', '.join(levels)}: correct it, or give null where none was judged"
+                f"not measured; its levels are {', '.join(levels)}: correct it, or use null for a prompt that was not judged"
             )
     if not any(entry.preferred is not None for entry in workload.entries):
         raise SimulationInputError(f"{path}: no prompt was judged; give 'preferred' a level, for a part at least")
