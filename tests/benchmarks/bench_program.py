@@ -1,7 +1,7 @@
-"""How long the linear program takes, stated and solved: `python -m tests.benchmarks.bench_program`.
+"""Time to build and solve the linear program: `python -m tests.benchmarks.bench_program`.
 
-Medians of repeated runs on made-up estimates with two doubted quality metrics, group floors and a capacity. Adds
-`program_64x12_ms` to build/bench.json.
+Medians of repeated runs on synthetic estimates with two quality limits and their safety margins, group floors and a
+capacity. Adds `program_64x12_ms` to build/bench.json.
 """
 
 import random
@@ -18,8 +18,8 @@ REPEATS = 25
 METRICS = ("preference", "correctness")
 
 
-def made_up(groups: int, options: int) -> Problem:
-    """A program of this size; always the same."""
+def synthetic(groups: int, options: int) -> Problem:
+    """A problem of this size; always the same."""
     chance = random.Random(1)
     names = [f"pool-{number // 3}/L{number % 3}" for number in range(options)]
     saved = (1.0, 0.4, 0.3)
@@ -55,15 +55,15 @@ def made_up(groups: int, options: int) -> Problem:
 def main() -> None:
     """Print the table."""
     warm_up()
-    print("groups x options   whole ms")
+    print("groups x options   median ms")
     for groups, options in SIZES:
-        problem = made_up(groups, options)
-        whole: list[float] = []
+        problem = synthetic(groups, options)
+        times: list[float] = []
         for _ in range(REPEATS):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             solve(problem)
-            whole.append(time.perf_counter() - begun)
-        median_ms = statistics.median(whole) * 1_000
+            times.append(time.perf_counter() - started)
+        median_ms = statistics.median(times) * 1_000
         print(f"{groups:6} x {options:<10} {median_ms:8.2f}")
         if (groups, options) == SIZES[-1]:
             record("program_64x12_ms", round(median_ms, 3))

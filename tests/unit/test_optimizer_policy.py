@@ -1,7 +1,9 @@
 """Policies: what they contain, the distribution for all traffic, and the program rebuilt from a policy."""
 
 import tomllib
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from services.optimizer.bounds import CurrentIntensity, TrailingRange
 from services.optimizer.estimates import Estimates
 from services.optimizer.policy import Situation, make_policy
 from services.optimizer.problem import BOUND_TOLERANCE
+from services.optimizer.program import solve
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy
@@ -30,16 +33,16 @@ def row(errors: tuple[float, float, float], **more: Any) -> dict[str, OptionEsti
     return {"p/L0": cell(1e-4, 0.5), "p/L1": cell(4e-5, 0.46, doubt={METRIC: errors}, **more)}
 
 
-def planned(estimates: Estimates, **settings: Any) -> Policy:
+def planned(estimates: Estimates, *, fleet: Fleet = FLEET, rate: float = 1.0, **settings: Any) -> Policy:
     situation = Situation(
         model=MODEL,
         now=NOW,
         trigger="start",
         intensities={ZONE: CurrentIntensity(300.0, NOW)},
         range=TrailingRange(100.0, 300.0),
-        estimates=estimates,
+        estimates=replace(estimates, requests_per_s=rate),
     )
-    return make_policy(situation, fleet=FLEET, settings=OptimizerSettings(holdout=0.0, **settings), version=1)
+    return make_policy(situation, fleet=fleet, settings=OptimizerSettings(holdout=0.0, **settings), version=1)
 
 
 def two_groups(**more: Any) -> Estimates:
@@ -80,3 +83,20 @@ def test_a_floor_limits_the_overall_distribution_by_its_lower_confidence_bound()
 
 def test_a_limit_of_zero_has_no_effect():
     assert planned(two_groups(), xi={METRIC: 1.0}, confidence_z=50.0).groups["a"] == {"p/L1": 1.0}
+
+
+def test_a_time_limit_of_the_solver_is_named_in_the_reason(monkeypatch):
+    monkeypatch.setattr("services.optimizer.policy.solve", partial(solve, time_limit_s=0.0))
+    made = planned(two_groups(), floors={METRIC: 0.9})
+    assert made.status == "reference"
+    assert "the solver reached its time limit of 10 s with all constraints" in made.reason
+    assert "the solver reached its time limit of 10 s without the group floors" in made.reason
+    assert "no solution keeps" not in made.reason
+
+
+def test_infeasible_floors_are_named_in_the_reason():
+    capacity = FLEET.model_copy(update={"pools": [FLEET.pools[0].model_copy(update={"concurrency": 1})]})
+    assert "no solution" not in planned(two_groups()).reason
+    made = planned(two_groups(), fleet=capacity, rate=5.0)
+    assert made.status == "capacity_dropped"
+    assert "no solution keeps the pools' capacities: more endpoints are needed" in made.reason

@@ -174,7 +174,7 @@ def read_measured(path: Path, *, model: str | None = None) -> Measured:
         if entry.preferred is not None and entry.preferred not in levels:
             raise SimulationInputError(
                 f"{path}, line {_line_of(path, entry)}: 'preferred' is {entry.preferred!r}, at which {chosen!r} was "
-                f"not measured; its levels are {', '.join(levels)}: correct it, or use null for a prompt that was not judged"
+                f"not measured; its levels are {', '.join(levels)}: correct it, or use null if it was not judged"
             )
     if not any(entry.preferred is not None for entry in workload.entries):
         raise SimulationInputError(f"{path}: no prompt was judged; give 'preferred' a level, for a part at least")
