@@ -11,7 +11,7 @@ from statistics import fmean
 import highspy
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -59,14 +59,14 @@ def cheapest_vertex(row: list[tuple[float, float]], bound: float, holdout: float
     return best
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(row=rows, bound=st.floats(0.5, 1.0), holdout=st.sampled_from([0.0, 0.05, 0.3]))
 def test_one_group_of_three_levels_agrees_with_brute_force(row, bound, holdout):
     solution = solve(problem({"g": row}, bounds={"preference": bound}, holdout=holdout))
     assert solution.g_per_request == pytest.approx(cheapest_vertex(row, bound, holdout), rel=1e-5, abs=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(groups=st.lists(rows, min_size=1, max_size=4), bound=st.floats(0.5, 1.0), floor=st.floats(0.0, 1.0))
 def test_rows_are_distributions_that_keep_limits_floors_and_holdout_and_never_cost_more(groups, bound, floor):
     named = {f"g{number}": row for number, row in enumerate(groups)}
@@ -176,7 +176,7 @@ def test_own_errors_of_groups_cancel_out_and_shared_errors_do_not():
     assert shares == pytest.approx([1.0, 0.05 / (0.1 / math.sqrt(2)), 0.05 / 0.1], abs=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     losses=st.lists(st.floats(-0.1, 0.2), min_size=2, max_size=2),
     deviations=st.lists(st.tuples(standard_errors, standard_errors, standard_errors), min_size=2, max_size=2),
@@ -267,7 +267,7 @@ def linearised_at(made: Problem, rows: Rows) -> Problem:
     return replace(made, estimates=estimates, confidence_z={})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), bounds=st.sampled_from([(0.95, 0.97), (1.0, 0.97), (0.99, 0.995), (0.9, 1.0)]))
 def test_margins_of_several_limits_hold_and_nothing_cheaper_keeps_them(seed, bounds):
     """The program linearised at the solution is a relaxation, and its optimum is no cheaper."""
@@ -318,7 +318,7 @@ def test_solutions_equal_those_of_a_formulation_without_pulp(variant):
         assert moved == pytest.approx(one["moved"], abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     groups=st.lists(rows, min_size=1, max_size=4),
     bound=st.floats(0.5, 1.0),
