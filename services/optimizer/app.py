@@ -1,26 +1,25 @@
-"""Wires the optimizer together; everything it decides is decided elsewhere."""
+"""Wires the optimizer together."""
 
-import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
-from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
 from services import SERVICES
 from services.optimizer import migrations
-from services.optimizer.linear import warm_up
 from services.optimizer.metrics import OptimizerMetrics
-from services.optimizer.optimizing import Optimizing
+from services.optimizer.program import warm_up
+from services.optimizer.service import PolicyService
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
-from shared.kafka.dead_letters import DeadLetterPublisher, batch_decoder
+from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.publish import publish_with_retry
-from shared.kafka.subscribe import POLL_MS, Subscriber, read_to_end, subscribe_compacted
+from shared.kafka.subscribe import POLL_MS, Subscriber, read_to_end, subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
@@ -39,12 +38,12 @@ _log = get_logger(__name__)
 def subscribe(
     broker: KafkaBroker,
     dead_letters: DeadLetterPublisher,
-    optimizing: Optimizing,
+    service: PolicyService,
     *,
     kafka: KafkaSettings,
     settings: OptimizerSettings,
 ) -> tuple[Subscriber, ...]:
-    """Register the consumers: the compacted topics from their start at each start, footprints as a group.
+    """Register the subscribers: compacted topics are read from their start, footprints by a consumer group.
 
     Returns:
         Those of the compacted topics.
@@ -52,36 +51,25 @@ def subscribe(
     groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS)
     intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
     evaluations = subscribe_compacted(broker, kafka, dead_letters, QUALITY)
-    footprints = broker.subscriber(
-        kafka.topic(FOOTPRINTS),
-        decoder=batch_decoder(Footprint, dead_letters),
-        title="footprints",
-        description="What every call took",
-        # A record's header `reply_to` names a topic that FastStream would answer to.
-        no_reply=True,
-        batch=True,
-        batch_timeout_ms=POLL_MS,
-        max_records=settings.batch_records,
-        group_id=kafka.group(NAME),
-        auto_offset_reset="earliest",
-        ack_policy=AckPolicy.NACK_ON_ERROR,
+    footprints = subscribe_batches(
+        broker, kafka, dead_letters, FOOTPRINTS, group=NAME, max_records=settings.batch_records, poll_ms=POLL_MS
     )
 
     @groupings
-    async def on_groupings(news: list[PromptGrouping]) -> None:
-        optimizing.learn_groupings(news)
+    async def on_groupings(messages: list[PromptGrouping]) -> None:
+        service.update_groupings(messages)
 
     @intensities
-    async def on_intensities(news: list[CarbonIntensity]) -> None:
-        optimizing.learn_intensities(news)
+    async def on_intensities(messages: list[CarbonIntensity]) -> None:
+        service.update_intensities(messages)
 
     @evaluations
-    async def on_quality(news: list[Quality]) -> None:
-        optimizing.learn_quality(news)
+    async def on_quality(messages: list[Quality]) -> None:
+        service.add_evaluations(messages)
 
     @footprints
-    async def on_footprints(news: list[Footprint]) -> None:
-        await optimizing.learn_footprints(news)
+    async def on_footprints(messages: list[Footprint]) -> None:
+        await service.add_footprints(messages)
 
     return groupings, intensities, evaluations
 
@@ -94,10 +82,10 @@ def build_app(
     fleet: Fleet | None = None,
     clock: Clock | None = None,
 ) -> AsgiFastStream:
-    """The optimizer, without connecting; what is not given is read from the environment.
+    """The optimizer's application, not connected yet; arguments that are None are read from the environment.
 
     Raises:
-        FleetError, ValidationError: the configuration does not do; the message says why.
+        FleetError, ValidationError: the configuration is invalid; the message says why.
     """
     kafka = kafka or KafkaSettings()
     settings = settings or OptimizerSettings()
@@ -113,29 +101,29 @@ def build_app(
     async def publish(policy: Policy) -> None:
         await publish_with_retry(lambda: publisher.publish(policy, key=policy.model.encode()))
 
-    optimizing = Optimizing(fleet=fleet, clock=clock, settings=settings, metrics=metrics, publish=publish)
-    followed = subscribe(broker, dead_letters, optimizing, kafka=kafka, settings=settings)
-    _watch_ages(optimizing, metrics, fleet, clock)
+    service = PolicyService(fleet=fleet, clock=clock, settings=settings, metrics=metrics, publish=publish)
+    compacted = subscribe(broker, dead_letters, service, kafka=kafka, settings=settings)
+    _watch_ages(service, metrics, fleet)
 
     async def make_policies() -> None:
-        if not await read_to_end(followed, within_s=settings.state_wait_s):
-            _log.warning("policies are made without all that is in force having been read")
-        await optimizing.run()
+        if not await read_to_end(compacted, within_s=settings.state_wait_s):
+            _log.warning("solving before the compacted topics were read completely")
+        await service.run()
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
         pool = await open_pool(database, schema=NAME)
         try:
             await migrate(pool, schema=NAME, package=migrations.__name__)
-            await optimizing.restore(Store(pool, remembered_footprints=settings.remembered_footprints))
+            await service.restore(Store(pool, remembered_footprints=settings.remembered_footprints))
             health.spawn("make policies", make_policies())
             yield
         finally:
             await health.cancel_background()
-            optimizing.close()
+            service.close()
             await pool.close()
 
-    health.add_check("database", optimizing.problem)
+    health.add_check("database", service.problem)
     return build_service(
         broker,
         name=NAME,
@@ -149,21 +137,14 @@ def build_app(
 
 
 def main() -> None:
-    """Run until told to stop."""
+    """Run until stopped by a signal."""
     warm_up()
     run_service(build_app, name=NAME, configuration_errors=(FleetError,))
 
 
-def _watch_ages(optimizing: Optimizing, metrics: OptimizerMetrics, fleet: Fleet, clock: Clock) -> None:
-    def watch(what: str, name: str, age_s: Callable[[], float | None]) -> None:
-        def known_or_nan() -> float:
-            age = age_s()
-            return math.nan if age is None else age
-
-        metrics.watch_age(what, name, known_or_nan)
-
+def _watch_ages(service: PolicyService, metrics: OptimizerMetrics, fleet: Fleet) -> None:
     for model in fleet.models:
-        watch("policy", model.name, lambda name=model.name: optimizing.policy_age_s(name))  # type: ignore[misc]
-        watch("evaluation", model.name, lambda name=model.name: optimizing.evaluation_age_s(name))  # type: ignore[misc]
+        metrics.watch_age("policy", model.name, partial(service.policy_age_s, model.name))
+        metrics.watch_age("evaluation", model.name, partial(service.evaluation_age_s, model.name))
     for zone in fleet.zones:
-        watch("intensity", zone, lambda zone=zone: optimizing.grid.age_s(zone, clock.now()))  # type: ignore[misc]
+        metrics.watch_age("intensity", zone, partial(service.intensity_age_s, zone))

@@ -1,23 +1,29 @@
-"""Where the grid stands, and how much quality may be given up there: k0, its trailing range, b_m(k0).
+"""The quality limits of the program: current carbon intensity k0, its trailing range, b_m(k0), and confidence levels.
 
-Only the past is looked at: history and the latest value, never the forecast.
+Only the past is used: history and the latest value, never the forecast.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Literal
 
-from shared.messages import CarbonIntensity, IntensityPoint
+from services.optimizer.settings import OptimizerSettings
+from shared.carbon import LatestIntensities, trailing_points
+from shared.messages import CarbonIntensity
+
+_ONE_SIDED_LEVEL = 0.05
+"""Probability of missing a limit at the default z of 1.645."""
 
 
 @dataclass(frozen=True, slots=True)
-class InForce:
-    """The intensity that a zone is counted with now.
+class CurrentIntensity:
+    """The carbon intensity that a zone is priced with now.
 
     Attributes:
-        at: start of the period that it stands for.
+        g_per_kwh: gCO2eq/kWh.
+        at: start of the period that the value is for.
         source: `latest`, or `hour_mean`: the trailing mean of this hour of the day, once the latest value is too old.
     """
 
@@ -28,69 +34,98 @@ class InForce:
 
 @dataclass(frozen=True, slots=True)
 class TrailingRange:
-    """k0_min and k0_max over the trailing window; they are equal where too little is known to tell them."""
+    """k0_min and k0_max over the trailing window, gCO2eq/kWh; equal if there are too few values."""
 
     k0_min: float
     k0_max: float
 
-    def dirtiness(self, k0: float) -> float:
-        """(k0 − k0_min)/(k0_max − k0_min), clipped to [0, 1]; 0 where the range is empty."""
+    def position(self, k0: float) -> float:
+        """(k0 - k0_min) / (k0_max - k0_min), clipped to [0, 1]; 0 if the range is empty."""
         span = self.k0_max - self.k0_min
         return min(max((k0 - self.k0_min) / span, 0.0), 1.0) if span > 0.0 else 0.0
 
 
-def in_force(intensity: CarbonIntensity, now: datetime, *, max_age: timedelta) -> InForce | None:
-    """The latest value while it is fresh, then the same hour's trailing mean, then null (docs/architecture.md).
+def current_intensity(
+    intensity: CarbonIntensity, now: datetime, settings: OptimizerSettings
+) -> CurrentIntensity | None:
+    """The latest value, or the trailing mean of this hour of the day once that is older than `max_intensity_age_s`.
 
-    Args:
-        now: event time.
-        max_age: event time from the start of the latest value's period until it is too old.
+    Returns:
+        None if the latest value is too old and no earlier day has a value for this hour.
     """
-    if now - intensity.latest.at <= max_age:
-        return InForce(intensity.latest.intensity_g_per_kwh, intensity.latest.at)
-    same_hour = [point.intensity_g_per_kwh for point in _known(intensity) if point.at.hour == now.hour]
+    if now - intensity.latest.at <= timedelta(seconds=settings.max_intensity_age_s):
+        return CurrentIntensity(intensity.latest.intensity_g_per_kwh, intensity.latest.at)
+    same_hour = [point.intensity_g_per_kwh for point in trailing_points(intensity) if point.at.hour == now.hour]
     if not same_hour:
         return None
-    return InForce(fmean(same_hour), _hour(now), "hour_mean")
+    return CurrentIntensity(fmean(same_hour), _hour(now), "hour_mean")
 
 
-def trailing_range(intensity: CarbonIntensity, *, window: timedelta, min_hours: int) -> TrailingRange:
-    """The range over the window that ends with the latest value.
+def current_intensities(
+    latest: LatestIntensities, zones: set[str], now: datetime, settings: OptimizerSettings
+) -> dict[str, CurrentIntensity]:
+    """Current intensity by zone; zones without a usable value are left out."""
+    found: dict[str, CurrentIntensity] = {}
+    for zone in sorted(zones):
+        message = latest.get(zone)
+        value = None if message is None else current_intensity(message, now, settings)
+        if value is not None:
+            found[zone] = value
+    return found
 
-    Args:
-        window: event time; the message may hold less.
-        min_hours: with values of fewer hours the range is that of the latest value alone, and no loss is tolerated.
-    """
-    newest = intensity.latest.at
-    points = [point for point in _known(intensity) if point.at > newest - window]
+
+def trailing_range(intensity: CarbonIntensity, settings: OptimizerSettings) -> TrailingRange:
+    """Range over the `window_h` hours that end with the latest value; the message may hold fewer."""
+    start = intensity.latest.at - timedelta(hours=settings.window_h)
+    points = [point for point in trailing_points(intensity) if point.at > start]
     values = [point.intensity_g_per_kwh for point in points]
-    return spanned(values, hours=len({_hour(point.at) for point in points}), min_hours=min_hours)
+    return range_of(values, hours=len({_hour(point.at) for point in points}), settings=settings)
 
 
-def spanned(values: Sequence[float], *, hours: int, min_hours: int) -> TrailingRange:
-    """The range of values, g/kWh, of which the last is the latest.
+def range_of(values: Sequence[float], *, hours: int, settings: OptimizerSettings) -> TrailingRange:
+    """Range of intensities.
 
     Args:
-        hours: that have a value.
-        min_hours: with fewer the range is that of the latest value alone, and no loss is tolerated.
+        values: gCO2eq/kWh, the latest last.
+        hours: how many hours have a value. With fewer than `min_window_hours` the range is that of the latest value
+            only, so that no quality loss is tolerated.
+        settings: the minimum.
     """
-    known = values if hours >= min_hours else values[-1:]
+    known = values if hours >= settings.min_window_hours else values[-1:]
     return TrailingRange(min(known), max(known))
 
 
-def quality_bounds(dirtiness: float, xi: Mapping[str, float], *, constant: Collection[str] = ()) -> dict[str, float]:
-    """b_m(k0) = 1 − xi_m · dirtiness, by metric.
+def quality_bounds(position: float, settings: OptimizerSettings) -> dict[str, float]:
+    """b_m(k0) = 1 - xi_m * position by metric; 1 - xi_m for the metrics of `constant_bounds`.
 
     Args:
-        constant: metrics whose bound is 1 − xi_m at all times: a level of service that the grid has no say in.
+        position: of k0 in its trailing range, in [0, 1].
+        settings: xi and the constant bounds.
     """
-    return {metric: 1.0 - loss * (1.0 if metric in constant else dirtiness) for metric, loss in xi.items()}
+    return {
+        metric: 1.0 - loss * (1.0 if metric in settings.constant_bounds else position)
+        for metric, loss in settings.xi.items()
+    }
 
 
-def _known(intensity: CarbonIntensity) -> list[IntensityPoint]:
-    """History up to the latest value, and the latest value."""
-    return [*(point for point in intensity.history if point.at < intensity.latest.at), intensity.latest]
+def joint_confidence_z(bounds: Mapping[str, float], settings: OptimizerSettings) -> dict[str, float]:
+    """Standard errors to take off each metric so that all limits hold together as often as a single one would.
+
+    With n limits each may be missed with probability 0.05/n (Bonferroni). `confidence_z` is multiplied by the ratio of
+    the normal quantiles of 0.05/n and 0.05: for two limits 1.645 becomes 1.96. `confidence_z_by_metric` is used as is.
+
+    Args:
+        bounds: b_m by metric; 0 is no limit and left out.
+        settings: the confidence level of a single limit.
+    """
+    limited = [metric for metric, bound in bounds.items() if bound > 0.0]
+    factor = _normal_quantile(_ONE_SIDED_LEVEL / max(len(limited), 1)) / _normal_quantile(_ONE_SIDED_LEVEL)
+    return {metric: settings.confidence_z_by_metric.get(metric, settings.confidence_z * factor) for metric in limited}
 
 
-def _hour(moment: datetime) -> datetime:
-    return moment.replace(minute=0, second=0, microsecond=0)
+def _normal_quantile(upper_tail: float) -> float:
+    return NormalDist().inv_cdf(1.0 - upper_tail)
+
+
+def _hour(time: datetime) -> datetime:
+    return time.replace(minute=0, second=0, microsecond=0)

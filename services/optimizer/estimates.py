@@ -1,223 +1,221 @@
-"""What the optimizer believes of every option for every group: e, p and q (docs/decisions/0004-optimizer-estimates.md).
-
-Energy and time follow a multiplicative model, level of the group × ratio of the option, and each cell leans on it by
-pseudo-requests: a group in which an option was never seen is expected to take what the reference takes there, times the
-option's usual ratio to it.
-"""
+"""Current estimates of every option for every group: e, p and q (docs/decisions/0004-optimizer-estimates.md)."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.optimizer.consumption import Consumed, Consumption, Memory
-from services.optimizer.effects import main_effects
-from services.optimizer.posterior import Posterior
-from services.optimizer.quality import QualityEvidence, QualityRules
+from services.optimizer.costs import Consumption, CostModel
+from services.optimizer.quality import QualityModel, lower_confidence_bound
+from services.optimizer.settings import OptimizerSettings
+from services.optimizer.state import QualityCounts
 from shared.messages import OptionEstimate
 
 Row = dict[str, OptionEstimate]
+"""Estimates by option."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EstimateRules:
-    """How evidence becomes estimates.
-
-    Attributes:
-        memory: how long consumption is remembered.
-        quality: how counts become a posterior.
-        pseudo_requests: requests that the multiplicative model counts as, in each group and option.
-        min_requests: effective requests of an option, in all groups, before it may be used.
-        min_group_requests: effective requests of a group before it gets a row of its own.
-        floors: metrics of which every group by itself has a bound.
-    """
-
-    memory: Memory
-    quality: QualityRules
-    pseudo_requests: float
-    min_requests: float
-    min_group_requests: float
-    floors: Collection[str] = ()
+_LIGHT_GROUP = 0.01
+"""Traffic share below which changes of a group's estimates are ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimates:
-    """Beliefs at one instant.
+    """Estimates at one instant.
 
     Attributes:
-        weights: traffic share by group that has a row of its own; sums to 1, empty without traffic.
-        groups: by group, then option; options without evidence are left out, the reference never.
-        whole: by option: the mean over the traffic, for groups without a row.
-        families: of groups that are about alike things, by group that has a row.
-        requests_per_s: of the model.
-        withheld: why an option may not be used, by option.
+        weights: traffic share by group with probabilities of its own; sums to 1, empty without traffic.
+        groups: estimates by group, then option. Ineligible options are left out, the reference never is.
+        overall: by option, the traffic-weighted mean: for groups without probabilities of their own.
+        families: families of groups about similar things, by group.
+        requests_per_s: request rate of the model.
+        ineligible: why an option may not be used, by option.
     """
 
     weights: dict[str, float]
     groups: dict[str, Row]
-    whole: Row
+    overall: Row
     families: dict[str, str] = field(default_factory=dict)
     requests_per_s: float
-    withheld: dict[str, str] = field(default_factory=dict)
+    ineligible: dict[str, str] = field(default_factory=dict)
 
 
 def estimate(
     consumption: Consumption,
-    evidence: QualityEvidence,
+    counts: QualityCounts,
     *,
     options: Sequence[str],
     reference: str,
-    metrics: Sequence[str],
-    rules: EstimateRules,
+    settings: OptimizerSettings,
     now_s: float,
-    same: Collection[str] = (),
+    equivalent: Collection[str] = (),
 ) -> Estimates | None:
-    """Beliefs at an event time; null as long as no footprint of the reference is known.
+    """Estimate e, p and q at an event time.
 
     Args:
-        options: of the fleet, the reference among them; others in the evidence are passed over.
-        metrics: that an option's quality must be known in before it may be used.
-        same: options whose answers are the reference's.
+        consumption: sums of footprints.
+        counts: judged outcomes.
+        options: of the fleet, with the reference; other options in the data are ignored.
+        reference: the baseline option.
+        settings: an option is eligible once its quality is known in every metric of `xi`; half-lives; prior weights.
+        now_s: event time.
+        equivalent: options that give the reference's own answers.
+
+    Returns:
+        The estimates; None as long as there is no footprint of the reference.
     """
-    served = set(options)
-    consumed = {
+    of_fleet = set(options)
+    totals = {
         group: kept
-        for group, row in consumption.consumed(now_s, rules.memory).items()
-        if (kept := {option: cell for option, cell in row.items() if option in served})
+        for group, row in consumption.totals(now_s, settings).items()
+        if (kept := {option: used for option, used in row.items() if option in of_fleet})
     }
-    requests = {option: sum(row[option].requests for row in consumed.values() if option in row) for option in options}
+    requests = {option: sum(row[option].requests for row in totals.values() if option in row) for option in options}
     if requests[reference] <= 0.0:
         return None
-    posteriors = {metric: evidence.posterior(metric, reference, now_s, rules.quality, same=same) for metric in metrics}
-    withheld = _withheld(options, reference, requests, posteriors, rules)
-    usable = [option for option in options if option not in withheld]
-    groups = _named_groups(consumption.requests(now_s, rules.memory), rules)
-    costs = _Costs(consumed, rules.pseudo_requests)
+    models = {metric: counts.model(metric, reference, now_s, equivalent=equivalent) for metric in settings.xi}
+    ineligible = _ineligible(options, reference, requests, models, settings)
+    eligible = [option for option in options if option not in ineligible]
+    groups = _groups_with_probabilities(consumption.requests(now_s, settings), settings)
+    costs = CostModel(totals, settings.pseudo_requests)
     total = sum(groups.values())
     weights = {group: count / total for group, count in groups.items()}
-    everyone = weights or {group: 1.0 / len(consumed) for group in consumed}
+    # Without any traffic the overall means weight all groups alike.
+    all_weights = weights or {group: 1.0 / len(totals) for group in totals}
 
     def row(group: str) -> Row:
-        return {option: _believed(group, option, costs, posteriors, rules.floors) for option in usable}
+        return {option: _estimate_cell(group, option, costs, models, settings) for option in eligible}
 
     rows = {group: row(group) for group in groups}
     return Estimates(
         weights=weights,
         groups=rows,
-        whole=_whole({group: rows.get(group) or row(group) for group in everyone}, everyone, posteriors, rules.floors),
-        families={group: family for group in groups if (family := evidence.family(group)) is not None},
-        requests_per_s=consumption.requests_per_s(now_s, rules.memory),
-        withheld=withheld,
+        overall=_overall(
+            {group: rows.get(group) or row(group) for group in all_weights}, all_weights, models, settings
+        ),
+        families={group: family for group in groups if (family := counts.family(group)) is not None},
+        requests_per_s=consumption.requests_per_s(now_s, settings),
+        ineligible=ineligible,
     )
 
 
-class _Costs:
-    """Energy and time of every group and option."""
+def estimates_changed(old: Estimates, new: Estimates, change: float) -> bool:
+    """Whether options, groups, traffic shares or the estimates of a group with traffic changed materially.
 
-    def __init__(self, consumed: Mapping[str, Mapping[str, Consumed]], pseudo_requests: float) -> None:
-        self._consumed = consumed
-        self._pseudo = pseudo_requests
-        self._energy = self._fit(lambda cell: cell.energy_kwh)
-        self._time = self._fit(lambda cell: cell.processing_s)
-
-    def of(self, group: str, option: str) -> Consumed:
-        """Effective requests, and the means of energy and time."""
-        cell = self._consumed.get(group, {}).get(option, Consumed(0.0, 0.0, 0.0))
-        weight = cell.requests + self._pseudo
-        return Consumed(
-            cell.requests,
-            (cell.energy_kwh + self._pseudo * self._energy(group, option)) / weight,
-            (cell.processing_s + self._pseudo * self._time(group, option)) / weight,
-        )
-
-    def _fit(self, value: Callable[[Consumed], float]) -> Callable[[str, str], float]:
-        return main_effects(
-            {
-                group: {option: (cell.requests, value(cell)) for option, cell in row.items()}
-                for group, row in self._consumed.items()
-            },
-            pseudo_requests=self._pseudo,
-        )
+    Args:
+        old, new: to compare.
+        change: relative for energy and time, absolute for quality and traffic shares.
+    """
+    if new.overall.keys() != old.overall.keys() or new.groups.keys() != old.groups.keys():
+        return True
+    if any(abs(new.weights[group] - old.weights[group]) > change for group in new.weights):
+        return True
+    return any(_differ(one, other, change) for one, other in _compared_cells(old, new))
 
 
-def _withheld(
+def relative_change(old: float, new: float) -> float:
+    """|new - old| relative to the larger of the two; 0 if both are 0."""
+    largest = max(abs(old), abs(new))
+    return abs(new - old) / largest if largest > 0.0 else 0.0
+
+
+def _ineligible(
     options: Sequence[str],
     reference: str,
     requests: Mapping[str, float],
-    posteriors: Mapping[str, Posterior],
-    rules: EstimateRules,
+    models: Mapping[str, QualityModel],
+    settings: OptimizerSettings,
 ) -> dict[str, str]:
-    """Why an option may not be used. Without evidence of the reference's quality no other can be compared with it."""
+    """Why an option may not be used. Without judged answers of the reference nothing can be compared with it."""
     reasons: dict[str, str] = {}
     for option in options:
         if option == reference:
             continue
-        if requests[option] < rules.min_requests:
-            reasons[option] = f"{requests[option]:.1f} of {rules.min_requests:g} footprints"
-        for metric, posterior in posteriors.items():
-            scarce = next((one for one in (option, reference) if not posterior.suffices(one)), None)
-            if scarce is not None and option not in reasons:
-                trials = f"{posterior.trials(scarce):.1f} of {rules.quality.posterior.min_trials:g} judged prompts"
-                reasons[option] = f"{trials} ({metric}{' of the reference' if scarce == reference else ''})"
+        if requests[option] < settings.min_requests:
+            reasons[option] = f"{requests[option]:.1f} of {settings.min_requests:g} footprints"
+        for metric, model in models.items():
+            insufficient = next((one for one in (option, reference) if not model.is_sufficient(one)), None)
+            if insufficient is not None and option not in reasons:
+                trials = f"{model.trials(insufficient):.1f} of {settings.min_trials:g} judged prompts"
+                reasons[option] = f"{trials} ({metric}{' of the reference' if insufficient == reference else ''})"
     return reasons
 
 
-def _named_groups(requests: Mapping[str, float], rules: EstimateRules) -> dict[str, float]:
-    """The groups with most traffic, as many as get a row of their own; effective requests by group, in order."""
-    by_traffic = sorted(requests, key=lambda group: (-requests[group], group))[: rules.memory.max_groups]
-    named = [group for group in by_traffic if requests[group] >= rules.min_group_requests] or by_traffic[:1]
-    return {group: requests[group] for group in sorted(named) if requests[group] > 0.0}
+def _groups_with_probabilities(requests: Mapping[str, float], settings: OptimizerSettings) -> dict[str, float]:
+    """The `max_groups` groups with most traffic and enough of it; effective requests by group, sorted by name."""
+    by_traffic = sorted(requests, key=lambda group: (-requests[group], group))[: settings.max_groups]
+    enough = [group for group in by_traffic if requests[group] >= settings.min_group_requests] or by_traffic[:1]
+    return {group: requests[group] for group in sorted(enough) if requests[group] > 0.0}
 
 
-def _believed(
-    group: str,
-    option: str,
-    costs: _Costs,
-    posteriors: Mapping[str, Posterior],
-    floors: Collection[str],
+def _estimate_cell(
+    group: str, option: str, costs: CostModel, models: Mapping[str, QualityModel], settings: OptimizerSettings
 ) -> OptionEstimate:
-    """What is believed, and how far that may be off."""
-    cost = costs.of(group, option)
-    known = {metric: one for metric, one in posteriors.items() if one.trials(option) > 0.0}
+    """Means and standard errors of one (group, option) pair."""
+    cost = costs.mean(group, option)
+    known = {metric: model for metric, model in models.items() if model.trials(option) > 0.0}
     return OptionEstimate(
         energy_kwh=cost.energy_kwh,
         processing_s=cost.processing_s,
-        quality={metric: one.mean(group, option) for metric, one in known.items()},
-        doubt={metric: doubt for metric, one in known.items() if any(doubt := one.doubt(group, option))},
-        group_quality={
-            metric: one.counted_on(one.mean(group, option), math.hypot(*one.doubt(group, option)))
-            for metric, one in posteriors.items()
-            if metric in floors
+        quality={metric: model.mean(group, option) for metric, model in known.items()},
+        doubt={
+            metric: errors for metric, model in known.items() if any(errors := model.standard_errors(group, option))
         },
-        trials=min((one.group_trials(group, option) for one in posteriors.values()), default=0.0),
+        group_quality={
+            metric: lower_confidence_bound(
+                model.mean(group, option),
+                math.hypot(*model.standard_errors(group, option)),
+                settings.confidence_z_of(metric),
+            )
+            for metric, model in models.items()
+            if metric in settings.floors
+        },
+        trials=min((model.group_trials(group, option) for model in models.values()), default=0.0),
         requests=cost.requests,
     )
 
 
-def _whole(
-    rows: Mapping[str, Row], weights: Mapping[str, float], posteriors: Mapping[str, Posterior], floors: Collection[str]
+def _overall(
+    rows: Mapping[str, Row],
+    weights: Mapping[str, float],
+    models: Mapping[str, QualityModel],
+    settings: OptimizerSettings,
 ) -> Row:
-    """All traffic as one group: the mean over groups by traffic, in whose doubt theirs cancel out in part."""
+    """All traffic as one group: traffic-weighted means, with the standard errors of these means."""
 
     def mean(value: Callable[[str], float]) -> float:
         return sum(weights[group] * value(group) for group in rows)
 
-    def option_of_all(option: str) -> OptionEstimate:
+    def of_option(option: str) -> OptionEstimate:
         cells = {group: row[option] for group, row in rows.items()}
-        known = next(iter(cells.values())).quality
-        quality = {metric: mean(lambda group, metric=metric: cells[group].quality[metric]) for metric in known}  # type: ignore[misc]
-        doubt = {metric: posteriors[metric].doubt_of_all(option, weights) for metric in known}
+        metrics = next(iter(cells.values())).quality
+        quality = {metric: mean(lambda group, metric=metric: cells[group].quality[metric]) for metric in metrics}  # type: ignore[misc]
+        errors = {metric: models[metric].overall_standard_error(option, weights) for metric in metrics}
         return OptionEstimate(
             energy_kwh=mean(lambda group: cells[group].energy_kwh),
             processing_s=mean(lambda group: cells[group].processing_s),
             quality=quality,
-            doubt={metric: (deviation, 0.0, 0.0) for metric, deviation in doubt.items() if deviation > 0.0},
+            doubt={metric: (error, 0.0, 0.0) for metric, error in errors.items() if error > 0.0},
             group_quality={
-                metric: posteriors[metric].counted_on(quality[metric], doubt[metric])
-                for metric in known
-                if metric in floors
+                metric: lower_confidence_bound(quality[metric], errors[metric], settings.confidence_z_of(metric))
+                for metric in metrics
+                if metric in settings.floors
             },
             trials=sum(cell.trials for cell in cells.values()),
             requests=sum(cell.requests for cell in cells.values()),
         )
 
-    return {option: option_of_all(option) for option in next(iter(rows.values()))}
+    return {option: of_option(option) for option in next(iter(rows.values()))}
+
+
+def _compared_cells(old: Estimates, new: Estimates) -> Iterator[tuple[OptionEstimate, OptionEstimate]]:
+    yield from ((old.overall[option], new.overall[option]) for option in new.overall)
+    for group, row in new.groups.items():
+        if new.weights[group] >= _LIGHT_GROUP:
+            yield from ((old.groups[group][option], row[option]) for option in row)
+
+
+def _differ(one: OptionEstimate, other: OptionEstimate, change: float) -> bool:
+    return (
+        relative_change(one.energy_kwh, other.energy_kwh) > change
+        or relative_change(one.processing_s, other.processing_s) > change
+        or any(abs(one.quality.get(metric, 0.0) - value) > change for metric, value in other.quality.items())
+    )

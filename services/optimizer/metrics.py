@@ -1,5 +1,6 @@
-"""What the optimizer tells Prometheus."""
+"""Prometheus metrics of the optimizer."""
 
+import math
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -15,14 +16,14 @@ class OptimizerMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.solve_s = Histogram(
             "sprout_optimizer_solve_seconds",
-            "Wall time to state and solve the program of a model",
+            "Wall time to build and solve the program of a model",
             ("model",),
             buckets=_SOLVE_BUCKETS,
             registry=registry,
         )
         self.solves = Counter(
             "sprout_optimizer_solves",
-            "Solutions, by what called for them and how they came out",
+            "Solved programs by trigger and status",
             ("model", "trigger", "status"),
             registry=registry,
         )
@@ -31,44 +32,49 @@ class OptimizerMetrics:
         )
         self.footprints = Counter(
             "sprout_optimizer_footprints",
-            "Footprints read: counted, known (delivered again), or unknown (a model or option that the fleet lacks)",
+            "Footprints read: counted, known (redelivered), or unknown (of a model or option not in the fleet)",
             ("outcome",),
             registry=registry,
         )
         self._version = Gauge(
-            "sprout_optimizer_policy_version", "Version of the policy in force", ("model",), registry=registry
+            "sprout_optimizer_policy_version", "Version of the current policy", ("model",), registry=registry
         )
         self._saving = Gauge(
             "sprout_optimizer_expected_saving_ratio",
-            "1 - expected grams per request / grams on the reference",
+            "1 - expected grams per request / grams if the reference served all requests",
             ("model",),
             registry=registry,
         )
         self._bound = Gauge(
             "sprout_optimizer_quality_bound",
-            "Least quality required, relative to the reference's",
+            "Minimum quality required, relative to the reference's",
             ("model", "metric"),
             registry=registry,
         )
         self._quality = Gauge(
             "sprout_optimizer_expected_quality",
-            "Quality counted on, relative to the reference's",
+            "Lower confidence bound of the quality, relative to the reference's",
             ("model", "metric"),
             registry=registry,
         )
         self._ages = Gauge(
             "sprout_optimizer_age_seconds",
-            "Event time since the latest policy or evaluation of a model or intensity of a zone; NaN without one",
+            "Event time since the latest policy or evaluation of a model, or intensity of a zone; NaN without one",
             ("what", "name"),
             registry=registry,
         )
 
-    def watch_age(self, what: str, name: str, age_s: Callable[[], float]) -> None:
-        """Read an age whenever it is asked for."""
-        self._ages.labels(what, name).set_function(age_s)
+    def watch_age(self, what: str, name: str, age_s: Callable[[], float | None]) -> None:
+        """Read an age at every scrape; None is shown as NaN."""
 
-    def in_force(self, policy: Policy) -> None:
-        """Show a policy."""
+        def age_or_nan() -> float:
+            age = age_s()
+            return math.nan if age is None else age
+
+        self._ages.labels(what, name).set_function(age_or_nan)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Show the current policy of a model."""
         self._version.labels(policy.model).set(policy.version)
         if policy.reference_g_per_request > 0.0:
             saving = 1.0 - policy.expected_g_per_request / policy.reference_g_per_request

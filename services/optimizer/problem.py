@@ -1,23 +1,50 @@
-"""What the linear program is asked, and what it answers; stated in docs/architecture.md."""
+"""Input and solution of the linear program, and its data as arrays (docs/architecture.md).
+
+A program that chooses among noisy estimates chooses those that are too high by chance. Each quality limit therefore
+holds for the mean minus z standard errors of the quality of all traffic (docs/decisions/0004-optimizer-estimates.md).
+Errors of single groups partly cancel out, errors that groups share do not: the standard error is the Euclidean norm
+|P x| of the probabilities x, with one row of P for every independent error component.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from services.optimizer.quality import NO_ERROR
 from shared.messages import OptionEstimate
 from shared.messages.policies import PolicyStatus
 
+Floats = NDArray[np.float64]
+
 Rows = dict[str, dict[str, float]]
-"""Probability by group, then option; an option that is not drawn is left out."""
+"""Probabilities by group, then option; an option with probability 0 is left out."""
+
+Failure = Literal["infeasible", "time limit", "no convergence", "solver error"]
+"""Why a formulation of the program has no solution."""
+
+PROBABILITY_EPSILON = 1e-8
+"""Probabilities below this are rounding errors of the solver."""
+
+TIE_BREAK = 1e-6
+"""Cost added per place in the order of the options, relative to the most expensive option: of equally good options the
+first one is used, and the reference before all others."""
+
+BOUND_TOLERANCE = 1e-5
+"""By which a quality limit may be missed, relative to the reference's quality; judging measures nothing so small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """One way to serve a request, whatever the group.
+class OptionPrice:
+    """What an option costs, whatever the group.
 
     Attributes:
-        pool: whose capacity it uses.
-        g_per_kwh: gCO2eq for each kWh of the server: PUE times the intensity of the pool's zone.
+        pool: the pool whose capacity it uses.
+        g_per_kwh: gCO2eq per kWh of the server: PUE times the carbon intensity of the pool's zone.
         embodied_g_per_s: k1 of the pool.
     """
 
@@ -26,7 +53,7 @@ class Option:
     embodied_g_per_s: float
 
     def grams(self, estimate: OptionEstimate) -> float:
-        """Expected gCO2eq of a request: e·PUE·k + k1·p."""
+        """Expected gCO2eq of a request: e * PUE * k + k1 * p."""
         return estimate.energy_kwh * self.g_per_kwh + self.embodied_g_per_s * estimate.processing_s
 
 
@@ -35,25 +62,25 @@ class Problem:
     """One instance of the program.
 
     Attributes:
-        reference: the option that quality is measured against.
-        options: what may be used at all, the reference among it; where two are equal, the earlier one is taken.
-        weights: traffic share by group; sums to 1.
-        families: of groups that are about alike things, by group; their doubts are shared.
-        estimates: e, p and q by group, then option; an option that a group lacks is not available to it.
-        cautions: standard deviations of all traffic's quality by which less than its mean is counted on, by metric.
-        bounds: b_m by metric, in [0, 1]: least expected quality of all traffic, relative to the reference's.
-        floors: f_m by metric, in [0, 1]: least expected quality of each group, relative to the reference's.
-        capacities: requests at once by pool; a pool that is left out is unbounded.
-        requests_per_s: of the model, which capacities are held against.
-        holdout: least probability of the reference in every group.
+        reference: the baseline option, which quality is relative to.
+        options: prices of the options that may be used, the reference among them; of equal options the first is used.
+        weights: traffic share w_g by group; sums to 1.
+        families: families of groups about similar things, by group; groups of a family share an error component.
+        estimates: e, p and q by group, then option; a group cannot use an option without an estimate.
+        confidence_z: standard errors of the quality of all traffic taken off its mean, by metric.
+        bounds: b_m by metric, in [0, 1]: minimum quality of all traffic, relative to the reference's.
+        floors: f_m by metric, in [0, 1]: minimum quality of each group, relative to the reference's.
+        capacities: concurrent requests by pool; a pool that is not named is unlimited.
+        requests_per_s: request rate of the model, for the capacities.
+        holdout: minimum probability of the reference in every group.
     """
 
     reference: str
-    options: Mapping[str, Option]
+    options: Mapping[str, OptionPrice]
     weights: Mapping[str, float]
     estimates: Mapping[str, Mapping[str, OptionEstimate]]
     families: Mapping[str, str] = field(default_factory=dict)
-    cautions: Mapping[str, float] = field(default_factory=dict)
+    confidence_z: Mapping[str, float] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
     floors: Mapping[str, float] = field(default_factory=dict)
     capacities: Mapping[str, float] = field(default_factory=dict)
@@ -66,13 +93,13 @@ class Problem:
         for name, limits in (("bounds", self.bounds), ("floors", self.floors), ("holdout", {"": self.holdout})):
             if not all(0.0 <= limit <= 1.0 for limit in limits.values()):
                 raise ValueError(f"{name} must lie in [0, 1], got {dict(limits)}: the reference could not keep them")
-        measured = {*self.bounds, *self.floors}
+        limited = {*self.bounds, *self.floors}
         for group in self.weights:
             row = self.estimates.get(group, {})
             if self.reference not in row:
                 raise ValueError(f"group {group!r} needs an estimate of the reference {self.reference!r}")
             for option, estimate in row.items():
-                if missing := sorted(measured - estimate.quality.keys()) if len(row) > 1 else []:
+                if missing := sorted(limited - estimate.quality.keys()) if len(row) > 1 else []:
                     raise ValueError(f"group {group!r}, option {option!r}: no quality for {', '.join(missing)}")
 
     def row(self, group: str) -> dict[str, OptionEstimate]:
@@ -83,14 +110,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """What to draw from.
+    """Probabilities to draw from, and what they are expected to achieve.
 
     Attributes:
-        status: `optimal`, or which constraints had to be given up.
-        rows: every row sums to 1.
+        status: `optimal`, or which constraints had to be dropped.
+        rows: probabilities by group, then option; every row sums to 1.
         g_per_request: expected gCO2eq of a request.
-        reference_g_per_request: the same traffic, all on the reference.
-        quality: counted on for all traffic, relative to the reference's, by metric with a bound.
+        reference_g_per_request: of the same traffic, all served by the reference.
+        quality: lower confidence bound of the quality of all traffic, relative to the reference's, by limited metric.
+        failures: the stricter formulations that have no solution, named by the status they would have had, and why.
     """
 
     status: PolicyStatus
@@ -98,3 +126,185 @@ class Solution:
     g_per_request: float
     reference_g_per_request: float
     quality: dict[str, float]
+    failures: tuple[tuple[PolicyStatus, Failure], ...] = ()
+
+
+class Cells:
+    """A problem as arrays with one entry for every (group, option) pair.
+
+    Attributes:
+        problem: what the arrays are made from.
+        names: (group, option).
+        reference: 1 where the option is the reference, else 0.
+        weights: traffic share of the group.
+        grams, seconds: of a request.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        rows = {group: problem.row(group) for group in problem.weights}
+        self.names = [(group, option) for group, row in rows.items() for option in row]
+        self._estimates = [estimate for row in rows.values() for estimate in row.values()]
+        self.weights = np.array([problem.weights[group] for group, _ in self.names])
+        self.reference = np.array([float(option == problem.reference) for _, option in self.names])
+        prices = [problem.options[option] for _, option in self.names]
+        self.grams = np.array([one.grams(estimate) for one, estimate in zip(prices, self._estimates, strict=True)])
+        self.seconds = np.array([estimate.processing_s for estimate in self._estimates])
+
+    @property
+    def cost_unit_g(self) -> float:
+        """gCO2eq that 1 means in the objective: the most expensive option's, so that the solver's tolerances mean the
+        same at every carbon intensity.
+        """
+        return float(self.grams.max()) or 1.0
+
+    @cached_property
+    def bounds(self) -> "dict[str, QualityBound]":
+        """The quality limits by metric."""
+        return {metric: QualityBound(self, metric, bound) for metric, bound in self.problem.bounds.items()}
+
+    def costs(self) -> Floats:
+        """Objective coefficients: expected grams in units of `cost_unit_g`, plus the tie-break."""
+        problem = self.problem
+        order = [problem.reference, *(one for one in problem.options if one != problem.reference)]
+        tie_break = {option: place * TIE_BREAK for place, option in enumerate(order)}
+        places = np.array([tie_break[option] for _, option in self.names])
+        return np.asarray(self.weights * (self.grams / self.cost_unit_g + places))
+
+    def of_group(self, group: str) -> list[int]:
+        """Places of a group's cells."""
+        return self._places[group]
+
+    @cached_property
+    def _places(self) -> dict[str, list[int]]:
+        places: dict[str, list[int]] = {group: [] for group in self.problem.weights}
+        for place, (group, _) in enumerate(self.names):
+            places[group].append(place)
+        return places
+
+    def in_pool(self, name: str) -> Floats:
+        """1 for the cells that the pool serves, else 0."""
+        return np.array([float(self.problem.options[option].pool == name) for _, option in self.names])
+
+    def quality(self, metric: str) -> Floats:
+        """q_m of every cell."""
+        return np.array([estimate.quality[metric] for estimate in self._estimates])
+
+    def group_quality(self, metric: str) -> Floats:
+        """Lower confidence bound of q_m of every cell, for the group floors."""
+        return np.array([estimate.group_quality.get(metric, estimate.quality[metric]) for estimate in self._estimates])
+
+    def error_factors(self, metric: str) -> Floats:
+        """P of a metric, (components, cells): the standard error of all traffic's quality is |P x|."""
+        errors = np.array([estimate.doubt.get(metric, NO_ERROR) for estimate in self._estimates])
+        groups = [group for group, _ in self.names]
+        families = [self.problem.families.get(group, "") for group in groups]
+        return error_factors(self.weights[:, None] * errors, groups, families)
+
+    def rows(self, x: Floats) -> Rows:
+        """Probabilities as distributions by group, from the solver's values."""
+        nested: Rows = {}
+        for (group, option), value in zip(self.names, x.tolist(), strict=True):
+            nested.setdefault(group, {})[option] = value
+        return {
+            group: _distribution(row, self.problem.reference, self.problem.holdout) for group, row in nested.items()
+        }
+
+    def values(self, rows: Rows) -> Floats:
+        """Probabilities by cell, from distributions by group."""
+        return np.array([rows.get(group, {}).get(option, 0.0) for group, option in self.names])
+
+    def solution(
+        self, rows: Rows, status: PolicyStatus, failures: Sequence[tuple[PolicyStatus, Failure]] = ()
+    ) -> Solution:
+        """What these probabilities are expected to achieve."""
+        x = self.values(rows)
+        # If the reference serves everything its relative quality is 1, whether it is known or not.
+        only_reference = bool((x == self.reference).all())
+        return Solution(
+            status=status,
+            rows=rows,
+            g_per_request=float((self.weights * self.grams) @ x),
+            reference_g_per_request=float((self.weights * self.grams) @ self.reference),
+            quality={
+                metric: 1.0 if only_reference else self.bounds[metric].lower_bound(x) for metric in self.problem.bounds
+            },
+            failures=tuple(failures),
+        )
+
+
+class QualityBound:
+    """The limit on one metric of all traffic: q.x - z |P x| >= b, all relative to the reference's quality.
+
+    Relative, so that the solver's tolerances mean the same for a metric that is defined for few prompts.
+
+    Attributes:
+        bound: b.
+        z: standard errors taken off the mean.
+        is_active: a limit of 0 is none, and nothing is relative to a reference that never succeeds.
+        mean_factors: q, (cells,).
+        error_factors: P, (components, cells).
+    """
+
+    def __init__(self, cells: Cells, metric: str, bound: float) -> None:
+        quality = cells.weights * cells.quality(metric)
+        reference = float(quality @ cells.reference)
+        self.bound = bound
+        self.z = cells.problem.confidence_z.get(metric, 0.0)
+        self.is_active = bound > 0.0 and reference > 0.0
+        self._is_known = reference > 0.0
+        self.mean_factors = quality / (reference or 1.0)
+        self.error_factors = cells.error_factors(metric) / (reference or 1.0)
+
+    def mean(self, x: Floats) -> float:
+        """Mean quality of all traffic, relative to the reference's; 1 if that is 0."""
+        return float(self.mean_factors @ x) if self._is_known else 1.0
+
+    def margin(self, x: Floats) -> float:
+        """z standard errors of that mean."""
+        return self.z * float(np.linalg.norm(self.error_factors @ x)) if self._is_known else 0.0
+
+    def lower_bound(self, x: Floats) -> float:
+        """Mean minus margin."""
+        return self.mean(x) - self.margin(x)
+
+    def is_violated(self, x: Floats) -> bool:
+        """Whether the limit is missed by more than the tolerance."""
+        return self.lower_bound(x) < self.bound - BOUND_TOLERANCE
+
+
+def error_factors(standard_errors: Floats, groups: Sequence[str], families: Sequence[str]) -> Floats:
+    """The matrix P whose product with x has the norm "standard error of the quality of all traffic".
+
+    Args:
+        standard_errors: (cells, 3), weighted by the groups' traffic shares: each cell's own component, the one shared
+            with its family, and the one shared with all. The options of a group share one error.
+        groups, families: of every cell.
+
+    Returns:
+        (components, cells); components without any error are left out.
+    """
+    everything = [""] * len(standard_errors)
+    blocks = [
+        np.eye(max(numbers, default=-1) + 1)[:, numbers] * column
+        for column, numbers in zip(standard_errors.T, map(_numbered, (groups, families, everything)), strict=True)
+    ]
+    factors = np.concatenate(blocks)
+    return np.asarray(factors[factors.any(axis=1)])
+
+
+def _numbered(names: Sequence[str]) -> list[int]:
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
+
+
+def _distribution(values: Mapping[str, float], reference: str, holdout: float) -> dict[str, float]:
+    """Probabilities without rounding errors of the solver; they sum to 1 and keep the holdout exactly."""
+    others = {option: value for option, value in values.items() if option != reference and value > PROBABILITY_EPSILON}
+    total = sum(others.values())
+    rest = min(max(1.0 - total, 0.0), 1.0)
+    of_reference = max(rest if rest > PROBABILITY_EPSILON else 0.0, holdout)
+    if total == 0.0 or of_reference >= 1.0:
+        return {reference: 1.0}
+    row = {reference: of_reference} if of_reference > 0.0 else {}
+    return row | {option: value * (1.0 - of_reference) / total for option, value in others.items()}

@@ -1,52 +1,73 @@
-"""The linear program: with which probability each option serves each prompt group; stated in docs/architecture.md.
+"""The linear program: with which probability each option serves each prompt group (docs/architecture.md).
 
-Every scheme of the paper (arXiv 2403.12900) is a restriction of it: SPROUT is one group, one pool and three levels;
-MODEL_OPT is one group and two pools, L0 alone; CO2_OPT has no bounds; BASE has no option but the reference; SPROUT_STA
+PuLP states it, HiGHS solves it in process. Variables and constraints are named as in the documentation: `x[group,
+option]`, `one[group]`, `bound[metric]`, `floor[metric,group]`, `capacity[pool]`; PuLP writes `_` for brackets and other
+characters that its file formats do not allow.
+
+A linear program cannot express the norm in the safety margin of a quality limit (a second-order-cone constraint). The
+program is solved, tangent cuts are added to the live HiGHS model where a margin is too small, and it is solved again
+from its last basis (outer approximation by cutting planes).
+
+Every scheme of the paper (arXiv 2403.12900) is a restriction of this program: SPROUT has one group, one pool and three
+levels; MODEL_OPT one group, two pools and L0; CO2_OPT no quality limits; BASE no option but the reference; SPROUT_STA
 is SPROUT at a mean intensity, solved once.
 """
 
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
+import highspy
 import numpy as np
+import pulp
 
-from services.optimizer.linear import Floats, LinearProgram
-from services.optimizer.margin import Length, parts_of
-from services.optimizer.posterior import SURE
-from services.optimizer.problem import Problem, Rows, Solution
+from services.optimizer.problem import Cells, Failure, Floats, Problem, QualityBound, Rows, Solution
 from shared.messages.policies import PolicyStatus
 
-DUST = 1e-8
-"""A probability below it is rounding of the solver's."""
+SOLVER_TOLERANCE = 1e-9
+"""HiGHS's tolerance for constraints and reduced costs."""
 
-TIE_BREAK = 1e-6
-"""Cost, relative to the dearest option's, that is added per place in the order: of equal options the earlier one is
-taken, first of all the reference."""
+TIME_LIMIT_S = 10.0
+"""Wall time of one formulation, all rounds of cuts together."""
 
-SLACK = 1e-5
-"""Of the reference's quality, by which a bound may be missed; what was judged tells no such difference."""
+_MAX_ROUNDS = 50
+"""Rounds of cuts; about five are enough."""
 
-_MOST_ROUNDS = 50
-"""Solutions until margins are as large as they should be; five or so do."""
+_PULP_SPELLING = str.maketrans("-+[] ->/", "________")
+"""How PuLP spells names in its files."""
 
 
-def solve(problem: Problem) -> Solution:
-    """Solve the program; never raises for a problem without a solution.
+def solve(problem: Problem, *, time_limit_s: float = TIME_LIMIT_S) -> Solution:
+    """Solve the program; see `solve_program`."""
+    return solve_program(problem, time_limit_s=time_limit_s)[0]
 
-    What cannot be kept is given up in a fixed order: the group floors, then capacity too, then everything, and the
-    reference is served. Where there is nothing but the reference to choose, the status is `reference` as well.
+
+def solve_program(problem: Problem, *, time_limit_s: float = TIME_LIMIT_S) -> "tuple[Solution, Program | None]":
+    """Solve the program; never fails for want of a solution.
+
+    Constraints that cannot be met are dropped in a fixed order: the group floors, then the capacities, then everything,
+    and the reference is served. If the reference is the only option, the status is `reference` as well.
+
+    Returns:
+        The solution, and the solved program with its shadow prices; None if the reference is served.
     """
-    stated = _Statement(problem)
+    cells = Cells(problem)
+    failures: list[tuple[PolicyStatus, Failure]] = []
     if any(len(problem.row(group)) > 1 for group in problem.weights):
-        for status, floors, capacities in _attempts(problem):
-            rows = _optimum(stated, floors=floors, capacities=capacities)
-            if rows is not None:
-                return stated.solution(rows, status)
-    return stated.solution({group: {problem.reference: 1.0} for group in problem.weights}, "reference")
+        for status, floors, capacities in _formulations(problem):
+            program = Program(cells, floors=floors, capacities=capacities)
+            failure = program.solve(time_limit_s=time_limit_s)
+            if failure is None:
+                return cells.solution(program.rows(), status, failures), program
+            failures.append((status, failure))
+    only_reference = {group: {problem.reference: 1.0} for group in problem.weights}
+    return cells.solution(only_reference, "reference", failures), None
 
 
-def _attempts(problem: Problem) -> Iterator[tuple[PolicyStatus, Mapping[str, float], Mapping[str, float]]]:
-    """The constraints to try, and the status that they mean."""
+def _formulations(problem: Problem) -> Iterator[tuple[PolicyStatus, Mapping[str, float], Mapping[str, float]]]:
+    """Status, floors and capacities of the formulations to try, the strictest first."""
     yield "optimal", problem.floors, problem.capacities
     if problem.floors:
         yield "floors_dropped", {}, problem.capacities
@@ -54,159 +75,241 @@ def _attempts(problem: Problem) -> Iterator[tuple[PolicyStatus, Mapping[str, flo
         yield "capacity_dropped", {}, {}
 
 
-class _Statement:
-    """A problem in arrays, with a place for every group and each of its options.
+class NormConstraint:
+    """sigma >= |P x|, as far as the cuts added so far enforce it.
+
+    With v = P x: |v| = sum_k v_k^2 / |v|, and every term is convex and homogeneous in (v_k, |v|), so that for any a
+    v_k^2 / |v| >= 2 a v_k - a^2 |v|, with equality at a = v_k / |v|. One variable t_k stands for every term, with
+    sigma >= sum_k t_k and cuts t_k >= 2 a v_k - a^2 sigma. Cuts of single components converge in a few rounds; cuts of
+    the whole norm exclude one corner of the feasible set at a time and need many.
 
     Attributes:
-        cells: group and option.
-        reference: where the latter is the reference, as a share: all traffic on it.
-        weights: traffic shares of the groups.
-        grams, seconds: of a request.
+        sigma: the variable.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        rows = {group: problem.row(group) for group in problem.weights}
-        self.cells = [(group, option) for group, row in rows.items() for option in row]
-        self._estimates = [estimate for row in rows.values() for estimate in row.values()]
-        self.weights = np.array([problem.weights[group] for group, _ in self.cells])
-        self.reference = np.array([float(option == problem.reference) for _, option in self.cells])
-        options = [problem.options[option] for _, option in self.cells]
-        self.grams = np.array([one.grams(estimate) for one, estimate in zip(options, self._estimates, strict=True)])
-        self.seconds = np.array([estimate.processing_s for estimate in self._estimates])
+    def __init__(self, lp: pulp.LpProblem, name: str, factors: Floats) -> None:
+        """Add the variables and `sigma >= sum_k t_k` to a program that is not solved yet.
 
-    @cached_property
-    def bounds(self) -> "dict[str, _Bound]":
-        """By metric."""
-        return {metric: _Bound(self, metric, bound) for metric, bound in self.problem.bounds.items()}
+        Args:
+            lp: the program.
+            name: of the metric; the variables are `sigma[name]` and `term[name,k]`, the row is `norm[name]`.
+            factors: P, (components, cells).
+        """
+        self._factors = factors
+        self._name = name
+        self._cuts: list[tuple[int, float, Floats]] = []
+        self.sigma = lp.add_variable(f"sigma[{name}]", lowBound=0.0)
+        self._terms = [lp.add_variable(f"term[{name},{k}]", lowBound=0.0) for k in range(len(factors))]
+        row = [(self.sigma, 1.0), *((term, -1.0) for term in self._terms)]
+        lp.addConstraint(pulp.LpAffineExpression(row) >= 0.0, f"norm[{name}]")
 
-    def costs(self) -> Floats:
-        """The objective, in units of the dearest option: the solver's tolerances then mean the same for any grid."""
-        order = [self.problem.reference, *(one for one in self.problem.options if one != self.problem.reference)]
-        tie_break = {option: place * TIE_BREAK for place, option in enumerate(order)}
-        dearest = float(self.grams.max()) or 1.0
-        places = np.array([tie_break[option] for _, option in self.cells])
-        return np.asarray(self.weights * (self.grams / dearest + places))
+    def value(self, x: Floats) -> float:
+        """|P x|."""
+        return float(np.linalg.norm(self._factors @ x))
 
-    def groups(self) -> Floats:
-        """A row for every group, 1 for its cells."""
-        places = {group: place for place, group in enumerate(self.problem.weights)}
-        return np.asarray(np.eye(len(places))[:, [places[group] for group, _ in self.cells]])
+    def add_cuts(self, solver: highspy.Highs, variables: Sequence[pulp.LpVariable], x: Floats) -> None:
+        """Add the cuts that are tangent at x to the solver's live model.
 
-    def pool(self, name: str) -> Floats:
-        """1 for the cells that it serves."""
-        return np.array([float(self.problem.options[option].pool == name) for _, option in self.cells])
+        Args:
+            solver: of the program, after its first solve.
+            variables: of the cells.
+            x: (cells,), probabilities at which the norm is too small.
+        """
+        values = self._factors @ x
+        slopes = values / np.linalg.norm(values)
+        for k in np.flatnonzero(slopes).tolist():
+            # t_k - 2 a (P x)_k + a^2 sigma >= 0
+            row = -2.0 * slopes[k] * self._factors[k]
+            cells = np.flatnonzero(row).tolist()
+            columns = [*(variables[cell].index for cell in cells), self._terms[k].index, self.sigma.index]
+            coefficients = np.concatenate([row[cells], [1.0, slopes[k] ** 2]])
+            solver.addRow(0.0, highspy.kHighsInf, len(columns), np.array(columns, dtype=np.int32), coefficients)
+            self._cuts.append((k, float(slopes[k] ** 2), row))
 
-    def quality(self, metric: str) -> Floats:
-        """Of every cell."""
-        return np.array([estimate.quality[metric] for estimate in self._estimates])
-
-    def group_quality(self, metric: str) -> Floats:
-        """What is counted on for a floor."""
-        return np.array([estimate.group_quality.get(metric, estimate.quality[metric]) for estimate in self._estimates])
-
-    def doubted(self, metric: str) -> Floats:
-        """What the standard deviation of a metric of all traffic is the length of (`parts_of`)."""
-        doubts = np.array([estimate.doubt.get(metric, SURE) for estimate in self._estimates])
-        groups = [group for group, _ in self.cells]
-        families = [self.problem.families.get(group, "") for group in groups]
-        return parts_of(self.weights[:, None] * doubts, groups, families)
-
-    def rows(self, x: Floats) -> Rows:
-        """As distributions, from what the solver found."""
-        nested: Rows = {}
-        for (group, option), value in zip(self.cells, x.tolist(), strict=True):
-            nested.setdefault(group, {})[option] = value
-        return {
-            group: _distribution(row, self.problem.reference, self.problem.holdout) for group, row in nested.items()
-        }
-
-    def solution(self, rows: Rows, status: PolicyStatus) -> Solution:
-        """What is to be expected of these rows."""
-        x = np.array([rows[group].get(option, 0.0) for group, option in self.cells])
-        # Nothing but the reference: what is served is the reference's quality, known or not.
-        only_reference = bool((x == self.reference).all())
-        quality = {metric: 1.0 if only_reference else self.bounds[metric].relative(x) for metric in self.problem.bounds}
-        return Solution(
-            status=status,
-            rows=rows,
-            g_per_request=float((self.weights * self.grams) @ x),
-            reference_g_per_request=float((self.weights * self.grams) @ self.reference),
-            quality=quality,
-        )
+    def state_cuts(self, lp: pulp.LpProblem, variables: Sequence[pulp.LpVariable]) -> None:
+        """Add the cuts to the PuLP program as well, named `cut[name,n]`, so that its text contains them."""
+        for number, (k, slope_squared, row) in enumerate(self._cuts):
+            terms = [(self._terms[k], 1.0), (self.sigma, slope_squared)]
+            terms += [(variables[cell], float(row[cell])) for cell in np.flatnonzero(row).tolist()]
+            lp.addConstraint(pulp.LpAffineExpression(terms) >= 0.0, f"cut[{self._name},{number}]")
 
 
-class _Bound:
-    """A bound on all traffic, less the margin of what is moved.
-
-    Everything is relative to the reference's quality, so that the solver's tolerances mean the same for a metric that
-    can be told of few prompts.
+class Program:
+    """The PuLP formulation of a problem, with or without floors and capacities, and its HiGHS model.
 
     Attributes:
-        binds: a bound of 0 is none, and nothing can be relative to a reference that never succeeds.
+        cells: the problem.
+        x: (cells,), probabilities of the last solve.
     """
 
-    def __init__(self, stated: _Statement, metric: str, bound: float) -> None:
-        quality = stated.weights * stated.quality(metric)
-        reference = float(quality @ stated.reference)
-        self.binds = bound > 0.0 and reference > 0.0
-        self._measured = reference > 0.0
-        self._quality = quality / (reference or 1.0)
-        self._bound = bound
-        self._caution = stated.problem.cautions.get(metric, 0.0)
-        self._doubted = stated.doubted(metric) / (reference or 1.0)
+    def __init__(self, cells: Cells, *, floors: Mapping[str, float], capacities: Mapping[str, float]) -> None:
+        """State the program.
 
-    def relative(self, x: Floats) -> float:
-        """What is counted on for all traffic, over the reference's quality; 1 where that is 0."""
-        counted_on = float(self._quality @ x) - self._caution * float(np.linalg.norm(self._doubted @ x))
-        return counted_on if self._measured else 1.0
+        Raises:
+            ValueError: a number in it is not finite; HiGHS would drop the constraint.
+        """
+        self.cells = cells
+        self.x: Floats = np.array([])
+        self._lp = pulp.LpProblem("sprout", pulp.LpMinimize)
+        self._names: set[str] = set()
+        self._constraints: dict[str, pulp.LpConstraint] = {}
+        self._norms: dict[str, NormConstraint] = {}
+        self._cuts_stated = False
+        holdout = cells.problem.holdout
+        self._x = [
+            self._lp.add_variable(self._unique(f"x[{group},{option}]"), lowBound=holdout if reference else 0.0)
+            for (group, option), reference in zip(cells.names, cells.reference, strict=True)
+        ]
+        self._lp.setObjective(self._expression(cells.costs(), keep_zeros=True))
+        for group in cells.problem.weights:
+            places = cells.of_group(group)
+            self._add(f"one[{group}]", pulp.LpAffineExpression([(self._x[p], 1.0) for p in places]) == 1.0)
+        for metric, floor in floors.items():
+            self._add_floors(metric, floor)
+        for pool, capacity in capacities.items():
+            concurrent = cells.in_pool(pool) * cells.problem.requests_per_s * cells.weights * cells.seconds
+            if concurrent.any():
+                self._add(f"capacity[{pool}]", self._expression(concurrent) <= capacity)
+        for metric, bound in cells.bounds.items():
+            if bound.is_active:
+                self._add_bound(metric, bound)
 
-    def short(self, x: Floats) -> bool:
-        """Whether it is missed."""
-        return self.relative(x) < self._bound - SLACK
+    def solve(self, *, time_limit_s: float = TIME_LIMIT_S) -> Failure | None:
+        """Solve, adding cuts until every limit holds with its safety margin.
 
-    def require(self, program: LinearProgram) -> Length:
-        """State it; the length is to be told wherever the bound is short."""
-        length = Length(program, self._doubted)
-        row = np.zeros(program.size)
-        row[: len(self._quality)] = self._quality
-        row[length.place] = -self._caution
-        program.at_least(row, self._bound)
-        return length
+        Returns:
+            None once `x` is optimal; else why there is no solution.
+        """
+        self._lp.solve(_highs(time_limit_s))
+        for _ in range(_MAX_ROUNDS):
+            # PuLP reports a time limit as optimal, so HiGHS is asked.
+            failure = _failure(self._solver.getModelStatus())
+            if failure is not None:
+                return failure
+            values = np.asarray(self._solver.getSolution().col_value)
+            self.x = values[[variable.index for variable in self._x]]
+            violated = [norm for metric, norm in self._norms.items() if self.cells.bounds[metric].is_violated(self.x)]
+            if not violated:
+                return None
+            for norm in violated:
+                norm.add_cuts(self._solver, self._x, self.x)
+            self._solver.run()
+        return "no convergence"
+
+    def rows(self) -> Rows:
+        """Probabilities by group, then option."""
+        return self.cells.rows(self.x)
+
+    def shadow_prices(self) -> dict[str, float]:
+        """By constraint: change of the expected gCO2eq per request for one more unit of its right-hand side."""
+        duals = self._solver.getSolution().row_dual
+        unit = self.cells.cost_unit_g
+        return {name: float(duals[constraint.index]) * unit for name, constraint in self._constraints.items()}
+
+    def holdout_price_g(self) -> float:
+        """Change of the expected gCO2eq per request for one more unit of the holdout, in all groups."""
+        duals = np.asarray(self._solver.getSolution().col_dual)[[variable.index for variable in self._x]]
+        return float(duals @ self.cells.reference) * self.cells.cost_unit_g
+
+    def lp_text(self) -> str:
+        """The program in CPLEX LP format, with the cuts added so far."""
+        if not self._cuts_stated:
+            for norm in self._norms.values():
+                norm.state_cuts(self._lp, self._x)
+            self._cuts_stated = True
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "program.lp"
+            self._lp.writeLP(str(path), max_length=1_000)
+            return path.read_text(encoding="utf-8")
+
+    @property
+    def _solver(self) -> highspy.Highs:
+        """The live model that PuLP built; it keeps its basis between runs."""
+        solver: highspy.Highs = self._lp.solverModel
+        return solver
+
+    def _add_bound(self, metric: str, bound: QualityBound) -> None:
+        quality = self._expression(bound.mean_factors)
+        if bound.z > 0.0 and len(bound.error_factors):
+            _require_finite(bound.error_factors)
+            norm = NormConstraint(self._lp, self._unique(metric), bound.error_factors)
+            self._norms[metric] = norm
+            quality[norm.sigma] = -bound.z
+        self._add(f"bound[{metric}]", quality >= bound.bound)
+
+    def _add_floors(self, metric: str, floor: float) -> None:
+        quality, group_quality = self.cells.quality(metric), self.cells.group_quality(metric)
+        _require_finite(quality, group_quality)
+        for group in self.cells.problem.weights:
+            places = self.cells.of_group(group)
+            of_reference = float(quality[places] @ self.cells.reference[places])
+            row = [
+                (self._x[p], value) for p, value in zip(places, group_quality[places].tolist(), strict=True) if value
+            ]
+            self._add(f"floor[{metric},{group}]", pulp.LpAffineExpression(row) >= floor * of_reference)
+
+    def _expression(self, coefficients: Floats, *, keep_zeros: bool = False) -> pulp.LpAffineExpression:
+        _require_finite(coefficients)
+        pairs = zip(self._x, coefficients.tolist(), strict=True)
+        return pulp.LpAffineExpression([pair for pair in pairs if keep_zeros or pair[1]])
+
+    def _add(self, name: str, constraint: pulp.LpConstraint) -> None:
+        self._constraints[name] = constraint
+        self._lp.addConstraint(constraint, self._unique(name))
+
+    def _unique(self, name: str) -> str:
+        """The name, with a number if PuLP spells another one alike: groups may differ in a space or a dash only."""
+        spelled, number = name.translate(_PULP_SPELLING), 1
+        while (unique := spelled if number == 1 else f"{spelled}~{number}") in self._names:
+            number += 1
+        self._names.add(unique)
+        return unique
 
 
-def _optimum(stated: _Statement, *, floors: Mapping[str, float], capacities: Mapping[str, float]) -> Rows | None:
-    """The cheapest rows that keep the constraints; null where there are none, or the solver found none in time."""
-    problem = stated.problem
-    program = LinearProgram(stated.costs(), least=problem.holdout * stated.reference)
-    groups = stated.groups()
-    program.equal(groups, 1.0)
-    for metric, floor in floors.items():
-        of_reference = groups @ (stated.reference * stated.quality(metric))
-        program.at_least(groups * stated.group_quality(metric), floor * of_reference)
-    for pool, capacity in capacities.items():
-        program.at_most(stated.pool(pool) * problem.requests_per_s * stated.weights * stated.seconds, capacity)
-    lengths = [(bound, bound.require(program)) for bound in stated.bounds.values() if bound.binds]
-    for _ in range(_MOST_ROUNDS):
-        values = program.solve()
-        if values is None:
+def warm_up() -> None:
+    """Use the solver once with standard output closed.
+
+    At its first use in a process HiGHS prints its licence to standard output whatever its options are, and the standard
+    output of a service is its log.
+    """
+    sys.stdout.flush()
+    saved = os.dup(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 1)
+        lp = pulp.LpProblem("warm_up", pulp.LpMinimize)
+        lp.setObjective(pulp.LpAffineExpression([(lp.add_variable("x", lowBound=1.0), 1.0)]))
+        lp.solve(_highs(TIME_LIMIT_S))
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(null)
+
+
+def _highs(time_limit_s: float) -> pulp.HiGHS:
+    return pulp.HiGHS(
+        msg=False,
+        # The simplex method of a small program is serial, more threads only wait. The number is the same everywhere:
+        # HiGHS has one pool of threads per process, and fails if a later model asks for another size.
+        threads=1,
+        timeLimit=time_limit_s,
+        primal_feasibility_tolerance=SOLVER_TOLERANCE,
+        dual_feasibility_tolerance=SOLVER_TOLERANCE,
+    )
+
+
+def _failure(status: highspy.HighsModelStatus) -> Failure | None:
+    match status:
+        case highspy.HighsModelStatus.kOptimal:
             return None
-        x = values[: len(stated.cells)]
-        short = [length for bound, length in lengths if bound.short(x)]
-        if not short:
-            return stated.rows(x)
-        for length in short:
-            length.hold(x)
-    return None
+        case highspy.HighsModelStatus.kInfeasible | highspy.HighsModelStatus.kUnboundedOrInfeasible:
+            return "infeasible"
+        case highspy.HighsModelStatus.kTimeLimit:
+            return "time limit"
+        case _:
+            return "solver error"
 
 
-def _distribution(values: Mapping[str, float], reference: str, holdout: float) -> dict[str, float]:
-    """A row without the solver's dust; sums to 1 and keeps the holdout exactly."""
-    others = {option: value for option, value in values.items() if option != reference and value > DUST}
-    taken = sum(others.values())
-    share = min(max(1.0 - taken, 0.0), 1.0)
-    kept = max(share if share > DUST else 0.0, holdout)
-    if taken == 0.0 or kept >= 1.0:
-        return {reference: 1.0}
-    row = {reference: kept} if kept > 0.0 else {}
-    return row | {option: value * (1.0 - kept) / taken for option, value in others.items()}
+def _require_finite(*arrays: Floats) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError("a number of the program is not finite")

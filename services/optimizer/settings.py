@@ -1,184 +1,198 @@
 """Configuration of the optimizer, from `SPROUT_OPTIMIZER_*`."""
 
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from services.optimizer.caution import Caution
-from services.optimizer.consumption import Memory
-from services.optimizer.estimates import EstimateRules
-from services.optimizer.planning import Aims
-from services.optimizer.posterior import PosteriorRules
-from services.optimizer.quality import QualityRules
-from services.optimizer.triggers import TriggerRules
 from shared.messages.base import Probability
 
 _HOUR_S = 3_600.0
+_PREFIX = "SPROUT_OPTIMIZER_"
+
+
+def _renamed(new: str, old: str) -> Any:  # noqa: ANN401 - Field() takes any default
+    """Both names of an environment variable; the old one works until the next release."""
+    return AliasChoices(f"{_PREFIX}{new}".lower(), f"{_PREFIX}{old}".lower())
 
 
 class OptimizerSettings(BaseSettings):
-    """What is aimed at, what is believed, when it is solved. "Wall" means real time, "event" that of the clock."""
+    """Objective, estimates and schedule of the optimizer.
 
-    model_config = SettingsConfigDict(env_prefix="SPROUT_OPTIMIZER_", extra="ignore")
+    "Wall" marks real time, "event" the time of the messages and of the configured clock.
+    """
 
-    # Aims
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="ignore", populate_by_name=True)
+
+    # Quality limits
     xi: dict[str, Probability] = Field(
         default={"preference": 0.1},
         min_length=1,
-        description='Largest relative quality loss by metric, on the dirtiest grid: JSON {"preference": 0.1}; '
-        "the evaluator judges preference; another metric needs counts from elsewhere on the topic `quality`, and until "
-        "there are enough the reference is served",
+        description='Maximum relative quality loss by metric, JSON: {"preference": 0.1}. The full loss is tolerated at '
+        "the highest carbon intensity of the trailing window, none at the lowest. The evaluator judges preference; "
+        "counts of any other metric must come from another producer on the topic `quality`, and until there are enough "
+        "of them the baseline (no directive) is served",
     )
     constant_bounds: frozenset[str] = Field(
         default=frozenset(),
-        description="Metrics of xi whose loss is tolerated at all times, not only on the dirtiest grid: JSON "
-        '["correctness"]',
+        description='Metrics of xi whose full loss is tolerated at every carbon intensity: JSON ["correctness"]',
     )
     floors: dict[str, Probability] = Field(
         default={},
-        description="Least quality of every group, relative to the reference's, by metric of xi: JSON",
+        description="Minimum quality of every prompt group, relative to the baseline's, by metric of xi: JSON",
     )
-    holdout: Probability = Field(default=0.05, description="Share of every group's traffic kept on the reference")
+    confidence_z: float = Field(
+        default=1.645,
+        ge=0,
+        validation_alias=_renamed("CONFIDENCE_Z", "CAUTION"),
+        description="Safety margin of a quality limit in standard errors of the quality of all traffic, where one "
+        "metric is limited (1.645: the limit holds with 95 % confidence); with several metrics each takes more, so "
+        "that all limits hold together with the same confidence (1.96 with two)",
+    )
+    confidence_z_by_metric: dict[str, float] = Field(
+        default={},
+        validation_alias=_renamed("CONFIDENCE_Z_BY_METRIC", "CAUTIONS"),
+        description='The safety margin of single metrics, however many are limited: JSON {"correctness": 0.5}',
+    )
+    holdout: Probability = Field(
+        default=0.05, description="Share of every group's traffic that is always served by the baseline (control group)"
+    )
     validity_h: float = Field(
-        default=3.0, gt=0, description="Without a newer policy the reference is served after so long, event"
+        default=3.0, gt=0, description="Lifetime of a policy, event; after it routers serve the baseline"
     )
 
-    # The grid
+    # Carbon intensity
     max_intensity_age_s: float = Field(
-        default=7_200.0, gt=0, description="After this the same hour's trailing mean stands in, event"
+        default=7_200.0,
+        gt=0,
+        description="Age of the latest carbon intensity from which the mean of the same hour of earlier days replaces "
+        "it, event",
     )
     window_h: float = Field(default=720.0, gt=0, description="Trailing window of k0_min and k0_max, event")
     min_window_hours: int = Field(
-        default=24, ge=2, description="Hours with a value in the window before any loss of quality is tolerated"
+        default=24, ge=2, description="Hours with a value in the window before any quality loss is tolerated"
     )
 
-    # Energy, time and traffic
-    footprint_half_life_h: float = Field(default=24.0, gt=0, description="Of energy and time, event")
+    # Estimates of energy, time and traffic
+    footprint_half_life_h: float = Field(default=24.0, gt=0, description="Half-life of energy and time, event")
     traffic_half_life_h: float = Field(
-        default=1.0, gt=0, description="Of the groups' shares of the traffic, which change with the hour, event"
+        default=1.0, gt=0, description="Half-life of the groups' shares of the traffic, which change by the hour, event"
     )
-    rate_half_life_h: float = Field(default=1.0, gt=0, description="Of the request rate, event")
+    rate_half_life_h: float = Field(default=1.0, gt=0, description="Half-life of the request rate, event")
     pseudo_requests: float = Field(
-        default=10.0, gt=0, description="Requests that the whole counts as, in each group's energy and time"
+        default=10.0,
+        gt=0,
+        description="Prior weight, in requests, of the multiplicative model in each group's energy and time",
     )
     min_requests: float = Field(
-        default=10.0, gt=0, description="Effective requests of an option, in all groups, before it may be used"
+        default=10.0, gt=0, description="Effective requests of an option, over all groups, before it may be used"
     )
     min_group_requests: float = Field(
         default=1.0, ge=0, description="Effective requests of a group before it gets probabilities of its own"
     )
-    max_groups: int = Field(default=64, ge=1, le=1_000, description="Groups with probabilities of their own")
+    max_groups: int = Field(default=64, ge=1, le=1_000, description="Groups with probabilities of their own, at most")
 
-    # Quality
-    quality_half_life_h: float = Field(default=720.0, gt=0, description="Of a judged prompt, event")
+    # Estimates of quality
+    quality_half_life_h: float = Field(default=720.0, gt=0, description="Half-life of a judged prompt, event")
     pseudo_trials: float = Field(
         default=20.0,
         gt=0,
-        description="Judged prompts that the whole counts as, in each group's quality, until the groups tell",
+        description="Prior weight, in judged prompts, of the pooled mean in each group's quality, until the data "
+        "determine it (empirical Bayes)",
     )
-    prior_trials: float = Field(default=2.0, gt=0, description="Judged prompts that the weak prior counts as")
+    prior_trials: float = Field(
+        default=2.0, gt=0, description="Weight, in judged prompts, of the prior that an option changes nothing"
+    )
     min_trials: float = Field(
-        default=20.0, gt=0, description="Effective judged prompts of an option, in all groups, before it may be used"
-    )
-    caution: float = Field(
-        default=1.645,
-        ge=0,
-        description="Standard deviations of all traffic's quality by which less than its mean is counted on, where one "
-        "metric is bound; of two each takes 1.19 times as many, so that both hold as often as one would at 1.645",
-    )
-    cautions: dict[str, float] = Field(
-        default={}, description='The same by metric, whatever else is bound: JSON {"correctness": 0.5}'
+        default=20.0, gt=0, description="Effective judged prompts of an option, over all groups, before it may be used"
     )
 
-    # When
-    estimates_interval_min: float = Field(default=30.0, gt=0, description="Between two looks at the estimates, event")
+    # When to solve and to publish
+    estimates_interval_min: float = Field(
+        default=30.0, gt=0, description="Minutes between two checks for changed estimates, event"
+    )
     estimates_change: float = Field(
         default=0.05,
         gt=0,
-        description="Relative of energy or time, absolute of a quality or traffic share, that calls for a solve",
+        description="Change of the estimates that triggers a solve: relative for energy and time, absolute for quality "
+        "and traffic shares",
     )
-    probability_change: float = Field(default=0.01, ge=0, description="Of any option, that calls for publishing")
+    probability_change: float = Field(
+        default=0.01, ge=0, description="Change of a probability that makes a policy worth publishing"
+    )
     carbon_change: float = Field(
-        default=0.05, ge=0, description="Relative, of the expected grams per request, that calls for publishing"
+        default=0.05, ge=0, description="Relative change of the expected grams per request that does"
     )
-    bound_change: float = Field(default=0.005, ge=0, description="Of any bound, that calls for publishing")
+    bound_change: float = Field(default=0.005, ge=0, description="Change of a quality limit that does")
 
-    # The shell
-    turn_interval_s: float = Field(default=0.25, gt=0, description="Between two looks at what has come in, wall")
+    # Processing
+    loop_interval_s: float = Field(
+        default=0.25,
+        gt=0,
+        validation_alias=_renamed("LOOP_INTERVAL_S", "TURN_INTERVAL_S"),
+        description="Shortest time between two passes of the solve loop, wall",
+    )
     state_wait_s: float = Field(
-        default=10.0, ge=0, description="At the start, for what is in force to be read before policies are made; wall"
+        default=10.0,
+        ge=0,
+        description="At startup, how long to wait for the compacted topics to be read before solving, wall",
     )
     check_interval_min: float = Field(
-        default=5.0, gt=0, description="Between two looks when nothing comes in: at validity and ages; event"
+        default=5.0, gt=0, description="Minutes between two passes of the solve loop when no message arrives, event"
     )
     batch_records: int = Field(default=2_000, ge=1, description="Footprints counted in one transaction, at most")
-    batch_interval_s: float = Field(default=0.25, ge=0, description="Between two batches of footprints, wall")
+    batch_interval_s: float = Field(default=0.25, ge=0, description="Pause between two batches of footprints, wall")
     remembered_footprints: int = Field(
-        default=100_000, ge=1_000, description="Counted footprints whose ids are kept, so that none counts twice"
+        default=100_000, ge=1_000, description="Ids of counted footprints kept, so that a redelivered one is ignored"
     )
-    retry_pause_s: float = Field(default=1.0, gt=0, description="Before PostgreSQL is tried again, wall")
+    retry_pause_s: float = Field(default=1.0, gt=0, description="Pause before PostgreSQL is tried again, wall")
 
     @model_validator(mode="after")
-    def _metrics_are_measured(self) -> Self:
+    def _metrics_are_in_xi(self) -> Self:
         for name, metrics in (("FLOORS", self.floors.keys()), ("CONSTANT_BOUNDS", self.constant_bounds)):
             if unknown := sorted(metrics - self.xi.keys()):
                 raise ValueError(
-                    f"SPROUT_OPTIMIZER_{name} names {', '.join(unknown)}, which SPROUT_OPTIMIZER_XI does not: add it "
-                    "there (1.0 sets no bound on the whole)"
+                    f"{_PREFIX}{name} names {', '.join(unknown)}, which {_PREFIX}XI does not: add it there "
+                    "(1.0 sets no limit on all traffic)"
                 )
         return self
 
-    @property
-    def _caution(self) -> Caution:
-        return Caution(self.caution, self.cautions)
+    def confidence_z_of(self, metric: str) -> float:
+        """Standard errors taken off the mean of a metric that is limited by itself."""
+        return self.confidence_z_by_metric.get(metric, self.confidence_z)
 
     @property
-    def aims(self) -> Aims:
-        """What the operator wants."""
-        return Aims(
-            xi=self.xi,
-            constant_bounds=self.constant_bounds,
-            floors=self.floors,
-            caution=self._caution,
-            holdout=self.holdout,
-            validity=timedelta(hours=self.validity_h),
-        )
+    def validity(self) -> timedelta:
+        """Lifetime of a policy, event time."""
+        return timedelta(hours=self.validity_h)
 
     @property
-    def estimate_rules(self) -> EstimateRules:
-        """How evidence becomes estimates."""
-        return EstimateRules(
-            memory=Memory(
-                half_life_s=self.footprint_half_life_h * _HOUR_S,
-                traffic_half_life_s=self.traffic_half_life_h * _HOUR_S,
-                rate_half_life_s=self.rate_half_life_h * _HOUR_S,
-                max_groups=self.max_groups,
-            ),
-            quality=QualityRules(
-                half_life_s=self.quality_half_life_h * _HOUR_S,
-                posterior=PosteriorRules(
-                    pseudo_trials=self.pseudo_trials,
-                    prior_trials=self.prior_trials,
-                    min_trials=self.min_trials,
-                ),
-                caution=self._caution,
-            ),
-            pseudo_requests=self.pseudo_requests,
-            min_requests=self.min_requests,
-            min_group_requests=self.min_group_requests,
-            floors=frozenset(self.floors),
-        )
+    def renewal(self) -> timedelta:
+        """A policy is renewed when it is valid for no longer than this, event time."""
+        return timedelta(hours=self.validity_h / 3.0)
 
     @property
-    def trigger_rules(self) -> TriggerRules:
-        """When something is material."""
-        return TriggerRules(
-            estimates_interval=timedelta(minutes=self.estimates_interval_min),
-            estimates_change=self.estimates_change,
-            probability_change=self.probability_change,
-            carbon_change=self.carbon_change,
-            bound_change=self.bound_change,
-            renewal=timedelta(hours=self.validity_h / 3.0),
-        )
+    def estimates_interval(self) -> timedelta:
+        """Between two checks for changed estimates, event time."""
+        return timedelta(minutes=self.estimates_interval_min)
+
+    @property
+    def footprint_half_life_s(self) -> float:
+        """Of energy and time."""
+        return self.footprint_half_life_h * _HOUR_S
+
+    @property
+    def traffic_half_life_s(self) -> float:
+        """Of the groups' shares of the traffic."""
+        return self.traffic_half_life_h * _HOUR_S
+
+    @property
+    def rate_half_life_s(self) -> float:
+        """Of the request rate."""
+        return self.rate_half_life_h * _HOUR_S
+
+    @property
+    def quality_half_life_s(self) -> float:
+        """Of a judged prompt."""
+        return self.quality_half_life_h * _HOUR_S

@@ -1,4 +1,4 @@
-"""What the optimizer keeps in PostgreSQL: consumption, evaluations, the last policies. Memory only mirrors it."""
+"""The optimizer's tables in PostgreSQL: consumption, evaluations, and the last policy of every model."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 
-from services.optimizer.consumption import Consumption
+from services.optimizer.costs import Consumption
 from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import Footprint, Policy, Quality
 from shared.runtime.database import TRANSIENT_ERRORS
@@ -18,10 +18,10 @@ Apply = Callable[[Consumption, Sequence[Footprint]], None]
 
 
 class Store:
-    """The optimizer's tables. Every method raises `RetryLaterError` while the database is away.
+    """The optimizer's tables. Every method raises `RetryLaterError` while the database is unavailable.
 
     Attributes:
-        problem: what is wrong with the database, as far as is known; null while it works.
+        problem: why the last operation failed; None if it succeeded.
     """
 
     def __init__(self, pool: asyncpg.Pool, *, remembered_footprints: int) -> None:
@@ -31,10 +31,10 @@ class Store:
         self.problem: str | None = None
 
     async def count(self, footprints: Sequence[Footprint], apply: Apply) -> tuple[dict[str, Consumption], int]:
-        """Count footprints that were not counted yet; all of it happens, or nothing.
+        """Count footprints that were not counted yet, in one transaction.
 
-        Of the last `remembered_footprints` each counts once, however often, by whichever process, and after whatever
-        failure it is delivered.
+        Each of the last `remembered_footprints` footprints is counted once, however often and to whichever process it
+        is delivered.
 
         Returns:
             The new consumption of the models concerned, and how many footprints were new.
@@ -42,7 +42,7 @@ class Store:
         by_id = {footprint.request_id: footprint for footprint in footprints}
         with self._watched():
             async with self._pool.acquire() as connection, connection.transaction():
-                # Sorted, as everywhere: two processes then wait for each other instead of for one another.
+                # Sorted, so that two processes lock the rows in the same order and cannot deadlock.
                 new = await connection.fetch(
                     "INSERT INTO counted (request_id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING "
                     "RETURNING request_id",
@@ -65,13 +65,13 @@ class Store:
         return changed, len(fresh)
 
     async def consumption(self) -> dict[str, Consumption]:
-        """What every model consumed."""
+        """Consumption of every model."""
         with self._watched():
             rows = await self._pool.fetch("SELECT model, state FROM consumption")
         return {row["model"]: Consumption.from_document(json.loads(row["state"])) for row in rows}
 
     async def add_evaluations(self, evaluations: Sequence[Quality], *, oldest: datetime) -> int:
-        """Keep evaluations, each once; those from before `oldest` are dropped. Returns how many were new."""
+        """Insert evaluations that are not stored yet; delete those before `oldest`. Returns how many were new."""
         values = [
             (one.evaluation_id, one.model, one.evaluated_at, one.model_dump_json())
             for one in evaluations
@@ -91,7 +91,7 @@ class Store:
         return len(new)
 
     async def evaluations(self) -> list[Quality]:
-        """Every evaluation kept, oldest first."""
+        """Every stored evaluation, oldest first."""
         with self._watched():
             rows = await self._pool.fetch("SELECT message FROM evaluations ORDER BY evaluated_at, evaluation_id")
         return [Quality.model_validate_json(row["message"]) for row in rows]
@@ -102,8 +102,8 @@ class Store:
             rows = await self._pool.fetch("SELECT model, message FROM policies")
         return {row["model"]: Policy.model_validate_json(row["message"]) for row in rows}
 
-    async def keep_policy(self, policy: Policy) -> Policy:
-        """Keep a policy as its model's last, under the version after the last one; returns it with that version."""
+    async def add_policy(self, policy: Policy) -> Policy:
+        """Store a policy as its model's last, with the next version; returns it with that version."""
         with self._watched():
             async with self._pool.acquire() as connection, connection.transaction():
                 version = await connection.fetchval(
@@ -118,12 +118,12 @@ class Store:
         return numbered
 
     async def probe(self) -> None:
-        """See whether the database is there; `problem` tells."""
+        """Run a query; `problem` is None afterwards if the database is available."""
         with self._watched():
             await self._pool.fetchval("SELECT 1")
 
     async def _locked_consumption(self, connection: Any, model: str) -> Consumption:  # noqa: ANN401
-        """A model's consumption, held against other processes until the transaction ends."""
+        """A model's consumption, with its row locked until the transaction ends."""
         await connection.execute(
             "INSERT INTO consumption (model, state) VALUES ($1, $2) ON CONFLICT DO NOTHING",
             model,
@@ -134,10 +134,10 @@ class Store:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Tells apart a database that is away from a mistake, and remembers which."""
+        """Turn errors of an unavailable database into `RetryLaterError`, and set `problem`."""
         try:
             yield
         except (*TRANSIENT_ERRORS, TimeoutError) as error:
-            self.problem = f"PostgreSQL is away ({type(error).__name__})"
+            self.problem = f"PostgreSQL is unavailable ({type(error).__name__})"
             raise RetryLaterError(self.problem) from error
         self.problem = None

@@ -29,6 +29,14 @@ class OptionEstimate(Value):
     requests: float = Field(default=0.0, ge=0, description="Effective requests behind energy and time")
 
 
+class OptionInputs(Value):
+    """What one option costs, whatever the group."""
+
+    pool: Identifier
+    g_per_kwh: float = Field(ge=0, description="PUE times the carbon intensity of the pool's zone")
+    embodied_g_per_s: float = Field(ge=0, description="k1 of the pool")
+
+
 class PolicyInputs(Value):
     """The inputs of the program."""
 
@@ -48,6 +56,14 @@ class PolicyInputs(Value):
     )
     estimates: dict[str, dict[str, OptionEstimate]] = Field(description="By group, then option")
     holdout: Probability
+    options: dict[str, OptionInputs] = Field(
+        default={}, description="By option that has a known price; empty in policies of the first release"
+    )
+    floors: dict[str, Probability] = Field(
+        default={}, description="Minimum quality of every group relative to the reference's, by metric"
+    )
+    capacities: dict[str, float] = Field(default={}, description="Concurrent requests by pool with a limit")
+    requests_per_s: float = Field(default=0.0, ge=0, description="Request rate that capacities are compared with")
 
 
 class Policy(Message):

@@ -1,16 +1,15 @@
-"""How long the linear program takes, stated and solved: `python -m tests.benchmarks.bench_program`.
+"""Time to build and solve the linear program: `python -m tests.benchmarks.bench_program`.
 
-Medians of repeated runs on made-up estimates with two doubted quality metrics, group floors and a capacity. Adds
-`program_64x12_ms` to build/bench.json.
+Medians of repeated runs on synthetic estimates with two quality limits and their safety margins, group floors and a
+capacity. Adds `program_64x12_ms` to build/bench.json.
 """
 
 import random
 import statistics
 import time
 
-from services.optimizer.linear import warm_up
-from services.optimizer.problem import Option, Problem
-from services.optimizer.program import solve
+from services.optimizer.problem import OptionPrice, Problem
+from services.optimizer.program import solve, warm_up
 from shared.messages import OptionEstimate
 from tests.benchmarks.results import record
 
@@ -19,15 +18,15 @@ REPEATS = 25
 METRICS = ("preference", "correctness")
 
 
-def made_up(groups: int, options: int) -> Problem:
-    """A program of this size; always the same."""
+def synthetic(groups: int, options: int) -> Problem:
+    """A problem of this size; always the same."""
     chance = random.Random(1)
     names = [f"pool-{number // 3}/L{number % 3}" for number in range(options)]
     saved = (1.0, 0.4, 0.3)
     return Problem(
         reference=names[0],
         options={
-            name: Option(pool=name.split("/")[0], g_per_kwh=250.0 + 40 * number, embodied_g_per_s=1.7e-4)
+            name: OptionPrice(pool=name.split("/")[0], g_per_kwh=250.0 + 40 * number, embodied_g_per_s=1.7e-4)
             for number, name in enumerate(names)
         },
         weights={f"group-{number}": 1 / groups for number in range(groups)},
@@ -44,7 +43,7 @@ def made_up(groups: int, options: int) -> Problem:
             for number in range(groups)
         },
         families={f"group-{number}": f"family-{number // 6}" for number in range(groups)},
-        cautions=dict.fromkeys(METRICS, 1.96),
+        confidence_z=dict.fromkeys(METRICS, 1.96),
         bounds={"preference": 0.93, "correctness": 0.97},
         floors={"preference": 0.8},
         capacities={"pool-0": 20.0},
@@ -56,15 +55,15 @@ def made_up(groups: int, options: int) -> Problem:
 def main() -> None:
     """Print the table."""
     warm_up()
-    print("groups x options   whole ms")
+    print("groups x options   median ms")
     for groups, options in SIZES:
-        problem = made_up(groups, options)
-        whole: list[float] = []
+        problem = synthetic(groups, options)
+        times: list[float] = []
         for _ in range(REPEATS):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             solve(problem)
-            whole.append(time.perf_counter() - begun)
-        median_ms = statistics.median(whole) * 1_000
+            times.append(time.perf_counter() - started)
+        median_ms = statistics.median(times) * 1_000
         print(f"{groups:6} x {options:<10} {median_ms:8.2f}")
         if (groups, options) == SIZES[-1]:
             record("program_64x12_ms", round(median_ms, 3))

@@ -1,6 +1,6 @@
-"""How long a study of the paper's size takes: `python -m tests.benchmarks.bench_simulate`.
+"""Time of a simulation of the paper's size: `python -m tests.benchmarks.bench_simulate`.
 
-15 windows of 720 hours × 7 schemes on 16,000 made-up prompts, on two processes. Adds `simulate_15x7_s` to
+15 windows of 720 hours × 7 schemes on 16,000 synthetic prompts, in two processes. Adds `simulate_15x7_s` to
 build/bench.json.
 """
 
@@ -14,8 +14,8 @@ from services.optimizer.settings import OptimizerSettings
 from tests.benchmarks.results import record
 from tools.simulator.grid import Grid
 from tools.simulator.jobs import Job, run_all
-from tools.simulator.measured import UNJUDGED, Measured
-from tools.simulator.schemes import DEFAULT_SCHEMES, Fold, Grouping, Study
+from tools.simulator.requests import UNJUDGED, Measured
+from tools.simulator.schemes import DEFAULT_SCHEMES, Experiment, Fold, Grouping
 from tools.simulator.traffic import constant_mix
 
 PROMPTS = 16_000
@@ -28,14 +28,14 @@ PROCESSES = 2
 WORDS = ("which", "of", "these", "planets", "is", "larger", "than", "Earth", "and", "has", "7", "moons")
 
 
-def made_up_requests(rng: np.random.Generator) -> Measured:
-    """Prompts of six tasks, which differ in what is preferred on them."""
+def synthetic_requests(rng: np.random.Generator) -> Measured:
+    """Prompts of six tasks with different preferences."""
     task = rng.integers(0, TASKS, PROMPTS)
     shares = rng.dirichlet((3.0, 3.0, 2.0), TASKS)
     drawn = np.array([rng.choice(3, p=shares[one]) for one in task])
     energy = np.array([8e-4, 2e-4, 1.5e-4]) * rng.gamma(2.0, 0.5, (PROMPTS, 3)) + 1e-6
     return Measured(
-        model="made-up",
+        model="synthetic",
         prompts=tuple(f"Task {one}, number {rng.integers(0, 500)}, please?" for one in task),
         tasks=tuple(f"task {one}" for one in range(TASKS)),
         task=task,
@@ -49,8 +49,8 @@ def made_up_requests(rng: np.random.Generator) -> Measured:
     )
 
 
-def made_up_grid(rng: np.random.Generator, zone: int) -> Grid:
-    """A year of a grid with days and weather."""
+def synthetic_grid(rng: np.random.Generator, zone: int) -> Grid:
+    """A year of carbon intensities with days and weather."""
     hours = np.arange(8_760)
     weather = np.convolve(rng.normal(0.0, 1.0, 8_760 + 71), np.ones(72) / 8.0, mode="valid")
     values = 260.0 - (40.0 + 20.0 * zone) * np.cos(2 * np.pi * (hours - 3) / 24.0) + 45.0 * weather
@@ -58,37 +58,37 @@ def made_up_grid(rng: np.random.Generator, zone: int) -> Grid:
 
 
 def main() -> None:
-    """Print how long it takes."""
+    """Print the times."""
     rng = np.random.default_rng(1)
-    learn, measured = made_up_requests(rng).halves(1)
+    learn, measured = synthetic_requests(rng).halves(1)
     judged = learn.taken(learn.judged)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     learned = learn_groups(judged.prompts, judged.preferred, judged.energy_kwh, [judged.correct])
-    learning_s = time.perf_counter() - begun
+    learning_s = time.perf_counter() - started
     places = np.zeros(len(learn), dtype=np.int64)
     places[learn.judged] = learned.leave_one_out
     in_groups = learned.groups.assign_all(measured.prompts)
     contexts = Grouping(learned.groups.names, places, in_groups, learned.families)
-    study = Study(
+    experiment = Experiment(
         variant="production",
         folds=(Fold(learn, measured, contexts),),
         mix=constant_mix(measured, hours=HOURS),
         optimizer=OptimizerSettings(holdout=0.0),
         large_preferred=np.full(TASKS, 0.57),
     )
-    windows = [made_up_grid(rng, zone).window(start, HOURS) for zone in range(ZONES) for start in STARTS]
+    windows = [synthetic_grid(rng, zone).window(start, HOURS) for zone in range(ZONES) for start in STARTS]
     jobs = [Job(scheme, window, {"preference": 0.1}) for window in windows for scheme in DEFAULT_SCHEMES]
-    begun = time.perf_counter()
-    done = sum(1 for _ in run_all(study, jobs, processes=PROCESSES))
-    seconds = time.perf_counter() - begun
+    started = time.perf_counter()
+    done = sum(1 for _ in run_all(experiment, jobs, processes=PROCESSES))
+    seconds = time.perf_counter() - started
     print(f"{done} runs of {HOURS} hours on {PROCESSES} processes: {seconds:.1f} s")
     print(f"groups learned from {len(judged):,} prompts: {learning_s:.1f} s, {len(learned.groups.names)} groups")
     for words in (10, 40, 160, 4_000):
         some = [" ".join(f"{word}," for word in rng.choice(WORDS, words)) for _ in range(200)]
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for prompt in some:
             learned.groups.assign(prompt)
-        print(f"one prompt of {words:,} words assigned: {1e6 * (time.perf_counter() - begun) / len(some):.0f} µs")
+        print(f"one prompt of {words:,} words assigned: {1e6 * (time.perf_counter() - started) / len(some):.0f} µs")
     record("simulate_15x7_s", round(seconds, 2))
 
 

@@ -1,6 +1,7 @@
 """The optimizer as a process, on real Kafka and PostgreSQL."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from typer.testing import CliRunner
 
 from deploy.local.ports import free_ports
 from deploy.local.processes import Supervisor
@@ -28,6 +30,7 @@ from shared.messages import (
 )
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY, TopicSpec
+from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
 
@@ -79,7 +82,7 @@ def quality(name: str, *, successes: dict[str, float]) -> Quality:
 
 
 def grouping(*, learned_at: datetime) -> PromptGrouping:
-    """Two groups: in the first L0 is preferred, in the second L1."""
+    """Two groups: L0 is preferred in the first, L1 in the second."""
     counts = [
         QualityCount(group=group, option=f"p/{level}", metric="preference", successes=won, trials=100)
         for group, row in {"v.00": {"L0": 90, "L1": 10}, "v.01": {"L0": 20, "L1": 80}}.items()
@@ -93,7 +96,7 @@ def grouping(*, learned_at: datetime) -> PromptGrouping:
 
 
 class Peers:
-    """The services around the optimizer."""
+    """The other services."""
 
     def __init__(self, kafka: KafkaSettings, producer: AIOKafkaProducer, consumer: AIOKafkaConsumer) -> None:
         self.kafka, self.producer, self.consumer = kafka, producer, consumer
@@ -142,7 +145,23 @@ def start(supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettin
     return name
 
 
-async def test_evidence_becomes_a_policy_and_a_restart_goes_on_where_it_was(supervisor, kafka, database, tmp_path):
+async def explained(kafka: KafkaSettings, expected: Policy) -> None:
+    """`sprout policy explain` finds the policy on its topic and rebuilds the program that it was solved from."""
+    arguments = ["policy", "explain", "m", "--json", "--version", str(expected.version)]
+    env = {"SPROUT_KAFKA_TOPIC_PREFIX": kafka.topic_prefix, "COLUMNS": "200"}
+    result = await asyncio.to_thread(
+        CliRunner().invoke, app, [*arguments, "--bootstrap", kafka.bootstrap_servers], env=env
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["rebuilt_g_per_request"] == pytest.approx(expected.expected_g_per_request, rel=1e-6)
+    assert found["probabilities"]["qa"] == pytest.approx(expected.row("qa"))
+    (limit,) = found["limits"]
+    assert limit["slack"] == pytest.approx(0.0, abs=1e-4)
+    assert limit["carbon_points_per_point"] > 0.0
+
+
+async def test_evidence_becomes_a_policy_and_a_restart_continues_where_it_was(supervisor, kafka, database, tmp_path):
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(FLEET)
     name = start(supervisor, kafka, database, fleet)
@@ -162,12 +181,13 @@ async def test_evidence_becomes_a_policy_and_a_restart_goes_on_where_it_was(supe
             assert bold.status == "optimal"
             assert bold.bounds["preference"] == pytest.approx(0.9)
             assert bold.expected_quality["preference"] == pytest.approx(0.9, abs=1e-6)
-            assert bold.row("qa")["p/L1"] == pytest.approx(0.161, abs=0.02)  # 0.3, were the judgement certain
+            assert bold.row("qa")["p/L1"] == pytest.approx(0.161, abs=0.02)  # 0.3 without a safety margin
             assert bold.expected_g_per_request < bold.reference_g_per_request
             assert bold.version > cautious.version
+            await explained(kafka, bold)
 
             supervisor.kill(name)
-            await around.send(FOOTPRINTS, "f", *(footprint(n, "L0") for n in range(40)))  # delivered again
+            await around.send(FOOTPRINTS, "f", *(footprint(n, "L0") for n in range(40)))  # redelivered
             name = start(supervisor, kafka, database, fleet)
             again = await around.policy(lambda one: one.version > bold.version)
             assert again.version == bold.version + 1
@@ -189,6 +209,6 @@ async def test_evidence_becomes_a_policy_and_a_restart_goes_on_where_it_was(supe
             supervisor.kill(name)
             name = start(supervisor, kafka, database, fleet)
             again = await around.policy(lambda one: one.version > grouped.version)
-            assert again.group_version == "v"  # never back to task labels for want of having read
+            assert again.group_version == "v"  # it waited for the topic of prompt groups to be read
     finally:
         supervisor.stop(name)

@@ -1,24 +1,24 @@
-"""Small worlds for the simulator's tests."""
+"""Small inputs for the simulator's tests."""
 
 from datetime import UTC, datetime
 
 import numpy as np
 
 from tools.simulator.grid import Grid
-from tools.simulator.measured import Measured
+from tools.simulator.requests import Measured
 
 BEGIN = datetime(2023, 1, 1, tzinfo=UTC)
 
 
 def grid(hours: int = 400, *, seed: int = 1) -> Grid:
-    """Days of a grid: clean at night, with noise."""
+    """Carbon intensities of some days: low at night, with noise."""
     rng = np.random.default_rng(seed)
     hour = np.arange(hours)
     return Grid("Z", BEGIN, 250.0 - 120.0 * np.cos(2 * np.pi * hour / 24.0) + rng.normal(0.0, 10.0, hours))
 
 
 def measured(count: int = 400, *, seed: int = 1) -> Measured:
-    """Prompts of two tasks: of one the brief answer is preferred, of the other the long one; all judged."""
+    """Judged prompts of two tasks: brief answers are preferred in the first, long ones in the second."""
     rng = np.random.default_rng(seed)
     task = rng.integers(0, 2, count)
     shares = np.array([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])

@@ -1,4 +1,4 @@
-"""`sprout simulate` as a person uses it: on what is shipped, and on inputs that do not do."""
+"""`sprout simulate`: with the shipped inputs, and with invalid ones."""
 
 import json
 
@@ -18,7 +18,7 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["simulate", *arguments], env={"COLUMNS": "200"})
 
 
-def test_without_inputs_it_runs_on_what_is_shipped(tmp_path):
+def test_without_options_it_uses_the_shipped_inputs(tmp_path):
     result = run("--hours", "48", "--xi", "0,0.1", "--jobs", "2", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "summary.json").read_text())
@@ -49,7 +49,7 @@ def test_without_inputs_it_runs_on_what_is_shipped(tmp_path):
         (("--model", "gpt"), "has no model 'gpt'; it has llama-2-13b-chat"),
     ],
 )
-def test_what_does_not_do_is_named_with_the_remedy(tmp_path, arguments, message):
+def test_an_invalid_option_is_named_with_the_remedy(tmp_path, arguments, message):
     result = run("--out", str(tmp_path / "out"), "--jobs", "1", *arguments)
     assert result.exit_code == 1
     assert message in " ".join(result.stderr.split())
@@ -73,7 +73,7 @@ def test_what_does_not_do_is_named_with_the_remedy(tmp_path, arguments, message)
         ("", "has no column 'hour'; its columns: none"),
     ],
 )
-def test_a_mix_that_does_not_do_is_named_with_its_line(tmp_path, rows, message):
+def test_an_invalid_mix_is_named_with_its_line(tmp_path, rows, message):
     (tmp_path / "mix.csv").write_text(rows)
     result = run("--hours", "48", "--mix", str(tmp_path / "mix.csv"), "--out", str(tmp_path / "out"))
     assert result.exit_code == 1
@@ -98,7 +98,7 @@ def test_a_column_that_the_trace_lacks_is_named(tmp_path):
     assert "has no life-cycle intensity" in result.stderr
 
 
-def test_prompts_without_a_level_or_a_verdict_are_named(tmp_path):
+def test_prompts_without_a_level_or_a_judgment_are_named(tmp_path):
     answer = {"energy_j": 100.0, "time_s": 1.0, "tokens": 10}
     whole = {"task": "t", "prompt": "a", "preferred": "L1", "responses": {"m/L0": answer, "m/L1": answer}}
     lacking = {"task": "t", "prompt": "b", "preferred": None, "responses": {"m/L0": answer}}
@@ -109,7 +109,7 @@ def test_prompts_without_a_level_or_a_verdict_are_named(tmp_path):
     assert "no prompt was judged" in run("--requests", str(file)).stderr
 
 
-def test_an_out_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_rejected_before_anything_is_read(tmp_path):
     file = tmp_path / "file"
     file.write_text("kept")
     (tmp_path / "taken" / "summary.json").mkdir(parents=True)
@@ -127,14 +127,14 @@ def test_an_out_that_cannot_be_written_is_refused_before_anything_is_read(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
 
 
-def test_a_seed_below_zero_is_wrong_usage():
+def test_a_negative_seed_is_wrong_usage():
     result = run("--seed", "-1")
     assert result.exit_code == 2
     assert "--seed" in result.stderr
 
 
-def test_a_setting_that_is_no_json_is_named_without_a_traceback(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPROUT_OPTIMIZER_CAUTIONS", "{")
+def test_a_setting_that_is_not_json_is_named_without_a_traceback(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPROUT_OPTIMIZER_CONFIDENCE_Z_BY_METRIC", "{")
     result = run("--out", str(tmp_path / "out"))
     assert result.exit_code == 1
-    assert "SPROUT_OPTIMIZER_CAUTIONS is no JSON" in result.stderr
+    assert "SPROUT_OPTIMIZER_CONFIDENCE_Z_BY_METRIC is not JSON" in result.stderr

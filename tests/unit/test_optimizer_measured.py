@@ -11,10 +11,9 @@ from statistics import fmean
 
 import pytest
 
-from services.optimizer.differences import Judged
-from services.optimizer.posterior import Posterior
-from services.optimizer.problem import Option, Problem, Solution
+from services.optimizer.problem import OptionPrice, Problem, Solution
 from services.optimizer.program import solve
+from services.optimizer.quality import Outcomes, QualityModel
 from services.optimizer.settings import OptimizerSettings
 from shared.messages import OptionEstimate
 
@@ -51,16 +50,16 @@ def truth(requests: list[dict]) -> dict[str, OptionEstimate]:
 
 
 def solved(
-    estimates: dict[str, dict[str, OptionEstimate]], weights: dict[str, float], bound: float, caution: float = 0.0
+    estimates: dict[str, dict[str, OptionEstimate]], weights: dict[str, float], bound: float, z: float = 0.0
 ) -> Solution:
-    option = Option(pool="p", g_per_kwh=K0_G_PER_KWH, embodied_g_per_s=K1_G_PER_S)
+    price = OptionPrice(pool="p", g_per_kwh=K0_G_PER_KWH, embodied_g_per_s=K1_G_PER_S)
     return solve(
         Problem(
             reference="p/L0",
-            options={f"p/{level}": option for level in LEVELS},
+            options={f"p/{level}": price for level in LEVELS},
             weights=weights,
             estimates=estimates,
-            cautions={"preference": caution},
+            confidence_z={"preference": z},
             bounds={"preference": bound},
         )
     )
@@ -70,7 +69,7 @@ def saving(solution: Solution) -> float:
     return 1 - solution.g_per_request / solution.reference_g_per_request
 
 
-def whole(folder: Path) -> dict[str, dict[str, OptionEstimate]]:
+def pooled(folder: Path) -> dict[str, dict[str, OptionEstimate]]:
     return {"all": truth([request for requests in judged_requests(folder).values() for request in requests])}
 
 
@@ -82,40 +81,40 @@ def by_task(folder: Path) -> tuple[dict[str, dict[str, OptionEstimate]], dict[st
 
 def test_one_group_saves_what_the_paper_saves(measured_data):
     """Here all tasks have equal shares; the paper's mix has somewhat less to save, 30 to 45 %."""
-    assert 0.3 < saving(solved(whole(measured_data), {"all": 1.0}, 0.95)) < 0.55
-    assert saving(solved(whole(measured_data), {"all": 1.0}, 1.0)) < 0.01
+    assert 0.3 < saving(solved(pooled(measured_data), {"all": 1.0}, 0.95)) < 0.55
+    assert saving(solved(pooled(measured_data), {"all": 1.0}, 1.0)) < 0.01
 
 
 def test_groups_by_task_save_most_without_any_loss(measured_data):
     assert 0.55 < saving(solved(*by_task(measured_data), 1.0)) < 0.8
 
 
-@pytest.mark.parametrize(("caution", "least", "most"), [(0.0, 0.85, 0.95), (1.645, 0.95, 1.15)])
-def test_caution_makes_up_for_choosing_among_noisy_judgements(measured_data, caution, least, most):
-    """25 judged prompts a task, a bound of 95 %: what the policy is worth in truth, on average over 40 evaluations."""
+@pytest.mark.parametrize(("z", "least", "most"), [(0.0, 0.85, 0.95), (1.645, 0.95, 1.15)])
+def test_the_safety_margin_compensates_for_choosing_among_noisy_judgments(measured_data, z, least, most):
+    """25 judged prompts a task, a limit of 95 %: the true quality of the policy, on average over 40 evaluations."""
     estimates, weights = by_task(measured_data)
-    rules = OptimizerSettings().estimate_rules.quality.posterior
+    settings = OptimizerSettings()
     chance = random.Random(3)
     achieved = []
     for _ in range(40):
         judged = {}
         for task, requests in judged_requests(measured_data).items():
             drawn = Counter(request["preferred"] for request in chance.choices(requests, k=25))
-            judged[task] = {f"p/{level}": Judged(drawn[level], 25, 0.0, 25) for level in LEVELS}
-        posterior = Posterior(judged, "p/L0", rules)
-        believed = {
+            judged[task] = {f"p/{level}": Outcomes(drawn[level], 25, 0.0, 25) for level in LEVELS}
+        model = QualityModel(judged, "p/L0", settings)
+        estimated = {
             task: {
                 option: one.model_copy(
                     update={
-                        "quality": {"preference": posterior.mean(task, option)},
-                        "doubt": {"preference": posterior.doubt(task, option)},
+                        "quality": {"preference": model.mean(task, option)},
+                        "doubt": {"preference": model.standard_errors(task, option)},
                     }
                 )
                 for option, one in row.items()
             }
             for task, row in estimates.items()
         }
-        served = preference(estimates, weights, solved(believed, weights, 0.95, caution).rows)
+        served = preference(estimates, weights, solved(estimated, weights, 0.95, z).rows)
         achieved.append(served / preference(estimates, weights, {task: {"p/L0": 1.0} for task in estimates}))
     assert least <= fmean(achieved) <= most
 

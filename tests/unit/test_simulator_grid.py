@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.simulator.errors import SimulationInputError
 from tools.simulator.grid import read_grids
+from tools.simulator.requests import SimulationInputError
 
 FIRST = datetime(2024, 2, 1, tzinfo=UTC)
 

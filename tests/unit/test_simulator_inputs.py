@@ -1,4 +1,4 @@
-"""What a simulation is given: what does not do is refused with its name, what is left out is said."""
+"""Inputs of a simulation: invalid ones are rejected by name, and what is left out is reported."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from deploy.local.grid import shipped_trace
-from tools.simulator.errors import SimulationInputError
 from tools.simulator.inputs import Inputs, prepare
-from tools.simulator.schemes import Study
+from tools.simulator.requests import SimulationInputError
+from tools.simulator.schemes import Experiment
 
 LEVELS = ("L0", "L1", "L2")
 DRAWS = (
@@ -48,115 +48,116 @@ def table(path: Path, header: str, row: str, *, hours: Sequence[object] = range(
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Inputs:
+def inputs(tmp_path: Path) -> Inputs:
     """Two tasks of thirty judged prompts on the shipped trace."""
     requests = written(tmp_path / "requests.jsonl", prompts("facts") + prompts("sums"))
     return Inputs(requests=requests, carbon=(shipped_trace(),), schemes=("sprout",), xi=(0.1,), hours=HOURS)
 
 
-def refused(asked: Inputs) -> str:
+def rejection(inputs: Inputs) -> str:
     with pytest.raises(SimulationInputError) as error:
-        prepare(asked, lambda _: None)
+        prepare(inputs, lambda _: None)
     return str(error.value)
 
 
-def prepared(asked: Inputs) -> tuple[Study, list[str]]:
+def prepared(inputs: Inputs) -> tuple[Experiment, list[str]]:
     said: list[str] = []
-    study, _ = prepare(asked, said.append)
-    return study, said
+    experiment, _ = prepare(inputs, said.append)
+    return experiment, said
 
 
-def test_a_task_that_is_asked_and_has_no_prompt_is_refused(asked: Inputs, tmp_path: Path) -> None:
+def test_a_task_with_traffic_and_without_prompts_is_rejected(inputs: Inputs, tmp_path: Path) -> None:
     mix = table(tmp_path / "mix.csv", "hour,facts,sums,poems", "0.25,0.25,0.5")
-    assert f"{asked.requests} (--seed 1) has no prompt of task poems, which is asked" in refused(
-        replace(asked, mix=mix)
+    assert f"{inputs.requests} (--seed 1) has no prompt of task poems, which has traffic" in rejection(
+        replace(inputs, mix=mix)
     )
     mix = table(tmp_path / "mix.csv", "hour,facts,sums", "0.5,0.5")
     learn = written(tmp_path / "learn.jsonl", prompts("facts", 100))
-    assert f"{learn} has no prompt of task sums, which is asked" in refused(replace(asked, mix=mix, learn=learn))
+    assert f"{learn} has no prompt of task sums, which has traffic" in rejection(replace(inputs, mix=mix, learn=learn))
 
 
-def test_a_task_that_only_one_half_has_is_refused(asked: Inputs) -> None:
-    written(asked.requests, [*prompts("facts"), prompt(0, "sums")])
-    assert "has no prompt of task sums, which is asked: add prompts of it, take another --seed" in refused(asked)
+def test_a_task_that_only_one_half_has_is_rejected(inputs: Inputs) -> None:
+    written(inputs.requests, [*prompts("facts"), prompt(0, "sums")])
+    assert "has no prompt of task sums, which has traffic: add prompts of it, take another --seed" in rejection(inputs)
 
 
-def test_every_prompt_is_measured_on_once_and_never_learned_from_by_then(asked: Inputs) -> None:
-    study, _ = prepared(replace(asked, folds=3))
-    everything, _ = prepared(replace(asked, learn=asked.requests))
-    assert len(study.folds) == 3
-    assert sorted(study.measured.prompts) == sorted(everything.measured.prompts)
-    for fold in study.folds:
+def test_every_prompt_is_measured_on_once_and_never_learned_from_by_then(inputs: Inputs) -> None:
+    experiment, _ = prepared(replace(inputs, folds=3))
+    everything, _ = prepared(replace(inputs, learn=inputs.requests))
+    assert len(experiment.folds) == 3
+    assert sorted(experiment.measured.prompts) == sorted(everything.measured.prompts)
+    for fold in experiment.folds:
         assert set(fold.learn.prompts).isdisjoint(fold.measured.prompts)
         assert len(fold.learn) + len(fold.measured) == len(everything.measured)
 
 
-def test_two_folds_begin_with_the_halves(asked: Inputs) -> None:
-    halves, folds = (prepared(replace(asked, folds=folds))[0] for folds in (None, 2))
+def test_two_folds_begin_with_the_halves(inputs: Inputs) -> None:
+    halves, folds = (prepared(replace(inputs, folds=folds))[0] for folds in (None, 2))
     assert halves.folds[0].learn.prompts == folds.folds[0].learn.prompts == folds.folds[1].measured.prompts
 
 
-def test_folds_and_prompts_to_learn_from_exclude_each_other(asked: Inputs) -> None:
-    assert "leave it out with --learn" in refused(replace(asked, folds=2, learn=asked.requests))
-    assert "and with --variant published" in refused(replace(asked, folds=2, variant="published"))
+def test_folds_and_prompts_to_learn_from_exclude_each_other(inputs: Inputs) -> None:
+    assert "leave it out with --learn" in rejection(replace(inputs, folds=2, learn=inputs.requests))
+    assert "and with --variant published" in rejection(replace(inputs, folds=2, variant="published"))
 
 
-def test_a_task_that_a_fold_lacks_is_refused(asked: Inputs) -> None:
-    written(asked.requests, [*prompts("facts"), prompt(0, "sums")])
-    assert "has no prompt of task sums, which is asked: add prompts of it, take another --seed or fewer" in refused(
-        replace(asked, folds=3)
+def test_a_task_that_a_fold_lacks_is_rejected(inputs: Inputs) -> None:
+    written(inputs.requests, [*prompts("facts"), prompt(0, "sums")])
+    assert (
+        "has no prompt of task sums, which has traffic: add prompts of it, take another --seed or fewer"
+        in rejection(replace(inputs, folds=3))
     )
 
 
-def test_a_task_that_is_never_asked_is_left_out_and_said(asked: Inputs, tmp_path: Path) -> None:
+def test_a_task_that_without_traffic_is_left_out_and_reported(inputs: Inputs, tmp_path: Path) -> None:
     mix = table(tmp_path / "mix.csv", "hour,poems,facts,sums", "0,1,0")
-    study, said = prepared(replace(asked, mix=mix))
-    assert study.measured.tasks == study.folds[0].learn.tasks == ("facts",)
-    assert study.mix.shape == (HOURS, 1)
+    experiment, said = prepared(replace(inputs, mix=mix))
+    assert experiment.measured.tasks == experiment.folds[0].learn.tasks == ("facts",)
+    assert experiment.mix.shape == (HOURS, 1)
     assert "left out task poems, sums with all prompts: no share in any simulated hour" in said
 
 
-def test_a_task_on_which_quality_cannot_be_measured_is_refused(asked: Inputs) -> None:
-    written(asked.requests, prompts("facts") + prompts("sums", preferred=None))
-    assert "has no judged prompt of task sums, which is asked: quality cannot be measured" in refused(asked)
+def test_a_task_on_which_quality_cannot_be_measured_is_rejected(inputs: Inputs) -> None:
+    written(inputs.requests, prompts("facts") + prompts("sums", preferred=None))
+    assert "has no judged prompt of task sums, which has traffic: quality cannot be measured" in rejection(inputs)
 
 
-def test_a_task_of_which_the_evaluator_learns_nothing_is_said(asked: Inputs, tmp_path: Path) -> None:
+def test_a_task_without_judged_prompts_to_learn_from_is_reported(inputs: Inputs, tmp_path: Path) -> None:
     learn = written(tmp_path / "learn.jsonl", prompts("facts", 100) + prompts("sums", 100, preferred=None))
-    _, said = prepared(replace(asked, learn=learn))
+    _, said = prepared(replace(inputs, learn=learn))
     assert f"{learn} has no judged prompt of task sums: the evaluator learns nothing on it" in said
 
 
-def test_a_preferred_level_that_nobody_measured_is_refused(asked: Inputs) -> None:
-    written(asked.requests, [*prompts("facts"), prompt(0, "sums", preferred="L7")])
-    assert refused(asked).startswith(
-        f"{asked.requests}, line 31: 'preferred' is 'L7', at which 'm' was not measured; its levels are L0, L1, L2"
+def test_a_preferred_level_that_nobody_measured_is_rejected(inputs: Inputs) -> None:
+    written(inputs.requests, [*prompts("facts"), prompt(0, "sums", preferred="L7")])
+    assert rejection(inputs).startswith(
+        f"{inputs.requests}, line 31: 'preferred' is 'L7', at which 'm' was not measured; its levels are L0, L1, L2"
     )
 
 
-def test_lines_left_out_of_learn_and_prompts_that_are_not_fresh_are_said(asked: Inputs, tmp_path: Path) -> None:
+def test_lines_left_out_of_learn_and_prompts_that_are_not_fresh_are_reported(inputs: Inputs, tmp_path: Path) -> None:
     learn = written(tmp_path / "learn.jsonl", [*prompts("facts", 20), *prompts("sums", 100), {"task": "sums"}])
-    _, said = prepared(replace(asked, learn=learn))
+    _, said = prepared(replace(inputs, learn=learn))
     assert any(line.startswith(f"left out {learn}, line 61: 'prompt' must be a text") for line in said)
-    assert any(line.startswith(f"10 of 60 prompts of {asked.requests} are in --learn {learn} too") for line in said)
+    assert any(line.startswith(f"10 of 60 prompts of {inputs.requests} are in --learn {learn} too") for line in said)
 
 
-def test_other_levels_or_tasks_to_learn_from_are_refused(asked: Inputs, tmp_path: Path) -> None:
+def test_other_levels_or_tasks_to_learn_from_are_rejected(inputs: Inputs, tmp_path: Path) -> None:
     learn = written(tmp_path / "learn.jsonl", prompts("facts", levels=("L0", "L1")))
-    assert refused(replace(asked, learn=learn)) == (
-        f"--learn {learn} has 'm' at L0, L1, {asked.requests} at L0, L1, L2: both need the same levels"
+    assert rejection(replace(inputs, learn=learn)) == (
+        f"--learn {learn} has 'm' at L0, L1, {inputs.requests} at L0, L1, L2: both need the same levels"
     )
     written(learn, prompts("poems"))
-    assert refused(replace(asked, learn=learn)).startswith(f"--learn {learn}: prompts of poems have no place")
+    assert rejection(replace(inputs, learn=learn)).startswith(f"--learn {learn}: prompts of poems have no place")
 
 
-def test_a_second_model_that_only_the_requests_have_is_refused(asked: Inputs, tmp_path: Path) -> None:
+def test_a_second_model_that_only_the_requests_have_is_rejected(inputs: Inputs, tmp_path: Path) -> None:
     learn = written(tmp_path / "learn.jsonl", prompts("facts", 100) + prompts("sums", 100))
     lines = prompts("facts") + prompts("sums")
     for line in lines:
         line["responses"]["small/L0"] = line["responses"]["m/L0"]  # type: ignore[index]
-    written(asked.requests, lines)
-    message = refused(replace(asked, learn=learn, schemes=("model_opt",)))
+    written(inputs.requests, lines)
+    message = rejection(replace(inputs, learn=learn, schemes=("model_opt",)))
     assert message.startswith(f"--learn {learn} lacks the second model that scheme model_opt needs")
 
 
@@ -170,59 +171,69 @@ def test_a_second_model_that_only_the_requests_have_is_refused(asked: Inputs, tm
         (DRAWS[1], ["noon", *range(1, HOURS)], "line 2: 'hour' must be 0, got 'noon'"),
     ],
 )
-def test_draws_of_quality_that_are_no_shares_by_hour_are_refused(
-    asked: Inputs, tmp_path: Path, row: str, hours: Sequence[object], message: str
+def test_draws_of_quality_that_are_no_shares_by_hour_are_rejected(
+    inputs: Inputs, tmp_path: Path, row: str, hours: Sequence[object], message: str
 ) -> None:
     draws = table(tmp_path / "draws.csv", DRAWS[0], row, hours=hours)
-    assert f"{draws}, {message}" in refused(replace(asked, variant="published", quality_draws=draws))
+    assert f"{draws}, {message}" in rejection(replace(inputs, variant="published", quality_draws=draws))
 
 
-def test_a_mix_whose_hours_are_out_of_order_is_refused(asked: Inputs, tmp_path: Path) -> None:
+def test_a_mix_whose_hours_are_out_of_order_is_rejected(inputs: Inputs, tmp_path: Path) -> None:
     mix = table(tmp_path / "mix.csv", "hour,facts,sums", "0.5,0.5", hours=[0, 1, 3, 2, *range(4, HOURS)])
-    assert f"{mix}, line 4: 'hour' must be 2, got '3'; give one row for every hour" in refused(replace(asked, mix=mix))
+    assert f"{mix}, line 4: 'hour' must be 2, got '3'; give one row for every hour" in rejection(
+        replace(inputs, mix=mix)
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("CAUTIONS", "{correctness", "SPROUT_OPTIMIZER_CAUTIONS is no JSON of the form that is needed"),
-        ("CAUTIONS", '{"correctness": "much"}', "SPROUT_OPTIMIZER_CAUTIONS: Input should be a valid number"),
+        (
+            "CONFIDENCE_Z_BY_METRIC",
+            "{correctness",
+            "SPROUT_OPTIMIZER_CONFIDENCE_Z_BY_METRIC is not JSON of the expected form",
+        ),
+        (
+            "CONFIDENCE_Z_BY_METRIC",
+            '{"correctness": "x"}',
+            "SPROUT_OPTIMIZER_CONFIDENCE_Z_BY_METRIC: Input should be a valid",
+        ),
         ("WINDOW_H", "-1", "SPROUT_OPTIMIZER_WINDOW_H: Input should be greater than 0"),
         ("FLOORS", '{"tone": 0.5}', "SPROUT_OPTIMIZER_FLOORS names tone"),
     ],
 )
-def test_a_setting_of_the_optimizer_that_does_not_do_is_named(
-    asked: Inputs, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+def test_a_setting_of_the_optimizer_that_is_invalid_is_named(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     monkeypatch.setenv(f"SPROUT_OPTIMIZER_{name}", value)
-    assert message in refused(asked)
+    assert message in rejection(inputs)
 
 
-def test_the_published_variant_needs_three_levels(asked: Inputs) -> None:
-    written(asked.requests, prompts("facts", levels=("L0", "L1")))
-    assert refused(replace(asked, variant="published")).startswith(
+def test_the_published_variant_needs_three_levels(inputs: Inputs) -> None:
+    written(inputs.requests, prompts("facts", levels=("L0", "L1")))
+    assert rejection(replace(inputs, variant="published")).startswith(
         "--variant published needs a model measured at 3 levels; 'm' was at L0, L1: name another with --model"
     )
 
 
-def test_a_bound_of_correctness_that_nobody_can_check_is_refused(asked: Inputs, tmp_path: Path) -> None:
+def test_a_bound_of_correctness_that_nobody_can_check_is_rejected(inputs: Inputs, tmp_path: Path) -> None:
     learn = written(tmp_path / "learn.jsonl", prompts("facts", 100, correct=None) + prompts("sums", 100, correct=None))
-    message = refused(replace(asked, learn=learn, xi_correctness=0.1))
+    message = rejection(replace(inputs, learn=learn, xi_correctness=0.1))
     assert message.startswith(f"--xi-correctness: {learn} has no judged prompt with 'correct' at every level")
-    written(asked.requests, prompts("facts", correct=None))
-    message = refused(replace(asked, xi_correctness=0.1))
+    written(inputs.requests, prompts("facts", correct=None))
+    message = rejection(replace(inputs, xi_correctness=0.1))
     assert "has no prompt with 'correct' at every level: it cannot be checked" in message
 
 
-def test_a_constant_bound_needs_to_know_what_may_be_lost(asked: Inputs) -> None:
-    message = refused(replace(asked, constant_correctness=True))
+def test_a_constant_bound_needs_to_know_what_may_be_lost(inputs: Inputs) -> None:
+    message = rejection(replace(inputs, constant_correctness=True))
     assert message == "--constant-correctness needs --xi-correctness: how much may be lost in every hour"
-    study, _ = prepared(replace(asked, constant_correctness=True, xi_correctness=0.1))
-    assert study.constant_bounds == {"correctness"}
+    experiment, _ = prepared(replace(inputs, constant_correctness=True, xi_correctness=0.1))
+    assert experiment.constant_bounds == {"correctness"}
 
 
-def test_schemes_that_no_bound_of_correctness_binds_are_said(asked: Inputs) -> None:
-    _, said = prepared(replace(asked, schemes=("base", "sprout", "oracle"), xi_correctness=0.1))
+def test_schemes_that_no_bound_of_correctness_binds_are_reported(inputs: Inputs) -> None:
+    _, said = prepared(replace(inputs, schemes=("base", "sprout", "oracle"), xi_correctness=0.1))
     assert "--xi-correctness does not bind base, oracle: they have no such bound" in said
 
 
@@ -234,17 +245,17 @@ def trace_without(path: Path, *hours: int) -> Path:
     return path
 
 
-def test_hours_missing_in_the_past_that_is_looked_back_on_are_said(asked: Inputs, tmp_path: Path) -> None:
+def test_hours_missing_in_the_past_that_is_looked_back_on_are_reported(inputs: Inputs, tmp_path: Path) -> None:
     trace = trace_without(tmp_path / "trace.csv", 10, 11, 200)
-    _, said = prepared(replace(asked, carbon=(trace,), windows=(100,), schemes=("sprout", "oracle")))
+    _, said = prepared(replace(inputs, carbon=(trace,), windows=(100,), schemes=("sprout", "oracle")))
     whole, trailing = [line for line in said if "no value" in line]
     assert whole.startswith("zone SAMPLE-SOLAR: 3 of the trace's 240 hours have no value")
     assert trailing.startswith("zone SAMPLE-SOLAR: 2 of the 100 hours looked back on before hour 100 have no value")
-    _, said = prepared(replace(asked, carbon=(trace,), windows=(100,), variant="published"))
+    _, said = prepared(replace(inputs, carbon=(trace,), windows=(100,), variant="published"))
     assert ["3 of the trace's 240" in line for line in said if "no value" in line] == [True]
 
 
-def test_what_is_solved_once_needs_a_past_with_values(asked: Inputs, tmp_path: Path) -> None:
+def test_a_scheme_that_is_solved_once_needs_past_values(inputs: Inputs, tmp_path: Path) -> None:
     lines = shipped_trace().read_text(encoding="utf-8").splitlines()
     for place in range(1, 101):
         cells = lines[place].split(",")
@@ -252,13 +263,13 @@ def test_what_is_solved_once_needs_a_past_with_values(asked: Inputs, tmp_path: P
         lines[place] = ",".join(cells)
     (tmp_path / "trace.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     once = replace(
-        asked, carbon=(tmp_path / "trace.csv",), windows=(100,), variant="published", schemes=("sprout_sta",)
+        inputs, carbon=(tmp_path / "trace.csv",), windows=(100,), variant="published", schemes=("sprout_sta",)
     )
-    assert "none of the 100 hours before hour 100 has a value" in refused(once)
+    assert "none of the 100 hours before hour 100 has a value" in rejection(once)
     prepare(replace(once, schemes=("sprout",)), lambda _: None)
 
 
-def test_prompts_to_learn_from_that_the_published_protocol_ignores_are_said(asked: Inputs, tmp_path: Path) -> None:
+def test_prompts_to_learn_from_that_the_published_protocol_ignores_are_reported(inputs: Inputs, tmp_path: Path) -> None:
     learn = written(tmp_path / "learn.jsonl", prompts("facts", 100) + prompts("sums", 100))
-    _, said = prepared(replace(asked, variant="published", learn=learn))
-    assert any(line.startswith("--learn is not made use of") for line in said)
+    _, said = prepared(replace(inputs, variant="published", learn=learn))
+    assert any(line.startswith("--learn is ignored") for line in said)

@@ -1,9 +1,8 @@
-"""The schemes as they run in production: what each may choose, what is charged, and that the future is not known."""
+"""The schemes as they run in production: their choices, what is charged, and that there is no look-ahead."""
 
 import json
 import warnings
 from dataclasses import replace
-from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +13,12 @@ from services.optimizer.bounds import trailing_range
 from services.optimizer.settings import OptimizerSettings
 from shared.messages import CarbonIntensity, IntensityPoint
 from tests.support.simulator import BEGIN, grid, measured
-from tools.simulator.errors import SimulationInputError
+from tools.simulator.figures import figures
 from tools.simulator.grid import HOUR, Grid
-from tools.simulator.measured import Measured
 from tools.simulator.outcome import Outcome
-from tools.simulator.pages import render_page
-from tools.simulator.pages.figures import figures
-from tools.simulator.schemes import Fold, Study, run
+from tools.simulator.report import render_page
+from tools.simulator.requests import Measured, SimulationInputError
+from tools.simulator.schemes import Experiment, Fold, run
 from tools.simulator.traffic import constant_mix
 
 HOURS = 96
@@ -32,7 +30,7 @@ KEYS = (
 
 
 class NamedPlot(NamedTuple):
-    """What `figures` gives."""
+    """A figure of the report."""
 
     title: str
     about: str
@@ -40,9 +38,9 @@ class NamedPlot(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def study() -> Study:
+def experiment() -> Experiment:
     learn, test = measured(600).halves(1)
-    return Study(
+    return Experiment(
         variant="production",
         folds=(Fold(learn, test),),
         mix=constant_mix(test, hours=HOURS),
@@ -51,100 +49,106 @@ def study() -> Study:
     )
 
 
-def measured_on(study: Study, prompts: Measured) -> Study:
-    return replace(study, folds=(Fold(study.folds[0].learn, prompts),))
+def measured_on(experiment: Experiment, prompts: Measured) -> Experiment:
+    return replace(experiment, folds=(Fold(experiment.folds[0].learn, prompts),))
 
 
-def in_folds(study: Study, prompts: Measured, count: int) -> Study:
-    return replace(study, folds=tuple(Fold(learn, test) for learn, test in prompts.folds(1, count)))
+def in_folds(experiment: Experiment, prompts: Measured, count: int) -> Experiment:
+    return replace(experiment, folds=tuple(Fold(learn, test) for learn, test in prompts.folds(1, count)))
 
 
-def outcome(study: Study, scheme: str, *, xi: float = 0.1, on: Grid | None = None, **more: float) -> Outcome:
-    return run(study, scheme, (on or grid()).window(START, HOURS), {"preference": xi, **more})
+def outcome(experiment: Experiment, scheme: str, *, xi: float = 0.1, on: Grid | None = None, **more: float) -> Outcome:
+    return run(experiment, scheme, (on or grid()).window(START, HOURS), {"preference": xi, **more})
 
 
-def test_the_reference_saves_nothing_and_is_never_judged(study):
-    base = outcome(study, "base")
+def test_the_reference_saves_nothing_and_is_never_evaluated(experiment):
+    base = outcome(experiment, "base")
     assert base.saving_pct == pytest.approx(0.0)
     assert base.kept_pct is None
     assert base.evaluator_grams.sum() == 0.0
 
 
-def test_the_cheapest_level_saves_most_and_the_program_keeps_more_quality(study):
-    cheapest, sprout, by_task = (outcome(study, scheme) for scheme in ("co2_opt", "sprout", "sprout_task"))
+def test_the_cheapest_level_saves_most_and_the_program_keeps_more_quality(experiment):
+    cheapest, sprout, by_task = (outcome(experiment, scheme) for scheme in ("co2_opt", "sprout", "sprout_task"))
     assert cheapest.saving_pct > by_task.saving_pct > sprout.saving_pct > 0.0
     assert cheapest.preference.mean() < sprout.preference.mean()
     assert by_task.preference.mean() > 0.9
 
 
-def test_a_stricter_bound_saves_less(study):
-    savings = [outcome(study, "sprout_task", xi=xi).saving_pct for xi in (0.0, 0.1, 0.3)]
+def test_a_stricter_bound_saves_less(experiment):
+    savings = [outcome(experiment, "sprout_task", xi=xi).saving_pct for xi in (0.0, 0.1, 0.3)]
     assert savings == sorted(savings)
     assert savings[0] < savings[-1]
 
 
-def test_a_bound_on_correctness_costs_saving_and_keeps_answers_right(study):
-    free, bound = outcome(study, "sprout_task", xi=0.3), outcome(study, "sprout_task", xi=0.3, correctness=0.02)
+def test_a_limit_on_correctness_costs_saving_and_keeps_answers_right(experiment):
+    free, bound = (
+        outcome(experiment, "sprout_task", xi=0.3),
+        outcome(experiment, "sprout_task", xi=0.3, correctness=0.02),
+    )
     assert bound.saving_pct < free.saving_pct
     assert bound.correctness.mean() > free.correctness.mean()
     assert bound.correctness_bound is not None
-    assert bound.correctness_bound.min() == pytest.approx(0.98, abs=0.002)  # nearly the dirtiest hour
-    constant = replace(study, constant_bounds=frozenset({"correctness"}))
+    assert bound.correctness_bound.min() == pytest.approx(0.98, abs=0.002)  # nearly the highest intensity
+    constant = replace(experiment, constant_bounds=frozenset({"correctness"}))
     always = outcome(constant, "sprout_task", xi=0.3, correctness=0.02)
     assert set(always.correctness_bound) == {0.98}
     assert bound.saving_pct < always.saving_pct < free.saving_pct
 
 
 @pytest.mark.parametrize("scheme", ["sprout", "sprout_task", "model_opt", "sprout_sta"])
-def test_nothing_is_known_of_the_future(study, scheme):
+def test_there_is_no_look_ahead(experiment, scheme):
     known = grid()
     other = known.g_per_kwh.copy()
     other[START + 48 :] = other[START + 48 :][::-1] * 3.0
-    before, after = outcome(study, scheme, on=known), outcome(study, scheme, on=replace(known, g_per_kwh=other))
+    before, after = (
+        outcome(experiment, scheme, on=known),
+        outcome(experiment, scheme, on=replace(known, g_per_kwh=other)),
+    )
     np.testing.assert_allclose(before.mix[:48], after.mix[:48])
     assert [hour for hour in before.evaluation_hours if hour < 48] == [
         hour for hour in after.evaluation_hours if hour < 48
     ]
 
 
-def test_evaluations_are_charged_at_the_grid_that_they_ran_on(study):
-    sprout = outcome(study, "sprout")
+def test_evaluations_are_charged_at_the_intensity_at_which_they_ran(experiment):
+    sprout = outcome(experiment, "sprout")
     assert sprout.evaluation_hours
     assert set(np.flatnonzero(sprout.evaluator_grams)) == {0, *sprout.evaluation_hours}
     summary = sprout.summary()
     assert summary["evaluator_share_pct"] > 0.0
     assert summary["mean_gco2_per_request"] == pytest.approx(sprout.grams.mean() + sprout.evaluator_grams.mean())
-    # The saving is what is left after the evaluator has been paid for.
+    # The saving is net of the evaluator's carbon.
     base_g = sprout.base_grams.mean()
     assert summary["carbon_saving_pct"] == pytest.approx(100.0 * (1.0 - summary["mean_gco2_per_request"] / base_g))
     gross = 100.0 * (1.0 - sprout.grams.mean() / base_g)
     assert summary["carbon_saving_pct"] == pytest.approx(gross - summary["evaluator_share_pct"])
 
 
-def test_the_static_scheme_never_changes_its_mind(study):
-    static = outcome(study, "sprout_sta")
+def test_the_static_scheme_never_changes_its_probabilities(experiment):
+    static = outcome(experiment, "sprout_sta")
     np.testing.assert_allclose(static.mix, np.tile(static.mix[0], (HOURS, 1)))
     assert static.evaluation_hours == ()
 
 
-def test_two_models_share_the_traffic_of_model_opt(study):
-    models = outcome(study, "model_opt", xi=0.3)
+def test_two_models_share_the_traffic_of_model_opt(experiment):
+    models = outcome(experiment, "model_opt", xi=0.3)
     assert 0.0 < models.saving_pct < 40.0
     assert models.mix.sum(axis=1) == pytest.approx(1.0)
     with pytest.raises(SimulationInputError, match="needs --model-preference"):
-        outcome(replace(study, large_preferred=None), "model_opt")
+        outcome(replace(experiment, large_preferred=None), "model_opt")
 
 
-def test_the_same_seed_gives_the_same_figures(study):
-    assert outcome(study, "sprout_task").summary() == outcome(study, "sprout_task").summary()
+def test_the_same_seed_gives_the_same_figures(experiment):
+    assert outcome(experiment, "sprout_task").summary() == outcome(experiment, "sprout_task").summary()
 
 
-def test_near_the_start_of_a_trace_no_loss_is_tolerated_as_in_the_services(study):
+def test_near_the_start_of_a_trace_no_loss_is_tolerated_as_in_the_services(experiment):
     known = grid()
     values = known.g_per_kwh.copy()
     values[[3, 4, 10]] = np.nan
     trace = replace(known, g_per_kwh=values)
-    found = run(study, "sprout", trace.window(12, HOURS), {"preference": 0.3})
+    found = run(experiment, "sprout", trace.window(12, HOURS), {"preference": 0.3})
     points = [
         IntensityPoint(at=BEGIN + hour * HOUR, intensity_g_per_kwh=float(value))
         for hour, value in enumerate(values)
@@ -155,42 +159,42 @@ def test_near_the_start_of_a_trace_no_loss_is_tolerated_as_in_the_services(study
         message = CarbonIntensity(
             zone="Z", latest=past[-1], history=tuple(past[:-1]), source="test", published_at=past[-1].at
         )
-        span = trailing_range(message, window=timedelta(hours=720), min_hours=24)
-        dirtiness = span.dirtiness(past[-1].intensity_g_per_kwh)
-        assert found.bound[hour] == pytest.approx(1.0 - 0.3 * dirtiness), hour
+        span = trailing_range(message, OptimizerSettings())
+        position = span.position(past[-1].intensity_g_per_kwh)
+        assert found.bound[hour] == pytest.approx(1.0 - 0.3 * position), hour
     assert (found.bound[:14] == 1.0).all()  # 9 values before the window and 15 in it are 24
     assert found.bound[14:].min() < 1.0
 
 
-def test_hours_in_which_only_the_reference_could_be_served_are_counted(study):
-    few = replace(study, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
+def test_hours_in_which_only_the_reference_could_be_served_are_counted(experiment):
+    few = replace(experiment, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
     for scheme in ("sprout", "sprout_sta"):
         found = outcome(few, scheme).summary()
         assert found["fallback_hours"] == HOURS
         assert found["fallback_reasons"] == {"too few judged prompts (preference)": HOURS}
         assert found["withheld_hours"] == {"pool/L1": HOURS, "pool/L2": HOURS}
         assert found["mix_pct"]["pool/L0"] == pytest.approx(100.0)
-    usual = outcome(study, "sprout").summary()
+    usual = outcome(experiment, "sprout").summary()
     assert (usual["fallback_hours"], usual["fallback_reasons"]) == (0, {})
     assert list(usual)[:12] == list(KEYS)
 
 
-def test_the_upper_bound_knows_which_of_its_answers_are_right(study):
-    oracle = outcome(study, "oracle", xi=0.3)
+def test_the_upper_bound_reports_its_correctness(experiment):
+    oracle = outcome(experiment, "oracle", xi=0.3)
     assert 80.0 < oracle.summary()["correctness_pct"] < 100.0
-    measured_right = study.measured.correct.mean(axis=0)
+    measured_right = experiment.measured.correct.mean(axis=0)
     expected = (oracle.mix @ measured_right).mean() / measured_right[0]
     assert oracle.correctness.mean() == pytest.approx(expected, abs=0.03)
-    unknown = replace(study.measured, correct=np.full_like(study.measured.correct, np.nan))
-    assert outcome(measured_on(study, unknown), "oracle").summary()["correctness_pct"] is None
+    unknown = replace(experiment.measured, correct=np.full_like(experiment.measured.correct, np.nan))
+    assert outcome(measured_on(experiment, unknown), "oracle").summary()["correctness_pct"] is None
 
 
 @pytest.mark.parametrize("scheme", ["base", "co2_opt", "sprout", "sprout_task", "oracle"])
-def test_what_cannot_be_known_is_null_with_a_note_and_never_nan(study, scheme):
-    never = np.maximum(study.measured.preferred, 1)
-    wrong = study.measured.correct.copy()
+def test_an_unknown_figure_is_null_with_a_note_and_never_nan(experiment, scheme):
+    never = np.maximum(experiment.measured.preferred, 1)
+    wrong = experiment.measured.correct.copy()
     wrong[:, 0] = 0.0
-    lacking = measured_on(study, replace(study.measured, preferred=never, correct=wrong))
+    lacking = measured_on(experiment, replace(experiment.measured, preferred=never, correct=wrong))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = outcome(lacking, scheme).summary()
@@ -204,17 +208,17 @@ def test_what_cannot_be_known_is_null_with_a_note_and_never_nan(study, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["sprout", "oracle"])
-def test_a_task_that_was_not_measured_is_refused(study, scheme):
-    one_task = study.measured.taken(study.measured.task == 0)
-    with pytest.raises(SimulationInputError, match="the mix asks for task sums, of which there is no prompt"):
-        outcome(measured_on(study, one_task), scheme)
+def test_a_task_that_was_not_measured_is_refused(experiment, scheme):
+    one_task = experiment.measured.taken(experiment.measured.task == 0)
+    with pytest.raises(SimulationInputError, match="the mix has task sums, for which there is no prompt"):
+        outcome(measured_on(experiment, one_task), scheme)
 
 
 @pytest.mark.parametrize("scheme", ["base", "co2_opt", "model_opt", "oracle"])
-def test_where_nothing_is_learned_folds_measure_what_all_prompts_do(study, scheme):
+def test_where_nothing_is_learned_folds_measure_what_all_prompts_do(experiment, scheme):
     prompts = measured(600)
-    whole = replace(study, folds=(Fold(prompts, prompts),))
-    in_five = outcome(in_folds(study, prompts, 5), scheme, xi=0.0)
+    whole = replace(experiment, folds=(Fold(prompts, prompts),))
+    in_five = outcome(in_folds(experiment, prompts, 5), scheme, xi=0.0)
     at_once = outcome(whole, scheme, xi=0.0)
     assert in_five.base_grams == pytest.approx(at_once.base_grams)
     assert in_five.preference == pytest.approx(at_once.preference)
@@ -222,11 +226,11 @@ def test_where_nothing_is_learned_folds_measure_what_all_prompts_do(study, schem
     assert in_five.standard_errors == pytest.approx(at_once.standard_errors)
 
 
-def test_every_fold_is_served_by_what_was_learned_from_the_others(study):
+def test_every_fold_is_served_by_what_was_learned_from_the_others(experiment):
     prompts = measured(600)
-    halves = [replace(study, folds=(Fold(learn, test),)) for learn, test in prompts.folds(1, 2)]
+    halves = [replace(experiment, folds=(Fold(learn, test),)) for learn, test in prompts.folds(1, 2)]
     first, second = (outcome(half, "sprout_task") for half in halves)
-    both = outcome(in_folds(study, prompts, 2), "sprout_task")
+    both = outcome(in_folds(experiment, prompts, 2), "sprout_task")
     assert min(first.saving_pct, second.saving_pct) < both.saving_pct < max(first.saving_pct, second.saving_pct)
     assert both.standard_errors["preference"] == pytest.approx(first.standard_errors["preference"] / 2**0.5, rel=0.1)
     assert both.evaluation_hours == first.evaluation_hours == second.evaluation_hours
@@ -235,38 +239,42 @@ def test_every_fold_is_served_by_what_was_learned_from_the_others(study):
     )
 
 
-def test_hours_without_a_choice_are_the_mean_over_the_folds(study):
-    few = replace(study, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
+def test_hours_without_a_choice_are_the_mean_over_the_folds(experiment):
+    few = replace(experiment, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
     in_three = outcome(in_folds(few, measured(600), 3), "sprout").summary()
     assert in_three["fallback_hours"] == HOURS
     assert set(in_three["withheld_hours"].values()) == {HOURS}
 
 
-def test_the_page_and_the_summary_agree(study):
-    found = [outcome(study, "sprout"), outcome(study, "sprout_task")]
+def test_the_page_and_the_summary_agree(experiment):
+    found = [outcome(experiment, "sprout"), outcome(experiment, "sprout_task")]
     plots = {plot.title: plot.figure for plot in map(NamedPlot._make, figures(found))}
     for title, key in (("Saving by zone", "carbon_saving_pct"), ("Evaluator", "evaluator_share_pct")):
         shown = {bar.name: bar.y[0] for bar in plots[title].data}
         assert shown == {one.scheme: pytest.approx(one.summary()[key]) for one in found}
-    # BASE was not run; its time is known all the same.
-    whole = float(study.mix[0] @ [study.measured.time_s[study.measured.task == task, 0].mean() for task in (0, 1)])
+    # BASE was not simulated; its time is known.
+    whole = float(
+        experiment.mix[0] @ [experiment.measured.time_s[experiment.measured.task == task, 0].mean() for task in (0, 1)]
+    )
     throughput = plots["Throughput"].data[0]
     assert list(throughput.y) == pytest.approx([100.0 * whole / one.processing_s.mean() for one in found])
     assert min(throughput.y) > 100.0
 
 
-def test_the_page_says_what_is_unknown_and_where_nothing_could_be_chosen(study):
-    few = replace(study, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
-    never = measured_on(study, replace(study.measured, preferred=np.maximum(study.measured.preferred, 1)))
+def test_the_page_reports_unknown_figures_and_hours_without_a_choice(experiment):
+    few = replace(experiment, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
+    never = measured_on(
+        experiment, replace(experiment.measured, preferred=np.maximum(experiment.measured.preferred, 1))
+    )
     page = render_page([outcome(few, "sprout"), outcome(never, "sprout_task")])
     assert f"In {HOURS} hours of all runs only the reference could be served: too few judged prompts" in page
     assert "1 runs lack figures; summary.json says why." in page
     assert "NaN" not in json.dumps(outcome(never, "sprout_task").summary())
 
 
-def test_how_far_the_measured_prompts_tell_is_said_beside_the_quality(study):
-    """Levels are measured on prompts; of two models the shares alone are known."""
-    levels, models = outcome(study, "sprout_task"), outcome(study, "model_opt")
+def test_the_standard_error_is_shown_beside_the_quality(experiment):
+    """Levels are measured on prompts; for two models only shares are known."""
+    levels, models = outcome(experiment, "sprout_task"), outcome(experiment, "model_opt")
     found = levels.summary()
     assert 1.0 < found["preference_se_pct"] < 20.0
     assert 0.1 < found["correctness_se_pct"] < 10.0
@@ -274,4 +282,4 @@ def test_how_far_the_measured_prompts_tell_is_said_beside_the_quality(study):
     page = render_page([levels])
     assert f"± {found['preference_se_pct']:.1f} %" in page
     assert "± is one standard error of a quality" in page
-    assert "±" not in render_page([models, outcome(study, "base")])
+    assert "±" not in render_page([models, outcome(experiment, "base")])

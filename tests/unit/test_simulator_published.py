@@ -1,4 +1,4 @@
-"""The authors' protocol on their own data: the paper's published results come out again."""
+"""The published protocol on the authors' data reproduces the paper's results."""
 
 import csv
 import json
@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from tests.support.simulator import grid, measured
-from tools.simulator.case import PublishedCase
-from tools.simulator.draws import QualityDraws, draw_quality, read_draws
-from tools.simulator.errors import SimulationInputError
 from tools.simulator.grid import Grid, read_grids
-from tools.simulator.measured import Measured, read_measured
 from tools.simulator.published import SCHEMES, evaluation_hours
+from tools.simulator.published_case import PublishedCase, QualityDraws, draw_quality, read_draws
+from tools.simulator.requests import Measured, SimulationInputError, read_measured
 from tools.simulator.traffic import constant_mix, read_mix
 
 WINDOWS = (800, 3900, 7000)
@@ -23,8 +21,8 @@ NAMES = {
     "base": "baseline", "co2_opt": "co2opt", "model_opt": "clover", "sprout_sta": "static", "sprout": "lp",
     "oracle": "oracle",
 }  # fmt: skip
-TOLERATED = {"sprout_sta": (0.2, 0.5), "oracle": (0.6, 1.6)}
-"""Points of saving and of preference; 0.2 and 0.2 for the others. ORACLE knows half of the authors' prompts."""
+TOLERANCES = {"sprout_sta": (0.2, 0.5), "oracle": (0.6, 1.6)}
+"""Tolerance in points of saving and of preference; 0.2 and 0.2 for the others. ORACLE uses half of the prompts."""
 
 
 @pytest.fixture(scope="module")
@@ -52,30 +50,30 @@ def published(measured_data: Path) -> dict[tuple[str, int, str], tuple[float, fl
 
 
 @pytest.mark.parametrize("zone", ZONES)
-def test_the_evaluator_runs_in_the_very_hours_of_the_published_run(measured_data, grids, zone):
+def test_the_evaluator_runs_in_the_hours_of_the_published_run(measured_data, grids, zone):
     truth = json.loads((measured_data / "published_evaluation_hours.json").read_text(encoding="utf-8"))[zone]
     for start in WINDOWS:
         assert list(evaluation_hours(grids[zone].window(start, 720))) == truth[str(start)]
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "oracle"])
-def test_every_window_comes_out_as_published(grids, inputs, published, scheme):
+def test_every_window_agrees_with_the_published_results(grids, inputs, published, scheme):
     for zone in ZONES:
         for start in WINDOWS:
-            assert_as_published(scheme, grids[zone], start, inputs, published)
+            assert_agrees(scheme, grids[zone], start, inputs, published)
 
 
 @pytest.mark.parametrize(("zone", "start"), [("AU-SA", 7000), ("US-TEX-ERCO", 3900)])
-def test_the_upper_bound_comes_out_as_published(grids, inputs, published, zone, start):
-    assert_as_published("oracle", grids[zone], start, inputs, published)
+def test_the_upper_bound_agrees_with_the_published_results(grids, inputs, published, zone, start):
+    assert_agrees("oracle", grids[zone], start, inputs, published)
 
 
-def assert_as_published(scheme, grid, start, inputs, published):
+def assert_agrees(scheme, grid, start, inputs, published):
     requests, mix, draws = inputs
     case = PublishedCase(window=grid.window(start, 720), measured=requests, mix=mix, draws=draws, xi=0.1)
     found = SCHEMES[scheme](case).summary()
     saving, preference = published[grid.zone, start, NAMES[scheme]]
-    near_saving, near_preference = TOLERATED.get(scheme, (0.2, 0.2))
+    near_saving, near_preference = TOLERANCES.get(scheme, (0.2, 0.2))
     assert found["carbon_saving_pct"] == pytest.approx(saving, abs=near_saving), (grid.zone, start)
     assert found["preference_pct"] == pytest.approx(preference, abs=near_preference), (grid.zone, start)
 
@@ -99,7 +97,7 @@ def test_the_evaluator_is_free_and_the_time_of_the_reference_is_known(scheme):
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "model_opt"])
 def test_correctness_is_the_expectation_over_prompts_whose_answers_are_known(scheme):
     requests = measured()
-    # Of one task no answer can be checked; of the other every brief answer is wrong in half of the prompts.
+    # One task has no known answers; in the other every brief answer is wrong for half of the prompts.
     correct = np.where(requests.task[:, None] == 0, np.nan, 1.0) * np.ones((1, 3))
     sums = np.flatnonzero(requests.task == 1)
     correct[sums[: len(sums) // 2], 1:] = 0.0
@@ -113,11 +111,11 @@ def test_correctness_is_the_expectation_over_prompts_whose_answers_are_known(sch
     assert unknown.summary()["correctness_pct"] is None
 
 
-def test_which_of_two_models_is_right_is_not_known():
+def test_the_correctness_of_two_models_is_unknown():
     assert SCHEMES["model_opt"](made_up(measured())).summary()["correctness_pct"] is None
 
 
-def test_a_level_without_drawn_quality_is_refused():
+def test_a_level_without_drawn_quality_is_rejected():
     requests = measured()
     wide = {name: np.column_stack([getattr(requests, name), 0.1 * getattr(requests, name)[:, 2]])
             for name in ("energy_kwh", "time_s", "correct")}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What traffic takes and how it is judged, and how far the prompts that it was measured on let tell."""
+"""Expected energy and quality of the traffic, and the standard errors of measured quality."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support.simulator import measured
-from tools.simulator.measured import UNJUDGED, Floats, Measured
+from tools.simulator.requests import UNJUDGED, Floats, Measured
 from tools.simulator.world import CORRECTNESS, PREFERENCE, World, world_of_levels, world_of_models
 
 RNG = np.random.default_rng(5)
@@ -27,7 +27,7 @@ def relative(requests: Measured, metric: str, x: Floats) -> float:
 
 
 def partly_known(*, of_sums: bool) -> Measured:
-    """A third of the prompts was not judged, another third cannot be checked; nor can sums, unless it is said."""
+    """A third of the prompts is not judged; another third, and sums unless `of_sums`, have no known correctness."""
     requests = measured(600)
     unknown = (np.arange(600) % 3 == 0) | ((requests.task == 1) & (not of_sums))
     return replace(
@@ -44,7 +44,7 @@ def partly_known(*, of_sums: bool) -> Measured:
 )
 def test_a_quality_varies_between_samples_by_its_standard_error(metric, of_sums):
     requests = partly_known(of_sums=of_sums)
-    told = world(requests).standard_error(metric, MIX, POLICY)
+    expected = world(requests).standard_error(metric, MIX, POLICY)
     chance = np.random.default_rng(2)
     again = []
     for _ in range(400):
@@ -52,7 +52,7 @@ def test_a_quality_varies_between_samples_by_its_standard_error(metric, of_sums)
             [chance.choice(np.flatnonzero(requests.task == task), (requests.task == task).sum()) for task in (0, 1)]
         )
         again.append(relative(drawn(requests, rows), metric, POLICY))
-    assert told == pytest.approx(np.std(again), rel=0.15)
+    assert expected == pytest.approx(np.std(again), rel=0.15)
 
 
 def drawn(requests: Measured, rows: np.ndarray) -> Measured:
@@ -63,19 +63,19 @@ def drawn(requests: Measured, rows: np.ndarray) -> Measured:
     )
 
 
-def test_the_reference_is_itself_without_any_doubt():
+def test_the_reference_compared_with_itself_has_no_standard_error():
     one = world(measured(200))
     for metric in (PREFERENCE, CORRECTNESS):
         assert one.standard_error(metric, MIX, one.all_reference(len(MIX))) == 0.0
 
 
-def test_no_error_is_told_where_it_is_unknown():
+def test_an_unknown_standard_error_is_none():
     requests = measured(200)
-    shares_alone = world_of_models(requests, np.array([0.5, 0.6]))
-    assert shares_alone.standard_error(PREFERENCE, MIX, shares_alone.all_reference(len(MIX))) is None
-    # A single prompt does not say how much others would differ, unless it does not matter.
-    lonely = drawn(requests, np.array([*np.flatnonzero(requests.task == 0), np.flatnonzero(requests.task == 1)[0]]))
-    assert world(lonely).standard_error(PREFERENCE, MIX, POLICY) is None
-    assert world(lonely).standard_error(PREFERENCE, MIX, world(lonely).all_reference(len(MIX))) == 0.0
+    only_shares = world_of_models(requests, np.array([0.5, 0.6]))
+    assert only_shares.standard_error(PREFERENCE, MIX, only_shares.all_reference(len(MIX))) is None
+    # A single prompt of a task gives no variance, unless its weight is 0.
+    single = drawn(requests, np.array([*np.flatnonzero(requests.task == 0), np.flatnonzero(requests.task == 1)[0]]))
+    assert world(single).standard_error(PREFERENCE, MIX, POLICY) is None
+    assert world(single).standard_error(PREFERENCE, MIX, world(single).all_reference(len(MIX))) == 0.0
     never = replace(requests, preferred=np.full(200, 2))
     assert world(never).standard_error(PREFERENCE, MIX, POLICY) is None

@@ -14,6 +14,7 @@ SUBCOMMANDS: dict[str, str] = {
     "logs": "tools.cli.logs:logs",
     "send": "tools.cli.send:send",
     "report": "tools.cli.report:report",
+    "policy": "tools.cli.policy:app",
     "simulate": "tools.cli.simulate:simulate",
     "topics": "tools.cli.topics:app",
     "asyncapi": "tools.cli.asyncapi:asyncapi",

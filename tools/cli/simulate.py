@@ -1,4 +1,4 @@
-"""`sprout simulate`: what would be saved on recorded traffic and grids, scheme by scheme."""
+"""`sprout simulate`: carbon savings on recorded traffic and carbon intensities, scheme by scheme."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from deploy.local.grid import shipped_trace
 from deploy.triton.models import SHIPPED_WORKLOAD
 from shared.kafka.dead_letters import describe
 from tools.cli.console import err, fail, out, say
-from tools.simulator.errors import SimulationInputError
 from tools.simulator.inputs import Inputs, prepare
 from tools.simulator.jobs import Job, run_all
 from tools.simulator.outcome import Outcome
-from tools.simulator.pages import print_summary, render_page
 from tools.simulator.published import SCHEMES as PUBLISHED
-from tools.simulator.schemes import DEFAULT_SCHEMES, SCHEMES, VARIANTS, Study, Variant, names_of
+from tools.simulator.report import print_summary, render_page
+from tools.simulator.requests import SimulationInputError
+from tools.simulator.schemes import DEFAULT_SCHEMES, SCHEMES, VARIANTS, Experiment, Variant, names_of
 
 Number = TypeVar("Number", int, float)
 
@@ -31,69 +31,80 @@ def simulate(
     *,
     requests: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Measured requests, JSON lines; default: the small ones that are shipped"),
+        typer.Option(metavar="FILE", help="Measured requests, JSON lines; default: the small file that is shipped"),
     ] = None,
     learn: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Those that may be learned from; default: half of --requests, by a hash"),
+        typer.Option(metavar="FILE", help="Requests to learn from; default: half of --requests, chosen by a hash"),
     ] = None,
     folds: Annotated[
         int | None,
         typer.Option(
             min=2,
-            help="Measure on all of --requests, in so many parts, each by what was learned from the others "
-            "(cross-validation); default: on half of them",
+            help="Cross-validation: split --requests into this many parts and measure each by what was learned from "
+            "the others; default: learn from one half and measure on the other",
         ),
     ] = None,
     carbon: Annotated[
         list[Path] | None,
-        typer.Option(metavar="PATH", help="Hourly traces, files or folders, repeatable; default: the made-up sample"),
+        typer.Option(
+            metavar="PATH", help="Hourly carbon traces, files or folders, repeatable; default: the synthetic sample"
+        ),
     ] = None,
     mix: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Shares of the tasks by hour; default: as in --requests")
+        Path | None, typer.Option(metavar="FILE", help="Traffic shares of the tasks by hour; default: as in --requests")
     ] = None,
     model_preference: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="By task: how often the larger model is preferred (model_opt)")
+        Path | None,
+        typer.Option(metavar="FILE", help="How often the larger model is preferred, by task (for model_opt)"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Whose levels; default: the one measured at most levels")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model whose levels are simulated; default: the one measured at most levels")
+    ] = None,
     variant: Annotated[
-        str, typer.Option(help="production, or published: as the paper's authors ran it")
+        str, typer.Option(help="production, or published: the protocol of the paper's published code")
     ] = "production",
     quality_draws: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Of the published variant: its own draws of quality, by hour")
+        Path | None,
+        typer.Option(metavar="FILE", help="The published code's own quality draws by hour (--variant published)"),
     ] = None,
-    zones: Annotated[str, typer.Option(metavar="Z,...", help="Default: every zone found")] = "",
+    zones: Annotated[str, typer.Option(metavar="Z,...", help="Grid zones; default: every zone found")] = "",
     windows: Annotated[
         str,
-        typer.Option(metavar="HOUR,...", help="Where windows begin, hours into the trace; default: 800,3900,7000"),
+        typer.Option(metavar="HOUR,...", help="Start of each window, hours into the trace; default: 800,3900,7000"),
     ] = "",
-    hours: Annotated[int | None, typer.Option(min=24, help="Length of a window; default 720, or what there is")] = None,
+    hours: Annotated[
+        int | None, typer.Option(min=24, help="Length of a window; default: 720, or what the trace has")
+    ] = None,
     schemes: Annotated[str, typer.Option(metavar="NAME,...", help=f"Of {', '.join(SCHEMES)}; default: all")] = "",
-    xi: Annotated[str, typer.Option(metavar="X,...", help="Largest relative loss of preference")] = "0.1",
+    xi: Annotated[str, typer.Option(metavar="X,...", help="Maximum relative loss of preference")] = "0.1",
     xi_correctness: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="The same of correctness; default: not bounded")
+        float | None, typer.Option(min=0.0, max=1.0, help="Maximum relative loss of correctness; default: no limit")
     ] = None,
     constant_correctness: Annotated[
         bool,
         typer.Option(
-            "--constant-correctness", help="--xi-correctness is tolerated in every hour, not only in the dirtiest"
+            "--constant-correctness",
+            help="Tolerate --xi-correctness in every hour, not only at the highest carbon intensity",
         ),
     ] = False,
-    life_cycle: Annotated[bool, typer.Option("--life-cycle", help="Life-cycle intensities, not direct ones")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the halves and of the evaluator's draws")] = 1,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes")] = os.cpu_count() or 1,
-    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="For summary.json and report.html")] = Path(
-        "simulation"
-    ),
+    life_cycle: Annotated[
+        bool, typer.Option("--life-cycle", help="Use life-cycle instead of direct intensities")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the evaluator's draws")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes")] = os.cpu_count() or 1,
+    out_dir: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for summary.json and report.html")
+    ] = Path("simulation"),
 ) -> None:
-    """Replay measured requests on recorded grids with the services' own decisions; write figures and a page with plots.
+    """Replay measured requests on recorded carbon intensities with the services' decision code; write a report.
 
-    Exit codes: 0 done, 1 an input does not do (it says which), 2 wrong usage.
+    Exit codes: 0 done, 1 an input is invalid (the message says which), 2 wrong usage.
     """
     summary, page = out_dir / "summary.json", out_dir / "report.html"
     try:
         _check_writable(out_dir, summary, page)
-        asked = Inputs(
+        inputs = Inputs(
             requests=requests or SHIPPED_WORKLOAD,
             carbon=tuple(carbon or (shipped_trace(),)),
             schemes=_schemes(schemes, _variant(variant), models_compared=model_preference is not None),
@@ -113,8 +124,8 @@ def simulate(
             life_cycle=life_cycle,
             seed=seed,
         )
-        study, todo = prepare(asked, say)
-        outcomes = _run(study, todo, processes=jobs)
+        experiment, todo = prepare(inputs, say)
+        outcomes = _run(experiment, todo, processes=jobs)
     except SimulationInputError as error:
         fail(str(error))
     except ValidationError as error:
@@ -133,10 +144,10 @@ def simulate(
 
 
 def _check_writable(folder: Path, *files: Path) -> None:
-    """Try to write before anything runs, and leave nothing behind.
+    """Check that the files can be written, without leaving anything behind.
 
     Raises:
-        SimulationInputError: it cannot be done.
+        SimulationInputError: they cannot.
     """
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -158,12 +169,12 @@ def _check_writable(folder: Path, *files: Path) -> None:
         raise SimulationInputError(f"--out {folder} cannot be written: {error}; name another folder") from error
 
 
-def _run(study: Study, todo: list[Job], *, processes: int) -> list[Outcome]:
+def _run(experiment: Experiment, todo: list[Job], *, processes: int) -> list[Outcome]:
     found: dict[int, Outcome] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
         task = progress.add_task("simulating", total=len(todo))
-        for place, outcome in run_all(study, todo, processes=min(processes, len(todo))):
+        for place, outcome in run_all(experiment, todo, processes=min(processes, len(todo))):
             found[place] = outcome
             progress.update(task, advance=1, description=f"{outcome.zone} {outcome.scheme}")
         progress.update(task, description="simulated")
@@ -171,7 +182,7 @@ def _run(study: Study, todo: list[Job], *, processes: int) -> list[Outcome]:
 
 
 def _schemes(text: str, variant: Variant, *, models_compared: bool) -> tuple[str, ...]:
-    """Those asked for; of the default ones, those for which there is what they need."""
+    """The schemes named; by default those whose inputs were given."""
     if text:
         return tuple(names_of(text))
     names = tuple(PUBLISHED if variant == "published" else DEFAULT_SCHEMES)

@@ -1,1 +1,1 @@
-"""Trace-driven what-if: the services' own decisions on measured requests and recorded grids."""
+"""Trace-driven simulation: the services' own decision code on measured requests and recorded carbon intensities."""

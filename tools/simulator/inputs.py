@@ -1,4 +1,4 @@
-"""From files and options to what the runs share; whatever does not do is named before anything runs."""
+"""Reads files and options into an experiment; invalid inputs are reported before anything runs."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,12 @@ from pydantic_settings import SettingsError
 
 from services.evaluator.clusters import TooFewPromptsError, learn_groups
 from services.optimizer.settings import OptimizerSettings
-from tools.simulator.draws import QualityDraws, draw_quality, read_draws
-from tools.simulator.errors import SimulationInputError
-from tools.simulator.grid import Window, read_grids
+from tools.simulator.grid import Say, Window, read_grids, say_missing_hours, say_missing_past, windows_of
 from tools.simulator.jobs import Job
-from tools.simulator.measured import REFERENCE, Floats, Measured, read_measured
-from tools.simulator.schemes import Fold, Grouping, Study, Variant
+from tools.simulator.published_case import QualityDraws, draw_quality, read_draws
+from tools.simulator.requests import REFERENCE, Floats, Measured, SimulationInputError, read_measured
+from tools.simulator.schemes import Experiment, Fold, Grouping, Variant
 from tools.simulator.traffic import Part, Traffic, check_shares_by_hour, constant_mix, read_mix, read_model_preference
-from tools.simulator.windows import Say, say_missing_hours, say_missing_past, windows_of
 from tools.simulator.world import CORRECTNESS, PREFERENCE
 
 WITHOUT_BOUND = frozenset({"base", "co2_opt"})
@@ -26,17 +24,17 @@ WITHOUT_BOUND = frozenset({"base", "co2_opt"})
 
 NOT_BOUND_BY_CORRECTNESS = frozenset({"base", "co2_opt", "model_opt", "oracle"})
 PUBLISHED_LEVELS = 3
-"""The published rules and draws are written for so many."""
+"""Number of levels in the published rules and draws."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What was asked for; see `sprout simulate --help`.
+    """The options of `sprout simulate`; see its help.
 
     Attributes:
-        windows, hours: none: the paper's where the traces are long enough, else what there is.
-        learn: none: a part of the requests, by their hash.
-        folds: so many parts of the requests, each measured by what was learned from the others; none: one half is
+        windows, hours: empty or None: those of the paper if the traces are long enough, else what there is.
+        learn: None: a part of the requests, chosen by hash.
+        folds: number of parts of the requests, each measured by what was learned from the others; None: one half is
             measured by what was learned from the other.
     """
 
@@ -60,94 +58,97 @@ class Inputs:
     seed: int = 1
 
 
-def prepare(asked: Inputs, say: Say) -> tuple[Study, list[Job]]:
-    """Read everything, and say what is to be run.
+def prepare(inputs: Inputs, say: Say) -> tuple[Experiment, list[Job]]:
+    """Read all inputs.
+
+    Returns:
+        The experiment, and the jobs to run.
 
     Raises:
-        SimulationInputError: something of it does not do.
+        SimulationInputError: an input is invalid.
     """
     optimizer = _optimizer()
     say("reading requests and traces")
-    grids = read_grids(asked.carbon, column="life-cycle" if asked.life_cycle else "direct", zones=asked.zones)
-    windows = windows_of(grids, asked.windows, asked.hours)
-    published = asked.variant == "published"
-    say_missing_hours(grids, asked.schemes, published=published, say=say)
-    say_missing_past(windows, asked.schemes, published=published, trailing_hours=int(optimizer.window_h), say=say)
-    traffic = _traffic(asked, len(windows[0].g_per_kwh), say)
-    _check_correctness(traffic, asked, say)
+    grids = read_grids(inputs.carbon, column="life-cycle" if inputs.life_cycle else "direct", zones=inputs.zones)
+    windows = windows_of(grids, inputs.windows, inputs.hours)
+    published = inputs.variant == "published"
+    say_missing_hours(grids, inputs.schemes, published=published, say=say)
+    say_missing_past(windows, inputs.schemes, published=published, trailing_hours=int(optimizer.window_h), say=say)
+    traffic = _traffic(inputs, len(windows[0].g_per_kwh), say)
+    _check_correctness(traffic, inputs, say)
     preferred = None
-    if asked.model_preference is not None:
-        preferred = read_model_preference(asked.model_preference, traffic.parts[0].measured.tasks)
-    study = Study(
-        variant=asked.variant,
-        folds=tuple(_fold(part, asked, say) for part in traffic.parts),
+    if inputs.model_preference is not None:
+        preferred = read_model_preference(inputs.model_preference, traffic.parts[0].measured.tasks)
+    experiment = Experiment(
+        variant=inputs.variant,
+        folds=tuple(_fold(part, inputs, say) for part in traffic.parts),
         mix=traffic.mix,
         optimizer=optimizer,
-        constant_bounds=frozenset({CORRECTNESS} if asked.constant_correctness else ()),
+        constant_bounds=frozenset({CORRECTNESS} if inputs.constant_correctness else ()),
         large_preferred=preferred,
-        draws=_draws(asked, traffic.parts[0].measured, traffic.mix, preferred),
-        seed=asked.seed,
+        draws=_draws(inputs, traffic.parts[0].measured, traffic.mix, preferred),
+        seed=inputs.seed,
     )
-    return study, _jobs(asked, windows)
+    return experiment, _jobs(inputs, windows)
 
 
 def _optimizer() -> OptimizerSettings:
     prefix = "SPROUT_OPTIMIZER_"
     try:
-        # A holdout is the price of measuring; what is simulated need not be measured.
+        # The holdout is the price of measuring savings in production; a simulation knows them.
         return OptimizerSettings(holdout=0.0)
     except SettingsError as error:
         name = re.search(r'field "(\w+)"', str(error))
         raise SimulationInputError(
-            f"{prefix}{name[1].upper() if name else '*'} is no JSON of the form that is needed; correct it, or unset it"
+            f"{prefix}{name[1].upper() if name else '*'} is not JSON of the expected form; correct it, or unset it"
         ) from error
     except ValidationError as error:
-        # A check of several settings together names them itself.
+        # Checks of several settings name them in their message.
         wrong = [
-            f"{prefix + str(one['loc'][0]).upper()}: {one['msg']}" if one["loc"] else one["msg"]
+            f"{prefix}{str(one['loc'][0]).upper().removeprefix(prefix)}: {one['msg']}" if one["loc"] else one["msg"]
             for one in error.errors(include_url=False, include_context=False, include_input=False)
         ]
         raise SimulationInputError(f"{'; '.join(wrong)}: correct it, or unset it") from error
 
 
-def _traffic(asked: Inputs, hours: int, say: Say) -> Traffic:
-    """Prompts to learn from and to measure on, and what is asked in every hour."""
-    requests = _read(asked.requests, asked.model, say)
-    if asked.variant == "published" and len(requests.levels) != PUBLISHED_LEVELS:
+def _traffic(inputs: Inputs, hours: int, say: Say) -> Traffic:
+    """Prompts to learn from and to measure on, and the traffic of every hour."""
+    requests = _read(inputs.requests, inputs.model, say)
+    if inputs.variant == "published" and len(requests.levels) != PUBLISHED_LEVELS:
         raise SimulationInputError(
             f"--variant published needs a model measured at {PUBLISHED_LEVELS} levels; {requests.model!r} was at "
             f"{', '.join(requests.levels)}: name another with --model, or take --variant production"
         )
-    if asked.mix is None:
+    if inputs.mix is None:
         mix = constant_mix(requests, hours=hours)
     else:
-        tasks, mix = read_mix(asked.mix, hours=hours)
+        tasks, mix = read_mix(inputs.mix, hours=hours)
         requests = requests.with_tasks(tasks)
-    return Traffic(tuple(_parts(requests, asked, say)), mix).checked(say)
+    return Traffic(tuple(_parts(requests, inputs, say)), mix).checked(say)
 
 
-def _parts(requests: Measured, asked: Inputs, say: Say) -> Iterator[Part]:
-    """What is measured on, with what may be learned from."""
-    everything = f"{asked.requests} has"
-    if asked.folds is not None and (asked.learn is not None or asked.variant == "published"):
+def _parts(requests: Measured, inputs: Inputs, say: Say) -> Iterator[Part]:
+    """Prompts to measure on, with those to learn from."""
+    everything = f"{inputs.requests} has"
+    if inputs.folds is not None and (inputs.learn is not None or inputs.variant == "published"):
         raise SimulationInputError(
-            "--folds splits --requests into what is learned from and what is measured on: leave it out with --learn, "
-            "and with --variant published, which measures on what it learns from"
+            "--folds splits --requests into prompts to learn from and to measure on: leave it out with --learn, "
+            "and with --variant published, which uses the same prompts for both"
         )
-    if asked.learn is not None:
-        if asked.variant == "published":
-            say("--learn is not made use of: the published protocol measures on what it learns from")
-        yield Part(_read_learn(asked.learn, requests, asked, say), f"{asked.learn} has", requests, everything)
-    elif asked.variant == "published":
-        # The published protocol measures on what it learns from.
+    if inputs.learn is not None:
+        if inputs.variant == "published":
+            say("--learn is ignored: the published protocol learns from and measures on the same prompts")
+        yield Part(_read_learn(inputs.learn, requests, inputs, say), f"{inputs.learn} has", requests, everything)
+    elif inputs.variant == "published":
+        # The published protocol learns from and measures on the same prompts.
         yield Part(requests, everything, requests, everything)
-    elif asked.folds is None:
-        half = f"of {asked.requests} (--seed {asked.seed}) has"
-        learn, measured = requests.halves(asked.seed)
+    elif inputs.folds is None:
+        half = f"of {inputs.requests} (--seed {inputs.seed}) has"
+        learn, measured = requests.halves(inputs.seed)
         yield Part(learn, f"the half to learn from {half}", measured, f"the half to measure on {half}")
     else:
-        for number, (learn, measured) in enumerate(requests.folds(asked.seed, asked.folds), 1):
-            part = f"part {number} of {asked.folds} of {asked.requests} (--seed {asked.seed}) has"
+        for number, (learn, measured) in enumerate(requests.folds(inputs.seed, inputs.folds), 1):
+            part = f"part {number} of {inputs.folds} of {inputs.requests} (--seed {inputs.seed}) has"
             yield Part(learn, f"what is left to learn from without {part}", measured, part)
 
 
@@ -158,14 +159,14 @@ def _read(path: Path, model: str | None, say: Say) -> Measured:
     return measured
 
 
-def _read_learn(path: Path, requests: Measured, asked: Inputs, say: Say) -> Measured:
+def _read_learn(path: Path, requests: Measured, inputs: Inputs, say: Say) -> Measured:
     learn = _read(path, requests.model, say)
     if learn.levels != requests.levels:
         raise SimulationInputError(
-            f"--learn {path} has {requests.model!r} at {', '.join(learn.levels)}, {asked.requests} at "
+            f"--learn {path} has {requests.model!r} at {', '.join(learn.levels)}, {inputs.requests} at "
             f"{', '.join(requests.levels)}: both need the same levels"
         )
-    if "model_opt" in asked.schemes and requests.small_kwh is not None and learn.small_kwh is None:
+    if "model_opt" in inputs.schemes and requests.small_kwh is not None and learn.small_kwh is None:
         raise SimulationInputError(
             f"--learn {path} lacks the second model that scheme model_opt needs, at {REFERENCE} on every prompt; "
             "measure it, or leave model_opt out of --schemes"
@@ -179,17 +180,17 @@ def _read_learn(path: Path, requests: Measured, asked: Inputs, say: Say) -> Meas
     known = set(learn.prompts)
     if both := sum(prompt in known for prompt in requests.prompts):
         say(
-            f"{both:,} of {len(requests):,} prompts of {asked.requests} are in --learn {path} too: results are not on "
-            "fresh prompts alone"
+            f"{both:,} of {len(requests):,} prompts of {inputs.requests} are in --learn {path} too: part of the "
+            "results is measured on prompts that were learned from"
         )
     return learn
 
 
-def _check_correctness(traffic: Traffic, asked: Inputs, say: Say) -> None:
-    """Whether a bound of correctness can be kept, and which schemes know none."""
-    if asked.constant_correctness and asked.xi_correctness is None:
+def _check_correctness(traffic: Traffic, inputs: Inputs, say: Say) -> None:
+    """Check that a limit on correctness can be measured; report the schemes that have none."""
+    if inputs.constant_correctness and inputs.xi_correctness is None:
         raise SimulationInputError("--constant-correctness needs --xi-correctness: how much may be lost in every hour")
-    if asked.xi_correctness is None or asked.variant == "published":
+    if inputs.xi_correctness is None or inputs.variant == "published":
         return
     needed = [
         one
@@ -205,17 +206,17 @@ def _check_correctness(traffic: Traffic, asked: Inputs, say: Say) -> None:
                 f"--xi-correctness: {name} no {kind} with 'correct' at every level: it cannot be checked; give it, "
                 "or leave --xi-correctness out"
             )
-    if unbound := [name for name in asked.schemes if name in NOT_BOUND_BY_CORRECTNESS]:
+    if unbound := [name for name in inputs.schemes if name in NOT_BOUND_BY_CORRECTNESS]:
         say(f"--xi-correctness does not bind {', '.join(unbound)}: they have no such bound")
 
 
-def _fold(part: Part, asked: Inputs, say: Say) -> Fold:
-    contexts = _contexts(part.learn, part.measured, say) if "sprout_context" in asked.schemes else None
+def _fold(part: Part, inputs: Inputs, say: Say) -> Fold:
+    contexts = _contexts(part.learn, part.measured, say) if "sprout_context" in inputs.schemes else None
     return Fold(part.learn, part.measured, contexts)
 
 
 def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:
-    """Groups learned from the judged prompts; each of these lies where a model would put it that had not seen it."""
+    """Learn groups from the judged prompts; each of these is assigned by a model trained without it (out of sample)."""
     judged = learn.taken(learn.judged)
     say(f"learning prompt groups from {len(judged):,} judged prompts")
     try:
@@ -227,26 +228,26 @@ def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:
     return Grouping(learned.groups.names, places, learned.groups.assign_all(measured.prompts), learned.families)
 
 
-def _draws(asked: Inputs, measured: Measured, mix: Floats, preferred: Floats | None) -> QualityDraws | None:
-    if asked.variant != "published":
-        if asked.quality_draws is not None:
+def _draws(inputs: Inputs, measured: Measured, mix: Floats, preferred: Floats | None) -> QualityDraws | None:
+    if inputs.variant != "published":
+        if inputs.quality_draws is not None:
             raise SimulationInputError("--quality-draws needs --variant published")
         return None
-    if asked.quality_draws is None:
-        return draw_quality(measured, mix, preferred, seed=asked.seed)
-    check_shares_by_hour(asked.quality_draws, hours=len(mix))
-    return read_draws(asked.quality_draws, hours=len(mix))
+    if inputs.quality_draws is None:
+        return draw_quality(measured, mix, preferred, seed=inputs.seed)
+    check_shares_by_hour(inputs.quality_draws, hours=len(mix))
+    return read_draws(inputs.quality_draws, hours=len(mix))
 
 
-def _jobs(asked: Inputs, windows: Sequence[Window]) -> list[Job]:
-    if not asked.xi:
+def _jobs(inputs: Inputs, windows: Sequence[Window]) -> list[Job]:
+    if not inputs.xi:
         raise SimulationInputError("--xi names no number; give one at least, such as 0.1")
-    if wrong := [value for value in asked.xi if not 0.0 <= value <= 1.0]:
+    if wrong := [value for value in inputs.xi if not 0.0 <= value <= 1.0]:
         raise SimulationInputError(f"--xi must lie between 0 and 1, got {wrong[0]:g}")
-    more = {} if asked.xi_correctness is None else {CORRECTNESS: asked.xi_correctness}
+    more = {} if inputs.xi_correctness is None else {CORRECTNESS: inputs.xi_correctness}
     return [
         Job(scheme, window, {PREFERENCE: xi, **more})
         for window in windows
-        for scheme in asked.schemes
-        for xi in (asked.xi[:1] if scheme in WITHOUT_BOUND else asked.xi)
+        for scheme in inputs.schemes
+        for xi in (inputs.xi[:1] if scheme in WITHOUT_BOUND else inputs.xi)
     ]

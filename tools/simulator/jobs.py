@@ -1,4 +1,4 @@
-"""Runs many simulations on several processes."""
+"""Runs simulations in several processes."""
 
 import multiprocessing
 import os
@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from services.optimizer.linear import warm_up
+from services.optimizer.program import warm_up
 from tools.simulator.grid import Window
 from tools.simulator.outcome import Outcome
-from tools.simulator.schemes import Study, run, without_texts
+from tools.simulator.schemes import Experiment, run, without_texts
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""The arrays are small: threads of a linear algebra library would only wait for each other."""
+"""The arrays are so small that threads of the linear algebra library only wait for each other."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,25 +24,25 @@ class Job:
     xi: Mapping[str, float]
 
 
-def run_all(study: Study, jobs: Sequence[Job], *, processes: int) -> Iterator[tuple[int, Outcome]]:
-    """Outcomes as they come, each with its job's place.
+def run_all(experiment: Experiment, jobs: Sequence[Job], *, processes: int) -> Iterator[tuple[int, Outcome]]:
+    """Run all jobs; yields (place of the job, outcome) in the order in which they finish.
 
     Raises:
-        SimulationInputError: a scheme needs what was not given.
+        SimulationInputError: an input that a scheme needs is missing.
     """
     if processes <= 1:
         warm_up()
         for place, job in enumerate(jobs):
-            yield place, run(study, job.scheme, job.window, job.xi)
+            yield place, run(experiment, job.scheme, job.window, job.xi)
         return
-    # A fresh process reads these before it loads its linear algebra.
+    # A new process reads these variables when it loads the linear algebra library.
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(ONE_THREAD)
     pool = ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_prepare,
-        initargs=(without_texts(study),),
+        initargs=(without_texts(experiment),),
     )
     try:
         futures = {pool.submit(_run, job): place for place, job in enumerate(jobs)}
@@ -57,16 +57,16 @@ def run_all(study: Study, jobs: Sequence[Job], *, processes: int) -> Iterator[tu
                 os.environ[name] = value
 
 
-_study: Study | None = None
+_experiment: Experiment | None = None
 
 
-def _prepare(study: Study) -> None:
-    global _study  # noqa: PLW0603 - what every job of this process shares
+def _prepare(experiment: Experiment) -> None:
+    global _experiment  # noqa: PLW0603 - shared by all jobs of this process
     warm_up()
-    _study = study
+    _experiment = experiment
 
 
 def _run(job: Job) -> Outcome:
-    if _study is None:
-        raise RuntimeError("this process was not prepared")
-    return run(_study, job.scheme, job.window, job.xi)
+    if _experiment is None:
+        raise RuntimeError("_prepare() must run before the first job of a process")
+    return run(_experiment, job.scheme, job.window, job.xi)

@@ -1,4 +1,4 @@
-"""What a scheme did in a window, hour by hour, and the figures that sum it up."""
+"""Result of a scheme in a window, hour by hour, and its summary figures."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,43 +6,45 @@ from typing import Any
 
 import numpy as np
 
-from tools.simulator.measured import Flags, Floats
+from tools.simulator.requests import Flags, Floats
 
 KEPT_TOLERANCE = 1e-6
-"""By which the quality of an hour may miss its bound: rounding of the solver's."""
+"""By which the quality of an hour may miss its limit: rounding errors of the solver."""
 
 UNKNOWN_HOURS = "{key} is null: in {hours} of {all} hours the reference is {never} on a measured prompt"
 
 
 def relative(quality: Floats, reference: Floats, *, only_reference: Flags) -> Floats:
-    """Quality of what was served, relative to the reference's, by hour; NaN where the reference has none.
+    """Quality of what was served relative to the reference's, by hour; NaN if the reference's quality is 0.
 
     Args:
-        only_reference: hours in which nothing else served: there it is 1, whatever the reference's quality.
+        quality, reference: (hours,).
+        only_reference: hours in which the reference served everything: the result is 1, whatever its quality.
     """
     return np.divide(quality, reference, out=np.where(only_reference, 1.0, np.nan), where=reference > 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outcome:
-    """One scheme in one window; every array has one value an hour.
+    """One scheme in one window; arrays have one value per hour.
 
     Attributes:
+        options: the reference first.
         grams: mean gCO2eq of a request.
-        base_grams: the same, had the reference served all.
-        preference: relative to the reference's; NaN where the reference is never preferred.
-        bound: of the preference that held; NaN for a scheme without one.
-        correctness: share of right answers relative to the reference's; null where nobody knows which are right.
-        correctness_bound: as `bound`; null where none was asked for.
-        standard_errors: of the mean preference and correctness, by metric, as other prompts to measure on would vary
-            it; null or absent: unknown.
-        mix: (hours, options) share of requests.
-        processing_s: mean of a request.
-        base_processing_s: the same, had the reference served all.
-        evaluator_grams: of the evaluator, per request of the traffic; zeros where it is free, as in the published runs.
-        evaluation_hours: in which it ran.
-        fallbacks: hours in which the program was to choose and could only serve the reference, by reason.
-        withheld: hours in which an option could not be used because too little was known of it, by option.
+        base_grams: the same if the reference served all requests.
+        preference: relative to the reference's; NaN if the reference is never preferred.
+        bound: minimum preference; NaN for a scheme without a limit.
+        mix: (hours, options), shares of the requests.
+        processing_s: mean time of a request.
+        base_processing_s: the same if the reference served all requests.
+        correctness: share of right answers relative to the reference's; None if the right answers are not known.
+        correctness_bound: minimum correctness; None without a limit.
+        standard_errors: of the mean preference and correctness, by metric, over samples of prompts to measure on; None
+            or absent if unknown.
+        evaluator_grams: of the evaluator, per request of the traffic; 0 in the published variant, which ignores them.
+        evaluation_hours: in which the evaluator ran.
+        fallbacks: hours in which the program could only serve the reference, by reason.
+        ineligible: hours in which an option could not be used because too little was known about it, by option.
     """
 
     zone: str
@@ -64,31 +66,31 @@ class Outcome:
     evaluator_grams: Floats = field(default_factory=lambda: np.zeros(1))
     evaluation_hours: tuple[int, ...] = ()
     fallbacks: Mapping[str, int] = field(default_factory=dict)
-    withheld: Mapping[str, int] = field(default_factory=dict)
+    ineligible: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def saving_pct(self) -> float | None:
-        """Of the carbon of BASE, the evaluator's counted against it; null where BASE emits nothing."""
+        """Carbon saving, % of BASE's, net of the evaluator's; None if BASE emits nothing."""
         return self._of_base(float(self.base_grams.mean() - self.grams.mean() - self.evaluator_grams.mean()))
 
     @property
     def evaluator_share_pct(self) -> float | None:
-        """The evaluator's carbon, of BASE's; null where BASE emits nothing."""
+        """The evaluator's carbon, % of BASE's; None if BASE emits nothing."""
         return self._of_base(float(self.evaluator_grams.mean()))
 
     @property
     def preference_pct(self) -> float | None:
-        """Mean over the hours; null where it is unknown in one of them."""
+        """Mean over the hours; None if it is unknown in any of them."""
         return _mean_pct(self.preference)
 
     @property
     def correctness_pct(self) -> float | None:
-        """Mean over the hours; null where it is unknown in one of them."""
+        """Mean over the hours; None if it is unknown in any of them."""
         return None if self.correctness is None else _mean_pct(self.correctness)
 
     @property
     def kept_pct(self) -> float | None:
-        """Share of the hours in which every bound was kept; null where there is none, or a quality is unknown."""
+        """Share of the hours in which every limit held; None without a limit, or if a quality is unknown."""
         held = ~np.isnan(self.bound)
         if not held.any():
             return None
@@ -102,7 +104,7 @@ class Outcome:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why figures are null that others have."""
+        """Why figures are null that other runs have."""
         found = []
         if self.saving_pct is None:
             found.append("carbon_saving_pct and evaluator_share_pct are null: the reference emits nothing")
@@ -116,7 +118,7 @@ class Outcome:
         return tuple(found)
 
     def summary(self) -> dict[str, Any]:
-        """The figures, as `summary.json` has them: finite numbers, or null where one is unknown."""
+        """The figures of `summary.json`: finite numbers, null if unknown."""
         return {
             "zone": self.zone,
             "window_start_hour": self.window_start_hour,
@@ -138,13 +140,13 @@ class Outcome:
             },
             "fallback_hours": sum(self.fallbacks.values()),
             "fallback_reasons": dict(self.fallbacks),
-            "withheld_hours": dict(self.withheld),
+            "withheld_hours": dict(self.ineligible),
             "notes": list(self.notes),
         }
 
     def _of_base(self, grams: float) -> float | None:
-        whole = float(self.base_grams.mean())
-        return 100.0 * grams / whole if whole > 0.0 else None
+        base_grams = float(self.base_grams.mean())
+        return 100.0 * grams / base_grams if base_grams > 0.0 else None
 
 
 def _percent(share: float | None) -> float | None:

@@ -1,7 +1,7 @@
-"""The schemes as they run in production: nothing is known of the future, and the evaluator's carbon is charged.
+"""The schemes as they run in production: no look-ahead, and the evaluator's carbon is charged.
 
-Every hour the trigger decides whether to evaluate, the estimates are made from what was served and judged, and the
-program is solved: by the services' own modules. What is served is the expectation over the measured prompts.
+Every hour the services' own code decides whether to evaluate, estimates energy, time and quality from what was served
+and judged so far, and solves the program. What is served is the expectation over the measured prompts.
 """
 
 import math
@@ -15,41 +15,41 @@ from typing import Literal
 import numpy as np
 
 from services.evaluator.opportunity import Opportunity, OpportunityRules
-from services.optimizer.bounds import quality_bounds, spanned
-from services.optimizer.consumption import Consumed, Consumption
+from services.optimizer.bounds import quality_bounds, range_of
+from services.optimizer.costs import Consumption, ResourceUse
 from services.optimizer.estimates import Estimates, estimate
-from services.optimizer.problem import Option, Problem, Solution
+from services.optimizer.policy import build_problem
+from services.optimizer.problem import OptionPrice, Solution
 from services.optimizer.program import solve
-from services.optimizer.quality import QualityEvidence
 from services.optimizer.settings import OptimizerSettings
+from services.optimizer.state import QualityCounts
+from shared.fleet import DEFAULT_EMBODIED_G_PER_S
 from shared.messages import EvaluationCost, Quality
-from tools.simulator.case import EMBODIED_G_PER_S, NO_SOLUTION
+from tools.simulator.evaluation import Findings, Judge
 from tools.simulator.grid import Window
-from tools.simulator.judging import Findings, Judge
-from tools.simulator.measured import Floats
 from tools.simulator.outcome import Outcome, relative
+from tools.simulator.published_case import NO_SOLUTION
+from tools.simulator.requests import Floats
 from tools.simulator.world import CORRECTNESS, PREFERENCE, World, pooled
 
 Rule = Literal["reference", "program", "program_once", "cheapest"]
-"""How the options are chosen: always the reference; the program, every hour or once; least carbon, without bounds."""
+"""How the options are chosen: always the reference; by the program, every hour or once; by carbon only."""
 
 _NO_COST = EvaluationCost(generations=0, judgements=0, completion_tokens=0, processing_s=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """How the services are run.
+    """Settings of the services.
 
     Attributes:
-        xi: largest relative loss, by metric.
-        constant_bounds: metrics for which it is tolerated in every hour, not only in the dirtiest.
+        optimizer: with the quality limits of the scheme.
+        trigger: when the evaluator runs.
         prompts_per_evaluation: drawn each time.
         requests_per_hour: of the traffic.
         seed: of the evaluator's draws.
     """
 
-    xi: Mapping[str, float]
-    constant_bounds: frozenset[str] = frozenset()
     optimizer: OptimizerSettings
     trigger: OpportunityRules = field(default_factory=OpportunityRules)
     prompts_per_evaluation: int = 150
@@ -59,7 +59,12 @@ class Operation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ProductionCase:
-    """A scheme in a window; `mix` is (hours, tasks), `families` those of prompt groups, null: there are none."""
+    """One scheme in one window.
+
+    Attributes:
+        mix: (hours, tasks), shares of the traffic.
+        families: families of prompt groups, by group; None: there are none.
+    """
 
     scheme: str
     rule: Rule
@@ -72,70 +77,80 @@ class ProductionCase:
 
 
 def simulate(cases: Sequence[ProductionCase]) -> Outcome:
-    """Live through the window once for every case, and measure them as one.
+    """Simulate the window once for every case, and measure the cases as one.
 
     Args:
-        cases: one scheme in one window, each time with other prompts to learn from and to measure on.
+        cases: one scheme in one window, each with other prompts to learn from and to measure on.
     """
-    operators = [_Operator(case) for case in cases]
-    served = np.concatenate([operator.live() for operator in operators], axis=1)
-    return _outcome(cases[0], pooled([case.world for case in cases]), served, operators)
+    runs = [_Run(case) for case in cases]
+    served = np.concatenate([one.simulate() for one in runs], axis=1)
+    return _outcome(cases[0], pooled([case.world for case in cases]), served, runs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Decision:
-    """What serves an hour.
+    """The probabilities of one hour.
 
     Attributes:
-        x: (G, O).
-        fallback: why only the reference could be served; null where there was a choice.
-        withheld: options that could not be used because too little is known of them.
+        x: (G, O), probabilities.
+        fallback: why only the reference could be served; None if there was a choice.
+        ineligible: options that could not be used because too little is known about them.
     """
 
     x: Floats
     fallback: str | None = None
-    withheld: tuple[str, ...] = ()
+    ineligible: tuple[str, ...] = ()
 
 
-class _Operator:
-    """The evaluator and the optimizer of one window, fed by what the ledger and the judge would tell."""
+class _Run:
+    """The evaluator and the optimizer in one window, with the data that the ledger and the judge would publish.
+
+    Attributes:
+        fallbacks: hours in which only the reference could be served, by reason.
+        ineligible: hours in which an option could not be used, by option.
+        evaluated: hours in which the evaluator ran.
+        evaluator_grams: (hours,), of the evaluator, per request of the traffic.
+        bounds: by limited metric, (hours,).
+    """
 
     def __init__(self, case: ProductionCase) -> None:
         self._case = case
-        self._rules = case.operation.optimizer.estimate_rules
-        self._memory = self._rules.memory
+        self._settings = case.operation.optimizer
+        if case.rule not in ("program", "program_once"):
+            # No metric limits the choice.
+            self._settings = self._settings.model_copy(update={"xi": {}, "floors": {}, "constant_bounds": frozenset()})
         self._consumption = Consumption()
-        self._evidence = QualityEvidence(half_life_s=self._rules.quality.half_life_s, families=case.families)
+        self._counts = QualityCounts(settings=self._settings, families=case.families)
         self._opportunity = Opportunity(case.operation.trigger)
         self._rng = np.random.default_rng([case.operation.seed, case.window.start_hour])
-        self._metrics = tuple(case.operation.xi) if case.rule in ("program", "program_once") else ()
         self._once: _Decision | None = None
+        hours = len(case.window.g_per_kwh)
         self.fallbacks: Counter[str] = Counter()
-        self.withheld: Counter[str] = Counter()
+        self.ineligible: Counter[str] = Counter()
         self.evaluated: list[int] = []
-        self.evaluator_grams = np.zeros(len(case.window.g_per_kwh))
-        self.bounds: dict[str, Floats] = {name: np.full(len(case.window.g_per_kwh), np.nan) for name in self._metrics}
+        self.evaluator_grams = np.zeros(hours)
+        self.bounds: dict[str, Floats] = {metric: np.full(hours, np.nan) for metric in self._settings.xi}
 
-    def live(self) -> Floats:
-        """Decide and serve hour by hour; returns what served, (hours, G, O)."""
+    def simulate(self) -> Floats:
+        """Decide and serve hour by hour; returns the probabilities, (hours, G, O)."""
         hours = len(self._case.window.g_per_kwh)
         x = self._case.world.all_reference(hours)
         if self._case.rule != "reference":
             for hour in range(hours):
-                x[hour] = self.decide(hour)
-                self.serve(hour, x[hour])
+                x[hour] = self._decide(hour)
+                self._serve(hour, x[hour])
         return x
 
-    def decide(self, hour: int) -> Floats:
-        """(G, O): what serves the hour."""
+    def _decide(self, hour: int) -> Floats:
+        """Probabilities of the hour, (G, O)."""
         case, now = self._case, self._case.window.at(hour)
         k0 = float(case.window.g_per_kwh[hour])
         trailing = self._trailing(hour)
         mean = float(trailing.mean())
-        # What is to be judged without a metric that counts would be energy for nothing; so would be a later look at
-        # what is decided once.
+        # A scheme without quality limits needs no evaluation and is charged none; one that decides once needs only the
+        # first.
         if hour == 0:
-            self._learn(case.judge.study(at_s=now.timestamp()), hour, charged=bool(self._metrics))
+            self._learn(case.judge.evaluate_all(at_s=now.timestamp()), hour, charged=bool(self._settings.xi))
             self._opportunity.evaluated(now)
         elif case.rule == "program" and self._opportunity.observe(now, k0, threshold=mean):
             prompts = case.operation.prompts_per_evaluation
@@ -143,149 +158,142 @@ class _Operator:
             self._learn(draws, hour, charged=True)
             self._opportunity.evaluated(now)
             self.evaluated.append(hour)
-        span = spanned(trailing.tolist(), hours=len(trailing), min_hours=case.operation.optimizer.min_window_hours)
-        bounds = self._bounds(span.dirtiness(k0))
-        for metric in self._metrics:
-            self.bounds[metric][hour] = bounds[metric]
+        trailing_range = range_of(trailing.tolist(), hours=len(trailing), settings=self._settings)
+        bounds = quality_bounds(trailing_range.position(k0), self._settings)
+        for metric, bound in bounds.items():
+            self.bounds[metric][hour] = bound
         if case.rule != "program_once":
-            decision = self._solved(now, k0, bounds if self._metrics else {})
+            decision = self._solve(now, k0, bounds)
         else:
             if self._once is None:
-                self._once = self._solved(now, mean, self._bounds(span.dirtiness(mean)))
+                at_mean = quality_bounds(trailing_range.position(mean), self._settings)
+                self._once = self._solve(now, mean, at_mean)
             decision = self._once
         if decision.fallback is not None:
             self.fallbacks[decision.fallback] += 1
-        self.withheld.update(decision.withheld)
+        self.ineligible.update(decision.ineligible)
         return decision.x
 
-    def serve(self, hour: int, x: Floats) -> None:
-        """Tell the optimizer what an hour's requests took."""
+    def _serve(self, hour: int, x: Floats) -> None:
+        """Add what an hour's requests used to the optimizer's consumption."""
         case, world = self._case, self._case.world
-        asked = case.operation.requests_per_hour
+        per_hour = case.operation.requests_per_hour
         mix = case.mix[hour]
-        requests = asked * np.tensordot(mix, world.share, 1)[:, None] * x
-        energy = asked * np.tensordot(mix, world.energy_kwh, 1) * x
-        time_s = asked * np.tensordot(mix, world.time_s, 1) * x
+        requests = per_hour * np.tensordot(mix, world.share, 1)[:, None] * x
+        energy = per_hour * np.tensordot(mix, world.energy_kwh, 1) * x
+        time_s = per_hour * np.tensordot(mix, world.time_s, 1) * x
         at_s = case.window.at(hour + 1).timestamp()
         for g, o in zip(*np.nonzero(requests), strict=True):
-            taken = Consumed(float(requests[g, o]), float(energy[g, o]), float(time_s[g, o]))
-            self._consumption.add(world.groups[g], world.options[o], taken, at_s=at_s, memory=self._memory, asked=True)
-
-    def _bounds(self, dirtiness: float) -> dict[str, float]:
-        operation = self._case.operation
-        return quality_bounds(dirtiness, operation.xi, constant=operation.constant_bounds)
+            used = ResourceUse(float(requests[g, o]), float(energy[g, o]), float(time_s[g, o]))
+            self._consumption.add(
+                world.groups[g], world.options[o], used, at_s=at_s, settings=self._settings, is_traffic=True
+            )
 
     def _trailing(self, hour: int) -> Floats:
-        """Known intensities of the trailing window, this hour's the last; hours without a value are left out."""
+        """Intensities of the trailing window, this hour's last; hours without a value are left out."""
         window = self._case.window
-        length = math.ceil(self._case.operation.optimizer.window_h)
+        length = math.ceil(self._settings.window_h)
         values = np.concatenate([window.past[-length:], window.g_per_kwh[: hour + 1]])[-length:]
         return np.asarray(values[~np.isnan(values)])
 
     def _learn(self, findings: Findings, hour: int, *, charged: bool) -> None:
         case, now = self._case, self._case.window.at(hour)
-        self._evidence.add(
+        self._counts.add(
             Quality(
                 evaluation_id=str(hour), model="model", evaluated_at=now, trigger="simulated", counts=findings.counts,
                 prompts=1, abstentions=0, cost=_NO_COST,
             )
         )  # fmt: skip
-        for group, row in findings.taken.items():
-            for option, cell in row.items():
+        for group, row in findings.generations.items():
+            for option, used in row.items():
                 self._consumption.add(
-                    group, option, Consumed(*cell), at_s=now.timestamp(), memory=self._memory, asked=hour == 0
+                    group, option, used, at_s=now.timestamp(), settings=self._settings, is_traffic=hour == 0
                 )
         if charged:
-            grams = findings.energy_kwh * float(case.window.g_per_kwh[hour]) + EMBODIED_G_PER_S * findings.time_s
+            intensity = float(case.window.g_per_kwh[hour])
+            grams = findings.energy_kwh * intensity + DEFAULT_EMBODIED_G_PER_S * findings.time_s
             self.evaluator_grams[hour] += grams / case.operation.requests_per_hour
 
-    def _solved(self, now: datetime, k0: float, bounds: Mapping[str, float]) -> _Decision:
-        case, world = self._case, self._case.world
+    def _solve(self, now: datetime, k0: float, bounds: Mapping[str, float]) -> _Decision:
+        world = self._case.world
+        reference = world.options[0]
         x = np.zeros((len(world.groups), len(world.options)))
-        believed = estimate(
+        estimates = estimate(
             self._consumption,
-            self._evidence,
+            self._counts,
             options=world.options,
-            reference=world.options[0],
-            metrics=self._metrics,
-            rules=self._rules,
+            reference=reference,
+            settings=self._settings,
             now_s=now.timestamp(),
         )
-        if believed is None:
+        if estimates is None:
             x[:, 0] = 1.0
             return _Decision(x=x, fallback="no footprint of the reference")
-        problem = Problem(
-            reference=world.options[0],
-            options={
-                option: Option(pool=option.partition("/")[0], g_per_kwh=k0, embodied_g_per_s=EMBODIED_G_PER_S)
-                for option in world.options
-            },
-            weights=believed.weights,
-            families=believed.families,
-            estimates=believed.groups,
-            cautions=case.operation.optimizer.aims.caution.together(bounds),
-            bounds=bounds,
-            holdout=case.operation.optimizer.holdout,
+        prices = {
+            option: OptionPrice(pool=option.partition("/")[0], g_per_kwh=k0, embodied_g_per_s=DEFAULT_EMBODIED_G_PER_S)
+            for option in world.options
+        }
+        solution = solve(
+            build_problem(estimates, reference=reference, prices=prices, bounds=bounds, settings=self._settings)
         )
-        solution = solve(problem)
         for g, group in enumerate(world.groups):
-            row = solution.rows.get(group, {world.options[0]: 1.0})
+            row = solution.rows.get(group, {reference: 1.0})
             x[g] = [row.get(option, 0.0) for option in world.options]
-        return _Decision(x=x, fallback=_fallback(solution, believed), withheld=tuple(believed.withheld))
+        return _Decision(x=x, fallback=_fallback(solution, estimates), ineligible=tuple(estimates.ineligible))
 
 
-def _fallback(solution: Solution, believed: Estimates) -> str | None:
-    """Why the program had to serve the reference; null where it did not have to."""
+def _fallback(solution: Solution, estimates: Estimates) -> str | None:
+    """Why the reference had to be served; None if there was a choice."""
     if solution.status == "optimal":
         return None
-    if len(believed.whole) > 1:
+    if len(estimates.overall) > 1:
         return NO_SOLUTION
-    # The numbers differ from hour to hour; what is scarce does not.
-    scarce = {re.sub(r"^\S+ of \S+ ", "too few ", why) for why in believed.withheld.values()}
-    return "; ".join(sorted(scarce)) or "there is no other option"
+    # The counts differ from hour to hour; what there is too little of does not.
+    reasons = {re.sub(r"^\S+ of \S+ ", "too few ", why) for why in estimates.ineligible.values()}
+    return "; ".join(sorted(reasons)) or "there is no other option"
 
 
-def _outcome(case: ProductionCase, world: World, x: Floats, operators: Sequence[_Operator]) -> Outcome:
+def _outcome(case: ProductionCase, world: World, x: Floats, runs: Sequence[_Run]) -> Outcome:
     window, mix = case.window, case.mix
-    # When is judged, and what is asked for, follows the grid alone: it is the same for all.
-    operator = operators[0]
+    # Evaluation hours and bounds depend on the carbon intensity only: they are the same in every run.
+    first = runs[0]
     reference = world.all_reference(len(mix))
 
     def grams(served: Floats) -> Floats:
         energy = world.mean(world.energy_kwh, mix, served)
-        return energy * window.g_per_kwh + EMBODIED_G_PER_S * world.mean(world.time_s, mix, served)
+        return energy * window.g_per_kwh + DEFAULT_EMBODIED_G_PER_S * world.mean(world.time_s, mix, served)
 
     only_reference = np.asarray((x[:, :, 0] >= 1.0).all(axis=1))
 
     def compared(metric: str) -> Floats:
         values = world.quality[metric]
-        whole = world.mean(values, mix, reference)
-        return relative(world.mean(values, mix, x), whole, only_reference=only_reference)
+        of_reference = world.mean(values, mix, reference)
+        return relative(world.mean(values, mix, x), of_reference, only_reference=only_reference)
 
     return Outcome(
         zone=window.zone,
         window_start_hour=window.start_hour,
         scheme=case.scheme,
-        xi=case.operation.xi.get(PREFERENCE, 0.0),
+        xi=case.operation.optimizer.xi.get(PREFERENCE, 0.0),
         options=world.options,
         grams=grams(x),
         base_grams=grams(reference),
         preference=compared(PREFERENCE),
         standard_errors={metric: world.standard_error(metric, mix, x) for metric in world.quality},
-        bound=operator.bounds.get(PREFERENCE, np.full(len(mix), np.nan)),
+        bound=first.bounds.get(PREFERENCE, np.full(len(mix), np.nan)),
         correctness=compared(CORRECTNESS) if CORRECTNESS in world.quality else None,
-        correctness_bound=operator.bounds.get(CORRECTNESS),
+        correctness_bound=first.bounds.get(CORRECTNESS),
         mix=np.einsum("ht,tg,hgo->ho", mix, world.share, x, optimize=True),
         processing_s=world.mean(world.time_s, mix, x),
         base_processing_s=world.mean(world.time_s, mix, reference),
         g_per_kwh=window.g_per_kwh,
-        evaluator_grams=np.mean([one.evaluator_grams for one in operators], axis=0),
-        evaluation_hours=tuple(operator.evaluated),
-        fallbacks=_hours([one.fallbacks for one in operators]),
-        withheld=_hours([one.withheld for one in operators]),
+        evaluator_grams=np.mean([one.evaluator_grams for one in runs], axis=0),
+        evaluation_hours=tuple(first.evaluated),
+        fallbacks=_mean_hours([one.fallbacks for one in runs]),
+        ineligible=_mean_hours([one.ineligible for one in runs]),
     )
 
 
-def _hours(counts: Sequence[Counter[str]]) -> dict[str, int]:
-    """Mean hours over several lives through a window, rounded up: what happened at all must be seen."""
+def _mean_hours(counts: Sequence[Counter[str]]) -> dict[str, int]:
+    """Mean over several runs, rounded up so that what happened once is not shown as 0."""
     return {key: math.ceil(count / len(counts)) for key, count in sum(counts, Counter[str]()).items()}

@@ -1,4 +1,4 @@
-"""The schemes by name: which world each lives in, what it may choose among, and how it decides."""
+"""The schemes by name: their options, their prompt groups, and how they decide."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,15 +8,12 @@ import numpy as np
 
 from services.optimizer.settings import OptimizerSettings
 from tools.simulator import published
-from tools.simulator.case import PublishedCase
-from tools.simulator.draws import QualityDraws
-from tools.simulator.errors import SimulationInputError
+from tools.simulator.evaluation import JudgeCost, LevelJudge, ModelJudge
 from tools.simulator.grid import Window
-from tools.simulator.judging import JudgeCost, LevelJudge, ModelJudge
-from tools.simulator.measured import Floats, Ints, Measured, joined
-from tools.simulator.oracle import oracle
 from tools.simulator.outcome import Outcome
 from tools.simulator.production import Operation, ProductionCase, Rule, simulate
+from tools.simulator.published_case import PublishedCase, QualityDraws
+from tools.simulator.requests import Floats, Ints, Measured, SimulationInputError, joined
 from tools.simulator.world import CORRECTNESS, PREFERENCE, world_of_levels, world_of_models
 
 Variant = Literal["production", "published"]
@@ -24,28 +21,29 @@ VARIANTS: tuple[Variant, ...] = ("production", "published")
 
 SCHEMES: Mapping[str, str] = {
     "base": "only the reference",
-    "co2_opt": "the level of least carbon, whatever its quality",
+    "co2_opt": "the level with the least carbon, whatever its quality",
     "model_opt": "a larger and a smaller model, no directives",
     "sprout_sta": "the program with one prompt group, solved once",
     "sprout": "the program with one prompt group, every hour",
-    "sprout_task": "the program with the producers' task labels as prompt groups",
+    "sprout_task": "the program with the clients' task labels as prompt groups",
     "sprout_context": "the program with prompt groups learned from the prompts",
-    "oracle": "the upper bound: every request's own energy and preferred level are known",
+    "oracle": "an upper bound: every request's energy and preferred level are known",
 }
 DEFAULT_SCHEMES = tuple(name for name in SCHEMES if name != "sprout_task")
 
-STUDY_PROMPTS_OF_MODELS = 1_000
-"""Judged before the first hour where two models are compared, of whose verdicts the shares alone are known."""
+BOOTSTRAP_PROMPTS_OF_MODELS = 1_000
+"""Prompts judged before the first hour if two models are compared; of their verdicts only shares by task are known."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grouping:
-    """Prompt groups, and where the prompts lie.
+    """Prompt groups, and the group of every prompt.
 
     Attributes:
-        learn: group of every prompt that may be learned from, as a grouping would say that had not seen it.
-        measured: group of every prompt that results are measured on.
-        families: of groups that are about alike things, by group; null: all are of one.
+        names: of the groups.
+        learn: place in `names` of every prompt to learn from, as assigned by a model trained without it.
+        measured: place in `names` of every prompt to measure on.
+        families: families of groups about similar things, by group; None: all groups are of one family.
     """
 
     names: tuple[str, ...]
@@ -59,7 +57,9 @@ class Fold:
     """Prompts to measure on, and others to learn from.
 
     Attributes:
-        contexts: groups learned from the latter; null where no scheme needs them.
+        learn: prompts to learn from.
+        measured: prompts to measure on.
+        contexts: prompt groups learned from `learn`; None if no scheme needs them.
     """
 
     learn: Measured
@@ -68,16 +68,17 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Study:
-    """All that the runs of one invocation share.
+class Experiment:
+    """What all runs of one invocation share.
 
     Attributes:
-        folds: all prompts that results are measured on, each once; every fold is served by what was learned for it, and
-            they are measured as one.
-        mix: (hours, tasks).
-        constant_bounds: metrics whose loss is tolerated in every hour, not only in the dirtiest.
-        draws: of quality, for the published variant.
-        large_preferred: by task; null where two models were not compared.
+        folds: all prompts to measure on, each in one fold; every fold is served by what was learned for it, and the
+            folds are measured as one.
+        mix: (hours, tasks), shares of the traffic.
+        optimizer: settings, without the quality limits of a run.
+        constant_bounds: metrics whose full loss is tolerated in every hour.
+        large_preferred: (tasks,), share of prompts on which the larger model is preferred; None: not compared.
+        draws: quality draws for the published variant.
     """
 
     variant: Variant
@@ -93,112 +94,128 @@ class Study:
 
     @property
     def measured(self) -> Measured:
-        """All prompts that results are measured on."""
+        """All prompts to measure on."""
         return joined([fold.measured for fold in self.folds])
 
 
-def run(study: Study, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
+def run(experiment: Experiment, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
     """One scheme in one window.
 
     Raises:
-        SimulationInputError: the scheme needs what was not given, or a task is asked that was not measured.
+        SimulationInputError: an input that the scheme needs is missing, or the mix has a task without prompts.
     """
-    _require_prompts(study)
-    if study.variant == "published":
-        return _published(study, scheme, window, xi)
-    return _production(study, scheme, window, xi)
+    _require_prompts(experiment)
+    if experiment.variant == "published":
+        return _published(experiment, scheme, window, xi)
+    return _production(experiment, scheme, window, xi)
 
 
-def _require_prompts(study: Study) -> None:
-    there = np.bincount(study.measured.task, minlength=len(study.measured.tasks)) > 0
-    lacking = [study.measured.tasks[task] for task in np.flatnonzero(study.mix.any(axis=0) & ~there)]
-    if lacking:
+def _require_prompts(experiment: Experiment) -> None:
+    has_prompts = np.bincount(experiment.measured.task, minlength=len(experiment.measured.tasks)) > 0
+    missing = [experiment.measured.tasks[task] for task in np.flatnonzero(experiment.mix.any(axis=0) & ~has_prompts)]
+    if missing:
         raise SimulationInputError(
-            f"the mix asks for task {', '.join(lacking)}, of which there is no prompt to measure on: add prompts of it "
-            "to --requests, try another --seed for the halves, or a mix without it"
+            f"the mix has task {', '.join(missing)}, for which there is no prompt to measure on: add prompts of it to "
+            "--requests, try another --seed for the halves, or a mix without it"
         )
 
 
-def _published(study: Study, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
+def _published(experiment: Experiment, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
     decide = published.SCHEMES.get(scheme)
     if decide is None:
         raise SimulationInputError(
             f"scheme {scheme!r} was not published; --variant published has {', '.join(published.SCHEMES)}"
         )
     if CORRECTNESS in xi:
-        raise SimulationInputError("--xi-correctness needs --variant production: the published code bounds preference")
-    if study.draws is None:
+        raise SimulationInputError(
+            "--xi-correctness needs --variant production: the published code limits preference only"
+        )
+    if experiment.draws is None:
         raise ValueError("the published variant needs draws of quality")
     return decide(
-        PublishedCase(window=window, measured=study.measured, mix=study.mix, draws=study.draws, xi=xi[PREFERENCE])
+        PublishedCase(
+            window=window, measured=experiment.measured, mix=experiment.mix, draws=experiment.draws, xi=xi[PREFERENCE]
+        )
     )
 
 
-def _production(study: Study, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
+def _production(experiment: Experiment, scheme: str, window: Window, xi: Mapping[str, float]) -> Outcome:
     if scheme == "oracle":
-        return _oracle(study, window, xi)
+        return _oracle(experiment, window, xi)
     case = _model_opt if scheme == "model_opt" else _of_levels
-    return simulate([case(study, fold, scheme, window, xi) for fold in study.folds])
+    return simulate([case(experiment, fold, scheme, window, xi) for fold in experiment.folds])
 
 
-def _of_levels(study: Study, fold: Fold, scheme: str, window: Window, xi: Mapping[str, float]) -> ProductionCase:
+def _of_levels(
+    experiment: Experiment, fold: Fold, scheme: str, window: Window, xi: Mapping[str, float]
+) -> ProductionCase:
     grouping = _GROUPINGS[scheme](fold) if scheme in _GROUPINGS else _one_group(fold)
     return ProductionCase(
         scheme=scheme,
         rule=_RULES[scheme],
         window=window,
-        mix=study.mix,
+        mix=experiment.mix,
         world=world_of_levels(fold.measured, grouping.measured, grouping.names),
         judge=LevelJudge(
             fold.learn,
             grouping.learn,
             grouping.names,
-            study.judge,
-            # What was judged before the window was drawn from some such traffic; of hour 0 alone it would be no day's.
-            asked=study.mix.mean(axis=0),
-            half_life_s=study.optimizer.estimate_rules.quality.half_life_s,
+            experiment.judge,
+            # Prompts judged before the window came from similar traffic; the mix of hour 0 is not typical of a day.
+            traffic=experiment.mix.mean(axis=0),
+            half_life_s=experiment.optimizer.quality_half_life_s,
         ),
         families=grouping.families,
-        operation=_operation(study, xi),
+        operation=_operation(experiment, xi),
     )
 
 
-def _model_opt(study: Study, fold: Fold, scheme: str, window: Window, xi: Mapping[str, float]) -> ProductionCase:
-    if study.large_preferred is None:
+def _model_opt(
+    experiment: Experiment, fold: Fold, scheme: str, window: Window, xi: Mapping[str, float]
+) -> ProductionCase:
+    if experiment.large_preferred is None:
         raise SimulationInputError("scheme model_opt needs --model-preference: how often the larger model is preferred")
     return ProductionCase(
         scheme=scheme,
         rule="program",
         window=window,
-        mix=study.mix,
-        world=world_of_models(fold.measured, study.large_preferred),
-        judge=ModelJudge(fold.learn, study.large_preferred, study_prompts=STUDY_PROMPTS_OF_MODELS, cost=study.judge),
-        # Which of two models is right on a prompt was not measured.
-        operation=_operation(study, {PREFERENCE: xi[PREFERENCE]}),
+        mix=experiment.mix,
+        world=world_of_models(fold.measured, experiment.large_preferred),
+        judge=ModelJudge(
+            fold.learn, experiment.large_preferred, bootstrap_prompts=BOOTSTRAP_PROMPTS_OF_MODELS, cost=experiment.judge
+        ),
+        # Correctness of the second model was not measured.
+        operation=_operation(experiment, {PREFERENCE: xi[PREFERENCE]}),
     )
 
 
-def _oracle(study: Study, window: Window, xi: Mapping[str, float]) -> Outcome:
-    """With the true quality of every hour, and the year's range: hindsight is what makes it a bound."""
-    judged = study.measured.taken(study.measured.judged)
-    # As in `world`: a task without a judged prompt adds nothing at any level.
+def _oracle(experiment: Experiment, window: Window, xi: Mapping[str, float]) -> Outcome:
+    """The upper bound, with the true quality of every hour and the intensity range of the whole year."""
+    judged = experiment.measured.taken(experiment.measured.judged)
+    # As in world.py: a task without a judged prompt adds nothing at any level.
     shares = np.zeros((len(judged.tasks), len(judged.levels)))
     for task in np.unique(judged.task):
         shares[task] = np.bincount(judged.preferred[judged.task == task], minlength=len(judged.levels))
         shares[task] /= shares[task].sum()
-    quality = study.mix @ shares
-    halves = np.full(len(study.mix), 0.5)
+    quality = experiment.mix @ shares
+    halves = np.full(len(experiment.mix), 0.5)
     draws = QualityDraws(quality, halves, quality[:, :2], quality)
-    return oracle(PublishedCase(window=window, measured=study.measured, mix=study.mix, draws=draws, xi=xi[PREFERENCE]))
+    return published.oracle(
+        PublishedCase(window=window, measured=experiment.measured, mix=experiment.mix, draws=draws, xi=xi[PREFERENCE])
+    )
 
 
-def _operation(study: Study, xi: Mapping[str, float]) -> Operation:
+def _operation(experiment: Experiment, xi: Mapping[str, float]) -> Operation:
     return Operation(
-        xi=dict(xi),
-        constant_bounds=study.constant_bounds,
-        optimizer=study.optimizer,
-        prompts_per_evaluation=study.prompts_per_evaluation,
-        seed=study.seed,
+        optimizer=experiment.optimizer.model_copy(
+            update={
+                "xi": dict(xi),
+                "constant_bounds": experiment.constant_bounds & xi.keys(),
+                "floors": {metric: floor for metric, floor in experiment.optimizer.floors.items() if metric in xi},
+            }
+        ),
+        prompts_per_evaluation=experiment.prompts_per_evaluation,
+        seed=experiment.seed,
     )
 
 
@@ -212,7 +229,7 @@ def _by_task(fold: Fold) -> Grouping:
 
 def _learned(fold: Fold) -> Grouping:
     if fold.contexts is None:
-        raise ValueError("no groups were learned")
+        raise ValueError("no prompt groups were learned")
     return fold.contexts
 
 
@@ -227,21 +244,23 @@ _RULES: Mapping[str, Rule] = {
 _GROUPINGS: Mapping[str, Callable[[Fold], Grouping]] = {"sprout_task": _by_task, "sprout_context": _learned}
 
 
-def without_texts(study: Study) -> Study:
-    """The same without what no run needs, so that it travels to other processes quickly."""
+def without_texts(experiment: Experiment) -> Experiment:
+    """A copy without the prompts' texts, which no run needs, so that it is sent to other processes quickly."""
 
-    def bare(measured: Measured) -> Measured:
+    def stripped(measured: Measured) -> Measured:
         return replace(measured, prompts=("",) * len(measured))
 
-    folds = tuple(replace(fold, learn=bare(fold.learn), measured=bare(fold.measured)) for fold in study.folds)
-    return replace(study, folds=folds)
+    folds = tuple(
+        replace(fold, learn=stripped(fold.learn), measured=stripped(fold.measured)) for fold in experiment.folds
+    )
+    return replace(experiment, folds=folds)
 
 
 def names_of(text: str) -> Sequence[str]:
     """Scheme names in a comma-separated list.
 
     Raises:
-        SimulationInputError: one is unknown, or there is none.
+        SimulationInputError: a name is unknown, or the list is empty.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or (unknown := [name for name in names if name not in SCHEMES]):

@@ -1,4 +1,4 @@
-"""What is asked in which hour: the tasks' shares, and which of two models is preferred on them."""
+"""Traffic shares of the tasks by hour, and the prompts of each task."""
 
 import csv
 import math
@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.simulator.errors import SimulationInputError
-from tools.simulator.measured import Flags, Floats, Measured
+from tools.simulator.requests import Flags, Floats, Measured, SimulationInputError
 
 
 def read_mix(path: Path, *, hours: int) -> tuple[tuple[str, ...], Floats]:
-    """Task names, and their shares by hour, (hours, tasks).
+    """Read task names, and their shares by hour, (hours, tasks).
 
-    The file is a table with a column `hour` (0, 1, ...) and a column per task; each row's shares sum to 1.
+    The file is a table with a column `hour` (0, 1, ...) and one column per task; the shares of a row sum to 1.
 
     Raises:
         SimulationInputError: the file cannot be read, is too short, an hour is out of order, or a share is wrong.
@@ -28,16 +27,16 @@ def read_mix(path: Path, *, hours: int) -> tuple[tuple[str, ...], Floats]:
 
 
 def check_shares_by_hour(path: Path, *, hours: int) -> None:
-    """Look at a table with a column `hour` (0, 1, ...) and columns of shares.
+    """Check a table with a column `hour` (0, 1, ...) and columns of shares.
 
     Raises:
-        SimulationInputError: it cannot be read, is too short, an hour is out of order, or a value is no share.
+        SimulationInputError: it cannot be read, is too short, an hour is out of order, or a value is not in [0, 1].
     """
     _shares_by_hour(path, hours=hours)
 
 
 def constant_mix(measured: Measured, *, hours: int) -> Floats:
-    """The shares that the tasks have among the prompts, in every hour."""
+    """Shares of the tasks among the prompts, the same in every hour, (hours, tasks)."""
     counts = measured.prompts_of_tasks()
     return np.tile(counts / counts.sum(), (hours, 1))
 
@@ -47,8 +46,10 @@ class Part:
     """Prompts to measure on, and others to learn from.
 
     Attributes:
-        learn: those that may be learned from; `learn_name` says where they come from.
-        measured: those that results are measured on; `measured_name` likewise.
+        learn: prompts to learn from.
+        learn_name: where they come from, for messages.
+        measured: prompts to measure on.
+        measured_name: where they come from, for messages.
     """
 
     learn: Measured
@@ -59,63 +60,63 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Traffic:
-    """Prompts, and how often their tasks are asked.
+    """Prompts, and the traffic shares of their tasks.
 
     Attributes:
-        parts: all prompts that results are measured on, each once, with what may be learned from.
-        mix: (hours, tasks); all prompts have the same tasks.
+        parts: all prompts to measure on, each in one part, with the prompts to learn from.
+        mix: (hours, tasks); all parts have the same tasks.
     """
 
     parts: tuple[Part, ...]
     mix: Floats
 
     def checked(self, say: Callable[[str], None]) -> "Traffic":
-        """The same without tasks that are never asked; what nothing is known of is named.
+        """A copy without the tasks that have no traffic; reports what is left out.
 
         Raises:
-            SimulationInputError: a task is asked, and has no prompts, or none by which quality is measured.
+            SimulationInputError: a task with traffic has no prompts, or no judged prompt to measure on.
         """
-        asked = self.mix.max(axis=0) > 0.0
+        has_traffic = self.mix.max(axis=0) > 0.0
         named = self.parts[0].measured
-        if not asked.all():
-            say(f"left out {_names(named, ~asked)} with all prompts: no share in any simulated hour")
-        tasks = tuple(task for task, kept in zip(named.tasks, asked, strict=True) if kept)
+        if not has_traffic.all():
+            say(f"left out {_names(named, ~has_traffic)} with all prompts: no share in any simulated hour")
+        tasks = tuple(task for task, kept in zip(named.tasks, has_traffic, strict=True) if kept)
 
-        def of_asked(prompts: Measured) -> Measured:
-            return prompts.taken(asked[prompts.task]).with_tasks(tasks)
+        def with_traffic(prompts: Measured) -> Measured:
+            return prompts.taken(has_traffic[prompts.task]).with_tasks(tasks)
 
         parts = tuple(
-            replace(part, learn=of_asked(part.learn), measured=of_asked(part.measured)) for part in self.parts
+            replace(part, learn=with_traffic(part.learn), measured=with_traffic(part.measured)) for part in self.parts
         )
         for part in parts:
             _check(part, say)
-        return Traffic(parts, self.mix[:, asked])
+        return Traffic(parts, self.mix[:, has_traffic])
 
 
 def _check(part: Part, say: Callable[[str], None]) -> None:
-    """Whether a part tells of every task.
+    """Check that a part has prompts of every task.
 
     Raises:
-        SimulationInputError: it does not.
+        SimulationInputError: it has not.
     """
     for prompts, name in ((part.measured, part.measured_name), (part.learn, part.learn_name)):
-        if (lacking := prompts.prompts_of_tasks() == 0).any():
+        if (missing := prompts.prompts_of_tasks() == 0).any():
             raise SimulationInputError(
-                f"{name} no prompt of {_names(prompts, lacking)}, which is asked: add prompts of it, take another "
+                f"{name} no prompt of {_names(prompts, missing)}, which has traffic: add prompts of it, take another "
                 "--seed or fewer --folds where the requests are split, or give it no share in --mix"
             )
     measured, learn = part.measured, part.learn
-    if (lacking := measured.prompts_of_tasks(measured.judged) == 0).any():
+    if (missing := measured.prompts_of_tasks(measured.judged) == 0).any():
         raise SimulationInputError(
-            f"{part.measured_name} no judged prompt of {_names(measured, lacking)}, which is asked: quality cannot "
+            f"{part.measured_name} no judged prompt of {_names(measured, missing)}, which has traffic: quality cannot "
             "be measured on it; give 'preferred' a level, for a part at least, or give it no share in --mix"
         )
     if not learn.judged.any():
         raise SimulationInputError(
             f"{part.learn_name} no judged prompt: nothing can be learned; give 'preferred' a level, for a part at least"
         )
-    if (lacking := learn.prompts_of_tasks(learn.judged) == 0).any():
-        say(f"{part.learn_name} no judged prompt of {_names(learn, lacking)}: the evaluator learns nothing on it")
+    if (missing := learn.prompts_of_tasks(learn.judged) == 0).any():
+        say(f"{part.learn_name} no judged prompt of {_names(learn, missing)}: the evaluator learns nothing on it")
 
 
 def _names(measured: Measured, which: Flags) -> str:
@@ -123,10 +124,10 @@ def _names(measured: Measured, which: Flags) -> str:
 
 
 def read_model_preference(path: Path, tasks: Sequence[str]) -> Floats:
-    """Share of prompts, by task, on which the larger model's answer is preferred.
+    """Read the share of prompts, (tasks,), on which the larger model's answer is preferred.
 
     Raises:
-        SimulationInputError: the file cannot be read, or lacks a task.
+        SimulationInputError: the file cannot be read, or a task is missing.
     """
     header, rows = _table(path, needed=("task",))
     value = next(name for name in header if name != "task")
@@ -137,7 +138,7 @@ def read_model_preference(path: Path, tasks: Sequence[str]) -> Floats:
 
 
 def _shares_by_hour(path: Path, *, hours: int) -> tuple[tuple[str, ...], list[int], Floats]:
-    """Column names, lines of the rows, and their values."""
+    """Column names, line numbers of the rows, and values, (hours, columns)."""
     header, rows = _table(path, needed=("hour",))
     names = tuple(name for name in header if name != "hour")
     if len(rows) < hours:

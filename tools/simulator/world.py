@@ -1,12 +1,11 @@
-"""What traffic takes and how it is judged, in expectation: by task, prompt group and option."""
+"""Expected energy, time and quality of the traffic by task, prompt group and option."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from tools.simulator.errors import SimulationInputError
-from tools.simulator.measured import Flags, Floats, Ints, Measured
+from tools.simulator.requests import Flags, Floats, Ints, Measured, SimulationInputError
 
 PREFERENCE = "preference"
 CORRECTNESS = "correctness"
@@ -14,7 +13,7 @@ POOL = "pool"
 SMALL_POOL = "small"
 
 _ROUNDING = 1e-9
-"""Weights below this are 0: the reference is measured against itself."""
+"""Weights below this are 0; the reference compared with itself leaves rounding errors."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,8 +21,8 @@ class Sample:
     """The prompts that a quality was measured on.
 
     Attributes:
-        prompts: (T,), how many.
-        both: (T, G, O, O): share of a task's that lie in the group and are won by both options.
+        prompts: (T,), their number.
+        both: (T, G, O, O), share of a task's prompts that are in the group and on which both options succeed.
     """
 
     prompts: Ints
@@ -36,11 +35,13 @@ class World:
 
     Attributes:
         options: `pool/level`.
-        prompts: (T,), how many.
-        share: (T, G), of a task's prompts in each group; every row sums to 1.
-        energy_kwh, time_s: (T, G, O), means of a group's prompts times its share.
-        quality: by metric, (T, G, O): share of a task's judged prompts that lie in the group and are won by the option.
-        samples: by metric, of the prompts that its quality was measured on; none for what is known as shares alone.
+        groups: names.
+        prompts: (T,), their number.
+        share: (T, G), share of a task's prompts in each group; rows sum to 1.
+        energy_kwh, time_s: (T, G, O), mean of the group's prompts times its share.
+        quality: by metric, (T, G, O), share of a task's judged prompts that are in the group and on which the option
+            succeeds.
+        samples: by metric, the prompts that its quality was measured on; absent if only shares are known.
     """
 
     options: tuple[str, ...]
@@ -53,24 +54,27 @@ class World:
     samples: Mapping[str, Sample] = field(default_factory=dict)
 
     def mean(self, values: Floats, mix: Floats, x: Floats) -> Floats:
-        """Mean over the traffic, in every hour.
+        """Mean over the traffic of every hour, (hours,).
 
         Args:
-            values: (T, G, O).
-            mix: (hours, T).
+            values: (T, G, O), as `energy_kwh`.
+            mix: (hours, T), shares of the traffic.
             x: (hours, G, O), probabilities.
         """
         return np.asarray(np.einsum("ht,tgo,hgo->h", mix, values, x, optimize=True))
 
     def standard_error(self, metric: str, mix: Floats, x: Floats) -> float | None:
-        """How far the mean over the hours of a quality, relative to the reference's, would vary from sample to sample.
+        """Standard error, over samples of prompts, of the mean relative quality of a given policy.
 
-        Of the policy as it is, by the delta method: how much every prompt weighs in the mean, and how much that differs
-        between the prompts of a task. A task without prompts adds nothing to either. Null where the prompts are not
-        known, a single prompt stands for a task, or the reference has no quality in an hour.
+        The delta method for a ratio of means, stratified by task: the variance within a task of each prompt's weight in
+        the mean. A task without prompts adds nothing.
 
         Args:
+            metric: of `quality`.
             mix, x: as for `mean`.
+
+        Returns:
+            None if the prompts are not known, a task has a single prompt, or the reference has no quality in an hour.
         """
         sample, values = self.samples.get(metric), self.quality[metric]
         reference = np.einsum("ht,tg->h", mix, values[:, :, 0])
@@ -87,25 +91,25 @@ class World:
         return float(np.sqrt((variance[weighed].clip(min=0.0) / (sample.prompts[weighed] - 1)).sum()))
 
     def all_reference(self, hours: int) -> Floats:
-        """(hours, G, O): the reference serves all."""
+        """Probabilities with which the reference serves everything, (hours, G, O)."""
         x = np.zeros((hours, len(self.groups), len(self.options)))
         x[:, :, 0] = 1.0
         return x
 
 
 def pooled(worlds: Sequence[World]) -> World:
-    """One world of several with other prompts of the same tasks and with prompt groups of their own.
+    """Combine worlds that have different prompts of the same tasks, and prompt groups of their own.
 
-    Every prompt weighs alike, in whichever of them it lies.
+    Every prompt has the same weight.
     """
     if len(worlds) == 1:
         return worlds[0]
 
     def joined(arrays: Sequence[Floats], prompts: Sequence[Ints]) -> Floats:
-        """Shares of each world's prompts of a task, side by side as shares of all its prompts."""
-        whole = np.maximum(np.sum(prompts, axis=0), 1)
+        """Shares of each world's prompts of a task, concatenated as shares of all prompts of the task."""
+        total = np.maximum(np.sum(prompts, axis=0), 1)
         parts = (
-            values * (mine / whole).reshape(-1, *(1,) * (values.ndim - 1))
+            values * (mine / total).reshape(-1, *(1,) * (values.ndim - 1))
             for values, mine in zip(arrays, prompts, strict=True)
         )
         return np.concatenate(list(parts), axis=1)
@@ -135,14 +139,16 @@ def world_of_levels(measured: Measured, group: Ints, groups: tuple[str, ...]) ->
     """One model at every level.
 
     Args:
-        group: place of every prompt's group in `groups`.
+        measured: prompts to measure on.
+        group: (prompts,), place in `groups`.
+        groups: names.
     """
     judged, checkable = measured.judged, measured.checkable
     won = np.zeros_like(measured.energy_kwh)
     won[np.flatnonzero(judged), measured.preferred[judged]] = 1.0
-    told = {PREFERENCE: (won, judged)}
+    outcomes = {PREFERENCE: (won, judged)}
     if checkable.any():
-        told[CORRECTNESS] = (np.nan_to_num(measured.correct), checkable)
+        outcomes[CORRECTNESS] = (np.nan_to_num(measured.correct), checkable)
     everything = np.ones(len(measured), dtype=bool)
     return World(
         options=tuple(f"{POOL}/{level}" for level in measured.levels),
@@ -151,8 +157,8 @@ def world_of_levels(measured: Measured, group: Ints, groups: tuple[str, ...]) ->
         share=_shares(measured, group, len(groups), np.ones((len(measured), 1)), everything)[:, :, 0],
         energy_kwh=_shares(measured, group, len(groups), measured.energy_kwh, everything),
         time_s=_shares(measured, group, len(groups), measured.time_s, everything),
-        quality={metric: _shares(measured, group, len(groups), *one) for metric, one in told.items()},
-        samples={metric: _sample(measured, group, len(groups), *one) for metric, one in told.items()},
+        quality={metric: _shares(measured, group, len(groups), *one) for metric, one in outcomes.items()},
+        samples={metric: _sample(measured, group, len(groups), *one) for metric, one in outcomes.items()},
     )
 
 
@@ -160,10 +166,11 @@ def world_of_models(measured: Measured, large_preferred: Floats) -> World:
     """Two models without directives, one group.
 
     Args:
-        large_preferred: share of each task's prompts on which the larger model is preferred.
+        measured: prompts to measure on.
+        large_preferred: (tasks,), share of prompts on which the larger model is preferred.
 
     Raises:
-        SimulationInputError: no smaller model was measured.
+        SimulationInputError: the smaller model was not measured.
     """
     if measured.small_kwh is None or measured.small_s is None:
         raise SimulationInputError(

@@ -1,19 +1,19 @@
--- What each model's requests consumed and how many there were, as decayed sums (services/optimizer/consumption.py).
+-- Decayed sums of each model's footprints: energy, time, traffic (services/optimizer/costs.py).
 CREATE TABLE consumption (
     model      text PRIMARY KEY,
     state      jsonb NOT NULL,
     updated_at timestamptz NOT NULL DEFAULT now()
 );
 
--- The last footprints counted, so that one that is delivered again does not count twice. Written in one transaction with
--- what it was counted into; the oldest go.
+-- Ids of the last footprints counted, so that a redelivered one is ignored. Written in one transaction with the
+-- consumption that they are counted into; the oldest are deleted.
 CREATE TABLE counted (
     request_id text PRIMARY KEY,
     position   bigint GENERATED ALWAYS AS IDENTITY
 );
 CREATE INDEX counted_position ON counted (position);
 
--- Every evaluation that still matters, as it was published; quality is added up from these.
+-- Every evaluation that is not too old, as published; quality is estimated from them.
 CREATE TABLE evaluations (
     evaluation_id text PRIMARY KEY,
     model         text NOT NULL,

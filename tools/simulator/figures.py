@@ -1,15 +1,12 @@
-"""The paper's figures, redrawn from a simulation."""
+"""The paper's figures for a simulation."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import plotly.graph_objects as go
 
-from tools.reporting.plots import AMBER, BLUE, GREEN, GREY, LEVELS, PURPLE, RED, blank_figure
+from tools.reporting.plots import AMBER, BLUE, GREEN, GREY, LEVELS, PURPLE, RED, Plot, blank_figure
 from tools.simulator.outcome import Outcome
-
-NamedFigure = tuple[str, str, go.Figure]
-"""Title, a note on how to read it, and the plot."""
 
 COLOURS = {
     "base": GREY, "co2_opt": RED, "model_opt": AMBER, "sprout_sta": "#9ecae1", "sprout": BLUE, "sprout_task": "#7fc796",
@@ -17,11 +14,11 @@ COLOURS = {
 }  # fmt: skip
 ZONES = (BLUE, AMBER, GREEN, PURPLE, RED, GREY)
 SHOWN_HOURS = 168
-"""Of the window whose hours are drawn: a week."""
+"""Hours of a window that are plotted: a week."""
 
 
-def figures(outcomes: Sequence[Outcome]) -> list[NamedFigure]:
-    """Every figure for which there is something to show."""
+def figures(outcomes: Sequence[Outcome]) -> list[Plot]:
+    """Every figure that has data."""
     usual = max({one.xi for one in outcomes}, key=lambda xi: len([one for one in outcomes if one.xi == xi]))
     mine = [one for one in outcomes if one.xi == usual or one.scheme in ("base", "co2_opt")]
     found = [
@@ -50,7 +47,7 @@ def figures(outcomes: Sequence[Outcome]) -> list[NamedFigure]:
     found.append(
         ("Throughput", "Requests that an hour of a GPU serves one after the other, % of BASE's.", _throughput(mine))
     )
-    return found
+    return [Plot(*one) for one in found]
 
 
 def _saving(one: Outcome) -> float | None:
@@ -66,7 +63,7 @@ def _evaluator(one: Outcome) -> float | None:
 
 
 def _mean(value: Callable[[Outcome], float | None], outcomes: Sequence[Outcome]) -> float | None:
-    """Over those in which it is known; null, a gap in the plot, where it is in none."""
+    """Mean over the outcomes in which it is known; None (a gap in the plot) if it is known in none."""
     known = [found for one in outcomes if (found := value(one)) is not None]
     return fmean(known) if known else None
 
@@ -144,7 +141,7 @@ def _front(outcomes: Sequence[Outcome]) -> go.Figure:
 
 
 def _drawn(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The outcome whose hours are drawn."""
+    """The outcome whose hours are plotted."""
     for scheme in ("sprout_context", "sprout_task", "sprout"):
         found = [one for one in outcomes if one.scheme == scheme]
         if found:
@@ -187,12 +184,12 @@ def _intensity(one: Outcome) -> go.Figure:
 def _throughput(outcomes: Sequence[Outcome]) -> go.Figure:
     by_scheme = _named(outcomes, lambda one: one.scheme)
     seconds = {scheme: fmean(float(one.processing_s.mean()) for one in rows) for scheme, rows in by_scheme.items()}
-    # Each scheme's windows know BASE's time, whether BASE itself was run or not.
-    whole = {scheme: fmean(float(one.base_processing_s.mean()) for one in rows) for scheme, rows in by_scheme.items()}
+    # Every outcome has BASE's time, whether BASE itself was simulated or not.
+    base = {scheme: fmean(float(one.base_processing_s.mean()) for one in rows) for scheme, rows in by_scheme.items()}
     figure = blank_figure("%")
     figure.add_bar(
         x=list(seconds),
-        y=[100.0 * whole[scheme] / one for scheme, one in seconds.items()],
+        y=[100.0 * base[scheme] / one for scheme, one in seconds.items()],
         marker={"color": [COLOURS[scheme] for scheme in seconds]},
         text=[f"{3600.0 / one:,.0f}/h" for one in seconds.values()],
         hovertemplate="%{y:.0f} %, %{text}<extra></extra>",

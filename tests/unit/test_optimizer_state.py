@@ -1,13 +1,14 @@
-"""What the optimizer believes by learned groups: from the moment they are known, and by nothing that others counted."""
+"""Estimates by learned groups: from the version's own data on, without counts by other groups."""
 
 import tomllib
 from datetime import timedelta
 
 import pytest
 
-from services.optimizer.beliefs import Beliefs
-from services.optimizer.consumption import Consumed, Consumption
+from services.optimizer.costs import Consumption, ResourceUse
+from services.optimizer.estimates import Estimates, estimate
 from services.optimizer.settings import OptimizerSettings
+from services.optimizer.state import OptimizerState
 from shared.fleet import Fleet
 from shared.messages import (
     EvaluationCost,
@@ -22,7 +23,7 @@ from tests.support.grouping import NOW
 from tests.support.router import MODEL, fleet_toml
 
 FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
-RULES = OptimizerSettings(caution=0.0).estimate_rules
+SETTINGS = OptimizerSettings(confidence_z=0.0)
 LEVELS = ("p/L0", "p/L1", "p/L2")
 NO_COST = EvaluationCost(generations=0, judgements=0, completion_tokens=0, processing_s=0.0)
 LATER = NOW + timedelta(hours=1)
@@ -63,82 +64,92 @@ def grouping(version: str | None = "v", **changes) -> PromptGrouping:
     return PromptGrouping.model_validate(made | changes)
 
 
-def beliefs(*groupings: PromptGrouping, evaluations=(), consumption: Consumption | None = None) -> Beliefs:
-    found = Beliefs(FLEET, metrics=("preference",), rules=RULES)
+def state(*groupings: PromptGrouping, evaluations=(), consumption: Consumption | None = None) -> OptimizerState:
+    found = OptimizerState(FLEET, SETTINGS)
     if consumption is not None:
         found.consumption[MODEL] = consumption
     for one in groupings:
-        found.learn_grouping(one)
-    found.add_up(evaluations)
+        found.update_grouping(one)
+    found.recount(evaluations)
     return found
 
 
-def asked(**requests: float) -> Consumption:
+def estimated(found: OptimizerState, now) -> Estimates:
+    made = estimate(
+        found.consumption_of(MODEL),
+        found.counts_of(MODEL),
+        options=FLEET.options_of(MODEL),
+        reference=FLEET.reference_of(MODEL),
+        settings=SETTINGS,
+        now_s=now.timestamp(),
+        equivalent=FLEET.same_as_reference(MODEL),
+    )
+    assert made is not None
+    return made
+
+
+def traffic(**requests: float) -> Consumption:
     consumption = Consumption()
     for group, number in requests.items():
         consumption.add(
             group,
             "p/L0",
-            Consumed(number, number * 6e-5, number),
+            ResourceUse(number, number * 6e-5, number),
             at_s=LATER.timestamp(),
-            memory=RULES.memory,
-            asked=True,
+            settings=SETTINGS,
+            is_traffic=True,
         )
     return consumption
 
 
-def test_a_version_is_enough_to_believe_in_before_a_request_was_served_by_it():
-    found = beliefs(grouping()).estimate(MODEL, NOW)
-    assert found is not None
+def test_a_version_gives_estimates_before_any_request_names_its_groups():
+    found = estimated(state(grouping()), NOW)
     assert found.weights == pytest.approx({"v.00": 0.25, "v.01": 0.75})
-    assert found.withheld == {}
+    assert found.ineligible == {}
     assert found.groups["v.00"]["p/L0"].energy_kwh == pytest.approx(9e-5, rel=0.05)
     assert found.groups["v.01"]["p/L2"].quality["preference"] > found.groups["v.00"]["p/L2"].quality["preference"]
 
 
-def test_what_other_groups_counted_is_restated_already_and_does_not_count_again():
+def test_counts_by_other_groups_are_contained_in_the_version_and_not_counted_again():
     before = evaluation("e1", counts("qa", (0, 0, 100), trials=100))
-    with_it = beliefs(grouping(), evaluations=[before]).estimate(MODEL, NOW)
-    assert with_it == beliefs(grouping()).estimate(MODEL, NOW)
+    with_it = estimated(state(grouping(), evaluations=[before]), NOW)
+    assert with_it == estimated(state(grouping()), NOW)
 
 
-def test_evaluations_and_requests_by_the_groups_come_on_top():
+def test_evaluations_and_requests_that_name_the_groups_are_added():
     since = evaluation("e2", counts("v.01", (100, 0, 0)), at=LATER)
-    consumption = asked(**{"v.00": 9_000.0, "v.01": 1_000.0, "qa": 5_000.0})
-    found = beliefs(grouping(), evaluations=[since], consumption=consumption).estimate(MODEL, LATER)
-    assert found is not None
+    consumption = traffic(**{"v.00": 9_000.0, "v.01": 1_000.0, "qa": 5_000.0})
+    found = estimated(state(grouping(), evaluations=[since], consumption=consumption), LATER)
     assert found.weights["v.00"] == pytest.approx(0.9, abs=0.01)
     assert found.groups.keys() == {"v.00", "v.01"}
     assert found.groups["v.01"]["p/L0"].trials == pytest.approx(200, rel=0.01)
 
 
-def test_what_options_take_is_known_from_other_groups_where_the_judged_answers_took_is_not():
+def test_energy_of_options_comes_from_other_groups_if_the_version_has_none():
     consumption = Consumption()
     for option, kwh in zip(LEVELS, (6e-5, 3e-5, 1.5e-5), strict=True):
-        taken = Consumed(100.0, 100 * kwh, 100.0)
-        consumption.add("qa", option, taken, at_s=NOW.timestamp(), memory=RULES.memory, asked=False)
-    found = beliefs(grouping(taken=()), consumption=consumption).estimate(MODEL, NOW)
-    assert found is not None
-    assert found.withheld == {}
+        taken = ResourceUse(100.0, 100 * kwh, 100.0)
+        consumption.add("qa", option, taken, at_s=NOW.timestamp(), settings=SETTINGS, is_traffic=False)
+    found = estimated(state(grouping(taken=()), consumption=consumption), NOW)
+    assert found.ineligible == {}
     assert found.groups.keys() == {"v.00", "v.01"}
     row = found.groups["v.00"]
     assert row["p/L1"].energy_kwh / row["p/L0"].energy_kwh == pytest.approx(0.5, rel=0.05)
 
 
-def test_the_newest_version_counts_and_one_without_a_version_leads_back_to_tasks():
-    given_up = grouping(None, learned_at=LATER, names=(), arrays={}, evidence=(), taken=(), traffic={})
-    found = beliefs(grouping(), consumption=asked(qa=100.0))
+def test_the_newest_version_is_used_and_one_without_a_version_returns_to_task_labels():
+    withdrawn = grouping(None, learned_at=LATER, names=(), arrays={}, evidence=(), taken=(), traffic={})
+    found = state(grouping(), consumption=traffic(qa=100.0))
     assert found.group_version(MODEL) == "v"
-    assert found.learn_grouping(given_up)
-    assert not found.learn_grouping(grouping())
-    found.add_up([evaluation("e1", counts("qa", (50, 25, 25)))])
+    assert found.update_grouping(withdrawn)
+    assert not found.update_grouping(grouping())
+    found.recount([evaluation("e1", counts("qa", (50, 25, 25)))])
     assert found.group_version(MODEL) is None
-    estimates = found.estimate(MODEL, LATER)
-    assert estimates is not None
+    estimates = estimated(found, LATER)
     assert estimates.weights == {"qa": 1.0}
 
 
-def test_a_group_leans_on_its_family():
+def test_a_group_is_shrunk_towards_its_family():
     """Brief answers win in one family and lose in the other; of each a group comes with one prompt that was judged."""
     names = [f"v.{place:02}" for place in range(8)]
     won = {"first": (20.0, 60.0, 20.0), "second": (60.0, 20.0, 20.0)}
@@ -155,9 +166,9 @@ def test_a_group_leans_on_its_family():
     consumption = Consumption()
     for name in families:
         for option in LEVELS:
-            taken = Consumed(20.0, 1e-3, 20.0)
-            consumption.add(name, option, taken, at_s=NOW.timestamp(), memory=RULES.memory, asked=True)
-    found = beliefs(made, consumption=consumption).estimate(MODEL, NOW).groups
+            taken = ResourceUse(20.0, 1e-3, 20.0)
+            consumption.add(name, option, taken, at_s=NOW.timestamp(), settings=SETTINGS, is_traffic=True)
+    found = estimated(state(made, consumption=consumption), NOW).groups
     change = {
         name: row["p/L1"].quality["preference"] - row["p/L0"].quality["preference"] for name, row in found.items()
     }

@@ -1,4 +1,4 @@
-"""Measured requests as arrays: what every prompt takes and how its answer is judged, at every level."""
+"""Measured requests as arrays: energy, time and judged quality of every prompt at every level."""
 
 import gzip
 import json
@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.triton.stand_in.workload import Entry, Workload, WorkloadError, load_workload, unit_hash
-from tools.simulator.errors import SimulationInputError
+from shared.units import JOULES_PER_KWH
 
-JOULES_PER_KWH = 3_600_000.0
 REFERENCE = "L0"
 UNJUDGED = -1
 
@@ -21,19 +20,25 @@ Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 
+class SimulationInputError(ValueError):
+    """A file or an option cannot be used; the message names it and the remedy."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
     """Requests of one model; a row is a prompt, a column a level.
 
     Attributes:
+        model: its name.
         prompts: the texts.
-        tasks: names; `task` holds each prompt's place among them.
+        tasks: names.
+        task: (prompts,), place in `tasks`.
         levels: the reference first.
         energy_kwh, time_s: (prompts, levels).
-        preferred: place of the level that the judge prefers, `UNJUDGED` where none was.
-        correct: (prompts, levels), 1 or 0; NaN where nobody knows.
-        small_kwh, small_s: of the smaller model without a directive; null where none was measured.
-        notes: what was left out.
+        preferred: (prompts,), place in `levels` of the level that the judge prefers; `UNJUDGED` if it was not judged.
+        correct: (prompts, levels), 1 or 0; NaN if unknown.
+        small_kwh, small_s: (prompts,), of the smaller model without a directive; None if it was not measured.
+        notes: what was left out of the file.
     """
 
     model: str
@@ -59,15 +64,15 @@ class Measured:
 
     @property
     def checkable(self) -> Flags:
-        """Of which prompts it is known at every level whether the answer is correct."""
+        """Which prompts have a known correctness at every level."""
         return np.asarray(~np.isnan(self.correct).any(axis=1))
 
     def prompts_of_tasks(self, rows: Flags | None = None) -> Ints:
-        """How many prompts each task has, of all or of some."""
+        """Number of prompts by task, (tasks,); of `rows` only unless that is None."""
         return np.bincount(self.task if rows is None else self.task[rows], minlength=len(self.tasks))
 
     def taken(self, rows: Flags) -> "Measured":
-        """Some of the prompts; tasks keep their places."""
+        """Some of the prompts; `tasks` stays the same."""
         return Measured(
             model=self.model,
             prompts=tuple(prompt for prompt, kept in zip(self.prompts, rows, strict=True) if kept),
@@ -84,27 +89,27 @@ class Measured:
         )
 
     def folds(self, seed: int, count: int) -> list[tuple["Measured", "Measured"]]:
-        """Split into so many parts by a hash of prompt and seed: each to measure on, with the others to learn from.
+        """Split into `count` parts by a hash of prompt and seed, for cross-validation.
 
         Returns:
-            By part: those to learn from, those to measure on.
+            By part: the other parts, to learn from; the part itself, to measure on.
         """
         part = np.array([int(unit_hash(prompt, str(seed)) * count) for prompt in self.prompts])
         return [(self.taken(part != one), self.taken(part == one)) for one in reversed(range(count))]
 
     def halves(self, seed: int) -> tuple["Measured", "Measured"]:
-        """The first of two folds: those to learn from, those to measure on."""
+        """The first of two folds: prompts to learn from, prompts to measure on."""
         return self.folds(seed, 2)[0]
 
     def with_tasks(self, tasks: tuple[str, ...]) -> "Measured":
-        """The same with other tasks, or these in another order.
+        """A copy with other tasks, or the same in another order.
 
         Raises:
             SimulationInputError: a prompt's task is not among them.
         """
-        asked = self.prompts_of_tasks() > 0
+        has_prompts = self.prompts_of_tasks() > 0
         if missing := sorted(
-            task for task, any_prompt in zip(self.tasks, asked, strict=True) if any_prompt and task not in tasks
+            task for task, any_prompt in zip(self.tasks, has_prompts, strict=True) if any_prompt and task not in tasks
         ):
             raise SimulationInputError(
                 f"prompts of {', '.join(missing)} have no place among the tasks {', '.join(tasks)}"
@@ -118,7 +123,7 @@ class Measured:
 
 
 def joined(parts: Sequence[Measured]) -> Measured:
-    """The prompts of several parts of one measurement."""
+    """The prompts of several parts of one file."""
     if len(parts) == 1:
         return parts[0]
     small_kwh = [part.small_kwh for part in parts if part.small_kwh is not None]
@@ -143,11 +148,12 @@ def read_measured(path: Path, *, model: str | None = None) -> Measured:
     """Read a workload file (format: `deploy/triton/stand_in/workload.py`).
 
     Args:
-        model: whose levels are simulated; by default the one that was measured at most levels.
+        path: of the file.
+        model: whose levels are simulated; None: the one that was measured at most levels.
 
     Raises:
-        SimulationInputError: the file cannot be read, a prompt lacks a level, a preferred level was not measured, or
-            no prompt was judged.
+        SimulationInputError: the file cannot be read, a prompt was not measured at every level, a preferred level was
+            not measured, or no prompt was judged.
     """
     try:
         workload = load_workload(path)
@@ -158,17 +164,17 @@ def read_measured(path: Path, *, model: str | None = None) -> Measured:
     if levels[0] != REFERENCE:
         raise SimulationInputError(f"{path}: model {chosen!r} was not measured at {REFERENCE}, the reference")
     for level in levels:
-        lacking = [place for place, entry in enumerate(workload.entries, 1) if (chosen, level) not in entry.responses]
-        if lacking:
+        missing = [place for place, entry in enumerate(workload.entries, 1) if (chosen, level) not in entry.responses]
+        if missing:
             raise SimulationInputError(
-                f"{path}: {len(lacking)} prompts lack '{chosen}/{level}' (the first is prompt {lacking[0]}); "
+                f"{path}: {len(missing)} prompts lack '{chosen}/{level}' (the first is prompt {missing[0]}); "
                 "measure it, or leave these prompts out"
             )
     for entry in workload.entries:
         if entry.preferred is not None and entry.preferred not in levels:
             raise SimulationInputError(
                 f"{path}, line {_line_of(path, entry)}: 'preferred' is {entry.preferred!r}, at which {chosen!r} was "
-                f"not measured; its levels are {', '.join(levels)}: correct it, or give null where none was judged"
+                f"not measured; its levels are {', '.join(levels)}: correct it, or use null if it was not judged"
             )
     if not any(entry.preferred is not None for entry in workload.entries):
         raise SimulationInputError(f"{path}: no prompt was judged; give 'preferred' a level, for a part at least")
@@ -179,7 +185,7 @@ def read_measured(path: Path, *, model: str | None = None) -> Measured:
 
 
 def _line_of(path: Path, entry: Entry) -> int:
-    """Where an entry stands; read again, for a message alone."""
+    """Line number of an entry, for an error message; the file is read again."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         for number, text in enumerate(file, start=1):
             try:
@@ -203,7 +209,7 @@ def _model(workload: Workload, wanted: str | None, path: Path) -> str:
 
 
 def _smaller(workload: Workload, model: str) -> str | None:
-    """Another model that was measured without a directive on every prompt."""
+    """Another model that was measured without a directive on every prompt; None if there is none."""
     for name in workload.models:
         if name != model and all((name, REFERENCE) in entry.responses for entry in workload.entries):
             return name

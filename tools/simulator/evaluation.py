@@ -1,4 +1,4 @@
-"""What evaluations find, and what they take: draws of prompts that may be learned from."""
+"""Simulated evaluations: judged outcomes of drawn prompts, and the energy and time that they use."""
 
 import math
 from collections.abc import Mapping
@@ -7,76 +7,79 @@ from typing import Protocol
 
 import numpy as np
 
-from services.optimizer.decay import fading
+from services.optimizer.costs import ResourceUse, decay_factor
 from shared.messages import Paired, QualityCount
-from tools.simulator.measured import JOULES_PER_KWH, REFERENCE, Flags, Floats, Ints, Measured
+from shared.units import JOULES_PER_KWH
+from tools.simulator.requests import REFERENCE, Flags, Floats, Ints, Measured
 from tools.simulator.world import CORRECTNESS, POOL, PREFERENCE, SMALL_POOL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeCost:
-    """What one call of the judge takes. A prompt takes as many calls as it has answers: the evaluator shows them in all
-    their cyclic rotations (docs/decisions/0005).
+    """Energy and time of one call of the judge.
 
-    The default is a prompt of 600 tokens at 0.3 J and 0.3 ms each, as the project's stand-in judge has them; the one
-    token that it answers with is not counted.
+    Each prompt needs as many calls as it has answers: the evaluator shows the answers in every cyclic order
+    (docs/decisions/0005). The default is a prompt of 600 tokens at 0.3 J and 0.3 ms each, as in the project's stand-in
+    judge; the one generated token is not counted.
     """
 
     energy_j: float = 600 * 0.3
     time_s: float = 600 * 0.0003
 
     def of(self, prompts: int, *, answers: int) -> tuple[float, float]:
-        """(kWh, s) for judging some prompts."""
+        """(kWh, s) of judging some prompts."""
         calls = prompts * answers
         return calls * self.energy_j / JOULES_PER_KWH, calls * self.time_s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Findings:
-    """Of one evaluation.
+    """Result of one evaluation.
 
     Attributes:
         counts: as the evaluator publishes them.
-        taken: (requests, kWh, s) by group, then option: the generations.
-        judging_kwh, judging_s: the judge's part.
+        generations: energy and time of the generated answers, by group, then option.
+        judging_kwh, judging_s: energy and time of the judge.
     """
 
     counts: tuple[QualityCount, ...]
-    taken: Mapping[str, Mapping[str, tuple[float, float, float]]]
+    generations: Mapping[str, Mapping[str, ResourceUse]]
     judging_kwh: float
     judging_s: float
 
     @property
     def energy_kwh(self) -> float:
-        """Of all calls."""
-        return self.judging_kwh + sum(cell[1] for row in self.taken.values() for cell in row.values())
+        """Energy of all calls."""
+        return self.judging_kwh + sum(used.energy_kwh for row in self.generations.values() for used in row.values())
 
     @property
     def time_s(self) -> float:
-        """Of all calls."""
-        return self.judging_s + sum(cell[2] for row in self.taken.values() for cell in row.values())
+        """Time of all calls."""
+        return self.judging_s + sum(used.processing_s for row in self.generations.values() for used in row.values())
 
 
 class Judge(Protocol):
     """Evaluates prompts."""
 
-    def study(self, *, at_s: float) -> Findings:
-        """All prompts that may be learned from, once: what is known before the first request."""
+    def evaluate_all(self, *, at_s: float) -> Findings:
+        """Evaluate all prompts to learn from once: the bootstrap evaluation before the first request."""
         ...
 
     def draw(self, mix: Floats, prompts: int, rng: np.random.Generator, *, at_s: float) -> Findings:
-        """Some prompts, drawn by the shares of the tasks, each answered under every option."""
+        """Evaluate `prompts` prompts drawn by `mix`, (tasks,), each answered under every option."""
         ...
 
 
 class LevelJudge:
-    """Judges one model's levels by the recorded verdicts.
+    """Judges the levels of one model by the recorded verdicts.
 
-    A verdict that comes again tells nothing new. It counts for as much as has been forgotten since its last count, so
-    that a prompt never counts as more than one, however often it is drawn. Its generations and calls are taken anew.
+    Judgments are reused, because there are more evaluations than prompts. A reused judgment only restores the weight
+    that it lost to decay, so that a prompt never counts as more than one. Its generations and judge calls are charged
+    again.
 
-    An evaluator draws from the traffic, and there may be more prompts of a task than its share of what is asked. In a
-    group of several tasks, prompts therefore count by how often theirs is asked, those of the rarest judged ones fully.
+    A production evaluator draws from the traffic, whereas the measured prompts may have other shares of the tasks. In a
+    group of several tasks, prompts are therefore weighted by the traffic share of their task per measured prompt; the
+    largest such weight in a group is 1.
     """
 
     def __init__(
@@ -86,15 +89,18 @@ class LevelJudge:
         groups: tuple[str, ...],
         cost: JudgeCost,
         *,
-        asked: Floats,
+        traffic: Floats,
         half_life_s: float,
     ) -> None:
-        """Take the prompts that may be learned from.
+        """Use the judged prompts of `learn`.
 
         Args:
-            group: of every prompt, as a grouping would assign it that had not seen it.
-            asked: share of the traffic by task.
-            half_life_s: of a count.
+            learn: prompts to learn from.
+            group: place in `groups` of every prompt, as assigned by a model trained without it.
+            groups: names.
+            cost: of a judge call.
+            traffic: (tasks,), share of the traffic.
+            half_life_s: of a judgment.
         """
         judged = learn.judged
         self._learn = learn.taken(judged)
@@ -104,21 +110,21 @@ class LevelJudge:
         self._options = tuple(f"{POOL}/{level}" for level in learn.levels)
         self._by_task = [np.flatnonzero(self._learn.task == task) for task in range(len(learn.tasks))]
         self._fresh = [np.empty(0, dtype=np.int64) for _ in self._by_task]
-        self._counts = _counting(self._learn, self._group, asked)
+        self._weights = _prompt_weights(self._learn, self._group, traffic)
         self._half_life_s = half_life_s
         self._counted_at_s = np.full(len(self._learn), np.nan)
 
-    def study(self, *, at_s: float) -> Findings:
+    def evaluate_all(self, *, at_s: float) -> Findings:
         """See `Judge`."""
         return self._findings(np.arange(len(self._learn)), at_s)
 
     def draw(self, mix: Floats, prompts: int, rng: np.random.Generator, *, at_s: float) -> Findings:
         """See `Judge`; a task without a judged prompt is left out.
 
-        No prompt comes again before all of its task have come: traffic seldom asks the same twice.
+        Prompts of a task are drawn without replacement until all were drawn: traffic seldom repeats a prompt.
         """
-        there = np.array([len(rows) > 0 for rows in self._by_task])
-        shares = np.where(there, mix, 0.0)
+        has_prompts = np.array([len(rows) > 0 for rows in self._by_task])
+        shares = np.where(has_prompts, mix, 0.0)
         numbers = rng.multinomial(prompts, shares / shares.sum())
         rows = [self._next(task, number, rng) for task, number in enumerate(numbers) if number]
         return self._findings(np.concatenate(rows), at_s)
@@ -129,60 +135,64 @@ class LevelJudge:
         drawn, self._fresh[task] = np.split(self._fresh[task], [number])
         return np.asarray(drawn)
 
-    def _news(self, rows: Ints, at_s: float) -> Floats:
-        """How much of a verdict each counts as; one that comes twice in a draw counts once."""
+    def _judgment_weights(self, rows: Ints, at_s: float) -> Floats:
+        """Weight of every drawn judgment; one that was drawn twice counts once."""
         once, first = np.unique(rows, return_index=True)
-        forgotten = [
-            1.0 if math.isnan(before) else 1.0 - fading(at_s - before, self._half_life_s)
+        decayed = [
+            1.0 if math.isnan(before) else 1.0 - decay_factor(at_s - before, self._half_life_s)
             for before in self._counted_at_s[once]
         ]
         self._counted_at_s[once] = at_s
-        news = np.zeros(len(rows))
-        news[first] = self._counts[once] * forgotten
-        return news
+        weights = np.zeros(len(rows))
+        weights[first] = self._weights[once] * decayed
+        return weights
 
     def _findings(self, rows: Ints, at_s: float) -> Findings:
-        learn, group, news = self._learn, self._group[rows], self._news(rows, at_s)
+        learn, group, weights = self._learn, self._group[rows], self._judgment_weights(rows, at_s)
         counts: list[QualityCount] = []
-        taken: dict[str, dict[str, tuple[float, float, float]]] = {}
+        generations: dict[str, dict[str, ResourceUse]] = {}
         for place in np.unique(group):
             here = group == place
-            name, mine, new = self._groups[place], rows[here], news[here]
-            told = learn.checkable[mine]
-            taken[name] = {}
+            name, mine, weight = self._groups[place], rows[here], weights[here]
+            checkable = learn.checkable[mine]
+            generations[name] = {}
             for level, option in enumerate(self._options):
                 preferred = learn.preferred[mine]
-                counts.append(_count(name, option, PREFERENCE, preferred == level, preferred == 0, weights=new))
-                if told.any():
-                    right = learn.correct[mine[told]]
-                    counts.append(_count(name, option, CORRECTNESS, right[:, level], right[:, 0], weights=new[told]))
+                counts.append(_count(name, option, PREFERENCE, preferred == level, preferred == 0, weights=weight))
+                if checkable.any():
+                    right = learn.correct[mine[checkable]]
+                    counts.append(
+                        _count(name, option, CORRECTNESS, right[:, level], right[:, 0], weights=weight[checkable])
+                    )
                 energy, time_s = learn.energy_kwh[mine, level], learn.time_s[mine, level]
-                taken[name][option] = (float(len(mine)), float(energy.sum()), float(time_s.sum()))
-        return Findings(tuple(counts), taken, *self._cost.of(len(rows), answers=len(self._options)))
+                generations[name][option] = ResourceUse(float(len(mine)), float(energy.sum()), float(time_s.sum()))
+        return Findings(tuple(counts), generations, *self._cost.of(len(rows), answers=len(self._options)))
 
 
 class ModelJudge:
     """Judges two models against each other by the tasks' shares of preference."""
 
-    def __init__(self, learn: Measured, large_preferred: Floats, *, study_prompts: int, cost: JudgeCost) -> None:
+    def __init__(self, learn: Measured, large_preferred: Floats, *, bootstrap_prompts: int, cost: JudgeCost) -> None:
         self._large = large_preferred
-        self._prompts = study_prompts
+        self._prompts = bootstrap_prompts
         self._cost = cost
         small_kwh, small_s = learn.small_kwh, learn.small_s
         if small_kwh is None or small_s is None:
             raise ValueError("no smaller model was measured")
         shares = np.bincount(learn.task, minlength=len(learn.tasks))
-        self._study_mix = shares / shares.sum()
+        self._bootstrap_mix = shares / shares.sum()
         by_task = [learn.task == task for task in range(len(learn.tasks))]
         self._energy = np.array([[learn.energy_kwh[t, 0].mean(), small_kwh[t].mean()] for t in by_task])
         self._time = np.array([[learn.time_s[t, 0].mean(), small_s[t].mean()] for t in by_task])
 
-    def study(self, *, at_s: float) -> Findings:  # noqa: ARG002
+    def evaluate_all(self, *, at_s: float) -> Findings:  # noqa: ARG002
         """See `Judge`."""
-        return self._findings(self._study_mix, float(self._study_mix @ self._large) * self._prompts, self._prompts)
+        return self._findings(
+            self._bootstrap_mix, float(self._bootstrap_mix @ self._large) * self._prompts, self._prompts
+        )
 
     def draw(self, mix: Floats, prompts: int, rng: np.random.Generator, *, at_s: float) -> Findings:  # noqa: ARG002
-        """See `Judge`; every verdict is a new one."""
+        """See `Judge`; every judgment is a new one."""
         return self._findings(mix, float(rng.binomial(prompts, float(mix @ self._large))), prompts)
 
     def _findings(self, mix: Floats, won: float, prompts: int) -> Findings:
@@ -199,22 +209,22 @@ class ModelJudge:
             )
             for option, wins, both in ((options[0], won, won), (options[1], prompts - won, 0.0))
         )
-        taken = {
+        generations = {
             "all": {
-                option: (float(prompts), float(energy[place]), float(time_s[place]))
+                option: ResourceUse(float(prompts), float(energy[place]), float(time_s[place]))
                 for place, option in enumerate(options)
             }
         }
-        return Findings(counts, taken, *self._cost.of(prompts, answers=len(options)))
+        return Findings(counts, generations, *self._cost.of(prompts, answers=len(options)))
 
 
-def _counting(learn: Measured, group: Ints, asked: Floats) -> Floats:
-    """How much of a verdict every prompt counts as, before any is forgotten."""
-    often = (asked / np.maximum(learn.prompts_of_tasks(), 1))[learn.task]
-    most = np.zeros(group.max() + 1)
-    np.maximum.at(most, group, often)
-    # Of a group that is never asked for it does not matter.
-    return np.divide(often, most[group], out=np.ones(len(often)), where=most[group] > 0.0)
+def _prompt_weights(learn: Measured, group: Ints, traffic: Floats) -> Floats:
+    """Weight of each prompt's first judgment: its task's traffic share per prompt, relative to the group's largest."""
+    share = (traffic / np.maximum(learn.prompts_of_tasks(), 1))[learn.task]
+    largest = np.zeros(group.max() + 1)
+    np.maximum.at(largest, group, share)
+    # The weights of a group without traffic do not matter.
+    return np.divide(share, largest[group], out=np.ones(len(share)), where=largest[group] > 0.0)
 
 
 def _count(

@@ -1,0 +1,308 @@
+"""Energy, time and traffic by prompt group and option: decayed sums of footprints, and the estimates made from them.
+
+Footprints of requests and of the evaluator's generations carry energy and time: both sample their group's prompts
+fairly. Only requests count as traffic. Calls of the judge say nothing about the model and are ignored. The caller makes
+sure that each footprint is counted once.
+
+Energy and time follow a multiplicative model, group effect x option effect, towards which every (group, option) mean is
+shrunk (docs/decisions/0004-optimizer-estimates.md).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from services.optimizer.settings import OptimizerSettings
+from shared.messages import Footprint, option_key
+from shared.units import JOULES_PER_KWH
+
+_SHORTEST_SPAN_S = 60.0
+
+_NEWTON_STEPS = 50
+_CONVERGED = 1e-9
+_LONGEST_STEP = 2.0
+"""Largest Newton step of a log option effect; the quadratic approximation does not hold further away."""
+
+
+@dataclass(slots=True)
+class DecayedSums:
+    """Sums of observations, each weighted by 2^(-age / half-life); the order of arrival does not matter.
+
+    Attributes:
+        as_of_s: event time that `values` refer to, seconds since the Unix epoch: that of the newest observation.
+        values: the sums.
+    """
+
+    as_of_s: float
+    values: list[float]
+
+    def add(self, observation: Sequence[float], *, at_s: float, half_life_s: float) -> None:
+        """Add an observation made at event time `at_s`."""
+        if at_s > self.as_of_s:
+            factor = decay_factor(at_s - self.as_of_s, half_life_s)
+            self.values = [value * factor + new for value, new in zip(self.values, observation, strict=True)]
+            self.as_of_s = at_s
+        else:
+            weight = decay_factor(self.as_of_s - at_s, half_life_s)
+            self.values = [value + new * weight for value, new in zip(self.values, observation, strict=True)]
+
+    def at(self, now_s: float, half_life_s: float) -> list[float]:
+        """The sums at event time `now_s`."""
+        factor = decay_factor(now_s - self.as_of_s, half_life_s)
+        return [value * factor for value in self.values]
+
+    def copy(self) -> "DecayedSums":
+        """An independent copy."""
+        return DecayedSums(self.as_of_s, list(self.values))
+
+
+def decay_factor(age_s: float, half_life_s: float) -> float:
+    """2^(-age / half-life); 1 for an observation that lies in the future."""
+    return float(2.0 ** (-max(0.0, age_s) / half_life_s))
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceUse:
+    """Effective requests, and the energy and time that they used in all (or, from `CostModel`, on average)."""
+
+    requests: float
+    energy_kwh: float
+    processing_s: float
+
+
+@dataclass(slots=True)
+class Consumption:
+    """Decayed sums of one model's footprints; the document of `to_document` is stored in the table `consumption`.
+
+    Attributes:
+        cells: (requests, kWh, seconds) by group, then option.
+        traffic: requests by group.
+        recent: requests of all groups, for the request rate.
+        first_request_s: event time of the first request.
+    """
+
+    cells: dict[str, dict[str, DecayedSums]] = field(default_factory=dict)
+    traffic: dict[str, DecayedSums] = field(default_factory=dict)
+    recent: DecayedSums | None = None
+    first_request_s: float | None = None
+
+    def add_footprint(self, footprint: Footprint, *, now_s: float, settings: OptimizerSettings) -> None:
+        """Count a footprint.
+
+        Args:
+            footprint: of any purpose; those of the judge are ignored.
+            now_s: event time. A footprint from the future (a clock that is ahead) counts as of now: otherwise it would
+                age all others.
+            settings: half-lives and the number of groups kept.
+        """
+        if footprint.purpose == "judge":
+            return
+        at_s = min(footprint.finished_at.timestamp(), now_s)
+        option = option_key(footprint.pool, footprint.level)
+        used = ResourceUse(1.0, footprint.energy_j / JOULES_PER_KWH, footprint.processing_s)
+        is_traffic = footprint.purpose == "request"
+        self.add(footprint.group, option, used, at_s=at_s, settings=settings, is_traffic=is_traffic)
+
+    def add(
+        self,
+        group: str,
+        option: str,
+        used: ResourceUse,
+        *,
+        at_s: float,
+        settings: OptimizerSettings,
+        is_traffic: bool,
+    ) -> None:
+        """Count what some requests of one group and option used.
+
+        Args:
+            group: prompt group.
+            option: `<pool>/<level>`.
+            used: totals of these requests.
+            at_s: event time.
+            settings: half-lives and the number of groups kept.
+            is_traffic: whether clients sent the requests, so that they count in traffic shares and request rate.
+        """
+        cell = self.cells.setdefault(group, {}).setdefault(option, DecayedSums(at_s, [0.0, 0.0, 0.0]))
+        sums = (used.requests, used.energy_kwh, used.processing_s)
+        cell.add(sums, at_s=at_s, half_life_s=settings.footprint_half_life_s)
+        if is_traffic:
+            self.traffic.setdefault(group, DecayedSums(at_s, [0.0])).add(
+                (used.requests,), at_s=at_s, half_life_s=settings.traffic_half_life_s
+            )
+            self.recent = self.recent or DecayedSums(at_s, [0.0])
+            self.recent.add((used.requests,), at_s=at_s, half_life_s=settings.rate_half_life_s)
+            self.first_request_s = min(at_s, self.first_request_s if self.first_request_s is not None else at_s)
+        if len(self.cells) > 2 * settings.max_groups:
+            self._drop_small_groups(at_s, settings)
+
+    def with_traffic_of(self, groups: Iterable[str]) -> "Consumption":
+        """A copy that counts only these groups as traffic; energy, time and request rate stay those of all groups."""
+        kept = set(groups)
+        return Consumption(
+            cells={group: {option: sums.copy() for option, sums in row.items()} for group, row in self.cells.items()},
+            traffic={group: sums.copy() for group, sums in self.traffic.items() if group in kept},
+            recent=self.recent,
+            first_request_s=self.first_request_s,
+        )
+
+    def totals(self, now_s: float, settings: OptimizerSettings) -> dict[str, dict[str, ResourceUse]]:
+        """Decayed totals by group, then option, at an event time."""
+        return {
+            group: {
+                option: ResourceUse(*sums.at(now_s, settings.footprint_half_life_s)) for option, sums in row.items()
+            }
+            for group, row in self.cells.items()
+        }
+
+    def requests(self, now_s: float, settings: OptimizerSettings) -> dict[str, float]:
+        """Effective requests of clients by group, at an event time."""
+        return {group: sums.at(now_s, settings.traffic_half_life_s)[0] for group, sums in self.traffic.items()}
+
+    def requests_per_s(self, now_s: float, settings: OptimizerSettings) -> float:
+        """The recent request rate.
+
+        After a time T at a steady rate r the decayed sum is r * H/ln 2 * (1 - 2^(-T/H)), with half-life H.
+        """
+        if self.recent is None or self.first_request_s is None:
+            return 0.0
+        span_s = max(now_s - self.first_request_s, _SHORTEST_SPAN_S)
+        half_life_s = settings.rate_half_life_s
+        effective_s = half_life_s / math.log(2) * (1.0 - decay_factor(span_s, half_life_s))
+        return self.recent.at(now_s, half_life_s)[0] / effective_s
+
+    def to_document(self) -> dict[str, Any]:
+        """The sums as JSON types: every entry is [as_of_s, *values]."""
+        return {
+            "cells": {
+                group: {option: _to_list(sums) for option, sums in row.items()} for group, row in self.cells.items()
+            },
+            "traffic": {group: _to_list(sums) for group, sums in self.traffic.items()},
+            "recent": None if self.recent is None else _to_list(self.recent),
+            "first_request_s": self.first_request_s,
+        }
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> "Consumption":
+        """Read what `to_document` wrote."""
+        recent = document["recent"]
+        return cls(
+            cells={
+                group: {option: _from_list(sums) for option, sums in row.items()}
+                for group, row in document["cells"].items()
+            },
+            traffic={group: _from_list(sums) for group, sums in document["traffic"].items()},
+            recent=None if recent is None else _from_list(recent),
+            first_request_s=document["first_request_s"],
+        )
+
+    def _drop_small_groups(self, now_s: float, settings: OptimizerSettings) -> None:
+        """Keep the `max_groups` groups with most traffic: task labels are chosen by clients and may be many."""
+        traffic = self.requests(now_s, settings)
+        by_traffic = sorted(self.cells, key=lambda group: (-traffic.get(group, 0.0), group))
+        for group in by_traffic[settings.max_groups :]:
+            del self.cells[group]
+            self.traffic.pop(group, None)
+
+
+def _to_list(sums: DecayedSums) -> list[float]:
+    return [sums.as_of_s, *sums.values]
+
+
+def _from_list(stored: list[float]) -> DecayedSums:
+    return DecayedSums(stored[0], list(stored[1:]))
+
+
+class CostModel:
+    """Mean energy and time of a request for every group and option.
+
+    A (group, option) mean is shrunk towards the multiplicative model m(group, option) with the weight of
+    `pseudo_requests`: (sum + pseudo_requests * m) / (requests + pseudo_requests). A group that never used an option is
+    therefore expected to use its own baseline times the option's usual ratio.
+    """
+
+    def __init__(self, totals: Mapping[str, Mapping[str, ResourceUse]], pseudo_requests: float) -> None:
+        """Fit the model.
+
+        Args:
+            totals: by group, then option.
+            pseudo_requests: prior weight.
+        """
+        self._totals = totals
+        self._pseudo_requests = pseudo_requests
+        self._energy = self._fit(lambda used: used.energy_kwh)
+        self._time = self._fit(lambda used: used.processing_s)
+
+    def mean(self, group: str, option: str) -> ResourceUse:
+        """Effective requests of a group and option, and the mean energy and time of one request."""
+        used = self._totals.get(group, {}).get(option, ResourceUse(0.0, 0.0, 0.0))
+        weight = used.requests + self._pseudo_requests
+        return ResourceUse(
+            used.requests,
+            (used.energy_kwh + self._pseudo_requests * self._energy(group, option)) / weight,
+            (used.processing_s + self._pseudo_requests * self._time(group, option)) / weight,
+        )
+
+    def _fit(self, value: Callable[[ResourceUse], float]) -> Callable[[str, str], float]:
+        return fit_multiplicative_model(
+            {
+                group: {option: (used.requests, value(used)) for option, used in row.items()}
+                for group, row in self._totals.items()
+            },
+            pseudo_requests=self._pseudo_requests,
+        )
+
+
+def fit_multiplicative_model(
+    totals: Mapping[str, Mapping[str, tuple[float, float]]], *, pseudo_requests: float
+) -> Callable[[str, str], float]:
+    """Fit mean(g, o) = a_g * r_o so that the fitted sums over groups and over options equal the observed ones.
+
+    With n_go requests and observed sums s_go, this is the method of marginal totals of insurance rating, which is also
+    the maximum-likelihood fit of a log-linear Poisson model (McCullagh and Nelder, Generalized Linear Models, 6). Each
+    group is compared with itself, so that an option does not look cheap because it is drawn for cheap groups. The group
+    effects are shrunk towards the overall mean u of the most used option:
+    a_g = (sum_o s_go + pseudo_requests * u) / (sum_o n_go r_o + pseudo_requests).
+
+    The option effects are found by Newton's method on log r, with a_g eliminated. Alternating between rows and columns
+    (iterative proportional fitting) takes hundreds of iterations where a policy serves almost every group by one
+    option.
+
+    Args:
+        totals: (requests n_go, sum s_go) by group, then option.
+        pseudo_requests: prior weight of the overall mean.
+
+    Returns:
+        The fitted mean as a function of (group, option). An unknown group has the overall mean, an unknown option the
+        effect 1.
+    """
+    groups, options = list(totals), sorted({option for row in totals.values() for option in row})
+    cells = np.array([[totals[group].get(option, (0.0, 0.0)) for option in options] for group in groups])
+    if not cells.size or not cells[:, :, 1].sum() > 0.0:
+        return lambda _group, _option: 0.0
+    requests, sums = cells[:, :, 0], cells[:, :, 1]
+    base = int(requests.sum(axis=0).argmax())
+    # An option whose sum is 0 has no logarithm: its effect is 0, or 1 for the base option, which sets the scale.
+    free = [o for o in range(len(options)) if o != base and sums[:, o].sum() > 0.0]
+    effect = np.where(sums.sum(axis=0) > 0.0, 1.0, 0.0)
+    effect[base] = 1.0
+    for _ in range(_NEWTON_STEPS):
+        weights = requests * effect
+        overall = sums.sum() / max(float(weights.sum()), 1e-300)
+        group_weights = weights.sum(axis=1) + pseudo_requests
+        group_effect = (sums.sum(axis=1) + pseudo_requests * overall) / np.maximum(group_weights, 1e-300)
+        fitted = group_effect[:, None] * weights
+        gradient = (sums - fitted).sum(axis=0)[free]
+        shares = weights / np.maximum(group_weights, 1e-300)[:, None]
+        hessian = (np.diag(fitted.sum(axis=0)) - shares.T @ fitted)[np.ix_(free, free)]
+        # Least squares: the Hessian is singular where no group used two options, so that nothing compares them.
+        step = np.linalg.lstsq(hessian, gradient, rcond=1e-12)[0]
+        effect[free] *= np.exp(np.clip(step, -_LONGEST_STEP, _LONGEST_STEP))
+        if not step.size or np.abs(step).max() < _CONVERGED:
+            break
+    group_effects = dict(zip(groups, group_effect.tolist(), strict=True))
+    option_effects = dict(zip(options, effect.tolist(), strict=True))
+    return lambda group, option: group_effects.get(group, float(overall)) * option_effects.get(option, 1.0)

@@ -1,0 +1,285 @@
+"""Policies: the program of a model's current situation, the message made from its solution, and its comparison."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from services.optimizer.bounds import CurrentIntensity, TrailingRange, joint_confidence_z, quality_bounds
+from services.optimizer.estimates import Estimates, relative_change
+from services.optimizer.problem import Failure, OptionPrice, Problem, Solution
+from services.optimizer.program import TIME_LIMIT_S, solve
+from services.optimizer.settings import OptimizerSettings
+from shared.fleet import Fleet
+from shared.messages import Policy, PolicyInputs, option_key
+from shared.messages.policies import OptionInputs, PolicyStatus
+
+Trigger = Literal["start", "intensity", "groups", "quality", "estimates", "validity"]
+"""What made the optimizer solve."""
+
+ALL_TRAFFIC = "*"
+"""The only group of the program that makes the overall distribution."""
+
+_TRIGGERED_BY: dict[Trigger, str] = {
+    "start": "the optimizer started",
+    "intensity": "the carbon intensity changed",
+    "groups": "the prompt groups changed",
+    "quality": "an evaluation arrived",
+    "estimates": "energy, time or traffic changed",
+    "validity": "the last policy was about to expire",
+}
+_FORMULATION: dict[PolicyStatus, str] = {
+    "optimal": "with all constraints",
+    "floors_dropped": "without the group floors",
+    "capacity_dropped": "without the group floors and capacities",
+}
+_FAILURE: dict[Failure, str] = {
+    "time limit": f"the solver reached its time limit of {TIME_LIMIT_S:g} s",
+    "no convergence": "the safety margins did not converge",
+    "solver error": "the solver failed",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What is known of a model at one instant.
+
+    Attributes:
+        model: its name.
+        now: event time.
+        trigger: what made the optimizer solve.
+        intensities: current carbon intensity by zone, with that of the reference's zone.
+        range: k0_min and k0_max of the reference's zone.
+        estimates: e, p and q.
+        group_version: version of the learned prompt groups that the estimates are by; None: task labels.
+    """
+
+    model: str
+    now: datetime
+    trigger: Trigger
+    intensities: Mapping[str, CurrentIntensity]
+    range: TrailingRange
+    estimates: Estimates
+    group_version: str | None = None
+
+
+def build_problem(
+    estimates: Estimates,
+    *,
+    reference: str,
+    prices: Mapping[str, OptionPrice],
+    bounds: Mapping[str, float],
+    settings: OptimizerSettings,
+    capacities: Mapping[str, float] | None = None,
+    overall: bool = False,
+) -> Problem:
+    """The program of some estimates: the one way from estimates to a program, for the service and the simulator.
+
+    Args:
+        estimates: e, p and q.
+        reference: the baseline option.
+        prices: by option; an option without a price is not used.
+        bounds: b_m by metric.
+        settings: confidence level, floors and holdout.
+        capacities: concurrent requests by pool; None: unlimited.
+        overall: state the program for all traffic as one group, `ALL_TRAFFIC`.
+    """
+    return Problem(
+        reference=reference,
+        options=prices,
+        weights={ALL_TRAFFIC: 1.0} if overall else estimates.weights,
+        families=estimates.families,
+        estimates={ALL_TRAFFIC: estimates.overall} if overall else estimates.groups,
+        confidence_z=joint_confidence_z(bounds, settings),
+        bounds=bounds,
+        floors=settings.floors,
+        capacities=capacities or {},
+        requests_per_s=estimates.requests_per_s,
+        holdout=settings.holdout,
+    )
+
+
+def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettings, version: int) -> Policy:
+    """Solve the program of a situation.
+
+    The overall distribution, for groups without one of their own, is the solution of the same program for all traffic
+    as one group: it keeps the limits by itself, whatever those groups' shares of the traffic are.
+    """
+    reference = fleet.reference_of(situation.model)
+    zone = fleet.pools_of(situation.model)[0].zone
+    k0 = situation.intensities[zone].g_per_kwh
+    bounds = quality_bounds(situation.range.position(k0), settings)
+    estimates = situation.estimates
+    prices = _prices(situation, fleet)
+    capacities = {
+        pool.name: float(pool.concurrency) for pool in fleet.pools_of(situation.model) if pool.concurrency is not None
+    }
+
+    def solved(*, overall: bool) -> Solution:
+        problem = build_problem(
+            estimates,
+            reference=reference,
+            prices=prices,
+            bounds=bounds,
+            settings=settings,
+            capacities=capacities,
+            overall=overall,
+        )
+        return solve(problem)
+
+    overall = solved(overall=True)
+    solution = solved(overall=False) if estimates.weights else overall
+    return Policy(
+        model=situation.model,
+        version=version,
+        group_version=situation.group_version,
+        created_at=situation.now,
+        valid_until=situation.now + settings.validity,
+        status=solution.status,
+        reason=_reason(situation, solution, bounds, zone),
+        reference=reference,
+        groups=solution.rows if estimates.weights else {},
+        overall=overall.rows[ALL_TRAFFIC],
+        bounds=bounds,
+        expected_quality=solution.quality,
+        expected_g_per_request=solution.g_per_request,
+        reference_g_per_request=solution.reference_g_per_request,
+        inputs=PolicyInputs(
+            solved_for=situation.now,
+            intensity_g_per_kwh={name: one.g_per_kwh for name, one in situation.intensities.items()},
+            k0_zone=zone,
+            k0_g_per_kwh=k0,
+            k0_min_g_per_kwh=situation.range.k0_min,
+            k0_max_g_per_kwh=situation.range.k0_max,
+            xi=dict(settings.xi),
+            weights=estimates.weights,
+            families=estimates.families,
+            cautions=joint_confidence_z(bounds, settings),
+            estimates=estimates.groups or {ALL_TRAFFIC: estimates.overall},
+            holdout=settings.holdout,
+            options={
+                option: OptionInputs(
+                    pool=price.pool, g_per_kwh=price.g_per_kwh, embodied_g_per_s=price.embodied_g_per_s
+                )
+                for option, price in prices.items()
+            },
+            floors=dict(settings.floors),
+            capacities=capacities,
+            requests_per_s=estimates.requests_per_s,
+        ),
+    )
+
+
+def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
+    """Rebuild the program that a policy was solved from, out of its `inputs`.
+
+    Args:
+        policy: as published.
+        fleet: prices and capacities for a policy of an earlier release, which does not contain them.
+
+    Raises:
+        ValueError: the policy contains no prices, and there is no fleet.
+    """
+    inputs = policy.inputs
+    capacities = dict(inputs.capacities)
+    prices = {
+        name: OptionPrice(pool=one.pool, g_per_kwh=one.g_per_kwh, embodied_g_per_s=one.embodied_g_per_s)
+        for name, one in inputs.options.items()
+    }
+    if not prices:
+        if fleet is None:
+            raise ValueError("the policy was made by an earlier release and does not contain the prices of its options")
+        prices = _prices_of(fleet, policy.model, inputs.intensity_g_per_kwh)
+    weights = inputs.weights or dict.fromkeys(inputs.estimates, 1.0)
+    return Problem(
+        reference=policy.reference,
+        options=prices,
+        weights=weights,
+        families=inputs.families,
+        estimates=inputs.estimates,
+        confidence_z=inputs.cautions,
+        bounds=policy.bounds,
+        floors=inputs.floors,
+        capacities=capacities,
+        requests_per_s=inputs.requests_per_s,
+        holdout=inputs.holdout,
+    )
+
+
+def policy_difference(old: Policy, new: Policy, settings: OptimizerSettings) -> str | None:
+    """The first difference that matters to routers or ledgers, in words; None if there is none."""
+    return next(_differences(old, new, settings), None)
+
+
+def _differences(old: Policy, new: Policy, settings: OptimizerSettings) -> Iterator[str]:
+    if (new.status, new.reference) != (old.status, old.reference):
+        yield f"status {old.status} is now {new.status}"
+    if (new.groups.keys(), new.group_version) != (old.groups.keys(), old.group_version):
+        yield "other prompt groups"
+        return
+    rows = [(old.overall, new.overall), *((old.groups[group], new.groups[group]) for group in new.groups)]
+    changed = max(
+        abs(after.get(option, 0.0) - before.get(option, 0.0))
+        for before, after in rows
+        for option in before.keys() | after.keys()
+    )
+    if changed > settings.probability_change:
+        yield f"a probability changed by {changed:.3f}"
+    if new.bounds.keys() != old.bounds.keys() or any(
+        abs(new.bounds[metric] - old.bounds[metric]) > settings.bound_change for metric in new.bounds
+    ):
+        yield "other quality limits"
+    if relative_change(old.expected_g_per_request, new.expected_g_per_request) > settings.carbon_change:
+        yield "other grams per request"
+
+
+def _prices(situation: Situation, fleet: Fleet) -> dict[str, OptionPrice]:
+    intensities = {zone: one.g_per_kwh for zone, one in situation.intensities.items()}
+    return _prices_of(fleet, situation.model, intensities)
+
+
+def _prices_of(fleet: Fleet, model: str, g_per_kwh: Mapping[str, float]) -> dict[str, OptionPrice]:
+    """Prices of a model's options; options in a zone without a known intensity have none."""
+    return {
+        option_key(pool.name, level): OptionPrice(
+            pool=pool.name,
+            g_per_kwh=pool.pue * g_per_kwh[pool.zone],
+            embodied_g_per_s=pool.embodied_g_per_s,
+        )
+        for pool in fleet.pools_of(model)
+        if pool.zone in g_per_kwh
+        for level in fleet.levels
+    }
+
+
+def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float], zone: str) -> str:
+    k0 = situation.intensities[zone]
+    parts = [f"{_TRIGGERED_BY[situation.trigger]}: {k0.g_per_kwh:.0f} g/kWh in {zone}"]
+    estimated = [name for name, one in situation.intensities.items() if one.source == "hour_mean"]
+    if estimated:
+        parts.append(
+            f"no recent carbon intensity of {', '.join(estimated)}: the mean of this hour of earlier days is used"
+        )
+    if situation.range.k0_min >= situation.range.k0_max:
+        parts.append("too little history of the carbon intensity: no quality loss is tolerated")
+    parts.extend(f"{metric} at least {bound:.3f} of the reference's" for metric, bound in bounds.items())
+    parts.extend(_outcome(solution))
+    parts.extend(f"{option} not used: {why}" for option, why in situation.estimates.ineligible.items())
+    return "; ".join(parts)
+
+
+def _outcome(solution: Solution) -> Iterator[str]:
+    """What was dropped, and why."""
+    for formulation, failure in solution.failures:
+        if failure != "infeasible":
+            yield f"{_FAILURE[failure]} {_FORMULATION[formulation]}"
+    infeasible = {formulation for formulation, failure in solution.failures if failure == "infeasible"}
+    if solution.status == "floors_dropped":
+        yield "no solution keeps the group floors" if infeasible else "the group floors were dropped"
+    elif solution.status == "capacity_dropped":
+        if infeasible:
+            yield "no solution keeps the pools' capacities: more endpoints are needed"
+        else:
+            yield "the pools' capacities were dropped"
+    elif solution.status == "reference":
+        yield "the reference is served"

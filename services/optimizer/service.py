@@ -1,0 +1,371 @@
+"""The optimizer's loop: takes messages in, solves when a trigger fires, stores and publishes policies that differ.
+
+A model is solved again when carbon intensity, prompt groups, quality or estimates changed, and before its last policy
+expires. A policy is published only if it differs materially from the last one, or renews it.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import TypeVar
+
+from services.optimizer.bounds import CurrentIntensity, current_intensities, trailing_range
+from services.optimizer.costs import Consumption
+from services.optimizer.estimates import Estimates, estimate, estimates_changed
+from services.optimizer.metrics import OptimizerMetrics
+from services.optimizer.policy import Situation, Trigger, make_policy, policy_difference
+from services.optimizer.settings import OptimizerSettings
+from services.optimizer.state import OptimizerState
+from services.optimizer.store import Store
+from shared.carbon import LatestIntensities
+from shared.fleet import Fleet
+from shared.kafka.dead_letters import RetryLaterError
+from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality, option_key
+from shared.runtime.clock import Clock
+from shared.runtime.logs import get_logger
+
+EXPIRY_HALF_LIVES = 10
+"""Evaluations older than this weigh less than a thousandth and are deleted."""
+
+_MAX_WARNINGS = 1_000
+
+Publish = Callable[[Policy], Awaitable[None]]
+T = TypeVar("T")
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveInputs:
+    """What a model was last solved from.
+
+    Attributes:
+        checked_at: event time at which the estimates were last made.
+        intensities: current carbon intensity by zone.
+        groups: version of the learned prompt groups; None: task labels.
+        evaluation: id of the latest evaluation.
+        estimates: those of the last solve.
+    """
+
+    checked_at: datetime
+    intensities: Mapping[str, CurrentIntensity]
+    groups: str | None
+    evaluation: str | None
+    estimates: Estimates
+
+
+def solve_trigger(
+    last: SolveInputs | None,
+    *,
+    intensities: Mapping[str, CurrentIntensity],
+    groups: str | None,
+    evaluation: str | None,
+    published: Policy | None,
+    now: datetime,
+    settings: OptimizerSettings,
+) -> Trigger | None:
+    """Why to solve now, estimates aside; None if there is no reason.
+
+    Args:
+        last: of the last solve; None since the start.
+        intensities, groups, evaluation: current, as in `SolveInputs`.
+        published: the current policy; None if there is none.
+        now: event time.
+        settings: when a policy must be renewed.
+    """
+    if last is None:
+        return "start"
+    if intensities != last.intensities:
+        return "intensity"
+    if groups != last.groups:
+        return "groups"
+    if evaluation != last.evaluation:
+        return "quality"
+    if published is not None and must_renew(published, now, settings):
+        return "validity"
+    return None
+
+
+def must_renew(published: Policy, now: datetime, settings: OptimizerSettings) -> bool:
+    """Whether a policy expires so soon that a new one must replace it."""
+    return published.valid_until - now <= settings.renewal
+
+
+class PolicyService:
+    """State of every model, and the loop that turns it into policies.
+
+    Attributes:
+        intensities: newest carbon intensity of every zone.
+    """
+
+    def __init__(
+        self, *, fleet: Fleet, clock: Clock, settings: OptimizerSettings, metrics: OptimizerMetrics, publish: Publish
+    ) -> None:
+        """Start without any state; await `restore` before the first message.
+
+        Args:
+            fleet: models, pools and levels.
+            clock: event time.
+            settings: of the optimizer.
+            metrics: Prometheus metrics.
+            publish: returns once Kafka has acknowledged the policy, however long that takes.
+        """
+        self.intensities = LatestIntensities()
+        self._fleet = fleet
+        self._clock = clock
+        self._settings = settings
+        self._metrics = metrics
+        self._publish = publish
+        self._options = {model.name: frozenset(fleet.options_of(model.name)) for model in fleet.models}
+        self._store: Store | None = None
+        self._state = OptimizerState(fleet, settings)
+        self._published: dict[str, Policy] = {}
+        self._last: dict[str, SolveInputs] = {}
+        self._new_evaluations: list[Quality] = []
+        self._must_recount = False
+        self._changed = asyncio.Event()
+        self._warned: set[str] = set()
+        # One solve at a time, off the event loop.
+        self._solver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="solver")
+
+    @property
+    def store(self) -> Store:
+        """The database."""
+        if self._store is None:
+            raise RuntimeError("PolicyService.restore() must be awaited first")
+        return self._store
+
+    def problem(self) -> str | None:
+        """Why the service is not ready; None if it is."""
+        return "PostgreSQL: not connected yet" if self._store is None else self._store.problem
+
+    async def restore(self, store: Store) -> None:
+        """Load what the last process stored."""
+        self._state.consumption = await store.consumption()
+        self._published = await store.policies()
+        self._store = store
+        self._state.recount(await store.evaluations())
+        for policy in self._published.values():
+            self._metrics.set_policy(policy)
+
+    def close(self) -> None:
+        """Stop the solver's thread."""
+        self._solver.shutdown(wait=False, cancel_futures=True)
+
+    # Messages
+
+    def update_intensities(self, messages: Sequence[CarbonIntensity]) -> None:
+        """Store the newest intensity of every zone."""
+        stored = [self.intensities.update(one) for one in messages]
+        if any(stored):
+            self._changed.set()
+
+    def update_groupings(self, messages: Sequence[PromptGrouping]) -> None:
+        """Store the newest prompt groups of every model."""
+        stored = [self._state.update_grouping(one) for one in messages]
+        if any(stored):
+            self._must_recount = True
+            self._changed.set()
+
+    def add_evaluations(self, messages: Sequence[Quality]) -> None:
+        """Queue evaluations; the loop stores them, and the compacted topic still has them after a crash."""
+        for one in messages:
+            if one.model not in self._options:
+                self._warn_once(f"evaluations of model {one.model!r} are ignored", "name the model in the fleet file")
+                continue
+            for option in sorted({count.option for count in one.counts} - self._options[one.model]):
+                self._warn_once(
+                    f"quality of option {option!r} of {one.model!r} is ignored", "the fleet has no such option"
+                )
+            self._new_evaluations.append(one)
+            self._changed.set()
+
+    async def add_footprints(self, messages: Sequence[Footprint]) -> None:
+        """Count footprints in the database.
+
+        Raises:
+            RetryLaterError: the database is unavailable; no footprint was counted.
+        """
+        counted = [one for one in messages if one.purpose != "judge" and self._is_known(one)]
+        if counted:
+            try:
+                changed, new = await self.store.count(counted, self._count)
+            except RetryLaterError:
+                await asyncio.sleep(self._settings.retry_pause_s)
+                raise
+            self._state.consumption |= changed
+            self._metrics.footprints.labels("counted").inc(new)
+            self._metrics.footprints.labels("known").inc(len(counted) - new)
+            self._changed.set()
+        # A transaction costs the same for one footprint as for a thousand, so wait for more of them.
+        await asyncio.sleep(self._settings.batch_interval_s)
+
+    # The loop
+
+    async def run(self) -> None:
+        """Solve and publish until cancelled."""
+        check_s = self._clock.wall_seconds(self._settings.check_interval_min * 60.0)
+        while True:
+            try:
+                await self.run_once()
+                pause_s = self._settings.loop_interval_s
+            except RetryLaterError as error:
+                _log.warning("policies cannot be made now", reason=str(error))
+                self._changed.set()
+                pause_s = self._settings.retry_pause_s
+            await asyncio.sleep(pause_s)
+            try:
+                async with asyncio.timeout(check_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def run_once(self) -> None:
+        """Store queued evaluations, and check every model once.
+
+        Raises:
+            RetryLaterError: the database is unavailable; the next call does what is left.
+        """
+        self._changed.clear()
+        if self.store.problem is not None:
+            await self.store.probe()
+        if self._new_evaluations or self._must_recount:
+            stored = list(self._new_evaluations)
+            await self.store.add_evaluations(stored, oldest=self._oldest_evaluation())
+            self._state.recount(await self.store.evaluations())
+            del self._new_evaluations[: len(stored)]
+            self._must_recount = False
+        for model in self._options:
+            await self._check(model)
+
+    async def _check(self, model: str) -> None:
+        """Solve for a model if a trigger fires."""
+        now = self._clock.now()
+        zones = {pool.zone for pool in self._fleet.pools_of(model)}
+        intensities = current_intensities(self.intensities, zones, now, self._settings)
+        if self._zone(model) not in intensities:
+            return
+        evaluation, groups = self._state.latest_evaluation(model), self._state.group_version(model)
+        evaluation_id = None if evaluation is None else evaluation.evaluation_id
+        last = self._last.get(model)
+        trigger = solve_trigger(
+            last,
+            intensities=intensities,
+            groups=groups,
+            evaluation=evaluation_id,
+            published=self._published.get(model),
+            now=now,
+            settings=self._settings,
+        )
+        if trigger is None and (last is None or now - last.checked_at < self._settings.estimates_interval):
+            return
+        estimates = await self._in_solver(lambda: self._estimate(model, now))
+        if estimates is None:
+            return
+        current = SolveInputs(
+            checked_at=now, intensities=intensities, groups=groups, evaluation=evaluation_id, estimates=estimates
+        )
+        if (
+            trigger is None
+            and last is not None
+            and not estimates_changed(last.estimates, estimates, self._settings.estimates_change)
+        ):
+            self._last[model] = replace(current, estimates=last.estimates)
+            return
+        await self._solve(model, trigger or "estimates", current)
+        self._last[model] = current
+
+    async def _solve(self, model: str, trigger: Trigger, inputs: SolveInputs) -> None:
+        """Solve, and publish the policy if it differs from the last one."""
+        now = inputs.checked_at
+        intensity = self.intensities.get(self._zone(model))
+        if intensity is None:
+            raise RuntimeError(f"no carbon intensity of {self._zone(model)}")
+        situation = Situation(
+            model=model,
+            now=now,
+            trigger=trigger,
+            intensities=inputs.intensities,
+            range=trailing_range(intensity, self._settings),
+            estimates=inputs.estimates,
+            group_version=inputs.groups,
+        )
+        started = time.perf_counter()
+        policy = await self._in_solver(
+            lambda: make_policy(situation, fleet=self._fleet, settings=self._settings, version=1)
+        )
+        self._metrics.solve_s.labels(model).observe(time.perf_counter() - started)
+        self._metrics.solves.labels(model, trigger, policy.status).inc()
+        published = self._published.get(model)
+        # After a start: the last process may have stored a policy without publishing it.
+        if trigger != "start" and published is not None and not must_renew(published, now, self._settings):
+            difference = policy_difference(published, policy, self._settings)
+            if difference is None:
+                return
+        policy = await self.store.add_policy(policy)
+        await self._publish(policy)
+        self._published[model] = policy
+        self._metrics.policies.labels(model, policy.status).inc()
+        self._metrics.set_policy(policy)
+        _log.info("policy", model=model, version=policy.version, status=policy.status, reason=policy.reason)
+
+    # Ages, for the metrics
+
+    def policy_age_s(self, model: str) -> float | None:
+        """Event seconds since a model's policy was made; None without one."""
+        published = self._published.get(model)
+        return None if published is None else (self._clock.now() - published.created_at).total_seconds()
+
+    def evaluation_age_s(self, model: str) -> float | None:
+        """Event seconds since a model's latest evaluation; None without one."""
+        latest = self._state.latest_evaluation(model)
+        return None if latest is None else (self._clock.now() - latest.evaluated_at).total_seconds()
+
+    def intensity_age_s(self, zone: str) -> float | None:
+        """Event seconds since the period of a zone's latest intensity started; None without one."""
+        return self.intensities.age_s(zone, self._clock.now())
+
+    # Helpers
+
+    def _estimate(self, model: str, now: datetime) -> Estimates | None:
+        return estimate(
+            self._state.consumption_of(model),
+            self._state.counts_of(model),
+            options=self._fleet.options_of(model),
+            reference=self._fleet.reference_of(model),
+            settings=self._settings,
+            now_s=now.timestamp(),
+            equivalent=self._fleet.same_as_reference(model),
+        )
+
+    def _count(self, consumption: Consumption, footprints: Sequence[Footprint]) -> None:
+        self._state.add_footprints(consumption, footprints, now_s=self._clock.now_s())
+
+    def _oldest_evaluation(self) -> datetime:
+        return self._clock.now() - timedelta(seconds=EXPIRY_HALF_LIVES * self._settings.quality_half_life_s)
+
+    async def _in_solver(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._solver, work)
+
+    def _zone(self, model: str) -> str:
+        return self._fleet.pools_of(model)[0].zone
+
+    def _is_known(self, footprint: Footprint) -> bool:
+        """Whether the fleet has the footprint's model and option; logs the first footprint for which it does not."""
+        option = option_key(footprint.pool, footprint.level)
+        if option in self._options.get(footprint.model, ()):
+            return True
+        self._metrics.footprints.labels("unknown").inc()
+        self._warn_once(
+            f"footprints of option {option!r} of model {footprint.model!r} are ignored",
+            "the fleet file does not have it: give every service the same SPROUT_FLEET_FILE",
+        )
+        return False
+
+    def _warn_once(self, what: str, remedy: str) -> None:
+        if what not in self._warned and len(self._warned) < _MAX_WARNINGS:
+            self._warned.add(what)
+            _log.warning(what, remedy=remedy)

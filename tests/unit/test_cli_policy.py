@@ -1,0 +1,196 @@
+"""`sprout policy explain`: the program of a policy, its binding constraints and shadow prices."""
+
+import json
+import tomllib
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from services.optimizer.bounds import CurrentIntensity, TrailingRange
+from services.optimizer.estimates import Estimates
+from services.optimizer.policy import Situation, make_policy, problem_of
+from services.optimizer.program import solve
+from services.optimizer.settings import OptimizerSettings
+from shared.fleet import Fleet
+from shared.messages import OptionEstimate, Policy
+from tests.support.fleet import MODEL, fleet_toml
+from tools.cli import policy as policy_command
+from tools.cli.main import app
+from tools.cli.policy import explain_policy
+
+FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
+ZONE = FLEET.pools[0].zone
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+METRIC = "preference"
+
+
+def row(loss: float) -> dict[str, OptionEstimate]:
+    def cell(energy_kwh: float, quality: float, **more: Any) -> OptionEstimate:
+        return OptionEstimate(energy_kwh=energy_kwh, processing_s=1.0, quality={METRIC: quality}, **more)
+
+    return {"p/L0": cell(1e-4, 0.5), "p/L1": cell(4e-5, 0.5 - loss, doubt={METRIC: (0.02, 0.01, 0.01)})}
+
+
+def made(*, groups: bool = True, fleet: Fleet = FLEET, **settings: Any) -> Policy:
+    """A policy of two groups, or of none; brief answers lose more in the first group."""
+    estimates = Estimates(
+        weights={"sums": 0.25, "facts": 0.75} if groups else {},
+        groups={"sums": row(0.08), "facts": row(0.04)} if groups else {},
+        overall=row(0.05),
+        requests_per_s=1.0,
+    )
+    situation = Situation(
+        model=MODEL,
+        now=NOW,
+        trigger="start",
+        intensities={ZONE: CurrentIntensity(300.0, NOW)},
+        range=TrailingRange(100.0, 300.0),
+        estimates=estimates,
+    )
+    return make_policy(situation, fleet=fleet, settings=OptimizerSettings(**settings), version=7)
+
+
+def run(*arguments: str, **env: str):
+    return CliRunner().invoke(app, ["policy", "explain", *arguments], env={"COLUMNS": "200", **env})
+
+
+def written(path: Path, found: Policy) -> str:
+    path.write_text(found.model_dump_json(), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"groups": False},
+        {"floors": {METRIC: 0.95}},
+        {"xi": {METRIC: 0.0}},
+        {"xi": {METRIC: 1.0}, "holdout": 0.2},
+    ],
+)
+def test_the_rebuilt_program_has_the_solution_of_the_policy(settings):
+    found = made(**settings)
+    solution = solve(problem_of(Policy.model_validate_json(found.model_dump_json())))
+    assert solution.status == found.status
+    assert solution.g_per_request == pytest.approx(found.expected_g_per_request, rel=1e-9)
+    assert solution.quality == pytest.approx(found.expected_quality)
+    if found.groups:
+        assert solution.rows == {group: pytest.approx(one) for group, one in found.groups.items()}
+    assert explain_policy(found).agrees
+
+
+def test_it_explains_limits_prices_and_probabilities(tmp_path):
+    found = made()
+    file = written(tmp_path / "policy.json", found)
+    result = run(MODEL, "--file", file)
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    assert f"policy 7 of {MODEL}: optimal" in text
+    assert found.reason in text
+    assert "bound[preference]: one point more preference costs" in text
+    assert "of carbon" in text
+    for group, share in (("sums", "25.0 %"), ("facts", "75.0 %")):
+        line = next(line for line in result.stdout.splitlines() if group in line and share in line)
+        assert f"{100 * found.groups[group].get('p/L0', 0.0):.1f} %" in line
+    assert "other groups" in text
+
+
+def test_the_shadow_price_is_the_cost_of_a_stricter_limit():
+    found = made(confidence_z=1.0)
+    explanation = explain_policy(found)
+    (limit,) = explanation.limits
+    stricter = solve(replace(problem_of(found), bounds={METRIC: found.bounds[METRIC] + 0.001}))
+    points = 100.0 * (stricter.g_per_request - found.expected_g_per_request) / found.reference_g_per_request
+    assert limit.carbon_points_per_point == pytest.approx(points / 0.1, rel=0.05)
+    assert limit.mean - limit.margin == pytest.approx(found.expected_quality[METRIC])
+    assert limit.slack == pytest.approx(0.0, abs=2e-5)
+
+
+def test_as_json_it_has_the_same_figures(tmp_path):
+    found = made(floors={METRIC: 0.95}, holdout=0.1)
+    result = run("--file", written(tmp_path / "policy.json", found), "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["probabilities"]["sums"] == pytest.approx(found.groups["sums"])
+    assert document["rebuilt_g_per_request"] == pytest.approx(found.expected_g_per_request)
+    assert document["limits"][0]["required"] == pytest.approx(0.9)
+    named = {one["constraint"]: one["meaning"] for one in document["binding"]}
+    assert named["floor[preference,sums]"].startswith("one point more preference in group sums costs")
+
+
+def test_the_program_can_be_printed(tmp_path):
+    result = run("--file", written(tmp_path / "policy.json", made()), "--lp")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("\\* sprout *\\\nMinimize\nOBJ: ")
+    assert "bound_preference_: " in result.stdout
+    assert "cut_preference,0_: " in result.stdout
+
+
+def test_a_policy_that_serves_the_reference_is_explained(tmp_path):
+    alone = {"p/L0": OptionEstimate(energy_kwh=1e-4, processing_s=1.0, quality={})}
+    found = made().model_copy(deep=True)
+    inputs = found.inputs.model_copy(update={"estimates": {"sums": alone, "facts": alone}})
+    served = {"p/L0": 1.0}
+    found = found.model_copy(
+        update={"inputs": inputs, "groups": {"sums": served, "facts": served}, "status": "reference"}
+    )
+    result = run("--file", written(tmp_path / "policy.json", found))
+    assert result.exit_code == 0, result.output
+    assert "no constraint is binding" in result.stdout
+    assert "no program" in run("--file", str(tmp_path / "policy.json"), "--lp").stdout
+
+
+def test_a_policy_of_the_first_release_takes_prices_from_the_fleet_file(tmp_path, monkeypatch):
+    found = made()
+    document = json.loads(found.model_dump_json())
+    for name in ("options", "floors", "capacities", "requests_per_s"):
+        del document["inputs"][name]
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    failed = run("--file", str(file), SPROUT_FLEET_FILE=str(tmp_path / "none.toml"))
+    assert failed.exit_code == 1
+    assert "does not contain the prices of its options" in failed.stderr
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(fleet_toml(["h:1"]), encoding="utf-8")
+    result = run("--file", str(file), "--json", SPROUT_FLEET_FILE=str(fleet))
+    assert json.loads(result.stdout)["rebuilt_g_per_request"] == pytest.approx(found.expected_g_per_request)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model-is-an-argument",), "No such option"),
+        (("other",), "has no policy of model 'other'"),
+        (("--version", "3"), "has no version 3 of the policy"),
+    ],
+)
+def test_a_policy_that_does_not_exist_is_named(tmp_path, arguments, message):
+    result = run(*arguments, "--file", written(tmp_path / "policy.json", made()))
+    assert result.exit_code in (2, 3)
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_file_that_is_no_policy_is_rejected(tmp_path):
+    file = tmp_path / "policy.json"
+    file.write_text("{}", encoding="utf-8")
+    assert "is not a policy" in run("--file", str(file)).stderr
+    assert "cannot be read" in run("--file", str(tmp_path / "none.json")).stderr
+
+
+def test_of_several_policies_the_newest_of_the_model_is_explained(monkeypatch):
+    async def read(_kafka) -> list[Policy]:
+        return [made(), made().model_copy(update={"version": 9}), made().model_copy(update={"model": "other"})]
+
+    monkeypatch.setattr(policy_command, "_read_topic", read)
+    result = run(MODEL, "--json", "--bootstrap", "127.0.0.1:1")
+    assert json.loads(result.stdout)["version"] == 9
+    assert json.loads(run(MODEL, "--version", "7", "--json", "--bootstrap", "127.0.0.1:1").stdout)["version"] == 7
+    ambiguous = run("--bootstrap", "127.0.0.1:1")
+    assert ambiguous.exit_code == 1
+    assert f"name one: {MODEL}, other" in ambiguous.stderr
