@@ -17,7 +17,7 @@ from uuid import uuid4
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
-from deploy.local.ports import free_ports
+from deploy.local.processes import free_ports
 from shared.fleet import load_fleet
 from shared.messages import GenerationRequest, GenerationResponse
 from shared.runtime.settings import KafkaSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.local.paths import REPOSITORY
+from deploy.local.config import REPOSITORY
 
 pytestmark = pytest.mark.end_to_end
 

@@ -1,4 +1,4 @@
-"""The local Kafka and PostgreSQL: what the services rely on, asked of the real servers."""
+"""The local Kafka and PostgreSQL have the properties that the services need."""
 
 import asyncio
 

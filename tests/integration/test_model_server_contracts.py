@@ -9,7 +9,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from deploy.local.paths import default_state_dir
+from deploy.local.config import default_state_dir
 from deploy.local.processes import ProcessSpec, Supervisor
 from deploy.local.triton import free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.models import stand_in_llm

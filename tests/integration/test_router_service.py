@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
-from deploy.local.ports import free_ports
+from deploy.local.processes import free_ports
 from services.evaluator.learning import learn
 from shared.grouping import unpack
 from shared.messages import DeadLetter, ResponseChunk, Sample

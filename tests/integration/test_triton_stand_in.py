@@ -14,7 +14,7 @@ import pytest
 import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from deploy.local.paths import default_state_dir
+from deploy.local.config import default_state_dir
 from deploy.local.processes import ProcessSpec, Supervisor
 from deploy.local.triton import TritonInstallation, free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.models import stand_in_judge, stand_in_llm

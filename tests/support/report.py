@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ WATTS = 300.0
 class MadeDay:
     """Records of `ledger.footprints`, and what nobody sees: each request's grams had the reference served it."""
 
-    records: list[dict[str, object]]
+    records: list[dict[str, Any]]
     reference_g: np.ndarray
 
     @property
@@ -112,7 +113,7 @@ def record_of(
     source: str | None = "policy",
     purpose: str = "request",
     evaluation_id: str | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """A row of `ledger.footprints`, with `propensities` as a mapping."""
     pool, _, level = option.rpartition("/")
     seconds = energy_j / WATTS
@@ -148,7 +149,7 @@ def record_of(
     }
 
 
-def calls_of(records: list[dict[str, object]]) -> tuple[Calls, list[Mapping[str, float]]]:
+def calls_of(records: list[dict[str, Any]]) -> tuple[Calls, list[Mapping[str, float]]]:
     """The records in columns, and the rows of probabilities that they point at."""
     import json  # noqa: PLC0415
 

@@ -19,7 +19,8 @@ from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import RESPONSES, TopicSpec
 from tests.support import fleet, processes
-from tests.support.fleet import DIRECTIVES, MODEL, ZONE, fleet_toml, intensity, policy
+from tests.support.fleet import DIRECTIVES, MODEL, ZONE, fleet_toml
+from tests.support.messages import intensity, policy
 from tests.support.processes import RouterProcess, TritonServer
 from tests.support.traffic import Producer, committed, producing
 

@@ -1,4 +1,4 @@
-"""The local stack's paperwork: configuration, fleet file, state file, traces, logs."""
+"""Files and settings of the local stack: configuration, fleet file, state file, traces, logs, Java."""
 
 import gzip
 import json
@@ -10,15 +10,13 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from deploy.local.config import BROKER_VARIABLE, StackConfig, event_time
+from deploy.local.config import StackConfig, event_time
 from deploy.local.fleet import LocalFleet
 from deploy.local.grid import TraceError, default_day, shipped_trace, zone_of
-from deploy.local.java import find_java
-from deploy.local.logtail import tail
-from deploy.local.ports import free_ports
-from deploy.local.records import ProcessRecord
-from deploy.local.state import StackState, StateError, forget_state, read_state
-from deploy.local.tuning import service_settings
+from deploy.local.java import NoJavaError, ensure_java, find_java
+from deploy.local.processes import free_ports, tail
+from deploy.local.services import service_settings
+from deploy.local.state import ProcessRecord, StackState, StateError, read_state, remove_state
 from shared.fleet import FleetError, load_fleet
 
 
@@ -41,7 +39,6 @@ def state(folder: Path, **changes: object) -> StackState:
         "state_dir": folder,
         "owner_pid": None,
         "started_at_s": 1.0,
-        "broker": "kafka",
         "model": "llama-2-13b-chat",
         "zone": "GB",
         "topic_prefix": "sprout.",
@@ -73,15 +70,6 @@ class TestConfiguration:
     def test_an_unknown_model_is_refused_with_those_there_are(self):
         with pytest.raises(ValidationError, match="'llama-2-13b-chat' or 'smollm2'"):
             StackConfig.model_validate({"model": "gpt-17"})
-
-    def test_the_broker_is_chosen_by_the_environment(self, monkeypatch):
-        monkeypatch.setenv(BROKER_VARIABLE, "in-memory")
-        assert StackConfig().broker == "in-memory"
-
-    def test_a_broker_that_does_not_exist_is_refused(self, monkeypatch):
-        monkeypatch.setenv(BROKER_VARIABLE, "rabbit")
-        with pytest.raises(ValueError, match="must be auto, kafka or in-memory, got 'rabbit'"):
-            StackConfig()
 
     def test_a_time_without_a_zone_is_utc(self):
         assert event_time("2023-02-10") == datetime(2023, 2, 10, tzinfo=UTC)
@@ -122,7 +110,7 @@ class TestState:
 
     def test_no_file_means_no_stack(self, tmp_path):
         assert read_state(tmp_path) is None
-        forget_state(tmp_path)
+        remove_state(tmp_path)
 
     def test_a_file_that_is_something_else_is_an_error_with_a_remedy(self, tmp_path):
         (tmp_path / "stack.json").write_text("[]")
@@ -171,7 +159,7 @@ class TestTraces:
             ("", "is empty"),
             (HEADER, "is empty"),
             ("a,b\n1,2\n", "no column 'Datetime"),
-            (HEADER + "soon,GB,1\n", "is no time: 'soon'"),
+            (HEADER + "soon,GB,1\n", "is not a time: 'soon'"),
         ],
     )
     def test_a_broken_trace_is_named_with_what_is_wrong(self, tmp_path, content, problem):
@@ -210,10 +198,10 @@ class TestServiceSettings:
             services=("router",),
             settings={"router": {"SPROUT_ROUTER_SAMPLE_SHARE": "0.5", "A": "b"}, "triton": {"C": "d"}},
         )
-        told = service_settings(config)
-        assert told["router"] == {"SPROUT_ROUTER_SAMPLE_SHARE": "0.5", "A": "b"}
-        assert told["triton"] == {"C": "d"}
-        assert "carbon_feed" not in told
+        settings = service_settings(config)
+        assert settings["router"] == {"SPROUT_ROUTER_SAMPLE_SHARE": "0.5", "A": "b"}
+        assert settings["triton"] == {"C": "d"}
+        assert "carbon_feed" not in settings
 
 
 def test_the_tail_of_a_log_is_its_last_lines(tmp_path):
@@ -229,7 +217,17 @@ def test_free_ports_are_distinct():
     assert len(set(free_ports(20))) == 20
 
 
-def test_a_java_that_is_too_old_is_passed_over(tmp_path, monkeypatch):
+def test_without_java_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    if find_java(tmp_path) is not None:
+        pytest.skip("this environment has a Java wheel")
+    with pytest.raises(NoJavaError, match=r"Kafka needs Java 17 or newer.*Install a Java runtime.*docker compose up"):
+        ensure_java(tmp_path, lambda _: None)
+
+
+def test_a_java_that_is_too_old_is_skipped(tmp_path, monkeypatch):
     home = tmp_path / "old"
     (home / "bin").mkdir(parents=True)
     java = home / "bin" / "java"
