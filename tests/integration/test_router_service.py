@@ -240,7 +240,14 @@ async def test_metrics_tell_what_was_done(kafka, routers, producer):
     async with reading(kafka) as answers:
         await answers.read(until=10)
     url = routers.supervisor.process(name).spec.url
-    text = await asyncio.to_thread(page, f"{url}/metrics")
+    async with asyncio.timeout(30):  # an answer is published before it is counted
+        while True:
+            text = await asyncio.to_thread(page, f"{url}/metrics")
+            if sum(measured(text, "sprout_router_requests_total")) == 10 and measured(
+                text, "sprout_router_in_flight"
+            ) == [0]:
+                break
+            await asyncio.sleep(0.1)
     assert 'sprout_router_requests_total{level="L1",model="m",outcome="ok",pool="p",source="policy"} 10.0' in text
     assert 'sprout_router_tokens_total{kind="completion",level="L1",model="m",pool="p"} 300.0' in text
     assert "sprout_router_overhead_seconds_count 10.0" in text
