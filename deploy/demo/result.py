@@ -82,9 +82,7 @@ def _saving_problems(report: Report) -> list[str]:
     if measured is None or implied is None:
         return ["the saving could not be measured"]
     if abs(measured - implied) > _tolerance(report):
-        return [
-            f"the measured saving, {measured:.1f} %, disagrees with that implied by the policies, {implied:.1f} %"
-        ]
+        return [f"the measured saving, {measured:.1f} %, disagrees with that implied by the policies, {implied:.1f} %"]
     return []
 
 

@@ -31,7 +31,7 @@ from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from tests.benchmarks.results import record
 from tests.support.environment import Environment
-from tests.support.fleet import LEVELS
+from tests.support.fleets import LEVELS
 
 RATE = 720.0
 ROUNDS = 3

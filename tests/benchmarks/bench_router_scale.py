@@ -24,7 +24,7 @@ from shared.runtime.settings import KafkaSettings
 from shared.topics import RESPONSES
 from tests.benchmarks.results import record
 from tests.support.environment import Environment
-from tests.support.fleet import LEVELS
+from tests.support.fleets import LEVELS
 from tests.support.traffic import producing
 
 RATE = 720.0

@@ -23,7 +23,7 @@ from tests.drills.malformed import Malformed
 from tests.drills.schedule import randomness
 from tests.drills.traffic import Traffic
 from tests.support.environment import Environment
-from tests.support.fleet import MODEL
+from tests.support.fleets import MODEL
 from tests.support.processes import TritonServer
 from tests.support.traffic import committed, producing
 

@@ -164,7 +164,7 @@ async def test_a_restarted_answer_is_marked(environment):
     assert result.stdout.count("another router restarted the answer") == 1
 
 
-async def test_a_system_message_makes_a_conversation_and_a_level_can_be_forced(environment):
+async def test_a_system_message_and_a_forced_level_are_sent(environment):
     async with answering(environment) as requests:
         await sprout("send", "Why?", "--system", "You are a pirate.", "--directive", "L2", "--footprint-wait", "0")
     (sent,) = (GenerationRequest.model_validate_json(value) for value in requests)
@@ -176,7 +176,7 @@ async def test_a_system_message_makes_a_conversation_and_a_level_can_be_forced(e
     assert sent.directive == "L2"
 
 
-async def test_json_holds_the_response_and_the_footprint_as_they_were_published(environment):
+async def test_json_has_the_published_response_and_footprint(environment):
     async with answering(environment):
         result = await sprout("send", "Why?", "--json")
     document = json.loads(result.stdout)

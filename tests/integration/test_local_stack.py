@@ -33,8 +33,8 @@ START = datetime(2023, 2, 10, tzinfo=UTC)
 class IdleModels:
     """Stand-in for the model servers: a process that idles, or exits at once."""
 
-    def __init__(self, *, dies: bool = False) -> None:
-        self.code = "print('out of memory'); raise SystemExit(3)" if dies else "import time; time.sleep(600)"
+    def __init__(self, *, fails: bool = False) -> None:
+        self.code = "print('out of memory'); raise SystemExit(3)" if fails else "import time; time.sleep(600)"
         self.clock: Mapping[str, str] = {}
 
     def install(self, config: StackConfig, say) -> None:
@@ -129,7 +129,7 @@ async def test_nothing_listens_beyond_loopback(tmp_path):
 
 
 def test_a_failed_start_shows_the_log_and_stops_every_process(tmp_path):
-    stack = LocalStack(config(tmp_path), IdleModels(dies=True))
+    stack = LocalStack(config(tmp_path), IdleModels(fails=True))
     with pytest.raises(ProcessFailedError, match=r"(?s)triton exited with status 3.*out of memory"):
         stack.start()
     assert read_state(tmp_path) is None

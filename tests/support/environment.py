@@ -20,7 +20,7 @@ from deploy.triton.stand_in.faults import FaultRules
 from shared.kafka.admin import create_topics
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
-from tests.support.fleet import MODEL, Answers, fleet_toml, write_workload
+from tests.support.fleets import MODEL, Answers, fleet_toml, write_workload
 from tests.support.processes import ProcessExit, RouterProcess, TritonServer, restart_exited, triton_spec
 
 KAFKA: Final = "kafka"

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from shared.messages import CarbonIntensity, IntensityPoint, Policy, PolicyInputs
-from tests.support.fleet import MODEL, ZONE
+from tests.support.fleets import MODEL, ZONE
 
 
 def policy(

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from shared.messages import GenerationRequest, Message, Policy
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY, POLICIES, REQUESTS, TopicSpec
-from tests.support.fleet import MODEL, ZONE
+from tests.support.fleets import MODEL, ZONE
 from tests.support.messages import intensity, policy
 
 
