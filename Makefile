@@ -45,7 +45,7 @@ test: install lint types  ## Lint, types and every test
 	$(BIN)/pytest
 
 test-unit: install  ## Only the unit tests, under a minute on two cores
-	$(BIN)/pytest tests/unit -n 2 --quiet
+	$(BIN)/pytest tests/unit -n 2 --dist worksteal --quiet
 
 up: install  ## Start the local stack in the background
 	$(BIN)/sprout up $(OPTIONS)

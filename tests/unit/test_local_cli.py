@@ -110,7 +110,7 @@ def test_the_subcommands_of_the_image(tmp_path):
     )
     shown = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=240,
         check=True,
     ).stdout  # fmt: skip
     commands = {words[1] for line in shown.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
@@ -122,8 +122,8 @@ def _copy(sources: list[str], target: Path, *, into: bool) -> None:
     for source in sources:
         path = REPOSITORY / source
         if path.is_dir():
-            shutil.copytree(path, target, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, target)
         else:
             destination = target / path.name if into else target
             destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, destination)
+            shutil.copy2(path, destination)
