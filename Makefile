@@ -44,8 +44,8 @@ demo: install  ## Replay a day through the real services in two minutes; see dem
 test: install lint types  ## Lint, types and every test
 	$(BIN)/pytest
 
-test-unit: install  ## Only the unit tests, under a minute on two cores
-	$(BIN)/pytest tests/unit -n 2 --dist worksteal --quiet
+test-unit: install  ## The unit tests without those of measured data, under a minute on two cores
+	$(BIN)/pytest tests/unit -m "not measured_data" -n 2 --dist worksteal --quiet
 
 up: install  ## Start the local stack in the background
 	$(BIN)/sprout up $(OPTIONS)

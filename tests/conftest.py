@@ -31,6 +31,13 @@ class KafkaServer:
     """For tests that stop the process `kafka`."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use the fixture `measured_data`; `make test-unit` leaves them out."""
+    for item in items:
+        if "measured_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("measured_data")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add the end of the servers' logs to a failure, because the log folder is temporary."""
