@@ -1,4 +1,4 @@
-# Sprout: every target does its own set-up. `make` alone lists them.
+# Sprout. Every target installs what it needs; `make` lists the targets.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 LOCK := requirements/dev.lock
 SERVICES := carbon-feed router optimizer evaluator ledger cli
 
-# For `make demo` and `make up`; empty means the default. `make demo WORKLOAD=... CARBON=... ZONE=... MODEL=smollm2`
+# For `make demo` and `make up`; empty: the default. `make demo WORKLOAD=... CARBON=... ZONE=... MODEL=smollm2`
 WORKLOAD ?=
 MODEL ?=
 CARBON ?=
@@ -15,16 +15,16 @@ ZONE ?=
 OPTIONS = $(if $(WORKLOAD),--workload "$(WORKLOAD)") $(if $(MODEL),--model "$(MODEL)") \
           $(if $(CARBON),--carbon "$(CARBON)") $(if $(ZONE),--zone "$(ZONE)")
 
-# For `make drill`: another seed, other moments and victims; SCENARIO=sigkill,malformed plays these alone, SCALE=0.1 less of it.
+# For `make drill`: SEED draws times and victims; SCENARIO=sigkill,malformed runs only these; SCALE=0.1 a tenth of the requests.
 SEED ?= 1
 SCENARIO ?=
 SCALE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test up down lint types bench drill locks clean
+.PHONY: help install demo test test-unit up down lint types bench drill locks clean
 
 help:  ## List the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## Create .venv with the pinned packages and the `sprout` command
 
@@ -38,16 +38,19 @@ $(STAMP): $(LOCK) pyproject.toml
 	@PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $(STAMP)
 
-demo: install  ## A day of grid and traffic through the real services in two minutes; see demo-report.html
+demo: install  ## Replay a day through the real services in two minutes; see demo-report.html
 	$(BIN)/sprout demo $(OPTIONS)
 
 test: install lint types  ## Lint, types and every test
 	$(BIN)/pytest
 
-up: install  ## Start the local stack and leave it running
+test-unit: install  ## The unit tests without those of measured data, under a minute on two cores
+	$(BIN)/pytest tests/unit -m "not measured_data" -n 2 --dist worksteal --quiet
+
+up: install  ## Start the local stack in the background
 	$(BIN)/sprout up $(OPTIONS)
 
-down: install  ## Stop what `make up` started
+down: install  ## Stop the local stack
 	$(BIN)/sprout down
 
 lint: install  ## ruff: rules and format
@@ -57,12 +60,12 @@ lint: install  ## ruff: rules and format
 types: install  ## mypy, strict
 	$(BIN)/mypy
 
-bench: install  ## Benchmarks; prints what was compared
+bench: install  ## Run the benchmarks; see build/bench.json
 	@found=0; for file in tests/benchmarks/bench_*.py; do \
 	  if [ -f "$$file" ]; then found=1; echo "== $$file"; $(BIN)/python -m "tests.benchmarks.$$(basename "$$file" .py)" || exit 1; fi; done; \
 	  [ $$found = 1 ] || { echo "no tests/benchmarks/bench_*.py" >&2; exit 1; }
 
-drill: install  ## A seeded fault drill of the router, about seven minutes: make drill SEED=2; see build/drill.json
+drill: install  ## Run the fault drills of the router, about seven minutes; see build/drill.json
 	$(BIN)/python -m tests.drills --seed $(SEED) --scale $(SCALE) $(if $(SCENARIO),--scenario "$(SCENARIO)")
 
 locks: install  ## Refresh requirements/*.lock from pyproject.toml
@@ -75,11 +78,11 @@ locks: install  ## Refresh requirements/*.lock from pyproject.toml
 	  echo "requirements/$$name.lock"; \
 	  $(call COMPILE,--no-deps,requirements/$$name.lock,requirements/$$name.in) || exit 1; done
 
-# No address of any registry gets into a lock file: each installation uses the one it is configured for.
+# Lock files name no package index: every installation uses its configured one.
 COMPILE = PATH="$(CURDIR)/$(BIN):$$PATH" UV_CUSTOM_COMPILE_COMMAND="make locks" uv pip compile --quiet $(or $(3),pyproject.toml) \
   $(1) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --output-file $(2)
 
-clean:  ## Stop the local stack; remove .venv, the stack's state and every cache
+clean:  ## Stop the local stack; remove .venv, .sprout, reports and caches
 	@if [ -x $(BIN)/sprout ]; then $(BIN)/sprout down --quiet; fi
 	rm -rf $(VENV) .sprout .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info \
 	  demo-report.html demo-report.json

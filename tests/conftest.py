@@ -1,7 +1,7 @@
-"""Real Kafka and real PostgreSQL for the tests that ask for them, one of each per session.
+"""Fixtures with real Kafka and PostgreSQL, one server of each per session.
 
-`kafka` gives a test its own topics and consumer groups (a unique prefix), `database` a database of its own. What has
-to be installed once lies in `.sprout/` of the checkout, shared with `sprout up`.
+`kafka` gives every test its own topics and consumer groups (by a unique prefix), `database` its own database. Kafka and
+Triton are installed once in `.sprout/` of the checkout, as for `sprout up`.
 """
 
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -13,28 +13,34 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from deploy.local.java import NoJavaError, ensure_java
-from deploy.local.kafka import KafkaInstallationError, install_kafka, kafka_spec
-from deploy.local.logtail import tail
-from deploy.local.paths import default_state_dir
+from deploy.local.config import default_state_dir
+from deploy.local.java import KafkaInstallationError
+from deploy.local.kafka import install_kafka, kafka_spec
 from deploy.local.postgres import create_database, postgres_spec
-from deploy.local.processes import Supervisor
+from deploy.local.processes import Supervisor, tail
 from shared.kafka.admin import create_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 
 
 @dataclass(frozen=True, slots=True)
 class KafkaServer:
-    """The session's broker."""
+    """The session's Kafka."""
 
     bootstrap_servers: str
     supervisor: Supervisor
-    """Has the process `kafka`, for tests that stop it."""
+    """For tests that stop the process `kafka`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use the fixture `measured_data`; `make test-unit` leaves them out."""
+    for item in items:
+        if "measured_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("measured_data")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failure shows what the servers said last: their logs lie in a folder that is gone when somebody asks."""
+    """Add the end of the servers' logs to a failure, because the log folder is temporary."""
     report = yield
     running = getattr(item, "funcargs", {}).get("supervisor")
     if report.failed and isinstance(running, Supervisor):
@@ -44,7 +50,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(scope="session")
 def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
-    """Runs the session's servers, and stops them at its end; they also die with this process."""
+    """Runs the session's servers and stops them at its end; they also end with this process."""
     running = Supervisor(tmp_path_factory.mktemp("server-logs"))
     try:
         yield running
@@ -54,21 +60,19 @@ def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]
 
 @pytest.fixture(scope="session")
 def kafka_server(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> KafkaServer:
-    """One Kafka broker for the session; skipped, with the reason, where it cannot be installed."""
-    installed = default_state_dir()
+    """One Kafka broker for the session; tests are skipped, with the reason, if it cannot be installed."""
     try:
-        java = ensure_java(installed, print)
-        libs = install_kafka(installed, java=java, say=print)
-    except (NoJavaError, KafkaInstallationError) as error:
+        installation = install_kafka(default_state_dir(), say=print)
+    except KafkaInstallationError as error:
         pytest.skip(f"no real Kafka: {error}")
-    spec, bootstrap_servers = kafka_spec(tmp_path_factory.mktemp("kafka"), libs=libs, java=java)
+    spec, bootstrap_servers = kafka_spec(tmp_path_factory.mktemp("kafka"), installation)
     supervisor.start(spec)
     return KafkaServer(bootstrap_servers, supervisor)
 
 
 @pytest.fixture(scope="session")
 def postgres_server(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One PostgreSQL cluster for the session; its URL without a database's name, ending in `/`."""
+    """One PostgreSQL cluster for the session; its URL without a database name, ending in `/`."""
     spec, url = postgres_spec(tmp_path_factory.mktemp("postgres"))
     supervisor.start(spec)
     return url.rpartition("/")[0] + "/"
@@ -76,7 +80,7 @@ def postgres_server(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def kafka_settings(kafka_server: KafkaServer) -> KafkaSettings:
-    """The session's broker with a prefix of the test's own; no topics yet."""
+    """The session's Kafka with a prefix for this test; no topics yet."""
     prefix = f"t{uuid4().hex[:10]}."
     return KafkaSettings(
         bootstrap_servers=kafka_server.bootstrap_servers,
@@ -88,14 +92,14 @@ def kafka_settings(kafka_server: KafkaServer) -> KafkaSettings:
 
 @pytest.fixture
 async def kafka(kafka_settings: KafkaSettings) -> KafkaSettings:
-    """The session's broker with every declared topic, under a prefix of the test's own."""
+    """The session's Kafka with every declared topic, with a prefix for this test."""
     await create_topics(kafka_settings)
     return kafka_settings
 
 
 @pytest.fixture
 async def database(postgres_server: str) -> AsyncIterator[DatabaseSettings]:
-    """A fresh, empty database; dropped after the test."""
+    """An empty database; dropped after the test."""
     name = f"t{uuid4().hex[:12]}"
     await create_database(postgres_server + name)
     yield DatabaseSettings(url=SecretStr(postgres_server + name), pool_size=4)
@@ -108,8 +112,8 @@ async def database(postgres_server: str) -> AsyncIterator[DatabaseSettings]:
 
 @pytest.fixture(scope="session")
 def measured_data() -> Path:
-    """The folder of measured data beside the checkout; skipped, visibly, where it is absent."""
+    """The folder of measured data next to the checkout; tests are skipped, with the reason, if it is absent."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is absent: it holds measured data that the project does not ship")
+        pytest.skip(f"{folder} is absent; it has measured data that the project does not ship")
     return folder

@@ -1,1 +1,1 @@
-"""The demonstration: a day of grid and traffic through the real services in two minutes."""
+"""The demo: a simulated day of carbon intensity and requests through the real services in two minutes."""

@@ -1,4 +1,4 @@
-"""The demo while it runs: a live picture on a terminal, a line every few event hours elsewhere."""
+"""The progress of a demo: a live display on a terminal, otherwise a line every two event hours."""
 
 import asyncio
 from datetime import datetime, timedelta
@@ -10,21 +10,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from deploy.demo.clients import Producer, Tally
 from deploy.demo.day import DemoDay
-from deploy.demo.observer import Tally
-from deploy.demo.producer import Producer
 from shared.messages import Policy
 from shared.runtime.clock import Clock
 
 REFRESH_S = 0.25
-PLAIN_EVERY = timedelta(hours=2)
+PLAIN_INTERVAL = timedelta(hours=2)
 BARS = "▁▂▃▄▅▆▇█"
 LEVEL_STYLES = ("green", "yellow", "magenta", "cyan", "blue")
 MIX_WIDTH = 40
 
 
 class Progress:
-    """Shows how the day goes, from what a producer can see."""
+    """Shows the progress of a demo, from the messages that clients see."""
 
     def __init__(self, day: DemoDay, clock: Clock, tally: Tally, producer: Producer, console: Console) -> None:
         self._day = day
@@ -34,14 +33,14 @@ class Progress:
         self._console = console
 
     async def show(self) -> None:
-        """Keep showing until cancelled."""
+        """Show the progress until cancelled."""
         if self._console.is_terminal:
             await self._show_live()
         else:
             await self._show_lines()
 
     def render(self, now: datetime) -> RenderableType:
-        """The picture at an event time."""
+        """The live display at an event time."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold", no_wrap=True)
         table.add_column()
@@ -51,11 +50,11 @@ class Progress:
         table.add_row("directives", mix_bar(self._tally))
         table.add_row("policy", describe_policy(self._tally.policies.get(self._day.model)))
         table.add_row("evaluator", describe_evaluations(self._tally))
-        title = f"{self._day.hours:g} hours on {self._day.zone}, {self._day.rate:,.0f} times as fast"
+        title = f"{self._day.hours:g} hours in {self._day.zone}, {self._day.rate:,.0f} times real time"
         return Panel(table, title=title, title_align="left", border_style="green")
 
     def line(self, now: datetime) -> str:
-        """The same, short."""
+        """The progress at an event time in one line."""
         grid = self._tally.intensities.get(self._day.zone)
         intensity = f"{grid.latest.intensity_g_per_kwh:.0f} g/kWh" if grid else "no intensity yet"
         levels = ", ".join(f"{level} {count}" for level, count in sorted(self._tally.levels.items()))
@@ -76,7 +75,7 @@ class Progress:
         while True:
             await self._clock.sleep_until(due)
             self._console.print(self.line(self._clock.now()), markup=False, soft_wrap=True)
-            due += PLAIN_EVERY
+            due += PLAIN_INTERVAL
 
     def _day_bar(self, now: datetime) -> RenderableType:
         passed = min(max((now - self._day.start) / (self._day.end - self._day.start), 0.0), 1.0)
@@ -90,7 +89,7 @@ class Progress:
             return "no carbon intensity yet"
         window = [point for point in (*known.history, known.latest) if point.at > now - timedelta(hours=24)]
         picture = sparkline([point.intensity_g_per_kwh for point in window])
-        return f"{known.latest.intensity_g_per_kwh:4.0f} gCO2eq/kWh  {picture}  the last 24 hours"
+        return f"{known.latest.intensity_g_per_kwh:4.0f} gCO2eq/kWh  {picture}  last 24 hours"
 
     def _requests(self) -> str:
         tally = self._tally
@@ -104,7 +103,7 @@ class Progress:
 
 
 def sparkline(values: list[float]) -> str:
-    """A line of bars, the lowest and highest for the extremes of the values."""
+    """Bars scaled from the minimum to the maximum of the values."""
     if not values:
         return ""
     low, high = min(values), max(values)
@@ -113,7 +112,7 @@ def sparkline(values: list[float]) -> str:
 
 
 def mix_bar(tally: Tally) -> Text:
-    """The share of each level among the answers, drawn to scale."""
+    """The share of each level in the answers, as a bar."""
     total = sum(tally.levels.values())
     if total == 0:
         return Text("no answers yet")
@@ -128,12 +127,12 @@ def mix_bar(tally: Tally) -> Text:
 def describe_policy(policy: Policy | None) -> str:
     """A policy in one line."""
     if policy is None:
-        return "none yet: everything is served without a directive"
+        return "none yet: requests are served without a directive"
     if policy.status == "reference" or policy.reference_g_per_request == 0:
-        return f"v{policy.version}: the reference alone ({policy.reason})"
+        return f"v{policy.version}: baseline only, no directives ({policy.reason})"
     saving = 100 * (1 - policy.expected_g_per_request / policy.reference_g_per_request)
     quality = ", ".join(
-        f"{metric} {100 * policy.expected_quality[metric]:.1f} % of L0's (bound {100 * bound:.1f} %)"
+        f"{metric} {100 * policy.expected_quality[metric]:.1f} % of the baseline's (bound {100 * bound:.1f} %)"
         for metric, bound in policy.bounds.items()
         if metric in policy.expected_quality
     )
@@ -141,9 +140,9 @@ def describe_policy(policy: Policy | None) -> str:
 
 
 def describe_evaluations(tally: Tally) -> str:
-    """What the evaluator has done so far, in one line."""
+    """The evaluations so far in one line."""
     last = tally.last_evaluation
     if last is None:
         return "waiting for samples"
     count = f"{tally.evaluations} evaluation{'s' if tally.evaluations != 1 else ''}"
-    return f"{count}; the last at {last.evaluated_at:%H:%M} ({last.trigger}), {last.prompts} prompts"
+    return f"{count}; last at {last.evaluated_at:%H:%M} ({last.trigger}), {last.prompts} prompts"

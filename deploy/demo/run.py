@@ -1,4 +1,4 @@
-"""Runs the demo: starts the stack, lets a producer live through the day, waits for the books, stops everything."""
+"""Runs a demo: starts a stack, replays the traffic, waits for the ledger, and stops the stack."""
 
 import asyncio
 import time
@@ -10,53 +10,47 @@ from typing import Any
 import asyncpg
 from rich.console import Console
 
-from deploy.demo.day import DemoDay
-from deploy.demo.observer import Observer, Tally
-from deploy.demo.producer import Producer
+from deploy.demo.clients import Observer, Producer, Tally
+from deploy.demo.day import LATENESS_WALL_S, DemoDay
 from deploy.demo.progress import Progress
-from deploy.demo.prompts import prompts_of
-from deploy.demo.traffic import PlannedRequest, plan_traffic
-from deploy.demo.tuning import LATENESS_WALL_S, service_settings
+from deploy.demo.traffic import PlannedRequest, plan_traffic, prompts_of
 from deploy.local.config import StackConfig
-from deploy.local.models import ModelServers
+from deploy.local.model_servers import ModelServers
 from deploy.local.stack import LocalStack
-from deploy.local.state import BrokerKind
 from tools.reporting import Report, collect_report
 
 ANSWERS_WAIT_S = 60.0
-"""Wall seconds after the last request in which the last answers must come."""
-BOOKS_WAIT_S = 30.0
-"""Wall seconds after the last answer in which the ledger must have settled every call."""
-LEAD_S = 12.0
-"""Wall seconds before the day begins in which the services start."""
+"""Longest wait for answers after the last request, wall seconds."""
+SETTLEMENT_WAIT_S = 30.0
+"""Longest wait for the ledger to settle every call after the last answer, wall seconds."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class DemoRun:
-    """What came of it.
+    """The results of a demo.
 
     Attributes:
-        tally: what a producer saw.
-        report: what the ledger's books say.
-        seconds: wall time from the first process to the last one stopped.
+        sent: number of requests that Kafka acknowledged.
+        tally: counts of the services' messages.
+        report: the report from the ledger's database.
+        seconds: wall time, from starting the stack until it was stopped.
     """
 
     day: DemoDay
     sent: int
     tally: Tally
     report: Report
-    broker: BrokerKind
     seconds: float
 
 
 async def run_demo(day: DemoDay, config: StackConfig, models: ModelServers, *, console: Console, say: Say) -> DemoRun:
-    """Play a day through a local stack of its own.
+    """Start a stack, replay the day, and stop the stack.
 
     Raises:
         WorkloadError: the workload cannot be used.
-        LOCAL_ERRORS: the stack could not be started, or a process of it ended.
+        STACK_ERRORS: the stack could not be started, or one of its processes exited.
         KafkaError: a request could not be published.
     """
     began = time.monotonic()
@@ -68,32 +62,15 @@ async def run_demo(day: DemoDay, config: StackConfig, models: ModelServers, *, c
         seed=day.seed,
     )
     async with LocalStack(config, models, say=say) as stack:
-        day_run = _DayRun(day, stack, console=console, say=say)
+        replay = _Replay(day, stack, console=console, say=say)
         async with _alongside(stack.watch()):
-            await day_run.play(plan)
-            report = await day_run.close_books()
-        broker = stack.state.broker
-    return DemoRun(day, day_run.producer.sent, day_run.tally, report, broker, time.monotonic() - began)
+            await replay.run(plan)
+            report = await replay.settled_report()
+    return DemoRun(day, replay.producer.sent, replay.tally, report, time.monotonic() - began)
 
 
-def stack_config(day: DemoDay, config: StackConfig) -> StackConfig:
-    """A stack's configuration for a day: its replay, its model, its services' settings."""
-    return config.model_copy(
-        update={
-            "event_start": day.start,
-            "rate": day.rate,
-            "lead_s": LEAD_S,
-            "model": day.model,
-            "workload": day.workload,
-            "zone": day.zone,
-            "carbon": {day.zone: day.trace},
-            "settings": service_settings(day),
-        }
-    )
-
-
-class _DayRun:
-    """One day on a running stack."""
+class _Replay:
+    """The replay of a day on a running stack."""
 
     def __init__(self, day: DemoDay, stack: LocalStack, *, console: Console, say: Say) -> None:
         self._day = day
@@ -105,24 +82,24 @@ class _DayRun:
 
     @property
     def tally(self) -> Tally:
-        """What a producer saw so far."""
+        """Counts of the services' messages so far."""
         return self._observer.tally
 
-    async def play(self, plan: list[PlannedRequest]) -> None:
-        """Send the day's requests and wait for their answers, showing how it goes."""
-        self._say(f"the day begins: {len(plan):,} requests in {self._day.duration_s:.0f} s")
+    async def run(self, plan: list[PlannedRequest]) -> None:
+        """Send the requests and wait for their answers, showing the progress."""
+        self._say(f"replaying {self._day.hours:g} hours with {len(plan):,} requests in {self._day.duration_s:.0f} s")
         progress = Progress(self._day, self._stack.clock, self.tally, self.producer, self._console)
-        async with AsyncExitStack() as beside:
-            await beside.enter_async_context(_alongside(self._observer.watch()))
-            await beside.enter_async_context(_alongside(progress.show()))
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(_alongside(self._observer.observe()))
+            await stack.enter_async_context(_alongside(progress.show()))
             await self.producer.send(plan)
             await _until(lambda: self.tally.answered >= len(plan), ANSWERS_WAIT_S)
-            # A second answer to a request would come right behind the first ones.
+            # A duplicate answer would arrive now.
             await asyncio.sleep(LATENESS_WALL_S)
 
-    async def close_books(self) -> Report:
-        """Wait until the ledger has settled every call, then ask it for the report."""
-        self._say("the day is over; waiting for the ledger to settle its books")
+    async def settled_report(self) -> Report:
+        """Wait until the ledger has settled every call, and make the report."""
+        self._say("every request was sent; waiting until the ledger has attributed all energy")
         pool = await asyncpg.create_pool(
             self._stack.database.url.get_secret_value(),
             min_size=1,
@@ -131,7 +108,7 @@ class _DayRun:
         )
         try:
             report = await collect_report(pool)
-            deadline = time.monotonic() + BOOKS_WAIT_S
+            deadline = time.monotonic() + SETTLEMENT_WAIT_S
             while not _complete(report, self.tally) and time.monotonic() < deadline:
                 await asyncio.sleep(1.0)
                 report = await collect_report(pool)
@@ -141,13 +118,13 @@ class _DayRun:
 
 
 def _complete(report: Report, tally: Tally) -> bool:
-    """Whether every answer that a producer saw has its footprint, and the evaluator's calls too."""
+    """Whether every answered request and every call of the evaluator has a footprint."""
     answered = tally.answered - sum(tally.errors.values())
     return report.requests.settled >= answered and report.requests.unsettled == 0
 
 
 async def _until(reached: Callable[[], bool], wait_s: float) -> bool:
-    """Wait for something to become true; returns whether it did."""
+    """Wait for a condition; returns whether it became true in time."""
     deadline = time.monotonic() + wait_s
     while not reached():
         if time.monotonic() > deadline:
@@ -158,7 +135,7 @@ async def _until(reached: Callable[[], bool], wait_s: float) -> bool:
 
 @asynccontextmanager
 async def _alongside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `work` beside the block; should it fail, so does the block, with the same error; it ends with the block."""
+    """Run a coroutine during the block and cancel it at the end; if it fails, the block raises the same error."""
     try:
         async with asyncio.TaskGroup() as group:
             task = group.create_task(work)

@@ -1,22 +1,25 @@
-"""The demo's traffic: which prompt is asked when. Pure and seeded, so that a day can be replayed exactly."""
+"""The demo's requests: prompts of a workload and arrival times, drawn from a seed."""
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
+
+from deploy.triton.stand_in.workload import load_workload
 
 PEAK_HOUR = 14
-"""Local hour of most requests."""
+"""Local hour of the peak load."""
 SWING = 0.5
-"""Load swings by this share around its mean over a day."""
+"""Amplitude of the load over a day, relative to its mean."""
 TASK_SWING = 0.35
-"""Each task's share swings by this much over a day, the tasks out of phase: the mix is never still."""
+"""Amplitude of each task's weight over a day; the tasks are out of phase, so the mix always changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt that may be asked."""
+    """A prompt of the workload."""
 
     task: str
     text: str
@@ -24,7 +27,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request of the day."""
+    """A request and its event time."""
 
     at: datetime
     id: str
@@ -32,33 +35,48 @@ class PlannedRequest:
     prompt: str
 
 
+def prompts_of(workload: Path, *, tasks: frozenset[str] = frozenset()) -> list[Prompt]:
+    """The judged prompts of a workload, because only their answers have texts; all prompts if none was judged.
+
+    Args:
+        tasks: tasks to use; every task if it is empty or the workload has none of them.
+
+    Raises:
+        WorkloadError: the file cannot be read, or has no usable line.
+    """
+    entries = load_workload(workload).entries
+    judged = [entry for entry in entries if entry.preferred is not None] or list(entries)
+    wanted = [entry for entry in judged if entry.task in tasks] or judged
+    return [Prompt(entry.task, entry.prompt) for entry in wanted]
+
+
 def load_at(hour_of_day: float) -> float:
-    """Relative load at an hour of the day; its mean over a day is 1."""
+    """Load at an hour of the day, relative to its daily mean."""
     return 1.0 + SWING * math.cos(2 * math.pi * (hour_of_day - PEAK_HOUR) / 24.0)
 
 
 def plan_traffic(
     prompts: Sequence[Prompt], *, start: datetime, hours: float, requests: int, seed: int, utc_offset_hours: float = 0.0
 ) -> list[PlannedRequest]:
-    """Arrivals of a Poisson process with a daily swing, prompts drawn by a mix of tasks that drifts over the day.
+    """Draw arrivals of a Poisson process with a daily cycle, and prompts from a task mix that changes over the day.
 
     Args:
-        prompts: what may be asked; every task is drawn, each prompt of a task is equally likely.
-        hours: length of the traffic, > 0.
-        requests: how many arrive in all, exactly (a Poisson process given its count).
-        utc_offset_hours: local time minus UTC, so that the peak falls on the local afternoon.
+        prompts: every task is used; each prompt of a task is equally likely.
+        hours: duration of the traffic, > 0.
+        requests: exact number of arrivals (a Poisson process given its count).
+        utc_offset_hours: local time minus UTC; the peak is at a local hour.
 
     Returns:
         The requests in order of time, with ids `demo-<seed>-<number>`.
 
     Raises:
-        ValueError: no prompts, or a length or count that is not positive.
+        ValueError: there are no prompts, or the duration or number is not positive.
     """
     if not prompts:
-        raise ValueError("the workload holds no prompts: nothing to ask")
+        raise ValueError("the workload has no prompts")
     if hours <= 0 or requests <= 0:
         raise ValueError(f"hours and requests must be greater than 0, got hours={hours}, requests={requests}")
-    rng = random.Random(seed)  # a simulation, no secret
+    rng = random.Random(seed)
     by_task: dict[str, list[str]] = {}
     for prompt in prompts:
         by_task.setdefault(prompt.task, []).append(prompt.text)
@@ -69,7 +87,7 @@ def plan_traffic(
         return moment.hour + moment.minute / 60.0
 
     arrivals: list[float] = []
-    while len(arrivals) < requests:  # thinning: accept a uniform time in proportion to the load then
+    while len(arrivals) < requests:  # thinning: accept a uniform time with a probability proportional to the load
         offset_h = rng.uniform(0.0, hours)
         if rng.uniform(0.0, 1.0 + SWING) < load_at(local_hour(offset_h)):
             arrivals.append(offset_h)

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Is the broker answering the Kafka protocol? Sends one ApiVersions request and reads the answer's error code.
-# The tools that come with Kafka would start a JVM for this, a second of CPU time at every check.
+# Checks that the broker answers: sends an ApiVersions request and reads the error code of the answer.
+# Kafka's own tools start a JVM, which takes a second of CPU time per check.
 set -eu
 exec 3<>"/dev/tcp/127.0.0.1/${1:-9092}"
 # size 15 | ApiVersions (18), version 0 | correlation id 1 | client id "ready"

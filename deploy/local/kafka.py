@@ -1,4 +1,4 @@
-"""Apache Kafka on the machine's own Java: one broker in KRaft mode, its jars fetched by Maven."""
+"""Apache Kafka without Docker: one broker in KRaft mode, its jars fetched by Maven."""
 
 import asyncio
 import hashlib
@@ -18,31 +18,40 @@ from pathlib import Path
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from deploy.local.java import Java, Say
-from deploy.local.ports import LOOPBACK, free_ports
-from deploy.local.processes import Probe, ProcessSpec
+from deploy.local.java import Java, KafkaInstallationError, Say, ensure_java
+from deploy.local.processes import LOOPBACK, Probe, ProcessSpec, free_ports
 
 HEAP = "256m"
 LARGEST_MESSAGE_BYTES = 9 * 1024 * 1024
-"""A little more than the largest topic-level limit, with room for a batch's overhead."""
+"""The largest topic-level limit plus the overhead of a batch."""
 
-# Little memory and a quick start matter more here than peak throughput.
+# For little memory and a quick start, not for peak throughput.
 JVM_FLAGS = ("-Xms128m", f"-Xmx{HEAP}", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 
 
-class KafkaInstallationError(RuntimeError):
-    """Kafka's jars could not be fetched, or its storage not be prepared; the message says what to do."""
+@dataclass(frozen=True, slots=True)
+class KafkaInstallation:
+    """An installed Kafka.
+
+    Attributes:
+        libs: the folder of its jars.
+    """
+
+    java: Java
+    libs: Path
 
 
-def install_kafka(install_dir: Path, *, java: Java, say: Say) -> Path:
-    """Fetch Kafka's jars with Maven, once; later calls find them.
-
-    Returns:
-        The folder of the jars.
+def install_kafka(install_dir: Path, *, say: Say) -> KafkaInstallation:
+    """Find or install Java, then fetch Kafka's jars with Maven, once; later calls find both.
 
     Raises:
-        KafkaInstallationError: Maven is missing or failed.
+        KafkaInstallationError: there is no Java and none could be installed, or Maven is missing or failed.
     """
+    java = ensure_java(install_dir, say)
+    return KafkaInstallation(java, _fetch_jars(install_dir, java, say))
+
+
+def _fetch_jars(install_dir: Path, java: Java, say: Say) -> Path:
     pom = resources.files("deploy.local").joinpath("maven/pom.xml").read_bytes()
     libs = install_dir / "kafka" / f"libs-{hashlib.sha256(pom).hexdigest()[:12]}"
     if libs.is_dir():
@@ -50,8 +59,8 @@ def install_kafka(install_dir: Path, *, java: Java, say: Say) -> Path:
     maven = shutil.which("mvn")
     if maven is None:
         raise KafkaInstallationError(
-            "Kafka's jars come from Maven Central, and there is no 'mvn' on PATH. Install Apache Maven "
-            "(for example 'apt-get install maven'), or set SPROUT_LOCAL_BROKER=in-memory"
+            "Kafka's jars come from Maven Central, and there is no 'mvn' on PATH. Install Apache Maven, for example "
+            "with 'apt-get install maven'. 'docker compose up' needs neither Maven nor Java on this machine"
         )
     say("fetching Apache Kafka from Maven Central (about 50 MB, once)")
     libs.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +75,7 @@ def install_kafka(install_dir: Path, *, java: Java, say: Say) -> Path:
             timeout_s=900,
         )  # fmt: skip
         try:
-            # A folder of this name is complete: it appears at once. Two may fetch at the same time; one wins.
+            # The rename is atomic: a folder of this name is complete. If two processes fetch, one rename wins.
             (folder / "libs").rename(libs)
         except OSError:
             if not libs.is_dir():
@@ -76,11 +85,11 @@ def install_kafka(install_dir: Path, *, java: Java, say: Say) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """A listener beside the plaintext one.
+    """A listener in addition to the plaintext one.
 
     Attributes:
         protocol: SSL, SASL_PLAINTEXT or SASL_SSL.
-        properties: Kafka's, of this listener alone, such as `ssl.keystore.location`.
+        properties: Kafka's properties of this listener, such as `ssl.keystore.location`.
     """
 
     name: str
@@ -96,22 +105,21 @@ class Listener:
 
 def kafka_spec(
     data_dir: Path,
+    installation: KafkaInstallation,
     *,
-    libs: Path,
-    java: Java,
     name: str = "kafka",
     listeners: Sequence[Listener] = (),
     scram_users: Mapping[str, str] | None = None,
 ) -> tuple[ProcessSpec, str]:
-    """Prepare the storage of a fresh broker, and say how to run it.
+    """Format the storage of a new broker.
 
     Args:
-        data_dir: everything in it is replaced.
-        listeners: beside the plaintext one.
-        scram_users: passwords by user, known to the listeners with SCRAM.
+        data_dir: its contents are replaced.
+        listeners: in addition to the plaintext one.
+        scram_users: passwords by user, for listeners with SCRAM.
 
     Returns:
-        The process, and its bootstrap servers, in plaintext.
+        The broker's process, and the bootstrap servers of its plaintext listener.
 
     Raises:
         KafkaInstallationError: the storage could not be formatted.
@@ -122,7 +130,10 @@ def kafka_spec(
     bootstrap = f"{LOOPBACK}:{port}"
     properties = data_dir / "server.properties"
     properties.write_text(_properties(port, controller_port, data_dir / "log", listeners), encoding="utf-8")
-    base = (str(java.program), *JVM_FLAGS, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{libs}/*")
+    base = (
+        str(installation.java.program), *JVM_FLAGS, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+        "-cp", f"{installation.libs}/*",
+    )  # fmt: skip
     cluster_id = urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
     _run(
         [*base, "kafka.tools.StorageTool", "format", "--standalone", f"--cluster-id={cluster_id}",
@@ -144,7 +155,7 @@ def kafka_spec(
 
 
 def kafka_probe(bootstrap_servers: str) -> Probe:
-    """Ready once the broker names itself as member of the cluster. Call it where no event loop runs."""
+    """Ready once the broker has joined its cluster. Call the probe in a thread without an event loop."""
     host, _, port = bootstrap_servers.rpartition(":")
 
     async def ask() -> str | None:
@@ -159,7 +170,7 @@ def kafka_probe(bootstrap_servers: str) -> Probe:
         return None if cluster["brokers"] else f"the broker at {bootstrap_servers} has not joined its cluster yet"
 
     def probe() -> str | None:
-        try:  # aiokafka logs an error for every port that is closed
+        try:  # aiokafka logs an error for a closed port
             socket.create_connection((host, int(port)), timeout=2.0).close()
         except OSError as error:
             return f"port {port}: {error}"
@@ -200,10 +211,10 @@ def _properties(port: int, controller_port: int, log_dir: Path, listeners: Seque
         "transaction.state.log.min.isr": "1",
         "share.coordinator.state.topic.replication.factor": "1",
         "share.coordinator.state.topic.min.isr": "1",
-        # The default of 50 makes the first consumer wait while they are created.
+        # The first consumer waits until they are created; the default is 50.
         "offsets.topic.num.partitions": "4",
         "transaction.state.log.num.partitions": "2",
-        # A group's first member need not wait three seconds for a second one.
+        # By default the first member of a group waits three seconds for others.
         "group.initial.rebalance.delay.ms": "0",
         # Every partition maps two index files of this size.
         "log.index.size.max.bytes": str(1024 * 1024),
@@ -232,5 +243,5 @@ def _run(
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KafkaInstallationError(f"{failure}: {error}") from error
     if answer.returncode != 0:
-        said = (answer.stdout + answer.stderr).strip().splitlines()[-15:]
-        raise KafkaInstallationError(f"{failure}:\n" + "\n".join(said))
+        output = (answer.stdout + answer.stderr).strip().splitlines()[-15:]
+        raise KafkaInstallationError(f"{failure}:\n" + "\n".join(output))

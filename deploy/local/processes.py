@@ -1,7 +1,8 @@
-"""Child processes of the local stack: started, watched for readiness and death, and stopped in reverse order."""
+"""Child processes of the local stack: start, readiness, unexpected exits, and stopping in reverse order."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -9,21 +10,24 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deploy.local import tether
-from deploy.local.logtail import tail
-from deploy.local.records import ProcessRecord, record_of
+from deploy.local import signals
+from deploy.local.state import ProcessRecord
+
+LOOPBACK = "127.0.0.1"
 
 Probe = Callable[[], str | None]
-"""Returns None once the process is ready, else what it is still waiting for."""
+"""Returns None if the process is ready, else what is missing."""
 
 POLL_S = 0.1
+LOG_BLOCK_BYTES = 32_768
 
 
 class ProcessFailedError(RuntimeError):
-    """A child process ended, or did not become ready; the message carries the end of its log."""
+    """A child process exited, or was not ready in time; the message includes the end of its log."""
 
     def __init__(self, name: str, what: str, log: Path) -> None:
         super().__init__(f"{name} {what}. The end of {log}:\n{tail(log)}")
@@ -32,7 +36,7 @@ class ProcessFailedError(RuntimeError):
 
 
 class StartAbortedError(RuntimeError):
-    """The start was called off while a process was awaited."""
+    """`Supervisor.abort` was called during a start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +45,12 @@ class ProcessSpec:
 
     Attributes:
         environment: added to this process's own.
-        ready: asked until it returns None; None means ready as soon as it runs.
-        stop_signal: what asks it to end in good order.
-        stop_grace_s: after this long it is killed, its whole process group included.
-        tier: processes of a higher tier use those of a lower one, and are stopped before them.
-        port: where it listens, for people to see.
+        ready: called until it returns None; without a probe the process is ready as soon as it runs.
+        stop_signal: asks the process to shut down.
+        stop_grace_s: after this time the process and its process group are killed.
+        tier: a process uses processes of lower tiers, and is stopped before them.
+        port: where it listens, for `sprout status`.
+        url: base URL of its HTTP interface.
     """
 
     name: str
@@ -71,7 +76,7 @@ class ManagedProcess:
         self.log = log
         self._popen = popen
         self._aborted = aborted
-        self.record: ProcessRecord = record_of(
+        self.record = ProcessRecord.of_child(
             popen.pid,
             name=spec.name,
             log=log,
@@ -88,29 +93,29 @@ class ManagedProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """Whether the process is running."""
         return self._popen.poll() is None
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process alone, such as SIGSTOP and SIGCONT, if it still runs."""
+        """Send a signal to the process, not to its group, if it is running."""
         if self.alive:
             self._popen.send_signal(number)
 
     def check(self) -> None:
-        """Say so if it ended.
+        """Check that the process is running.
 
         Raises:
-            ProcessFailedError: it ended.
+            ProcessFailedError: it exited.
         """
         status = self._popen.poll()
         if status is not None:
             raise ProcessFailedError(self.spec.name, describe_exit(status), self.log)
 
     def wait_ready(self) -> None:
-        """Wait until the probe is content.
+        """Wait until the process is ready.
 
         Raises:
-            ProcessFailedError: it ended, or was not ready in time.
+            ProcessFailedError: it exited, or was not ready in time.
             StartAbortedError: `Supervisor.abort` was called.
         """
         waiting_for: str | None = None
@@ -125,15 +130,15 @@ class ManagedProcess:
                     self.spec.name, f"was not ready within {self.spec.ready_timeout_s:.0f} s ({waiting_for})", self.log
                 )
             if self._aborted.wait(POLL_S):
-                raise StartAbortedError(f"the start was called off while {self.spec.name} was awaited")
+                raise StartAbortedError(f"the start was aborted while waiting for {self.spec.name}")
 
     def ask_to_stop(self) -> None:
-        """Send the stop signal, if it still runs."""
+        """Send the stop signal, if the process is running."""
         if self.alive:
             self._popen.send_signal(self.spec.stop_signal)
 
     def finish(self) -> None:
-        """Wait for the end that was asked for; past the grace period, and for stragglers of its group, kill."""
+        """Wait for the exit; kill the process after the grace period, then the rest of its group."""
         try:
             self._popen.wait(self.spec.stop_grace_s)
         except subprocess.TimeoutExpired:
@@ -142,22 +147,21 @@ class ManagedProcess:
         _kill_group(self.pid)
 
     def kill(self) -> None:
-        """SIGKILL the whole process group at once, and reap it."""
+        """Kill the process group with SIGKILL, and reap the process."""
         _kill_group(self.pid)
         self._popen.wait()
 
 
 class Supervisor:
-    """Starts processes and answers for their end.
+    """Starts, checks and stops child processes.
 
-    Processes are tethered: they die with the thread that started them, so start them from one that lives as long as
-    they shall (see `deploy.local.tether`). With `tethered=False` they outlive this process; whoever started them must
-    keep `records()` to stop them later.
+    By default processes end with the thread that started them (see `deploy.local.signals`): start them from a thread
+    that lives long enough. Detached processes outlive this process; keep `records()` to stop them later.
     """
 
-    def __init__(self, log_dir: Path, *, tethered: bool = True) -> None:
+    def __init__(self, log_dir: Path, *, detached: bool = False) -> None:
         self._log_dir = log_dir
-        self._tethered = tethered
+        self._detached = detached
         self._aborted = threading.Event()
         self._processes: dict[str, ManagedProcess] = {}
         self._specs: dict[str, ProcessSpec] = {}
@@ -166,28 +170,30 @@ class Supervisor:
         """Start a process and wait until it is ready.
 
         Raises:
-            ProcessFailedError: it ended, or was not ready in time.
+            ProcessFailedError: it exited, or was not ready in time.
         """
         process = self.spawn(spec)
         process.wait_ready()
         return process
 
     def spawn(self, spec: ProcessSpec) -> ManagedProcess:
-        """Start a process without waiting; its output goes to `NAME.log`, anew unless it ran here before.
+        """Start a process without waiting for it.
+
+        Its output goes to `NAME.log`, which is truncated unless this supervisor started the process before.
 
         Raises:
-            ValueError: a process of this name runs.
-            FileNotFoundError: no such program.
+            ValueError: a process of this name is running.
+            FileNotFoundError: the program does not exist.
         """
         earlier = self._processes.get(spec.name)
         if earlier is not None and earlier.alive:
-            raise ValueError(f"process {spec.name!r} runs already, with pid {earlier.pid}")
+            raise ValueError(f"process {spec.name!r} is running already, with pid {earlier.pid}")
         self._log_dir.mkdir(parents=True, exist_ok=True)
         log = self._log_dir / f"{spec.name}.log"
         command = list(spec.command)
-        if self._tethered:
-            tethering = [sys.executable, "-I", "-S", str(Path(tether.__file__)), str(os.getpid())]
-            command = [*tethering, str(int(spec.stop_signal)), *command]
+        if not self._detached:
+            ending_with_parent = [sys.executable, "-I", "-S", str(Path(signals.__file__)), str(os.getpid())]
+            command = [*ending_with_parent, str(int(spec.stop_signal)), *command]
         with log.open("ab" if spec.name in self._specs else "wb") as output:
             popen = subprocess.Popen(
                 command,
@@ -196,7 +202,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal must reach the supervisor alone
+                start_new_session=True,  # Ctrl-C in the terminal must reach only the supervisor
             )
         process = ManagedProcess(spec, popen, log=log, aborted=self._aborted)
         self._processes.pop(spec.name, None)
@@ -208,47 +214,47 @@ class Supervisor:
         """A process by name.
 
         Raises:
-            KeyError: none of this name was started, or it was stopped.
+            KeyError: no process of this name was started, or it was stopped.
         """
         return self._processes[name]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every process that was not stopped, in order of starting."""
+        """Names of the processes that were not stopped, in order of starting."""
         return tuple(self._processes)
 
     def check(self) -> None:
-        """Say so if any process ended by itself.
+        """Check that every process is running.
 
         Raises:
-            ProcessFailedError: for the first that did.
+            ProcessFailedError: one exited; for the first.
         """
         for process in list(self._processes.values()):
             process.check()
 
     def records(self) -> list[ProcessRecord]:
-        """What is needed to find every process again from elsewhere, in order of starting."""
+        """The records to find and stop the processes from another process, in order of starting."""
         return [process.record for process in self._processes.values()]
 
     def abort(self) -> None:
-        """Call off a start that another thread is waiting in."""
+        """Abort a start in another thread."""
         self._aborted.set()
 
     def stop(self, name: str) -> None:
-        """Stop one process in good order."""
+        """Stop one process with its stop signal."""
         process = self._processes.pop(name)
         process.ask_to_stop()
         process.finish()
 
     def kill(self, name: str) -> None:
-        """Kill one process and its group with SIGKILL, as a crash would."""
+        """Kill one process and its group with SIGKILL."""
         self._processes.pop(name).kill()
 
     def respawn(self, name: str) -> ManagedProcess:
-        """Start a process again as it was; one that still runs is stopped first.
+        """Start a process again from its spec, without waiting for it; a running one is stopped first.
 
         Raises:
-            KeyError: none of this name was ever started.
+            KeyError: no process of this name was ever started.
         """
         spec = self._specs[name]
         if name in self._processes:
@@ -256,18 +262,18 @@ class Supervisor:
         return self.spawn(spec)
 
     def stop_all(self) -> None:
-        """Stop every process, the last started first; those of one tier end side by side."""
+        """Stop every process: tier by tier, within a tier in parallel, the last started first."""
         for tier in sorted({process.spec.tier for process in self._processes.values()}, reverse=True):
-            leaving = [process for process in reversed(self._processes.values()) if process.spec.tier == tier]
-            for process in leaving:
+            stopping = [process for process in reversed(self._processes.values()) if process.spec.tier == tier]
+            for process in stopping:
                 process.ask_to_stop()
-            for process in leaving:
+            for process in stopping:
                 process.finish()
                 del self._processes[process.spec.name]
 
 
 def describe_exit(status: int) -> str:
-    """A return code of `subprocess` in words."""
+    """Describe a return code of `subprocess`."""
     if status >= 0:
         return f"exited with status {status}"
     try:
@@ -277,7 +283,7 @@ def describe_exit(status: int) -> str:
 
 
 def http_probe(url: str, *, timeout_s: float = 2.0) -> Probe:
-    """Ready once a GET of `url` answers 200; until then the answer's body says what is missing."""
+    """Ready once a GET of `url` answers 200; until then the response body says what is missing."""
 
     def probe() -> str | None:
         try:
@@ -295,4 +301,29 @@ def _kill_group(pid: int) -> None:
     try:
         os.killpg(pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
-        return  # nobody of the group is left; PermissionError is macOS's word for a group of zombies
+        return  # the group is empty; macOS raises PermissionError for a group of zombies
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct free TCP ports on loopback; bind them soon.
+
+    All sockets stay open until the last port is found, so that no port is returned twice.
+    """
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in range(count)]
+        for one in sockets:
+            one.bind((LOOPBACK, 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def tail(path: Path, lines: int = 20) -> str:
+    """The last lines of a text file; `[no log]` or `[empty]` if there are none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - LOG_BLOCK_BYTES))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return "[no log]"
+    last = text.splitlines()[-lines:]
+    return "\n".join(last) if last else "[empty]"

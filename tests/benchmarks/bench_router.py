@@ -1,19 +1,21 @@
-"""What the router's guarantees cost: `python -m tests.benchmarks.bench_router`.
+"""The overhead of the router: `python -m tests.benchmarks.bench_router`.
 
-The router process against a bare loop of aiokafka and tritonclient (`bare_loop.py`) on the same Kafka broker and the
-same Triton with the stand-in model, as it streams answers 720 times as fast as recorded. In every round each is given
-the same 1,500 requests at once, the one or the other first; then each gets requests evenly spread, at two loads.
-Medians of the rounds are printed and recorded, as ratios and differences of this one run.
+Compares the router with a minimal loop (`bare_loop.py`) on the same Kafka and the same Triton with the stand-in model,
+which streams answers 720 times as fast as recorded. In every round each process gets the same 1,500 requests at once,
+in alternating order; then evenly spaced requests at two loads. The medians of the rounds are printed and recorded, as
+ratios and differences of this run.
 
-The loads: half the router's throughput, and the rate at which the machine's cores are half busy. The two differ where
-Kafka, Triton, the clients and the contestant share few cores: requests that come one by one have each a fetch, a send
-and a turn of every process of their own, which requests that come at once share. How busy the cores were is printed.
+The loads are half the router's throughput, and the rate at which the machine's cores are half busy. They differ if
+Kafka, Triton, the clients and the process share few cores: single requests need a fetch, a send and a wake-up of every
+process each, which a burst shares. The share of busy cores is printed.
 """
 
 import asyncio
 import json
+import logging
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
@@ -27,65 +29,66 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from deploy.local.processes import ProcessSpec
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
-from tests.benchmarks.ground import LEVELS, Ground, laid, prompt
 from tests.benchmarks.results import record
+from tests.support.environment import Environment
+from tests.support.fleets import LEVELS
 
 RATE = 720.0
 ROUNDS = 3
 REQUESTS = 1_500
 PACED_S = 6.0
-"""Wall seconds of evenly spread requests."""
+"""Wall seconds of evenly spaced requests."""
 TRIAL_S = 2.0
-"""The same, to see how busy a rate keeps the machine."""
+"""Wall seconds of a trial, to find the rate for half busy cores."""
 TRIALS = 6
 PROMPTS = 100
 TIMEOUT_S = 60.0
 HALF_THROUGHPUT, HALF_BUSY = "half throughput", "half busy"
 LOADS = {HALF_THROUGHPUT: "added_latency", HALF_BUSY: "added_latency_half_busy"}
-"""How the figures of each are called."""
+"""Names of the figures by load."""
 
 
 @dataclass
-class Contestant:
-    """The router or the bare loop, as a process with topics of its own.
+class Candidate:
+    """The router or the minimal loop, as a process with its own topics.
 
     Attributes:
-        throughputs: requests a second, by round.
+        throughputs: requests per second, by round.
         cpu_s: CPU seconds per 1,000 requests, by round.
-        latencies_ms: of the evenly spread requests, from before the send until the answer was read; by load, by round.
-        busy: share of the machine's cores meanwhile; by load, by round.
+        latencies_ms: of the evenly spaced requests, from the send until the answer was read; by load, by round.
+        busy: share of busy cores; by load, by round.
     """
 
     name: str
     kafka: KafkaSettings
     process: psutil.Process
-    asked: int = 0
+    sent: int = 0
     throughputs: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     latencies_ms: dict[str, list[list[float]]] = field(default_factory=dict)
     busy: dict[str, list[float]] = field(default_factory=dict)
 
 
-class Conversation:
-    """A producer of requests and the reader of their answers."""
+class Client:
+    """Sends requests to a candidate and reads the answers."""
 
-    def __init__(self, contestant: Contestant, producer: AIOKafkaProducer, consumer: AIOKafkaConsumer) -> None:
-        self._contestant = contestant
+    def __init__(self, candidate: Candidate, producer: AIOKafkaProducer, consumer: AIOKafkaConsumer) -> None:
+        self._candidate = candidate
         self._producer = producer
         self._consumer = consumer
 
     async def burst(self) -> None:
-        """Everything at once: throughput and CPU time."""
-        contestant = self._contestant
-        before, began = _cpu_s(contestant.process), time.perf_counter()
-        asked = [await self._ask() for _ in range(REQUESTS)]
-        await self._answers({name for name, _ in asked})
+        """Send all requests at once; measures throughput and CPU time."""
+        candidate = self._candidate
+        before, began = _cpu_s(candidate.process), time.perf_counter()
+        sent = [await self._send() for _ in range(REQUESTS)]
+        await self._answers({name for name, _ in sent})
         took_s = time.perf_counter() - began
-        contestant.throughputs.append(REQUESTS / took_s)
-        contestant.cpu_s.append((_cpu_s(contestant.process) - before) * 1_000 / REQUESTS)
+        candidate.throughputs.append(REQUESTS / took_s)
+        candidate.cpu_s.append((_cpu_s(candidate.process) - before) * 1_000 / REQUESTS)
 
     async def paced(self, rate: float, *, seconds: float = PACED_S) -> list[float]:
-        """Evenly spread: latencies, ms."""
+        """Send evenly spaced requests; returns their latencies, ms."""
         count = round(seconds * rate)
         sent: dict[str, float] = {}
         arrived: dict[str, float] = {}
@@ -93,19 +96,19 @@ class Conversation:
         begin = time.perf_counter()
         for number in range(count):
             await asyncio.sleep(max(0.0, begin + number / rate - time.perf_counter()))
-            name, at = await self._ask()
+            name, at = await self._send()
             sent[name] = at
         await asyncio.wait_for(reader, TIMEOUT_S)
         return [1e3 * (arrived[name] - at) for name, at in sent.items()]
 
-    async def _ask(self) -> tuple[str, float]:
-        contestant = self._contestant
-        name, number = f"{contestant.name}-{contestant.asked}", contestant.asked % PROMPTS
-        contestant.asked += 1
+    async def _send(self) -> tuple[str, float]:
+        candidate = self._candidate
+        name, number = f"{candidate.name}-{candidate.sent}", candidate.sent % PROMPTS
+        candidate.sent += 1
         request = {"id": name, "prompt": prompt(number), "sampling": {"max_tokens": 512}}
         at = time.perf_counter()
         await self._producer.send(
-            contestant.kafka.topic_prefix + "requests", json.dumps(request).encode(), key=name.encode()
+            candidate.kafka.topic_prefix + "requests", json.dumps(request).encode(), key=name.encode()
         )
         return name, at
 
@@ -123,90 +126,92 @@ class Conversation:
 
 
 @asynccontextmanager
-async def talking(contestant: Contestant) -> AsyncIterator[Conversation]:
-    """A conversation that has heard every earlier answer."""
-    servers = contestant.kafka.bootstrap_servers
+async def connected(candidate: Candidate) -> AsyncIterator[Client]:
+    """A client that starts at the end of the answers."""
+    servers = candidate.kafka.bootstrap_servers
     producer = AIOKafkaProducer(bootstrap_servers=servers)
     consumer = AIOKafkaConsumer(
-        contestant.kafka.topic_prefix + "responses", bootstrap_servers=servers, auto_offset_reset="latest"
+        candidate.kafka.topic_prefix + "responses", bootstrap_servers=servers, auto_offset_reset="latest"
     )
     await producer.start()
     await consumer.start()
     await consumer.seek_to_end()
     try:
-        yield Conversation(contestant, producer, consumer)
+        yield Client(candidate, producer, consumer)
     finally:
         await producer.stop()
         await consumer.stop()
 
 
-def start_contestants(ground: Ground, clock: Clock) -> list[Contestant]:
-    """Both processes, ready."""
-    kafkas = {name: ground.topics(name) for name in ("router", "bare")}
-    routers = ground.routers(kafkas["router"], clock=clock)
-    supervisor = ground.supervisor
+async def start_candidates(environment: Environment) -> list[Candidate]:
+    """Start both processes and wait until they are ready."""
+    kafkas = {name: await environment.topics(f"{name}.") for name in ("router", "bare")}
+    router = environment.routers(kafkas["router"], {"SPROUT_LOG_LEVEL": "WARNING"}).spec({})
     loop = Path(__file__).with_name("bare_loop.py")
-    command = (sys.executable, str(loop), ground.servers, kafkas["bare"].topic_prefix, ground.triton)
-    pids = {
-        "router": supervisor.process(routers.start()).pid,
-        "bare": supervisor.start(ProcessSpec(name="bare", command=command)).pid,
-    }
-    return [Contestant(name, kafka, psutil.Process(pids[name])) for name, kafka in kafkas.items()]
+    (triton,) = environment.model_servers
+    command = (
+        sys.executable, str(loop), environment.bootstrap_servers, kafkas["bare"].topic_prefix, triton.address,
+    )  # fmt: skip
+    processes = await environment.start(router, ProcessSpec(name="bare", command=command))
+    return [
+        Candidate(name, kafka, psutil.Process(process.pid))
+        for (name, kafka), process in zip(kafkas.items(), processes, strict=True)
+    ]
 
 
-async def compete(contestants: list[Contestant]) -> None:
-    """All rounds."""
-    for contestant in contestants:  # warm, and not counted
-        async with talking(contestant) as conversation:
-            await conversation.burst()
-        contestant.throughputs.clear()
-        contestant.cpu_s.clear()
+async def measure(candidates: list[Candidate]) -> None:
+    """Run all rounds."""
+    for candidate in candidates:  # a warm-up round, not counted
+        async with connected(candidate) as client:
+            await client.burst()
+        candidate.throughputs.clear()
+        candidate.cpu_s.clear()
     for number in range(ROUNDS):
-        for contestant in contestants if number % 2 == 0 else reversed(contestants):
-            async with talking(contestant) as conversation:
-                await conversation.burst()
-    router = contestants[0]
+        for candidate in candidates if number % 2 == 0 else reversed(candidates):
+            async with connected(candidate) as client:
+                await client.burst()
+    router = candidates[0]
     loads = {HALF_THROUGHPUT: statistics.median(router.throughputs) / 2, HALF_BUSY: await half_busy(router)}
-    print("evenly spread: " + ", ".join(f"{rate:.0f} requests/s ({load})" for load, rate in loads.items()))
+    print("evenly spaced: " + ", ".join(f"{rate:.0f} requests/s ({load})" for load, rate in loads.items()))
     for load, rate in loads.items():
         for number in range(ROUNDS):
-            for contestant in contestants if number % 2 == 0 else reversed(contestants):
-                async with talking(contestant) as conversation:
-                    latencies, busy = await watched(conversation.paced(rate))
-                contestant.latencies_ms.setdefault(load, []).append(latencies)
-                contestant.busy.setdefault(load, []).append(busy)
+            for candidate in candidates if number % 2 == 0 else reversed(candidates):
+                async with connected(candidate) as client:
+                    latencies, busy = await with_load(client.paced(rate))
+                candidate.latencies_ms.setdefault(load, []).append(latencies)
+                candidate.busy.setdefault(load, []).append(busy)
 
 
-async def half_busy(router: Contestant) -> float:
-    """The rate of evenly spread requests through the router at which the machine's cores are half busy.
+async def half_busy(router: Candidate) -> float:
+    """Find the rate of evenly spaced requests at which the machine's cores are half busy.
 
-    No more than half the router's throughput: one router cannot keep a machine of many cores half busy.
+    At most half the router's throughput, because one router cannot keep many cores half busy.
     """
     most = statistics.median(router.throughputs) / 2
     rate = most / 4
     for _ in range(TRIALS):
-        async with talking(router) as conversation:
-            _, busy = await watched(conversation.paced(rate, seconds=TRIAL_S))
-        # The busier, the less a further request takes, so the rate must change by more than the share.
+        async with connected(router) as client:
+            _, busy = await with_load(client.paced(rate, seconds=TRIAL_S))
+        # CPU time per request falls with the load, so the rate changes by more than the share.
         rate = min(most, rate * min(2.0, max(0.5, (0.5 / max(busy, 0.01)) ** 1.5)))
     return rate
 
 
-async def watched(paced: Awaitable[list[float]]) -> tuple[list[float], float]:
-    """Latencies, and the share of the machine's cores that was busy meanwhile."""
+async def with_load(paced: Awaitable[list[float]]) -> tuple[list[float], float]:
+    """The latencies, and the share of the machine's cores that was busy."""
     psutil.cpu_percent()
     latencies = await paced
     return latencies, psutil.cpu_percent() / 100.0
 
 
-def percentiles(contestant: Contestant, load: str) -> tuple[float, float]:
-    """p50 and p99 of the latencies, ms: medians of the rounds."""
-    cuts = [statistics.quantiles(latencies, n=100) for latencies in contestant.latencies_ms[load]]
+def percentiles(candidate: Candidate, load: str) -> tuple[float, float]:
+    """p50 and p99 of the latencies, ms; medians of the rounds."""
+    cuts = [statistics.quantiles(latencies, n=100) for latencies in candidate.latencies_ms[load]]
     return statistics.median(cut[49] for cut in cuts), statistics.median(cut[98] for cut in cuts)
 
 
-def report(router: Contestant, bare: Contestant) -> None:
-    """Print and record."""
+def report(router: Candidate, bare: Candidate) -> None:
+    """Print and record the figures."""
     for one in (router, bare):
         print(
             f"{one.name}: {statistics.median(one.throughputs):.0f} requests/s, "
@@ -215,7 +220,7 @@ def report(router: Contestant, bare: Contestant) -> None:
         for load in LOADS:
             p50, p99 = percentiles(one, load)
             busy = statistics.median(one.busy[load])
-            print(f"  {load}: p50 {p50:.1f} ms, p99 {p99:.1f} ms; the cores {busy:.0%} busy")
+            print(f"  {load}: p50 {p50:.1f} ms, p99 {p99:.1f} ms; {busy:.0%} of the cores busy")
     found = {
         "throughput_ratio": statistics.median(a / b for a, b in zip(router.throughputs, bare.throughputs, strict=True)),
         "cpu_ratio": statistics.median(a / b for a, b in zip(router.cpu_s, bare.cpu_s, strict=True)),
@@ -230,17 +235,26 @@ def report(router: Contestant, bare: Contestant) -> None:
 
 def main() -> None:
     """Run the benchmark."""
-    print(
-        f"the router against a bare loop: {REQUESTS} requests at once, then {PACED_S:g} s at each load; {ROUNDS} rounds"
-    )
+    print(f"router and minimal loop: {REQUESTS} requests at once, then {PACED_S:g} s at each load; {ROUNDS} rounds")
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it logs retries for new topics
+    with tempfile.TemporaryDirectory(prefix="sprout-bench-") as folder:
+        report(*asyncio.run(run(Path(folder))))
+
+
+async def run(folder: Path) -> list[Candidate]:
+    """Start the environment and measure."""
     clock = Clock.starting(datetime(2024, 2, 8, tzinfo=UTC), rate=RATE)
-    with laid(
-        workload={prompt(number): dict.fromkeys(LEVELS, (40, 1.0)) for number in range(PROMPTS)}, clock=clock
-    ) as ground:
-        contestants = start_contestants(ground, clock)
-        asyncio.run(compete(contestants))
-        ground.supervisor.check()
-    report(*contestants)
+    answers = {prompt(number): dict.fromkeys(LEVELS, (40, 1.0)) for number in range(PROMPTS)}
+    async with Environment(folder, answers=answers, clock=clock) as environment:
+        candidates = await start_candidates(environment)
+        await measure(candidates)
+        await environment.check()
+    return candidates
+
+
+def prompt(number: int) -> str:
+    """A prompt with recorded answers."""
+    return f"Question {number}?"
 
 
 def _cpu_s(process: psutil.Process) -> float:

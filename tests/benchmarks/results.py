@@ -1,4 +1,4 @@
-"""Numbers of a benchmark run, kept together in `build/bench.json`."""
+"""The figures of all benchmarks, in `build/bench.json`."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "build" / "bench.json"
 
 
 def record(name: str, value: float | Mapping[str, float]) -> None:
-    """Put a number into the file, beside what other benchmarks put there."""
+    """Write a figure into the file, and keep the other figures."""
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     known[name] = value

@@ -1,1 +1,1 @@
-"""Fault drills: what must not be lost or doubled, whatever dies. Run from a checkout: `python -m drills --help`."""
+"""Fault drills of the router: no request may be lost or answered twice. Run `python -m tests.drills --help`."""

@@ -1,61 +1,70 @@
-"""What was sent, what came of it, and whether anything was lost or doubled. Pure."""
+"""The messages of a drill, the counts of lost and duplicate answers, and the results."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-Place = tuple[int, int]
+from rich.table import Table
+
+Position = tuple[int, int]
 """Partition and offset of a record of the topic `requests`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """A dead letter: whose it is, the bytes that it keeps, and why."""
+    """A dead letter.
 
-    place: Place
+    Attributes:
+        position: of the original message.
+        value: bytes of the original message.
+    """
+
+    position: Position
     value: bytes
     reason: str
 
 
 @dataclass(slots=True)
-class Books:
-    """All that is known of a scenario's traffic.
+class Messages:
+    """The messages of a scenario.
 
     Attributes:
         sent: ids of the valid requests that Kafka acknowledged.
-        unsent: ids of those that it did not; nobody may rely on them.
-        answers: records on the topic `responses`, by the request's id.
-        errors: the code of a request's error, where it was answered with one.
-        malformed: bytes and expected reason of every malformed message, by its place.
-        letters: dead letters, as they came.
+        unsent: ids of the valid requests that Kafka did not acknowledge.
+        answers: number of records on the topic `responses`, by request id.
+        errors: error code by request id, for error responses.
+        malformed: bytes and expected reason of every malformed message, by its position.
+        letters: dead letters in the order of their topic.
     """
 
     sent: set[str] = field(default_factory=set)
     unsent: set[str] = field(default_factory=set)
     answers: Counter[str] = field(default_factory=Counter)
     errors: dict[str, str] = field(default_factory=dict)
-    malformed: dict[Place, tuple[bytes, str]] = field(default_factory=dict)
+    malformed: dict[Position, tuple[bytes, str]] = field(default_factory=dict)
     letters: list[Letter] = field(default_factory=list)
 
     @property
     def answered(self) -> int:
-        """Distinct valid requests that were answered."""
+        """Number of valid requests with an answer."""
         return len(self.sent & self.answers.keys())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """The books, counted.
+    """The counts of a scenario.
 
     Attributes:
-        answered: distinct valid requests with an answer, errors included.
-        answered_error: those of them that got an error.
-        errors: how often each code.
-        lost: valid requests without any answer.
+        answered: valid requests with an answer, including error responses.
+        answered_error: valid requests with an error response.
+        errors: number of error responses by code.
+        lost: valid requests without an answer.
         answered_twice: valid requests with more than one answer.
-        strays: answers to what nobody sent.
-        dead_lettered: malformed messages with a dead letter that has their bytes and the right reason.
-        dead_lettered_wrong: dead letters with other bytes or another reason, or of a valid request.
-        dead_lettered_twice: malformed messages with more than one.
+        strays: orphan answers, to requests that were not sent.
+        dead_lettered: malformed messages with a correct dead letter (bytes and reason).
+        dead_lettered_wrong: dead letters with wrong bytes or reason, or of valid requests.
+        dead_lettered_twice: malformed messages with several dead letters.
     """
 
     sent: int
@@ -72,42 +81,121 @@ class Counts:
     dead_lettered_twice: int
 
     def problems(self) -> tuple[str, ...]:
-        """What was lost, doubled or muddled; empty when all is well."""
+        """The failed checks; empty if the scenario passed."""
         undelivered = self.malformed_sent - self.dead_lettered
         checks = [
             (self.unsent, "requests were not acknowledged by Kafka"),
             (self.lost, "requests lost"),
             (self.answered_twice, "requests answered twice"),
-            (self.strays, "answers to requests that nobody sent"),
-            (undelivered, "malformed messages without a dead letter of their bytes and reason"),
-            (self.dead_lettered_wrong, "dead letters that should not be, or not be so"),
+            (self.strays, "orphan answers, to requests that were not sent"),
+            (undelivered, "malformed messages without a correct dead letter"),
+            (self.dead_lettered_wrong, "dead letters that are wrong or unexpected"),
             (self.dead_lettered_twice, "malformed messages with several dead letters"),
         ]
         return tuple(f"{number} {what}" for number, what in checks if number)
 
 
-def count(books: Books) -> Counts:
-    """Count the books."""
-    answered = books.sent & books.answers.keys()
-    known = books.sent | books.unsent
-    errors = Counter(code for name, code in books.errors.items() if name in answered)
-    letters = Counter(letter.place for letter in books.letters)
-    right = {letter.place for letter in books.letters if _is_right(letter, books)}
+def count(messages: Messages) -> Counts:
+    """Count the messages of a scenario."""
+    answered = messages.sent & messages.answers.keys()
+    known = messages.sent | messages.unsent
+    errors = Counter(code for name, code in messages.errors.items() if name in answered)
+    letters = Counter(letter.position for letter in messages.letters)
+    correct = {letter.position for letter in messages.letters if _is_correct(letter, messages)}
     return Counts(
-        sent=len(books.sent),
-        unsent=len(books.unsent),
+        sent=len(messages.sent),
+        unsent=len(messages.unsent),
         answered=len(answered),
         answered_error=errors.total(),
         errors=dict(sorted(errors.items())),
-        lost=len(books.sent - answered),
-        answered_twice=sum(books.answers[name] > 1 for name in answered),
-        strays=sum(times for name, times in books.answers.items() if name not in known),
-        malformed_sent=len(books.malformed),
-        dead_lettered=len(right),
-        dead_lettered_wrong=sum(not _is_right(letter, books) for letter in books.letters),
-        dead_lettered_twice=sum(letters[place] > 1 for place in books.malformed),
+        lost=len(messages.sent - answered),
+        answered_twice=sum(messages.answers[name] > 1 for name in answered),
+        strays=sum(times for name, times in messages.answers.items() if name not in known),
+        malformed_sent=len(messages.malformed),
+        dead_lettered=len(correct),
+        dead_lettered_wrong=sum(not _is_correct(letter, messages) for letter in messages.letters),
+        dead_lettered_twice=sum(letters[position] > 1 for position in messages.malformed),
     )
 
 
-def _is_right(letter: Letter, books: Books) -> bool:
-    return books.malformed.get(letter.place) == (letter.value, letter.reason)
+def _is_correct(letter: Letter, messages: Messages) -> bool:
+    return messages.malformed.get(letter.position) == (letter.value, letter.reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The result of a scenario.
+
+    Attributes:
+        peak_rss_mb: largest resident memory of a router process, MiB.
+        seconds: wall time of the scenario, including the start and stop of the routers.
+        faults: the injected faults with their times.
+        uncommitted: records of the topic `requests` without a committed offset.
+        longest_answer_s: longest time from Kafka's acknowledgement of a request to its answer.
+        triton_died, router_died: exit status and end of the log of processes that exited unexpectedly.
+        problems: the failed checks.
+    """
+
+    scenario: str
+    seed: int
+    scale: float
+    counts: Counts
+    peak_rss_mb: float
+    seconds: float
+    faults: tuple[str, ...]
+    uncommitted: int
+    longest_answer_s: float
+    triton_died: tuple[str, ...] = ()
+    router_died: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed and the scenario ran to its end."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat object for `drill.json`."""
+        values = asdict(self)
+        counts = values.pop("counts")
+        return {"scenario": values.pop("scenario"), "passed": self.passed, **counts, **values}
+
+
+def table(results: Sequence[Result]) -> Table:
+    """The results, one row per scenario."""
+    shown = Table()
+    shown.add_column("scenario", no_wrap=True)
+    headings = (
+        "sent", "answered", "errors", "lost", "answered twice", "malformed", "dead letters", "peak RSS, MiB",
+        "slowest, s", "seconds",
+    )  # fmt: skip
+    for heading in headings:
+        shown.add_column(heading, justify="right")
+    shown.add_column("")
+    for result in results:
+        counts = result.counts
+        numbers = (
+            counts.sent, counts.answered, counts.answered_error, counts.lost, counts.answered_twice,
+            counts.malformed_sent, counts.dead_lettered,
+        )  # fmt: skip
+        shown.add_row(
+            result.scenario,
+            *(f"{number:,}" for number in numbers),
+            f"{result.peak_rss_mb:.0f}",
+            f"{result.longest_answer_s:.1f}",
+            f"{result.seconds:.0f}",
+            "[green]passed[/green]" if result.passed else "[bold red]FAILED[/bold red]",
+        )
+    return shown
+
+
+def remarks(results: Sequence[Result]) -> list[str]:
+    """Failed checks and unexpected exits, one line each."""
+    lines = []
+    for result in results:
+        lines += [f"{result.scenario}: {problem}" for problem in result.problems]
+        lines += [
+            f"{result.scenario}: {description.splitlines()[0]}"
+            for description in (*result.triton_died, *result.router_died)
+        ]
+    return lines

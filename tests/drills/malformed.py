@@ -1,4 +1,4 @@
-"""Messages that are no requests, of every kind that a producer's mistake makes. Pure."""
+"""Malformed request messages of many kinds, as faulty producers send them."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,11 @@ NOT_A_REQUEST: Final = "invalid_message"
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """A message and the reason for which it is to be refused; null: a record without a value."""
+    """A malformed message and its expected rejection reason.
+
+    Attributes:
+        value: None for a record without a value.
+    """
 
     kind: str
     value: bytes | None
@@ -57,10 +61,10 @@ KINDS: Final = tuple(_KINDS)
 
 
 def malformed(rng: Random, number: int) -> list[Malformed]:
-    """So many, every kind about as often."""
+    """Draw malformed messages; every kind is equally frequent."""
     made = []
-    for place in range(number):
-        kind = KINDS[place % len(KINDS)]
+    for index in range(number):
+        kind = KINDS[index % len(KINDS)]
         reason, make = _KINDS[kind]
         made.append(Malformed(kind, make(rng), reason))
     return made

@@ -1,4 +1,4 @@
-"""One scenario while it is played: its routers, its traffic, the faults that strike, and what is measured."""
+"""The run of one scenario: its routers, its traffic, the injected faults, and the measurements."""
 
 import asyncio
 import re
@@ -14,47 +14,64 @@ from typing import Final
 
 from deploy.local.java import Say
 from deploy.local.processes import ManagedProcess, ProcessSpec
+from deploy.triton.stand_in.batching import BatchRules
 from deploy.triton.stand_in.faults import FaultRules
-from shared.kafka.admin import create_topics
 from shared.messages import GenerationRequest
 from shared.runtime.settings import KafkaSettings
-from tests.drills.accounting import count
-from tests.drills.ground import Endpoint, Ground, prompt
+from tests.drills.accounting import Result, count
 from tests.drills.malformed import Malformed
-from tests.drills.result import Result
 from tests.drills.schedule import randomness
 from tests.drills.traffic import Traffic
-from tests.support.fleet import MODEL, fleet_toml
+from tests.support.environment import Environment
+from tests.support.fleets import MODEL
+from tests.support.processes import TritonServer
 from tests.support.traffic import committed, producing
 
 MAX_IN_FLIGHT: Final = 200
-"""Of every router, so that about as many are in flight when it dies."""
+"""Of every router: about the number of requests in flight at a fault."""
 SESSION_TIMEOUT_S: Final = 6.0
-"""The shortest that Kafka allows: a killed router's requests wait for so long."""
+"""The minimum of Kafka: the requests of a killed router wait for so long."""
 STALL_S: Final = 60.0
-"""A request that nobody has answered after so much silence is lost."""
-SETTLE_S: Final = 20.0
-"""For the routers to commit, at the end, what they have answered."""
+"""Unanswered requests are lost if no answer has arrived for so long."""
+COMMIT_WAIT_S: Final = 20.0
+"""Longest wait for the routers' last commits."""
 BUSY_WAIT_S: Final = 3.0
 SAMPLE_S: Final = 0.25
-SAY_EVERY_S: Final = 3.0
+PROGRESS_S: Final = 3.0
 POLICY: Final = {"L0": 0.2, "L1": 0.5, "L2": 0.3}
+PROMPTS: Final = 40
+LEVELS: Final = {"L0": (12, 2.4), "L1": (6, 1.5), "L2": (3, 0.8)}
+"""Tokens and seconds of the answers: few tokens, and long enough that hundreds of requests are in flight and a backlog
+lasts through several faults."""
+BATCH: Final = BatchRules(slots=1_000, slowdown=0.0)
+"""Batching of the model servers, which must not limit the routers."""
 
 _IN_FLIGHT = re.compile(r"^sprout_router_in_flight ([0-9.e+]+)$", re.MULTILINE)
 _HIGH_WATER = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 
 
+def prompt(number: int) -> str:
+    """A prompt with recorded answers."""
+    return f"Question number {number % PROMPTS}?"
+
+
+def drill_environment(folder: Path, *, say: Say) -> Environment:
+    """The environment of all scenarios: Kafka and two model servers; exited processes are restarted."""
+    answers = {prompt(number): LEVELS for number in range(PROMPTS)}
+    return Environment(folder, answers=answers, model_servers=2, batch=BATCH, restart=True, say=say)
+
+
 @dataclass
-class Run:
-    """A scenario's surroundings; its function drives them.
+class ScenarioRun:
+    """The run of a scenario, driven by the scenario's function.
 
     Attributes:
-        rng: the scenario's own draws.
+        rng: the random numbers of the scenario.
         scale: share of the full number of requests and faults.
-        routers: names of its routers that have become ready and not left.
+        routers: names of the routers that are ready and have not left.
     """
 
-    ground: Ground
+    environment: Environment
     scenario: str
     seed: int
     scale: float
@@ -67,7 +84,7 @@ class Run:
     def __post_init__(self) -> None:
         prefix = f"{self.scenario.replace('_', '-')}."
         self.kafka = KafkaSettings(
-            bootstrap_servers=self.ground.bootstrap_servers, topic_prefix=prefix, group_prefix=prefix
+            bootstrap_servers=self.environment.bootstrap_servers, topic_prefix=prefix, group_prefix=prefix
         )
         self.rng = randomness(self.seed, self.scenario)
         self.traffic = Traffic(self.kafka)
@@ -82,32 +99,30 @@ class Run:
         self._watching: asyncio.Task[None] | None = None
 
     def number(self, full: int) -> int:
-        """A number at this scale, one at least."""
+        """A number at this scale, at least 1."""
         return max(1, round(full * self.scale))
 
     async def serve(
-        self, *, routers: int = 2, endpoints: tuple[Endpoint, ...] = (), settings: dict[str, str] | None = None
+        self, *, routers: int = 2, model_servers: tuple[TritonServer, ...] = (), settings: dict[str, str] | None = None
     ) -> None:
-        """Create topics, start routers, put a policy in force, listen to the answers.
+        """Create topics, publish a policy, start to read answers, and start routers.
 
         Args:
-            endpoints: default: the ground's two.
-            settings: further ones of the routers.
+            model_servers: default: those of the environment.
+            settings: additional environment variables of the routers.
         """
-        await create_topics(self.kafka)
-        fleet = self.ground.folder / f"{self.scenario}.toml"
-        fleet.write_text(fleet_toml([one.address for one in endpoints or self.ground.endpoints]), encoding="utf-8")
-        made = producing(self.kafka, acks="all", enable_idempotence=True)
-        producer = await self._stack.enter_async_context(made)
+        await self.environment.topics(self.kafka.topic_prefix)
+        connecting = producing(self.kafka, acks="all", enable_idempotence=True)
+        producer = await self._stack.enter_async_context(connecting)
         await producer.prepare(POLICY)
         self._stack.push_async_callback(self.traffic.close)
         await self.traffic.open(producer)
-        own = {
+        variables = {
             "SPROUT_ROUTER_MAX_IN_FLIGHT": str(MAX_IN_FLIGHT),
             "SPROUT_ROUTER_SESSION_TIMEOUT_S": str(SESSION_TIMEOUT_S),
             **(settings or {}),
         }
-        self._process = self.ground.routers(self.kafka, fleet, own)
+        self._process = self.environment.routers(self.kafka, variables, model_servers=model_servers)
         self._watching = asyncio.create_task(self._watch())
         await self.join(routers)
 
@@ -115,94 +130,94 @@ class Run:
         """Start routers and wait until they are ready."""
         specs = [self._process.spec({}) for _ in range(number)]
         self._specs |= {spec.name: spec for spec in specs}
-        await self.ground.start(*specs)
+        await self.environment.start(*specs)
         self.routers += [spec.name for spec in specs]
 
     def requests(self, full: int) -> list[GenerationRequest]:
-        """Valid requests with new ids, as many as the scale makes of `full`."""
+        """Valid requests with new ids; their number is `full` times the scale."""
         first, self._made = self._made, self._made + self.number(full)
         return [
             GenerationRequest(id=f"{self.scenario}-{number}", model=MODEL, prompt=prompt(number))
             for number in range(first, self._made)
         ]
 
-    def flow(self, messages: Sequence[GenerationRequest | Malformed], *, rate: float | None = None) -> None:
-        """Let traffic begin; see `Traffic.send`."""
-        self.say(f"sending {len(messages)} messages, {'all at once' if rate is None else f'{rate:g} a second'}")
+    def send(self, messages: Sequence[GenerationRequest | Malformed], *, rate: float | None = None) -> None:
+        """Start to send messages; see `Traffic.send`."""
+        self.say(f"sending {len(messages)} messages, {'all at once' if rate is None else f'{rate:g} per second'}")
         self.traffic.send(messages, rate=rate)
 
-    async def busy(self, place: int) -> str:
-        """Wait until a router has nearly all its places taken; returns its name.
+    async def busy_router(self, index: int) -> str:
+        """Wait until a router is nearly at its in-flight limit; returns its name.
 
         Args:
-            place: of the one that was drawn. Where it has run out of requests, it is the busiest one instead.
+            index: of the drawn router. If it does not reach the limit, the busiest router is returned.
         """
-        drawn = self.routers[place]
-        stream_timeouts = time.monotonic() + BUSY_WAIT_S
-        while time.monotonic() < stream_timeouts:
+        drawn = self.routers[index]
+        deadline = time.monotonic() + BUSY_WAIT_S
+        while time.monotonic() < deadline:
             if await self._in_flight(drawn) >= 0.9 * MAX_IN_FLIGHT:
                 return drawn
             await asyncio.sleep(0.05)
         in_flight = {name: await self._in_flight(name) for name in (drawn, *self.routers)}
         return max(in_flight, key=lambda name: in_flight[name])
 
-    async def strike(self, what: str, name: str, number: signal.Signals) -> None:
-        """Send a signal, as a fault; a router's requests in flight are told."""
+    async def inject(self, what: str, name: str, number: signal.Signals) -> None:
+        """Inject a fault by a signal to a process."""
         in_flight = f" with {await self._in_flight(name):.0f} in flight" if name in self._specs else ""
         await self._sample()
         self.note(f"{what} {self._short(name)}{in_flight}")
         if number is signal.SIGKILL:
-            await self.ground.kill(name)
+            await self.environment.kill(name)
         elif number is signal.SIGTERM:
-            await self.ground.stop(name)
+            await self.environment.stop(name)
         else:
-            await self.ground.signal(name, number)
+            await self.environment.signal(name, number)
 
-    async def again(self, name: str) -> None:
-        """Start a process again."""
-        await self.ground.again(name)
-        self.note(f"{self._short(name)} is back")
+    async def restart(self, name: str) -> None:
+        """Start a process again and wait until it is ready."""
+        await self.environment.restart(name)
+        self.note(f"{self._short(name)} is ready again")
 
-    async def leave(self, place: int) -> None:
-        """SIGTERM one of the routers, for good; `place` is counted round those that are ready."""
+    async def leave(self, index: int) -> None:
+        """Stop one of the ready routers with SIGTERM; the index is taken modulo their number."""
         if not self.routers:
             self.note("no router is ready, so none leaves")
             return
-        name = self.routers.pop(place % len(self.routers))
-        await self.strike("SIGTERM", name, signal.SIGTERM)
+        name = self.routers.pop(index % len(self.routers))
+        await self.inject("SIGTERM", name, signal.SIGTERM)
 
-    async def failing_server(self, faults: FaultRules) -> Endpoint:
-        """Start a model server of the scenario's own, which fails on purpose."""
-        endpoint = await self.ground.model_server(f"triton-{self.scenario}-{len(self._extra)}", faults)
-        self._extra.append(endpoint.name)
-        return endpoint
+    async def failing_server(self, faults: FaultRules) -> TritonServer:
+        """Start an additional model server that injects faults."""
+        server = await self.environment.model_server(f"triton-{self.scenario}-{len(self._extra)}", faults)
+        self._extra.append(server.name)
+        return server
 
     def note(self, what: str) -> None:
-        """A fault, or its end, for the result."""
+        """Record a fault, or its end, for the result."""
         line = f"{time.monotonic() - self._began:.1f} s: {what}"
         self._faults.append(line)
         self.say(f"  {line}")
 
     def failed(self, error: Exception) -> None:
-        """The scenario could not be played to its end."""
+        """Record an error that ended the scenario early."""
         self._problems.append(f"{type(error).__name__}: {error}")
         self.say(f"!! {type(error).__name__}: {error}")
 
-    async def conclude(self) -> Result:
-        """Wait for the last answers, let the routers drain, and count."""
+    async def result(self) -> Result:
+        """Wait for the last answers and commits, stop the routers, and count."""
         uncommitted = 0
         try:
             await self.traffic.answered(stall_s=STALL_S)
-            await self._settle()
+            await self._commits()
             await self._sample()
-            # Routers that have ended say nothing more: what comes late has come.
-            await self.ground.stop(*(one.spec.name for one in await self.ground.running(self._specs.keys())))
-            await self.traffic.close_books()
+            # After their exit the routers publish nothing more.
+            await self.environment.stop(*(one.spec.name for one in await self.environment.running(self._specs.keys())))
+            await self.traffic.read_to_end()
             uncommitted = await self._uncommitted()
-        except Exception as error:  # noqa: BLE001 - what could be counted is told all the same
+        except Exception as error:  # noqa: BLE001 - the result has the counts so far
             self.failed(error)
-        counts = count(self.traffic.books)
-        mine = [death for death in self.ground.deaths if death.at >= self._began]
+        counts = count(self.traffic.messages)
+        exits = [one for one in self.environment.exits if one.at >= self._began]
         return Result(
             scenario=self.scenario,
             seed=self.seed,
@@ -213,55 +228,55 @@ class Run:
             faults=tuple(self._faults),
             uncommitted=uncommitted,
             longest_answer_s=round(self.traffic.longest_s, 2),
-            triton_died=tuple(death.said for death in mine if death.name.startswith("triton")),
-            router_died=tuple(death.said for death in mine if death.name in self._specs),
+            triton_died=tuple(one.description for one in exits if one.name.startswith("triton")),
+            router_died=tuple(one.description for one in exits if one.name in self._specs),
             problems=(*self._problems, *counts.problems()),
         )
 
     async def close(self) -> None:
-        """Stop whatever of the scenario still runs."""
+        """Stop the running processes of the scenario."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
         await self._stack.aclose()
-        left = await self.ground.running({*self._specs, *self._extra})
-        for process in left:
+        running = await self.environment.running({*self._specs, *self._extra})
+        for process in running:
             process.signal(signal.SIGCONT)
-        await self.ground.stop(*(process.spec.name for process in left))
+        await self.environment.stop(*(process.spec.name for process in running))
 
-    async def _settle(self) -> None:
-        """Let the routers commit what they have answered, and a zombie find out that it is one."""
-        deadline = time.monotonic() + SETTLE_S
+    async def _commits(self) -> None:
+        """Wait until the routers have committed every record; a fenced router stops in this time."""
+        deadline = time.monotonic() + COMMIT_WAIT_S
         while time.monotonic() < deadline:
             if not await self._uncommitted():
                 return
             await asyncio.sleep(0.5)
 
     async def _uncommitted(self) -> int:
-        """Records of the topic `requests` that the routers' group has not committed."""
+        """Number of records of the topic `requests` that the routers have not committed."""
         return sum(end - offset for offset, end in (await committed(self.kafka)).values())
 
     async def _watch(self) -> None:
-        said = time.monotonic()
+        printed_at = time.monotonic()
         while True:
             await asyncio.sleep(SAMPLE_S)
             await self._sample()
-            if self.traffic.total and time.monotonic() - said >= SAY_EVERY_S:
-                said = time.monotonic()
-                books = self.traffic.books
-                repeated = sum(times > 1 for times in books.answers.values())
+            if self.traffic.total and time.monotonic() - printed_at >= PROGRESS_S:
+                printed_at = time.monotonic()
+                messages = self.traffic.messages
+                repeated = sum(times > 1 for times in messages.answers.values())
                 self.say(
-                    f"  {said - self._began:.1f} s: sent {len(books.sent) + len(books.malformed)}, "
-                    f"answered {books.answered}" + (f", {repeated} of them twice" if repeated else "")
+                    f"  {printed_at - self._began:.1f} s: sent {len(messages.sent) + len(messages.malformed)}, "
+                    f"answered {messages.answered}" + (f", {repeated} of them twice" if repeated else "")
                 )
 
     async def _sample(self) -> None:
-        """Note the high-water marks of the routers' memory."""
-        for process in await self.ground.running(self._specs.keys()):
+        """Update the peak of the routers' memory."""
+        for process in await self.environment.running(self._specs.keys()):
             self._peak_kb = max(self._peak_kb, _high_water_kb(process))
 
     async def _in_flight(self, router: str) -> float:
-        """What a router says it works on; 0 where it says nothing."""
+        """Number of requests in flight of a router; 0 if it does not answer."""
         url = f"{self._specs[router].url}/metrics"
         try:
             text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=2.0).read().decode())
@@ -275,7 +290,7 @@ class Run:
 
 
 def _high_water_kb(process: ManagedProcess) -> int:
-    """The largest resident set that a process has had, kB; 0 where it has just ended."""
+    """Peak resident memory of a process, kB; 0 if it has just ended."""
     try:
         found = _HIGH_WATER.search(Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8"))
     except OSError:

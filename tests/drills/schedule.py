@@ -1,4 +1,4 @@
-"""When faults strike, whom, and for how long: drawn from a seed, so that a drill can be repeated. Pure."""
+"""Times, victims and durations of faults, drawn from a seed so that a drill can be repeated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 
 
 def randomness(seed: int, scenario: str) -> Random:
-    """The draws of one scenario; the same whichever other scenarios are played."""
+    """The random numbers of a scenario; they do not depend on the other scenarios of the drill."""
     return Random(f"{seed}/{scenario}")
 
 
@@ -16,9 +16,9 @@ class Fault:
     """One fault.
 
     Attributes:
-        after: share of the traffic that is through when it strikes, in (0, 1).
-        victim: number of the one that it strikes.
-        hold_s: wall seconds until the victim is helped up.
+        after: share of the traffic before the fault, in (0, 1).
+        victim: index of the affected process.
+        hold_s: duration of the fault, wall seconds.
     """
 
     after: float
@@ -34,17 +34,17 @@ def faults(
     hold_s: tuple[float, float],
     within: tuple[float, float] = (0.1, 0.8),
 ) -> tuple[Fault, ...]:
-    """Faults in order of time, at least half a step of an even spread apart.
+    """Draw faults in order of time, at least half of their mean distance apart.
 
     Args:
-        hold_s: shortest and longest.
-        within: shares of the traffic between which they strike.
+        hold_s: minimum and maximum duration.
+        within: shares of the traffic between which the faults occur.
     """
     begin, end = within
     step = (end - begin) / number
     return tuple(
-        Fault(begin + step * (place + 0.5 * rng.random()), rng.randrange(victims), rng.uniform(*hold_s))
-        for place in range(number)
+        Fault(begin + step * (index + 0.5 * rng.random()), rng.randrange(victims), rng.uniform(*hold_s))
+        for index in range(number)
     )
 
 
@@ -53,8 +53,8 @@ class Move:
     """A router joins or leaves.
 
     Attributes:
-        after: share of the traffic that is through.
-        victim: place among those that run, of the one that leaves.
+        after: share of the traffic before the change.
+        victim: index of the leaving router among the running ones.
     """
 
     after: float
@@ -65,16 +65,16 @@ class Move:
 def storm(
     rng: Random, *, moves: int, routers: int, most: int, within: Sequence[float] = (0.05, 0.95)
 ) -> tuple[Move, ...]:
-    """Comings and goings at uneven intervals; one router at least stays, and there are never more than `most`.
+    """Draw joins and leaves of routers at uneven intervals; between 1 and `most` routers run.
 
     Args:
-        routers: how many run at first.
+        routers: number of routers at the start.
     """
     begin, end = within
     step = (end - begin) / moves
     made: list[Move] = []
-    for place in range(moves):
-        after = begin + step * (place + 0.5 * rng.random())
+    for index in range(moves):
+        after = begin + step * (index + 0.5 * rng.random())
         if routers <= 1 or (routers < most and rng.random() < 0.5):
             made.append(Move(after, "join"))
             routers += 1

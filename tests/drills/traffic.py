@@ -1,4 +1,4 @@
-"""A scenario's requests on their way, and what comes back, as any producer sees it."""
+"""The traffic of a scenario: sends requests, reads answers and dead letters."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from aiokafka.errors import KafkaError
 from shared.messages import DeadLetter, GenerationRequest
 from shared.runtime.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS, REQUESTS, RESPONSES, TopicSpec
-from tests.drills.accounting import Books, Letter
+from tests.drills.accounting import Letter, Messages
 from tests.drills.malformed import Malformed
 from tests.support.traffic import Producer
 
@@ -21,15 +21,15 @@ END_TIMEOUT_S = 60.0
 
 
 class Traffic:
-    """Sends, reads and keeps the books.
+    """Sends messages and records what was sent and answered.
 
     Attributes:
-        total: messages that are to be sent.
+        total: number of messages to send.
         longest_s: longest wall time from Kafka's acknowledgement of a request to its first answer.
     """
 
     def __init__(self, kafka: KafkaSettings) -> None:
-        self.books = Books()
+        self.messages = Messages()
         self.total = 0
         self.longest_s = 0.0
         self._kafka = kafka
@@ -43,17 +43,17 @@ class Traffic:
         self._consumer: AIOKafkaConsumer | None = None
 
     async def open(self, producer: Producer) -> None:
-        """Read answers from now on; requests are sent by this producer, which its owner closes."""
+        """Start to read answers; requests are sent with this producer, which the caller closes."""
         self._producer = producer
         self._consumer = self._reader(RESPONSES)
         await self._consumer.start()
         self._reading = asyncio.create_task(self._read(self._consumer))
 
     def send(self, messages: Sequence[GenerationRequest | Malformed], *, rate: float | None = None) -> None:
-        """Begin to send; called again, to send more.
+        """Start to send; call it again to send more.
 
         Args:
-            rate: messages a second, evenly spread; null: all at once.
+            rate: messages per second, evenly spaced; None: all at once.
         """
         self.total += len(messages)
         self._began = self._last_answer = time.monotonic()
@@ -61,38 +61,38 @@ class Traffic:
         self._sending.append(asyncio.create_task(self._send(messages, rate, self._began)))
 
     async def until(self, share: float) -> None:
-        """Wait until a share of what was sent last is through: of its time where it is spread, else of the answers."""
+        """Wait for a share of the last messages: of their time if they are evenly spaced, else of the answers."""
         if self._duration_s is not None:
             await asyncio.sleep(max(0.0, self._began + share * self._duration_s - time.monotonic()))
-        while self._duration_s is None and self.books.answered < share * self.total:
+        while self._duration_s is None and self.messages.answered < share * self.total:
             if time.monotonic() - self._last_answer > END_TIMEOUT_S:
                 return
             await asyncio.sleep(POLL_S)
 
     async def answered(self, *, stall_s: float) -> None:
-        """Wait until all has been sent and every request answered, or nothing has come for `stall_s`.
+        """Wait until every request was sent and answered, or no answer has arrived for `stall_s`.
 
         Raises:
-            ValueError: what came is no answer.
+            ValueError: a record is not an answer.
         """
         await asyncio.gather(*self._sending)
         self._last_answer = time.monotonic()
-        while self.books.answered < len(self.books.sent):
+        while self.messages.answered < len(self.messages.sent):
             if self._reading is not None and self._reading.done():
                 self._reading.result()
             if time.monotonic() - self._last_answer > stall_s:
                 return
             await asyncio.sleep(POLL_S)
 
-    async def close_books(self) -> None:
-        """Read the answers to their very end, and all dead letters; call it once nobody writes any more."""
+    async def read_to_end(self) -> None:
+        """Read all answers and dead letters; call it when every router has stopped."""
         if self._consumer is not None:
             await self._to_end(self._consumer, asyncio.sleep)
-            await asyncio.sleep(POLL_S)  # what the reader has in its hands
+            await asyncio.sleep(POLL_S)  # for the records that the reader has fetched
         reader = self._reader(DEAD_LETTERS)
         await reader.start()
         try:
-            await self._to_end(reader, lambda _: self._take_letters(reader))
+            await self._to_end(reader, lambda _: self._record_letters(reader))
         finally:
             await reader.stop()
 
@@ -112,14 +112,14 @@ class Traffic:
 
     async def _send(self, messages: Sequence[GenerationRequest | Malformed], rate: float | None, began: float) -> None:
         if self._producer is None:
-            raise RuntimeError("Traffic.open(producer) comes before Traffic.send")
+            raise RuntimeError("call Traffic.open(producer) before Traffic.send")
         send, topic = self._producer.producer.send, self._kafka.topic(REQUESTS)
         acknowledgements = []
         for number, message in enumerate(messages):
             if rate is not None:
                 await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
             if isinstance(message, Malformed):
-                # Keys spread the records over all partitions, among those of the requests.
+                # Keys distribute the records over all partitions.
                 future = await send(topic, message.value, key=f"malformed-{number}".encode())
             else:
                 value = message.model_dump_json(exclude_none=True).encode()
@@ -131,45 +131,45 @@ class Traffic:
         try:
             metadata = await future
         except KafkaError:
-            self.books.unsent.add(getattr(message, "id", None) or "malformed")
+            self.messages.unsent.add(getattr(message, "id", None) or "malformed")
             return
         if isinstance(message, Malformed):
-            self.books.malformed[metadata.partition, metadata.offset] = (message.value or b"", message.reason)
+            self.messages.malformed[metadata.partition, metadata.offset] = (message.value or b"", message.reason)
         elif message.id is not None:
             self._acknowledged_at[message.id] = time.monotonic()
-            self.books.sent.add(message.id)
+            self.messages.sent.add(message.id)
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         while True:
             try:
                 batches = await consumer.getmany(timeout_ms=100)
-            except KafkaError:  # while Kafka is away; the client finds it again
+            except KafkaError:  # while Kafka is unavailable; the client reconnects
                 await asyncio.sleep(POLL_S)
                 continue
             for batch in batches.values():
                 for record in batch:
-                    self._take_answer(record)
+                    self._record_answer(record)
 
-    def _take_answer(self, record: Any) -> None:
+    def _record_answer(self, record: Any) -> None:
         answer = json.loads(record.value)
         name = str(answer["request_id"])
         self._last_answer = time.monotonic()
-        if name not in self.books.answers and name in self._acknowledged_at:
+        if name not in self.messages.answers and name in self._acknowledged_at:
             self.longest_s = max(self.longest_s, self._last_answer - self._acknowledged_at[name])
-        self.books.answers[name] += 1
+        self.messages.answers[name] += 1
         if answer["status"] != "ok":
-            self.books.errors[name] = str((answer.get("error") or {}).get("code"))
+            self.messages.errors[name] = str((answer.get("error") or {}).get("code"))
 
-    async def _take_letters(self, reader: AIOKafkaConsumer) -> None:
+    async def _record_letters(self, reader: AIOKafkaConsumer) -> None:
         for batch in (await reader.getmany(timeout_ms=100)).values():
             for record in batch:
                 letter = DeadLetter.model_validate_json(record.value)
-                place = (letter.partition, letter.offset)
-                self.books.letters.append(Letter(place, letter.original_value(), letter.reason))
+                position = (letter.partition, letter.offset)
+                self.messages.letters.append(Letter(position, letter.original_value(), letter.reason))
 
     @staticmethod
     async def _to_end(consumer: AIOKafkaConsumer, step: Callable[[float], Awaitable[None]]) -> None:
-        """Take steps until a consumer has passed all that its topic holds now."""
+        """Call `step` until a consumer has passed the current end of its topic."""
         partitions = sorted(consumer.assignment())
         ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
         async with asyncio.timeout(END_TIMEOUT_S):

@@ -1,7 +1,7 @@
-"""docker-compose.yml: what it promises on paper, and the whole stack on a real engine.
+"""docker-compose.yml: checks of the file, and the whole stack on a Docker engine.
 
-The first part needs the `docker compose` command, the second a Docker engine that has, or can pull, the base images;
-each is skipped, with the reason, where it is missing.
+The first part needs the `docker compose` command, the second a Docker engine that has, or can pull, the base images.
+Each is skipped, with the reason, if it is missing.
 """
 
 import asyncio
@@ -17,14 +17,14 @@ from uuid import uuid4
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
-from deploy.local.ports import free_ports
+from deploy.local.processes import free_ports
+from services import SERVICES
 from shared.fleet import load_fleet
 from shared.messages import GenerationRequest, GenerationResponse
 from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS, RESPONSES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SERVICES = ("carbon_feed", "optimizer", "evaluator", "ledger", "router")
 OURS = (*SERVICES, "topics", "triton", "cli")
 BASE_IMAGES = ("python:3.11-slim-bookworm", "apache/kafka:4.1.1", "postgres:17")
 
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1_800)]
 
 
 def _run(*command: str, timeout_s: float = 120.0, check: bool = True, **environment: str) -> str:
-    """Run a command in the checkout; a failure shows what it said."""
+    """Run a command in the checkout; a failure shows its output."""
     done = subprocess.run(
         command,
         cwd=REPOSITORY,
@@ -47,7 +47,7 @@ def _run(*command: str, timeout_s: float = 120.0, check: bool = True, **environm
     return done.stdout
 
 
-# ------------------------------------------------------------------------------------------------------- on paper
+# ------------------------------------------------------------------------------------------------------- the file
 
 
 def _require_compose() -> None:
@@ -60,7 +60,7 @@ def _require_compose() -> None:
 
 
 def _config(*options: str) -> dict[str, Any]:
-    # An empty file instead of a developer's own .env.
+    # An empty file instead of the developer's .env.
     files = options if "--env-file" in options else ("--env-file", os.devnull, *options)
     document: dict[str, Any] = json.loads(_run("docker", "compose", *files, "config", "--format", "json"))
     return document
@@ -68,13 +68,13 @@ def _config(*options: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    """Every service of the file, those of the profiles too, with nothing configured."""
+    """Every service of the file with the default settings, including those of profiles."""
     _require_compose()
     found: dict[str, Any] = _config("--profile", "*")["services"]
     return found
 
 
-def test_it_is_valid_with_nothing_configured_and_with_the_shipped_env_files() -> None:
+def test_the_file_is_valid_with_the_defaults_and_the_shipped_env_files() -> None:
     _require_compose()
     for file in (os.devnull, ".env.example", "deploy/docker/gpu.env"):
         _run("docker", "compose", "--env-file", file, "config", "--quiet")
@@ -105,7 +105,7 @@ def test_every_container_has_limits_rotated_logs_and_a_restart_policy(services: 
             assert int(service["mem_limit"]) <= 1 << 30, name
 
 
-def test_our_containers_cannot_write_and_have_no_privileges(services: dict[str, Any]) -> None:
+def test_containers_of_sprout_are_read_only_and_have_no_privileges(services: dict[str, Any]) -> None:
     for name in OURS:
         assert services[name]["read_only"] is True, name
         assert services[name]["cap_drop"] == ["ALL"], name
@@ -174,13 +174,13 @@ def engine() -> None:
 
 @pytest.fixture(scope="module")
 def kafka_port() -> int:
-    """Where the stack publishes Kafka for producers outside."""
+    """The published port of Kafka."""
     return free_ports(1)[0]
 
 
 @pytest.fixture(scope="module")
 def compose(engine: None, kafka_port: int) -> Iterator[Compose]:
-    """`docker compose` on a stack of its own, with every service healthy; taken down with its volumes afterwards."""
+    """`docker compose` for a separate project with healthy services; removed with its volumes afterwards."""
     project = f"sprout-test-{uuid4().hex[:8]}"
 
     def call(*arguments: str, timeout_s: float = 600.0, check: bool = True) -> str:
@@ -213,7 +213,7 @@ def _installed(compose: Compose, service: str) -> set[str]:
     }
 
 
-def test_images_hold_only_their_own_packages(compose: Compose) -> None:
+def test_images_have_only_their_own_packages(compose: Compose) -> None:
     installed = {service: _installed(compose, service) for service in OURS}
     for service in SERVICES:
         lock = REPOSITORY / "requirements" / f"{service.replace('_', '-')}.lock"
@@ -235,12 +235,12 @@ def test_images_hold_only_their_own_packages(compose: Compose) -> None:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_container_has_its_own_code_and_no_right_to_change_it(compose: Compose, service: str) -> None:
-    looked = compose(
+def test_a_container_has_only_its_own_code_and_cannot_change_it(compose: Compose, service: str) -> None:
+    output = compose(
         "exec", "-T", service, "sh", "-c", "id -u; ls services; ls; touch /app/x 2>/dev/null && echo writable; true"
     ).split()
-    assert looked[0] == "10001"
-    assert set(looked[1:]) - {"__pycache__"} == {"__init__.py", service, "services", "shared"}
+    assert output[0] == "10001"
+    assert set(output[1:]) - {"__pycache__"} == {"__init__.py", service, "services", "shared"}
 
 
 def test_a_producer_gets_an_answer(compose: Compose) -> None:
@@ -251,7 +251,7 @@ def test_a_producer_gets_an_answer(compose: Compose) -> None:
     assert response["decision"]["level"] in {"L0", "L1", "L2"}
 
 
-async def test_three_routers_share_the_work_and_a_killed_one_loses_nothing(compose: Compose, kafka_port: int) -> None:
+async def test_no_request_is_lost_when_one_of_three_routers_is_killed(compose: Compose, kafka_port: int) -> None:
     compose("up", "--detach", "--wait", "--no-recreate", "--scale", "router=3", "router")
     routers = compose("ps", "--quiet", "router").split()
     assert len(routers) == 3
@@ -265,7 +265,7 @@ async def test_three_routers_share_the_work_and_a_killed_one_loses_nothing(compo
     await consumer.start()
     await producer.start()
     try:
-        # A consumer without a group finds its position at its first poll: before the first answer.
+        # Without a group the position is set at the first poll, which must be before the first answer.
         for partition in consumer.assignment():
             await consumer.position(partition)
         for number, request_id in enumerate(ids):

@@ -1,4 +1,4 @@
-"""The demo on a short day: every part real, but the GPU and the model."""
+"""A short demo: real services, Kafka, PostgreSQL and Triton; simulated GPU and model."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.local.paths import REPOSITORY
+from deploy.local.config import REPOSITORY
 
 pytestmark = pytest.mark.end_to_end
 
 
-def test_a_short_day_is_answered_accounted_for_and_cleared_up(tmp_path: Path, kafka_server):
-    """Six hours of the day, 600 requests; `kafka_server`: Kafka is installed, or this is skipped."""
+def test_a_short_demo_passes_its_checks_and_stops_every_process(tmp_path: Path, kafka_server):
+    """Six hours and 600 requests; the fixture `kafka_server` skips the test if Kafka cannot be installed."""
     state = tmp_path / "state"
     html, figures_file = tmp_path / "report.html", tmp_path / "report.json"
     done = subprocess.run(

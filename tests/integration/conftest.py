@@ -1,4 +1,4 @@
-"""A router as a process before a Triton server with the stand-in model; a file that needs another says so itself."""
+"""Fixtures of the router's tests: a Triton server with the stand-in model, router processes, a producer."""
 
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -9,29 +9,29 @@ import pytest
 
 from deploy.local.processes import Supervisor
 from shared.runtime.settings import KafkaSettings
-from tests.support.processes import revive
+from tests.support.processes import restart_exited
 from tests.support.router import Producer, RouterProcess, TritonServer, fleet_toml, producing, start_triton
 
 
 @pytest.fixture(scope="module")
 def triton(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A model server that is started again if it crashes, which a killed router's many streams can bring about."""
+    """A model server, restarted after a crash: the cancelled streams of a killed router can crash Triton."""
     folder = tmp_path_factory.mktemp("triton")
     leaving = threading.Event()
-    # What a supervisor starts dies with the thread that started it, so one thread does it all.
+    # Processes end with the thread that started them, so one thread starts them all.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="triton") as thread:
         server = thread.submit(start_triton, supervisor, folder, name="router-triton").result()
 
-        def revive_until_leaving() -> None:
+        def restart_until_leaving() -> None:
             while not leaving.wait(0.25):
-                revive(supervisor, [server.name])
+                restart_exited(supervisor, [server.name])
 
-        reviving = thread.submit(revive_until_leaving)
+        restarting = thread.submit(restart_until_leaving)
         try:
             yield server
         finally:
             leaving.set()
-            reviving.result()
+            restarting.result()
             supervisor.stop(server.name)
 
 

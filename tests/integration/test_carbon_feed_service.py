@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from aiokafka import AIOKafkaConsumer
 
-from deploy.local.ports import free_ports
-from deploy.local.processes import ProcessFailedError, Supervisor
-from deploy.local.services import Surroundings, service_spec
+from deploy.local.processes import ProcessFailedError, Supervisor, free_ports
+from deploy.local.services import ServiceEnvironment, service_spec
 from shared.messages import CarbonIntensity
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
@@ -42,7 +41,7 @@ class Feeds:
         (folder / "fleet.toml").write_text(fleet_toml(["127.0.0.1:9"]))
 
     def start(self, chain: list[dict[str, object]], *, clock: Clock, zone: str = ZONE) -> None:
-        around = Surroundings(
+        environment = ServiceEnvironment(
             bootstrap_servers=self.kafka.bootstrap_servers,
             topic_prefix=self.kafka.topic_prefix,
             database_url="",
@@ -55,7 +54,9 @@ class Feeds:
             "SPROUT_CARBON_FEED_ELECTRICITY_MAPS_URL": "http://127.0.0.1:9",  # nobody listens there
         }
         (port,) = free_ports(1)
-        self.supervisor.start(service_spec("carbon_feed", port=port, around=around, settings=settings, name=self.name))
+        self.supervisor.start(
+            service_spec("carbon_feed", port=port, environment=environment, settings=settings, name=self.name)
+        )
 
     async def logged(self, text: str) -> None:
         for _ in range(100):

@@ -90,9 +90,10 @@ def footprint(request: GenerationRequest) -> Footprint:
 async def answering(
     kafka: KafkaSettings, *, failed: bool = False, metered: bool = True, attempts: int = 1
 ) -> AsyncIterator[list[bytes]]:
-    """Answers every request in the background; yields the requests as they came.
+    """Answers every request in the background; yields the requests.
 
-    Every attempt to stream an answer but the last ends without a last chunk.
+    Args:
+        attempts: of streaming an answer; all but the last end without a final chunk.
     """
     consumer = AIOKafkaConsumer(
         kafka.topic(REQUESTS), bootstrap_servers=kafka.bootstrap_servers, group_id=None, auto_offset_reset="earliest"
@@ -134,7 +135,7 @@ async def sprout(*arguments: str):
     return await asyncio.to_thread(CliRunner().invoke, app, list(arguments))
 
 
-async def test_a_prompt_is_published_as_a_producer_would_and_its_answer_printed_with_all_that_it_cost(environment):
+async def test_a_prompt_is_published_and_its_answer_printed_with_directive_tokens_and_carbon(environment):
     async with answering(environment) as requests:
         result = await sprout("send", "Why is the sky blue?", "--task", "science", "--max-tokens", "64")
     assert result.exit_code == 0, result.output
@@ -156,14 +157,14 @@ async def test_a_streamed_answer_is_printed_once(environment):
     assert result.stdout.count("Light scatters.") == 1
 
 
-async def test_an_answer_that_another_router_begins_again_says_so(environment):
+async def test_a_restarted_answer_is_marked(environment):
     async with answering(environment, attempts=2):
         result = await sprout("send", "Why?", "--stream")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("the answer begins again") == 1
+    assert result.stdout.count("another router restarted the answer") == 1
 
 
-async def test_a_system_message_makes_a_conversation_and_a_level_can_be_forced(environment):
+async def test_a_system_message_and_a_forced_level_are_sent(environment):
     async with answering(environment) as requests:
         await sprout("send", "Why?", "--system", "You are a pirate.", "--directive", "L2", "--footprint-wait", "0")
     (sent,) = (GenerationRequest.model_validate_json(value) for value in requests)
@@ -175,7 +176,7 @@ async def test_a_system_message_makes_a_conversation_and_a_level_can_be_forced(e
     assert sent.directive == "L2"
 
 
-async def test_json_holds_the_response_and_the_footprint_as_they_were_published(environment):
+async def test_json_has_the_published_response_and_footprint(environment):
     async with answering(environment):
         result = await sprout("send", "Why?", "--json")
     document = json.loads(result.stdout)
@@ -183,11 +184,11 @@ async def test_json_holds_the_response_and_the_footprint_as_they_were_published(
     assert document["footprint"]["energy_j"] == 120.0
 
 
-async def test_without_a_footprint_in_time_it_says_so(environment):
+async def test_a_missing_footprint_is_reported(environment):
     async with answering(environment, metered=False):
         result = await sprout("send", "Why?", "--footprint-wait", "0.3")
     assert result.exit_code == 0
-    assert "footprint not known yet" in result.stdout
+    assert "footprint not available yet" in result.stdout
 
 
 async def test_a_failed_request_prints_its_code_and_reason_and_exits_with_1(environment):
@@ -197,24 +198,24 @@ async def test_a_failed_request_prints_its_code_and_reason_and_exits_with_1(envi
     assert "unknown_model: there is no model 'm'" in result.stderr
 
 
-async def test_no_answer_in_time_exits_with_4_and_tells_where_to_look(environment):
+async def test_no_answer_in_time_exits_with_4_and_a_remedy(environment):
     result = await sprout("send", "Why?", "--timeout", "0.5")
     assert result.exit_code == 4
     assert "within 0.5 s" in result.stderr
     assert "sprout status" in result.stderr
 
 
-async def test_a_level_that_is_none_is_refused_before_anything_is_sent(environment):
+async def test_an_invalid_level_is_rejected_before_sending(environment):
     result = await sprout("send", "Why?", "--directive", "brief")
     assert result.exit_code == 1
     assert "directive" in result.stderr
 
 
-async def test_a_prompt_larger_than_the_topic_takes_is_refused_with_both_sizes(environment):
+async def test_a_prompt_larger_than_the_topic_accepts_is_rejected_with_both_sizes(environment):
     result = await sprout("send", "x" * 5_000_000)
     assert result.exit_code == 1
     assert "5000" in result.stderr
-    assert "1048576 at most" in result.stderr
+    assert "at most 1048576" in result.stderr
 
 
 async def test_an_address_where_no_kafka_answers_exits_with_3(environment):
@@ -236,7 +237,7 @@ async def test_topics_are_created_listed_and_described(environment, kafka_settin
     assert "Echoed in the response" in described.stdout
 
 
-async def test_a_topic_that_nobody_declared_is_answered_with_those_there_are(environment):
+async def test_an_unknown_topic_is_rejected_with_the_declared_ones(environment):
     result = await sprout("topics", "describe", "gossip")
     assert result.exit_code == 1
     assert "responses" in result.stderr

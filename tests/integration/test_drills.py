@@ -1,4 +1,4 @@
-"""Drills at a small scale on real Kafka, PostgreSQL and Triton: they find what there is to find, and say so."""
+"""Fault drills at a small scale on real Kafka and Triton, and the drill command."""
 
 import asyncio
 import json
@@ -9,32 +9,31 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from deploy.local.java import NoJavaError
-from deploy.local.kafka import KafkaInstallationError
-from tests.drills.__main__ import drill
-from tests.drills.ground import KAFKA, Ground
-from tests.drills.play import play
+from deploy.local.java import KafkaInstallationError
+from tests.drills.__main__ import drill, run_scenarios
+from tests.drills.run import drill_environment
+from tests.support.environment import KAFKA
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def played(tmp_path):
-    """Plays scenarios at a small scale; returns their results by name, and what was said."""
+def run_small(tmp_path):
+    """Runs scenarios at a small scale; returns their results by name, and the printed lines."""
 
-    async def playing(*names):
+    async def running(*names):
         said = []
         try:
-            results = await play(names, seed=3, scale=0.1, folder=tmp_path, say=said.append)
-        except (NoJavaError, KafkaInstallationError) as error:
+            results = await run_scenarios(names, seed=3, scale=0.1, folder=tmp_path, say=said.append)
+        except KafkaInstallationError as error:
             pytest.skip(f"no real Kafka: {error}")
         return {result.scenario: result for result in results}, said
 
-    return playing
+    return running
 
 
-async def test_malformed_messages_and_a_killed_router_are_counted(played):
-    results, said = await played("malformed", "sigkill")
+async def test_malformed_messages_and_a_killed_router_are_counted(run_small):
+    results, said = await run_small("malformed", "sigkill")
     mixed = results["malformed"].counts
     assert results["malformed"].passed, results["malformed"].problems
     assert (mixed.sent, mixed.answered, mixed.malformed_sent, mixed.dead_lettered) == (200, 200, 200, 200)
@@ -49,26 +48,26 @@ async def test_malformed_messages_and_a_killed_router_are_counted(played):
     assert any(line.startswith("== sigkill (2 of 2)") for line in said)
 
 
-async def test_who_dies_by_itself_is_noted_with_its_last_words_and_started_again(tmp_path):
+async def test_an_unexpected_exit_is_recorded_with_its_log_and_the_process_restarted(tmp_path):
     said = []
-    async with Ground(tmp_path, say=said.append) as ground:
-        name = ground.endpoints[0].name
-        (process,) = await ground.running({name})
+    async with drill_environment(tmp_path, say=said.append) as environment:
+        name = environment.model_servers[0].name
+        (process,) = await environment.running({name})
         os.kill(process.pid, signal.SIGSEGV)
         async with asyncio.timeout(30):
-            while not (ground.deaths and await ground.running({name})):  # noqa: ASYNC110 - nobody else tells
+            while not (environment.exits and await environment.running({name})):  # noqa: ASYNC110 - polls the state of processes
                 await asyncio.sleep(0.1)
-        (death,) = ground.deaths
-        assert death.name == name
-        assert death.said.startswith(f"{name} was ended by SIGSEGV. The end of {ground.logs}")
-        (again,) = await ground.running({name})
+        (exited,) = environment.exits
+        assert exited.name == name
+        assert exited.description.startswith(f"{name} was ended by SIGSEGV. The end of {environment.logs}")
+        (again,) = await environment.running({name})
         assert again.pid != process.pid
-        await ground.kill(KAFKA)
-        assert not await ground.running({KAFKA})
-    assert [line for line in said if line.startswith("!!")] == [f"!! {death.said.splitlines()[0]} Started again."]
+        await environment.kill(KAFKA)
+        assert not await environment.running({KAFKA})
+    assert [line for line in said if line.startswith("!!")] == [f"!! {exited.description.splitlines()[0]} Restarted."]
 
 
-def test_an_unknown_scenario_is_refused_with_those_there_are(tmp_path):
+def test_an_unknown_scenario_is_rejected_with_the_known_ones(tmp_path):
     app = Typer()
     app.command()(drill)
     answer = CliRunner().invoke(app, ["--scenario", "sigkil", "--out", str(tmp_path / "drill.json")])
@@ -78,7 +77,7 @@ def test_an_unknown_scenario_is_refused_with_those_there_are(tmp_path):
 
 
 @pytest.mark.parametrize(("problems", "status"), [((), 0), (("1 requests lost",), 1)])
-def test_the_exit_code_tells_whether_anything_was_lost_and_the_figures_are_written(
+def test_the_exit_code_says_whether_a_scenario_failed_and_the_figures_are_written(
     tmp_path, monkeypatch, problems, status
 ):
     class Shown:
@@ -89,11 +88,11 @@ def test_the_exit_code_tells_whether_anything_was_lost_and_the_figures_are_writt
         def to_json():
             return {"scenario": "sigterm", "problems": problems}
 
-    async def playing(names, **options):
+    async def running(names, **options):
         assert (names, options["seed"], options["scale"]) == (["sigterm"], 5, 0.5)
         return [Shown()]
 
-    monkeypatch.setattr("tests.drills.__main__.play", playing)
+    monkeypatch.setattr("tests.drills.__main__.run_scenarios", running)
     monkeypatch.setattr("tests.drills.__main__.table", lambda results: f"{len(results)} scenario")
     monkeypatch.setattr("tests.drills.__main__.remarks", lambda results: list(problems))
     app = Typer()

@@ -1,4 +1,4 @@
-"""The local Kafka and PostgreSQL: what the services rely on, asked of the real servers."""
+"""The local Kafka and PostgreSQL have the properties that the services need."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ from shared.topics import DEAD_LETTERS, POLICIES, REQUESTS, TOPICS
 pytestmark = pytest.mark.integration
 
 
-async def test_every_declared_topic_exists_with_its_partitions_and_a_second_creation_changes_nothing(kafka):
+async def test_every_declared_topic_exists_and_a_second_creation_changes_nothing(kafka):
     again = await create_topics(kafka)
     assert {one.topic for one in again} == {kafka.topic(spec) for spec in TOPICS}
     assert not any(one.created for one in again)
@@ -24,24 +24,24 @@ async def test_every_declared_topic_exists_with_its_partitions_and_a_second_crea
 
 
 @pytest.mark.parametrize("spec", [POLICIES, DEAD_LETTERS], ids=lambda spec: spec.name)
-async def test_a_topic_carries_its_declared_configuration(kafka, spec):
-    asked = ConfigResource(ConfigResourceType.TOPIC, kafka.topic(spec), dict.fromkeys(spec.configuration(), ""))
+async def test_a_topic_has_its_declared_configuration(kafka, spec):
+    resource = ConfigResource(ConfigResourceType.TOPIC, kafka.topic(spec), dict.fromkeys(spec.configuration(), ""))
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
     await admin.start()
     try:
         async with asyncio.timeout(10):
             while True:
-                (answer,) = await admin.describe_configs([asked])
+                (answer,) = await admin.describe_configs([resource])
                 code, _, _, _, entries = answer.resources[0]
                 if code == 0:
                     break
-                await asyncio.sleep(0.1)  # the controller has the topic, the broker not yet
+                await asyncio.sleep(0.1)  # the broker learns of a new topic after the controller
     finally:
         await admin.close()
     assert {entry[0]: entry[1] for entry in entries} == spec.configuration()
 
 
-async def test_what_is_produced_is_consumed_and_a_committed_group_goes_on_where_it_was(kafka):
+async def test_a_group_consumes_records_and_resumes_after_its_committed_offset(kafka):
     topic = kafka.topic(REQUESTS)
     producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, enable_idempotence=True, acks="all")
     await producer.start()
@@ -54,7 +54,7 @@ async def test_what_is_produced_is_consumed_and_a_committed_group_goes_on_where_
     assert sorted(first + second) == sorted(b"v%d" % n for n in range(200))
 
 
-async def test_no_topic_is_created_by_accident(kafka):
+async def test_topics_are_not_created_automatically(kafka):
     producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, request_timeout_ms=1_500)
     await producer.start()
     try:
@@ -70,7 +70,7 @@ async def test_no_topic_is_created_by_accident(kafka):
         await admin.close()
 
 
-async def test_a_dead_letter_of_several_megabytes_fits(kafka):
+async def test_a_dead_letter_may_have_several_megabytes(kafka):
     producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, max_request_size=8 * 1024 * 1024)
     await producer.start()
     try:
@@ -80,7 +80,7 @@ async def test_a_dead_letter_of_several_megabytes_fits(kafka):
     assert kept.offset == 0
 
 
-async def test_each_test_has_a_database_of_its_own_that_is_empty(database: DatabaseSettings):
+async def test_every_test_has_its_own_empty_database(database: DatabaseSettings):
     connection = await asyncpg.connect(database.url.get_secret_value())
     try:
         assert await connection.fetchval("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == 0

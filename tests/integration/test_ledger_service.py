@@ -10,10 +10,9 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from deploy.local.paths import default_state_dir
-from deploy.local.ports import free_ports
-from deploy.local.processes import ProcessSpec, Supervisor
-from deploy.local.services import Surroundings, service_spec
+from deploy.local.config import default_state_dir
+from deploy.local.processes import ProcessSpec, Supervisor, free_ports
+from deploy.local.services import ServiceEnvironment, service_spec
 from deploy.local.triton import free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.models import stand_in_llm
 from deploy.triton.repository import write_repository
@@ -100,7 +99,7 @@ class Ledgers:
     def start(self, **changes: str) -> str:
         (port,) = free_ports(1)
         name = f"{self._kafka.topic_prefix}ledger{len(self.names)}"
-        around = Surroundings(
+        environment = ServiceEnvironment(
             bootstrap_servers=self._kafka.bootstrap_servers,
             topic_prefix=self._kafka.topic_prefix,
             database_url=self._database.url.get_secret_value(),
@@ -113,7 +112,9 @@ class Ledgers:
             "SPROUT_LEDGER_SETTLE_INTERVAL_S": "0.3",
             "SPROUT_LEDGER_SETTLE_DELAY_S": str(1.5 * RATE),
         }
-        self._supervisor.start(service_spec("ledger", port=port, around=around, settings=settings | changes, name=name))
+        self._supervisor.start(
+            service_spec("ledger", port=port, environment=environment, settings=settings | changes, name=name)
+        )
         self.names.append(name)
         return name
 

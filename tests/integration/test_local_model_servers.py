@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc.aio as grpcclient
 
-from deploy.local.config import StackConfig
-from deploy.local.model_servers import TritonModels
-from deploy.local.models import ModelServerError, PreparedModels
-from deploy.local.paths import default_state_dir
+from deploy.local.config import StackConfig, default_state_dir
+from deploy.local.model_servers import ModelServerError, PreparedModels, TritonModels
 from deploy.local.processes import Supervisor
 from deploy.triton.smollm2.power import available_source
 from shared.fleet import load_fleet

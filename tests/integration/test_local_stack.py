@@ -1,4 +1,4 @@
-"""The local stack on real Kafka and PostgreSQL: it starts whole or not at all, and leaves nothing behind."""
+"""The local stack on real Kafka and PostgreSQL: start, failures, restarts, and no processes left behind."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,16 +16,13 @@ import psutil
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
-from deploy.local.config import StackConfig
+from deploy.local.config import StackConfig, default_state_dir
 from deploy.local.fleet import LocalFleet
-from deploy.local.java import ensure_java
 from deploy.local.kafka import install_kafka
-from deploy.local.models import MODEL_TIER, PreparedModels
-from deploy.local.paths import default_state_dir
+from deploy.local.model_servers import MODEL_TIER, PreparedModels
 from deploy.local.processes import ProcessFailedError, ProcessSpec
-from deploy.local.running import stop_stack
 from deploy.local.stack import LocalStack
-from deploy.local.state import StateError, read_state
+from deploy.local.state import StateError, read_state, stop_stack
 from shared.topics import TOPICS
 
 pytestmark = pytest.mark.integration
@@ -34,10 +31,10 @@ START = datetime(2023, 2, 10, tzinfo=UTC)
 
 
 class IdleModels:
-    """Stands in for the model servers: a process that does nothing, or dies at once."""
+    """Stand-in for the model servers: a process that idles, or exits at once."""
 
-    def __init__(self, *, dies: bool = False) -> None:
-        self.code = "print('out of memory'); raise SystemExit(3)" if dies else "import time; time.sleep(600)"
+    def __init__(self, *, fails: bool = False) -> None:
+        self.code = "print('out of memory'); raise SystemExit(3)" if fails else "import time; time.sleep(600)"
         self.clock: Mapping[str, str] = {}
 
     def install(self, config: StackConfig, say) -> None:
@@ -68,15 +65,22 @@ class IdleModels:
 
 def config(folder: Path, **changes: object) -> StackConfig:
     return StackConfig.model_validate(
-        {"state_dir": folder, "install_dir": default_state_dir(), "services": (), "broker": "kafka", **changes}
+        {"state_dir": folder, "install_dir": default_state_dir(), "services": (), **changes}
     )
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
 
 
 def living(state) -> list[str]:
     return [process.name for process in state.processes if process.alive]
 
 
-async def test_within_the_block_everything_runs_and_after_it_nothing_does(tmp_path):
+async def test_every_process_runs_during_the_block_and_none_after_it(tmp_path):
     said: list[str] = []
     models = IdleModels()
     async with LocalStack(config(tmp_path, event_start=START, rate=720, lead_s=5), models, say=said.append) as stack:
@@ -100,8 +104,8 @@ async def test_within_the_block_everything_runs_and_after_it_nothing_does(tmp_pa
     assert any("Kafka and PostgreSQL" in line for line in said)
 
 
-def test_what_is_installed_in_the_same_folder_outlives_every_start(tmp_path):
-    libs = install_kafka(default_state_dir(), java=ensure_java(default_state_dir(), print), say=print)
+def test_an_installation_in_the_state_folder_is_kept(tmp_path):
+    libs = install_kafka(default_state_dir(), say=print).libs
     shutil.copytree(libs, tmp_path / "kafka" / libs.name, copy_function=os.link)
     said: list[str] = []
     with LocalStack(config(tmp_path, install_dir=tmp_path), IdleModels(), say=said.append):
@@ -124,8 +128,8 @@ async def test_nothing_listens_beyond_loopback(tmp_path):
     assert {ip.removeprefix("::ffff:") for ip, _ in listening} == {"127.0.0.1"}
 
 
-def test_if_one_part_fails_the_error_shows_its_log_and_nothing_is_left_running(tmp_path):
-    stack = LocalStack(config(tmp_path), IdleModels(dies=True))
+def test_a_failed_start_shows_the_log_and_stops_every_process(tmp_path):
+    stack = LocalStack(config(tmp_path), IdleModels(fails=True))
     with pytest.raises(ProcessFailedError, match=r"(?s)triton exited with status 3.*out of memory"):
         stack.start()
     assert read_state(tmp_path) is None
@@ -149,30 +153,28 @@ def test_a_detached_stack_is_found_and_stopped_by_its_state_file(tmp_path):
     assert read_state(tmp_path) is None
 
 
-def test_a_part_that_dies_is_noticed_and_can_be_brought_back(tmp_path):
+def test_an_exited_process_is_noticed_and_can_be_restarted(tmp_path):
     with LocalStack(config(tmp_path), IdleModels()) as stack:
         stack.kill("triton")
-        stack.check()  # it was asked for
+        stack.check()  # no error: the kill was requested
         stack.restart("triton")
         os.kill(stack.process("triton").pid, signal.SIGKILL)
-        deadline = time.monotonic() + 5
-        while stack.process("triton").alive and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: not stack.process("triton").alive)
         with pytest.raises(ProcessFailedError, match="triton was ended by SIGKILL"):
             stack.check()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
-def test_however_its_owner_ends_the_stack_ends(tmp_path, how):
+def test_the_stack_ends_with_its_owner(tmp_path, how):
     if how is signal.SIGKILL and sys.platform != "linux":
-        pytest.skip("only Linux ties a child's life to its parent's")
+        pytest.skip("only Linux has a parent death signal")
     program = textwrap.dedent(
         f"""
         import signal, time
         from pathlib import Path
         from deploy.local.stack import LocalStack
         from tests.integration.test_local_stack import IdleModels, config
-        # A shell that runs the tests in the background has them ignore it.
+        # Processes that a shell started in the background ignore SIGINT.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with LocalStack(config(Path({str(tmp_path)!r})), IdleModels()):
             time.sleep(600)
@@ -180,26 +182,15 @@ def test_however_its_owner_ends_the_stack_ends(tmp_path, how):
     )
     owner = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while ((state := read_state(tmp_path)) is None or not state.ready) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(lambda: (state := read_state(tmp_path)) is not None and state.ready)
+        state = read_state(tmp_path)
         assert state is not None
         assert living(state) == ["kafka", "postgres", "triton"]
         with pytest.raises(StateError, match=f"process {owner.pid} runs this stack in the foreground"):
             stop_stack(state)
         owner.send_signal(how)
         owner.wait(30)
-        deadline = time.monotonic() + 20
-        while living(state) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert living(state) == []
+        wait_until(lambda: not living(state))
     finally:
         owner.kill()
         owner.wait()
-
-
-def test_without_kafka_it_says_so_and_runs_on_the_in_memory_broker(tmp_path):
-    said: list[str] = []
-    with LocalStack(config(tmp_path, broker="in-memory"), IdleModels(), say=said.append) as stack:
-        assert stack.state.broker == "in-memory"
-    assert any("it is not Kafka" in line for line in said)

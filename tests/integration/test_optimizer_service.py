@@ -12,9 +12,8 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from typer.testing import CliRunner
 
-from deploy.local.ports import free_ports
-from deploy.local.processes import Supervisor
-from deploy.local.services import Surroundings, service_spec
+from deploy.local.processes import Supervisor, free_ports
+from deploy.local.services import ServiceEnvironment, service_spec
 from shared.messages import (
     CarbonIntensity,
     EvaluationCost,
@@ -132,7 +131,7 @@ async def peers(kafka: KafkaSettings) -> AsyncIterator[Peers]:
 
 def start(supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettings, fleet: Path) -> str:
     name = f"{kafka.topic_prefix}optimizer-{time.monotonic_ns()}"
-    around = Surroundings(
+    environment = ServiceEnvironment(
         bootstrap_servers=kafka.bootstrap_servers,
         topic_prefix=kafka.topic_prefix,
         database_url=database.url.get_secret_value(),
@@ -141,7 +140,7 @@ def start(supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettin
     )
     settings = {"SPROUT_KAFKA_GROUP_PREFIX": kafka.group_prefix, "SPROUT_OPTIMIZER_ESTIMATES_INTERVAL_MIN": "0.001"}
     (port,) = free_ports(1)
-    supervisor.start(service_spec("optimizer", port=port, around=around, settings=settings, name=name))
+    supervisor.start(service_spec("optimizer", port=port, environment=environment, settings=settings, name=name))
     return name
 
 

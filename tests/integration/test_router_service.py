@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
-from deploy.local.ports import free_ports
+from deploy.local.processes import free_ports
 from shared.grouping import unpack
 from shared.messages import DeadLetter, ResponseChunk, Sample
 from shared.topics import DEAD_LETTERS, POLICIES, PROMPT_GROUPS, REQUESTS, RESPONSE_CHUNKS, SAMPLES

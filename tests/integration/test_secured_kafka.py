@@ -9,11 +9,10 @@ from uuid import uuid4
 import pytest
 from typer.testing import CliRunner
 
-from deploy.local.java import NoJavaError, ensure_java
-from deploy.local.kafka import KafkaInstallationError, Listener, install_kafka, kafka_spec
-from deploy.local.paths import default_state_dir
-from deploy.local.ports import free_ports
-from deploy.local.processes import Supervisor
+from deploy.local.config import default_state_dir
+from deploy.local.java import KafkaInstallationError
+from deploy.local.kafka import Listener, install_kafka, kafka_spec
+from deploy.local.processes import Supervisor, free_ports
 from shared.runtime.settings import KafkaSettings
 from tests.support.certificate import Authority, Certificate
 from tests.support.router import RouterProcess, fleet_toml, question
@@ -65,9 +64,8 @@ class SecuredKafka:
 @pytest.fixture(scope="module")
 def secured(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredKafka]:
     try:
-        java = ensure_java(default_state_dir(), print)
-        libs = install_kafka(default_state_dir(), java=java, say=print)
-    except (NoJavaError, KafkaInstallationError) as error:
+        installation = install_kafka(default_state_dir(), say=print)
+    except KafkaInstallationError as error:
         pytest.skip(f"no real Kafka: {error}")
     authority = Authority(tmp_path_factory.mktemp("certificates"))
     server = authority.issue("server")
@@ -106,8 +104,7 @@ def secured(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) ->
     ]
     spec, _ = kafka_spec(
         tmp_path_factory.mktemp("kafka"),
-        libs=libs,
-        java=java,
+        installation,
         name="secured-kafka",
         listeners=listeners,
         scram_users={USER: PASSWORD},

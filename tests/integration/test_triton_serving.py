@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.paths import REPOSITORY, default_state_dir
+from deploy.local.config import REPOSITORY, default_state_dir
 from deploy.local.triton import TritonInstallation, free_triton_ports, install, wait_ready
 from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.repository import write_repository

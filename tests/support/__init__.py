@@ -1,1 +1,1 @@
-"""A router with surroundings of its own: fleet, model server, traffic. For tests and drills, never for production."""
+"""The test harness: builders, processes, and environments for integration tests, fault drills and benchmarks."""

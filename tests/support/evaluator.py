@@ -7,10 +7,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from deploy.local.paths import default_state_dir
-from deploy.local.ports import free_ports
-from deploy.local.processes import ProcessSpec, Supervisor
-from deploy.local.services import Surroundings, service_spec
+from deploy.local.config import default_state_dir
+from deploy.local.processes import ProcessSpec, Supervisor, free_ports
+from deploy.local.services import ServiceEnvironment, service_spec
 from deploy.local.triton import free_triton_ports, install, ready_probe
 from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.repository import write_repository
@@ -133,7 +132,7 @@ class EvaluatorProcess:
         name = f"{self.kafka.topic_prefix}evaluator{len(self.names)}"
         self.names.append(name)
         (port,) = free_ports(1)
-        around = Surroundings(
+        environment = ServiceEnvironment(
             bootstrap_servers=self.kafka.bootstrap_servers,
             topic_prefix=self.kafka.topic_prefix,
             database_url=self.database.url.get_secret_value(),
@@ -141,7 +140,9 @@ class EvaluatorProcess:
             clock=self.clock.environment(),
         )
         settings = {"SPROUT_KAFKA_GROUP_PREFIX": self.kafka.group_prefix, **self.settings, **changes}
-        self.supervisor.start(service_spec("evaluator", port=port, around=around, settings=settings, name=name))
+        self.supervisor.start(
+            service_spec("evaluator", port=port, environment=environment, settings=settings, name=name)
+        )
         return name
 
     def url(self, name: str) -> str:

@@ -1,16 +1,15 @@
-"""A model server and routers as processes of this machine, as they run in production."""
+"""Triton servers and routers as processes, and the restart of exited processes."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deploy.local.config import default_state_dir
 from deploy.local.java import Say
-from deploy.local.models import MODEL_TIER
-from deploy.local.paths import default_state_dir
-from deploy.local.ports import LOOPBACK, free_ports
-from deploy.local.processes import ProcessFailedError, ProcessSpec, Supervisor
-from deploy.local.services import Surroundings, service_spec
+from deploy.local.model_servers import MODEL_TIER
+from deploy.local.processes import LOOPBACK, ProcessFailedError, ProcessSpec, Supervisor, free_ports
+from deploy.local.services import ServiceEnvironment, service_spec
 from deploy.local.triton import TritonInstallation, free_triton_ports, install, ready_probe
 from deploy.triton.repository import RepositoryModel, write_repository
 from shared.runtime.clock import Clock
@@ -19,7 +18,12 @@ from shared.runtime.settings import KafkaSettings
 
 @dataclass(frozen=True)
 class TritonServer:
-    """A real Triton with the stand-in model."""
+    """A Triton server with the stand-in model.
+
+    Attributes:
+        name: of its process.
+        address: of its gRPC interface.
+    """
 
     supervisor: Supervisor
     name: str
@@ -27,30 +31,37 @@ class TritonServer:
 
 
 @dataclass(frozen=True, slots=True)
-class Death:
-    """A process that ended by itself; `said` has its status and the end of its log."""
+class ProcessExit:
+    """An unexpected exit of a process.
+
+    Attributes:
+        at: `time.monotonic()` when it was noticed.
+        description: exit status and end of the log.
+    """
 
     name: str
     at: float
-    said: str
+    description: str
 
 
-def revive(supervisor: Supervisor, names: Iterable[str]) -> list[Death]:
-    """Start again, as an orchestrator would, what ended by itself; what was stopped on purpose stays so.
+def restart_exited(supervisor: Supervisor, names: Iterable[str]) -> list[ProcessExit]:
+    """Start processes that exited unexpectedly again, as an orchestrator would; stopped ones are not started.
+
+    Call it in the thread that started the processes: they end with that thread.
 
     Returns:
-        Those that had ended; none is waited for. They die with the calling thread, as all that a supervisor starts.
+        The exits; the new processes may not be ready yet.
     """
-    deaths = []
+    exits = []
     for name in names:
         try:
             supervisor.process(name).check()
         except KeyError:
             continue
         except ProcessFailedError as error:
-            deaths.append(Death(name, time.monotonic(), str(error)))
+            exits.append(ProcessExit(name, time.monotonic(), str(error)))
             supervisor.respawn(name)
-    return deaths
+    return exits
 
 
 def triton_spec(
@@ -61,7 +72,7 @@ def triton_spec(
     name: str,
     clock: Clock | None = None,
 ) -> tuple[ProcessSpec, str]:
-    """Write a model repository below a folder; returns how to run its server, and its gRPC address."""
+    """Write a model repository in a folder; returns the server's process and its gRPC address."""
     write_repository(folder / "models", models)
     ports = free_triton_ports()
     spec = ProcessSpec(
@@ -83,11 +94,11 @@ def start_triton(
     clock: Clock | None = None,
     say: Say = print,
 ) -> TritonServer:
-    """Start a server and wait until it is ready; its environment is made where it is missing.
+    """Start a server and wait until it is ready; Triton's environment is installed if it is missing.
 
     Raises:
-        ModelServerError: the environment could not be made.
-        ProcessFailedError: the server did not become ready.
+        ModelServerError: the environment could not be installed.
+        ProcessFailedError: the server exited, or was not ready in time.
     """
     spec, address = triton_spec(install(default_state_dir(), say=say), folder, models, name=name, clock=clock)
     supervisor.start(spec)
@@ -99,8 +110,8 @@ class RouterProcess:
     """Routers of one consumer group.
 
     Attributes:
-        settings: environment of every one of them.
-        count: how many there have been.
+        settings: environment variables of every router.
+        count: number of routers so far.
     """
 
     supervisor: Supervisor
@@ -111,23 +122,23 @@ class RouterProcess:
     count: int = 0
 
     def start(self, **changes: str) -> str:
-        """Start one; returns its process's name once it is ready."""
+        """Start a router and wait until it is ready; returns its process name."""
         spec = self.spec(changes)
         self.supervisor.start(spec)
         return spec.name
 
     def start_unready(self, **changes: str) -> str:
-        """Start one without waiting; returns its process's name."""
+        """Start a router without waiting for it; returns its process name."""
         spec = self.spec(changes)
         self.supervisor.spawn(spec)
         return spec.name
 
     def spec(self, changes: Mapping[str, str]) -> ProcessSpec:
-        """How to run one more, with changed settings."""
+        """The process of one more router, with changed settings."""
         self.count += 1
         name = f"{self.kafka.topic_prefix}router{self.count}"
         (port,) = free_ports(1)
-        around = Surroundings(
+        environment = ServiceEnvironment(
             bootstrap_servers=self.kafka.bootstrap_servers,
             topic_prefix=self.kafka.topic_prefix,
             database_url="",
@@ -140,13 +151,13 @@ class RouterProcess:
             **self.settings,
             **changes,
         }
-        return service_spec("router", port=port, around=around, settings=settings, name=name)
+        return service_spec("router", port=port, environment=environment, settings=settings, name=name)
 
     def stop_gently(self, name: str, *, within_s: float) -> float:
-        """SIGTERM; returns the seconds until it had ended.
+        """Send SIGTERM and wait; returns the seconds until the exit.
 
         Raises:
-            AssertionError: it still runs after `within_s`.
+            AssertionError: it is still running after `within_s`.
         """
         process = self.supervisor.process(name)
         began = time.monotonic()
@@ -158,5 +169,5 @@ class RouterProcess:
         return time.monotonic() - began
 
     def log(self, name: str) -> str:
-        """What a router has said."""
+        """The log of a router."""
         return self.supervisor.process(name).log.read_text()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ WATTS = 300.0
 class MadeDay:
     """Records of `ledger.footprints`, and the true counterfactual: each request's grams at the reference."""
 
-    records: list[dict[str, object]]
+    records: list[dict[str, Any]]
     reference_g: np.ndarray
 
     @property
@@ -114,7 +115,7 @@ def record_of(
     source: str | None = "policy",
     purpose: str = "request",
     evaluation_id: str | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """A row of `ledger.footprints`, with `propensities` as a mapping."""
     pool, _, level = option.rpartition("/")
     seconds = energy_j / WATTS

@@ -18,8 +18,9 @@ from shared.messages import GenerationRequest, GenerationResponse
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import RESPONSES, TopicSpec
-from tests.support import fleet, processes
-from tests.support.fleet import DIRECTIVES, MODEL, ZONE, fleet_toml, intensity, policy
+from tests.support import fleets, processes
+from tests.support.fleets import DIRECTIVES, MODEL, ZONE, fleet_toml
+from tests.support.messages import intensity, policy
 from tests.support.processes import RouterProcess, TritonServer
 from tests.support.traffic import Producer, committed, producing
 
@@ -56,7 +57,7 @@ LONG_PROMPT = "A question that takes long."
 def write_workload(path: Path, *, prompts: int = 40) -> Path:
     """Recorded answers of `MODEL` to "Question number N?" and to `LONG_PROMPT`."""
     answers = {question(number): LEVELS for number in range(prompts)}
-    return fleet.write_workload(path, {**answers, LONG_PROMPT: dict.fromkeys(LEVELS, (40, 4.0))})
+    return fleets.write_workload(path, {**answers, LONG_PROMPT: dict.fromkeys(LEVELS, (40, 4.0))})
 
 
 def question(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Traffic of one's own: requests, and the policy and intensity in force."""
+"""A producer of requests, policies and intensities, and the committed offsets of a consumer group."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -11,12 +11,17 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from shared.messages import GenerationRequest, Message, Policy
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY, POLICIES, REQUESTS, TopicSpec
-from tests.support.fleet import MODEL, ZONE, intensity, policy
+from tests.support.fleets import MODEL, ZONE
+from tests.support.messages import intensity, policy
 
 
 @asynccontextmanager
 async def producing(kafka: KafkaSettings, **options: Any) -> AsyncIterator["Producer"]:
-    """A connected producer, with further options of aiokafka's."""
+    """A connected producer.
+
+    Args:
+        options: of `AIOKafkaProducer`.
+    """
     producer = AIOKafkaProducer(**kafka.client_options(), linger_ms=2, **options)
     await producer.start()
     try:
@@ -33,7 +38,7 @@ class Producer:
     kafka: KafkaSettings
 
     async def ask(self, *requests: GenerationRequest) -> None:
-        """Send requests; returns once Kafka has them all."""
+        """Send requests; returns when Kafka has acknowledged all."""
         sends = [
             await self.producer.send(
                 self.kafka.topic(REQUESTS), one.model_dump_json(exclude_none=True).encode(), key=(one.id or "").encode()
@@ -43,23 +48,23 @@ class Producer:
         await asyncio.gather(*sends)
 
     async def raw(self, value: bytes | None, **options: Any) -> Any:
-        """Send any bytes as a request; returns where they are."""
+        """Send any bytes as a request; returns the record's metadata."""
         return await self.producer.send_and_wait(self.kafka.topic(REQUESTS), value, **options)
 
     async def post(self, spec: TopicSpec, message: Message, key: str) -> None:
         """Send a message to a topic."""
         await self.producer.send_and_wait(self.kafka.topic(spec), message.model_dump_json().encode(), key=key.encode())
 
-    async def prepare(self, row: Mapping[str, float], **changes: Any) -> Policy:
-        """Put a policy and a fresh intensity in force."""
-        made = policy(row, **changes)
+    async def prepare(self, probabilities: Mapping[str, float], **changes: Any) -> Policy:
+        """Publish a policy and a current carbon intensity."""
+        made = policy(probabilities, **changes)
         await self.post(CARBON_INTENSITY, intensity(), ZONE)
         await self.post(POLICIES, made, MODEL)
         return made
 
 
 async def committed(kafka: KafkaSettings, group: str = "router") -> dict[int, tuple[int, int]]:
-    """Committed offset and end of every partition of the topic `requests`."""
+    """Committed offset and end offset of every partition of the topic `requests`."""
     topic = kafka.topic(REQUESTS)
     consumer = AIOKafkaConsumer(**kafka.client_options(), group_id=kafka.group(group), enable_auto_commit=False)
     await consumer.start()

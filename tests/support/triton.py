@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from deploy.local.paths import default_state_dir
+from deploy.local.config import default_state_dir
 from deploy.local.processes import ProcessSpec, Supervisor
 from deploy.local.triton import free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.repository import RepositoryModel, write_repository

@@ -17,7 +17,7 @@ from services.optimizer.program import solve
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy
-from tests.support.fleet import MODEL, fleet_toml
+from tests.support.fleets import MODEL, fleet_toml
 from tools.cli import policy as policy_command
 from tools.cli.main import app
 from tools.cli.policy import explain_policy

@@ -1,4 +1,4 @@
-"""What the demo shows while it runs, on a terminal and elsewhere."""
+"""The progress display of the demo, on a terminal and in a file."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
+from deploy.demo.clients import Tally
 from deploy.demo.day import PACES, DemoDay
-from deploy.demo.observer import Tally
 from deploy.demo.progress import Progress, describe_policy, sparkline
 from shared.messages import CarbonIntensity, IntensityPoint
 from shared.runtime.clock import ManualClock
@@ -17,7 +17,7 @@ START = datetime(2024, 2, 8, tzinfo=UTC)
 NOW = START + timedelta(hours=6)
 
 
-def test_the_picture_tells_time_grid_requests_directives_policy_and_evaluations():
+def test_the_display_has_time_grid_requests_directives_policy_and_evaluations():
     day = DemoDay(
         model="llama-2-13b-chat", zone=ZONE, trace=Path("t"), workload=Path("w"), start=START, hours=24.0,
         requests=4_000, seed=1, pace=PACES["llama-2-13b-chat"],
@@ -37,12 +37,12 @@ def test_the_picture_tells_time_grid_requests_directives_policy_and_evaluations(
     with console.capture() as capture:
         console.print(progress.render(NOW))
     shown = capture.get()
-    for told in ("06:00 UTC", "180 gCO2eq/kWh", "▁█", "100 of 4,000 sent, 90 answered", "L0 67 %", "1 evaluation;"):
-        assert told in shown
+    for part in ("06:00 UTC", "180 gCO2eq/kWh", "▁█", "100 of 4,000 sent, 90 answered", "L0 67 %", "1 evaluation;"):
+        assert part in shown
     assert "sent 100, answered 90  (L0 60, L1 30)  policies 4  evaluations 1" in progress.line(NOW)
 
 
-def test_before_anything_is_known_it_says_so():
+def test_the_display_without_data():
     assert sparkline([]) == ""
     assert sparkline([5.0, 5.0]) == "▁▁"
     assert "none yet" in describe_policy(None)

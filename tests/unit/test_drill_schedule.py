@@ -1,4 +1,4 @@
-"""Faults by seed: the same for the same seed, apart from each other, within their bounds."""
+"""The schedule of faults: reproducible by seed, within its limits, and spread over time."""
 
 from itertools import pairwise
 
@@ -16,13 +16,13 @@ def drawn(seed, scenario="sigkill"):
     return faults(randomness(seed, scenario), number=3, victims=2, hold_s=(1.0, 2.0), within=(0.1, 0.7))
 
 
-def test_a_seed_draws_the_same_faults_and_another_seed_or_scenario_others():
+def test_faults_depend_on_seed_and_scenario_only():
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
     assert drawn(1) != drawn(1, "sigterm")
 
 
-def test_faults_keep_their_bounds_and_their_distance():
+def test_faults_keep_their_limits_and_distance():
     for seed in SEEDS:
         plan = drawn(seed)
         assert len(plan) == 3
@@ -32,7 +32,7 @@ def test_faults_keep_their_bounds_and_their_distance():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_in_a_storm_one_router_stays_and_never_too_many_run(seed):
+def test_the_number_of_routers_in_a_storm_stays_within_its_limits(seed):
     running = 2
     moves = storm(randomness(seed, "storm"), moves=12, routers=2, most=4)
     assert [move.after for move in moves] == sorted(move.after for move in moves)
@@ -42,11 +42,11 @@ def test_in_a_storm_one_router_stays_and_never_too_many_run(seed):
         assert 1 <= running <= 4
 
 
-def test_every_kind_of_malformed_message_is_refused_for_the_reason_that_is_expected():
+def test_every_kind_of_malformed_message_is_rejected_for_the_expected_reason():
     made = malformed(randomness(1, "malformed"), 20 * len(KINDS))
     assert {message.kind for message in made} == set(KINDS)
     for message in made:
-        with pytest.raises(PoisonMessageError) as refused:
+        with pytest.raises(PoisonMessageError) as rejected:
             parse(GenerationRequest, message.value)
-        assert refused.value.reason == message.reason, message
+        assert rejected.value.reason == message.reason, message
     assert malformed(randomness(1, "malformed"), 40) == made[:40]

@@ -1,20 +1,21 @@
-"""The `sprout` command where nothing runs: help, errors with remedies, exit codes."""
+"""The `sprout` command without a running stack: help, errors with remedies, exit codes."""
 
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from deploy.local.paths import REPOSITORY
+from deploy.local.config import REPOSITORY
 from deploy.local.state import StackState
 from tools.cli.main import app
 
 
 @pytest.fixture(autouse=True)
-def _nothing_runs(tmp_path, monkeypatch):
+def _no_stack(tmp_path, monkeypatch):
     monkeypatch.setenv("SPROUT_LOCAL_STATE", str(tmp_path))
     monkeypatch.delenv("SPROUT_KAFKA_BOOTSTRAP_SERVERS", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
@@ -24,49 +25,47 @@ def sprout(*arguments: str):
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_the_help_lists_every_subcommand_with_a_line_about_it():
+def test_the_help_lists_every_subcommand_with_a_summary():
     result = sprout("--help")
     assert result.exit_code == 0
-    for name in ("up", "down", "status", "logs", "send", "topics", "asyncapi"):
+    for name in ("demo", "up", "down", "status", "logs", "send", "report", "simulate", "topics", "asyncapi"):
         assert f" {name} " in result.stdout
-    assert "Publish a prompt as a producer would" in result.stdout
+    assert "Send a prompt over Kafka" in result.stdout
 
 
 @pytest.mark.parametrize(
     "command", [["up"], ["down"], ["status"], ["logs"], ["send"], ["topics", "create"], ["asyncapi"]]
 )
-def test_every_subcommand_explains_itself(command):
+def test_every_subcommand_has_help(command):
     result = sprout(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
 
 
 @pytest.mark.parametrize("command", [["status"], ["send", "hello"], ["topics", "list"]])
-def test_where_nothing_runs_it_says_how_to_start(command):
+def test_without_a_stack_the_error_says_how_to_start_one(command):
     result = sprout(*command)
     assert result.exit_code == 3
     assert "no local stack is running" in result.stderr
     assert "sprout up" in result.stderr
 
 
-def test_stopping_nothing_is_no_error():
+def test_stopping_no_stack_is_no_error():
     result = sprout("down")
     assert result.exit_code == 0
     assert "no local stack is running" in result.stdout
 
 
-def test_a_stack_whose_processes_have_all_ended_is_told_apart_and_cleared_up(tmp_path):
-    StackState(
-        state_dir=tmp_path, owner_pid=None, started_at_s=0, broker="kafka", model="m", zone="z", topic_prefix="s."
-    ).save()
+def test_a_stack_whose_processes_have_all_ended_is_reported_and_cleaned_up(tmp_path):
+    StackState(state_dir=tmp_path, owner_pid=None, started_at_s=0, model="m", zone="z", topic_prefix="s.").save()
     result = sprout("status")
     assert result.exit_code == 3
     assert "is not running any more" in result.stderr
-    assert "cleared up" in sprout("down").stdout
+    assert "cleaned up" in sprout("down").stdout
     assert "no local stack is running" in sprout("status").stderr
 
 
-def test_logs_of_a_process_that_never_was_are_answered_with_those_there_are(tmp_path):
+def test_logs_of_an_unknown_process_list_the_known_ones(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "router.log").write_text("one\ntwo\n")
     assert sprout("logs", "router", "-n", "1").stdout == "two\n"
@@ -75,7 +74,7 @@ def test_logs_of_a_process_that_never_was_are_answered_with_those_there_are(tmp_
     assert "there are: router" in result.stderr
 
 
-def test_bad_options_of_up_are_named_before_anything_starts(tmp_path):
+def test_invalid_options_of_up_are_reported_before_anything_starts(tmp_path):
     trace = tmp_path / "t.csv"
     trace.write_text("Datetime (UTC),Zone Id,Carbon Intensity gCO₂eq/kWh (direct)\n2023-02-10 00:00:00,GB,100\n")
     missing = sprout("up", "--carbon", str(trace), "--workload", str(tmp_path / "none.jsonl"))
@@ -95,22 +94,36 @@ def test_bad_options_of_up_are_named_before_anything_starts(tmp_path):
     assert "yesterday" in never.stderr
 
 
-def test_where_a_part_of_the_project_is_absent_its_subcommands_are_too(tmp_path):
-    """As in the image `sprout/cli`, which holds what makes sense in a container."""
-    kept = ("tools/cli", "tools/reporting", "shared", "deploy/local")
-    for folder in kept:
-        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for package in ("tools", "deploy"):
-        shutil.copy(REPOSITORY / package / "__init__.py", tmp_path / package / "__init__.py")
+def test_the_subcommands_of_the_image(tmp_path):
+    """With the files that deploy/docker/Dockerfile copies, the command has the subcommands that work in a container."""
+    stage = (REPOSITORY / "deploy/docker/Dockerfile").read_text().partition(" AS cli\n")[2].partition("\nFROM")[0]
+    copied = [line.split()[1:] for line in stage.splitlines() if line.startswith("COPY ") and "--from" not in line]
+    for *sources, target in copied:
+        if not target.startswith("/"):
+            _copy(sources, tmp_path / target, into=target.endswith("/"))
+    for line in (REPOSITORY / ".dockerignore").read_text().splitlines():
+        if line.startswith("tools/"):
+            (tmp_path / line).unlink()
     program = (
         "import sys; sys.meta_path = [one for one in sys.meta_path if 'editable' not in repr(one).lower()]; "
         "from tools.cli.main import app; app(['--help'])"
     )
     shown = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=240,
         check=True,
     ).stdout  # fmt: skip
     commands = {words[1] for line in shown.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
     assert {"send", "report", "topics"} <= commands
-    assert not {"demo", "simulate"} & commands
+    assert not {"demo", "simulate", "up", "status"} & commands
+
+
+def _copy(sources: list[str], target: Path, *, into: bool) -> None:
+    for source in sources:
+        path = REPOSITORY / source
+        if path.is_dir():
+            shutil.copytree(path, target)
+        else:
+            destination = target / path.name if into else target
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, destination)

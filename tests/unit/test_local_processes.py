@@ -1,4 +1,4 @@
-"""Child processes of the local stack: readiness, failure, order of the end, and no orphans."""
+"""Child processes of the local stack: readiness, failures, order of stopping, and no orphans."""
 
 import os
 import signal
@@ -12,9 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.local.ports import free_ports
-from deploy.local.processes import ProcessFailedError, ProcessSpec, StartAbortedError, Supervisor, http_probe
-from deploy.local.records import stop_recorded
+from deploy.local.processes import (
+    ProcessFailedError,
+    ProcessSpec,
+    StartAbortedError,
+    Supervisor,
+    free_ports,
+    http_probe,
+)
+from deploy.local.state import stop_recorded
 
 SLEEPER = "import time; time.sleep(60)"
 
@@ -31,7 +37,7 @@ def supervisor(tmp_path: Path):
     running.stop_all()
 
 
-def wait_until(condition, seconds: float = 5.0) -> bool:
+def wait_until(condition, seconds: float = 30.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -47,7 +53,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_a_process_is_started_once_its_probe_is_content(supervisor, tmp_path):
+def test_a_process_is_started_once_its_probe_is_ready(supervisor, tmp_path):
     ready = tmp_path / "ready"
     spec = python(
         f"import time; time.sleep(0.3); open({str(ready)!r}, 'w').close(); time.sleep(60)",
@@ -57,19 +63,19 @@ def test_a_process_is_started_once_its_probe_is_content(supervisor, tmp_path):
     assert ready.exists()
 
 
-def test_what_dies_at_its_start_is_reported_with_its_status_and_the_end_of_its_log(supervisor):
+def test_a_failed_start_is_reported_with_exit_status_and_end_of_log(supervisor):
     spec = python("print('no such database'); raise SystemExit(7)", ready=lambda: "never")
     with pytest.raises(ProcessFailedError, match=r"(?s)child exited with status 7.*no such database"):
         supervisor.start(spec)
 
 
-def test_what_is_not_ready_in_time_is_reported_with_what_it_waited_for(supervisor):
+def test_a_timeout_is_reported_with_the_missing_condition(supervisor):
     spec = python(SLEEPER, ready=lambda: "the moon", ready_timeout_s=0.3)
     with pytest.raises(ProcessFailedError, match=r"not ready within 0 s \(the moon\)"):
         supervisor.start(spec)
 
 
-def test_a_process_that_dies_later_is_noticed(supervisor):
+def test_an_unexpected_exit_is_reported(supervisor):
     process = supervisor.start(python(SLEEPER))
     supervisor.check()
     os.kill(process.pid, signal.SIGKILL)
@@ -78,13 +84,13 @@ def test_a_process_that_dies_later_is_noticed(supervisor):
         supervisor.check()
 
 
-def test_a_start_can_be_called_off_from_another_thread(supervisor):
+def test_a_start_can_be_aborted_from_another_thread(supervisor):
     threading.Timer(0.2, supervisor.abort).start()
     with pytest.raises(StartAbortedError):
         supervisor.start(python(SLEEPER, ready=lambda: "never", ready_timeout_s=30))
 
 
-def test_users_are_stopped_before_what_they_use_and_the_last_started_first(supervisor, tmp_path):
+def test_higher_tiers_are_stopped_first(supervisor, tmp_path):
     order = tmp_path / "order"
     code = """
         import signal, sys
@@ -114,7 +120,7 @@ def test_users_are_stopped_before_what_they_use_and_the_last_started_first(super
     assert supervisor.names == ()
 
 
-def test_what_ignores_the_request_to_stop_is_killed_with_its_children(supervisor, tmp_path):
+def test_a_process_that_ignores_the_stop_signal_is_killed_with_its_children(supervisor, tmp_path):
     pids = tmp_path / "pids"
     code = f"""
         import os, signal, subprocess, sys, time
@@ -131,7 +137,7 @@ def test_what_ignores_the_request_to_stop_is_killed_with_its_children(supervisor
     assert wait_until(lambda: gone(grandchild))
 
 
-def test_a_killed_process_can_be_brought_back_and_goes_on_in_its_log(supervisor):
+def test_a_killed_process_can_be_started_again_and_appends_to_its_log(supervisor):
     first = supervisor.start(python("print('hello'); import time; time.sleep(60)"))
     assert wait_until(lambda: "hello" in first.log.read_text())
     supervisor.kill("child")
@@ -141,14 +147,14 @@ def test_a_killed_process_can_be_brought_back_and_goes_on_in_its_log(supervisor)
     supervisor.check()
 
 
-def test_a_second_process_of_the_same_name_is_refused(supervisor):
+def test_a_second_process_of_the_same_name_is_rejected(supervisor):
     supervisor.start(python(SLEEPER))
-    with pytest.raises(ValueError, match="runs already"):
+    with pytest.raises(ValueError, match="running already"):
         supervisor.spawn(python(SLEEPER))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a child's life to its parent's")
-def test_children_die_with_a_parent_that_is_killed_with_sigkill(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a parent death signal")
+def test_children_end_when_their_parent_is_killed_with_sigkill(tmp_path):
     pids = tmp_path / "pid"
     parent = subprocess.Popen(
         [
@@ -168,7 +174,7 @@ def test_children_die_with_a_parent_that_is_killed_with_sigkill(tmp_path):
         ]
     )
     try:
-        assert wait_until(lambda: pids.exists() and pids.read_text(), 20)
+        assert wait_until(lambda: pids.exists() and pids.read_text())
         child = int(pids.read_text())
         assert wait_until(lambda: psutil.Process(child).cmdline()[-1] == SLEEPER)
         parent.kill()
@@ -179,8 +185,8 @@ def test_children_die_with_a_parent_that_is_killed_with_sigkill(tmp_path):
         parent.wait()
 
 
-def test_detached_processes_are_found_and_stopped_by_their_records_alone(tmp_path):
-    starter = Supervisor(tmp_path, tethered=False)
+def test_detached_processes_are_found_and_stopped_by_their_records(tmp_path):
+    starter = Supervisor(tmp_path, detached=True)
     starter.start(python(SLEEPER, name="one"))
     starter.start(python(SLEEPER, name="two", tier=1))
     records = starter.records()
@@ -191,8 +197,8 @@ def test_detached_processes_are_found_and_stopped_by_their_records_alone(tmp_pat
     assert stop_recorded(records) == []
 
 
-def test_a_pid_that_now_belongs_to_a_stranger_is_left_alone(tmp_path):
-    starter = Supervisor(tmp_path, tethered=False)
+def test_a_process_that_reuses_a_recorded_pid_is_not_stopped(tmp_path):
+    starter = Supervisor(tmp_path, detached=True)
     starter.start(python(SLEEPER))
     (record,) = starter.records()
     recycled = record.model_copy(update={"started_at_s": record.started_at_s - 3600})
@@ -202,7 +208,7 @@ def test_a_pid_that_now_belongs_to_a_stranger_is_left_alone(tmp_path):
     starter.stop_all()
 
 
-def test_an_http_probe_tells_why_a_service_is_not_ready(supervisor, tmp_path):
+def test_an_http_probe_says_why_a_service_is_not_ready(supervisor, tmp_path):
     (port,) = free_ports(1)
     code = f"""
         from http.server import BaseHTTPRequestHandler, HTTPServer

@@ -1,6 +1,7 @@
-"""The local stack's paperwork: configuration, fleet file, state file, traces, logs."""
+"""Files and settings of the local stack: configuration, fleet file, state file, traces, logs, Java."""
 
 import gzip
+import importlib.util
 import json
 import os
 from datetime import UTC, datetime, timedelta
@@ -10,15 +11,13 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from deploy.local.config import BROKER_VARIABLE, StackConfig, event_time
+from deploy.local.config import StackConfig, event_time
 from deploy.local.fleet import LocalFleet
 from deploy.local.grid import TraceError, default_day, shipped_trace, zone_of
-from deploy.local.java import find_java
-from deploy.local.logtail import tail
-from deploy.local.ports import free_ports
-from deploy.local.records import ProcessRecord
-from deploy.local.state import StackState, StateError, forget_state, read_state
-from deploy.local.tuning import service_settings
+from deploy.local.java import NoJavaError, ensure_java, find_java
+from deploy.local.processes import free_ports, tail
+from deploy.local.services import service_settings
+from deploy.local.state import ProcessRecord, StackState, StateError, read_state, remove_state
 from shared.fleet import FleetError, load_fleet
 
 
@@ -41,7 +40,6 @@ def state(folder: Path, **changes: object) -> StackState:
         "state_dir": folder,
         "owner_pid": None,
         "started_at_s": 1.0,
-        "broker": "kafka",
         "model": "llama-2-13b-chat",
         "zone": "GB",
         "topic_prefix": "sprout.",
@@ -62,26 +60,17 @@ class TestConfiguration:
         with pytest.raises(ValidationError, match="'rate' is for a replay"):
             StackConfig(rate=720)
 
-    def test_a_missing_workload_is_named(self, tmp_path):
+    def test_a_missing_workload_is_reported(self, tmp_path):
         with pytest.raises(ValidationError, match=r"there is no file .*nothing.jsonl"):
             StackConfig(workload=tmp_path / "nothing.jsonl")
 
-    def test_a_missing_trace_is_named_with_its_zone(self, tmp_path):
+    def test_a_missing_trace_is_reported_with_its_zone(self, tmp_path):
         with pytest.raises(ValidationError, match=r"no file .*gone.csv; give zone 'GB' a CSV"):
             StackConfig(carbon={"GB": tmp_path / "gone.csv"})
 
-    def test_an_unknown_model_is_refused_with_those_there_are(self):
+    def test_an_unknown_model_is_rejected_with_the_known_ones(self):
         with pytest.raises(ValidationError, match="'llama-2-13b-chat' or 'smollm2'"):
             StackConfig.model_validate({"model": "gpt-17"})
-
-    def test_the_broker_is_chosen_by_the_environment(self, monkeypatch):
-        monkeypatch.setenv(BROKER_VARIABLE, "in-memory")
-        assert StackConfig().broker == "in-memory"
-
-    def test_a_broker_that_does_not_exist_is_refused(self, monkeypatch):
-        monkeypatch.setenv(BROKER_VARIABLE, "rabbit")
-        with pytest.raises(ValueError, match="must be auto, kafka or in-memory, got 'rabbit'"):
-            StackConfig()
 
     def test_a_time_without_a_zone_is_utc(self):
         assert event_time("2023-02-10") == datetime(2023, 2, 10, tzinfo=UTC)
@@ -89,7 +78,7 @@ class TestConfiguration:
 
 
 class TestFleet:
-    def test_the_file_reads_back_as_a_fleet_with_a_reference_and_a_judge(self, tmp_path):
+    def test_the_file_is_a_valid_fleet_with_a_reference_and_a_judge(self, tmp_path):
         fleet().write(tmp_path / "fleet.toml")
         read = load_fleet(tmp_path / "fleet.toml")
         assert read.levels == ("L0", "L1", "L2")
@@ -102,34 +91,34 @@ class TestFleet:
         judge = read.pool(read.judge.pool)
         assert (judge.model, judge.triton_model, judge.endpoints[0].gpus) == (None, "judge", ("gpu-judge",))
 
-    def test_text_that_toml_would_misread_is_quoted(self, tmp_path):
+    def test_special_characters_are_quoted(self, tmp_path):
         zone = 'A "B" \\ C'
         fleet(zone=zone).write(tmp_path / "fleet.toml")
         assert load_fleet(tmp_path / "fleet.toml").zones == (zone,)
 
-    def test_a_zone_that_does_not_fit_is_refused_when_written(self, tmp_path):
+    def test_an_invalid_zone_is_rejected(self, tmp_path):
         with pytest.raises(FleetError, match="zone"):
             fleet(zone="").write(tmp_path / "fleet.toml")
 
 
 class TestState:
-    def test_what_is_saved_is_read_back_and_only_its_owner_may_read_it(self, tmp_path):
+    def test_a_saved_state_is_read_back_and_only_its_owner_may_read_it(self, tmp_path):
         saved = state(tmp_path, processes=(this_process(),))
         saved.save()
         assert read_state(tmp_path) == saved
         assert (tmp_path / "stack.json").stat().st_mode & 0o077 == 0
         assert [process.name for process in saved.running] == ["me"]
 
-    def test_no_file_means_no_stack(self, tmp_path):
+    def test_without_a_file_there_is_no_stack(self, tmp_path):
         assert read_state(tmp_path) is None
-        forget_state(tmp_path)
+        remove_state(tmp_path)
 
-    def test_a_file_that_is_something_else_is_an_error_with_a_remedy(self, tmp_path):
+    def test_an_invalid_file_is_an_error_with_a_remedy(self, tmp_path):
         (tmp_path / "stack.json").write_text("[]")
         with pytest.raises(StateError, match="remove it if no stack runs"):
             read_state(tmp_path)
 
-    def test_an_unknown_process_is_answered_with_those_there_are(self, tmp_path):
+    def test_an_unknown_process_is_an_error_with_the_known_ones(self, tmp_path):
         with pytest.raises(StateError, match="no process 'x'; this stack has me"):
             state(tmp_path, processes=(this_process(),)).process("x")
 
@@ -141,24 +130,24 @@ class TestTraces:
         first = datetime.fromisoformat(begin)
         return self.HEADER + "".join(f"{first + timedelta(hours=hour)},GB,100\n" for hour in range(hours))
 
-    def test_a_replay_begins_a_week_into_the_trace_with_a_whole_day_before_it(self, tmp_path):
+    def test_a_replay_begins_at_midnight_a_week_into_the_trace(self, tmp_path):
         trace = tmp_path / "t.csv"
         trace.write_text(self.hourly(240))
         assert default_day(trace) == datetime(2023, 2, 17, tzinfo=UTC)
         trace.write_text(self.hourly(240, begin="2023-02-10 07:00:00"))
         assert default_day(trace) == datetime(2023, 2, 18, tzinfo=UTC)
 
-    def test_in_a_short_trace_it_begins_earlier(self, tmp_path):
+    def test_a_replay_of_a_short_trace_begins_earlier(self, tmp_path):
         trace = tmp_path / "t.csv"
         trace.write_text(self.hourly(1))
         assert default_day(trace) == datetime(2023, 2, 10, tzinfo=UTC)
 
-    def test_a_compressed_trace_is_read_as_well(self, tmp_path):
+    def test_a_compressed_trace(self, tmp_path):
         trace = tmp_path / "t.csv.gz"
         trace.write_bytes(gzip.compress(self.hourly(240).encode()))
         assert default_day(trace) == datetime(2023, 2, 17, tzinfo=UTC)
 
-    def test_the_zone_is_the_traces_own(self, tmp_path):
+    def test_the_zone_is_that_of_the_trace(self, tmp_path):
         trace = tmp_path / "t.csv"
         trace.write_text(self.hourly(2))
         assert zone_of(trace) == "GB"
@@ -171,16 +160,16 @@ class TestTraces:
             ("", "is empty"),
             (HEADER, "is empty"),
             ("a,b\n1,2\n", "no column 'Datetime"),
-            (HEADER + "soon,GB,1\n", "is no time: 'soon'"),
+            (HEADER + "soon,GB,1\n", "is not a time: 'soon'"),
         ],
     )
-    def test_a_broken_trace_is_named_with_what_is_wrong(self, tmp_path, content, problem):
+    def test_an_invalid_trace_is_reported_with_the_problem(self, tmp_path, content, problem):
         trace = tmp_path / "broken.csv"
         trace.write_text(content)
         with pytest.raises(TraceError, match=f"broken.csv.*{problem}"):
             default_day(trace)
 
-    def test_a_zone_without_a_shipped_trace_is_told_how_to_give_one(self):
+    def test_a_zone_without_a_shipped_trace_is_an_error_with_a_remedy(self):
         with pytest.raises(TraceError, match=r"no trace is shipped for zone 'ATLANTIS' .*--carbon FILE"):
             shipped_trace("ATLANTIS")
 
@@ -189,13 +178,13 @@ class TestServiceSettings:
     def providers(self, config: StackConfig) -> dict:
         return json.loads(service_settings(config)["carbon_feed"]["SPROUT_CARBON_FEED_PROVIDERS"])
 
-    def test_in_real_time_the_zones_trace_is_played_over_and_over(self, tmp_path):
+    def test_in_real_time_the_trace_is_repeated(self, tmp_path):
         trace = tmp_path / "gb.csv"
         trace.touch()
         config = StackConfig(state_dir=tmp_path, zone="GB", carbon={"GB": trace})
         assert self.providers(config) == {"GB": [{"kind": "csv", "path": str(trace), "repeat": True}]}
 
-    def test_a_replay_keeps_to_what_was_recorded(self, tmp_path):
+    def test_in_a_replay_the_trace_is_not_repeated(self, tmp_path):
         config = StackConfig(
             state_dir=tmp_path, zone="SAMPLE-SOLAR", event_start=datetime(2024, 2, 8, tzinfo=UTC), rate=60
         )
@@ -204,19 +193,19 @@ class TestServiceSettings:
         }
         assert service_settings(config)["ledger"]["SPROUT_LEDGER_SETTLE_DELAY_S"] == "600"
 
-    def test_what_the_stack_is_asked_for_wins(self, tmp_path):
+    def test_settings_of_the_configuration_override_the_defaults(self, tmp_path):
         config = StackConfig(
             state_dir=tmp_path,
             services=("router",),
             settings={"router": {"SPROUT_ROUTER_SAMPLE_SHARE": "0.5", "A": "b"}, "triton": {"C": "d"}},
         )
-        told = service_settings(config)
-        assert told["router"] == {"SPROUT_ROUTER_SAMPLE_SHARE": "0.5", "A": "b"}
-        assert told["triton"] == {"C": "d"}
-        assert "carbon_feed" not in told
+        settings = service_settings(config)
+        assert settings["router"] == {"SPROUT_ROUTER_SAMPLE_SHARE": "0.5", "A": "b"}
+        assert settings["triton"] == {"C": "d"}
+        assert "carbon_feed" not in settings
 
 
-def test_the_tail_of_a_log_is_its_last_lines(tmp_path):
+def test_the_tail_of_a_log_has_its_last_lines(tmp_path):
     log = tmp_path / "x.log"
     assert tail(log) == "[no log]"
     log.write_text("")
@@ -229,7 +218,15 @@ def test_free_ports_are_distinct():
     assert len(set(free_ports(20))) == 20
 
 
-def test_a_java_that_is_too_old_is_passed_over(tmp_path, monkeypatch):
+def test_without_java_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # neither pip nor a Java wheel
+    with pytest.raises(NoJavaError, match=r"Kafka needs Java 17 or newer.*Install a Java runtime.*docker compose up"):
+        ensure_java(tmp_path, lambda _: None)
+
+
+def test_a_java_that_is_too_old_is_skipped(tmp_path, monkeypatch):
     home = tmp_path / "old"
     (home / "bin").mkdir(parents=True)
     java = home / "bin" / "java"

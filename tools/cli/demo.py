@@ -1,4 +1,4 @@
-"""`sprout demo`: a day of grid and traffic through the real services in two minutes, and what it saved."""
+"""`sprout demo`: a simulated day through the real services in two minutes, with a report."""
 
 import asyncio
 import json
@@ -9,55 +9,53 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from deploy.demo.day import PACES, DemoDay
-from deploy.demo.outcome import outcome_of
-from deploy.demo.run import run_demo, stack_config
-from deploy.local.config import StackConfig, event_time
-from deploy.local.errors import LOCAL_ERRORS
-from deploy.local.fleet import MODELS, ModelName
+from deploy.demo.day import PACES, DemoDay, stack_config
+from deploy.demo.result import evaluate_demo
+from deploy.demo.run import run_demo
+from deploy.local.config import MODELS, ModelName, StackConfig, event_time
 from deploy.local.grid import SAMPLE_ZONE, default_day, shipped_trace, zone_of
 from deploy.local.model_servers import TritonModels
+from deploy.local.stack import STACK_ERRORS
 from deploy.triton.models import SHIPPED_WORKLOAD
 from deploy.triton.stand_in.workload import WorkloadError
 from shared.kafka.dead_letters import describe
 from tools.cli.console import err, fail, out, quiet_clients, say
+from tools.cli.stack import Carbon, Model, Workload, Zone
 from tools.reporting import render_html, render_tables
 
-DEMO_ERRORS: tuple[type[Exception], ...] = (*LOCAL_ERRORS, WorkloadError)
+DEMO_ERRORS: tuple[type[Exception], ...] = (*STACK_ERRORS, WorkloadError)
 
 
 def demo(
     *,
-    workload: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", envvar="WORKLOAD", help="JSON lines of prompts and answers, may be gzipped"),
-    ] = None,
-    model: Annotated[str, typer.Option(envvar="MODEL", help=f"What is served: {', '.join(MODELS)}")] = MODELS[0],
-    carbon: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", envvar="CARBON", help="Download of Electricity Maps; default: the sample trace"),
-    ] = None,
-    zone: Annotated[str | None, typer.Option(envvar="ZONE", help="Default: the zone of the trace")] = None,
+    workload: Workload = None,
+    model: Model = MODELS[0],
+    carbon: Carbon = None,
+    zone: Zone = None,
     start: Annotated[
         str | None,
-        typer.Option(metavar="TIME", envvar="START", help="Event time, UTC; default: a week into the trace"),
+        typer.Option(
+            metavar="TIME", envvar="START", help="Event time of the first request, UTC; default: a week into the trace"
+        ),
     ] = None,
-    hours: Annotated[float, typer.Option(min=0.1, max=168.0, help="Event hours of traffic")] = 24.0,
-    requests: Annotated[int | None, typer.Option(min=1, help="Default: as many as suit the model")] = None,
+    hours: Annotated[float, typer.Option(min=0.1, max=168.0, help="Duration of the traffic, event hours")] = 24.0,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Number of requests; default: depends on the model")
+    ] = None,
     day_seconds: Annotated[
-        float | None, typer.Option(min=10.0, help="Wall seconds that 24 event hours take; default: suits the model")
+        float | None, typer.Option(min=10.0, help="Wall seconds for 24 event hours; default: depends on the model")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Another seed, another day of traffic")] = 1,
-    html: Annotated[Path, typer.Option(metavar="FILE", help="Where the page with plots goes")] = Path(
+    seed: Annotated[int, typer.Option(help="Seed of the random traffic")] = 1,
+    html: Annotated[Path, typer.Option(metavar="FILE", help="Output file for the report page")] = Path(
         "demo-report.html"
     ),
-    json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the figures go")] = Path(
+    json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Output file for the figures")] = Path(
         "demo-report.json"
     ),
 ) -> None:
-    """Play a day through a local stack of its own, print and write what was saved, stop everything.
+    """Replay a day of traffic on a temporary local stack, report the carbon saved, and stop the stack.
 
-    Exit codes: 0 all is well, 1 something failed or a figure does not hold (it says which), 2 wrong usage.
+    Exit codes: 0 success, 1 an error or a failed check (named in the output), 2 wrong usage.
     """
     try:
         trace = carbon if carbon is not None else shipped_trace(zone or SAMPLE_ZONE)
@@ -77,7 +75,7 @@ def demo(
         config = stack_config(day, StackConfig())
     except ValidationError as error:
         fail(describe(error))
-    except ValueError as error:  # a trace's, a time's, the environment's
+    except ValueError as error:  # an invalid trace, time or model
         fail(str(error))
     quiet_clients()
     try:
@@ -85,23 +83,16 @@ def demo(
     except DEMO_ERRORS as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("interrupted; everything that was started has been stopped")
-    outcome = outcome_of(
-        planned=day.requests,
-        sent=run.sent,
-        tally=run.tally,
-        report=run.report,
-        broker=run.broker,
-        seconds=run.seconds,
-    )
-    title = f"Sprout: {day.hours:g} hours on {day.zone}, from {day.start:%Y-%m-%d %H:%M} UTC"
-    json_file.write_text(json.dumps(outcome.figures, indent=2) + "\n", encoding="utf-8")
+        fail("interrupted; every started process was stopped")
+    result = evaluate_demo(planned=day.requests, sent=run.sent, tally=run.tally, report=run.report, seconds=run.seconds)
+    title = f"Sprout: {day.hours:g} hours in {day.zone}, from {day.start:%Y-%m-%d %H:%M} UTC"
+    json_file.write_text(json.dumps(result.figures, indent=2) + "\n", encoding="utf-8")
     html.write_text(render_html(run.report, title=title), encoding="utf-8")
     render_tables(run.report, out)
     out.print(f"wrote {html} and {json_file} after {run.seconds:.0f} s")
-    if outcome.problems:
-        fail("the demo did not hold:", remedy="\n".join(f"- {problem}" for problem in outcome.problems))
-    out.print("every request answered once, every joule accounted for", style="green")
+    if result.problems:
+        fail("checks of the demo failed:", remedy="\n".join(f"- {problem}" for problem in result.problems))
+    out.print("every request was answered exactly once, and the energy balance is complete", style="green")
 
 
 def _existing(workload: Path) -> Path:
@@ -114,4 +105,4 @@ def _model_named(name: str) -> ModelName:
     for known in MODELS:
         if name == known:
             return known
-    raise ValueError(f"there is no local model {name!r}; there are {', '.join(MODELS)}")
+    raise ValueError(f"there is no local model {name!r}; choose one of {', '.join(MODELS)}")

@@ -20,9 +20,8 @@ from shared.kafka.dead_letters import PoisonMessageError, describe, parse
 from shared.messages import Policy
 from shared.runtime.settings import FleetSettings, KafkaSettings
 from shared.topics import POLICIES
-from tools.cli.console import Exit, fail, out, quiet_clients
+from tools.cli.console import Bootstrap, Exit, fail, find_target, out, quiet_clients, unreachable
 from tools.cli.offsets import existing_partitions
-from tools.cli.target import Bootstrap, find_target, unreachable
 
 POLL_MS = 500
 _BINDING = 1e-6

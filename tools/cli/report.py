@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from shared.kafka.dead_letters import describe
 from shared.runtime.settings import DatabaseSettings
-from tools.cli.console import Exit, fail, out, say
-from tools.cli.target import local_state
+from tools.cli.console import Exit, fail, local_state, out, say
 from tools.reporting import NoLedgerError, TooManyCallsError, collect_report, render_html, render_tables, to_json
 
 DATABASE_VARIABLE = "SPROUT_DATABASE_URL"

@@ -1,54 +1,59 @@
-"""`sprout up` and `sprout down`: the local stack, left running in the background."""
+"""`sprout up`, `sprout down`, `sprout logs`: the local stack in the background."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 
-from deploy.local.config import StackConfig, event_time
-from deploy.local.errors import LOCAL_ERRORS
-from deploy.local.fleet import MODELS
+from deploy.local.config import MODELS, StackConfig, event_time, state_dir_from_environment
 from deploy.local.grid import default_day, shipped_trace, zone_of
 from deploy.local.model_servers import TritonModels
-from deploy.local.running import stop_stack
-from deploy.local.stack import LocalStack
-from deploy.local.state import StateError
+from deploy.local.processes import tail
+from deploy.local.stack import STACK_ERRORS, LocalStack
+from deploy.local.state import StateError, stop_stack
 from shared.kafka.dead_letters import describe
-from tools.cli.console import Exit, fail, out, say
-from tools.cli.target import local_state
+from tools.cli.console import fail, local_state, out, say
+
+POLL_S = 0.3
+
+Workload = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", envvar="WORKLOAD", help="Recorded answers, JSON lines, may be gzipped"),
+]
+Model = Annotated[str, typer.Option(envvar="MODEL", help=f"Model to serve: {', '.join(MODELS)}")]
+Carbon = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", envvar="CARBON", help="Download of Electricity Maps; default: the sample trace"),
+]
+Zone = Annotated[str | None, typer.Option(envvar="ZONE", help="Grid zone; default: the zone of the trace")]
 
 
 def up(
     *,
-    workload: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", envvar="WORKLOAD", help="JSON lines of prompts and answers"),
-    ] = None,
-    model: Annotated[str, typer.Option(envvar="MODEL", help=f"What is served: {', '.join(MODELS)}")] = MODELS[0],
-    carbon: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", envvar="CARBON", help="Download of Electricity Maps; default: the sample trace"),
-    ] = None,
-    zone: Annotated[str | None, typer.Option(envvar="ZONE", help="Grid zone; default: the trace's")] = None,
+    workload: Workload = None,
+    model: Model = MODELS[0],
+    carbon: Carbon = None,
+    zone: Zone = None,
     start: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Replay from this event time; with --rate alone: a week into the trace"),
+        typer.Option(metavar="TIME", help="Replay from this event time; default with --rate: a week into the trace"),
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Replay so fast: event seconds per second; 720 is a day in two minutes"),
+        typer.Option(min=0.001, help="Replay speed, event seconds per second; 720 is a day in two minutes"),
     ] = None,
-    routers: Annotated[int, typer.Option(min=1, max=8, help="How many routers share the requests")] = 1,
+    routers: Annotated[int, typer.Option(min=1, max=8, help="Number of router processes")] = 1,
 ) -> None:
-    """Start Kafka, PostgreSQL, Triton and every service, and leave them running; nothing listens beyond loopback.
+    """Start Kafka, PostgreSQL, Triton and all services in the background; they listen on loopback only.
 
-    What is missing is installed first, below .sprout/. The stack lives in real time, with the trace played over and
-    over; --start or --rate make it a replay. Every start begins with empty topics and tables.
+    Missing parts are installed first, below .sprout/. Without --start and --rate the stack runs in real time and the
+    trace is repeated; with them it replays the trace. Every start begins with empty topics and tables.
     """
     try:
         trace = carbon if carbon is not None else shipped_trace() if zone is None else shipped_trace(zone)
-        replayed = start is not None or rate is not None
+        replay = start is not None or rate is not None
         grid_zone = zone_of(trace, wanted=zone)
         config = StackConfig.model_validate(
             {
@@ -56,24 +61,24 @@ def up(
                 "model": model,
                 "zone": grid_zone,
                 "carbon": {grid_zone: trace},
-                "event_start": (event_time(start) if start else default_day(trace)) if replayed else None,
+                "event_start": (event_time(start) if start else default_day(trace)) if replay else None,
                 "rate": rate or 1.0,
                 "routers": routers,
             }
         )
     except ValidationError as error:
         fail(describe(error))
-    except ValueError as error:  # a trace's, a time's, or the environment's
+    except ValueError as error:  # an invalid trace or time
         fail(str(error))
     stack = LocalStack(config, TritonModels(), say=say, detached=True)
     try:
         stack.start()
-    except LOCAL_ERRORS as error:
+    except STACK_ERRORS as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("interrupted; everything that was started has been stopped")
+        fail("interrupted; every started process was stopped")
     state = stack.state
-    out.print(f"Kafka      {state.bootstrap_servers}" + ("" if state.broker == "kafka" else "  (IN-MEMORY, not Kafka)"))
+    out.print(f"Kafka      {state.bootstrap_servers}")
     out.print(f"event time {state.event_clock.now():%Y-%m-%d %H:%M} UTC")
     out.print('try        sprout send "Why is the sky blue?"')
     out.print("see        sprout status, sprout logs router -f")
@@ -81,9 +86,9 @@ def up(
 
 
 def down(
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing where nothing runs")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing if no stack is running")] = False,
 ) -> None:
-    """Stop everything that 'sprout up' started; only processes that are still the recorded ones are touched."""
+    """Stop the processes that 'sprout up' started."""
     state = local_state()
     if state is None:
         if not quiet:
@@ -92,5 +97,57 @@ def down(
     try:
         stopped = stop_stack(state, say=say)
     except StateError as error:
-        fail(str(error), code=Exit.FAILED)
-    out.print(f"stopped {stopped} processes" if stopped else "nothing was running any more; cleared up")
+        fail(str(error))
+    out.print(f"stopped {stopped} processes" if stopped else "every process had ended already; cleaned up")
+
+
+def logs(
+    service: Annotated[str | None, typer.Argument(help="Process name, see 'sprout status'; default: all")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing new lines")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Lines of each log")] = 20,
+) -> None:
+    """Print the end of the local stack's logs; they are kept after the stack has stopped."""
+    folder = state_dir_from_environment() / "logs"
+    found = {path.stem: path for path in sorted(folder.glob("*.log"))}
+    if not found:
+        fail(f"there are no logs in {folder}", remedy="start the stack: sprout up")
+    if service is not None and service not in found:
+        fail(f"there is no log of {service!r}", remedy=f"there are: {', '.join(found)}")
+    chosen = found if service is None else {service: found[service]}
+    ends = {}
+    for name, path in chosen.items():
+        ends[name] = path.stat().st_size
+        if lines:
+            _print(name, tail(path, lines), labelled=len(chosen) > 1)
+    if follow:
+        try:
+            _follow(chosen, ends)
+        except KeyboardInterrupt:
+            return
+
+
+def _follow(files: dict[str, Path], ends: dict[str, int]) -> None:
+    """Print what is appended to the files until interrupted; a file that shrank was truncated."""
+    while True:
+        for name, path in files.items():
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                continue
+            if size < ends[name]:
+                ends[name] = 0
+            if size == ends[name]:
+                continue
+            with path.open("rb") as file:
+                file.seek(ends[name])
+                added = file.read(size - ends[name])
+            complete = added.rfind(b"\n") + 1  # an incomplete line is printed later
+            if complete:
+                ends[name] += complete
+                _print(name, added[:complete].decode(errors="replace").rstrip("\n"), labelled=len(files) > 1)
+        time.sleep(POLL_S)
+
+
+def _print(name: str, text: str, *, labelled: bool) -> None:
+    for line in text.splitlines():
+        print(f"{name:<12} {line}" if labelled else line, flush=True)

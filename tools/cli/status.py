@@ -1,4 +1,4 @@
-"""`sprout status`: the local stack's processes, their health, and how far behind their consumers are."""
+"""`sprout status`: the local stack's processes, their health, and their consumer lag."""
 
 import asyncio
 import json
@@ -13,12 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.local.processes import http_probe
-from deploy.local.records import ProcessRecord
 from deploy.local.services import SERVICE_TIER
-from deploy.local.state import StackState
+from deploy.local.state import ProcessRecord, StackState
 from shared.runtime.settings import KafkaSettings
-from tools.cli.console import Exit, out, quiet_clients
-from tools.cli.target import running_stack
+from tools.cli.console import Exit, out, quiet_clients, running_stack
 
 LAG_TIMEOUT_S = 5.0
 NOTICE_WIDTH = 60
@@ -27,7 +25,7 @@ NOTICE_WIDTH = 60
 def status(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
     """Show every process of the local stack: pid, port, health, uptime, and the lag of its consumer group.
 
-    Exit codes: 0 everything is ready, 1 something is not, 3 no stack runs.
+    Exit codes: 0 every process is ready, 1 a process is not ready, 3 no stack is running.
     """
     state = running_stack()
     quiet_clients()
@@ -35,7 +33,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")
     rows = [_row(process, lags) for process in state.processes]
     if as_json:
         document = {
-            "broker": state.broker,
+            "broker": "kafka",
             "bootstrap_servers": state.bootstrap_servers,
             "model": state.model,
             "zone": state.zone,
@@ -70,7 +68,7 @@ def _health(process: ProcessRecord) -> str:
 
 
 async def _lags(state: StackState) -> dict[str, int]:
-    """Records that each service's consumer group has not committed yet; a service without a group is left out."""
+    """The lag of each service's consumer group, in records; services without a group are left out."""
     services = [process.name for process in state.running if process.tier == SERVICE_TIER and "-" not in process.name]
     try:
         async with asyncio.timeout(LAG_TIMEOUT_S):
@@ -80,7 +78,7 @@ async def _lags(state: StackState) -> dict[str, int]:
                 return {}
             ends = await _ends(state.kafka, list(partitions))
     except (KafkaError, OSError, TimeoutError):
-        return {}  # the health column tells that the broker does not answer
+        return {}  # the health column shows that Kafka does not answer
     return {
         service: sum(max(0, ends[partition] - offset) for partition, offset in offsets.items())
         for service, offsets in committed.items()
@@ -89,7 +87,7 @@ async def _lags(state: StackState) -> dict[str, int]:
 
 
 async def _committed(kafka: KafkaSettings, services: list[str]) -> dict[str, dict[TopicPartition, int]]:
-    """By service: the offsets that its consumer group has committed."""
+    """The committed offsets of each service's consumer group."""
     admin = AIOKafkaAdminClient(**kafka.client_options(), request_timeout_ms=3_000)
     try:
         await admin.start()
@@ -106,7 +104,7 @@ async def _committed(kafka: KafkaSettings, services: list[str]) -> dict[str, dic
 
 
 async def _ends(kafka: KafkaSettings, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
-    """By partition: the offset that its next record gets."""
+    """The end offset of each partition."""
     consumer: Any = AIOKafkaConsumer(**kafka.client_options(), enable_auto_commit=False)
     try:
         await consumer.start()
@@ -117,8 +115,7 @@ async def _ends(kafka: KafkaSettings, partitions: list[TopicPartition]) -> dict[
 
 
 def _print(state: StackState, rows: list[dict[str, Any]]) -> None:
-    broker = "Apache Kafka" if state.broker == "kafka" else "IN-MEMORY (not Kafka; keeps nothing)"
-    out.print(f"broker     {broker} at {state.bootstrap_servers}", markup=False)
+    out.print(f"Kafka      {state.bootstrap_servers}", markup=False)
     out.print(f"model      {state.model}, zone {state.zone}", markup=False)
     clock = state.event_clock
     speed = "real time" if not state.clock else f"{clock.rate:g} times real time"
@@ -137,7 +134,9 @@ def _print(state: StackState, rows: list[dict[str, Any]]) -> None:
         )
     out.print(table)
     if not state.ready:
-        out.print("the stack has not finished starting, or its start was cut off: sprout down, then sprout up")
+        out.print(
+            "the stack is still starting, or its start was interrupted; in that case: sprout down, then sprout up"
+        )
 
 
 def _short(text: str) -> str:

@@ -9,9 +9,8 @@ from rich.table import Column, Table
 
 from shared.kafka.admin import ProvisioningError, create_topics
 from shared.topics import TOPICS, TopicSpec
-from tools.cli.console import Exit, fail, out, quiet_clients
+from tools.cli.console import Bootstrap, Exit, fail, find_target, out, quiet_clients, unreachable
 from tools.cli.offsets import offsets_by_topic
-from tools.cli.target import Bootstrap, find_target, unreachable
 
 app = typer.Typer(no_args_is_help=True, help="Create, list and describe Kafka topics.")
 
@@ -25,11 +24,6 @@ def create(
 ) -> None:
     """Create every declared topic that does not exist yet; existing ones are not changed."""
     target = find_target(bootstrap)
-    if target.state is not None and target.state.broker == "in-memory":
-        fail(
-            "the in-memory broker takes no requests to create topics; it made them all when it started",
-            remedy="see 'sprout topics list'",
-        )
     quiet_clients()
     try:
         outcomes = asyncio.run(create_topics(target.kafka, replication_factor=replication_factor))

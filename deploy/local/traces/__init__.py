@@ -1,1 +1,1 @@
-"""Traces of carbon intensity that the project ships."""
+"""The shipped carbon intensity traces."""

@@ -1,6 +1,6 @@
-"""Writes SAMPLE-SOLAR.csv: ten made-up days of a grid with much solar power, in the format of Electricity Maps.
+"""Writes SAMPLE-SOLAR.csv: ten synthetic days of a grid with much solar power, in the format of Electricity Maps.
 
-`python -m deploy.local.traces.build` writes it, `--check` tells whether it is what this file makes.
+`python -m deploy.local.traces.build` writes it, `--check` checks the file.
 """
 
 import argparse
@@ -80,12 +80,12 @@ def text() -> str:
 
 def main() -> None:
     """Write the file, or check it."""
-    parser = argparse.ArgumentParser(description="Write the made-up sample trace.")
-    parser.add_argument("--check", action="store_true", help="only tell whether the file is what this script makes")
+    parser = argparse.ArgumentParser(description="Write the synthetic sample trace.")
+    parser.add_argument("--check", action="store_true", help="only check the file")
     if not parser.parse_args().check:
         TRACE.write_text(text(), encoding="utf-8")
     elif TRACE.read_text(encoding="utf-8") != text():
-        sys.stderr.write(f"{TRACE.name} differs from what this script makes: run it without --check\n")
+        sys.stderr.write(f"{TRACE.name} is out of date: run this script without --check\n")
         sys.exit(1)
 
 

@@ -1,31 +1,31 @@
-"""What the demo shows in figures, and whether they hold. Pure."""
+"""The figures of a demo, and the checks that they must pass."""
 
 from dataclasses import dataclass
 
-from deploy.demo.observer import Tally
+from deploy.demo.clients import Tally
 from tools.reporting import Report
 
 LARGEST_IMBALANCE_PCT = 0.1
-"""Attributed energy may differ from the meters' by this much."""
+"""Largest difference of attributed and metered energy."""
 LARGEST_DISAGREEMENT_POINTS = 3.0
-"""Measured and implied saving may differ by this much, or by as much as the measured one's interval is wide."""
+"""Largest difference of measured and implied saving; the width of the measured interval if that is larger."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """The figures of `demo-report.json`, and what does not hold; no problems: the demo succeeded."""
+class DemoResult:
+    """The figures of `demo-report.json` and the failed checks; without problems the demo succeeded."""
 
     figures: dict[str, object]
     problems: tuple[str, ...]
 
 
-def outcome_of(*, planned: int, sent: int, tally: Tally, report: Report, broker: str, seconds: float) -> Outcome:
-    """Figures and problems of a day.
+def evaluate_demo(*, planned: int, sent: int, tally: Tally, report: Report, seconds: float) -> DemoResult:
+    """Collect the figures and run the checks.
 
     Args:
-        planned: requests that were to be sent.
-        sent: those that Kafka acknowledged.
-        seconds: wall time of it all.
+        planned: number of planned requests.
+        sent: number of requests that Kafka acknowledged.
+        seconds: wall time of the whole demo.
     """
     saving, energy, interval = report.saving, report.energy, report.saving.saving_interval
     figures: dict[str, object] = {
@@ -48,22 +48,22 @@ def outcome_of(*, planned: int, sent: int, tally: Tally, report: Report, broker:
         "prompt_groups_learned": len(report.groupings),
         "requests_by_learned_groups": report.requests_by_learned_groups,
         "policies_published": tally.policies_published,
-        "broker": broker,
+        "broker": "kafka",
         "seconds": round(seconds, 1),
     }
-    return Outcome(figures, tuple(_problems(planned, sent, tally, report)))
+    return DemoResult(figures, tuple(_problems(planned, sent, tally, report)))
 
 
 def _problems(planned: int, sent: int, tally: Tally, report: Report) -> list[str]:
     failed = ", ".join(f"{code} {count}" for code, count in tally.errors.most_common())
     checks = [
-        (sent != planned, f"{planned - sent} of {planned} requests could not be sent"),
+        (sent != planned, f"{planned - sent} of {planned} requests were not acknowledged by Kafka"),
         (tally.answered != planned, f"{planned - tally.answered} requests were not answered"),
         (bool(tally.errors), f"requests failed: {failed}"),
-        (tally.duplicates > 0, f"{tally.duplicates} answers came twice, though no router was stopped"),
+        (tally.duplicates > 0, f"{tally.duplicates} requests were answered twice, although no router was stopped"),
         (tally.dead_letters > 0, f"{tally.dead_letters} messages became dead letters"),
         (report.requests.unsettled > 0, f"{report.requests.unsettled} answers have no footprint yet"),
-        (not report.evaluations, "no evaluation took place: quality is unknown, and nothing could be saved"),
+        (not report.evaluations, "there was no evaluation, so quality is unknown and nothing could be saved"),
     ]
     return [text for found, text in checks if found] + _energy_problems(report) + _saving_problems(report)
 
@@ -73,7 +73,7 @@ def _energy_problems(report: Report) -> list[str]:
     if imbalance is None:
         return ["no energy was metered"]
     if abs(imbalance) > LARGEST_IMBALANCE_PCT:
-        return [f"attributed energy differs from the meters' by {imbalance:+.3f} %"]
+        return [f"attributed energy differs from metered energy by {imbalance:+.3f} %"]
     return []
 
 
@@ -82,11 +82,12 @@ def _saving_problems(report: Report) -> list[str]:
     if measured is None or implied is None:
         return ["the saving could not be measured"]
     if abs(measured - implied) > _tolerance(report):
-        return [f"the measured saving, {measured:.1f} %, disagrees with what the policies imply, {implied:.1f} %"]
+        return [f"the measured saving, {measured:.1f} %, disagrees with that implied by the policies, {implied:.1f} %"]
     return []
 
 
 def _tolerance(report: Report) -> float:
-    # Half of a 95 % interval would be missed by one sound day in twenty; its whole width by none in ten thousand.
+    # A correct estimate lies outside half the width of its 95 % interval in 1 of 20 demos, outside the full width in
+    # less than 1 of 10,000.
     interval = report.saving.saving_interval
     return max(LARGEST_DISAGREEMENT_POINTS, 0.0 if interval is None else interval.high - interval.low)
