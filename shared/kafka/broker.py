@@ -74,8 +74,10 @@ class ServiceBroker(KafkaBroker):
         exc_tb: TracebackType | None = None,
     ) -> None:
         """Stop the subscribers, then the producer; does not wait for a Kafka that is unreachable."""
-        await super().stop(exc_type, exc_val, exc_tb)
-        await self._recovering_producer.stop()
+        try:
+            await super().stop(exc_type, exc_val, exc_tb)
+        finally:
+            await self._recovering_producer.stop()
 
 
 def build_broker(

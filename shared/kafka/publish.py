@@ -171,15 +171,21 @@ class RecoveringProducer:
             producer = self._producer
             if producer is None:
                 raise IncorrectState("the Kafka producer is not running")
+            numbered = False
             try:
-                return await (await producer.send(topic, value, **options))
+                sent = await producer.send(topic, value, **options)
+                numbered = True
+                return await sent
             except ProducerClosed:
                 # The producer was replaced before it took the message.
                 if producer is self._producer:
                     raise
             except KafkaError as error:
-                # A sender task that has ended fails every message with a plain KafkaError.
-                if isinstance(error, UNRECOVERABLE) or type(error) is KafkaError:
+                # A sender task that has ended fails every message with a plain KafkaError. A message that is too large
+                # for the producer itself never gets a sequence number.
+                if type(error) is KafkaError or (
+                    isinstance(error, UNRECOVERABLE) and (numbered or not isinstance(error, TOO_LARGE))
+                ):
                     await self._replace(producer, error)
                 raise
 
@@ -191,7 +197,7 @@ class RecoveringProducer:
             _log.warning("replacing the Kafka producer", error=type(reason).__name__)
             try:
                 replacement = await self._connect()
-            except KafkaError as error:
+            except (KafkaError, OSError) as error:
                 _log.warning("the Kafka producer could not be replaced yet", error=type(error).__name__)
                 return
             if self._producer is broken:

@@ -44,6 +44,8 @@ class FakeProducer:
     async def send(self, topic, value, **options):
         if self.stopped:
             raise ProducerClosed
+        if value == b"larger than the producer allows":
+            raise MessageSizeTooLargeError
         return asyncio.ensure_future(self._deliver(value))
 
     async def _deliver(self, value):
@@ -83,9 +85,13 @@ async def test_after_an_unrecoverable_error_another_producer_sends(producer, val
     assert old.stopped
 
 
-async def test_a_temporary_error_replaces_nothing(producer):
-    with pytest.raises(NotLeaderForPartitionError):
-        await producer.send("t", b"busy")
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(b"busy", NotLeaderForPartitionError), (b"larger than the producer allows", MessageSizeTooLargeError)],
+)
+async def test_an_error_that_leaves_the_producer_usable_replaces_nothing(producer, value, error):
+    with pytest.raises(error):
+        await producer.send("t", value)
     assert len(FakeProducer.made) == 1
 
 

@@ -86,7 +86,7 @@ class Provider(ABC):
 
 
 class Source(BaseModel, ABC):
-    """One entry of a zone's chain in the configuration; subclasses define `kind`, by which they are told apart."""
+    """One entry of a zone's chain in the configuration; the field `kind` of a subclass identifies it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
