@@ -3,10 +3,8 @@
 import json
 import warnings
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
-import plotly.graph_objects as go
 import pytest
 
 from services.optimizer.bounds import trailing_range
@@ -27,14 +25,6 @@ KEYS = (
     "zone", "window_start_hour", "scheme", "xi", "carbon_saving_pct", "preference_pct", "correctness_pct",
     "hours_bound_kept_pct", "evaluations", "evaluation_hours", "evaluator_share_pct", "mean_gco2_per_request",
 )  # fmt: skip
-
-
-class NamedPlot(NamedTuple):
-    """A figure of the report."""
-
-    title: str
-    about: str
-    figure: go.Figure
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +238,7 @@ def test_hours_without_a_choice_are_the_mean_over_the_folds(experiment):
 
 def test_the_page_and_the_summary_agree(experiment):
     found = [outcome(experiment, "sprout"), outcome(experiment, "sprout_task")]
-    plots = {plot.title: plot.figure for plot in map(NamedPlot._make, figures(found))}
+    plots = {plot.title: plot.figure for plot in figures(found)}
     for title, key in (("Saving by zone", "carbon_saving_pct"), ("Evaluator", "evaluator_share_pct")):
         shown = {bar.name: bar.y[0] for bar in plots[title].data}
         assert shown == {one.scheme: pytest.approx(one.summary()[key]) for one in found}

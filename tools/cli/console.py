@@ -96,7 +96,7 @@ def unreachable(target: Target, error: Exception) -> NoReturn:
     """Exit because Kafka did not answer or rejected the connection."""
     fail(
         f"no Kafka answers at {target.kafka.bootstrap_servers} ({type(error).__name__})",
-        remedy="check address, credentials and SPROUT_KAFKA_SECURITY_PROTOCOL, or start a local stack: sprout up",
+        remedy=f"{target.kafka.connection_advice()}; or start a local stack: sprout up",
         code=Exit.NOT_RUNNING,
     )
 
