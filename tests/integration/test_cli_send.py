@@ -234,7 +234,7 @@ async def test_topics_are_created_listed_and_described(environment, kafka_settin
     described = await sprout("topics", "describe", "requests")
     assert described.exit_code == 0, described.output
     assert "Most tokens" not in described.stdout  # the message's own fields, not those of its parts
-    assert "Echoed in the response" in described.stdout
+    assert "Copied into the response" in described.stdout
 
 
 async def test_an_unknown_topic_is_rejected_with_the_declared_ones(environment):
