@@ -44,6 +44,9 @@ demo: install  ## Replay a day through the real services in two minutes; see dem
 test: install lint types  ## Lint, types and every test
 	$(BIN)/pytest
 
+# One BLAS thread per test process: with more, the processes wait for each other.
+test test-unit: export OPENBLAS_NUM_THREADS = 1
+
 test-unit: install  ## The unit tests without those of measured data, under a minute on two cores
 	$(BIN)/pytest tests/unit -m "not measured_data" -n 2 --dist worksteal --quiet
 

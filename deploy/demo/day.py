@@ -146,7 +146,7 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
         },
         "optimizer": {
             "SPROUT_OPTIMIZER_XI": json.dumps({"preference": 0.1}),
-            "SPROUT_OPTIMIZER_CAUTION": str(day.pace.confidence_z),
+            "SPROUT_OPTIMIZER_CONFIDENCE_Z": str(day.pace.confidence_z),
         },
         "evaluator": {
             "SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION": str(day.pace.evaluated_prompts),

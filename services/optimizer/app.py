@@ -18,11 +18,11 @@ from services.optimizer.store import Store
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.publish import publish_with_retry
+from shared.kafka.publish import declare_publisher, publish_with_retry
 from shared.kafka.subscribe import POLL_MS, Subscriber, read_to_end, subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality
 from shared.runtime.clock import Clock
-from shared.runtime.database import migrate, open_pool
+from shared.runtime.database import DatabaseStatus, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import build_service, run_service
@@ -96,7 +96,8 @@ def build_app(
     metrics = OptimizerMetrics(registry)
     health = Health()
     broker, dead_letters = build_broker(kafka, service=NAME, clock=clock, registry=registry)
-    publisher = broker.publisher(kafka.topic(POLICIES), title="policies", description="Probabilities of the options")
+    publisher = declare_publisher(broker, kafka, POLICIES)
+    status = DatabaseStatus()
 
     async def publish(policy: Policy) -> None:
         await publish_with_retry(lambda: publisher.publish(policy, key=policy.model.encode()))
@@ -115,7 +116,7 @@ def build_app(
         pool = await open_pool(database, schema=NAME)
         try:
             await migrate(pool, schema=NAME, package=migrations.__name__)
-            await service.restore(Store(pool, remembered_footprints=settings.remembered_footprints))
+            await service.restore(Store(pool, status=status, remembered_footprints=settings.remembered_footprints))
             health.spawn("make policies", make_policies())
             yield
         finally:
@@ -123,7 +124,7 @@ def build_app(
             service.close()
             await pool.close()
 
-    health.add_check("database", service.problem)
+    health.add_check("database", status.problem)
     return build_service(
         broker,
         name=NAME,

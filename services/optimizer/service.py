@@ -22,9 +22,9 @@ from services.optimizer.state import OptimizerState
 from services.optimizer.store import Store
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
-from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality, option_key
 from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.logs import get_logger
 
 EXPIRY_HALF_LIVES = 10
@@ -138,10 +138,6 @@ class PolicyService:
             raise RuntimeError("PolicyService.restore() must be awaited first")
         return self._store
 
-    def problem(self) -> str | None:
-        """Why the service is not ready; None if it is."""
-        return "PostgreSQL: not connected yet" if self._store is None else self._store.problem
-
     async def restore(self, store: Store) -> None:
         """Load what the last process stored."""
         self._state.consumption = await store.consumption()
@@ -187,13 +183,13 @@ class PolicyService:
         """Count footprints in the database.
 
         Raises:
-            RetryLaterError: the database is unavailable; no footprint was counted.
+            DatabaseUnavailableError: the database is unavailable; no footprint was counted.
         """
         counted = [one for one in messages if one.purpose != "judge" and self._is_known(one)]
         if counted:
             try:
                 changed, new = await self.store.count(counted, self._count)
-            except RetryLaterError:
+            except DatabaseUnavailableError:
                 await asyncio.sleep(self._settings.retry_pause_s)
                 raise
             self._state.consumption |= changed
@@ -212,7 +208,7 @@ class PolicyService:
             try:
                 await self.run_once()
                 pause_s = self._settings.loop_interval_s
-            except RetryLaterError as error:
+            except DatabaseUnavailableError as error:
                 _log.warning("policies cannot be made now", reason=str(error))
                 self._changed.set()
                 pause_s = self._settings.retry_pause_s
@@ -227,10 +223,10 @@ class PolicyService:
         """Store queued evaluations, and check every model once.
 
         Raises:
-            RetryLaterError: the database is unavailable; the next call does what is left.
+            DatabaseUnavailableError: the database is unavailable; the next call does what is left.
         """
         self._changed.clear()
-        if self.store.problem is not None:
+        if self.store.status.problem() is not None:
             await self.store.probe()
         if self._new_evaluations or self._must_recount:
             stored = list(self._new_evaluations)

@@ -1,34 +1,32 @@
 """The optimizer's tables in PostgreSQL: consumption, evaluations, and the last policy of every model."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
 import asyncpg
 
 from services.optimizer.costs import Consumption
-from shared.kafka.dead_letters import RetryLaterError
 from shared.messages import Footprint, Policy, Quality
-from shared.runtime.database import TRANSIENT_ERRORS
+from shared.runtime.database import DatabaseStatus
 
 Apply = Callable[[Consumption, Sequence[Footprint]], None]
 """Counts footprints into a model's consumption."""
 
 
 class Store:
-    """The optimizer's tables. Every method raises `RetryLaterError` while the database is unavailable.
+    """The optimizer's tables. Every method raises `DatabaseUnavailableError` while the database is unavailable.
 
     Attributes:
-        problem: why the last operation failed; None if it succeeded.
+        status: whether the last operation reached the database.
     """
 
-    def __init__(self, pool: asyncpg.Pool, *, remembered_footprints: int) -> None:
+    def __init__(self, pool: asyncpg.Pool, *, status: DatabaseStatus, remembered_footprints: int) -> None:
         """Use an open pool whose `search_path` is the optimizer's schema."""
+        self.status = status
         self._pool = pool
         self._remembered = remembered_footprints
-        self.problem: str | None = None
 
     async def count(self, footprints: Sequence[Footprint], apply: Apply) -> tuple[dict[str, Consumption], int]:
         """Count footprints that were not counted yet, in one transaction.
@@ -40,7 +38,7 @@ class Store:
             The new consumption of the models concerned, and how many footprints were new.
         """
         by_id = {footprint.request_id: footprint for footprint in footprints}
-        with self._watched():
+        with self.status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
                 # Sorted, so that two processes lock the rows in the same order and cannot deadlock.
                 new = await connection.fetch(
@@ -66,7 +64,7 @@ class Store:
 
     async def consumption(self) -> dict[str, Consumption]:
         """Consumption of every model."""
-        with self._watched():
+        with self.status.watch():
             rows = await self._pool.fetch("SELECT model, state FROM consumption")
         return {row["model"]: Consumption.from_document(json.loads(row["state"])) for row in rows}
 
@@ -77,7 +75,7 @@ class Store:
             for one in evaluations
             if one.evaluated_at >= oldest
         ]
-        with self._watched():
+        with self.status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
                 await connection.execute("DELETE FROM evaluations WHERE evaluated_at < $1", oldest)
                 if not values:
@@ -92,19 +90,19 @@ class Store:
 
     async def evaluations(self) -> list[Quality]:
         """Every stored evaluation, oldest first."""
-        with self._watched():
+        with self.status.watch():
             rows = await self._pool.fetch("SELECT message FROM evaluations ORDER BY evaluated_at, evaluation_id")
         return [Quality.model_validate_json(row["message"]) for row in rows]
 
     async def policies(self) -> dict[str, Policy]:
         """The last policy of every model."""
-        with self._watched():
+        with self.status.watch():
             rows = await self._pool.fetch("SELECT model, message FROM policies")
         return {row["model"]: Policy.model_validate_json(row["message"]) for row in rows}
 
     async def add_policy(self, policy: Policy) -> Policy:
         """Store a policy as its model's last, with the next version; returns it with that version."""
-        with self._watched():
+        with self.status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
                 version = await connection.fetchval(
                     "INSERT INTO policies AS known (model, version, message) VALUES ($1, 1, '{}') "
@@ -118,8 +116,8 @@ class Store:
         return numbered
 
     async def probe(self) -> None:
-        """Run a query; `problem` is None afterwards if the database is available."""
-        with self._watched():
+        """Run a query, for `status`."""
+        with self.status.watch():
             await self._pool.fetchval("SELECT 1")
 
     async def _locked_consumption(self, connection: Any, model: str) -> Consumption:  # noqa: ANN401
@@ -131,13 +129,3 @@ class Store:
         )
         state = await connection.fetchval("SELECT state FROM consumption WHERE model = $1 FOR UPDATE", model)
         return Consumption.from_document(json.loads(state))
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Turn errors of an unavailable database into `RetryLaterError`, and set `problem`."""
-        try:
-            yield
-        except (*TRANSIENT_ERRORS, TimeoutError) as error:
-            self.problem = f"PostgreSQL is unavailable ({type(error).__name__})"
-            raise RetryLaterError(self.problem) from error
-        self.problem = None

@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import clarabel
 import highspy
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 from scipy.optimize import linprog
 
-from services.optimizer.problem import BOUND_TOLERANCE, Cells, OptionPrice, Problem, Rows, Solution, error_factors
+from services.optimizer.problem import BOUND_TOLERANCE, Cells, OptionPrice, Problem, Solution
 from services.optimizer.program import Program, solve, solve_program, warm_up
 from shared.messages import OptionEstimate
 
@@ -248,37 +250,39 @@ def many_groups(seed: int, bounds: dict[str, float]) -> Problem:
     )
 
 
-def linearised_at(made: Problem, rows: Rows) -> Problem:
-    """The same program with the margins' tangents at these rows, which are nowhere larger than the margins."""
-    cells = [(group, option) for group in made.weights for option in made.estimates[group]]
-    weights = np.array([made.weights[group] for group, _ in cells])
-    x = np.array([rows[group].get(option, 0.0) for group, option in cells])
-    estimates = {group: dict(row) for group, row in made.estimates.items()}
-    for metric in made.bounds:
-        doubts = np.array([estimates[group][option].doubt.get(metric, (0.0, 0.0, 0.0)) for group, option in cells])
-        parts = error_factors(
-            weights[:, None] * doubts, [group for group, _ in cells], [made.families[group] for group, _ in cells]
-        )
-        slopes = made.confidence_z[metric] * parts.T @ (parts @ x) / np.linalg.norm(parts @ x) / weights
-        for (group, option), slope in zip(cells, slopes, strict=True):
-            one = estimates[group][option]
-            less = {**one.quality, metric: one.quality[metric] - slope}
-            estimates[group][option] = one.model_copy(update={"quality": less})
-    return replace(made, estimates=estimates, confidence_z={})
+def cone_optimum(made: Problem) -> float:
+    """The least cost of the same program with its norms as second-order cones, solved by Clarabel."""
+    cells = Cells(made)
+    count = len(cells.names)
+    one_per_group = np.array([[float(name == group) for name, _ in cells.names] for group in made.weights])
+    blocks, limits = [one_per_group, -np.eye(count)], [np.ones(len(one_per_group)), np.zeros(count)]
+    kinds = [clarabel.ZeroConeT(len(one_per_group)), clarabel.NonnegativeConeT(count)]
+    for bound in cells.bounds.values():
+        # ((q.x - b) / z, P x) lies in the cone.
+        blocks.append(-np.vstack([bound.mean_factors / bound.z, bound.error_factors]))
+        limits.append(np.concatenate([[-bound.bound / bound.z], np.zeros(len(bound.error_factors))]))
+        kinds.append(clarabel.SecondOrderConeT(1 + len(bound.error_factors)))
+    quiet = clarabel.DefaultSettings()
+    quiet.verbose = False
+    no_quadratic = sparse.csc_matrix((count, count))
+    rows, right = sparse.csc_matrix(np.vstack(blocks)), np.concatenate(limits)
+    found = clarabel.DefaultSolver(no_quadratic, cells.costs(), rows, right, kinds, quiet).solve()
+    assert str(found.status) == "Solved"
+    return float(found.obj_val)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), bounds=st.sampled_from([(0.95, 0.97), (1.0, 0.97), (0.99, 0.995), (0.9, 1.0)]))
+@example(seed=3032, bounds=(0.99, 0.995))
+@example(seed=524287, bounds=(0.99, 0.995))
 def test_margins_of_several_limits_hold_and_nothing_cheaper_keeps_them(seed, bounds):
-    """The program linearised at the solution is a relaxation, and its optimum is no cheaper."""
+    """The optimum by cutting planes is that of a cone solver, within what the tolerance of the limits is worth."""
     made = many_groups(seed, dict(zip(BOTH, bounds, strict=True)))
     solution = solve(made)
     assert solution.status == "optimal"
     for metric, bound in made.bounds.items():
         assert solution.quality[metric] >= bound - 2 * BOUND_TOLERANCE
-    if any(row != {REFERENCE: 1.0} for row in solution.rows.values()):
-        cheapest = solve(linearised_at(made, solution.rows))
-        assert solution.g_per_request <= cheapest.g_per_request + 0.01 * solution.reference_g_per_request
+    assert solution.g_per_request == pytest.approx(cone_optimum(made) * Cells(made).cost_unit_g, rel=1e-3)
 
 
 @pytest.mark.parametrize(
