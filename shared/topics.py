@@ -47,7 +47,9 @@ TRACE_HEADERS: Final = {
 }
 PUBLISHED_HEADERS: Final = {
     "content-type": HeaderSpec("Always application/json", required=True, pattern="^application/json$"),
-    "correlation_id": HeaderSpec("Random id of the message", required=True),
+    "correlation_id": HeaderSpec(
+        "Id of the request that the message belongs to; a random id on topics without requests", required=True
+    ),
 }
 SOURCE_HEADERS: Final = {
     SOURCE_HEADER: HeaderSpec(

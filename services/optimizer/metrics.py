@@ -47,13 +47,13 @@ class OptimizerMetrics:
         )
         self._bound = Gauge(
             "sprout_optimizer_quality_bound",
-            "Minimum quality required, relative to the reference's",
+            "Minimum quality required, relative to the baseline (no directive)",
             ("model", "metric"),
             registry=registry,
         )
         self._quality = Gauge(
             "sprout_optimizer_expected_quality",
-            "Lower confidence bound of the quality, relative to the reference's",
+            "Lower confidence bound of the quality, relative to the baseline (no directive)",
             ("model", "metric"),
             registry=registry,
         )

@@ -262,7 +262,7 @@ def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float
         )
     if situation.range.k0_min >= situation.range.k0_max:
         parts.append("too little history of the carbon intensity: no quality loss is tolerated")
-    parts.extend(f"{metric} at least {bound:.3f} of the reference's" for metric, bound in bounds.items())
+    parts.extend(f"{metric} at least {bound:.3f} of the baseline's" for metric, bound in bounds.items())
     parts.extend(_outcome(solution))
     parts.extend(f"{option} not used: {why}" for option, why in situation.estimates.ineligible.items())
     return "; ".join(parts)

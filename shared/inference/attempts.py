@@ -194,7 +194,7 @@ class Attempts:
         except InvalidRequest as error:
             pool.succeeded(endpoint)
             result.error = ErrorDetail(
-                code="invalid_request", message=f"the model server refused it: {error.for_requester}"
+                code="invalid_request", message=f"the model server rejected the request: {error.for_requester}"
             )
         else:
             pool.succeeded(endpoint)
