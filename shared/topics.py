@@ -48,7 +48,7 @@ TRACE_HEADERS: Final = {
 PUBLISHED_HEADERS: Final = {
     "content-type": HeaderSpec("Always application/json", required=True, pattern="^application/json$"),
     "correlation_id": HeaderSpec(
-        "Id of the request that the message belongs to; a random id on topics without requests", required=True
+        "Request id; elsewhere a random id", required=True
     ),
 }
 SOURCE_HEADERS: Final = {
