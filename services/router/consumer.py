@@ -7,6 +7,7 @@ committed here, not by FastStream, because requests finish in any order.
 """
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, Final
@@ -125,7 +126,13 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             await self._wait_for_capacity()
             await self._free_places.acquire()
             self._waiting_record = None
-            self._start(record, epoch)
+            try:
+                # In an empty context: a task keeps the context in which it was created, and with FastStream's it would
+                # keep all records of its batch in memory.
+                contextvars.Context().run(self._start, record, epoch)
+            except Exception as error:  # noqa: BLE001 - the batch's other records must be started
+                self._free_places.release()
+                self._count_failure(error)
 
     async def commit_forever(self, *, on_round: Callable[[], None]) -> None:
         """Commit finished records at every commit interval; calls `on_round` after every try."""
@@ -261,9 +268,12 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         self._free_places.release()
         self._metrics.in_flight.set(len(self._tasks))
         if not task.cancelled() and (error := task.exception()) is not None:
-            # This router never commits its offset, so the record is redelivered after a restart.
-            self._failed_requests += 1
-            _log.error("a request failed", error=type(error).__name__, where=where(error))
+            self._count_failure(error)
+
+    def _count_failure(self, error: BaseException) -> None:
+        # This router never commits the record's offset, so the record is redelivered after a restart.
+        self._failed_requests += 1
+        _log.error("a request failed", error=type(error).__name__, where=where(error))
 
     async def _wait_for_requests(self, partitions: Collection[TopicPartition] | None, grace_s: float) -> None:
         """Wait for running requests whose responses can still be published; of all partitions if None."""

@@ -105,8 +105,9 @@ class RouterPublisher:
         fence: RecordFence | None,
     ) -> None:
         value, encoded_key = message.model_dump_json().encode(), key.encode("utf-8", errors="surrogatepass")
+        correlation_id = message.request_id.encode("utf-8", errors="surrogatepass")
         check_size(
-            spec, value, encoded_key, encoded_key, *(part.encode() for header in headers.items() for part in header)
+            spec, value, encoded_key, correlation_id, *(part.encode() for header in headers.items() for part in header)
         )
         headers = {"content-type": "application/json", **headers}
 

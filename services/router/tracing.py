@@ -118,8 +118,8 @@ class Tracing:
         self, name: str, kind: SpanKind, attributes: Callable[[], _Attributes], *, parent: Context | None = None
     ) -> Iterator[Span]:
         span = self._tracer.start_span(name, context=parent, kind=kind)
-        if not span.is_recording() and not parent:
-            # Without a collector, or unsampled: the current context is that of the client, if there is one.
+        if not span.get_span_context().is_valid and not parent:
+            # Without a collector and without a client's trace there is no context to make current.
             yield span
             return
         # The text of an error may quote the request.

@@ -141,6 +141,7 @@ class ServingPool:
         finally:
             if changed in self._waiting:
                 self._waiting.remove(changed)
+            self._on_capacity()
 
     async def check(self, *, timeout_s: float, every: bool) -> None:
         """Check endpoints that are due for a probe.

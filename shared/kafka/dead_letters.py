@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from aiokafka import ConsumerRecord
+from aiokafka.errors import KafkaError
 from faststream import BaseMiddleware, ContextRepo
 from faststream.exceptions import HandlerException, StopConsume
 from faststream.kafka import KafkaBroker, KafkaMessage
@@ -220,7 +221,8 @@ class DeadLetterMiddleware(BaseMiddleware[Any, Any]):
         exc_tb: TracebackType | None = None,  # noqa: ARG002
     ) -> bool | None:
         """Publish a dead letter for every record of a message that failed; `True`: FastStream acknowledges it."""
-        if exc_val is None or isinstance(exc_val, (HandlerException, StopConsume, RetryLaterError)):
+        # A `KafkaError` is not the message's fault: the message is redelivered.
+        if exc_val is None or isinstance(exc_val, (HandlerException, StopConsume, RetryLaterError, KafkaError)):
             return False
         if not isinstance(exc_val, Exception):
             return False  # cancellation: the message stays unacknowledged

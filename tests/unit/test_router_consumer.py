@@ -1,6 +1,7 @@
 """What the request consumer does with its Kafka consumer in rebalances, after unknown outcomes, and on shutdown."""
 
 import asyncio
+from contextvars import ContextVar
 
 import pytest
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord
@@ -264,6 +265,21 @@ async def test_requests_wait_while_paused(requests, handled):
     requests.resume()
     await delivery
     await until(lambda: handled.offsets == [(0, 0)])
+
+
+async def test_a_running_request_does_not_keep_its_callers_context_in_memory(progress, consumer):
+    """FastStream's context has the whole batch of a record."""
+    batch: ContextVar[str] = ContextVar("batch", default="")
+    seen: list[str] = []
+
+    async def handle(record, fence):
+        seen.append(batch.get())
+
+    requests = request_consumer(handle, progress, consumer)
+    await assigned(requests, KNOWN)
+    batch.set("the whole batch")
+    await receive(requests, record(KNOWN, 0))
+    await until(lambda: seen == [""])
 
 
 async def test_a_request_waits_for_a_free_place(requests, handled):

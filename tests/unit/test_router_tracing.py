@@ -8,6 +8,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler
 from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode
 
 from services.router.admission import IncomingRequest
@@ -45,9 +46,9 @@ ANSWERED = AttemptResult(generation=GENERATION, endpoint="e0", attempts=2)
 
 
 class Traces:
-    def __init__(self) -> None:
+    def __init__(self, sampler: Sampler = ALWAYS_ON) -> None:
         self.exporter = InMemorySpanExporter()
-        provider = TracerProvider(shutdown_on_exit=False)
+        provider = TracerProvider(sampler=ParentBased(sampler), shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.tracing = Tracing(provider.get_tracer(TRACER_NAME, "1"), group="sprout.router")
 
@@ -156,6 +157,15 @@ def test_an_unsampled_trace_is_not_sampled_here_but_continued(traces):
     serve(traces.tracing, record(unsampled), ANSWERED, sent)
     assert traces.spans == {}
     assert [headers["traceparent"].split("-")[1::2] for headers in sent] == [[TRACE, "00"]] * 2
+
+
+def test_a_request_that_the_sampler_drops_has_no_spans_but_one_trace():
+    traces = Traces(sampler=ALWAYS_OFF)
+    sent: list[dict[str, str]] = []
+    serve(traces.tracing, record(None), ANSWERED, sent)
+    assert traces.spans == {}
+    assert len({headers["traceparent"].split("-")[1] for headers in sent}) == 1
+    assert not any(int(headers["traceparent"].split("-")[3], 16) & 1 for headers in sent)  # the flag "sampled"
 
 
 async def test_concurrent_requests_have_a_trace_each(traces):
