@@ -15,7 +15,7 @@ from shared.messages import Policy, PolicyInputs, option_key
 from shared.messages.policies import OptionInputs, PolicyStatus
 
 Trigger = Literal["start", "intensity", "groups", "quality", "estimates", "validity"]
-"""What made the optimizer solve."""
+"""The events that make the optimizer solve."""
 
 ALL_TRAFFIC = "*"
 """The only group of the program that makes the overall distribution."""
@@ -42,12 +42,12 @@ _FAILURE: dict[Failure, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """What is known of a model at one instant.
+    """The inputs of a policy: estimates and carbon intensities of one model at one instant.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         now: event time.
-        trigger: what made the optimizer solve.
+        trigger: the event that makes the optimizer solve.
         intensities: current carbon intensity by zone, with that of the reference's zone.
         range: k0_min and k0_max of the reference's zone.
         estimates: e, p and q.
@@ -170,6 +170,10 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
     )
 
 
+class MissingPricesError(ValueError):
+    """A policy of an earlier release, without the prices of its options, and no fleet to take them from."""
+
+
 def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
     """Rebuild the program that a policy was solved from, out of its `inputs`.
 
@@ -178,7 +182,8 @@ def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
         fleet: prices and capacities for a policy of an earlier release, which does not contain them.
 
     Raises:
-        ValueError: the policy contains no prices, and there is no fleet.
+        MissingPricesError: the policy contains no prices, and there is no fleet.
+        ValueError: the policy's inputs contradict each other.
     """
     inputs = policy.inputs
     capacities = dict(inputs.capacities)
@@ -188,7 +193,9 @@ def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
     }
     if not prices:
         if fleet is None:
-            raise ValueError("the policy was made by an earlier release and does not contain the prices of its options")
+            raise MissingPricesError(
+                "the policy was made by an earlier release and does not contain the prices of its options"
+            )
         prices = _prices_of(fleet, policy.model, inputs.intensity_g_per_kwh)
     weights = inputs.weights or dict.fromkeys(inputs.estimates, 1.0)
     return Problem(
@@ -263,13 +270,13 @@ def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float
     if situation.range.k0_min >= situation.range.k0_max:
         parts.append("too little history of the carbon intensity: no quality loss is tolerated")
     parts.extend(f"{metric} at least {bound:.3f} of the baseline's" for metric, bound in bounds.items())
-    parts.extend(_outcome(solution))
+    parts.extend(_dropped_constraints(solution))
     parts.extend(f"{option} not used: {why}" for option, why in situation.estimates.ineligible.items())
     return "; ".join(parts)
 
 
-def _outcome(solution: Solution) -> Iterator[str]:
-    """What was dropped, and why."""
+def _dropped_constraints(solution: Solution) -> Iterator[str]:
+    """The constraints that were dropped, and the reasons, in words."""
     for formulation, failure in solution.failures:
         if failure != "infeasible":
             yield f"{_FAILURE[failure]} {_FORMULATION[formulation]}"

@@ -35,12 +35,12 @@ TIE_BREAK = 1e-6
 first one is used, and the reference before all others."""
 
 BOUND_TOLERANCE = 1e-5
-"""By which a quality limit may be missed, relative to the reference's quality; judging measures nothing so small."""
+"""Tolerated violation of a quality limit, relative to the reference's quality; far below what judging can measure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionPrice:
-    """What an option costs, whatever the group.
+    """Carbon cost factors of an option; they are the same for every prompt group.
 
     Attributes:
         pool: the pool whose capacity it uses.
@@ -116,7 +116,7 @@ class Solution:
         status: `optimal`, or which constraints had to be dropped.
         rows: probabilities by group, then option; every row sums to 1.
         g_per_request: expected gCO2eq of a request.
-        reference_g_per_request: of the same traffic, all served by the reference.
+        reference_g_per_request: expected gCO2eq of a request if the reference served all requests.
         quality: lower confidence bound of the quality of all traffic, relative to the reference's, by limited metric.
         failures: the stricter formulations that have no solution, named by the status they would have had, and why.
     """
@@ -217,7 +217,7 @@ class Cells:
     def solution(
         self, rows: Rows, status: PolicyStatus, failures: Sequence[tuple[PolicyStatus, Failure]] = ()
     ) -> Solution:
-        """What these probabilities are expected to achieve."""
+        """A solution with these probabilities, their expected carbon and their quality."""
         x = self.values(rows)
         # If the reference serves everything its relative quality is 1, whether it is known or not.
         only_reference = bool((x == self.reference).all())

@@ -45,7 +45,7 @@ def solve(problem: Problem, *, time_limit_s: float = TIME_LIMIT_S) -> Solution:
 
 
 def solve_program(problem: Problem, *, time_limit_s: float = TIME_LIMIT_S) -> "tuple[Solution, Program | None]":
-    """Solve the program; never fails for want of a solution.
+    """Solve the program; there is always a solution.
 
     Constraints that cannot be met are dropped in a fixed order: the group floors, then the capacities, then everything,
     and the reference is served. If the reference is the only option, the status is `reference` as well.
@@ -92,7 +92,7 @@ class NormConstraint:
 
         Args:
             lp: the program.
-            name: of the metric; the variables are `sigma[name]` and `term[name,k]`, the row is `norm[name]`.
+            name: the metric's name; the variables are `sigma[name]` and `term[name,k]`, the row is `norm[name]`.
             factors: P, (components, cells).
         """
         self._factors = factors

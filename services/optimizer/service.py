@@ -40,10 +40,10 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveInputs:
-    """What a model was last solved from.
+    """The inputs of the last solve of a model.
 
     Attributes:
-        checked_at: event time at which the estimates were last made.
+        checked_at: event time of the last check of the estimates.
         intensities: current carbon intensity by zone.
         groups: version of the learned prompt groups; None: task labels.
         evaluation: id of the latest evaluation.

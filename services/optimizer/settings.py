@@ -122,9 +122,13 @@ class OptimizerSettings(BaseSettings):
         default=0.01, ge=0, description="Change of a probability that makes a policy worth publishing"
     )
     carbon_change: float = Field(
-        default=0.05, ge=0, description="Relative change of the expected grams per request that does"
+        default=0.05,
+        ge=0,
+        description="Relative change of the expected grams per request that makes a policy worth publishing",
     )
-    bound_change: float = Field(default=0.005, ge=0, description="Change of a quality limit that does")
+    bound_change: float = Field(
+        default=0.005, ge=0, description="Change of a quality limit that makes a policy worth publishing"
+    )
 
     # Processing
     loop_interval_s: float = Field(
@@ -174,25 +178,25 @@ class OptimizerSettings(BaseSettings):
 
     @property
     def estimates_interval(self) -> timedelta:
-        """Between two checks for changed estimates, event time."""
+        """Time between two checks for changed estimates, event time."""
         return timedelta(minutes=self.estimates_interval_min)
 
     @property
     def footprint_half_life_s(self) -> float:
-        """Of energy and time."""
+        """Half-life of the estimates of energy and time, event seconds."""
         return self.footprint_half_life_h * _HOUR_S
 
     @property
     def traffic_half_life_s(self) -> float:
-        """Of the groups' shares of the traffic."""
+        """Half-life of the groups' shares of the traffic, event seconds."""
         return self.traffic_half_life_h * _HOUR_S
 
     @property
     def rate_half_life_s(self) -> float:
-        """Of the request rate."""
+        """Half-life of the request rate, event seconds."""
         return self.rate_half_life_h * _HOUR_S
 
     @property
     def quality_half_life_s(self) -> float:
-        """Of a judged prompt."""
+        """Half-life of a judged prompt, event seconds."""
         return self.quality_half_life_h * _HOUR_S

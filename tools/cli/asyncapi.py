@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml  # type: ignore[import-untyped]
 from pydantic.json_schema import models_json_schema
 
 from services import SERVICES, Service
 from shared.messages import Message
 from shared.runtime.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS, REPLIES, TOPICS, HeaderSpec, TopicSpec
-from tools.cli.console import fail, say
+from tools.cli.console import fail, needs_extra, say
 
 KAFKA_BINDING_VERSION = "0.5.0"
 
@@ -54,12 +53,9 @@ def asyncapi(
         fail(f"no service {chosen[0]!r}", remedy=f"there are: {', '.join(SERVICES)}")
     texts = {}
     for name in chosen:
-        document = describe_service(SERVICES[name])
-        texts[name] = (
-            json.dumps(document, indent=2, ensure_ascii=False)
-            if as_json
-            else yaml.safe_dump(document, sort_keys=False, allow_unicode=True).rstrip("\n")
-        )
+        with needs_extra(name.replace("_", "-")):
+            document = describe_service(SERVICES[name])
+        texts[name] = json.dumps(document, indent=2, ensure_ascii=False) if as_json else _yaml(document)
     if out is None:
         print("\n---\n".join(texts.values()))
         return
@@ -69,6 +65,13 @@ def asyncapi(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
         say(f"wrote {path}")
+
+
+def _yaml(document: Mapping[str, Any]) -> str:
+    with needs_extra("dev"):
+        import yaml  # type: ignore[import-untyped]  # noqa: PLC0415 - the other extras do not contain it
+    text: str = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return text.rstrip("\n")
 
 
 def describe_service(service: Service) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, NoReturn
@@ -85,6 +87,23 @@ def fail(message: str, *, remedy: str = "", code: Exit = Exit.FAILED) -> NoRetur
     if remedy:
         err.print(remedy, markup=False, soft_wrap=True)
     raise typer.Exit(code)
+
+
+def printable(text: str) -> str:
+    """The text with control characters replaced: they could move the terminal's cursor or end the line."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+@contextmanager
+def needs_extra(*extras: str) -> Iterator[None]:
+    """Exit with an error that names the extras to install if a module that the block imports is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fail(
+            f"this command needs the Python module {error.name}, which is not installed",
+            remedy=f"in the repository: pip install -e '.[{','.join(('cli', *extras))}]'",
+        )
 
 
 def quiet_clients() -> None:

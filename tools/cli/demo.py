@@ -10,20 +10,11 @@ import typer
 from pydantic import ValidationError
 
 from deploy.demo.day import PACES, DemoDay, stack_config
-from deploy.demo.result import evaluate_demo
-from deploy.demo.run import run_demo
 from deploy.local.config import MODELS, ModelName, StackConfig, event_time
 from deploy.local.grid import SAMPLE_ZONE, default_day, shipped_trace, zone_of
-from deploy.local.model_servers import TritonModels
-from deploy.local.stack import STACK_ERRORS
-from deploy.triton.models import SHIPPED_WORKLOAD
-from deploy.triton.stand_in.workload import WorkloadError
 from shared.kafka.dead_letters import describe
 from tools.cli.console import err, fail, out, quiet_clients, say
 from tools.cli.stack import Carbon, Model, Workload, Zone
-from tools.reporting import render_html, render_tables
-
-DEMO_ERRORS: tuple[type[Exception], ...] = (*STACK_ERRORS, WorkloadError)
 
 
 def demo(
@@ -57,6 +48,15 @@ def demo(
 
     Exit codes: 0 success, 1 an error or a failed check (named in the output), 2 wrong usage.
     """
+    # Other subcommands must start without loading numpy and plotly.
+    from deploy.demo.result import evaluate_demo  # noqa: PLC0415
+    from deploy.demo.run import run_demo  # noqa: PLC0415
+    from deploy.local.model_servers import TritonModels  # noqa: PLC0415
+    from deploy.local.stack import STACK_ERRORS  # noqa: PLC0415
+    from deploy.triton.models import SHIPPED_WORKLOAD  # noqa: PLC0415
+    from deploy.triton.stand_in.workload import WorkloadError  # noqa: PLC0415
+    from tools.reporting import render_html, render_tables  # noqa: PLC0415
+
     try:
         trace = carbon if carbon is not None else shipped_trace(zone or SAMPLE_ZONE)
         chosen = _model_named(model)
@@ -78,9 +78,10 @@ def demo(
     except ValueError as error:  # an invalid trace, time or model
         fail(str(error))
     quiet_clients()
+    demo_errors: tuple[type[Exception], ...] = (*STACK_ERRORS, WorkloadError)
     try:
         run = asyncio.run(run_demo(day, config, TritonModels(), console=err, say=say))
-    except DEMO_ERRORS as error:
+    except demo_errors as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted; every started process was stopped")

@@ -1,12 +1,24 @@
 """The `sprout` command."""
 
+from contextlib import suppress
+from importlib import import_module
+
 import typer
 
 from tools.cli.report import report
 from tools.cli.send import send
 from tools.cli.topics import app as topics
 
-LOCAL_PACKAGES = frozenset({"deploy", "services", "shared", "tools"})
+LOCAL_COMMANDS = {
+    "demo": "demo",
+    "up": "stack",
+    "down": "stack",
+    "status": "status",
+    "logs": "stack",
+    "simulate": "simulate",
+    "asyncapi": "asyncapi",
+}
+"""Subcommands that the container image lacks, and their modules in `tools.cli`."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,20 +36,14 @@ def main() -> None:
     """
 
 
-# The container image has only the subcommands that work in a container.
-try:
-    from tools.cli.asyncapi import asyncapi
-    from tools.cli.demo import demo
+# `send`, `report` and `topics` import every package that all subcommands need; a module that is missing here belongs to
+# one local subcommand, which is then left out.
+for name, module in LOCAL_COMMANDS.items():
+    with suppress(ModuleNotFoundError):
+        app.command(name)(getattr(import_module(f"tools.cli.{module}"), name))
+with suppress(ModuleNotFoundError):
     from tools.cli.policy import app as policy
-    from tools.cli.simulate import simulate
-    from tools.cli.stack import down, logs, up
-    from tools.cli.status import status
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] not in LOCAL_PACKAGES:
-        raise
-else:
-    for command in (demo, up, down, status, logs, simulate, asyncapi):
-        app.command()(command)
+
     app.add_typer(policy, name="policy")
 
 app.command()(send)

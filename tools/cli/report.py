@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from shared.kafka.dead_letters import describe
 from shared.runtime.settings import DatabaseSettings
 from tools.cli.console import Exit, fail, local_state, out, say
-from tools.reporting import NoLedgerError, TooManyCallsError, collect_report, render_html, render_tables, to_json
 
 DATABASE_VARIABLE = "SPROUT_DATABASE_URL"
 
@@ -54,6 +53,16 @@ def report(
     The saving is measured against the counterfactual that the baseline (no directive) had served every request.
     Exit codes: 0 printed, 1 failed, 2 wrong usage, 3 nothing to report yet or no database.
     """
+    # Other subcommands must start without loading numpy and plotly.
+    from tools.reporting import (  # noqa: PLC0415
+        NoLedgerError,
+        TooManyCallsError,
+        collect_report,
+        render_html,
+        render_tables,
+        to_json,
+    )
+
     if since is not None and until is not None and since >= until:
         raise typer.BadParameter("--since must be before --until")
     url = database or _default_database()

@@ -6,23 +6,24 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy.local.grid import shipped_trace
-from deploy.triton.models import SHIPPED_WORKLOAD
 from shared.kafka.dead_letters import describe
-from tools.cli.console import err, fail, out, say
-from tools.simulator.inputs import Inputs, prepare
-from tools.simulator.jobs import Job, run_all
-from tools.simulator.outcome import Outcome
-from tools.simulator.published import SCHEMES as PUBLISHED
-from tools.simulator.report import print_summary, render_page
-from tools.simulator.requests import SimulationInputError
-from tools.simulator.schemes import DEFAULT_SCHEMES, SCHEMES, VARIANTS, Experiment, Variant, names_of
+from tools.cli.console import err, fail, needs_extra, out, say
+
+# The functions import the simulator: other subcommands must start without loading the solver and scikit-learn.
+if TYPE_CHECKING:
+    from tools.simulator.jobs import Job
+    from tools.simulator.outcome import Outcome
+    from tools.simulator.schemes import Experiment, Variant
+
+SCHEME_NAMES = "base, co2_opt, model_opt, sprout_sta, sprout, sprout_task, sprout_context, oracle"
+"""For the help; those of `tools.simulator.schemes.SCHEMES`."""
 
 Number = TypeVar("Number", int, float)
 
@@ -76,7 +77,7 @@ def simulate(
     hours: Annotated[
         int | None, typer.Option(min=24, help="Length of a window; default: 720, or what the trace has")
     ] = None,
-    schemes: Annotated[str, typer.Option(metavar="NAME,...", help=f"Of {', '.join(SCHEMES)}; default: all")] = "",
+    schemes: Annotated[str, typer.Option(metavar="NAME,...", help=f"Of {SCHEME_NAMES}; default: all")] = "",
     xi: Annotated[str, typer.Option(metavar="X,...", help="Maximum relative loss of preference")] = "0.1",
     xi_correctness: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Maximum relative loss of correctness; default: no limit")
@@ -101,9 +102,15 @@ def simulate(
 
     Exit codes: 0 done, 1 an input is invalid (the message says which), 2 wrong usage.
     """
+    with needs_extra("optimizer", "evaluator"):
+        from deploy.triton.models import SHIPPED_WORKLOAD  # noqa: PLC0415
+        from tools.simulator.inputs import Inputs, prepare  # noqa: PLC0415
+        from tools.simulator.report import print_summary, render_page  # noqa: PLC0415
+        from tools.simulator.requests import SimulationInputError  # noqa: PLC0415
+
     summary, page = out_dir / "summary.json", out_dir / "report.html"
+    _check_writable(out_dir, summary, page)
     try:
-        _check_writable(out_dir, summary, page)
         inputs = Inputs(
             requests=requests or SHIPPED_WORKLOAD,
             carbon=tuple(carbon or (shipped_trace(),)),
@@ -144,11 +151,7 @@ def simulate(
 
 
 def _check_writable(folder: Path, *files: Path) -> None:
-    """Check that the files can be written, without leaving anything behind.
-
-    Raises:
-        SimulationInputError: they cannot.
-    """
+    """Exit with an error if the files cannot be written; leave nothing behind."""
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
@@ -164,12 +167,14 @@ def _check_writable(folder: Path, *files: Path) -> None:
                 with suppress(OSError):
                     path.rmdir()
     except FileExistsError:
-        raise SimulationInputError(f"--out {folder} is a file; name a folder, which need not exist") from None
+        fail(f"--out {folder} is a file; name a folder, which need not exist")
     except OSError as error:
-        raise SimulationInputError(f"--out {folder} cannot be written: {error}; name another folder") from error
+        fail(f"--out {folder} cannot be written: {error}; name another folder")
 
 
-def _run(experiment: Experiment, todo: list[Job], *, processes: int) -> list[Outcome]:
+def _run(experiment: "Experiment", todo: "list[Job]", *, processes: int) -> "list[Outcome]":
+    from tools.simulator.jobs import run_all  # noqa: PLC0415
+
     found: dict[int, Outcome] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
@@ -181,8 +186,11 @@ def _run(experiment: Experiment, todo: list[Job], *, processes: int) -> list[Out
     return [found[place] for place in range(len(todo))]
 
 
-def _schemes(text: str, variant: Variant, *, models_compared: bool) -> tuple[str, ...]:
+def _schemes(text: str, variant: "Variant", *, models_compared: bool) -> tuple[str, ...]:
     """The schemes named; by default those whose inputs were given."""
+    from tools.simulator.published import SCHEMES as PUBLISHED  # noqa: PLC0415
+    from tools.simulator.schemes import DEFAULT_SCHEMES, names_of  # noqa: PLC0415
+
     if text:
         return tuple(names_of(text))
     names = tuple(PUBLISHED if variant == "published" else DEFAULT_SCHEMES)
@@ -192,15 +200,17 @@ def _schemes(text: str, variant: Variant, *, models_compared: bool) -> tuple[str
     return tuple(name for name in names if name != "model_opt")
 
 
-def _variant(text: str) -> Variant:
+def _variant(text: str) -> "Variant":
+    from tools.simulator.schemes import VARIANTS  # noqa: PLC0415
+
     for known in VARIANTS:
         if text == known:
             return known
-    raise SimulationInputError(f"--variant must be {' or '.join(VARIANTS)}, got {text!r}")
+    return fail(f"--variant must be {' or '.join(VARIANTS)}, got {text!r}")
 
 
 def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Number, ...]:
     try:
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise SimulationInputError(f"{option} must be numbers separated by commas, got {text!r}") from None
+        fail(f"{option} must be numbers separated by commas, got {text!r}")

@@ -9,9 +9,7 @@ from pydantic import ValidationError
 
 from deploy.local.config import MODELS, StackConfig, event_time, state_dir_from_environment
 from deploy.local.grid import default_day, shipped_trace, zone_of
-from deploy.local.model_servers import TritonModels
 from deploy.local.processes import tail
-from deploy.local.stack import STACK_ERRORS, LocalStack
 from deploy.local.state import StateError, stop_stack
 from shared.kafka.dead_letters import describe
 from tools.cli.console import fail, local_state, out, say
@@ -51,6 +49,10 @@ def up(
     Missing parts are installed first, below .sprout/. Without --start and --rate the stack runs in real time and the
     trace is repeated; with them it replays the trace. Every start begins with empty topics and tables.
     """
+    # Other subcommands must start without loading numpy.
+    from deploy.local.model_servers import TritonModels  # noqa: PLC0415
+    from deploy.local.stack import STACK_ERRORS, LocalStack  # noqa: PLC0415
+
     try:
         trace = carbon if carbon is not None else shipped_trace() if zone is None else shipped_trace(zone)
         replay = start is not None or rate is not None

@@ -19,7 +19,7 @@ NOTHING = CallSums(energy_j=0.0, grams=0.0, embodied_g=0.0, unpriced_j=0.0)
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a pool runs.
+    """Location and carbon factors of a pool.
 
     Attributes:
         zone: grid zone.

@@ -164,8 +164,8 @@ def say_missing_past(
         missing = window.missing_before(looked_back)
         if missing and not published:
             say(
-                f"zone {window.zone}: {missing} of the {looked_back} hours looked back on before hour "
-                f"{window.start_hour} have no value; the trailing range and mean are of the others"
+                f"zone {window.zone}: {missing} of the {looked_back} hours before hour {window.start_hour} have no "
+                "value; the trailing range and mean are computed from the others"
             )
         known = min(PAPER_HOURS, len(window.past))
         # A scheme that is solved once needs the mean of the past; in the first season it uses that of the whole trace.

@@ -9,7 +9,7 @@ import numpy as np
 from tools.simulator.requests import Flags, Floats
 
 KEPT_TOLERANCE = 1e-6
-"""By which the quality of an hour may miss its limit: rounding errors of the solver."""
+"""Tolerated violation of the quality limit of an hour, for rounding errors of the solver."""
 
 UNKNOWN_HOURS = "{key} is null: in {hours} of {all} hours the reference is {never} on a measured prompt"
 

@@ -177,7 +177,7 @@ def read_measured(path: Path, *, model: str | None = None) -> Measured:
                 f"not measured; its levels are {', '.join(levels)}: correct it, or use null if it was not judged"
             )
     if not any(entry.preferred is not None for entry in workload.entries):
-        raise SimulationInputError(f"{path}: no prompt was judged; give 'preferred' a level, for a part at least")
+        raise SimulationInputError(f"{path}: no prompt was judged; set 'preferred' to a level in some of them")
     notes = list(workload.problems)
     if workload.skipped > len(notes):
         notes.append(f"{path}: {workload.skipped} lines left out in all")

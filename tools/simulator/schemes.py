@@ -69,7 +69,7 @@ class Fold:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Experiment:
-    """What all runs of one invocation share.
+    """Inputs that all runs of one invocation share.
 
     Attributes:
         folds: all prompts to measure on, each in one fold; every fold is served by what was learned for it, and the

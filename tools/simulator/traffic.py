@@ -97,7 +97,7 @@ def _check(part: Part, say: Callable[[str], None]) -> None:
     """Check that a part has prompts of every task.
 
     Raises:
-        SimulationInputError: it has not.
+        SimulationInputError: a task has no prompt, or no judged prompt.
     """
     for prompts, name in ((part.measured, part.measured_name), (part.learn, part.learn_name)):
         if (missing := prompts.prompts_of_tasks() == 0).any():
@@ -109,11 +109,11 @@ def _check(part: Part, say: Callable[[str], None]) -> None:
     if (missing := measured.prompts_of_tasks(measured.judged) == 0).any():
         raise SimulationInputError(
             f"{part.measured_name} no judged prompt of {_names(measured, missing)}, which has traffic: quality cannot "
-            "be measured on it; give 'preferred' a level, for a part at least, or give it no share in --mix"
+            "be measured on it; set 'preferred' to a level in some of its prompts, or give it no share in --mix"
         )
     if not learn.judged.any():
         raise SimulationInputError(
-            f"{part.learn_name} no judged prompt: nothing can be learned; give 'preferred' a level, for a part at least"
+            f"{part.learn_name} no judged prompt: nothing can be learned; set 'preferred' to a level in some of them"
         )
     if (missing := learn.prompts_of_tasks(learn.judged) == 0).any():
         say(f"{part.learn_name} no judged prompt of {_names(learn, missing)}: the evaluator learns nothing on it")
