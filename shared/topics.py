@@ -47,9 +47,7 @@ TRACE_HEADERS: Final = {
 }
 PUBLISHED_HEADERS: Final = {
     "content-type": HeaderSpec("Always application/json", required=True, pattern="^application/json$"),
-    "correlation_id": HeaderSpec(
-        "Request id; elsewhere a random id", required=True
-    ),
+    "correlation_id": HeaderSpec("Request id; elsewhere a random id", required=True),
 }
 SOURCE_HEADERS: Final = {
     SOURCE_HEADER: HeaderSpec(
