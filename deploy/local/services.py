@@ -17,8 +17,8 @@ SERVICE_TIER: Final = 2
 """The tier of services: stopped before the model servers, Kafka and PostgreSQL."""
 
 SETTLE_DELAY_WALL_S: Final = 10.0
-"""The ledger's settlement delay, wall seconds. The ledger learns of a call at its end. Of a longer call (here more than
-about 400 tokens) only the end gets energy; the energy before it is booked as unattributed."""
+"""The ledger's settlement delay, wall seconds. The ledger learns of a call only when it ends. A call longer than the
+delay (here about 400 tokens) gets energy for its last part only; the energy before that counts as unattributed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,7 +89,7 @@ class ZoneFeed:
         retry_s: float,
         metrics: FeedMetrics,
     ) -> None:
-        """Set up; asks nobody yet.
+        """Set up; sends no request yet.
 
         Args:
             providers: asked in this order, until one answers.

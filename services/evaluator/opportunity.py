@@ -29,9 +29,11 @@ class OpportunityRules(BaseModel):
     """Parameters of the rule; the evaluator's settings extend this class. Hours are event time."""
 
     variant: Variant = "urgency"
-    grace_h: float = Field(default=6.0, ge=0, description="No evaluation for so long after the last, event hours")
+    grace_h: float = Field(default=6.0, ge=0, description="Minimum time between two evaluations, event hours")
     overdue_h: float = Field(
-        default=72.0, gt=0, description="After so long an evaluation runs whatever the intensity, event hours"
+        default=72.0,
+        gt=0,
+        description="Time since the last evaluation after which one runs at any carbon intensity, event hours",
     )
     urgency_per_hour: float | None = Field(
         default=None, ge=0, description="beta; default: ln 2 / 24, for the published rule 0.029"

@@ -60,7 +60,7 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
         default=5, ge=0, description="Prompts taken from each group before the rest is divided by traffic share"
     )
     max_tokens: int = Field(
-        default=1_024, ge=1, description="Maximum tokens of an answer; a lower limit of the request applies"
+        default=1_024, ge=1, description="Maximum tokens of an answer, unless the request sets a lower limit"
     )
 
     # Prompt groups
@@ -78,7 +78,7 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     max_judged_to_learn: int = Field(
         default=3_000,
         ge=40,
-        description="Newest judged prompts used for learning; memory and time grow with the square",
+        description="Newest judged prompts used for learning; memory grows with their square, time with their cube",
     )
     max_judged_age_h: float = Field(
         default=60 * 24.0,
@@ -93,7 +93,7 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
         default=10,
         ge=1,
         validation_alias=AliasChoices("sprout_evaluator_max_consecutive_failures", "sprout_evaluator_give_up_after"),
-        description="The evaluation fails after so many prompts in a row that cannot be answered or judged",
+        description="Consecutive prompts without an answer or a verdict after which the evaluation fails",
     )
     stream: bool = Field(
         default=False,

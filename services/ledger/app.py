@@ -115,7 +115,8 @@ def build_app(
     broker, dead_letters = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=LINGER_MS)
     ledger = Ledger(broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("postgresql", ledger.storage.status.problem)
-    health.add_check("backlog", ledger.loop.problem)
+    health.add_check("settlement", ledger.loop.settlement_problem)
+    health.add_check("backlog", ledger.loop.backlog_problem)
     for number, scraper in enumerate(ledger.scrapers):
         health.add_check(f"meters {number}", scraper.problem)
 

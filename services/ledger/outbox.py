@@ -9,6 +9,7 @@ from services.ledger.metrics import LedgerMetrics
 from services.ledger.sql import MARK_PUBLISHED, PUBLICATION_LOCK, UNPUBLISHED_FOOTPRINTS, Storage
 from shared.kafka.publish import Publisher
 from shared.messages import Footprint
+from shared.runtime.database import translate_errors
 from shared.runtime.logs import get_logger
 
 BATCH = 500
@@ -30,7 +31,7 @@ class FootprintOutbox:
         Raises:
             DatabaseUnavailableError: what was not marked as published is published again later.
         """
-        with self._storage.status.watch():
+        with translate_errors():
             while await self._publish_batch() == BATCH:
                 pass
 

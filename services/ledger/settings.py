@@ -37,5 +37,7 @@ class LedgerSettings(BaseSettings):
     stop_grace_s: float = Field(default=5.0, ge=0, description="For the last settlement on shutdown, wall")
 
     # Retention
-    retention_days: float = Field(default=90.0, gt=0, description="Keep raw readings and settled calls so long, event")
+    retention_days: float = Field(
+        default=90.0, gt=0, description="Retention of raw readings and settled calls, event days"
+    )
     cleaning_interval_s: float = Field(default=600.0, gt=0, description="Between two removals of old rows, wall")

@@ -33,7 +33,7 @@ from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Connection, Row, Storage, execute_rows, to_datetime, to_iso
 from shared.fleet import Fleet, Pool
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseUnavailableError
+from shared.runtime.database import DatabaseUnavailableError, translate_errors
 from shared.runtime.logs import get_logger
 
 _log = get_logger(__name__)
@@ -59,7 +59,7 @@ class IntervalSettlement:
         Raises:
             DatabaseUnavailableError: nothing was written.
         """
-        with self._storage.status.watch():
+        with translate_errors():
             async with self._storage.pool.acquire() as connection, connection.transaction():
                 if not await connection.fetchval(sql.SETTLEMENT_LOCK):
                     return False
@@ -206,16 +206,24 @@ class AttributionLoop:
         self._metrics = metrics
         self._clock = clock
         self._kafka_problem = ""
+        self._round_problem = ""
 
-    def problem(self) -> str | None:
+    def backlog_problem(self) -> str | None:
         """Readiness check: why the watermark cannot advance; None if it can."""
         return self._kafka_problem or None
+
+    def settlement_problem(self) -> str | None:
+        """Readiness check: why the last round failed; None once a round with a settlement has succeeded.
+
+        It is not part of `DatabaseStatus`, which the next reading of a meter would clear.
+        """
+        return self._round_problem or None
 
     async def run(self, *, on_round: Callable[[], None]) -> None:
         """Settle and publish forever; waits while PostgreSQL or Kafka is unavailable.
 
         Args:
-            on_round: called after every round.
+            on_round: called after every round, also after one that failed: then `settlement_problem` says so.
         """
         while True:
             await asyncio.sleep(self._settings.settle_interval_s)
@@ -237,8 +245,17 @@ class AttributionLoop:
             if watermark is not None:
                 await self._settlement.run_once(watermark - timedelta(seconds=self._settings.settle_delay_s))
             await self._outbox.publish_pending()
-        except DatabaseUnavailableError:
-            return  # logged, and reported by the readiness check; the next round tries again
+        except DatabaseUnavailableError as error:
+            if str(error) != self._round_problem:
+                _log.warning("settlement failed; the next round tries again", error=str(error))
+            self._round_problem = str(error)
+            return
+        if watermark is None:
+            return
+        if self._round_problem:
+            _log.info("settlement succeeded again")
+        self._round_problem = ""
+        self._storage.status.answered()
 
     async def remove_old_rows(self) -> None:
         """Remove rows beyond their retention, forever."""

@@ -194,7 +194,11 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             self._metrics.skipped_records.inc()
             return
         if claim.log_restarted:
-            _log.warning("the log of a partition restarted", partition=record.partition, offset=record.offset)
+            _log.warning(
+                "offsets of a partition went backwards; was the topic recreated?",
+                partition=record.partition,
+                offset=record.offset,
+            )
         task = asyncio.create_task(self._process(record, claim))
         self._tasks[task] = claim
         task.add_done_callback(self._on_task_done)

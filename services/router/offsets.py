@@ -105,8 +105,8 @@ class Claim(Generic[P]):
     """A record that is being processed here; passed to `finish` at its end.
 
     Attributes:
-        log_restarted: the log of the partition restarted at a lower offset, for example because the topic was deleted
-            and created again.
+        log_restarted: the partition's offsets went backwards, for example because the topic was deleted and created
+            again.
     """
 
     partition: P

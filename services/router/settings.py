@@ -1,8 +1,6 @@
 """Settings of the router, from `SPROUT_ROUTER_*`."""
 
-from typing import Self
-
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.inference.attempts import RetrySettings
@@ -20,7 +18,7 @@ class RouterSettings(RetrySettings, CircuitBreakerSettings, BaseSettings):
 
     # Consumer
     max_in_flight: int = Field(default=500, ge=1, le=10_000, description="Most requests processed at once")
-    fetch_max_records: int = Field(default=200, ge=1, description="Most records handed over at once")
+    fetch_max_records: int = Field(default=200, ge=1, description="Most records fetched from Kafka at once")
     commit_interval_s: float = Field(default=0.2, gt=0, le=60, description="Between two offset commits, wall")
     session_timeout_s: float = Field(
         default=6.0, ge=1.0, description="Without a heartbeat for this long a router loses its partitions, wall"
@@ -45,7 +43,7 @@ class RouterSettings(RetrySettings, CircuitBreakerSettings, BaseSettings):
         default="break", description="Control sequences of the chat template in a prompt: break them up, or reject it"
     )
     default_deadline_s: float = Field(
-        default=600.0, gt=0, description="From the receipt of a request without a deadline, event"
+        default=600.0, gt=0, description="Time limit of a request without a deadline, from its receipt, event"
     )
     default_deadline_wall_s: float = Field(default=30.0, gt=0, description="Minimum of the default deadline, wall")
 
@@ -78,7 +76,7 @@ class RouterSettings(RetrySettings, CircuitBreakerSettings, BaseSettings):
         validation_alias=AliasChoices("sprout_router_circuit_open_max_s", "sprout_router_cool_down_max_s"),
     )
     endpoint_check_interval_s: float = Field(default=5.0, gt=0, description="Between two health checks, wall")
-    endpoint_check_timeout_s: float = Field(default=2.0, gt=0, description="Of a health check, wall")
+    endpoint_check_timeout_s: float = Field(default=2.0, gt=0, description="Timeout of a health check, wall")
 
     # Responses
     linger_ms: int = Field(default=2, ge=0, le=1_000, description="How long a send waits for more messages, wall")
@@ -96,14 +94,6 @@ class RouterSettings(RetrySettings, CircuitBreakerSettings, BaseSettings):
     policy_wait_s: float = Field(
         default=10.0, ge=0, description="At startup, longest wait for current policies before requests start, wall"
     )
-
-    @model_validator(mode="after")
-    def _check_consistency(self) -> Self:
-        if self.circuit_open_max_s < self.circuit_open_s:
-            raise ValueError("SPROUT_ROUTER_CIRCUIT_OPEN_MAX_S must not be below SPROUT_ROUTER_CIRCUIT_OPEN_S")
-        if self.backoff_max_s < self.backoff_s:
-            raise ValueError("SPROUT_ROUTER_BACKOFF_MAX_S must not be below SPROUT_ROUTER_BACKOFF_S")
-        return self
 
     @property
     def rebalance_timeout_s(self) -> float:

@@ -7,9 +7,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime
 from time import perf_counter
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from shared.inference.base import (
     DeadlineExceeded,
@@ -45,6 +45,12 @@ class RetrySettings(BaseModel):
     max_attempts: int = Field(default=6, ge=1, description="Most attempts for one request")
     backoff_s: float = Field(default=0.05, gt=0, description="Before the second attempt; doubles, with jitter; wall")
     backoff_max_s: float = Field(default=2.0, gt=0, description="Longest pause between attempts, wall")
+
+    @model_validator(mode="after")
+    def _check_backoff(self) -> Self:
+        if self.backoff_max_s < self.backoff_s:
+            raise ValueError("BACKOFF_MAX_S must not be below BACKOFF_S")
+        return self
 
     def pause_s(self, attempts: int, jitter: float) -> float:
         """Pause after `attempts` failed attempts, between half of the backoff and all of it.
@@ -86,7 +92,7 @@ class GenerationJob:
     Attributes:
         prompt: with the chat template and the directive applied.
         deadline: event time.
-        sink: receives the answer's text as it arrives; None: nobody wants it before the end.
+        sink: receives the answer's text as it arrives; None: the text is returned only at the end.
     """
 
     request_id: str

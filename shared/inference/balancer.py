@@ -8,8 +8,9 @@ its model generates: until the endpoint has answered a request, one more failure
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 
 class CircuitBreakerSettings(BaseModel):
@@ -20,6 +21,12 @@ class CircuitBreakerSettings(BaseModel):
         default=1.0, gt=0, description="First time that an endpoint stays ejected; doubles with each re-ejection; wall"
     )
     circuit_open_max_s: float = Field(default=15.0, gt=0, description="Longest time that it stays ejected, wall")
+
+    @model_validator(mode="after")
+    def _check_circuit_times(self) -> Self:
+        if self.circuit_open_max_s < self.circuit_open_s:
+            raise ValueError("CIRCUIT_OPEN_MAX_S must not be below CIRCUIT_OPEN_S")
+        return self
 
 
 @dataclass(slots=True)

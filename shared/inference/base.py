@@ -1,4 +1,4 @@
-"""What every inference client has in common: the protocol, its requests and answers, and its three kinds of error.
+"""The protocol of inference clients: requests, answers and errors.
 
 A further inference server is one module: a class with the methods of `InferenceClient`, entered in
 `shared.inference.pool.CLIENTS`.
@@ -80,7 +80,7 @@ class StreamTimeouts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a model on a server supports.
+    """The features that a model on a server supports.
 
     Attributes:
         streaming: it can send an answer in several parts.

@@ -1,4 +1,4 @@
-"""What every message has in common, and the topic `dead-letters`, which carries messages of any kind."""
+"""The base classes of all messages, and the messages of the topic `dead-letters`."""
 
 import base64
 from datetime import UTC, datetime

@@ -1,1 +1,1 @@
-"""What every service runs with: settings, logs, health, clock, database, traces."""
+"""The runtime that all services share: settings, logs, health, clock, database, traces."""

@@ -44,11 +44,24 @@ class DatabaseUnavailableError(RetryLaterError):
     """
 
 
+@contextmanager
+def translate_errors() -> Iterator[None]:
+    """Turn each of `TRANSIENT_ERRORS` into `DatabaseUnavailableError`.
+
+    Raises:
+        DatabaseUnavailableError: the operation inside did not reach PostgreSQL.
+    """
+    try:
+        yield
+    except TRANSIENT_ERRORS as error:
+        raise DatabaseUnavailableError(f"PostgreSQL is unavailable ({type(error).__name__})") from error
+
+
 class DatabaseStatus:
     """Whether PostgreSQL answers, as the service's own operations show it: for readiness and for the log.
 
-    Every operation runs in `with status.watch():`, which turns each of `TRANSIENT_ERRORS` into
-    `DatabaseUnavailableError`.
+    Every operation runs in `with status.watch():`, which also translates its errors. Any success clears the problem;
+    work whose failures must stay visible while other operations succeed reports them itself.
     """
 
     def __init__(self) -> None:
@@ -66,13 +79,17 @@ class DatabaseStatus:
             DatabaseUnavailableError: it did not.
         """
         try:
-            yield
-        except TRANSIENT_ERRORS as error:
-            problem = f"PostgreSQL is unavailable ({type(error).__name__})"
-            if problem != self._problem:
-                _log.warning("waiting for PostgreSQL", error=type(error).__name__)
-            self._problem = problem
-            raise DatabaseUnavailableError(problem) from error
+            with translate_errors():
+                yield
+        except DatabaseUnavailableError as error:
+            if str(error) != self._problem:
+                _log.warning("waiting for PostgreSQL", error=type(error.__cause__).__name__)
+            self._problem = str(error)
+            raise
+        self.answered()
+
+    def answered(self) -> None:
+        """Note that PostgreSQL has answered."""
         if self._problem is not None:
             _log.info("PostgreSQL answers")
         self._problem = None

@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+from sklearn.decomposition import PCA
 
 from services.evaluator.clusters import (
+    COMPONENTS,
     GROUPS_PER_FAMILY,
     MAX_GROUPS,
     MIN_GROUP_PROMPTS,
     TooFewPromptsError,
+    _fit_scaling,
+    _scaled_matrix,
+    _topics,
     learn_groups,
 )
 from shared.grouping import PromptFeatures, PromptGroups, extract_features
@@ -111,6 +116,31 @@ def test_the_version_is_a_hash_of_the_model():
         return learn_groups(prompts, preferred, energy).groups.version
 
     assert version(4) == version(4) != version(5)
+
+
+@pytest.mark.parametrize("distinct", [2, 3, 10])
+def test_learning_is_deterministic_also_with_few_distinct_prompts(distinct):
+    texts = made(100, seed=4)[0]
+    prompts = (list(dict.fromkeys(texts))[:distinct] * 600)[:600]
+    rng = np.random.default_rng(1)
+    preferred = rng.integers(0, 2, 600)
+    energy = np.tile([8e-5, 3e-5], (600, 1)) * rng.uniform(0.8, 1.2, (600, 2))
+    first, second = (learn_groups(prompts, preferred, energy) for _ in range(2))
+    assert first.groups.version == second.groups.version
+    assert np.array_equal(first.leave_one_out, second.leave_one_out)
+
+
+def test_topics_are_the_principal_components_of_the_features():
+    features = [extract_features(prompt) for prompt in made(200, seed=7)[0]]
+    matrix = _scaled_matrix(features, _fit_scaling(features))
+    topics = _topics(matrix)
+    dense = matrix.toarray()
+    centred = dense - dense.mean(axis=0)
+    scores = PCA(COMPONENTS, svd_solver="full").fit_transform(dense) / np.sqrt(centred.var(axis=0).sum())
+    assert topics.judged.shape == scores.shape
+    # A component is determined up to its sign, and its coordinates are centred.
+    assert np.allclose(topics.judged @ topics.judged.T, scores @ scores.T, atol=1e-8)
+    assert np.allclose(topics.judged.mean(axis=0), 0.0, atol=1e-9)
 
 
 def test_too_few_prompts_are_rejected():

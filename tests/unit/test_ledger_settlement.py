@@ -1,15 +1,26 @@
 """Intervals are settled once: in however many steps, no joule is lost, moved or counted twice."""
 
 import math
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from services.ledger.attribution import Call, EndpointState, OpenCall, SettledInterval, settle_endpoint
 from services.ledger.meters import Reading
+from services.ledger.metrics import LedgerMetrics
+from services.ledger.outbox import FootprintOutbox
 from services.ledger.settings import LedgerSettings
+from services.ledger.settlement import AttributionLoop, IntervalSettlement
+from services.ledger.sql import Storage
+from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
+from shared.runtime.clock import Clock
 
 SETTINGS = LedgerSettings()
 
@@ -140,3 +151,73 @@ def test_a_call_from_before_the_first_reading_is_partial_or_has_no_footprint():
     tables.settle(20)
     assert set(tables.footprints) == {"across"}
     assert "across" in tables.partial
+
+
+class SlowPool:
+    """A connection pool: single statements succeed; transactions fail with `error` if it is set."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    async def execute(self, *arguments: object) -> None:
+        """Like `asyncpg.Pool.execute`."""
+
+    @asynccontextmanager
+    async def acquire(self):
+        if self.error is not None:
+            raise self.error
+        yield self
+
+    @asynccontextmanager
+    async def transaction(self):
+        yield
+
+    async def fetchval(self, *arguments: object) -> bool:
+        return False  # another ledger holds the lock
+
+
+@pytest.fixture
+def loop_and_pool() -> tuple[AttributionLoop, Storage, SlowPool]:
+    fleet = Fleet(
+        directives=(Directive(level="L0"),),
+        models=(Model(name="m", chat_template="chatml"),),
+        pools=(Pool(name="p", model="m", zone="Z", endpoints=(Endpoint(name="e", grpc="localhost:1"),)),),
+    )
+    storage, pool, metrics = Storage(), SlowPool(), LedgerMetrics(CollectorRegistry())
+    storage.attach(pool)
+    loop = AttributionLoop(
+        SimpleNamespace(watermark=datetime(2024, 2, 1, tzinfo=UTC)),
+        IntervalSettlement(fleet, settings=SETTINGS, storage=storage, metrics=metrics),
+        FootprintOutbox(None, storage=storage, metrics=metrics),
+        storage=storage,
+        settings=SETTINGS,
+        metrics=metrics,
+        clock=Clock(),
+    )
+    return loop, storage, pool
+
+
+async def test_a_failed_settlement_is_reported_until_one_succeeds_whatever_other_operations_do(loop_and_pool):
+    loop, storage, pool = loop_and_pool
+    await storage.add("calls", [{"id": "a"}])
+    pool.error = TimeoutError()
+    with capture_logs() as logs:
+        for _ in range(3):
+            await loop.run_once()
+            await storage.add("calls", [{"id": "a"}])
+            assert storage.status.problem() is None
+            assert loop.settlement_problem() == "PostgreSQL is unavailable (TimeoutError)"
+        pool.error = None
+        await loop.run_once()
+    assert loop.settlement_problem() is None
+    assert [one["event"] for one in logs] == [
+        "settlement failed; the next round tries again",
+        "settlement succeeded again",
+    ]
+
+
+async def test_a_settlement_clears_the_problem_of_other_operations(loop_and_pool):
+    loop, storage, _ = loop_and_pool
+    assert storage.status.problem() is not None
+    await loop.run_once()
+    assert storage.status.problem() is None

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from services.evaluator.settings import EvaluatorSettings
 from services.router.admission import IncomingRequest, default_deadline, parse_request, rejection
 from services.router.settings import RouterSettings
 from services.router.streaming import Chunker
@@ -167,13 +168,17 @@ def test_without_an_interval_every_piece_is_a_chunk():
     assert chunks[-1].error is not None
 
 
-def test_inconsistent_settings_are_rejected(monkeypatch):
+def test_null_removes_the_limit_of_the_intensity_age(monkeypatch):
     monkeypatch.setenv("SPROUT_ROUTER_MAX_INTENSITY_AGE_S", "null")
     assert RouterSettings().max_intensity_age_s is None
+
+
+@pytest.mark.parametrize("settings", [RouterSettings, EvaluatorSettings])
+def test_settings_with_a_maximum_below_the_first_pause_are_rejected(settings):
     with pytest.raises(ValidationError, match="CIRCUIT_OPEN_MAX_S must not be below"):
-        RouterSettings(circuit_open_s=5, circuit_open_max_s=1)
+        settings(circuit_open_s=5, circuit_open_max_s=1)
     with pytest.raises(ValidationError, match="BACKOFF_MAX_S must not be below"):
-        RouterSettings(backoff_s=5, backoff_max_s=1)
+        settings(backoff_s=5, backoff_max_s=1)
 
 
 @pytest.mark.parametrize("name", ["CIRCUIT_OPEN_S", "COOL_DOWN_S"])

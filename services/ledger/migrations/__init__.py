@@ -1,1 +1,1 @@
-"""The ledger's schema, as ordered SQL files."""
+"""Tables of the ledger, as SQL files in the order of their names."""

@@ -1,1 +1,1 @@
-"""Tables of the optimizer, in the order of their names."""
+"""Tables of the optimizer, as SQL files in the order of their names."""

@@ -47,7 +47,7 @@ _Call = Any
 
 
 class _Payload(NamedTuple):
-    """What `prepare` builds: the request, and the contract by which its responses are read."""
+    """A prepared request, and the contract by which its responses are read."""
 
     contract: ModelContract
     message: ModelInferRequest
@@ -142,7 +142,7 @@ class TritonClient(InferenceClient):
     ) -> PreparedRequest:
         """See `InferenceClient.prepare`."""
         if timeout_s <= 0:
-            raise DeadlineExceeded(f"{self.name}: no time was left to begin")
+            raise DeadlineExceeded(f"{self.name}: the deadline passed before the request was sent")
         contract = self._contract or await self._read_contract(timeout_s)
         stream = streamed or contract.must_stream(tokenizer=self._tokenizer is not None, stops=bool(parameters.stop))
         message = encode(contract, prompt, parameters, request_id=request_id, stream=stream)
@@ -155,7 +155,7 @@ class TritonClient(InferenceClient):
     ) -> AsyncGenerator[Chunk, None]:
         """See `InferenceClient.stream`."""
         if timeout_s <= 0:
-            raise DeadlineExceeded(f"{self.name}: no time was left to begin")
+            raise DeadlineExceeded(f"{self.name}: the deadline passed before the request was sent")
         contract: ModelContract = request.payload.contract
         assembler = AnswerAssembler(
             request.prompt,

@@ -153,7 +153,7 @@ class ModelContract:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the model supports."""
+        """The features that the model supports."""
         return Capabilities(
             streaming=self.decoupled,
             counts_tokens=self.completion_tokens is not None,
