@@ -15,8 +15,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.sparse.linalg import aslinearoperator, eigsh
 from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import pairwise_distances_argmin
 from threadpoolctl import threadpool_limits
@@ -169,29 +169,12 @@ def _topics(matrix: sparse.csr_array) -> _Coordinates:
     variance = float(matrix.multiply(matrix).mean(axis=0).sum() - np.square(mean).sum())
     if variance <= 1e-12:
         return _Coordinates.constant(matrix)
-    weights = _principal_components(matrix, mean, variance) / np.sqrt(variance)
-    return _Coordinates(weights, -mean @ weights, (matrix @ weights) - mean @ weights)
-
-
-def _principal_components(matrix: sparse.csr_array, mean: Doubles, variance: float) -> Doubles:
-    """Principal components as unit vectors, (features, components); those of almost no variance are left out.
-
-    scikit-learn's `PCA` gives ARPACK no seed for its restarts, which it needs if few prompts differ: the results of
-    two calls then differ.
-
-    Args:
-        mean: (features,) of the matrix.
-        variance: of all features together.
-    """
-    prompts = matrix.shape[0]
-    centred = aslinearoperator(matrix) - aslinearoperator(np.ones((prompts, 1))) @ aslinearoperator(mean[np.newaxis])
-    rng = np.random.default_rng(_SEED)
-    variances, scores = eigsh(
-        centred @ centred.T, min(COMPONENTS, prompts - 1), v0=rng.uniform(-1.0, 1.0, prompts), rng=rng
-    )
-    kept = variances > 1e-6 * variance * prompts
-    components: Doubles = (centred.T @ scores[:, kept]) / np.sqrt(variances[kept])
-    return components
+    # Lanczos iterations beyond the rank of the matrix would restart at random vectors.
+    rank = len(np.unique(matrix @ np.random.default_rng(_SEED).normal(size=matrix.shape[1]))) - 1
+    pca = PCA(min(COMPONENTS, rank), svd_solver="arpack", random_state=_SEED).fit(matrix)
+    components = pca.components_[pca.explained_variance_ratio_ > 1e-6]
+    weights = components.T / np.sqrt(variance)
+    return _Coordinates(weights, -pca.mean_ @ weights, (matrix @ weights) - pca.mean_ @ weights)
 
 
 def _predictions(matrix: sparse.csr_array, outcomes: Sequence[Doubles], coverage: Sequence[Doubles]) -> _Coordinates:
@@ -238,6 +221,7 @@ def _centres(points: Doubles, count: int, *, min_members: int) -> Doubles:
 def _prompt_groups(scaling: FeatureScaling, weights: Doubles, intercept: Doubles) -> PromptGroups:
     rounded = weights.astype(np.float16)
     published_intercept = intercept.astype(np.float32)
+    # Of the rounded numbers: those of two runs on the same prompts can differ by the last bits of a double.
     version = hashlib.blake2b(rounded.tobytes() + published_intercept.tobytes(), digest_size=4).hexdigest()
     # Two versions share no name, so counts of different versions cannot be mixed up.
     names = tuple(f"{version}.{index:02}" for index in range(weights.shape[1]))

@@ -240,7 +240,7 @@ def test_a_container_has_only_its_own_code_and_cannot_change_it(compose: Compose
         "exec", "-T", service, "sh", "-c", "id -u; ls services; ls; touch /app/x 2>/dev/null && echo writable; true"
     ).split()
     assert output[0] == "10001"
-    assert set(output[1:]) - {"__pycache__"} == {"__init__.py", service, "services", "shared"}
+    assert set(output[1:]) - {"__pycache__"} == {"__init__.py", "__main__.py", service, "services", "shared"}
 
 
 def test_a_producer_gets_an_answer(compose: Compose) -> None:

@@ -162,7 +162,7 @@ async def read_policies(kafka: KafkaSettings, *, timeout_s: float = READ_TIMEOUT
     except TimeoutError:
         numbers = ", ".join(str(number) for number in sorted(one.partition for one in unread))
         raise ReadTimeoutError(
-            f"topic {topic} could not be read to its end within {timeout_s:g} s: partition {numbers} sent only part of its records"
+            f"topic {topic} could not be read to its end within {timeout_s:g} s: partition {numbers} is incomplete"
         ) from None
     finally:
         await consumer.stop()
