@@ -35,7 +35,7 @@ class ServiceBroker(KafkaBroker):
         *,
         service: str,
         dead_letters: DeadLetterPublisher,
-        registry: CollectorRegistry,
+        registry: CollectorRegistry | None,
         linger_ms: int,
     ) -> None:
         self._recovering_producer = RecoveringProducer(
@@ -54,7 +54,7 @@ class ServiceBroker(KafkaBroker):
             allow_auto_create_topics=False,
             ack_policy=AckPolicy.NACK_ON_ERROR,
             middlewares=(
-                KafkaPrometheusMiddleware(registry=registry, app_name=service),
+                *(() if registry is None else (KafkaPrometheusMiddleware(registry=registry, app_name=service),)),
                 partial(DeadLetterMiddleware, dead_letters=dead_letters),
                 partial(ProducerMiddleware, producer=self._recovering_producer),
             ),
@@ -85,7 +85,7 @@ def build_broker(
     *,
     service: str,
     clock: Clock,
-    registry: CollectorRegistry,
+    registry: CollectorRegistry | None,
     linger_ms: int = 0,
 ) -> tuple[KafkaBroker, DeadLetterPublisher]:
     """A broker that is not connected yet, and the publisher of its dead letters.
@@ -95,6 +95,7 @@ def build_broker(
     to a dead letter, and what is not acknowledged is delivered again rather than skipped.
 
     Args:
+        registry: for FastStream's metrics of received and published messages; without them if it is None.
         linger_ms: how long the producer waits for more messages of a batch, wall milliseconds.
     """
     dead_letters = DeadLetterPublisher(kafka=kafka, service=service, clock=clock)
