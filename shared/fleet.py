@@ -34,7 +34,7 @@ import ssl
 import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -47,8 +47,11 @@ from pydantic import (
     model_validator,
 )
 
+from shared.batch_curve import BatchCurve
 from shared.messages import Identifier, Level, Zone, option_key
 from shared.tenants import OPTIMIZE, Tenant
+
+Dispatch = Literal["pack", "spread"]
 
 DEFAULT_EMBODIED_G_PER_S = 26_356.568 / (5 * 365 * 86_400)
 """k1 of a server with one A100: 26.36 kgCO2eq over five years (paper, section 4)."""
@@ -163,11 +166,92 @@ class Pool(TlsFields):
     concurrency: int | None = Field(
         default=None, ge=1, description="Concurrent requests, all endpoints; absent: unlimited"
     )
+    dispatch: Dispatch = Field(
+        default="spread",
+        description="pack: fill one endpoint up to its target before the next is used; spread: use the least busy",
+    )
+    target_batch: int | None = Field(
+        default=None, ge=1, description="Requests at once on an endpoint, of all routers; absent: from the objectives"
+    )
+    tpot_objective_ms: float | None = Field(
+        default=None, gt=0, description="Most time per output token; the target batch follows from the learned curve"
+    )
+    ttft_objective_ms: float | None = Field(default=None, gt=0, description="Most time until the first token")
+    scaling: Literal["elastic", "fixed"] | None = Field(
+        default=None,
+        description="elastic: servers follow the load, so a token costs its share of a full batch; fixed: all of them "
+        "always run, so it costs what one more token adds. Default: elastic where dispatch is pack",
+    )
+    sleep: bool = Field(default=False, description="Endpoints that are not needed may be put to sleep")
+    min_awake: int = Field(default=1, ge=1, description="Endpoints that never sleep")
+
+    @property
+    def capacity_follows_load(self) -> bool:
+        """Whether fewer tokens mean fewer servers."""
+        return (self.scaling or ("elastic" if self.dispatch == "pack" else "fixed")) == "elastic"
+
+    def target_for(self, curve: BatchCurve | None, *, prompt_tokens: float = 0.0) -> int | None:
+        """Requests at once that an endpoint is to have: the fixed number, or the most that the objectives allow.
+
+        Args:
+            curve: of the endpoint; None while it is unknown.
+            prompt_tokens: usual length of a prompt.
+
+        Returns:
+            At least 1, also where no batch keeps the objectives; None while it is unknown.
+        """
+        if self.target_batch is not None:
+            return self.target_batch
+        tpot_s, ttft_s = _seconds(self.tpot_objective_ms), _seconds(self.ttft_objective_ms)
+        if curve is None or (tpot_s is None and ttft_s is None):
+            return None
+        limits = [endpoint.max_in_flight for endpoint in self.endpoints if endpoint.max_in_flight is not None]
+        return max(1, min([curve.largest_batch(tpot_s=tpot_s, ttft_s=ttft_s, prompt_tokens=prompt_tokens), *limits]))
+
+    @model_validator(mode="after")
+    def _consistent_dispatch(self) -> Self:
+        objectives = (self.target_batch, self.tpot_objective_ms, self.ttft_objective_ms)
+        if self.dispatch == "pack" and objectives == (None, None, None):
+            raise ValueError(
+                f"pool {self.name!r} has dispatch = 'pack' but no target: add 'target_batch' (requests at once on an "
+                "endpoint) or 'tpot_objective_ms' (most milliseconds per output token)"
+            )
+        limits = [endpoint.max_in_flight for endpoint in self.endpoints if endpoint.max_in_flight is not None]
+        if self.target_batch is not None and limits and self.target_batch > min(limits):
+            raise ValueError(
+                f"pool {self.name!r} has target_batch = {self.target_batch}, more than max_in_flight = {min(limits)} "
+                "of an endpoint: lower the one or raise the other"
+            )
+        if self.min_awake > len(self.endpoints):
+            raise ValueError(f"pool {self.name!r} has min_awake = {self.min_awake} but {len(self.endpoints)} endpoints")
+        return self
 
     @property
     def weights(self) -> str | None:
         """The weights served; pools of a model with equal weights give the same answers."""
         return self.variant or self.model
+
+
+class Switchback(FleetPart):
+    """Blocks of time in which the whole fleet serves as it would without Sprout, to measure the saving on the meter."""
+
+    share: float = Field(default=0.02, ge=0, le=0.5, description="Share of the time; 0: never, no metered saving")
+    block_s: float = Field(default=1_800.0, gt=0, description="Length of a block, event seconds")
+    washout_s: float = Field(
+        default=300.0, ge=0, description="Time after every change that does not count, event seconds"
+    )
+    key: str = Field(default="", max_length=256, description="Draws the blocks; another key draws other blocks")
+    dispatch: Dispatch = Field(default="spread", description="Dispatch without Sprout")
+    sleep: bool = Field(default=False, description="Whether endpoints would sleep without Sprout")
+
+    @model_validator(mode="after")
+    def _blocks_outlast_washout(self) -> Self:
+        if self.share > 0 and self.washout_s >= self.block_s:
+            raise ValueError(
+                f"switchback.washout_s ({self.washout_s:g}) must be shorter than block_s ({self.block_s:g}), or "
+                "nothing is measured"
+            )
+        return self
 
 
 class Model(FleetPart):
@@ -190,13 +274,14 @@ class Judge(FleetPart):
 
 
 class Fleet(FleetPart):
-    """The fleet file: directives, models, pools, judge, tenants."""
+    """The fleet file: directives, models, pools, judge, tenants, switchback."""
 
     directives: tuple[Directive, ...] = Field(min_length=1)
     models: tuple[Model, ...] = Field(min_length=1)
     pools: tuple[Pool, ...] = Field(min_length=1)
     judge: Judge | None = None
     tenants: tuple[Tenant, ...] = ()
+    switchback: Switchback = Switchback()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -330,6 +415,10 @@ class Fleet(FleetPart):
         """The options with the same answers as the reference: L0 on every pool with the same weights."""
         pools = self.pools_of(model)
         return tuple(option_key(pool.name, self.levels[0]) for pool in pools if pool.weights == pools[0].weights)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1_000.0
 
 
 def _unique(what: str, names: list[str]) -> None:

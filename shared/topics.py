@@ -11,11 +11,14 @@ from typing import Final
 from shared.messages import (
     CarbonIntensity,
     DeadLetter,
+    EndpointCurve,
     Footprint,
     GenerationRequest,
     GenerationResponse,
+    LoadReport,
     Message,
     Policy,
+    PoolCapacity,
     PromptGrouping,
     Quality,
     ResponseChunk,
@@ -197,6 +200,31 @@ POLICIES: Final = TopicSpec(
     cleanup=Cleanup.COMPACT,
     partitions=1,
 )
+LOAD_REPORTS: Final = TopicSpec(
+    name="load-reports",
+    description="What every router and evaluator has running on the model servers",
+    message=LoadReport,
+    key="instance",
+    cleanup=Cleanup.DELETE,
+    partitions=1,
+    retention_ms=HOUR_MS,
+)
+POWER_CURVES: Final = TopicSpec(
+    name="power-curves",
+    description="Power and speed of every endpoint by batch size",
+    message=EndpointCurve,
+    key="endpoint",
+    cleanup=Cleanup.COMPACT,
+    partitions=1,
+)
+CAPACITY: Final = TopicSpec(
+    name="capacity",
+    description="Endpoints that every pool needs",
+    message=PoolCapacity,
+    key="pool",
+    cleanup=Cleanup.COMPACT,
+    partitions=1,
+)
 DEAD_LETTERS: Final = TopicSpec(
     name="dead-letters",
     description="Messages that could not be processed, with the reason",
@@ -220,6 +248,9 @@ TOPICS: Final = (
     QUALITY,
     PROMPT_GROUPS,
     POLICIES,
+    LOAD_REPORTS,
+    POWER_CURVES,
+    CAPACITY,
     DEAD_LETTERS,
 )
 

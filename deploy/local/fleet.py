@@ -44,7 +44,7 @@ class LocalFleet:
 
     def to_toml(self) -> str:
         """The file's text."""
-        lines = ["# Written by the local stack at every start."]
+        lines = ["# Written by the local stack at every start.", "", "[switchback]", "share = 0"]
         for level, text in DIRECTIVES:
             lines += ["", "[[directives]]", f"level = {_quoted(level)}"]
             if text:

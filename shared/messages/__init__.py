@@ -14,6 +14,7 @@ from shared.messages.base import (
     option_key,
     split_option,
 )
+from shared.messages.capacity import CapacityForecast, EndpointCurve, EndpointLoad, LoadReport, PoolCapacity, PoolLoad
 from shared.messages.carbon import CarbonIntensity, Footprint, IntensityPoint
 from shared.messages.evaluation import EvaluationCost, Paired, Quality, QualityCount, Sample, UsageRecord
 from shared.messages.generation import (
@@ -37,15 +38,19 @@ from shared.messages.policies import (
     Policy,
     PolicyInputs,
     PolicyStatus,
+    PoolPrice,
     PromptGrouping,
 )
 
 __all__ = [
     "FORBIDDEN",
+    "CapacityForecast",
     "CarbonIntensity",
     "ChatMessage",
     "DeadLetter",
     "Decision",
+    "EndpointCurve",
+    "EndpointLoad",
     "ErrorDetail",
     "EvaluationCost",
     "FinishReason",
@@ -57,6 +62,7 @@ __all__ = [
     "Identifier",
     "IntensityPoint",
     "Level",
+    "LoadReport",
     "Message",
     "OptionEstimate",
     "PackedArray",
@@ -64,6 +70,9 @@ __all__ = [
     "Policy",
     "PolicyInputs",
     "PolicyStatus",
+    "PoolCapacity",
+    "PoolLoad",
+    "PoolPrice",
     "Probability",
     "PromptGrouping",
     "Quality",

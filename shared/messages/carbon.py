@@ -39,7 +39,7 @@ class CarbonIntensity(Message):
 class Footprint(Message):
     """Energy and carbon attributed to one call.
 
-    total_g = energy_kwh * pue * intensity_g_per_kwh + embodied_g_per_s * processing_s
+    total_g = energy_kwh * pue * intensity_g_per_kwh + embodied_g_per_s * server_s
     """
 
     request_id: Identifier = Field(description="The request's id, or the usage record's")
@@ -59,6 +59,12 @@ class Footprint(Message):
     started_at: UtcDatetime
     finished_at: UtcDatetime
     processing_s: float = Field(ge=0, description="Seconds from sending the call to its last token, event time")
+    server_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="The call's share of the server's time: calls that run at once share it; null in old messages, "
+        "which were charged for processing_s",
+    )
     prompt_tokens: int | None = None
     completion_tokens: int = Field(ge=0)
     energy_j: float = Field(ge=0, description="Attributed from the endpoint's energy counter")

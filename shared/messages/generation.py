@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from shared.messages.base import Identifier, Level, Message, Probability, RequestedDirective, UtcDatetime, Value, Zone
 
 TokenCountSource = Literal["server", "stream", "tokenizer"]
-DecisionSource = Literal["policy", "forced", "fallback"]
+DecisionSource = Literal["policy", "forced", "fallback", "switchback"]
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 ErrorCode = Literal[
     "deadline_exceeded", "unknown_model", "unknown_level", "prompt_too_large", "no_endpoint", "upstream_error",
@@ -99,7 +99,8 @@ class Decision(Value):
     """Which option served the request, and how it was chosen: the input of the saving estimator."""
 
     source: DecisionSource = Field(
-        description="policy: drawn; forced: required by the request; fallback: no valid policy"
+        description="policy: drawn; forced: required by the request; fallback: no valid policy; switchback: the whole "
+        "fleet serves as it would without Sprout"
     )
     group: Identifier = Field(description="Prompt group")
     pool: Identifier

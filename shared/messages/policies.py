@@ -16,6 +16,9 @@ class OptionEstimate(Value):
 
     energy_kwh: float = Field(ge=0)
     processing_s: float = Field(ge=0)
+    server_s: float | None = Field(
+        default=None, ge=0, description="Server time, for embodied carbon; null: processing_s, as in older policies"
+    )
     quality: dict[str, float] = Field(description="Expected, by metric")
     doubt: dict[str, tuple[float, float, float]] = Field(
         default={},
@@ -35,6 +38,21 @@ class OptionInputs(Value):
     pool: Identifier
     g_per_kwh: float = Field(ge=0, description="PUE times the carbon intensity of the pool's zone")
     embodied_g_per_s: float = Field(ge=0, description="k1 of the pool")
+
+
+class PoolPrice(Value):
+    """What a token costs in a pool, J, and why.
+
+    `average`: energy per token at the target batch, idle power included, because capacity follows the load. `marginal`:
+    energy of one more token, because the servers run anyway. `attributed`: the energy attributed to calls so far,
+    because no curve of the pool is known.
+    """
+
+    basis: Literal["average", "marginal", "attributed"]
+    batch: float | None = Field(default=None, ge=0, description="Sequences per endpoint that the price is for")
+    token_j: float | None = Field(default=None, ge=0, description="Per generated token; null where attributed")
+    prompt_token_j: float | None = Field(default=None, ge=0, description="Per token of a prompt")
+    reason: str
 
 
 class PolicyInputs(Value):
@@ -58,6 +76,9 @@ class PolicyInputs(Value):
     holdout: Probability
     options: dict[str, OptionInputs] = Field(
         default={}, description="By option that has a known price; empty in policies of the first release"
+    )
+    prices: dict[str, PoolPrice] = Field(
+        default={}, description="By pool; the energy in `estimates` follows from it. Empty in older policies"
     )
     floors: dict[str, Probability] = Field(
         default={}, description="Minimum quality of every group relative to the reference's, by metric"

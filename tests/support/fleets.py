@@ -15,7 +15,7 @@ Answers = Mapping[str, tuple[int, float]]
 
 def fleet_toml(endpoints: Sequence[str], *, template: str = "llama-2", triton_model: str = "ensemble") -> str:
     """A fleet file with one model and one pool `p` with endpoints `e0`, `e1`, ..."""
-    lines = ["[[directives]]", 'level = "L0"']
+    lines = ["[switchback]", "share = 0", "[[directives]]", 'level = "L0"']
     for level, text in DIRECTIVES.items():
         lines += ["[[directives]]", f'level = "{level}"', f'text = "{text}"']
     lines += ["[[models]]", f'name = "{MODEL}"', f'chat_template = "{template}"']
