@@ -8,6 +8,7 @@ LOCK := requirements/dev.lock
 SERVICES := carbon-feed router optimizer evaluator ledger cli
 
 # For `make demo` and `make up`; empty: the default. `make demo WORKLOAD=... CARBON=... ZONE=... MODEL=smollm2`
+# `make demo COMPARE=1` plays the day a second time without Sprout.
 WORKLOAD ?=
 MODEL ?=
 CARBON ?=
@@ -15,7 +16,8 @@ ZONE ?=
 OPTIONS = $(if $(WORKLOAD),--workload "$(WORKLOAD)") $(if $(MODEL),--model "$(MODEL)") \
           $(if $(CARBON),--carbon "$(CARBON)") $(if $(ZONE),--zone "$(ZONE)")
 
-# For `make drill`: SEED draws times and victims; SCENARIO=sigkill,malformed runs only these; SCALE=0.1 a tenth of the requests.
+# SEED draws the traffic of `make demo`, and times and victims of `make drill`;
+# SCENARIO=sigkill,malformed runs only these; SCALE=0.1 a tenth of the requests.
 SEED ?= 1
 SCENARIO ?=
 SCALE ?= 1
@@ -38,7 +40,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	@PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $(STAMP)
 
-demo: install  ## Replay a day through the real services in two minutes; see demo-report.html
+demo: install  ## Replay a day through the real services in three minutes; see demo-report.html
 	$(BIN)/sprout demo $(OPTIONS)
 
 test: install lint types  ## Lint, types and every test
