@@ -180,11 +180,8 @@ class CapacityPlanner:
             reason = f"all, because the target batch is unknown: {why}"
         else:
             needed = self._endpoints_for(pool, demand.in_flight, target)
-            times = [now + timedelta(hours=hour) for hour in range(1, self._settings.forecast_h + 1)]
-            forecast = tuple(
-                CapacityForecast(at=at, endpoints_needed=self._needed_at(pool, state, target, at, now)) for at in times
-            )
-            soon = self._needed_at(pool, state, target, now + self._lead, now)
+            forecast = self._forecast(pool, state, target, now)
+            soon = self._needed_at(pool, state, target, now + self._lead, now) or 0
             awake, reason = self._awake(pool, state, needed=needed, soon=soon, now=now)
             reason = (
                 f"{demand.in_flight} requests and a margin of {self._margin(demand.in_flight):.0f} need {needed} "
@@ -232,18 +229,32 @@ class CapacityPlanner:
                 half_life_s=_IN_FLIGHT_HALF_LIFE_S,
             )
 
-    def _needed_at(self, pool: Pool, state: _PoolState, target: int, at: datetime, now: datetime) -> int:
-        """Endpoints needed at a later time: usual arrivals, scaled to the present level, times seconds in flight."""
+    def _forecast(self, pool: Pool, state: _PoolState, target: int, now: datetime) -> tuple[CapacityForecast, ...]:
+        """Endpoints needed in the next hours; as many as at the present level while nothing else is known."""
+        flat = self._needed_at_present_level(pool, state, target)
+        times = [now + timedelta(hours=hour) for hour in range(1, self._settings.forecast_h + 1)]
+        return tuple(
+            CapacityForecast(at=at, endpoints_needed=self._needed_at(pool, state, target, at, now) or flat)
+            for at in times
+        )
+
+    def _needed_at(self, pool: Pool, state: _PoolState, target: int, at: datetime, now: datetime) -> int | None:
+        """Endpoints needed at a later time, by Little's law; None while the arrivals at that time are unknown."""
+        seconds, usual = state.seconds_in_flight(), state.profile.rate(at)
+        if seconds is None or usual is None or state.arrivals_per_s is None:
+            return None
+        usual_now = state.profile.rate(now)
+        scale = state.arrivals_per_s.value / usual_now if usual_now else 1.0
+        scale = min(max(scale, 1.0 / _LARGEST_SCALE), _LARGEST_SCALE)
+        return self._endpoints_for(pool, usual * scale * seconds, target)
+
+    def _needed_at_present_level(self, pool: Pool, state: _PoolState, target: int) -> int:
+        """Endpoints needed if arrivals stay as they are."""
         seconds = state.seconds_in_flight()
         if state.arrivals_per_s is None or state.in_flight is None:
             return len(pool.endpoints)
-        usual, usual_now = state.profile.rate(at), state.profile.rate(now)
-        level = state.arrivals_per_s.value
-        if seconds is None or usual is None:
-            return self._endpoints_for(pool, state.in_flight.value, target)
-        scale = level / usual_now if usual_now else 1.0
-        rate = usual * min(max(scale, 1.0 / _LARGEST_SCALE), _LARGEST_SCALE)
-        return self._endpoints_for(pool, rate * seconds, target)
+        in_flight = state.in_flight.value if seconds is None else state.arrivals_per_s.value * seconds
+        return self._endpoints_for(pool, in_flight, target)
 
     def _awake(self, pool: Pool, state: _PoolState, *, needed: int, soon: int, now: datetime) -> tuple[int, str]:
         """How many endpoints are to be awake, and why."""

@@ -131,10 +131,10 @@ def pool_price(pool: Pool, known: PoolCurve, load: float) -> PoolPrice:
             server_token_s=curve.step_time_s(target) / target,
             server_prompt_token_s=prompt_s,
             meter_token_j=curve.average_token_j(target),
-            reason=known.missed_objective(pool) or "capacity follows the load: fewer tokens need fewer servers",
+            reason=known.missed_objective(pool) or "capacity follows the load, so fewer tokens need fewer servers",
         )
     marginal_j, tokens_per_s = curve.marginal_token_j(load), curve.poisson_tokens_per_s(load)
-    reason = "its servers run anyway: a token costs what one more adds"
+    reason = "its servers run anyway, so a token costs what one more adds"
     if marginal_j < 0.0:
         reason += f" (the curve says {marginal_j:.3g} J, less than nothing)"
     return PoolPrice(
