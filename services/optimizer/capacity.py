@@ -97,7 +97,7 @@ class _PoolState:
         arrivals_per_s, in_flight: means over the recent time; None before the first demand.
         work: decayed sums of requests in flight times seconds, and of arrivals; None before the first demand.
         needed: (event time, endpoints needed) of the dwell time.
-        awake: number of endpoints that are awake; None before the first plan.
+        serving: number of endpoints that the requests in flight are spread over; None before the first plan.
     """
 
     profile: ArrivalProfile
@@ -105,7 +105,7 @@ class _PoolState:
     in_flight: _Mean | None = None
     work: DecayedSums | None = None
     needed: deque[tuple[float, int]] = field(default_factory=deque)
-    awake: int | None = None
+    serving: int | None = None
 
     def seconds_in_flight(self) -> float | None:
         """Mean event seconds that a request is in flight, by Little's law; None before the first request."""
@@ -149,11 +149,11 @@ class CapacityPlanner:
                 self._pools[name].profile.load_document(document)
 
     def loads(self) -> dict[str, float]:
-        """Mean number of sequences on an awake endpoint, by pool; pools without a demand are left out."""
+        """Mean number of sequences on an endpoint that serves, by pool; pools without a demand are left out."""
         return {
-            name: state.in_flight.value / state.awake
+            name: state.in_flight.value / state.serving
             for name, state in self._pools.items()
-            if state.in_flight is not None and state.awake
+            if state.in_flight is not None and state.serving
         }
 
     def plan(self, demand: Mapping[str, PoolDemand], prices: PoolPrices, now: datetime) -> list[PoolCapacity]:
@@ -189,7 +189,8 @@ class CapacityPlanner:
             )
             if missed := curve.missed_objective(pool):
                 reason += f"; {missed}"
-        state.awake = awake
+        # Packed requests leave the other endpoints idle.
+        state.serving = min(awake, needed) if pool.dispatch == "pack" else awake
         return PoolCapacity(
             pool=pool.name,
             at=now,

@@ -1,5 +1,6 @@
 """Endpoints that a pool needs, now and later, and which ones are awake."""
 
+import asyncio
 import json
 import math
 import tomllib
@@ -19,6 +20,7 @@ from shared.batch_curve import MEASURED
 from shared.fleet import Fleet
 from shared.messages import EndpointCurve, EndpointLoad, LoadReport, PoolCapacity, PoolLoad
 from shared.runtime.clock import ManualClock
+from shared.runtime.database import DatabaseUnavailableError
 from shared.switchback import SwitchbackSchedule
 from tests.support.fleets import fleet_toml
 
@@ -345,3 +347,24 @@ async def test_nothing_is_published_without_a_live_router(service, monkeypatch):
         await plan(after_s=1.0)
     assert metric("endpoints_awake") == 4.0
     assert math.isnan(metric("endpoints_needed"))
+
+
+async def test_without_postgresql_the_arrivals_are_stored_later(service, monkeypatch):
+    made, *_ = service
+    monkeypatch.setattr("services.optimizer.capacity_service._SHORTEST_STORE_INTERVAL_S", 0.001)
+    monkeypatch.setattr("services.optimizer.capacity_service._STORE_INTERVAL_S", 0.001)
+    stored = asyncio.Event()
+    outcomes = iter([DatabaseUnavailableError("PostgreSQL is unavailable"), None])
+
+    class FailingStore:
+        async def put_arrival_profiles(self, profiles: dict[str, Any]) -> None:
+            assert profiles == {"p": {}}
+            if (error := next(outcomes)) is not None:
+                raise error
+            stored.set()
+            await asyncio.sleep(60.0)
+
+    task = asyncio.create_task(made.store_profiles(FailingStore()))
+    async with asyncio.timeout(5.0):
+        await stored.wait()
+    task.cancel()
