@@ -7,6 +7,7 @@ import tomllib
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -368,3 +369,23 @@ async def test_without_postgresql_the_arrivals_are_stored_later(service, monkeyp
     async with asyncio.timeout(5.0):
         await stored.wait()
     task.cancel()
+
+
+def test_over_a_day_of_random_arrivals_the_awake_endpoints_carry_the_load_and_seldom_change():
+    plan = Planned(fleet(target_batch=16), capacity_margin=2.0)
+    rng = np.random.default_rng(1)
+    ends, now_s, step_s = np.zeros(0), 0.0, 30.0
+    overloaded, awake, ideal = 0, [], []
+    while now_s < 86_400.0:
+        rate = 0.09 - 0.07 * math.cos((now_s / 3_600.0 + 9.0) / 24.0 * 2.0 * math.pi)
+        number = rng.poisson(rate * step_s)
+        started = now_s + rng.uniform(0.0, step_s, number)
+        now_s += step_s
+        ends = np.concatenate([ends, started + rng.exponential(300.0, number)])
+        ends = ends[ends > now_s]
+        awake.append(len(plan(len(ends), rate=number / step_s, after_s=step_s).awake))
+        ideal.append(min(4, max(1, math.ceil(len(ends) / 16))))
+        overloaded += len(ends) > 16 * awake[-1] and awake[-1] < 4
+    assert overloaded == 0
+    assert np.mean(awake) < np.mean(ideal) + 1.0
+    assert np.count_nonzero(np.diff(awake)) < 60
