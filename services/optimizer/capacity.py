@@ -97,6 +97,8 @@ class _PoolState:
         arrivals_per_s, in_flight: means over the recent time; None before the first demand.
         work: decayed sums of requests in flight times seconds, and of arrivals; None before the first demand.
         needed: (event time, endpoints needed) of the dwell time.
+        awake: number of endpoints that are to be awake; None before the first plan.
+        passed_over: since when an endpoint that is awake gets no requests though others are needed, event time.
         serving: number of endpoints that the requests in flight are spread over; None before the first plan.
     """
 
@@ -105,6 +107,8 @@ class _PoolState:
     in_flight: _Mean | None = None
     work: DecayedSums | None = None
     needed: deque[tuple[float, int]] = field(default_factory=deque)
+    awake: int | None = None
+    passed_over: dict[str, float] = field(default_factory=dict)
     serving: int | None = None
 
     def seconds_in_flight(self) -> float | None:
@@ -183,12 +187,16 @@ class CapacityPlanner:
             forecast = self._forecast(pool, state, target, now)
             soon = self._needed_at(pool, state, target, now + self._lead, now) or 0
             awake, reason = self._awake(pool, state, needed=needed, soon=soon, now=now)
+            if failing := self._failing(pool, state, demand, target, now):
+                awake = _endpoints_with(pool, usable=awake, without=failing)
+                reason += f"; without {', '.join(sorted(failing))}, which gets no requests"
             reason = (
                 f"{demand.in_flight} requests and a margin of {self._margin(demand.in_flight):.0f} need {needed} "
                 f"endpoints with {target} each; {reason}"
             )
             if missed := curve.missed_objective(pool):
                 reason += f"; {missed}"
+        state.awake = awake
         # Packed requests leave the other endpoints idle.
         state.serving = min(awake, needed) if pool.dispatch == "pack" else awake
         return PoolCapacity(
@@ -213,8 +221,8 @@ class CapacityPlanner:
             state.in_flight = _Mean(float(demand.in_flight), now_s)
             state.work = DecayedSums(now_s, [0.0, 0.0])
             # What an earlier process kept awake and is in use stays awake for the dwell time.
-            places = [place for place, endpoint in enumerate(pool.endpoints, start=1) if endpoint.name in demand.used]
-            state.needed.append((now_s, max(places, default=0)))
+            used = [place for place, one in enumerate(pool.endpoints, start=1) if demand.running.get(one.name)]
+            state.needed.append((now_s, max(used, default=0)))
             return
         # After a pause nothing is known about most of it.
         seconds = min(max(0.0, now_s - state.in_flight.at_s), self._longest_step_s)
@@ -278,6 +286,24 @@ class CapacityPlanner:
             return held, f"{held} awake: needed soon"
         return held, f"{held} awake: needed within the last {self._dwell_s / 60.0:.0f} min"
 
+    def _failing(self, pool: Pool, state: _PoolState, demand: PoolDemand, target: int, now: datetime) -> frozenset[str]:
+        """Awake endpoints that routers seem unable to use: nothing runs there, though others are busy or requests wait.
+
+        One counts after the time that it may take to wake, and until something runs there again.
+        """
+        now_s, lead_s = now.timestamp(), self._lead.total_seconds()
+        others_needed = demand.waiting > 0
+        for place, endpoint in reversed(list(enumerate(pool.endpoints))):
+            running = demand.running.get(endpoint.name, 0)
+            since_s = state.passed_over.get(endpoint.name)
+            counted = since_s is not None and now_s - since_s >= lead_s
+            if state.awake is None or place >= state.awake or running or not (others_needed or counted):
+                state.passed_over.pop(endpoint.name, None)
+            else:
+                state.passed_over.setdefault(endpoint.name, now_s)
+            others_needed = others_needed or running >= target / 2
+        return frozenset(name for name, at_s in state.passed_over.items() if now_s - at_s >= lead_s)
+
     def _endpoints_for(self, pool: Pool, in_flight: float, target: int) -> int:
         wanted = math.ceil((in_flight + self._margin(in_flight)) / target - 1e-9)
         return min(max(wanted, pool.min_awake), len(pool.endpoints))
@@ -296,6 +322,14 @@ def plan_changed(old: PoolCapacity | None, new: PoolCapacity) -> bool:
 def _compared(plan: PoolCapacity) -> tuple[object, ...]:
     needed = tuple(one.endpoints_needed for one in plan.forecast)
     return plan.target_batch, plan.endpoints, plan.endpoints_needed, plan.awake, needed
+
+
+def _endpoints_with(pool: Pool, *, usable: int, without: frozenset[str]) -> int:
+    """How many endpoints, in the order of the fleet, contain so many that can be used; at most all."""
+    for count in range(usable, len(pool.endpoints)):
+        if sum(endpoint.name not in without for endpoint in pool.endpoints[:count]) >= usable:
+            return count
+    return len(pool.endpoints)
 
 
 def _has_objective(pool: Pool) -> bool:

@@ -1,6 +1,7 @@
 """The load of every pool, from the load reports of routers and evaluators. No I/O."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,12 +15,14 @@ class PoolDemand:
     Attributes:
         arrivals_per_s: requests per event second.
         in_flight: requests that run or wait.
-        used: endpoints on which something runs.
+        waiting: those of them that wait for an endpoint.
+        running: those of them that run, by endpoint.
     """
 
     arrivals_per_s: float
     in_flight: int
-    used: frozenset[str] = frozenset()
+    waiting: int = 0
+    running: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -86,16 +89,24 @@ class LoadReports:
         if wall_s < self._complete_s:
             return None
         rates: dict[str, list[float]] = {}
-        in_flight: dict[str, int] = {}
-        used: dict[str, set[str]] = {}
+        waiting: Counter[str] = Counter()
+        running: dict[str, Counter[str]] = {}
         for one in self._instances.values():
             if one.seconds > 0.0:
                 one.rates = {pool: number / one.seconds for pool, number in one.arrivals.items()}
                 one.arrivals, one.seconds = {}, 0.0
             for load in one.report.pools:
                 rates.setdefault(load.pool, []).append(one.rates.get(load.pool, 0.0))
-                running = sum(endpoint.in_flight for endpoint in load.endpoints.values())
-                in_flight[load.pool] = in_flight.get(load.pool, 0) + running + load.waiting
-                busy = {name for name, endpoint in load.endpoints.items() if endpoint.in_flight > 0}
-                used.setdefault(load.pool, set()).update(busy)
-        return {pool: PoolDemand(math.fsum(rates[pool]), in_flight[pool], frozenset(used[pool])) for pool in in_flight}
+                waiting[load.pool] += load.waiting
+                running.setdefault(load.pool, Counter()).update(
+                    {name: endpoint.in_flight for name, endpoint in load.endpoints.items()}
+                )
+        return {
+            pool: PoolDemand(
+                arrivals_per_s=math.fsum(rates[pool]),
+                in_flight=waiting[pool] + endpoints.total(),
+                waiting=waiting[pool],
+                running=endpoints,
+            )
+            for pool, endpoints in running.items()
+        }

@@ -51,10 +51,10 @@ class Planned:
         self.planner = CapacityPlanner(self.fleet, made, event_per_wall=event_per_wall)
         self.now = NOON
 
-    def __call__(self, in_flight: int, *, rate: float = 0.0, used: tuple[str, ...] = (), after_s: float = 1.0):
+    def __call__(self, in_flight: int, *, rate: float = 0.0, after_s: float = 1.0, waiting: int = 0, **running: int):
         """The plan after some event seconds."""
         self.now += timedelta(seconds=after_s)
-        (plan,) = self.planner.plan({"p": PoolDemand(rate, in_flight, frozenset(used))}, self.prices, self.now)
+        (plan,) = self.planner.plan({"p": PoolDemand(rate, in_flight, waiting, running)}, self.prices, self.now)
         return plan
 
     def learn(self, **more: Any) -> None:
@@ -99,7 +99,7 @@ def test_the_demand_is_that_of_all_instances_together():
         report("ev", service="evaluator", arrivals=1, in_flight={"e0": 2}),
     )
     demand = found.demand(wall_s=0.5)["p"]
-    assert demand == PoolDemand(pytest.approx(3.5), 9, frozenset({"e0", "e2"}))
+    assert demand == PoolDemand(pytest.approx(3.5), 9, waiting=2, running={"e0": 6, "e1": 0, "e2": 1, "e3": 0})
 
 
 def test_arrivals_are_counted_once_and_a_late_report_keeps_the_last_rate():
@@ -159,8 +159,40 @@ def test_times_last_some_wall_seconds_in_a_replay():
 
 def test_endpoints_in_use_when_the_optimizer_starts_stay_awake_for_the_dwell_time():
     plan = Planned(capacity_dwell_min=10.0)
-    assert len(plan(5, used=("e0", "e2")).awake) == 3
+    assert len(plan(5, e0=4, e2=1).awake) == 3
     assert len(plan(5, after_s=700.0).awake) == 1
+
+
+def test_an_endpoint_that_gets_no_requests_is_replaced_until_it_does():
+    plan = Planned(wake_lead_s=60.0, capacity_dwell_min=1.0)
+    plan(15, e0=10, e1=5)
+    # e0 fails: e1 takes everything, and more than its target.
+    awake = [len(plan(15, e1=15, after_s=30.0).awake) for _ in range(4)]
+    assert awake == [2, 2, 3, 3]
+    for _ in range(10):
+        found = plan(15, e1=10, e2=5, after_s=60.0)
+    assert found.awake == ("e0", "e1", "e2")
+    assert found.reason.endswith("without e0, which gets no requests")
+    # With little to do the others still take its place; once it serves again, it is the only one.
+    assert plan(3, e1=3, after_s=300.0).awake == ("e0", "e1")
+    plan(3, e0=1, e1=2, after_s=60.0)
+    assert plan(3, e0=3, after_s=120.0).awake == ("e0",)
+
+
+def test_if_requests_wait_while_the_only_awake_endpoint_is_idle_the_next_one_wakes():
+    plan = Planned(wake_lead_s=60.0, capacity_dwell_min=1.0)
+    plan(3, e0=3)
+    found = [plan(4, waiting=4, after_s=30.0).awake for _ in range(3)]
+    assert found == [("e0",), ("e0",), ("e0", "e1")]
+    # If that one fails as well, another wakes.
+    assert [len(plan(4, waiting=4, after_s=30.0).awake) for _ in range(3)] == [2, 2, 3]
+
+
+def test_an_idle_endpoint_that_nobody_needs_is_not_replaced():
+    plan = Planned(wake_lead_s=60.0)
+    plan(25, e0=10, e1=10, e2=5)
+    for _ in range(9):
+        assert len(plan(5, e0=5, after_s=60.0).awake) == 3
 
 
 def test_a_pool_that_does_not_sleep_is_awake_and_still_says_what_it_needs():
