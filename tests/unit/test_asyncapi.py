@@ -19,14 +19,14 @@ from tools.cli.main import app
 RECEIVED = {
     "carbon_feed": set(),
     "router": {"requests", "policies", "prompt-groups", "carbon-intensity"},
-    "optimizer": {"carbon-intensity", "footprints", "quality", "prompt-groups"},
+    "optimizer": {"carbon-intensity", "footprints", "quality", "prompt-groups", "power-curves", "load-reports"},
     "evaluator": {"samples", "carbon-intensity", "footprints"},
     "ledger": {"responses", "usage", "carbon-intensity", "policies", "quality", "prompt-groups"},
 }
 SENT = {
     "carbon_feed": {"carbon-intensity"},
     "router": {"responses", "response-chunks", "samples", "dead-letters"},
-    "optimizer": {"policies", "dead-letters"},
+    "optimizer": {"policies", "capacity", "dead-letters"},
     "evaluator": {"quality", "usage", "prompt-groups", "dead-letters"},
     "ledger": {"footprints", "dead-letters"},
 }
