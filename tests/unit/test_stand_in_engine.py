@@ -7,7 +7,7 @@ import pytest
 
 from deploy.triton.energy import EnergyAccount
 from deploy.triton.stand_in.answers import PlannedAnswer
-from deploy.triton.stand_in.batching import RecordedRules, InFlightBatch
+from deploy.triton.stand_in.batching import InFlightBatch, RecordedRules
 from deploy.triton.stand_in.engine import StandInEngine
 from deploy.triton.stand_in.faults import MESSAGE, FailingOutlet, FaultDraws, FaultRules
 from shared.runtime.clock import Clock, ManualClock
