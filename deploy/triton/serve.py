@@ -90,6 +90,12 @@ def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.
     )
     option("--unparseable", "SPROUT_TRITON_UNPARSEABLE", "0", "probability that the judge names no answer")
     option("--error-share", "SPROUT_TRITON_ERROR_SHARE", "0", "probability that a stand-in's generation fails")
+    option(
+        "--model-control",
+        "SPROUT_TRITON_MODEL_CONTROL",
+        "none",
+        "explicit: clients may unload and load models, also models of their own; none: they may not",
+    )
     option("--address", "SPROUT_TRITON_ADDRESS", "127.0.0.1", "address to bind; 0.0.0.0 in a container")
     option("--grpc-port", "SPROUT_TRITON_GRPC_PORT", "8001", "gRPC service")
     option("--http-port", "SPROUT_TRITON_HTTP_PORT", "8000", "HTTP service, with /v2/health/ready")
@@ -165,13 +171,14 @@ def main() -> None:
         models = chosen_models(options, say=_say)
         write_repository(folder / "models", models)
         server = assemble_here(folder / "backends")
+        model_control = _model_control(str(options.model_control))
         ports = TritonPorts(int(options.grpc_port), int(options.http_port), int(options.metrics_port))
     except (ServerError, ValueError) as error:  # the others are all kinds of ValueError
         _say(f"cannot serve: {error}")
         raise SystemExit(2) from error
     for model in models:
         _say(f"serving {model.name}; its energy counters have gpu_uuid {model.gpu_uuid!r}")
-    command = server.command(folder / "models", ports, address=str(options.address))
+    command = server.command(folder / "models", ports, address=str(options.address), model_control=model_control)
     environment = {**os.environ, **server.environment()}
     if os.getpid() == 1:
         raise SystemExit(run_as_init(command, environment))
@@ -190,6 +197,12 @@ def _contract(name: str) -> ContractName:
         if known == name:
             return known
     raise ParameterError(f"--contract must be one of {', '.join(CONTRACT_NAMES)}; got {name!r}")
+
+
+def _model_control(mode: str) -> bool:
+    if mode not in ("explicit", "none"):
+        raise ParameterError(f"--model-control must be explicit or none; got {mode!r}")
+    return mode == "explicit"
 
 
 def _say(message: str) -> None:

@@ -11,6 +11,7 @@ from deploy.triton.models import smollm2, stand_in_judge, stand_in_llm
 from deploy.triton.repository import ParameterError, RepositoryError, write_repository
 from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.serve import arguments, chosen_models
+from deploy.triton.server import Server, TritonPorts
 from deploy.triton.stand_in.batching import CurveRules, RecordedRules
 from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
@@ -202,6 +203,16 @@ def test_writing_a_repository_replaces_its_content(tmp_path):
 def test_models_that_cannot_be_combined_are_rejected(tmp_path, models, message):
     with pytest.raises(RepositoryError, match=message):
         write_repository(tmp_path / "models", models)
+
+
+def test_clients_control_the_models_of_a_server_only_where_it_is_allowed():
+    server = Server(Path("/bin/tritonserver"), Path("/b"), Path("/bin/python3"), ())
+    ports = TritonPorts(1, 2, 3)
+    assert {"--model-control-mode=explicit", "--load-model=*"} <= set(
+        server.command(Path("/m"), ports, address="127.0.0.1")
+    )
+    command = server.command(Path("/m"), ports, address="0.0.0.0", model_control=False)
+    assert not any("model-control" in argument or "load-model" in argument for argument in command)
 
 
 @pytest.fixture
