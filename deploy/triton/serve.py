@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -125,7 +126,9 @@ def chosen_models(options: argparse.Namespace, *, say: Callable[[str], None]) ->
     gpu_uuid = str(options.gpu_uuid) or None
     if gpu_uuid is not None and len(bindings) > 1:
         raise ParameterError(f"--gpu-uuid is for a single model, and --models names {len(bindings)}; leave it out")
-    faults = FaultRules(error_share=float(options.error_share))
+    # With a label of its own, a server fails on other requests than the other servers.
+    seed = zlib.crc32(gpu_uuid.encode()) if gpu_uuid is not None else 0
+    faults = FaultRules(error_share=float(options.error_share), seed=seed)
     models = [
         smollm2(name=name, gpu_uuid=gpu_uuid)
         if model == SMOLLM2_MODEL

@@ -256,6 +256,14 @@ def test_serve_has_a_measured_curve_by_default_and_takes_another_or_recorded_ene
     assert llm("--gpu-uuid=gpu-3").gpu_uuid == "gpu-3"
 
 
+def test_servers_with_labels_of_their_own_fail_on_different_requests(small):
+    seeds = []
+    for gpu in ("gpu-0", "gpu-1"):
+        options = arguments([f"--gpu-uuid={gpu}", "--error-share=0.1"], {"WORKLOAD": str(small)})
+        seeds.append(StandInParameters.from_texts(chosen_models(options, say=print)[0].parameters).faults.seed)
+    assert seeds[0] != seeds[1]
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
