@@ -75,6 +75,7 @@ def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.
         f"power and speed of the stand-ins by batch size: {', '.join(MEASURED)}; "
         f"or {RECORDED}: each request's recorded energy and time",
     )
+    option("--tick-ms", "SPROUT_TRITON_TICK_MS", "5", "least wall time between two parts of an answer after the first")
     option("--stretch", "SPROUT_TRITON_STRETCH", "1", "with a curve: steps take this many times as long, at its power")
     option(
         "--slots", "SPROUT_TRITON_SLOTS", "", "most requests of a stand-in that run at once; default: 256, recorded 64"
@@ -137,6 +138,7 @@ def chosen_models(options: argparse.Namespace, *, say: Callable[[str], None]) ->
             model=model,
             name=name,
             gpu_uuid=gpu_uuid,
+            tick_ms=float(options.tick_ms),
             idle_power_w=idle_power_w,
             directives=directives,
             batch=batch,

@@ -131,6 +131,24 @@ def test_tokens_that_are_due_together_are_sent_together(engine, clock, journal):
     assert outlet.parts == [("abcdefg", 7, False), ("hijabcdefghij", 13, True)]
 
 
+def test_first_tokens_and_ends_do_not_wait_for_the_next_round(clock, journal, reports):
+    batch = InFlightBatch(RecordedRules(slowdown=0.0), now_s=clock.now_s())
+    engine = StandInEngine(batch, clock=clock, meter=journal, tick_s=3_600.0, report=reports.append)
+    outlets = [Outlet(journal) for _ in range(3)]
+    engine.submit(ANSWER, outlets[0])
+    assert engine.step() == pytest.approx(0.1)
+    step(engine, clock, 0.11)
+    step(engine, clock, 0.1)  # the second token starts a round
+    for outlet in outlets[1:]:
+        engine.submit(ANSWER, outlet)
+        engine.step()
+        step(engine, clock, 0.11)
+    step(engine, clock, 10.0)
+    assert [tokens for _, tokens, _ in outlets[0].parts] == [1, 1, 18]
+    assert [tokens for _, tokens, _ in outlets[1].parts] == [1, 19]
+    assert [tokens for _, tokens, _ in outlets[2].parts] == [1, 19]
+
+
 def test_an_answer_that_is_not_streamed_is_sent_in_one_response(engine, clock, journal):
     outlet = Outlet(journal, streams=False)
     engine.submit(ANSWER, outlet)
