@@ -151,7 +151,10 @@ class LocalStack:
             await asyncio.sleep(every_s)
 
     def process(self, name: str) -> ManagedProcess:
-        """A process by name: `kafka`, `postgres`, `triton` or a service; more routers are `router-2`, ...
+        """A process by name: `kafka`, `postgres`, `triton` or a service.
+
+        Several model servers are `triton-0`, `triton-1`, ...; more routers are `router-2`, ...; the process that puts
+        endpoints to sleep is `sleeper`.
 
         Raises:
             KeyError: there is no process of this name.
@@ -246,7 +249,10 @@ class LocalStack:
         models.fleet.write(fleet_file)
         self._save(fleet_file=fleet_file)
         self._say(f"starting Triton with {models.description}")
-        self._launch(models.process).wait_ready()
+        # In parallel: most of a start is waiting.
+        started = [self._launch(process) for process in models.processes]
+        for process in started:
+            process.wait_ready()
 
     def _start_services(self) -> None:
         if not self.config.services:

@@ -79,7 +79,13 @@ def install(install_dir: Path, *, smollm2: bool = False, say: Say = lambda _: No
 
 def free_triton_ports() -> TritonPorts:
     """Three free ports on loopback."""
-    return TritonPorts(*free_ports(3))
+    return ports_of_servers(1)[0]
+
+
+def ports_of_servers(count: int) -> list[TritonPorts]:
+    """Three free ports on loopback for each server; all are distinct."""
+    ports = free_ports(3 * count)
+    return [TritonPorts(*ports[first : first + 3]) for first in range(0, len(ports), 3)]
 
 
 def metrics_url(ports: TritonPorts) -> str:
