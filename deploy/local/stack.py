@@ -7,7 +7,6 @@ stops every process. `sprout up` starts it detached and `sprout down` stops it b
 import asyncio
 import os
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
@@ -22,7 +21,7 @@ from deploy.local.kafka import KafkaInstallation, install_kafka, kafka_spec
 from deploy.local.model_servers import ModelServers
 from deploy.local.postgres import PostgresError, create_database, postgres_spec
 from deploy.local.processes import ManagedProcess, ProcessFailedError, ProcessSpec, Supervisor, free_ports
-from deploy.local.services import ServiceEnvironment, service_settings, service_spec
+from deploy.local.services import ServiceEnvironment, service_settings, service_spec, sleeper_spec
 from deploy.local.signals import signals_as_exit, uninterrupted
 from deploy.local.state import StackState, StateError, refuse_second_stack, remove_state
 from deploy.local.triton import ModelServerError
@@ -255,32 +254,33 @@ class LocalStack:
             process.wait_ready()
 
     def _start_services(self) -> None:
-        if not self.config.services:
-            return
+        environment = self._service_environment()
         names = [(service, service) for service in self.config.services]
         if "router" in self.config.services:
             names += [("router", f"router-{number}") for number in range(2, self.config.routers + 1)]
-        self._say(f"starting {', '.join(name for _, name in names)}")
-        settings = service_settings(self.config)
-        started = [
-            self._launch(self._service(service, name, port, settings.get(service, {})))
+        specs = [sleeper_spec(environment)] if self.config.sleep else []
+        settings = service_settings(self.config) if names else {}
+        specs += [
+            service_spec(service, port=port, environment=environment, settings=settings.get(service, {}), name=name)
             for (service, name), port in zip(names, free_ports(len(names)), strict=True)
         ]
+        if specs:
+            self._say(f"starting {', '.join(spec.name for spec in specs)}")
+        started = [self._launch(spec) for spec in specs]
         for process in started:
             process.wait_ready()
 
-    def _service(self, service: str, name: str, port: int, settings: Mapping[str, str]) -> ProcessSpec:
+    def _service_environment(self) -> ServiceEnvironment:
         state = self.state
         if state.fleet_file is None:
             raise StateError("services are started after the model servers")
-        environment = ServiceEnvironment(
+        return ServiceEnvironment(
             bootstrap_servers=state.bootstrap_servers,
             topic_prefix=state.topic_prefix,
             database_url=state.database_url,
             fleet_file=state.fleet_file,
             clock=state.clock,
         )
-        return service_spec(service, port=port, environment=environment, settings=settings, name=name)
 
     def _launch(self, spec: ProcessSpec) -> ManagedProcess:
         process = self._supervisor.spawn(spec)
