@@ -15,6 +15,14 @@ ZONE ?=
 OPTIONS = $(if $(WORKLOAD),--workload "$(WORKLOAD)") $(if $(MODEL),--model "$(MODEL)") \
           $(if $(CARBON),--carbon "$(CARBON)") $(if $(ZONE),--zone "$(ZONE)")
 
+# For `make up` only, the model servers: `make up SERVERS=4 DISPATCH=pack TARGET_BATCH=32 SLEEP=1`
+SERVERS ?=
+DISPATCH ?=
+TARGET_BATCH ?=
+SLEEP ?=
+SERVER_OPTIONS = $(if $(SERVERS),--servers "$(SERVERS)") $(if $(DISPATCH),--dispatch "$(DISPATCH)") \
+                 $(if $(TARGET_BATCH),--target-batch "$(TARGET_BATCH)") $(if $(SLEEP),--sleep)
+
 # For `make drill`: SEED draws times and victims; SCENARIO=sigkill,malformed runs only these; SCALE=0.1 a tenth of the requests.
 SEED ?= 1
 SCENARIO ?=
@@ -51,7 +59,7 @@ test-unit: install  ## The unit tests without those of measured data, under a mi
 	$(BIN)/pytest tests/unit -m "not measured_data" -n 2 --dist worksteal --quiet
 
 up: install  ## Start the local stack in the background
-	$(BIN)/sprout up $(OPTIONS)
+	$(BIN)/sprout up $(OPTIONS) $(SERVER_OPTIONS)
 
 down: install  ## Stop the local stack
 	$(BIN)/sprout down

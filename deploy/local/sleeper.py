@@ -49,7 +49,7 @@ LONGEST_RETRY_S: Final = 15.0
 
 What = Literal["load", "unload"]
 
-_log = get_logger(__name__)
+_log = get_logger("deploy.local.sleeper")
 
 
 # ---------------------------------------------------------------------------------------------------- the decision

@@ -137,7 +137,7 @@ async def until_loaded(models: PreparedModels, *wanted: bool, timeout_s: float =
     """Wait until the model is loaded on the wanted servers; returns the seconds that it took."""
     began = time.monotonic()
     async with asyncio.timeout(timeout_s):
-        while await loaded(models) != list(wanted):
+        while await loaded(models) != list(wanted):  # noqa: ASYNC110 - a server can only be asked
             await asyncio.sleep(0.05)
     return time.monotonic() - began
 

@@ -93,6 +93,12 @@ def test_invalid_options_of_up_are_reported_before_anything_starts(tmp_path):
     never = sprout("up", "--carbon", str(trace), "--start", "yesterday")
     assert never.exit_code == 1
     assert "yesterday" in never.stderr
+    untargeted = sprout("up", "--carbon", str(trace), "--servers", "2", "--dispatch", "pack")
+    assert untargeted.exit_code == 1
+    assert "add 'target_batch'" in untargeted.stderr
+    scattered = sprout("up", "--carbon", str(trace), "--dispatch", "scatter")
+    assert scattered.exit_code == 1
+    assert "'pack' or 'spread'" in scattered.stderr
 
 
 def test_the_subcommands_of_the_image(tmp_path):

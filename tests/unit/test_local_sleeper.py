@@ -135,14 +135,15 @@ class TestWorkInFlight:
         assert decide(message, now=NOW, rate=1) == []
 
 
-class TestTopics:
-    servers = {name: SimpleNamespace(loaded=True, busy=False) for name in NAMES}
+SERVERS = {name: SimpleNamespace(loaded=True, busy=False) for name in NAMES}
 
+
+class TestTopics:
     def released(self, *messages: PoolCapacity) -> dict[str, float]:
         topics = Topics([pool()])
         for message in messages:
             topics.receive(message)
-        found = topics.state(pool(), self.servers).released
+        found = topics.state(pool(), SERVERS).released
         return {name: (at - NOW).total_seconds() for name, at in found.items()}
 
     def test_an_endpoint_is_released_by_the_first_message_that_leaves_it_out(self):
@@ -163,14 +164,14 @@ class TestTopics:
         topics = Topics([pool()])
         for message in (report(age_s=9), report(age_s=1, e1=3), report(instance="b", age_s=8)):
             topics.receive(message)
-        assert {one.at for one in topics.state(pool(), self.servers).reports} == {
+        assert {one.at for one in topics.state(pool(), SERVERS).reports} == {
             NOW - timedelta(seconds=1), NOW - timedelta(seconds=8)
         }  # fmt: skip
         topics.forget(NOW - timedelta(seconds=5))
-        assert [one.instance for one in topics.state(pool(), self.servers).reports] == ["router-a"]
+        assert [one.instance for one in topics.state(pool(), SERVERS).reports] == ["router-a"]
         topics.receive(report(final=True))
         topics.forget(NOW - timedelta(seconds=5))
-        assert topics.state(pool(), self.servers).reports == ()
+        assert topics.state(pool(), SERVERS).reports == ()
 
     def test_other_pools_are_ignored(self):
         assert self.released(capacity("e0").model_copy(update={"pool": "judge"})) == {}
