@@ -23,7 +23,7 @@ from deploy.local.triton import (
 )
 from deploy.triton.models import JUDGE_NAME, LLM_NAME, SHIPPED_WORKLOAD
 from deploy.triton.repository import RepositoryModel, write_repository
-from deploy.triton.serve import SMOLLM2_MODEL, arguments, chosen_models
+from deploy.triton.serve import RECORDED, SMOLLM2_MODEL, arguments, chosen_models
 
 MODEL_TIER: Final = 1
 """The tier of model servers: stopped after the services, before Kafka."""
@@ -137,7 +137,7 @@ class TritonModels:
                 f"--judge={JUDGE_NAME}",
                 f"--directives={json.dumps(catalogue)}",
             ],
-            {**os.environ, **settings},
+            {"SPROUT_TRITON_CURVE": RECORDED, **os.environ, **settings},
         )
         try:
             model, judge = chosen_models(options, say=self._say)

@@ -68,6 +68,10 @@ class Server:
             f"--http-port={ports.http}",
             f"--metrics-address={address}",
             f"--metrics-port={ports.metrics}",
+            # Clients may unload and load models; at the start every model is loaded. A server without a model is ready.
+            "--model-control-mode=explicit",
+            "--load-model=*",
+            "--strict-readiness=false",
             # The models' configurations are complete, and the models export the energy metrics.
             "--disable-auto-complete-config",
             "--allow-gpu-metrics=false",

@@ -7,7 +7,7 @@ import pytest
 
 from deploy.triton.energy import EnergyAccount
 from deploy.triton.stand_in.answers import PlannedAnswer
-from deploy.triton.stand_in.batching import BatchRules, InFlightBatch
+from deploy.triton.stand_in.batching import InFlightBatch, RecordedRules
 from deploy.triton.stand_in.engine import StandInEngine
 from deploy.triton.stand_in.faults import MESSAGE, FailingOutlet, FaultDraws, FaultRules
 from shared.runtime.clock import Clock, ManualClock
@@ -83,7 +83,7 @@ def reports():
 
 @pytest.fixture
 def engine(clock, journal, reports):
-    batch = InFlightBatch(BatchRules(slowdown=0.0), now_s=clock.now_s())
+    batch = InFlightBatch(RecordedRules(slowdown=0.0), now_s=clock.now_s())
     return StandInEngine(batch, clock=clock, meter=journal, tick_s=0.0, report=reports.append)
 
 
@@ -177,7 +177,7 @@ def test_a_failed_check_for_cancellation_does_not_hold_up_the_others(engine, clo
 def test_its_thread_follows_an_accelerated_clock(journal, reports):
     clock = Clock.starting(START, rate=100.0)
     engine = StandInEngine(
-        InFlightBatch(BatchRules(), now_s=clock.now_s()),
+        InFlightBatch(RecordedRules(), now_s=clock.now_s()),
         clock=clock,
         meter=journal,
         tick_s=0.005,
@@ -196,7 +196,7 @@ def test_its_thread_follows_an_accelerated_clock(journal, reports):
 
 def test_unfinished_answers_end_with_an_error_when_the_engine_stops(journal, reports):
     engine = StandInEngine(
-        InFlightBatch(BatchRules(), now_s=Clock().now_s()),
+        InFlightBatch(RecordedRules(), now_s=Clock().now_s()),
         clock=Clock(),
         meter=journal,
         tick_s=0.005,

@@ -141,7 +141,7 @@ class StandInEngine:
         if not self._batch.busy:
             return LONGEST_SLEEP_S
         parts_wait_s = max(self._next_parts - time.monotonic(), self._clock.wall_seconds(self._part_due_s - now_s))
-        return min(parts_wait_s, self._clock.wall_seconds(self._batch.next_end_s() - now_s))
+        return min(parts_wait_s, self._clock.wall_seconds(self._batch.next_change_s() - now_s))
 
     def _run(self) -> None:
         while not self._stopping:
