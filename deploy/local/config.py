@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from services import SERVICES
+from shared.batch_curve import MEASURED
 from shared.fleet import Dispatch, Pool, Switchback
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
@@ -31,6 +32,8 @@ ModelName = Literal["llama-2-13b-chat", "smollm2"]
 MODELS: Final[tuple[ModelName, ...]] = get_args(ModelName)
 
 MAX_SERVERS: Final = 8
+
+CURVES: Final = (*MEASURED, "recorded")
 
 POOL_SETTINGS: Final = (
     "dispatch", "target_batch", "tpot_objective_ms", "ttft_objective_ms", "scaling", "sleep", "min_awake"
@@ -83,6 +86,14 @@ class StackConfig(BaseModel):
     )
     routers: int = Field(default=1, ge=1, le=8)
     servers: int = Field(default=1, ge=1, le=MAX_SERVERS, description="Model servers: endpoints of the model's pool")
+    curve: str = Field(
+        default="qwen3-14b-h100",
+        description="Power and speed of the stand-ins by batch size, see `shared/batch_curve.py`; or `recorded`: each "
+        "request's recorded energy and time",
+    )
+    stretch: float = Field(
+        default=1.0, gt=0, description="With a curve: steps take this many times as long, at its power"
+    )
     dispatch: Dispatch = "spread"
     target_batch: int | None = Field(default=None, ge=1)
     tpot_objective_ms: float | None = Field(default=None, gt=0)
@@ -109,6 +120,13 @@ class StackConfig(BaseModel):
             raise ValueError(f"there is no file {path}; give a workload of JSON lines, may be gzipped")
         return path
 
+    @field_validator("curve")
+    @classmethod
+    def _known_curve(cls, name: str) -> str:
+        if name not in CURVES:
+            raise ValueError(f"{name!r} is unknown; choose one of {', '.join(CURVES)}")
+        return name
+
     @field_validator("carbon")
     @classmethod
     def _traces_exist(cls, traces: dict[str, Path]) -> dict[str, Path]:
@@ -122,6 +140,8 @@ class StackConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.event_start is None and self.rate != 1.0:
             raise ValueError("'rate' is for a replay: give 'event_start' as well, or leave the rate at 1")
+        if self.stretch != 1 and self.curve == "recorded":
+            raise ValueError("'stretch' is for a curve: choose one, or leave it at 1")
         if self.model == "smollm2" and self.servers > 1:
             raise ValueError("smollm2 uses this machine's processor and its meter, so 'servers' must be 1")
         self._check_pool()

@@ -32,9 +32,6 @@ PROCESS_NAME: Final = "triton"
 """Name of the process, if there is one server; several are `triton-0`, `triton-1`, ... Also the key of the servers'
 settings (`SPROUT_TRITON_*`) in `StackConfig.settings`."""
 
-MODEL_CONTROL: Final = ("--model-control-mode=explicit", "--load-model=*")
-"""Clients may unload and load models; the server starts with all of them loaded."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedModels:
@@ -107,7 +104,7 @@ class TritonModels:
             write_repository(repository, [served, judge] if number == 0 else [served])
             process = ProcessSpec(
                 name=name,
-                command=(*self._installation.command(repository, ports), *MODEL_CONTROL),
+                command=tuple(self._installation.command(repository, ports)),
                 environment=self._installation.environment({**clock, **settings}),
                 ready=ready_probe(ports),
                 ready_timeout_s=120.0,
@@ -136,8 +133,10 @@ class TritonModels:
                 f"--models={LLM_NAME}={config.model}",
                 f"--judge={JUDGE_NAME}",
                 f"--directives={json.dumps(catalogue)}",
+                f"--curve={config.curve}",
+                f"--stretch={config.stretch}",
             ],
-            {"SPROUT_TRITON_CURVE": RECORDED, **os.environ, **settings},
+            {**os.environ, **settings},
         )
         try:
             model, judge = chosen_models(options, say=self._say)
@@ -156,7 +155,10 @@ def _description(config: StackConfig, model: RepositoryModel) -> str:
         source = "measured by RAPL" if model.idle_power_w is None else "modelled from CPU time"
         return f"SmolLM2-135M-Instruct on the CPU, its energy {source}, and a stand-in judge"
     count = "a stand-in" if config.servers == 1 else f"{config.servers} stand-ins"
-    return (
-        f"{count} for {config.model} (recorded answers and energy of "
-        f"{(config.workload or SHIPPED_WORKLOAD).name}) and a stand-in judge"
-    )
+    workload = (config.workload or SHIPPED_WORKLOAD).name
+    if config.curve == RECORDED:
+        source = f"recorded answers and energy of {workload}"
+    else:
+        stretched = "" if config.stretch == 1 else f", steps {config.stretch:g} times as long"
+        source = f"recorded answers of {workload}, power and speed of {config.curve}{stretched}"
+    return f"{count} for {config.model} ({source}) and a stand-in judge"

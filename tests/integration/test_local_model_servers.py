@@ -14,6 +14,7 @@ from deploy.local.config import StackConfig, default_state_dir
 from deploy.local.model_servers import ModelServerError, PreparedModels, TritonModels
 from deploy.local.processes import Supervisor
 from deploy.triton.smollm2.power import available_source
+from shared.batch_curve import MEASURED
 from shared.fleet import load_fleet
 from shared.runtime.clock import Clock
 from tests.support.triton import gpu_metric, settled
@@ -109,7 +110,7 @@ def chatml(user: str, system: str = "") -> str:
 
 def test_a_stand_in_is_prepared_as_the_fleet_file_describes_it(tmp_path, supervisor):
     clock = Clock.starting(START, rate=RATE)
-    models = prepared(tmp_path, clock, settings={"triton": {"SPROUT_TRITON_IDLE_POWER_W": "80"}})
+    models = prepared(tmp_path, clock, curve="recorded", settings={"triton": {"SPROUT_TRITON_IDLE_POWER_W": "80"}})
     supervisor.start(models.processes[0])
     models.fleet.write(tmp_path / "fleet.toml")
     fleet = load_fleet(tmp_path / "fleet.toml")
@@ -119,7 +120,31 @@ def test_a_stand_in_is_prepared_as_the_fleet_file_describes_it(tmp_path, supervi
     assert sum(tokens for _, tokens, _ in parts) == 10
     (gpu,) = pool.endpoints[0].gpus
     asyncio.run(until_idle(models, gpu, idle_w=80))
-    assert "stand-in for llama-2-13b-chat" in models.description
+    assert "stand-in for llama-2-13b-chat (recorded answers and energy of w.jsonl)" in models.description
+
+
+def test_a_curve_gives_power_and_speed_and_an_unloaded_model_takes_little_power(tmp_path, supervisor):
+    clock = Clock.starting(START, rate=RATE)
+    models = prepared(tmp_path, clock, curve="llama-3.1-8b-h100", stretch=100)
+    curve = MEASURED["llama-3.1-8b-h100"]
+    supervisor.start(models.processes[0])
+    assert models.fleet.idle_power_w == curve.idle_w
+    assert "power and speed of llama-3.1-8b-h100, steps 100 times as long" in models.description
+    (server,) = models.fleet.servers
+    began_s, began_j = clock.now_s(), energy_j(models, server.gpu)
+    parts = asyncio.run(ask(models, "<s>[INST] Why? [/INST]"))
+    assert sum(tokens for _, tokens, _ in parts) == 10
+    asyncio.run(until_idle(models, server.gpu, idle_w=curve.idle_w))
+    used_j = energy_j(models, server.gpu) - began_j - curve.idle_w * (clock.now_s() - began_s)
+    # The counter is up to 50 ms of wall time late.
+    assert used_j == pytest.approx(10 * 100 * curve.step_energy_j(1), abs=0.2 * RATE * curve.idle_w)
+
+    async def unload() -> None:
+        async with grpcclient.InferenceServerClient(server.grpc) as client:
+            await client.unload_model("ensemble")
+
+    asyncio.run(unload())
+    asyncio.run(until_idle(models, server.gpu, idle_w=curve.asleep_w))
 
 
 def test_several_servers_start_in_parallel_each_with_its_own_meter_and_model_control(tmp_path, supervisor):
@@ -146,7 +171,8 @@ def test_several_servers_start_in_parallel_each_with_its_own_meter_and_model_con
         return found
 
     found = [asyncio.run(repository(server.grpc)) for server in servers]
-    assert found == [{"ensemble": "READY", "judge": "READY"}, {"ensemble": "READY"}, {"ensemble": "READY"}]
+    model = {"ensemble": "READY", "ensemble-gpu": "READY"}
+    assert found == [{**model, "judge": "READY"}, model, model]
     assert asyncio.run(unloaded_and_loaded(servers[2].grpc)) == [False, True]
 
 

@@ -12,13 +12,15 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from deploy.local.config import StackConfig, event_time
+from deploy.local.config import CURVES, StackConfig, event_time
 from deploy.local.fleet import LocalFleet, LocalServer
 from deploy.local.grid import TraceError, default_day, shipped_trace, zone_of
 from deploy.local.java import NoJavaError, ensure_java, find_java
 from deploy.local.processes import free_ports, tail
 from deploy.local.services import service_settings
 from deploy.local.state import ProcessRecord, StackState, StateError, read_state, remove_state
+from deploy.triton.serve import DEFAULT_CURVE, RECORDED
+from shared.batch_curve import MEASURED
 from shared.fleet import FleetError, Switchback, load_fleet
 
 
@@ -82,11 +84,17 @@ class TestConfiguration:
             ({"servers": 2, "min_awake": 3}, "min_awake = 3 but 2 endpoints"),
             ({"servers": 9}, "less than or equal to 8"),
             ({"servers": 2, "model": "smollm2"}, "'servers' must be 1"),
+            ({"curve": "gpt-17"}, "'gpt-17' is unknown; choose one of qwen3-14b-h100, .*recorded"),
+            ({"curve": "recorded", "stretch": 10}, "'stretch' is for a curve"),
         ],
     )
     def test_invalid_settings_of_the_model_servers_are_rejected(self, settings, problem):
         with pytest.raises(ValidationError, match=problem):
             StackConfig.model_validate(settings)
+
+    def test_the_default_curve_is_the_stand_ins(self):
+        assert StackConfig().curve == DEFAULT_CURVE
+        assert set(CURVES) == {*MEASURED, RECORDED}
 
     def test_a_time_without_a_zone_is_utc(self):
         assert event_time("2023-02-10") == datetime(2023, 2, 10, tzinfo=UTC)

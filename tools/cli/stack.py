@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from deploy.local.config import MAX_SERVERS, MODELS, StackConfig, event_time, state_dir_from_environment
+from deploy.local.config import CURVES, MAX_SERVERS, MODELS, StackConfig, event_time, state_dir_from_environment
 from deploy.local.grid import default_day, shipped_trace, zone_of
 from deploy.local.processes import tail
 from deploy.local.state import StateError, stop_stack
@@ -26,6 +26,9 @@ Carbon = Annotated[
     typer.Option(metavar="FILE", envvar="CARBON", help="Download of Electricity Maps; default: the sample trace"),
 ]
 Servers = Annotated[int, typer.Option(min=1, max=MAX_SERVERS, help="Number of model servers, one endpoint each")]
+Curve = Annotated[
+    str, typer.Option(metavar="NAME", help=f"Power and speed of the stand-ins by batch size: {', '.join(CURVES)}")
+]
 DispatchOption = Annotated[
     str, typer.Option("--dispatch", help="pack: fill one model server before the next; or spread")
 ]
@@ -53,6 +56,7 @@ def up(
     ] = None,
     routers: Annotated[int, typer.Option(min=1, max=8, help="Number of router processes")] = 1,
     servers: Servers = 1,
+    curve: Curve = CURVES[0],
     dispatch: DispatchOption = "spread",
     target_batch: TargetBatch = None,
     sleep: Sleep = False,
@@ -80,6 +84,7 @@ def up(
                 "rate": rate or 1.0,
                 "routers": routers,
                 "servers": servers,
+                "curve": curve,
                 "dispatch": dispatch,
                 "target_batch": target_batch,
                 "sleep": sleep,
