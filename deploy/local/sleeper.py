@@ -36,7 +36,7 @@ REPORT_WALL_S: Final = 10.0
 """How long a load report counts, wall seconds; instances report about once a second."""
 DRAIN_WALL_S: Final = 1.5
 """Wall seconds that routers get to learn from `capacity` that an endpoint is not to be used, until reports count."""
-TICK_S: Final = 0.2
+TICK_S: Final = 0.1
 """Wall seconds between two decisions."""
 CHECK_S: Final = 2.0
 """Wall seconds between two questions to a server whether the model is loaded: the server may have been restarted."""
