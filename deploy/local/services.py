@@ -18,7 +18,8 @@ SERVICE_TIER: Final = 2
 
 SETTLE_DELAY_WALL_S: Final = 10.0
 """The ledger's settlement delay, wall seconds. The ledger learns of a call only when it ends. A call longer than the
-delay (here about 400 tokens) gets energy for its last part only; the energy before that counts as unattributed."""
+delay (about 800 tokens of the stand-in's default curve) gets energy for its last part only; the energy before that
+counts as unattributed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ from shared.topics import CAPACITY, LOAD_REPORTS
 
 REPORT_WALL_S: Final = 10.0
 """How long a load report counts, wall seconds; instances report about once a second."""
-DRAIN_WALL_S: Final = 1.5
+DRAIN_WALL_S: Final = 1.0
 """Wall seconds that routers get to learn from `capacity` that an endpoint is not to be used, until reports count."""
 TICK_S: Final = 0.1
 """Wall seconds between two decisions."""

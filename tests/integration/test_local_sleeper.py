@@ -156,7 +156,7 @@ async def test_an_endpoint_sleeps_while_it_is_not_needed_and_is_awake_again_at_o
         async with InferenceServerClient(models.fleet.judge.grpc) as client:
             assert await client.is_model_ready("judge")
         await sleeper.needs(FIRST, SECOND)
-        assert await until_loaded(models, True, True) < 5.0
+        assert await until_loaded(models, True, True) < 10.0
 
         # The other one: it is awake before the first sleeps.
         await sleeper.needs(SECOND)
@@ -184,8 +184,8 @@ async def test_an_endpoint_with_work_in_flight_is_not_put_to_sleep(supervisor, k
 async def test_an_outdated_capacity_message_wakes_every_endpoint(supervisor, kafka, models):
     async with sleeping(supervisor, kafka, models) as sleeper:
         sleeper.start()
-        await sleeper.needs(FIRST, valid_s=8.0)
-        await until_loaded(models, True, False, timeout_s=8.0)
+        await sleeper.needs(FIRST, valid_s=12.0)
+        await until_loaded(models, True, False, timeout_s=12.0)
         await until_loaded(models, True, True)
 
 
