@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.
         f"power and speed of the stand-ins by batch size: {', '.join(MEASURED)}; "
         f"or {RECORDED}: each request's recorded energy and time",
     )
+    option("--tick-ms", "SPROUT_TRITON_TICK_MS", "5", "least wall time between two parts of an answer after the first")
     option("--stretch", "SPROUT_TRITON_STRETCH", "1", "with a curve: steps take this many times as long, at its power")
     option(
         "--slots", "SPROUT_TRITON_SLOTS", "", "most requests of a stand-in that run at once; default: 256, recorded 64"
@@ -90,6 +92,12 @@ def arguments(given: Sequence[str], environment: Mapping[str, str]) -> argparse.
     )
     option("--unparseable", "SPROUT_TRITON_UNPARSEABLE", "0", "probability that the judge names no answer")
     option("--error-share", "SPROUT_TRITON_ERROR_SHARE", "0", "probability that a stand-in's generation fails")
+    option(
+        "--model-control",
+        "SPROUT_TRITON_MODEL_CONTROL",
+        "none",
+        "explicit: clients may unload and load models, also models of their own; none: they may not",
+    )
     option("--address", "SPROUT_TRITON_ADDRESS", "127.0.0.1", "address to bind; 0.0.0.0 in a container")
     option("--grpc-port", "SPROUT_TRITON_GRPC_PORT", "8001", "gRPC service")
     option("--http-port", "SPROUT_TRITON_HTTP_PORT", "8000", "HTTP service, with /v2/health/ready")
@@ -119,7 +127,9 @@ def chosen_models(options: argparse.Namespace, *, say: Callable[[str], None]) ->
     gpu_uuid = str(options.gpu_uuid) or None
     if gpu_uuid is not None and len(bindings) > 1:
         raise ParameterError(f"--gpu-uuid is for a single model, and --models names {len(bindings)}; leave it out")
-    faults = FaultRules(error_share=float(options.error_share))
+    # With a label of its own, a server fails on other requests than the other servers.
+    seed = zlib.crc32(gpu_uuid.encode()) if gpu_uuid is not None else 0
+    faults = FaultRules(error_share=float(options.error_share), seed=seed)
     models = [
         smollm2(name=name, gpu_uuid=gpu_uuid)
         if model == SMOLLM2_MODEL
@@ -128,6 +138,7 @@ def chosen_models(options: argparse.Namespace, *, say: Callable[[str], None]) ->
             model=model,
             name=name,
             gpu_uuid=gpu_uuid,
+            tick_ms=float(options.tick_ms),
             idle_power_w=idle_power_w,
             directives=directives,
             batch=batch,
@@ -165,13 +176,14 @@ def main() -> None:
         models = chosen_models(options, say=_say)
         write_repository(folder / "models", models)
         server = assemble_here(folder / "backends")
+        model_control = _model_control(str(options.model_control))
         ports = TritonPorts(int(options.grpc_port), int(options.http_port), int(options.metrics_port))
     except (ServerError, ValueError) as error:  # the others are all kinds of ValueError
         _say(f"cannot serve: {error}")
         raise SystemExit(2) from error
     for model in models:
         _say(f"serving {model.name}; its energy counters have gpu_uuid {model.gpu_uuid!r}")
-    command = server.command(folder / "models", ports, address=str(options.address))
+    command = server.command(folder / "models", ports, address=str(options.address), model_control=model_control)
     environment = {**os.environ, **server.environment()}
     if os.getpid() == 1:
         raise SystemExit(run_as_init(command, environment))
@@ -190,6 +202,12 @@ def _contract(name: str) -> ContractName:
         if known == name:
             return known
     raise ParameterError(f"--contract must be one of {', '.join(CONTRACT_NAMES)}; got {name!r}")
+
+
+def _model_control(mode: str) -> bool:
+    if mode not in ("explicit", "none"):
+        raise ParameterError(f"--model-control must be explicit or none; got {mode!r}")
+    return mode == "explicit"
 
 
 def _say(message: str) -> None:

@@ -11,6 +11,7 @@ from deploy.triton.models import smollm2, stand_in_judge, stand_in_llm
 from deploy.triton.repository import ParameterError, RepositoryError, write_repository
 from deploy.triton.request import InvalidRequestError, read_request
 from deploy.triton.serve import arguments, chosen_models
+from deploy.triton.server import Server, TritonPorts
 from deploy.triton.stand_in.batching import CurveRules, RecordedRules
 from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
@@ -204,6 +205,16 @@ def test_models_that_cannot_be_combined_are_rejected(tmp_path, models, message):
         write_repository(tmp_path / "models", models)
 
 
+def test_clients_control_the_models_of_a_server_only_where_it_is_allowed():
+    server = Server(Path("/bin/tritonserver"), Path("/b"), Path("/bin/python3"), ())
+    ports = TritonPorts(1, 2, 3)
+    assert {"--model-control-mode=explicit", "--load-model=*"} <= set(
+        server.command(Path("/m"), ports, address="127.0.0.1")
+    )
+    command = server.command(Path("/m"), ports, address="0.0.0.0", model_control=False)
+    assert not any("model-control" in argument or "load-model" in argument for argument in command)
+
+
 @pytest.fixture
 def small(tmp_path):
     answers = {f"{model}/L0": {"energy_j": 1.0, "time_s": 1.0} for model in ("llama-2-13b-chat", "llama-2-7b-chat")}
@@ -243,6 +254,14 @@ def test_serve_has_a_measured_curve_by_default_and_takes_another_or_recorded_ene
     assert batch("--curve=recorded", "--slowdown=0.5") == RecordedRules(slowdown=0.5)
     assert llm("--curve=recorded").idle_power_w == 55
     assert llm("--gpu-uuid=gpu-3").gpu_uuid == "gpu-3"
+
+
+def test_servers_with_labels_of_their_own_fail_on_different_requests(small):
+    seeds = []
+    for gpu in ("gpu-0", "gpu-1"):
+        options = arguments([f"--gpu-uuid={gpu}", "--error-share=0.1"], {"WORKLOAD": str(small)})
+        seeds.append(StandInParameters.from_texts(chosen_models(options, say=print)[0].parameters).faults.seed)
+    assert seeds[0] != seeds[1]
 
 
 @pytest.mark.parametrize(

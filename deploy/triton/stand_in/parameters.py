@@ -37,7 +37,8 @@ class StandInParameters:
         gpu_uuid: label of its energy counters.
         idle_power_w: power while no request runs, W; 0 with a curve, because the companion meters the idle power.
         directives: the list of directives, to find the level in a prompt.
-        tick_ms: least wall time between two rounds of responses; parts that are due by then are sent together.
+        tick_ms: least wall time between two rounds of parts after the first tokens; tokens that are due by then are
+            sent together.
         batch: how the batch size acts on speed and energy; with a curve, `curve.*` parameters are written.
         judge: a judge's error rates, energy and time.
         contract: which tensors it has.
