@@ -95,16 +95,16 @@ class TritonModels:
         if self._installation is None:
             raise ModelServerError("call install before prepare")
         settings = config.settings.get(PROCESS_NAME, {})
-        model, judge = self._models(config, settings)
+        repositories = [self._models(config, settings, number) for number in range(config.servers)]
         processes, servers = [], []
         for number, ports in enumerate(ports_of_servers(config.servers)):
             name = PROCESS_NAME if config.servers == 1 else f"{PROCESS_NAME}-{number}"
-            served = model if config.servers == 1 else _metered_as(f"{model.gpu_uuid}-{number}", model)
             repository = config.state_dir / "models" / name
-            write_repository(repository, [served, judge] if number == 0 else [served])
+            write_repository(repository, repositories[number])
             process = ProcessSpec(
                 name=name,
-                command=tuple(self._installation.command(repository, ports)),
+                # With model control other users of this machine could run code in the server.
+                command=tuple(self._installation.command(repository, ports, model_control=config.sleep)),
                 environment=self._installation.environment({**clock, **settings}),
                 ready=ready_probe(ports),
                 ready_timeout_s=120.0,
@@ -114,8 +114,9 @@ class TritonModels:
                 url=f"http://{LOOPBACK}:{ports.http}",
             )
             processes.append(process)
-            server = LocalServer(grpc=f"{LOOPBACK}:{ports.grpc}", metrics=metrics_url(ports), gpu=served.gpu_uuid)
-            servers.append(server)
+            gpu = repositories[number][0].gpu_uuid
+            servers.append(LocalServer(grpc=f"{LOOPBACK}:{ports.grpc}", metrics=metrics_url(ports), gpu=gpu))
+        model, judge = repositories[0]
         fleet = LocalFleet(
             config=config,
             servers=tuple(servers),
@@ -125,29 +126,26 @@ class TritonModels:
         )
         return PreparedModels(processes=tuple(processes), fleet=fleet, description=_description(config, model))
 
-    def _models(self, config: StackConfig, settings: Mapping[str, str]) -> tuple[RepositoryModel, RepositoryModel]:
+    def _models(self, config: StackConfig, settings: Mapping[str, str], number: int) -> list[RepositoryModel]:
+        """The models of a server: the model, and on the first server the judge."""
         catalogue = [{"level": level, "text": text} for level, text in DIRECTIVES if text]
         options = arguments(
             [
                 f"--workload={config.workload or SHIPPED_WORKLOAD}",
                 f"--models={LLM_NAME}={config.model}",
-                f"--judge={JUDGE_NAME}",
+                f"--judge={JUDGE_NAME if number == 0 else 'none'}",
                 f"--directives={json.dumps(catalogue)}",
                 f"--curve={config.curve}",
                 f"--stretch={config.stretch}",
+                *([f"--gpu-uuid=stand-in-{config.model}-{number}"] if config.servers > 1 else []),
             ],
             {**os.environ, **settings},
         )
         try:
-            model, judge = chosen_models(options, say=self._say)
+            # The workload is the same on all servers.
+            return chosen_models(options, say=self._say if number == 0 else lambda _: None)
         except ValueError as error:
             raise ModelServerError(str(error)) from error
-        return model, judge
-
-
-def _metered_as(gpu_uuid: str, model: RepositoryModel) -> RepositoryModel:
-    """A copy of a model with an energy counter of its own."""
-    return replace(model, gpu_uuid=gpu_uuid, parameters={**model.parameters, "gpu_uuid": gpu_uuid})
 
 
 def _description(config: StackConfig, model: RepositoryModel) -> str:

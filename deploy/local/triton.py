@@ -44,9 +44,9 @@ class TritonInstallation:
     root: Path
     server: Server
 
-    def command(self, repository: Path, ports: TritonPorts) -> list[str]:
-        """The command line that serves a model repository on loopback."""
-        return self.server.command(repository, ports, address=LOOPBACK)
+    def command(self, repository: Path, ports: TritonPorts, *, model_control: bool = True) -> list[str]:
+        """The command line that serves a model repository on loopback; the arguments are those of `Server.command`."""
+        return self.server.command(repository, ports, address=LOOPBACK, model_control=model_control)
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """The variables to add to the server's environment, including `extra`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc.aio as grpcclient
+from tritonclient.utils import InferenceServerException
 
 from deploy.local.config import StackConfig, default_state_dir
 from deploy.local.model_servers import ModelServerError, PreparedModels, TritonModels
@@ -96,6 +97,11 @@ async def ask(models: PreparedModels, text: str, *, max_tokens: int = 64, cancel
     return parts
 
 
+async def unload(address: str) -> None:
+    async with grpcclient.InferenceServerClient(address) as client:
+        await client.unload_model("ensemble")
+
+
 async def until_idle(models: PreparedModels, gpu: str, *, idle_w: float) -> None:
     """Wait until the power of a model is its idle power."""
     async with asyncio.timeout(20):
@@ -120,12 +126,14 @@ def test_a_stand_in_is_prepared_as_the_fleet_file_describes_it(tmp_path, supervi
     assert sum(tokens for _, tokens, _ in parts) == 10
     (gpu,) = pool.endpoints[0].gpus
     asyncio.run(until_idle(models, gpu, idle_w=80))
+    with pytest.raises(InferenceServerException, match="not allowed"):  # nothing sleeps in this stack
+        asyncio.run(unload(models.fleet.servers[0].grpc))
     assert "stand-in for llama-2-13b-chat (recorded answers and energy of w.jsonl)" in models.description
 
 
 def test_a_curve_gives_power_and_speed_and_an_unloaded_model_takes_little_power(tmp_path, supervisor):
     clock = Clock.starting(START, rate=RATE)
-    models = prepared(tmp_path, clock, curve="llama-3.1-8b-h100", stretch=100)
+    models = prepared(tmp_path, clock, curve="llama-3.1-8b-h100", stretch=100, sleep=True)
     curve = MEASURED["llama-3.1-8b-h100"]
     supervisor.start(models.processes[0])
     assert models.fleet.idle_power_w == curve.idle_w
@@ -138,17 +146,12 @@ def test_a_curve_gives_power_and_speed_and_an_unloaded_model_takes_little_power(
     used_j = energy_j(models, server.gpu) - began_j - curve.idle_w * (clock.now_s() - began_s)
     # The counter is up to 50 ms of wall time late.
     assert used_j == pytest.approx(10 * 100 * curve.step_energy_j(1), abs=0.2 * RATE * curve.idle_w)
-
-    async def unload() -> None:
-        async with grpcclient.InferenceServerClient(server.grpc) as client:
-            await client.unload_model("ensemble")
-
-    asyncio.run(unload())
+    asyncio.run(unload(server.grpc))
     asyncio.run(until_idle(models, server.gpu, idle_w=curve.asleep_w))
 
 
 def test_several_servers_start_in_parallel_each_with_its_own_meter_and_model_control(tmp_path, supervisor):
-    models = prepared(tmp_path, servers=3)
+    models = prepared(tmp_path, servers=3, sleep=True)
     assert [process.name for process in models.processes] == ["triton-0", "triton-1", "triton-2"]
     for process in [supervisor.spawn(spec) for spec in models.processes]:
         process.wait_ready()
