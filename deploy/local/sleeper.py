@@ -1,10 +1,10 @@
 """Puts endpoints of the local stack to sleep and wakes them: `python -m deploy.local.sleeper`.
 
 It reads the topics `capacity` and `load-reports`, and unloads and loads the model of an endpoint by Triton's model
-control. It acts on pools with `sleep = true` only. When in doubt an endpoint is awake: it is put to sleep only while a
-valid message of `capacity` leaves it out and every router and evaluator reports that it has nothing running there.
+control. It acts on pools with `sleep = true` only. An endpoint is put to sleep only while a valid message of `capacity`
+leaves it out and every router and evaluator reports that it has nothing running there.
 
-A deployment with an orchestrator lets that scale the servers instead, by the metric `sprout_pool_endpoints_needed`.
+Where an orchestrator can scale the servers, it does that instead, by the metric `sprout_pool_endpoints_needed`.
 """
 
 import asyncio
