@@ -185,6 +185,7 @@ def snapshot_of(
     evaluations: Iterable[dict[str, object]] = (),
     metered_j: float = 0.0,
     purposes: Mapping[str, CallSums] | None = None,
+    evaluator_g: float | None = None,
     intervals: Iterable[IntervalSums] = (),
     grid: Mapping[str, IntensitySeries] | None = None,
     policies: Iterable[Policy] = (),
@@ -207,6 +208,9 @@ def snapshot_of(
         rejections={},
         metered_j=metered_j,
         purposes=purposes or {},
+        evaluator_g=sum(sums.grams for name, sums in (purposes or {}).items() if name != "request")
+        if evaluator_g is None
+        else evaluator_g,
         intervals=list(intervals),
         grid=grid or {},
         policies=PolicyHistory.of(policies),

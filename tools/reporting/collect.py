@@ -23,7 +23,7 @@ from tools.reporting.frame import Calls, Floats, partition
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policies_below_bound, relative_pct
 from tools.reporting.query import Selection, Snapshot, read_snapshot
-from tools.reporting.savings import Comparison, estimate_saving
+from tools.reporting.savings import Comparison, estimate_saving, net_of_evaluator
 
 
 async def collect_report(
@@ -76,12 +76,14 @@ def compute_report(snapshot: Snapshot) -> Report:
     published = snapshot.policies.created_between(selection.since, selection.until, selection.model)
     references = tuple(sorted(set(served.reference.tolist()) - {NO_REFERENCE}))
     zones = sorted(set(served.calls.zone.tolist()))
+    saving = estimate_saving(comparison)
     return Report(
         scope=_scope(snapshot, served.calls),
         requests=_counts(snapshot, comparable, comparison, served.calls),
         options=tuple(sorted(set(served.calls.option.tolist()), key=lambda name: (name not in references, name))),
         references=references,
-        saving=estimate_saving(comparison),
+        saving=saving,
+        net=net_of_evaluator(saving, snapshot.evaluator_g),
         implied_saving_pct=_saving_from_probabilities_pct(counterfactual, comparable, comparison, snapshot),
         promised_saving_pct=_predicted_saving_pct(comparable, comparison, snapshot.policies),
         energy=energy_account(snapshot),
@@ -151,8 +153,8 @@ def _predicted_saving_pct(
 ) -> float | None:
     """Saving that the policies predicted when they were solved, averaged over their requests, %.
 
-    A request in fallback counts with its own grams on both sides. A prediction covers all zones of a policy: None if
-    the report covers only some of a request's options.
+    A request that only the reference could serve counts with its own grams on both sides. A prediction covers all zones
+    of a policy: None if the report covers only some of a request's options.
     """
     if np.any(comparison.p_subset < 1.0):
         return None
@@ -163,8 +165,8 @@ def _predicted_saving_pct(
         if policy is not None:
             expected[where] = policy.expected_g_per_request
             reference[where] = policy.reference_g_per_request
-    fallback = calls.source == "fallback"
-    expected[fallback] = reference[fallback] = calls.total_g[fallback]
+    certain = calls.reference_certain
+    expected[certain] = reference[certain] = calls.total_g[certain]
     return _saving_pct(expected, reference)
 
 
@@ -204,6 +206,7 @@ def _counts(snapshot: Snapshot, comparable: ComparableRequests, comparison: Comp
         unidentified=int((comparable.unidentified & shown).sum()),
         without_intensity=int((comparable.without_intensity & shown).sum()),
         fallback=int(np.count_nonzero(calls.source == "fallback")),
+        switchback=int(np.count_nonzero(calls.source == "switchback")),
         prompt_tokens=int(calls.prompt_tokens.sum()),
         completion_tokens=int(calls.completion_tokens.sum()),
     )

@@ -35,13 +35,15 @@ class MeanTable:
     """Mean energy and time by (group, option).
 
     Requests count first. If a group was never served at an option, the evaluator's calls are used, which are a random
-    sample of the same prompts; otherwise the option's mean over all groups.
+    sample of the same prompts; otherwise the option's mean over all groups. Requests in a reference block of the
+    switchback count only where there is nothing else: another dispatch charges other energy for the same tokens.
     """
 
     def __init__(self, requests: Calls, evaluations: Calls) -> None:
         self._pairs: dict[tuple[str, str], CallStatistics] = {}
         self._options: dict[str, CallStatistics] = {}
-        for calls in (evaluations, requests):  # requests replace evaluations
+        in_blocks = requests.source == "switchback"
+        for calls in (requests.select(in_blocks), evaluations, requests.select(~in_blocks)):  # the last one wins
             for (group, option), where in partition(calls.group, calls.option).items():
                 self._pairs[group, option] = call_statistics(calls, where)
             for (option,), where in partition(calls.option).items():
@@ -128,8 +130,8 @@ class Counterfactual:
             distribution = distributions[int(index)]
             p_zone[where] = sum(share for option, share in distribution.items() if self._lies_in(zone, option))
         in_zone = calls.zone == zone
-        # A fallback may have no distribution; its option was certain.
-        p_zone[calls.source == "fallback"] = in_zone[calls.source == "fallback"]
+        # Such a request may have no distribution; its option was certain.
+        p_zone[calls.reference_certain] = in_zone[calls.reference_certain]
         baseline_in_zone = np.array([self._lies_in(zone, option) for option in requests.reference], dtype=bool)
         return requests.comparison.subset(in_zone, np.minimum(1.0, p_zone), baseline_in_zone)
 
@@ -190,7 +192,7 @@ class Counterfactual:
         """
         energy_j, processing_s = np.zeros(len(requests)), np.zeros(len(requests))
         variance = np.zeros(len(requests))
-        served = (requests.option == reference) & (requests.source != "forced")
+        served = (requests.option == reference) & (requests.source != "forced") & (requests.source != "switchback")
         for (group, option), where in partition(requests.group, reference).items():
             statistics = self.means.get(group, option)
             if option == NO_REFERENCE or statistics is None:
@@ -227,21 +229,24 @@ class Counterfactual:
 
 
 def references_of(requests: Calls, policies: PolicyHistory) -> Texts:
-    """The reference option of each request: its policy's, or in fallback the option that served it; else empty."""
+    """The reference option of each request: its policy's, or its own where only the reference could serve; else empty."""
     reference = np.full(len(requests), NO_REFERENCE, dtype=object)
     for (model, version), where in partition(requests.model, requests.policy_version.astype(object)).items():
         reference[where] = policies.reference_of(model, int(version)) or NO_REFERENCE
-    fallback = requests.source == "fallback"
-    reference[fallback] = requests.option[fallback]
+    reference[requests.reference_certain] = requests.option[requests.reference_certain]
     return reference
 
 
 def propensities_of(requests: Calls, distributions: DistributionList, reference: Texts) -> Floats:
-    """Probability with which each request's reference was chosen; 0 if it could not be; shape `(requests,)`."""
+    """Probability with which each request's reference was chosen; 0 if it could not be; shape `(requests,)`.
+
+    1 in fallback and in reference blocks of the switchback: such a request counts with its own grams on both sides, so
+    it saves nothing, with certainty.
+    """
     propensity = np.zeros(len(requests))
     for (option, index), where in partition(reference, requests.distribution.astype(object)).items():
         propensity[where] = min(1.0, distributions[int(index)].get(option, 0.0))
-    propensity[requests.source == "fallback"] = 1.0
+    propensity[requests.reference_certain] = 1.0
     return propensity
 
 

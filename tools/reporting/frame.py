@@ -36,7 +36,7 @@ class Calls:
         option: `<pool>/<level>`.
         pool: pool that served the call.
         zone: the pool's grid zone.
-        source: `policy`, `fallback` or `forced`; empty for calls of the evaluator.
+        source: `policy`, `fallback`, `forced` or `switchback`; empty for calls of the evaluator.
         policy_version: -1 without a policy.
         distribution: index into `Distributions.all` of the probabilities from which the option was drawn.
         started_s: seconds since the Unix epoch, event time.
@@ -74,6 +74,11 @@ class Calls:
     def total_g(self) -> Floats:
         """gCO2eq of each call; NaN if the intensity is unknown."""
         return self.operational_g + self.embodied_g
+
+    @property
+    def reference_certain(self) -> Flags:
+        """Requests that only the reference could serve: in fallback, or in a reference block of the switchback."""
+        return (self.source == "fallback") | (self.source == "switchback")
 
     def select(self, mask: Flags) -> Self:
         """The calls for which `mask`, of shape `(calls,)`, is true."""

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from tools.reporting.quality import JudgedShare
-from tools.reporting.savings import Interval, Saving
+from tools.reporting.savings import Interval, NetSaving, Saving
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class RequestCounts:
         unidentified: excluded because the policy could not choose the reference.
         without_intensity: excluded because the carbon intensity is unknown.
         fallback: served by the reference without a valid policy; compared, with a saving of 0.
+        switchback: served by the reference in a reference block of the switchback; compared, with a saving of 0.
     """
 
     answered: int
@@ -57,6 +58,7 @@ class RequestCounts:
     unidentified: int
     without_intensity: int
     fallback: int
+    switchback: int
     prompt_tokens: int
     completion_tokens: int
 
@@ -271,6 +273,8 @@ class Report:
     Attributes:
         options: all options served, reference first.
         references: reference options.
+        saving: attributed: what the requests emitted, against the baseline; the evaluator is not subtracted.
+        net: the same less the evaluator's grams.
         implied_saving_pct: computed from the policies' probabilities and the measured means by group and option.
         promised_saving_pct: predicted by the policies when they were solved.
         measured: mean energy and time by group and option.
@@ -282,6 +286,7 @@ class Report:
     options: tuple[str, ...]
     references: tuple[str, ...]
     saving: Saving
+    net: NetSaving
     implied_saving_pct: float | None
     promised_saving_pct: float | None
     energy: EnergyAccount

@@ -100,6 +100,7 @@ class Snapshot:
         rejections: requests rejected, by error code.
         metered_j: metered energy, J.
         purposes: by `request`, `evaluation`, `judge`.
+        evaluator_g: gCO2eq of the evaluator's generations and of its judge, for the selected model and zone.
         grid: carbon intensity by zone.
         policies: all policies published so far; earlier ones may still be active.
         qualities: results of the evaluations in the period.
@@ -116,6 +117,7 @@ class Snapshot:
     rejections: Mapping[str, int]
     metered_j: float
     purposes: Mapping[str, CallSums]
+    evaluator_g: float
     intervals: Sequence[IntervalSums]
     grid: Mapping[str, IntensitySeries]
     policies: PolicyHistory
@@ -161,6 +163,11 @@ SELECT purpose, sum(energy_j)::float8 AS energy_j, coalesce(sum(total_g), 0)::fl
        coalesce(sum(embodied_g), 0)::float8 AS embodied_g,
        coalesce(sum(energy_j) FILTER (WHERE total_g IS NULL), 0)::float8 AS unpriced_j
 FROM ledger.footprints WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS NULL OR zone = $3) GROUP BY purpose
+"""
+
+_EVALUATOR = f"""
+SELECT coalesce(sum(total_g), 0)::float8 FROM ledger.footprints
+WHERE purpose <> 'request' AND {_PERIOD.format(at="started_at")} AND {_MODEL} AND {_ZONE}
 """
 
 _INTERVALS = f"""
@@ -264,6 +271,7 @@ async def _read(connection: Connection, selection: Selection) -> Snapshot:
             row["purpose"]: CallSums(row["energy_j"], row["grams"], row["embodied_g"], row["unpriced_j"])
             for row in purposes
         },
+        evaluator_g=await connection.fetchval(_EVALUATOR, since, until, model, zone),
         intervals=[IntervalSums(**row) for row in intervals],
         grid=await _grid(connection, selection, requests, evaluations),
         policies=PolicyHistory.of(Policy.model_validate_json(row["policy"]) for row in policies),
