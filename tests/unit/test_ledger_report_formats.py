@@ -21,7 +21,7 @@ from tests.support.report import (
 from tools.reporting import render_html, render_tables, to_json
 from tools.reporting.collect import compute_report
 from tools.reporting.format import energy, grams, percent, relative_difference
-from tools.reporting.tables import summary_lines
+from tools.reporting.summary import summary_lines
 
 
 @pytest.fixture(scope="module")

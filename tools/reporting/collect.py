@@ -7,6 +7,7 @@ from datetime import datetime
 import asyncpg
 import numpy as np
 
+from shared.fleet import Fleet
 from tools.reporting.accounts import carbon_account, energy_account, sites_of
 from tools.reporting.breakdown import (
     HOUR_S,
@@ -19,6 +20,7 @@ from tools.reporting.breakdown import (
     zone_row,
 )
 from tools.reporting.counterfactual import NO_REFERENCE, ComparableRequests, Counterfactual, references_of
+from tools.reporting.fleet_report import metered_report
 from tools.reporting.frame import Calls, Floats, partition
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policies_below_bound, relative_pct
@@ -33,6 +35,8 @@ async def collect_report(
     until: datetime | None = None,
     model: str | None = None,
     zone: str | None = None,
+    fleet: Fleet | None = None,
+    stretch: float = 1.0,
 ) -> Report:
     """Read the ledger's tables and compute the report.
 
@@ -42,6 +46,8 @@ async def collect_report(
         until: only calls that started before this time; timezone-aware.
         model: one logical model; the energy and carbon accounts still cover all models, as the meters do.
         zone: only calls served in this grid zone.
+        fleet: the fleet file; without it the saving on the meter is unknown.
+        stretch: latencies and their objectives are divided by it; for simulated servers whose steps are stretched.
 
     Raises:
         NoLedgerError: the ledger has not created its tables there.
@@ -52,12 +58,12 @@ async def collect_report(
     if isinstance(database, str):
         connection = await asyncpg.connect(database)
         try:
-            snapshot = await read_snapshot(connection, selection)
+            snapshot = await read_snapshot(connection, selection, fleet, stretch=stretch)
         finally:
             await connection.close()
     else:
         async with database.acquire() as pooled:
-            snapshot = await read_snapshot(pooled, selection)
+            snapshot = await read_snapshot(pooled, selection, fleet, stretch=stretch)
     return await asyncio.to_thread(compute_report, snapshot)
 
 
@@ -84,6 +90,7 @@ def compute_report(snapshot: Snapshot) -> Report:
         references=references,
         saving=saving,
         net=net_of_evaluator(saving, snapshot.evaluator_g),
+        metered=metered_report(snapshot, sites),
         implied_saving_pct=_saving_from_probabilities_pct(counterfactual, comparable, comparison, snapshot),
         promised_saving_pct=_predicted_saving_pct(comparable, comparison, snapshot.policies),
         energy=energy_account(snapshot),

@@ -229,7 +229,7 @@ class Counterfactual:
 
 
 def references_of(requests: Calls, policies: PolicyHistory) -> Texts:
-    """The reference option of each request: its policy's, or its own where only the reference could serve; else empty."""
+    """The reference option of each request: its policy's, or its own if only the reference could serve; else empty."""
     reference = np.full(len(requests), NO_REFERENCE, dtype=object)
     for (model, version), where in partition(requests.model, requests.policy_version.astype(object)).items():
         reference[where] = policies.reference_of(model, int(version)) or NO_REFERENCE

@@ -78,7 +78,8 @@ class Calls:
     @property
     def reference_certain(self) -> Flags:
         """Requests that only the reference could serve: in fallback, or in a reference block of the switchback."""
-        return (self.source == "fallback") | (self.source == "switchback")
+        certain: Flags = (self.source == "fallback") | (self.source == "switchback")
+        return certain
 
     def select(self, mask: Flags) -> Self:
         """The calls for which `mask`, of shape `(calls,)`, is true."""

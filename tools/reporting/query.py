@@ -12,8 +12,10 @@ import asyncpg
 import numpy as np
 from asyncpg.pool import PoolConnectionProxy
 
+from shared.fleet import Fleet
 from shared.messages import GroupEvidence, Policy, Quality, QualityCount
 from tools.reporting.frame import MAX_AGE_S, Calls, CallsBuilder, Distributions, IntensitySeries
+from tools.reporting.meters import NO_READINGS, FleetReadings, read_fleet
 from tools.reporting.quality import PolicyHistory
 
 MAX_CALLS = 2_000_000
@@ -106,6 +108,8 @@ class Snapshot:
         qualities: results of the evaluations in the period.
         groupings: prompt groups learned in the period, oldest first.
         evaluation_costs: by evaluation id.
+        fleet: the fleet file; None if it is not known.
+        readings: meters, demand and latency of the whole fleet; empty if a model or zone is selected.
     """
 
     selection: Selection
@@ -124,6 +128,8 @@ class Snapshot:
     qualities: Sequence[Quality]
     groupings: Sequence[LearnedGroups]
     evaluation_costs: Mapping[str, EvaluationSums]
+    fleet: Fleet | None = None
+    readings: FleetReadings = NO_READINGS
 
 
 # Every statement names its schema, because any connection may be used. $1 is since, $2 until, then model and zone.
@@ -225,7 +231,9 @@ WHERE purpose <> 'request' AND evaluation_id IS NOT NULL AND {_PERIOD.format(at=
 """
 
 
-async def read_snapshot(connection: Connection, selection: Selection) -> Snapshot:
+async def read_snapshot(
+    connection: Connection, selection: Selection, fleet: Fleet | None = None, *, stretch: float = 1.0
+) -> Snapshot:
     """Read all tables in one transaction, so that all figures of a report are consistent.
 
     Raises:
@@ -236,10 +244,10 @@ async def read_snapshot(connection: Connection, selection: Selection) -> Snapsho
     if await connection.fetchval("SELECT to_regclass('ledger.footprints')") is None:
         raise NoLedgerError("this database has no tables of the ledger: start the ledger on it first")
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        return await _read(connection, selection)
+        return await _read(connection, selection, fleet, stretch)
 
 
-async def _read(connection: Connection, selection: Selection) -> Snapshot:
+async def _read(connection: Connection, selection: Selection, fleet: Fleet | None, stretch: float) -> Snapshot:
     since, until, model, zone = selection.since, selection.until, selection.model, selection.zone
     count = await connection.fetchval(_COUNT, since, until, model)
     if count > MAX_CALLS:
@@ -258,6 +266,9 @@ async def _read(connection: Connection, selection: Selection) -> Snapshot:
     qualities = await connection.fetch(_QUALITY, since, until, model)
     groupings = await connection.fetch(_GROUPINGS, since, until, model)
     costs = await connection.fetch(_EVALUATION_COSTS, since, None)
+    readings = NO_READINGS
+    if model is None and zone is None:
+        readings = await read_fleet(connection, since=since, until=until, fleet=fleet, stretch=stretch)
     return Snapshot(
         selection=selection,
         requests=requests,
@@ -273,13 +284,15 @@ async def _read(connection: Connection, selection: Selection) -> Snapshot:
         },
         evaluator_g=await connection.fetchval(_EVALUATOR, since, until, model, zone),
         intervals=[IntervalSums(**row) for row in intervals],
-        grid=await _grid(connection, selection, requests, evaluations),
+        grid=await _grid(connection, selection, readings, requests, evaluations),
         policies=PolicyHistory.of(Policy.model_validate_json(row["policy"]) for row in policies),
         qualities=[Quality.model_validate_json(row["quality"]) for row in qualities],
         groupings=[_learned_groups(row) for row in groupings],
         evaluation_costs={
             row["evaluation_id"]: EvaluationSums(row["calls"], row["energy_j"], row["grams"]) for row in costs
         },
+        fleet=fleet,
+        readings=readings,
     )
 
 
@@ -301,12 +314,18 @@ async def _footprints(
     return columns["request"].build(), columns["evaluation"].build()
 
 
-async def _grid(connection: Connection, selection: Selection, *tables: Calls) -> Mapping[str, IntensitySeries]:
-    """Carbon intensity by zone, from `MAX_AGE_S` before the first call."""
-    starts = [calls.started_s for calls in tables if len(calls)]
-    if selection.since is None and not starts:
+async def _grid(
+    connection: Connection, selection: Selection, readings: FleetReadings, *tables: Calls
+) -> Mapping[str, IntensitySeries]:
+    """Carbon intensity by zone, from `MAX_AGE_S` before the first call or reading."""
+    starts = [float(calls.started_s.min()) for calls in tables if len(calls)]
+    if selection.since is not None:
+        starts = [selection.since.timestamp()]
+    if readings.table is not None:
+        starts.append(float(readings.table.start_s[0]))
+    if not starts:
         return {}
-    first_s = selection.since.timestamp() if selection.since else min(float(started.min()) for started in starts)
+    first_s = min(starts)
     first = datetime.fromtimestamp(first_s - MAX_AGE_S, tz=UTC)
     points = await connection.fetch(_INTENSITY, first, selection.until)
     by_zone: dict[str, list[asyncpg.Record]] = {}
