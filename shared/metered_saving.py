@@ -23,7 +23,7 @@ After a change of worlds, answers of the other world still run. The washout shou
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -139,6 +139,8 @@ class MeteredSaving:
         bins_left_out: of the period that lack a reading, an intensity or a demand.
         extrapolated_share: share of the predicted bins whose demand is outside the range of the reference blocks.
         terms: what the regression uses.
+        predicted_j: (bins,) of the input, what the regression predicts without Sprout, all zones together; empty
+            without an estimate.
     """
 
     energy: Saving | None = None
@@ -150,6 +152,7 @@ class MeteredSaving:
     bins_left_out: int = 0
     extrapolated_share: float = 0.0
     terms: tuple[str, ...] = ()
+    predicted_j: Floats = field(default_factory=lambda: np.zeros(0))
 
 
 def metered_saving(
@@ -205,6 +208,7 @@ def metered_saving(
         bins_left_out=counts.bins_left_out,
         extrapolated_share=float(outside.mean()) if len(outside) else 0.0,
         terms=fit.terms,
+        predicted_j=(_design(bins, np.ones_like(reference), fit.terms, fit.scale) @ fit.coefficients).sum(axis=1),
     )
 
 

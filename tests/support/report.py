@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy, PolicyInputs, Quality, QualityCount
 from shared.messages.evaluation import EvaluationCost
 from tools.reporting.frame import Calls, CallsBuilder, Distributions, IntensitySeries
+from tools.reporting.meters import NO_READINGS, FleetReadings
 from tools.reporting.quality import PolicyHistory
 from tools.reporting.query import CallSums, EvaluationSums, IntervalSums, LearnedGroups, Selection, Snapshot
 
@@ -193,6 +195,8 @@ def snapshot_of(
     groupings: Iterable[LearnedGroups] = (),
     unsettled: int = 0,
     selection: Selection | None = None,
+    fleet: Fleet | None = None,
+    readings: FleetReadings = NO_READINGS,
 ) -> Snapshot:
     """A snapshot of the ledger's tables, from records of `ledger.footprints`."""
     requests = list(records)
@@ -217,6 +221,8 @@ def snapshot_of(
         qualities=list(qualities),
         groupings=list(groupings),
         evaluation_costs={"evaluation-12": EvaluationSums(3, 60.0, 0.5)},
+        fleet=fleet,
+        readings=readings,
     )
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from shared.fleet import Fleet, Pool
 from shared.messages import Policy
 from shared.messages.policies import PoolPrice
+from tools.reporting.demand import AnswerLengths
 from tools.reporting.frame import Calls, Flags, Floats
-from tools.reporting.meters import FleetReadings, Latency, MeterTable, expected_tokens
+from tools.reporting.meters import FleetReadings, Latency, MeterTable
 
 NO_LATENCY = Latency(None, False, 0, None, None, None, None)
 
@@ -182,9 +183,9 @@ def _brevity_pct(
     if table is None or not bins.any() or price is None or price.token_j is None or metered_j <= 0:
         return None
     since_s, until_s = float(table.start_s[bins].min()), float(table.start_s[bins].max()) + table.bin_s
-    expected = expected_tokens(readings.answers)
+    lengths = AnswerLengths(readings.answers)
     here = [one for one in readings.arrivals if one.pool == pool and since_s <= one.at_s < until_s]
-    saved_j = price.token_j * sum(expected.of_arrivals(one) - one.tokens for one in here)
+    saved_j = price.token_j * sum(lengths.without_sprout(one) - one.tokens for one in here)
     return None if math.isnan(saved_j) else 100.0 * saved_j / (metered_j + saved_j)
 
 

@@ -47,16 +47,17 @@ def metered_report(snapshot: Snapshot, sites: Mapping[str, Site]) -> Metered:
         for name in _serving_pools(fleet, roles)
     )
     found = estimate(snapshot, roles, sites)
-    needed = [row.needed_mean for row in pools if row.needed_mean is not None]
-    objectives = [row.tpot_objective_ms for row in pools if row.tpot_objective_ms is not None]
+    included = [row for row in pools if row.pool not in roles.excluded]
+    needed = [row.needed_mean for row in included if row.needed_mean is not None]
+    objectives = [row.tpot_objective_ms for row in included if row.tpot_objective_ms is not None]
     report = Metered(
         saving=found.saving,
         reason=found.reason,
         reference_blocks=0 if found.result is None else found.result.blocks,
         excluded_pools=roles.excluded,
         notes=found.notes,
-        endpoints=sum(row.endpoints for row in pools),
-        endpoints_needed_mean=sum(needed) if pools and len(needed) == len(pools) else None,
+        endpoints=sum(row.endpoints for row in included),
+        endpoints_needed_mean=sum(needed) if needed and len(needed) == len(included) else None,
         latency=latency_of(readings, None, in_block=False),
         reference_latency=latency_of(readings, None, in_block=True),
         tpot_objective_ms=min(objectives, default=None),

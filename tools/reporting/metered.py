@@ -4,7 +4,6 @@
 checks without which the estimate would be wrong, and the energy of the judge's endpoints, which is a cost of Sprout.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,15 +17,17 @@ from shared.switchback import SwitchbackSchedule
 from shared.units import JOULES_PER_KWH
 from tools.reporting.accounts import Site
 from tools.reporting.breakdown import HOUR_S
+from tools.reporting.demand import AnswerLengths, demand
 from tools.reporting.format import percent, significant_digits
 from tools.reporting.frame import Flags, Floats
 from tools.reporting.meter_model import MeterSaving
-from tools.reporting.meters import INTERVALS_PER_BIN, FleetReadings, MeterTable, demand, expected_tokens
+from tools.reporting.meters import INTERVALS_PER_BIN, FleetReadings, MeterTable
 from tools.reporting.query import Snapshot
 from tools.reporting.savings import Interval
 
 LARGEST_MISMATCH = 0.1
 """Largest share of requests that may contradict the schedule of the switchback."""
+MUCH_EXTRAPOLATION_PCT = 5.0
 LARGEST_STUCK = 0.5
 """A pool is left out if a meter stood still in a larger share of the bins in which calls ran."""
 
@@ -78,14 +79,13 @@ def estimate(snapshot: Snapshot, roles: Roles, sites: Mapping[str, Site]) -> Est
         )
     if problem:
         return Estimation(None, problem, bins)
-    result = metered_saving(
-        bins,
-        since_s=-math.inf if selection.since is None else selection.since.timestamp(),
-        until_s=math.inf if selection.until is None else selection.until.timestamp(),
-    )
+    in_period = bins_in_period(table, selection.since, selection.until)
+    if not in_period.any():
+        return Estimation(None, "there is no meter reading in this time", bins)
+    period_s = table.start_s[in_period]
+    result = metered_saving(bins, since_s=float(period_s[0]), until_s=float(period_s[-1]) + table.bin_s)
     if result.energy is None or result.carbon is None:
         return Estimation(None, f"{result.reason}{_remedy(result, schedule)}", bins, result)
-    in_period = bins_in_period(table, selection.since, selection.until)
     counted = in_period & bins.complete
     judge_j = joules_by_pool(table, roles.judging)[counted]
     judge_g = judge_j * _g_per_kwh(snapshot, table, roles.judging, sites)[counted] / JOULES_PER_KWH
@@ -164,7 +164,7 @@ def _notes(saving: MeterSaving, table: MeterTable, roles: Roles, in_period: Flag
             f"{significant_digits(saving.hours_left_out, 2)} h are left out because a reading or a carbon intensity is "
             f"missing or wrong (endpoints without all readings: {', '.join(gaps) or 'none'})"
         )
-    if saving.extrapolated_pct > 0:
+    if saving.extrapolated_pct > MUCH_EXTRAPOLATION_PCT:
         notes.append(
             f"in {percent(saving.extrapolated_pct)} of the time the demand was outside of that of every reference "
             "block, where the estimate extrapolates"
@@ -214,7 +214,8 @@ def fleet_bins(
 ) -> FleetBins:
     """The input of the estimator: one column per serving pool; a bin that the judge's meters lack is unknown."""
     edges = np.append(table.start_s, table.start_s[-1] + table.bin_s)
-    arrivals = [one for one in snapshot.readings.arrivals if one.pool in roles.serving]
+    readings, world = snapshot.readings, worlds_of(table, schedule)
+    arrivals = [one for one in readings.arrivals if one.pool in roles.serving]
     joules = joules_by_pool(table, roles.serving)
     joules[~np.isfinite(joules_by_pool(table, roles.judging)).all(axis=1)] = np.nan
     factors = _g_per_kwh(snapshot, table, roles.serving, sites)
@@ -224,8 +225,8 @@ def fleet_bins(
         start_s=table.start_s,
         joules=joules,
         g_per_kwh=factors,
-        demand=demand(arrivals, expected_tokens(snapshot.readings.answers), edges),
-        world=worlds_of(table, schedule),
+        demand=demand(arrivals, AnswerLengths(readings.answers), edges, world, readings.quantiles),
+        world=world,
     )
 
 
@@ -266,8 +267,10 @@ def _g_per_kwh(snapshot: Snapshot, table: MeterTable, pools: Sequence[str], site
 def _mismatch(snapshot: Snapshot, schedule: SwitchbackSchedule) -> str:
     """How the requests contradict the schedule, which then is not the one that the routers used; empty if not."""
     outside = inside = against = switched = 0
+    minutes = {one.at_s for one in snapshot.readings.arrivals}
+    worlds = {at_s: schedule.world(datetime.fromtimestamp(at_s, UTC)) for at_s in minutes}
     for one in snapshot.readings.arrivals:
-        world = schedule.world(datetime.fromtimestamp(one.at_s, UTC))
+        world = worlds[one.at_s]
         if one.source == "switchback":
             switched += one.requests
             outside += one.requests if world == "sprout" else 0
@@ -288,9 +291,11 @@ def _mismatch(snapshot: Snapshot, schedule: SwitchbackSchedule) -> str:
 
 
 def bins_in_period(table: MeterTable, since: datetime | None, until: datetime | None) -> Flags:
-    """The bins that start in a period; shape `(bins,)`."""
+    """The bins that start in a period; shape `(bins,)`. Without its limits all, but no half bin at either end."""
     start_s = table.start_s
     inside = np.ones(len(start_s), dtype=bool)
+    for end in (0, -1):
+        inside[end] = table.complete[:, end].all()
     if since is not None:
         inside &= start_s >= since.timestamp()
     if until is not None:

@@ -8,7 +8,7 @@ depends on the selected model or zone.
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -17,7 +17,7 @@ from asyncpg.pool import PoolConnectionProxy
 from numpy.typing import NDArray
 
 from shared.fleet import Fleet, Switchback
-from shared.metered_saving import spread_over_bins
+from tools.reporting.demand import REFERENCE_LEVEL, Answers, Arrivals
 from tools.reporting.frame import Flags, Floats
 
 WINDOW_S = 28 * 86_400.0
@@ -26,9 +26,11 @@ SHORTEST_BIN_S = 300.0
 INTERVALS_PER_BIN = 2.0
 """Least meter intervals per bin: an interval's energy is spread evenly over its time."""
 CELL_S = 60.0
-"""Requests that start in the same minute are summed."""
-MIN_REQUESTS = 5
-"""Fewer requests of a group say too little about its answers."""
+"""Requests that start in the same minute are summed; in a long period those of half a bin."""
+LONG_PERIOD_S = 3 * 86_400.0
+LONGEST_ANSWER_S = 6 * 3_600.0
+"""Requests from this long before the first bin count, too."""
+QUANTILES = tuple(float(one) for one in np.arange(0.05, 1.0, 0.1))
 COVERED = 0.999
 """Least share of a bin that readings must cover."""
 
@@ -121,41 +123,6 @@ def meter_table(rows: Iterable[Mapping[str, Any] | asyncpg.Record], bin_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Arrivals:
-    """Requests that started in the same minute, with the same pool, group, task and source of the decision.
-
-    Attributes:
-        at_s: middle of the minute, seconds since the Unix epoch.
-        tokens: generated, of all these requests.
-    """
-
-    at_s: float
-    pool: str
-    group: str
-    task: str
-    source: str
-    requests: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceAnswers:
-    """Requests of a group and task that were served without a directive, not chosen by the client.
-
-    Attributes:
-        in_block: in a reference block of the switchback.
-        tokens, seconds: generated and used, of all these requests.
-    """
-
-    group: str
-    task: str
-    in_block: bool
-    requests: int
-    tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class Latency:
     """Time per output token and time to first token of a pool's requests, ms; None if unknown.
 
@@ -181,6 +148,7 @@ class FleetReadings:
         interval_s: median time between two readings of a meter; None without an interval.
         table: of the period and of the reference blocks before it; None without an interval.
         arrivals, answers: of the same time.
+        quantiles: lengths of answers without a directive, relative to their group's mean.
         latencies: of the period.
         stretch: the latencies, and the objectives beside them, are divided by it.
     """
@@ -188,7 +156,8 @@ class FleetReadings:
     interval_s: float | None = None
     table: MeterTable | None = None
     arrivals: Sequence[Arrivals] = ()
-    answers: Sequence[ReferenceAnswers] = ()
+    answers: Sequence[Answers] = ()
+    quantiles: Sequence[float] = (1.0,)
     latencies: Sequence[Latency] = ()
     stretch: float = 1.0
 
@@ -200,63 +169,6 @@ def bin_length_s(switchback: Switchback, interval_s: float) -> float:
     """A length that divides a block: at least five minutes and two meter intervals, if the block is that long."""
     shortest = max(SHORTEST_BIN_S, INTERVALS_PER_BIN * interval_s)
     return switchback.block_s / max(1, int(switchback.block_s / shortest))
-
-
-def expected_tokens(answers: Sequence[ReferenceAnswers]) -> "ExpectedTokens":
-    """Mean length of an answer without a directive, by prompt group."""
-    sums: dict[tuple[str, str], list[float]] = {}
-    for one in answers:
-        for key in (("group", one.group), ("task", one.task), ("all", "")):
-            total = sums.setdefault(key, [0.0, 0.0])
-            total[0] += one.requests
-            total[1] += one.tokens
-    means = {key: tokens / requests for key, (requests, tokens) in sums.items() if requests >= MIN_REQUESTS}
-    in_blocks = [one for one in answers if one.in_block]
-    timed = in_blocks if sum(one.requests for one in in_blocks) >= MIN_REQUESTS else answers
-    tokens = sum(one.tokens for one in timed)
-    return ExpectedTokens(means, sum(one.seconds for one in timed) / tokens if tokens else float("nan"))
-
-
-@dataclass(frozen=True, slots=True)
-class ExpectedTokens:
-    """Mean tokens of an answer without a directive, and the time for each of them.
-
-    Attributes:
-        means: by `("group", name)`, `("task", name)` and `("all", "")`.
-        seconds_per_token: from reference blocks if there are any; NaN without an answer.
-    """
-
-    means: Mapping[tuple[str, str], float]
-    seconds_per_token: float
-
-    def of(self, group: str, task: str) -> float:
-        """Of a group; else of its task, else of all requests; NaN if nothing is known."""
-        keys = (("group", group), ("task", task), ("all", ""))
-        return next((self.means[key] for key in keys if key in self.means), float("nan"))
-
-    def of_arrivals(self, arrivals: Arrivals) -> float:
-        """Of all these requests. A client that chooses its directive gets the same answer without Sprout."""
-        if arrivals.source == "forced":
-            return float(arrivals.tokens)
-        return arrivals.requests * self.of(arrivals.group, arrivals.task)
-
-
-def demand(arrivals: Sequence[Arrivals], expected: ExpectedTokens, edges_s: Floats) -> Floats:
-    """Tokens that would have been generated in each bin without Sprout; NaN if the length of answers is unknown.
-
-    The expected tokens of a request are spread over the time that the answer would take from its start.
-
-    Args:
-        edges_s: of the bins, shape `(bins + 1,)`.
-    """
-    if not arrivals:
-        return np.zeros(len(edges_s) - 1)
-    at_s = np.array([one.at_s for one in arrivals])
-    tokens = np.array([expected.of_arrivals(one) for one in arrivals])
-    each = tokens / np.array([one.requests for one in arrivals])
-    if np.isnan(tokens).any() or np.isnan(expected.seconds_per_token):
-        return np.full(len(edges_s) - 1, np.nan)
-    return spread_over_bins(at_s, at_s + each * expected.seconds_per_token, tokens, edges_s)
 
 
 # Below, $1 is the start and $2 the end of the time; the median needs no more than the last intervals.
@@ -295,25 +207,33 @@ GROUP BY endpoint, pool, zone, bin
 _TIME = "($1::timestamptz IS NULL OR started_at >= $1) AND ($2::timestamptz IS NULL OR started_at < $2)"
 
 _ARRIVALS = f"""
-SELECT (floor(extract(epoch FROM started_at) / $3::float8) + 0.5) * $3::float8 AS at_s, pool, grp,
+SELECT (floor(extract(epoch FROM started_at) / $3::float8) + 0.5) * $3::float8 AS at_s, pool, level, grp,
        coalesce(task, '') AS task, coalesce(decision_source, '') AS source, count(*) AS requests,
        sum(completion_tokens) AS tokens
 FROM (
-    SELECT started_at, pool, grp, task, decision_source, completion_tokens
+    SELECT started_at, pool, level, grp, task, decision_source, completion_tokens
     FROM ledger.footprints WHERE purpose = 'request' AND {_TIME}
     UNION ALL
-    SELECT started_at, pool, grp, task, decision_source, completion_tokens
+    SELECT started_at, pool, level, grp, task, decision_source, completion_tokens
     FROM ledger.calls WHERE purpose = 'request' AND NOT settled AND {_TIME}
 ) AS requests
-GROUP BY 1, 2, 3, 4, 5 ORDER BY 1
+GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1
 """
 
+# The client did not choose the level.
+_DRAWN = f"purpose = 'request' AND decision_source <> 'forced' AND {_TIME}"
+
 _ANSWERS = f"""
-SELECT grp, coalesce(task, '') AS task, decision_source = 'switchback' AS in_block, count(*) AS requests,
+SELECT grp, coalesce(task, '') AS task, level, decision_source = 'switchback' AS in_block, count(*) AS requests,
        sum(completion_tokens) AS tokens, sum(processing_s)::float8 AS seconds
-FROM ledger.footprints
-WHERE purpose = 'request' AND level = 'L0' AND decision_source <> 'forced' AND {_TIME}
-GROUP BY 1, 2, 3
+FROM ledger.footprints WHERE {_DRAWN} GROUP BY 1, 2, 3, 4
+"""
+
+_QUANTILES = f"""
+SELECT percentile_cont($3::float8[]) WITHIN GROUP (ORDER BY relative) FROM (
+    SELECT completion_tokens / nullif(avg(completion_tokens) OVER (PARTITION BY grp), 0)::float8 AS relative
+    FROM ledger.footprints WHERE {_DRAWN} AND level = '{REFERENCE_LEVEL}'
+) AS answers
 """
 
 _LATENCIES = f"""
@@ -351,14 +271,17 @@ async def read_fleet(
     if last is None:
         return FleetReadings(latencies=latencies, stretch=stretch)
     end = last if until is None else min(last, until)
-    begin = None if since is None else min(since, datetime.fromtimestamp(end.timestamp() - WINDOW_S, end.tzinfo))
+    begin = None if since is None else min(since, datetime.fromtimestamp(end.timestamp() - WINDOW_S, UTC))
     interval_s = await connection.fetchval(_INTERVAL, begin, until)
     if interval_s is None:
         return FleetReadings(latencies=latencies, stretch=stretch)
     bin_s = bin_length_s(Switchback() if fleet is None else fleet.switchback, interval_s)
     table = meter_table(await connection.fetch(_METERS, begin, until, bin_s), bin_s)
-    arrivals = await connection.fetch(_ARRIVALS, begin, until, CELL_S)
-    answers = await connection.fetch(_ANSWERS, begin, until)
+    earlier = None if begin is None else datetime.fromtimestamp(begin.timestamp() - LONGEST_ANSWER_S, UTC)
+    long = (table.start_s[-1] - table.start_s[0] if table is not None else 0.0) > LONG_PERIOD_S
+    arrivals = await connection.fetch(_ARRIVALS, earlier, until, bin_s / 2 if long else CELL_S)
+    answers = await connection.fetch(_ANSWERS, earlier, until)
+    quantiles = await connection.fetchval(_QUANTILES, earlier, until, QUANTILES)
     return FleetReadings(
         interval_s=interval_s,
         table=table,
@@ -366,6 +289,7 @@ async def read_fleet(
             Arrivals(
                 at_s=row["at_s"],
                 pool=sys.intern(row["pool"]),
+                level=sys.intern(row["level"]),
                 group=sys.intern(row["grp"]),
                 task=sys.intern(row["task"]),
                 source=sys.intern(row["source"]),
@@ -375,11 +299,18 @@ async def read_fleet(
             for row in arrivals
         ],
         answers=[
-            ReferenceAnswers(
-                row["grp"], row["task"], bool(row["in_block"]), row["requests"], row["tokens"], row["seconds"]
+            Answers(
+                group=row["grp"],
+                task=row["task"],
+                level=row["level"],
+                in_block=bool(row["in_block"]),
+                requests=row["requests"],
+                tokens=row["tokens"],
+                seconds=row["seconds"],
             )
             for row in answers
         ],
+        quantiles=quantiles if quantiles and sum(quantiles) > 0 else (1.0,),
         latencies=latencies,
         stretch=stretch,
     )

@@ -41,7 +41,7 @@ def summary_lines(report: Report) -> tuple[tuple[str, str], ...]:
         ("why they differ", metered.explanation),
         ("pools left out", "; ".join(f"{pool}: {reason}" for pool, reason in metered.excluded_pools.items())),
         ("readings", "; ".join(metered.notes)),
-        ("capacity", "; ".join(_capacity(row) for row in metered.pools)),
+        ("capacity", "; ".join(_capacity(row) for row in metered.pools if row.pool not in metered.excluded_pools)),
         ("latency", _latency_line(report)),
         ("price of a token", "; ".join(_price(row) for row in metered.pools if row.price is not None)),
         ("carbon saved", _saved_line(report)),
