@@ -4,6 +4,8 @@ Without Sprout the fleet takes a fixed power and energy per token; with Sprout l
 whose answers last a minute or two.
 """
 
+import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,37 +35,39 @@ INTERVAL_S, OFFSET_S = 100.0, 37.0
 """Meter intervals do not begin with bins."""
 
 
-def metered_fleet(**changes: Any) -> Fleet:
-    """Four servers that pack, a judge, and a pool without a meter.
+def fleet_toml(**switchback: float | str) -> str:
+    """The fleet file of four servers that pack, a judge, and a pool without a meter.
 
     Args:
-        changes: of the table `switchback`.
+        switchback: fields of the table `switchback` that differ.
     """
 
-    def endpoint(name: str, *, metered: bool = True) -> dict[str, str]:
-        return {"name": name, "grpc": "host:8001"} | ({"metrics": "http://host:8002/metrics"} if metered else {})
+    def endpoint(name: str, *, metered: bool = True) -> str:
+        metrics = 'metrics = "http://host:8002/metrics"\n' if metered else ""
+        return f'[[pools.endpoints]]\nname = "{name}"\ngrpc = "host:8001"\n{metrics}'
 
-    serving = {
-        "name": POOL,
-        "model": MODEL,
-        "zone": ZONE,
-        "pue": 1.2,
-        "dispatch": "pack",
-        "target_batch": 2,
-        "tpot_objective_ms": 1200,
-        "endpoints": [endpoint(f"{POOL}-{number}") for number in range(ENDPOINTS)],
-    }
-    spare = {"name": "spare", "model": MODEL, "zone": ZONE, "endpoints": [endpoint("spare-0", metered=False)]}
-    judge = {"name": "judge", "zone": ZONE, "endpoints": [endpoint("judge-0")]}
-    return Fleet.model_validate(
-        {
-            "directives": [{"level": "L0"}, {"level": "L1", "text": "Be brief."}],
-            "models": [{"name": MODEL, "chat_template": "chatml"}],
-            "pools": [serving, spare, judge],
-            "judge": {"pool": "judge"},
-            "switchback": {"share": 0.1, "block_s": 1800, "washout_s": 300, **changes},
-        }
+    settings = {"share": 0.1, "block_s": 1800, "washout_s": 300, **switchback}
+    return "\n".join(
+        [
+            '[[directives]]\nlevel = "L0"\n[[directives]]\nlevel = "L1"\ntext = "Be brief."',
+            f'[[models]]\nname = "{MODEL}"\nchat_template = "chatml"',
+            f'[[pools]]\nname = "{POOL}"\nmodel = "{MODEL}"\nzone = "{ZONE}"\npue = 1.2',
+            'dispatch = "pack"\ntarget_batch = 2\ntpot_objective_ms = 1200',
+            *(endpoint(f"{POOL}-{number}") for number in range(ENDPOINTS)),
+            f'[[pools]]\nname = "spare"\nmodel = "{MODEL}"\nzone = "{ZONE}"',
+            endpoint("spare-0", metered=False),
+            f'[[pools]]\nname = "judge"\nzone = "{ZONE}"',
+            endpoint("judge-0"),
+            '[judge]\npool = "judge"',
+            "[switchback]",
+            *(f"{name} = {json.dumps(value)}" for name, value in settings.items()),
+        ]
     )
+
+
+def metered_fleet(**switchback: float | str) -> Fleet:
+    """The fleet of `fleet_toml`."""
+    return Fleet.model_validate(tomllib.loads(fleet_toml(**switchback)))
 
 
 @dataclass(frozen=True, slots=True)
