@@ -50,6 +50,25 @@ def subscribe_compacted(
     )
 
 
+def subscribe_newest(
+    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, spec: TopicSpec
+) -> Subscriber:
+    """A subscriber that reads only what is published after it started, and stores no offset.
+
+    It belongs to no consumer group: every process reads every message. The handler receives a list of messages.
+    """
+    return _subscribe(
+        broker,
+        kafka,
+        spec,
+        decoder=batch_decoder(spec.message, dead_letters),
+        batch=True,
+        batch_timeout_ms=POLL_MS,
+        auto_offset_reset="latest",
+        ack_policy=AckPolicy.ACK_FIRST,
+    )
+
+
 def subscribe_batches(
     broker: KafkaBroker,
     kafka: KafkaSettings,
