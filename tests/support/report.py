@@ -160,7 +160,14 @@ def calls_of(records: list[dict[str, object]]) -> tuple[Calls, list[Mapping[str,
     for record in records:
         started = record["started_at"]
         assert isinstance(started, datetime)
-        builder.add({**record, "started_s": started.timestamp(), "propensities": json.dumps(record["propensities"])})
+        builder.add(
+            {
+                **record,
+                "server_s": record.get("server_s") or record["processing_s"],
+                "started_s": started.timestamp(),
+                "propensities": json.dumps(record["propensities"]),
+            }
+        )
     return builder.build(), distributions.all
 
 

@@ -117,7 +117,7 @@ def compute_report(snapshot: Snapshot) -> Report:
         hours=hour_rows(served, comparable.calls, comparison, snapshot.policies),
         groups=group_rows(served, comparable.calls, comparison),
         measured=tuple(
-            OptionRow(group, option, cell.calls, float(cell.mean[0]), float(cell.mean[1]))
+            OptionRow(group, option, cell.calls, float(cell.mean[0]), cell.processing_s)
             for (group, option), cell in sorted(counterfactual.means.measured())
         ),
         evaluations=evaluation_rows(snapshot.qualities, snapshot.evaluation_costs),

@@ -22,17 +22,19 @@ class CallStatistics:
 
     Attributes:
         calls: number of calls.
-        mean: energy (J) and time (s); shape `(2,)`.
-        covariance: of energy and time between calls; shape `(2, 2)`, zero with fewer than two calls.
+        mean: energy (J) and server time (s); shape `(2,)`.
+        covariance: of energy and server time between calls; shape `(2, 2)`, zero with fewer than two calls.
+        processing_s: mean time from sending to the last token.
     """
 
     calls: int
     mean: Floats
     covariance: Floats
+    processing_s: float
 
 
 class MeanTable:
-    """Mean energy and time by (group, option).
+    """Mean energy and server time by (group, option).
 
     Requests count first. If a group was never served at an option, the evaluator's calls are used, which are a random
     sample of the same prompts; otherwise the option's mean over all groups. Requests in a reference block of the
@@ -59,10 +61,15 @@ class MeanTable:
 
 
 def call_statistics(calls: Calls, where: Indices) -> CallStatistics:
-    """Mean and covariance of the energy and time of some calls."""
-    pairs = np.stack([calls.energy_j[where], calls.processing_s[where]])
+    """Mean and covariance of the energy and server time of some calls."""
+    pairs = np.stack([calls.energy_j[where], calls.server_s[where]])
     covariance = np.cov(pairs) if len(where) > 1 else np.zeros((2, 2))
-    return CallStatistics(calls=len(where), mean=pairs.mean(axis=1), covariance=covariance)
+    return CallStatistics(
+        calls=len(where),
+        mean=pairs.mean(axis=1),
+        covariance=covariance,
+        processing_s=float(calls.processing_s[where].mean()),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +197,14 @@ class Counterfactual:
         The prediction of a request served by the reference leaves that request out; only then is the estimate unbiased
         with few reference calls.
         """
-        energy_j, processing_s = np.zeros(len(requests)), np.zeros(len(requests))
+        energy_j, server_s = np.zeros(len(requests)), np.zeros(len(requests))
         variance = np.zeros(len(requests))
         served = (requests.option == reference) & (requests.source != "forced") & (requests.source != "switchback")
         for (group, option), where in partition(requests.group, reference).items():
             statistics = self.means.get(group, option)
             if option == NO_REFERENCE or statistics is None:
                 continue
-            energy_j[where], processing_s[where] = statistics.mean
+            energy_j[where], server_s[where] = statistics.mean
             covariance = statistics.covariance if statistics.calls > 1 else self._covariance(option)
             a, b = prices.g_per_j[where], prices.g_per_s[where]
             variance[where] = np.maximum(
@@ -206,8 +213,8 @@ class Counterfactual:
             own = where[served[where]]
             if len(own):
                 energy_j[own] = self._leave_one_out(requests.energy_j, own, served & (reference == option))
-                processing_s[own] = self._leave_one_out(requests.processing_s, own, served & (reference == option))
-        return prices.grams(energy_j, processing_s), variance
+                server_s[own] = self._leave_one_out(requests.server_s, own, served & (reference == option))
+        return prices.grams(energy_j, server_s), variance
 
     @staticmethod
     def _leave_one_out(values: Floats, own: Indices, all_groups: Flags) -> Floats:

@@ -41,6 +41,8 @@ class Calls:
         distribution: index into `Distributions.all` of the probabilities from which the option was drawn.
         started_s: seconds since the Unix epoch, event time.
         processing_s: seconds from sending to the last token.
+        server_s: share of the server's time, which calls that run at once divide; seconds. Footprints of an earlier
+            version were charged for `processing_s`.
         prompt_tokens: 0 if unknown.
         completion_tokens: generated tokens.
         energy_j: attributed energy, J.
@@ -60,6 +62,7 @@ class Calls:
     distribution: Indices
     started_s: Floats
     processing_s: Floats
+    server_s: Floats
     prompt_tokens: NDArray[np.int64]
     completion_tokens: NDArray[np.int64]
     energy_j: Floats
@@ -119,6 +122,7 @@ class Distributions:
 _MEASURED = (
     "started_s",
     "processing_s",
+    "server_s",
     "prompt_tokens",
     "completion_tokens",
     "energy_j",

@@ -48,7 +48,7 @@ class MeterTable:
         covered_s: time between readings, seconds.
         unused_j: energy of the intervals without a call, J.
         busy_s: time of the intervals in which calls ran, seconds.
-        lost: a counter was reset, so some energy is missing.
+        lost: a counter was reset or stood still, so some energy is missing.
     """
 
     bin_s: float
@@ -187,12 +187,12 @@ SELECT endpoint, pool, zone, bin, sum(metered_j * share)::float8 AS metered_j, s
        coalesce(sum(metered_j * share) FILTER (WHERE calls = 0), 0)::float8 AS unused_j,
        sum(length * share)::float8 AS covered_s,
        coalesce(sum(length * share) FILTER (WHERE calls > 0), 0)::float8 AS busy_s,
-       max(restarted::int) AS lost
+       max((restarted OR coalesce(stalled, false))::int) AS lost
 FROM (
     SELECT *, (least(until, (bin + 1) * $3::float8) - greatest(since, bin * $3::float8)) / length AS share
     FROM (
         SELECT *, until - since AS length FROM (
-            SELECT endpoint, pool, zone, metered_j, idle_j, calls, restarted,
+            SELECT endpoint, pool, zone, metered_j, idle_j, calls, restarted, stalled,
                    extract(epoch FROM started_at)::float8 AS since, extract(epoch FROM finished_at)::float8 AS until
             FROM ledger.intervals
             WHERE ($1::timestamptz IS NULL OR finished_at > $1) AND ($2::timestamptz IS NULL OR started_at < $2)

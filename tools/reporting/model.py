@@ -105,9 +105,9 @@ class CarbonAccount:
 
     Attributes:
         requests_g, evaluation_g, judge_g: operational and embodied carbon of the calls.
-        idle_g: of idle energy.
+        idle_g: of idle energy, and embodied carbon of the servers' time without calls.
         unattributed_g: of energy without a known call.
-        embodied_g: the embodied part of the calls' carbon.
+        embodied_g: the embodied part of all carbon.
         unpriced_j: energy at unknown intensity, J; in none of the grams.
     """
 

@@ -55,7 +55,10 @@ class CallSums:
 
 @dataclass(frozen=True, slots=True)
 class IntervalSums:
-    """Energy of one pool's intervals that started in one hour, J; `middle_s` is the middle of the hour."""
+    """Energy of one pool's intervals that started in one hour, J; `middle_s` is the middle of the hour.
+
+    `idle_s` is the servers' time without calls, seconds; 0 in intervals of an earlier version.
+    """
 
     zone: str
     pool: str
@@ -63,6 +66,7 @@ class IntervalSums:
     attributed_j: float
     idle_j: float
     unattributed_j: float
+    idle_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,7 @@ _FOOTPRINTS = f"""
 SELECT purpose, model, grp, task, pool, level, zone, decision_source, policy_version,
        propensities::text AS propensities,
        extract(epoch FROM started_at)::float8 AS started_s, processing_s::float8 AS processing_s,
+       coalesce(server_s, processing_s)::float8 AS server_s,
        coalesce(prompt_tokens, 0) AS prompt_tokens, completion_tokens, energy_j::float8 AS energy_j,
        intensity_g_per_kwh::float8 AS intensity_g_per_kwh, operational_g::float8 AS operational_g,
        embodied_g::float8 AS embodied_g
@@ -179,7 +184,7 @@ WHERE purpose <> 'request' AND {_PERIOD.format(at="started_at")} AND {_MODEL} AN
 _INTERVALS = f"""
 SELECT zone, pool, extract(epoch FROM date_trunc('hour', started_at, 'UTC'))::float8 + 1800 AS middle_s,
        sum(attributed_j)::float8 AS attributed_j, sum(idle_j)::float8 AS idle_j,
-       sum(unattributed_j)::float8 AS unattributed_j
+       sum(unattributed_j)::float8 AS unattributed_j, coalesce(sum(idle_s), 0)::float8 AS idle_s
 FROM ledger.intervals WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS NULL OR zone = $3)
 GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
 """
