@@ -141,7 +141,7 @@ def test_the_meters_are_shown_everywhere(metered):
     )
     assert re.search(r"\d of 4 servers could have slept \d+ % of the time; 1\.\d needed", lines["capacity"])
     text, page = printed(metered), render_html(metered)
-    for words in ("saving on the meter", "attributed saving", "why they differ", "Pools"):
+    for words in ("saving on the meter", "attributed saving", "why they differ", "Capacity", "Latency and prices"):
         assert words in text
         assert words in page
     for words in ("<h2>Power of the fleet</h2>", "without Sprout, predicted", "servers needed"):

@@ -196,6 +196,14 @@ def test_a_meter_that_stands_still_leaves_its_pool_out(snapshot, readings):
     assert "no pool that serves requests has a meter" in report.metered.reason
 
 
+def test_a_judge_without_readings_is_said_not_to_be_subtracted(snapshot, readings, days):
+    known = replace(days, intervals=[row for row in days.intervals if row["pool"] != "judge"])
+    report = compute_report(replace(snapshot, readings=replace(readings, table=table_of(known))))
+    assert report.metered.excluded_pools["judge"].endswith("; the judge's energy is not subtracted")
+    without_judge = 100.0 * (1.0 - days.actual_j / days.without_j)
+    assert report.metered.saving.saving_pct == pytest.approx(without_judge, abs=1.5)
+
+
 def test_an_endpoint_that_was_never_read_leaves_its_pool_out(snapshot, readings, days):
     known = replace(days, intervals=[row for row in days.intervals if row["endpoint"] != f"{POOL}-3"])
     changed = replace(readings, table=table_of(known))

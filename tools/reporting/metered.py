@@ -181,7 +181,11 @@ def roles_of(fleet: Fleet | None, readings: FleetReadings, *, served: set[str]) 
     table = readings.table
     seen = set() if table is None else set(table.pool)
     listed: dict[str, Pool] = {} if fleet is None else {pool.name: pool for pool in fleet.pools}
-    excluded = {pool.name: reason for pool in listed.values() if (reason := _unmetered(pool, table)) is not None}
+    excluded = {
+        pool.name: reason + ("; the judge's energy is not subtracted" if pool.model is None else "")
+        for pool in listed.values()
+        if (reason := _unmetered(pool, table)) is not None
+    }
     names = [*listed, *sorted((seen | served) - listed.keys())]
     judging = {name for name in names if (listed[name].model is None if name in listed else name not in served)}
     return Roles(

@@ -101,8 +101,8 @@ def _on_meter_line(report: Report) -> str:
     blocks = report.metered.reference_blocks
     return (
         f"{grams(found.saved_g)} and {energy(found.saved_j)} saved (95 %: {grams_range(found.saved_g_interval)}), "
-        f"{percent(found.saving_pct)} of the energy on the meters (95 %: {percent_range(found.saving_interval)}), net "
-        f"of the evaluator; from {blocks} reference blocks in {significant_digits(found.hours)} h"
+        f"{percent(found.saving_pct)} of what the meters would have shown (95 %: "
+        f"{percent_range(found.saving_interval)}), net of the evaluator; from {blocks} reference blocks in {significant_digits(found.hours)} h"
     )
 
 

@@ -65,7 +65,8 @@ def rich_table(table: TextTable) -> Table:
 def tables(report: Report, *, hours: bool = True) -> tuple[TextTable, ...]:
     """All tables that have rows."""
     found = [
-        pool_table(report),
+        capacity_table(report),
+        latency_table(report),
         zone_table(report),
         hour_table(report) if hours else None,
         group_table(report),
@@ -74,14 +75,11 @@ def tables(report: Report, *, hours: bool = True) -> tuple[TextTable, ...]:
     return tuple(table for table in found if table is not None and table.rows)
 
 
-def pool_table(report: Report) -> TextTable:
-    """One row per pool that serves requests: capacity, energy on the meter, latency and price."""
+def capacity_table(report: Report) -> TextTable:
+    """One row per pool that serves requests: endpoints, and energy on the meters."""
     return TextTable(
-        "Pools",
-        (
-            *("pool", "endpoints", "needed", "in use", "could sleep", "on the meter", "idle", "without calls"),
-            *("ms/token p50", "p95", "objective", "first token p50", "p95", "token price", "basis"),
-        ),
+        "Capacity",
+        ("pool", "servers", "needed", "in use", "could sleep", "on the meter", "idle", "without calls"),
         tuple(
             (
                 row.pool,
@@ -92,15 +90,34 @@ def pool_table(report: Report) -> TextTable:
                 energy(row.energy_j),
                 energy(row.idle_j),
                 energy(row.unused_j),
+            )
+            for row in report.metered.pools
+        ),
+    )
+
+
+def latency_table(report: Report) -> TextTable:
+    """One row per pool whose latency or price is known."""
+    return TextTable(
+        "Latency and prices",
+        (
+            *("pool", "per token p50", "p95", "objective", "first token p50", "p95", "objective"),
+            *("J per token", "basis"),
+        ),
+        tuple(
+            (
+                row.pool,
                 milliseconds(row.latency.tpot_p50_ms),
                 milliseconds(row.latency.tpot_p95_ms),
                 milliseconds(row.tpot_objective_ms),
                 milliseconds(row.latency.ttft_p50_ms),
                 milliseconds(row.latency.ttft_p95_ms),
-                "–" if row.price is None or row.price.token_j is None else f"{significant_digits(row.price.token_j)} J",
+                milliseconds(row.ttft_objective_ms),
+                "–" if row.price is None or row.price.token_j is None else significant_digits(row.price.token_j),
                 "–" if row.price is None else row.price.basis,
             )
             for row in report.metered.pools
+            if row.latency.requests or row.price is not None
         ),
     )
 
