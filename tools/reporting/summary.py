@@ -102,7 +102,8 @@ def _on_meter_line(report: Report) -> str:
     return (
         f"{grams(found.saved_g)} and {energy(found.saved_j)} saved (95 %: {grams_range(found.saved_g_interval)}), "
         f"{percent(found.saving_pct)} of what the meters would have shown (95 %: "
-        f"{percent_range(found.saving_interval)}), net of the evaluator; from {blocks} reference blocks in {significant_digits(found.hours)} h"
+        f"{percent_range(found.saving_interval)}), net of the evaluator; from {blocks} reference blocks in "
+        f"{significant_digits(found.hours)} h"
     )
 
 
