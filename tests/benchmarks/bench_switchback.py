@@ -77,7 +77,7 @@ def _row(name: str, energy: Compared, carbon: Compared, true_pct: float) -> str:
     for one in (energy, carbon):
         cells += [
             f"{100.0 * np.mean(one.covered):.1f}",
-            f"{np.median(one.half_widths):.2f} / {np.quantile(one.half_widths, 0.95):.2f}",
+            f"{np.median(one.half_widths):.2f} / {np.quantile(one.half_widths, 0.95):.2f} / {max(one.half_widths):.2f}",
         ]
     cells.append(f"{np.mean(energy.errors):+.2f}")
     return "| " + " | ".join(cells) + " |"
@@ -96,8 +96,8 @@ def main() -> None:
     )
     started = time.perf_counter()
     print(
-        "| fleet, seed | periods | true saving % | energy: covered % | half-width, median / 95 % | grams: covered % "
-        "| half-width, median / 95 % | mean error |"
+        "| fleet, seed | periods | true saving % | energy: covered % | half-width, median / 95 % / largest "
+        "| grams: covered % | half-width, median / 95 % / largest | mean error |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, options in SCENARIOS.items():
