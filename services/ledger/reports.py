@@ -91,13 +91,16 @@ class RunningCalls:
         limits = {}
         for endpoint, pool in self._pools.items():
             reports = self._reports(endpoint)
+            if not reports:
+                limits[endpoint] = latest
+                continue
             if any(report.at > known_until for report, _ in reports):
                 continue  # calls that ended just before an instance's first report may still be on their way
             starts = [oldest for _, oldest in reports if oldest is not None]
             limit = min([known_until, *(report.at for report, _ in reports), *starts])
             self._report_cap(endpoint, capped=limit < earliest)
             limit = max(limit, earliest)
-            limits[endpoint] = limit if reports and self._all_report(pool) else min(limit, latest)
+            limits[endpoint] = limit if self._all_report(pool) else min(limit, latest)
         return limits
 
     def _event(self, wall_s: float) -> timedelta:

@@ -6,32 +6,20 @@ calls that ran in it are known (`services.ledger.reports`; docs/decisions/0006).
 """
 
 import asyncio
-import statistics
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime
-from functools import partial
 
 import asyncpg
 
 from services.ledger import sql
-from services.ledger.attribution import Call, CallUse
-from services.ledger.curve import CurveState
-from services.ledger.endpoint import (
-    EndpointSettlement,
-    EndpointState,
-    IdlePower,
-    OpenCall,
-    SettledInterval,
-    settle_endpoint,
-)
-from services.ledger.footprint import IntensitySteps, footprint_row
-from services.ledger.meters import Reading
+from services.ledger.endpoint import EndpointSettlement, EndpointState, settle_endpoint
+from services.ledger.footprint import footprint_row
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.reports import AwakeEndpoints
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Connection, Row, Storage, execute_rows, to_datetime, to_iso
+from services.ledger.states import read_intensity, read_states
 from shared.fleet import Fleet, Pool
 from shared.messages import EndpointCurve
 from shared.runtime.clock import Clock
@@ -94,7 +82,9 @@ class IntervalSettlement:
             async with self._storage.pool.acquire() as connection, connection.transaction():
                 if not await connection.fetchval(sql.SETTLEMENT_LOCK):
                     return ()
-                states, rows = await self._read_states(connection, limits)
+                states, rows = await read_states(
+                    connection, self._pools, limits, awake=self._awake, still_after_s=self._still_after_s
+                )
                 results = await asyncio.to_thread(
                     lambda: {endpoint: settle_endpoint(one, self._settings) for endpoint, one in states.items()}
                 )
@@ -189,7 +179,7 @@ class IntervalSettlement:
         if not done:
             return []
         max_age_s = self._settings.max_intensity_age_s
-        steps = await _read_intensity(connection, [rows[one.id] for one in done], max_age_s=max_age_s)
+        steps = await read_intensity(connection, [rows[one.id] for one in done], max_age_s=max_age_s)
         return [
             footprint_row(
                 request_id=one.id,
@@ -230,53 +220,6 @@ class IntervalSettlement:
             metrics.late_calls.inc(late)
             _log.warning("calls arrived after their intervals were settled", endpoint=endpoint, calls=late)
         return sum(one.finished and not one.metered for one in result.calls)
-
-    async def _read_states(
-        self, connection: Connection, limits: Mapping[str, datetime]
-    ) -> tuple[dict[str, EndpointState], dict[str, asyncpg.Record]]:
-        """Read the state of every endpoint with readings, by name, and the rows of its open calls, by id."""
-        limited = {name: limits[name] for name in self._pools if name in limits}
-        readings = _readings_by_endpoint(await connection.fetch(sql.READINGS, list(limited), list(limited.values())))
-        names = list(readings)
-        meters = {row["endpoint"]: row for row in await connection.fetch(sql.METERS, names)}
-        curves = {
-            row["endpoint"]: CurveState.model_validate_json(row["state"])
-            for row in await connection.fetch(sql.CURVES, list(self._pools))
-        }
-        pool_idle_w = self._pool_idle_w(curves)
-        untils = [to_datetime(readings[name][-1].at_s) for name in names]
-        rows = {row["id"]: row for row in await connection.fetch(sql.OPEN_CALLS, names, untils)}
-        calls: dict[str, list[OpenCall]] = defaultdict(list)
-        for row in rows.values():
-            calls[row["endpoint"]].append(_open_call(row))
-        settled = await _read_settled_intervals(connection, readings, calls)
-        states = {}
-        for name in names:
-            meter, pool = meters.get(name), self._pools[name]
-            states[name] = EndpointState(
-                readings=readings[name],
-                calls=calls[name],
-                settled=settled[name],
-                metered_from_s=readings[name][0].at_s if meter is None else meter["metered_from"].timestamp(),
-                idle_power_w=pool.idle_power_w,
-                pool_idle_w=pool_idle_w.get(pool.name),
-                learned=IdlePower()
-                if meter is None
-                else IdlePower(meter["idle_power_w"], meter["quiet_s"], meter["quiet_j"]),
-                curve=curves.get(name, CurveState()),
-                kept_awake=partial(self._awake.kept, pool.name, name) if pool.sleep else None,
-                still_after_s=self._still_after_s,
-            )
-        return states, rows
-
-    def _pool_idle_w(self, curves: Mapping[str, CurveState]) -> dict[str, float]:
-        """Median idle power of the endpoints that have learned it, by pool."""
-        found: dict[str, list[float]] = defaultdict(list)
-        for name, curve in curves.items():
-            estimate = curve.estimate(idle_power_w=self._pools[name].idle_power_w)
-            if estimate is not None and estimate.identifiable:
-                found[self._pools[name].name].append(estimate.curve.idle_w)
-        return {pool: statistics.median(values) for pool, values in found.items()}
 
     def _curves(
         self, states: Mapping[str, EndpointState], results: Mapping[str, EndpointSettlement]
@@ -324,74 +267,3 @@ class IntervalSettlement:
             _log.warning("energy counter stands still while tokens are generated", endpoint=endpoint)
         elif "stands still" in before and not problem:
             _log.info("energy counter moves again", endpoint=endpoint)
-
-
-async def _read_settled_intervals(
-    connection: Connection, readings: Mapping[str, Sequence[Reading]], calls: Mapping[str, Sequence[OpenCall]]
-) -> dict[str, list[SettledInterval]]:
-    """The settled intervals in which late calls ran, by endpoint."""
-    found: dict[str, list[SettledInterval]] = defaultdict(list)
-    since: dict[str, float] = {}
-    for name, opened in calls.items():
-        starts = [one.call.started_s for one in opened if one.is_late(readings[name][0].at_s)]
-        if starts:
-            since[name] = min(starts)
-    if not since:
-        return found
-    sinces = [to_datetime(since_s) for since_s in since.values()]
-    ends = [to_datetime(readings[name][0].at_s) for name in since]
-    for row in await connection.fetch(sql.SETTLED_INTERVALS, list(since), sinces, ends):
-        found[row["endpoint"]].append(
-            SettledInterval(
-                row["started_at"].timestamp(),
-                row["finished_at"].timestamp(),
-                row["attributed_j"],
-                row["unattributed_j"],
-                row["idle_s"],
-                row["flawed"],
-            )
-        )
-    return found
-
-
-async def _read_intensity(
-    connection: Connection, calls: Sequence[asyncpg.Record], *, max_age_s: float
-) -> dict[str, IntensitySteps]:
-    """The intensity of every zone of some calls, while they ran."""
-    zones = {row["zone"] for row in calls}
-    since = to_datetime(min(row["started_at"] for row in calls).timestamp() - max_age_s)
-    until = max(row["finished_at"] for row in calls)
-    points: dict[str, list[tuple[float, float]]] = {zone: [] for zone in zones}
-    for row in await connection.fetch(sql.INTENSITY, list(zones), since, until):
-        points[row["zone"]].append((row["at"].timestamp(), row["intensity_g_per_kwh"]))
-    return {zone: IntensitySteps(found, max_age_s=max_age_s) for zone, found in points.items()}
-
-
-def _readings_by_endpoint(rows: Sequence[asyncpg.Record]) -> dict[str, list[Reading]]:
-    """Readings by endpoint, from rows ordered by endpoint and time."""
-    grouped: dict[str, dict[datetime, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        grouped[row["endpoint"]][row["at"]][row["gpu"]] = row["energy_j"]
-    return {
-        endpoint: [Reading(at.timestamp(), energy_j) for at, energy_j in by_time.items()]
-        for endpoint, by_time in grouped.items()
-    }
-
-
-def _open_call(row: asyncpg.Record) -> OpenCall:
-    first = row["first_token_at"]
-    call = Call(
-        id=row["id"],
-        started_s=row["started_at"].timestamp(),
-        first_token_s=None if first is None else first.timestamp(),
-        finished_s=row["finished_at"].timestamp(),
-        prompt_tokens=row["prompt_tokens"] or 0,
-        completion_tokens=row["completion_tokens"],
-    )
-    return OpenCall(
-        call,
-        used=CallUse(row["energy_j"], row["server_s"] or 0.0, row["steps"], row["batch_tokens"]),
-        accounted=row["accounted_until"] is not None,
-        partial=row["partial"],
-        timed=row["server_s"] is not None or row["accounted_until"] is None,
-    )

@@ -176,6 +176,56 @@ def test_a_call_from_before_the_first_reading_is_partial_or_has_no_footprint():
     assert "across" in tables.partial
 
 
+def test_a_late_call_gets_the_time_in_which_no_other_call_ran():
+    tables = EndpointTables(READINGS)
+    tables.add(call("early", 21, 24))
+    tables.settle(50)
+    tables.add(call("late", 8, 23))
+    tables.settle(50)
+    # 5-20 without another call; 20-25 was idle for two of five seconds, and the late call ran for three.
+    assert tables.server_s["early"] == pytest.approx(3)
+    assert tables.server_s["late"] == pytest.approx(2 + 10 + 2)
+    assert tables.accounted_s == pytest.approx(50)
+
+
+def with_counter(*energies_j: float) -> EndpointTables:
+    """An endpoint that is read every ten seconds."""
+    readings = [Reading(10.0 * number, {"g": float(joules)}) for number, joules in enumerate(energies_j)]
+    return EndpointTables(readings, still_after_s=30.0)
+
+
+def test_calls_that_ran_while_the_counter_was_reset_are_partial():
+    tables = with_counter(0, 500, 1_000, 100, 600)
+    tables.add(call("before", 1, 9), call("across", 15, 35), call("within", 22, 28), call("after", 31, 39))
+    tables.settle(40)
+    assert tables.partial == {"across", "within"}
+
+
+@pytest.mark.parametrize("step", [10, 40, 100])
+def test_calls_that_ran_while_the_meter_stood_still_are_partial_and_never_have_0_joules(step):
+    tables = with_counter(0, 500, 500, 500, 500, 500, 500, 1_000, 1_500)
+    tables.add(call("before", 1, 9), call("across", 15, 75), call("short", 12, 18), call("after", 71, 79))
+    for watermark_s in range(step, 81, step):
+        tables.settle(watermark_s)
+    tables.settle(80)
+    assert tables.partial == {"across", "short"}
+
+
+def test_a_meter_that_is_refreshed_less_often_than_it_is_read_works():
+    tables = with_counter(0, 500, 500, 1_500, 1_500, 2_500, 2_500, 3_500)
+    tables.add(call("long", 1, 69), call("short", 21, 29))
+    tables.settle(70)
+    assert tables.partial == set()
+    assert tables.curve.still_s == 0
+
+
+def test_a_meter_may_stand_still_while_nothing_runs():
+    tables = with_counter(0, 500, 500, 500, 500, 500, 1_000)
+    tables.add(call("before", 1, 9), call("after", 51, 59))
+    tables.settle(60)
+    assert tables.partial == set()
+
+
 class SlowPool:
     """A connection pool: single statements succeed; transactions fail with `error` if it is set."""
 
