@@ -281,6 +281,7 @@ async def test_the_database_sums_intervals_by_bin_as_they_are(ledger):
     fleet = metered_fleet()
     days = fleet_days(fleet, days=0.5, requests=500)
     days.intervals[7]["restarted"] = True
+    days.intervals[60]["idle_s"] = 25.0
     await write_fleet_days(ledger, days)
     readings = await read_fleet(ledger, since=None, until=None, fleet=fleet)
     table, expected = readings.table, table_of(days)

@@ -173,6 +173,7 @@ def _interval(name: str, pool: str, begin_s: float, joules: float, *, idle_w: fl
         "unattributed_j": 0.0,
         "restarted": False,
         "calls": calls,
+        "idle_s": 0.0 if calls else INTERVAL_S,
     }
 
 
@@ -193,7 +194,7 @@ def table_of(days: FleetDays, bin_s: float = 300.0) -> MeterTable:
             "idle_j": spread_over_bins(begins, ends, [row["idle_j"] for row in mine], edges),
             "unused_j": spread_over_bins(begins, ends, np.where(busy, 0.0, metered), edges),
             "covered_s": spread_over_bins(begins, ends, ends - begins, edges),
-            "busy_s": spread_over_bins(begins, ends, np.where(busy, ends - begins, 0.0), edges),
+            "busy_s": spread_over_bins(begins, ends, ends - begins - [row["idle_s"] for row in mine], edges),
             "lost": np.ceil(spread_over_bins(begins, ends, lost, edges) - 1e-9),
         }
         rows += [

@@ -206,7 +206,7 @@ def _unmetered(pool: Pool, table: MeterTable | None) -> str | None:
     if never:
         return f"no reading of endpoint {', '.join(never)} in this time"
     places = table.of_pools([pool.name])
-    busy, stuck = (table.busy_s[places] > 0).sum(axis=1), table.stuck[places].sum(axis=1)
+    busy, stuck = table.busy[places].sum(axis=1), table.stuck[places].sum(axis=1)
     still = [table.endpoint[place] for place, b, s in zip(places, busy, stuck, strict=True) if s > LARGEST_STUCK * b]
     if still:
         return f"the meter of endpoint {', '.join(still)} stood still while calls ran"

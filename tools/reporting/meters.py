@@ -31,6 +31,8 @@ LONG_PERIOD_S = 3 * 86_400.0
 LONGEST_ANSWER_S = 6 * 3_600.0
 """Requests from this long before the first bin count, too."""
 QUANTILES = tuple(float(one) for one in np.arange(0.05, 1.0, 0.1))
+BUSY = 0.01
+"""Least share of a bin in which calls run, for the meter to have moved."""
 COVERED = 0.999
 """Least share of a bin that readings must cover."""
 
@@ -47,7 +49,7 @@ class MeterTable:
         idle_j: idle power x time, J.
         covered_s: time between readings, seconds.
         unused_j: energy of the intervals without a call, J.
-        busy_s: time of the intervals in which calls ran, seconds.
+        busy_s: time in which calls ran, seconds.
         lost: a counter was reset or stood still, so some energy is missing.
     """
 
@@ -70,9 +72,15 @@ class MeterTable:
         return starts
 
     @property
+    def busy(self) -> Flags:
+        """Bins in which calls ran; shape `(endpoints, bins)`."""
+        busy: Flags = self.busy_s > BUSY * self.bin_s
+        return busy
+
+    @property
     def stuck(self) -> Flags:
         """Bins in which calls ran but the meter stood still; shape `(endpoints, bins)`."""
-        stuck: Flags = (self.busy_s > 0) & (self.metered_j <= 0)
+        stuck: Flags = self.busy & (self.metered_j <= 0)
         return stuck
 
     @property
@@ -186,13 +194,13 @@ _METERS = """
 SELECT endpoint, pool, zone, bin, sum(metered_j * share)::float8 AS metered_j, sum(idle_j * share)::float8 AS idle_j,
        coalesce(sum(metered_j * share) FILTER (WHERE calls = 0), 0)::float8 AS unused_j,
        sum(length * share)::float8 AS covered_s,
-       coalesce(sum(length * share) FILTER (WHERE calls > 0), 0)::float8 AS busy_s,
+       sum(share * coalesce(length - idle_s, CASE WHEN calls > 0 THEN length ELSE 0 END))::float8 AS busy_s,
        max((restarted OR coalesce(stalled, false))::int) AS lost
 FROM (
     SELECT *, (least(until, (bin + 1) * $3::float8) - greatest(since, bin * $3::float8)) / length AS share
     FROM (
         SELECT *, until - since AS length FROM (
-            SELECT endpoint, pool, zone, metered_j, idle_j, calls, restarted, stalled,
+            SELECT endpoint, pool, zone, metered_j, idle_j, idle_s, calls, restarted, stalled,
                    extract(epoch FROM started_at)::float8 AS since, extract(epoch FROM finished_at)::float8 AS until
             FROM ledger.intervals
             WHERE ($1::timestamptz IS NULL OR finished_at > $1) AND ($2::timestamptz IS NULL OR started_at < $2)
