@@ -9,12 +9,14 @@ from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
 from services import SERVICES
-from services.ledger.ingest import Backlog, Ingest
+from services.ledger.ingest import Backlog, Ingest, subscribe_reports
+from services.ledger.loop import AttributionLoop
 from services.ledger.meters import scrapers_of
 from services.ledger.metrics import LedgerMetrics
-from services.ledger.outbox import FootprintOutbox
+from services.ledger.outbox import CurvePublisher, FootprintOutbox
+from services.ledger.reports import AwakeEndpoints, RunningCalls
 from services.ledger.settings import LedgerSettings
-from services.ledger.settlement import AttributionLoop, IntervalSettlement
+from services.ledger.settlement import IntervalSettlement
 from services.ledger.sql import Storage
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
@@ -26,10 +28,13 @@ from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
 from shared.topics import (
+    CAPACITY,
     CARBON_INTENSITY,
     DEAD_LETTERS,
     FOOTPRINTS,
+    LOAD_REPORTS,
     POLICIES,
+    POWER_CURVES,
     PROMPT_GROUPS,
     QUALITY,
     RESPONSES,
@@ -64,10 +69,17 @@ class Ledger:
         metrics = LedgerMetrics(registry)
         self.scrapers = scrapers_of(fleet, settings=settings, storage=self.storage, clock=clock, metrics=metrics)
         ingest = Ingest(broker, dead_letters, kafka=kafka, settings=settings, storage=self.storage, service=NAME)
+        running, awake = RunningCalls(fleet, settings=settings, clock=clock), AwakeEndpoints()
+        subscribe_reports(broker, dead_letters, kafka=kafka, running=running, awake=awake)
+        self.settlement = IntervalSettlement(
+            fleet, settings=settings, storage=self.storage, metrics=metrics, awake=awake, clock=clock
+        )
         self.loop = AttributionLoop(
             Backlog(ingest.call_subscribers, clock=clock),
-            IntervalSettlement(fleet, settings=settings, storage=self.storage, metrics=metrics),
+            self.settlement,
             FootprintOutbox(declare_publisher(broker, kafka, FOOTPRINTS), storage=self.storage, metrics=metrics),
+            CurvePublisher(declare_publisher(broker, kafka, POWER_CURVES)),
+            running=running,
             storage=self.storage,
             settings=settings,
             metrics=metrics,
@@ -117,6 +129,7 @@ def build_app(
     health.add_check("postgresql", ledger.storage.status.problem)
     health.add_check("settlement", ledger.loop.settlement_problem)
     health.add_check("backlog", ledger.loop.backlog_problem)
+    health.add_check("energy counters", ledger.settlement.meter_problem)
     for number, scraper in enumerate(ledger.scrapers):
         health.add_check(f"meters {number}", scraper.problem)
 
@@ -130,7 +143,19 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(RESPONSES, USAGE, CARBON_INTENSITY, POLICIES, QUALITY, PROMPT_GROUPS, FOOTPRINTS, DEAD_LETTERS),
+        topics=(
+            RESPONSES,
+            USAGE,
+            CARBON_INTENSITY,
+            POLICIES,
+            QUALITY,
+            PROMPT_GROUPS,
+            LOAD_REPORTS,
+            CAPACITY,
+            FOOTPRINTS,
+            POWER_CURVES,
+            DEAD_LETTERS,
+        ),
         registry=registry,
         health=health,
         lifespan=lambda: ledger.running(health, database),

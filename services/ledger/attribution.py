@@ -1,16 +1,40 @@
-"""Attribution: which calls used the energy that an endpoint's counters measured.
+"""Attribution: which calls used the energy and the time of an endpoint's server, interval by interval.
 
-For every interval between two readings: metered = sum of the calls' shares + idle + unattributed
-(docs/decisions/0006). Pure arithmetic of this project; no library does it.
+For every interval between two readings of the meter:
+
+    metered energy = idle energy + the calls' shares + unattributed energy
+    length         = idle time   + the calls' shares
+
+**Energy.** Idle energy is idle power x length, at most all of it. The rest belongs to the calls. A server with
+in-flight batching generates in steps; a step takes `step_j` joules whatever the batch, and `token_j` for each sequence
+in it (`shared.batch_curve`). So the shared part of a step is divided in equal parts among the sequences that decode in
+it, and the other part by their tokens. The parts are scaled so that they sum to what the meter says.
+
+**Steps are not observed.** A call's tokens are spread evenly from one token's time before its first token to its end,
+because the step that ended with the first token began then. The n(t) calls that decode at t advance at the same speed
+v(t), in steps per second. Once the time of a step is learned, v = 1 / (step_s + token_s n); until then v is the mean of
+the calls' token rates. The server makes v dt steps, and v / n dt of them are each call's share. These functions are
+constant between the calls' starts and ends; `_Timeline` integrates them in one sweep.
+
+**Without a known curve** the rest is divided by tokens: generated ones, plus `prefill_weight` x those of the prompt,
+which are spread evenly from the start to the first token. If no running call made tokens in the interval, the calls
+share it by running time. Without calls it is unattributed.
+
+**Time.** At every moment the calls that run on the endpoint share the server's time equally.
+
+Pure arithmetic of this project (docs/decisions/0006); no library does it.
 """
 
-import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from services.ledger.meters import Interval, Reading, intervals_between
-from services.ledger.settings import LedgerSettings
+import numpy as np
+from numpy.typing import NDArray
+
+from services.ledger.meters import Interval
+from shared.batch_curve import BatchCurve
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,278 +54,261 @@ class Call:
             return started_s < self.finished_s <= finished_s
         return self.started_s < finished_s and self.finished_s > started_s
 
+    @property
+    def reads_until_s(self) -> float:
+        """Time of the first token, at which the prompt has been read; the end, if the first token is unknown."""
+        if self.first_token_s is None:
+            return self.finished_s
+        return max(self.started_s, min(self.first_token_s, self.finished_s))
+
+    @property
+    def token_time_s(self) -> float | None:
+        """Seconds per generated token, from the first one to the last; None if that is unknown."""
+        if self.first_token_s is None or self.completion_tokens < 2 or self.reads_until_s >= self.finished_s:
+            return None
+        return (self.finished_s - self.reads_until_s) / (self.completion_tokens - 1)
+
+    @property
+    def decodes_from_s(self) -> float:
+        """Begin of the step that made the first token; the end, if there is no second token."""
+        if self.token_time_s is not None:
+            return max(self.started_s, self.reads_until_s - self.token_time_s)
+        if self.completion_tokens > 1 or self.first_token_s is None:
+            return self.started_s
+        return self.finished_s
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Time of a decode step of n sequences: step_s + token_s * n, seconds; step_s > 0."""
+
+    step_s: float
+    token_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CallUse:
+    """A call's part of one interval.
+
+    Attributes:
+        energy_j: its share of the energy.
+        server_s: its share of the server's time.
+        steps: decode steps that the server made while the call decoded.
+        batch_tokens: tokens that all calls generated in these steps; by steps, the mean batch.
+    """
+
+    energy_j: float = 0.0
+    server_s: float = 0.0
+    steps: float = 0.0
+    batch_tokens: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a server did in one interval.
+
+    Attributes:
+        steps: decode steps.
+        tokens: generated tokens, at the server's speed at that time.
+        prompt_tokens: tokens of prompts that were read.
+    """
+
+    steps: float = 0.0
+    tokens: float = 0.0
+    prompt_tokens: float = 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Attribution:
-    """The energy of one interval, J, by user. `shares_j` is keyed by call id and sums to `attributed_j`."""
+    """The energy and time of one interval, by user.
+
+    Attributes:
+        idle_s: time in which no call ran.
+        uses: by call id; every call that ran in the interval.
+    """
 
     interval: Interval
     idle_j: float
     attributed_j: float
     unattributed_j: float
-    shares_j: Mapping[str, float] = field(default_factory=dict)
+    idle_s: float
+    work: Work
+    uses: Mapping[str, CallUse] = field(default_factory=dict)
+
+    @property
+    def shares_j(self) -> dict[str, float]:
+        """Energy by call id, J; sums to `attributed_j`."""
+        return {name: use.energy_j for name, use in self.uses.items()}
 
 
 def attribute(
-    intervals: Sequence[Interval], calls: Sequence[Call], *, idle_power_w: float, prefill_weight: float
+    intervals: Sequence[Interval],
+    calls: Sequence[Call],
+    *,
+    idle_power_w: float,
+    prefill_weight: float,
+    curve: BatchCurve | None = None,
+    speed: Speed | None = None,
 ) -> list[Attribution]:
-    """Attribute the energy of every interval.
-
-    Idle energy is idle power x duration, at most the metered energy. The calls share the remainder in proportion to
-    their work in the interval: generated tokens, plus `prefill_weight` times the prompt's tokens. If no running call
-    did countable work in the interval, they share it by running time. Without calls it is unattributed.
+    """Attribute the energy and the time of every interval.
 
     Args:
         intervals: in order of time, not overlapping.
         idle_power_w: power of the endpoint without calls, W.
-        prefill_weight: cost of a prompt token relative to a generated token, >= 0.
+        prefill_weight: cost of a prompt token relative to a generated token, >= 0; used without a curve.
+        curve: the endpoint's energy by batch size; None: by tokens.
+        speed: the endpoint's speed by batch size; None: from the calls' token rates.
     """
-    starts = [interval.started_s for interval in intervals]
-    ends = [interval.finished_s for interval in intervals]
-    running: list[list[Call]] = [[] for _ in intervals]
-    for call in sorted(calls, key=lambda call: call.id):
-        # One interval more on either side than needed; `runs_in` decides.
-        first = max(0, bisect_left(ends, call.started_s) - 1)
-        last = min(len(intervals), bisect_right(starts, call.finished_s) + 1)
-        for index in range(first, last):
-            if call.runs_in(starts[index], ends[index]):
-                running[index].append(call)
+    if not intervals:
+        return []
+    ordered = sorted(calls, key=lambda call: call.id)
+    starts = np.array([one.started_s for one in intervals])
+    ends = np.array([one.finished_s for one in intervals])
+    timeline = _Timeline(ordered, speed)
+    pairs = _Pairs(timeline, starts, ends)
+    steps, tokens = (
+        timeline.between(name, starts - timeline.base_s, ends - timeline.base_s) for name in ("steps", "batch_tokens")
+    )
+    tokens += pairs.by_interval(pairs.single_tokens)
+    if curve is None:
+        weights = pairs.tokens + prefill_weight * pairs.prompt_tokens
+    else:
+        weights = (
+            curve.step_j * pairs.shared_steps
+            + curve.token_j * pairs.tokens
+            + curve.prompt_token_j * pairs.prompt_tokens
+        )
+    shares = pairs.shares(weights)
+    prompt_tokens = pairs.by_interval(pairs.prompt_tokens)
+    busy_s = pairs.by_interval(pairs.server_s)
+    uses: list[dict[str, CallUse]] = [{} for _ in intervals]
+    rest_j = [one.metered_j - min(idle_power_w * one.length_s, one.metered_j) for one in intervals]
+    parts = np.stack((shares, pairs.server_s, pairs.steps, pairs.batch_tokens), axis=1).tolist()
+    for call, index, (share, *others) in zip(pairs.call.tolist(), pairs.interval.tolist(), parts, strict=True):
+        uses[index][ordered[call].id] = CallUse(rest_j[index] * share, *others)
     return [
-        _attribute_one(interval, here, idle_power_w, prefill_weight)
-        for interval, here in zip(intervals, running, strict=True)
+        Attribution(
+            interval=one,
+            idle_j=one.metered_j - rest_j[index],
+            attributed_j=rest_j[index] if uses[index] else 0.0,
+            unattributed_j=0.0 if uses[index] else rest_j[index],
+            idle_s=max(0.0, one.length_s - float(busy_s[index])),
+            work=Work(float(steps[index]), float(tokens[index]), float(prompt_tokens[index])),
+            uses=uses[index],
+        )
+        for index, one in enumerate(intervals)
     ]
 
 
-def work_in(call: Call, interval: Interval, prefill_weight: float) -> float:
-    """Work of a call within an interval, in generated tokens.
+class _Timeline:
+    """Load of an endpoint over time: functions that are constant between the calls' starts and ends, integrated.
 
-    Generated tokens are spread evenly from the first token (the start, if unknown) to the end. Prompt tokens are
-    spread evenly from the start to the first token.
-    """
-    first_s = (
-        call.started_s if call.first_token_s is None else _clip(call.first_token_s, call.started_s, call.finished_s)
-    )
-    prompt_until_s = call.finished_s if call.first_token_s is None else first_s
-    generated = call.completion_tokens * _share(first_s, call.finished_s, interval)
-    read = prefill_weight * call.prompt_tokens * _share(call.started_s, prompt_until_s, interval)
-    return generated + read
-
-
-def _attribute_one(
-    interval: Interval, calls: Sequence[Call], idle_power_w: float, prefill_weight: float
-) -> Attribution:
-    idle_j = min(idle_power_w * interval.length_s, interval.metered_j)
-    rest_j = interval.metered_j - idle_j
-    if not calls:
-        return Attribution(interval, idle_j, 0.0, rest_j)
-    weights = [work_in(call, interval, prefill_weight) for call in calls]
-    if not math.fsum(weights) > 0:
-        weights = [_seconds_in(call, interval) for call in calls]
-    total = math.fsum(weights)
-    if not total > 0:  # calls without duration or tokens
-        weights, total = [1.0] * len(calls), float(len(calls))
-    shares_j = {call.id: rest_j * (weight / total) for call, weight in zip(calls, weights, strict=True)}
-    return Attribution(interval, idle_j, rest_j, 0.0, shares_j)
-
-
-def _seconds_in(call: Call, interval: Interval) -> float:
-    return max(0.0, min(call.finished_s, interval.finished_s) - max(call.started_s, interval.started_s))
-
-
-def _share(started_s: float, finished_s: float, interval: Interval) -> float:
-    """Share of a span within an interval. A span of zero duration belongs to the interval that contains its end."""
-    if finished_s <= started_s:
-        return 1.0 if interval.started_s < finished_s <= interval.finished_s else 0.0
-    overlap_s = min(finished_s, interval.finished_s) - max(started_s, interval.started_s)
-    return max(0.0, overlap_s) / (finished_s - started_s)
-
-
-def _clip(value: float, low: float, high: float) -> float:
-    return max(low, min(value, high))
-
-
-@dataclass(frozen=True, slots=True)
-class IdlePower:
-    """Idle power of one endpoint, estimated from spans without calls.
-
-    Attributes:
-        power_w: None until a span without calls was long enough.
-        idle_s: duration of the current span without calls.
-        idle_j: energy of that span.
+    O(n log n) for n calls. Times are relative to `base_s`, which keeps their precision.
     """
 
-    power_w: float | None = None
-    idle_s: float = 0.0
-    idle_j: float = 0.0
+    def __init__(self, calls: Sequence[Call], speed: Speed | None) -> None:
+        self.base_s = min((call.started_s for call in calls), default=0.0)
+        self.started_s = self._times([call.started_s for call in calls])
+        self.decodes_from_s = self._times([call.decodes_from_s for call in calls])
+        self.reads_until_s = self._times([call.reads_until_s for call in calls])
+        self.finished_s = self._times([call.finished_s for call in calls])
+        self.tokens = np.array([call.completion_tokens for call in calls], dtype=np.float64)
+        self.prompt_tokens = np.array([call.prompt_tokens for call in calls], dtype=np.float64)
+        decoding_s = self.finished_s - self.decodes_from_s
+        decodes = (decoding_s > 0) & (self.tokens > 0)
+        rates = np.divide(self.tokens, decoding_s, out=np.zeros_like(self.tokens), where=decodes)
+        times = np.unique(np.concatenate((self.started_s, self.decodes_from_s, self.finished_s)))
+        self._times_s = times if times.size else np.zeros(1)
+        lengths = np.diff(self._times_s)
+        runs = self._level(self.started_s, self.finished_s, np.ones_like(self.tokens))
+        batch = self._level(self.decodes_from_s[decodes], self.finished_s[decodes], np.ones(int(decodes.sum())))
+        size, running = np.maximum(batch, 1.0), np.maximum(runs, 1.0)
+        if speed is None:
+            rate = self._level(self.decodes_from_s[decodes], self.finished_s[decodes], rates[decodes]) / size
+        else:
+            rate = 1.0 / (speed.step_s + speed.token_s * size)
+        steps_per_s = np.where(batch > 0, rate, 0.0)
+        self._integrals = {
+            "server_s": self._integral(lengths, (runs > 0) / running),
+            "steps": self._integral(lengths, steps_per_s),
+            "shared_steps": self._integral(lengths, steps_per_s / size),
+            "batch_tokens": self._integral(lengths, steps_per_s * batch),
+        }
+
+    def _times(self, values: Sequence[float]) -> Floats:
+        return np.array(values, dtype=np.float64) - self.base_s
+
+    def _level(self, since: Floats, until: Floats, heights: Floats) -> Floats:
+        """Sum of the heights of the spans that cover each piece of time."""
+        changes = np.zeros(self._times_s.size)
+        np.add.at(changes, np.searchsorted(self._times_s, since), heights)
+        np.subtract.at(changes, np.searchsorted(self._times_s, until), heights)
+        return np.maximum(np.cumsum(changes)[:-1], 0.0)
+
+    @staticmethod
+    def _integral(lengths: Floats, values: Floats) -> Floats:
+        return np.concatenate((np.zeros(1), np.cumsum(lengths * values)))
+
+    def between(self, name: str, since: Floats, until: Floats) -> Floats:
+        """The integral of a function over spans; 0 for one that ends before it starts."""
+        integral = self._integrals[name]
+        found: Floats = np.interp(until, self._times_s, integral) - np.interp(since, self._times_s, integral)
+        between: Floats = np.where(until > since, np.maximum(found, 0.0), 0.0)
+        return between
 
 
-def update_idle_power(known: IdlePower, intervals: Iterable[tuple[Interval, int]], *, window_s: float) -> IdlePower:
-    """Update the estimate: the least mean power of all spans of `window_s` seconds without calls.
+class _Pairs:
+    """Every call with every interval that it overlaps, and the call's quantities in that interval."""
 
-    A server may refresh its counters less often than they are read. A single short interval can therefore show almost
-    no energy; that is why means are taken over at least `window_s`.
-
-    Args:
-        intervals: in order of time, each with the number of its calls.
-    """
-    for interval, calls in intervals:
-        if calls or interval.restarted:
-            known = IdlePower(known.power_w)
-            continue
-        known = replace(known, idle_s=known.idle_s + interval.length_s, idle_j=known.idle_j + interval.metered_j)
-        if known.idle_s >= window_s:
-            mean_w = known.idle_j / known.idle_s
-            known = IdlePower(mean_w if known.power_w is None else min(known.power_w, mean_w))
-    return known
-
-
-@dataclass(frozen=True, slots=True)
-class OpenCall:
-    """A call without a footprint.
-
-    Attributes:
-        energy_j: its share of the intervals settled so far.
-        accounted: it was known at an earlier settlement, so the settled intervals include it.
-        partial: some of its energy is known to be missing.
-    """
-
-    call: Call
-    energy_j: float = 0.0
-    accounted: bool = False
-    partial: bool = False
-
-    def is_late(self, settled_until_s: float) -> bool:
-        """Whether intervals in which the call ran were settled before it was known."""
-        return not self.accounted and self.call.started_s < settled_until_s
-
-
-@dataclass(frozen=True, slots=True)
-class SettledInterval:
-    """An interval that was settled earlier."""
-
-    started_s: float
-    finished_s: float
-    attributed_j: float
-    unattributed_j: float
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointState:
-    """An endpoint before a settlement.
-
-    Attributes:
-        readings: in order of time, up to the watermark; the first one ends the last settled interval.
-        calls: all open calls that started before the last reading.
-        settled: settled intervals in which late calls ran.
-        metered_from_s: time of the first reading ever.
-        idle_power_w: configured idle power; None: use the learned one.
-    """
-
-    readings: Sequence[Reading]
-    calls: Sequence[OpenCall]
-    settled: Sequence[SettledInterval] = ()
-    metered_from_s: float = -math.inf
-    idle_power_w: float | None = None
-    learned: IdlePower = field(default_factory=IdlePower)
-
-
-@dataclass(frozen=True, slots=True)
-class CallResult:
-    """A call after a settlement.
-
-    Attributes:
-        finished: all intervals in which it ran are settled.
-        metered: it overlaps the metered time; otherwise it gets no footprint.
-        late: it arrived after intervals in which it ran were settled.
-    """
-
-    id: str
-    energy_j: float
-    partial: bool
-    finished: bool
-    metered: bool
-    late: bool
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointSettlement:
-    """The result of settling one endpoint.
-
-    Attributes:
-        intervals: the newly settled ones.
-        reallocated_j: (start of a settled interval, s; its formerly unattributed energy that late calls get, J).
-        settled_until_s: end of the last settled interval.
-        learned: the updated idle power.
-    """
-
-    intervals: tuple[Attribution, ...]
-    reallocated_j: tuple[tuple[float, float], ...]
-    calls: tuple[CallResult, ...]
-    settled_until_s: float
-    learned: IdlePower
-
-
-def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointSettlement:
-    """Attribute every interval between the readings, and finish the calls that ended by the last reading.
-
-    Energy never moves from one call to another after settlement. A late call gets what its settled intervals left
-    unattributed, by the same rule; if other calls were charged for it, its footprint is partial.
-
-    Raises:
-        ValueError: there is no reading.
-    """
-    if not state.readings:
-        raise ValueError("'readings' must hold at least the reading that ends the last settled interval")
-    settled_until_s, until_s = state.readings[0].at_s, state.readings[-1].at_s
-    calls = [opened.call for opened in state.calls]
-    idle_w = state.idle_power_w if state.idle_power_w is not None else state.learned.power_w
-    weight = settings.prefill_weight
-    new = attribute(intervals_between(state.readings), calls, idle_power_w=idle_w or 0.0, prefill_weight=weight)
-    late = {opened.call.id: opened.call for opened in state.calls if opened.is_late(settled_until_s)}
-    reallocated = _reallocate(state.settled, list(late.values()), weight)
-    energy_j: dict[str, list[float]] = {opened.call.id: [opened.energy_j] for opened in state.calls}
-    for attribution in (*new, *reallocated.values()):
-        for call_id, share_j in attribution.shares_j.items():
-            energy_j[call_id].append(share_j)
-    results = []
-    for opened in state.calls:
-        call = opened.call
-        charged_to_others = call.id in late and any(
-            interval.attributed_j > 0 and call.runs_in(interval.started_s, interval.finished_s)
-            for interval in state.settled
+    def __init__(self, timeline: _Timeline, starts: Floats, ends: Floats) -> None:
+        starts, ends = starts - timeline.base_s, ends - timeline.base_s
+        self._intervals = starts.size
+        momentary = timeline.finished_s <= timeline.started_s
+        first = np.where(
+            momentary,
+            np.searchsorted(ends, timeline.finished_s, "left"),
+            np.searchsorted(ends, timeline.started_s, "right"),
         )
-        results.append(
-            CallResult(
-                id=call.id,
-                energy_j=math.fsum(energy_j[call.id]),
-                partial=opened.partial or charged_to_others or call.started_s < state.metered_from_s,
-                finished=call.finished_s <= until_s,
-                metered=call.finished_s > state.metered_from_s,
-                late=call.id in late,
-            )
+        last = np.searchsorted(starts, timeline.finished_s, "left")
+        count = np.maximum(last - first, 0)
+        self.call = np.repeat(np.arange(count.size), count)
+        offset = np.arange(self.call.size) - np.repeat(np.cumsum(count) - count, count)
+        self.interval = first[self.call] + offset
+        since, until = starts[self.interval], ends[self.interval]
+
+        def within(begin: Floats, end: Floats) -> tuple[Floats, Floats]:
+            return np.maximum(begin[self.call], since), np.minimum(end[self.call], until)
+
+        def part(begin: Floats, end: Floats) -> Floats:
+            """Share of a span within the interval. A span of zero duration belongs to the interval with its end."""
+            low, high = within(begin, end)
+            length, moment = (end - begin)[self.call], end[self.call]
+            inside = ((since < moment) & (moment <= until)).astype(np.float64)
+            found: Floats = np.divide(np.maximum(high - low, 0.0), length, out=inside, where=length > 0)
+            return found
+
+        running = within(timeline.started_s, timeline.finished_s)
+        self.running_s = np.maximum(running[1] - running[0], 0.0)
+        self.server_s = timeline.between("server_s", *running)
+        decoding = within(timeline.decodes_from_s, timeline.finished_s)
+        decodes = (timeline.tokens > 0)[self.call]
+        self.steps, self.shared_steps, self.batch_tokens = (
+            np.where(decodes, timeline.between(name, *decoding), 0.0)
+            for name in ("steps", "shared_steps", "batch_tokens")
         )
-    return EndpointSettlement(
-        intervals=tuple(new),
-        reallocated_j=tuple(
-            (start_s, one.attributed_j) for start_s, one in reallocated.items() if one.attributed_j > 0
-        ),
-        calls=tuple(results),
-        settled_until_s=until_s,
-        learned=update_idle_power(
-            state.learned, ((one.interval, len(one.shares_j)) for one in new), window_s=settings.idle_window_s
-        ),
-    )
+        self.tokens = timeline.tokens[self.call] * part(timeline.decodes_from_s, timeline.finished_s)
+        single = (timeline.finished_s <= timeline.decodes_from_s)[self.call]
+        self.single_tokens = np.where(single, self.tokens, 0.0)
+        self.prompt_tokens = timeline.prompt_tokens[self.call] * part(timeline.started_s, timeline.reads_until_s)
 
+    def by_interval(self, values: Floats) -> Floats:
+        """Sums over the calls of each interval."""
+        return np.bincount(self.interval, weights=values, minlength=self._intervals).astype(np.float64)
 
-def _reallocate(
-    settled: Sequence[SettledInterval], late: Sequence[Call], prefill_weight: float
-) -> dict[float, Attribution]:
-    """The unattributed energy of settled intervals, attributed to late calls; by the interval's start."""
-    if not late:
-        return {}
-    left = [
-        Interval(one.started_s, one.finished_s, one.unattributed_j)
-        for one in sorted(settled, key=lambda one: one.started_s)
-    ]
-    shared = attribute(left, late, idle_power_w=0.0, prefill_weight=prefill_weight)
-    return {one.interval.started_s: one for one in shared if one.shares_j}
+    def shares(self, weights: Floats) -> Floats:
+        """Shares of the calls in an interval; they sum to 1. By running time where no call has a weight."""
+        for fallback in (self.running_s, np.ones_like(weights)):
+            without = ~(self.by_interval(weights) > 0)
+            weights = np.where(without[self.interval], fallback, weights)
+        shares: Floats = weights / self.by_interval(weights)[self.interval]
+        return shares

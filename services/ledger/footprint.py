@@ -1,6 +1,7 @@
 """The footprint of a call: its energy and time in gCO2eq.
 
-operational = energy x PUE x intensity, embodied = k1 x time (arXiv 2403.12900, section 3.1; `shared.carbon`).
+operational = energy x PUE x intensity, embodied = k1 x share of the server's time (arXiv 2403.12900, section 3.1;
+`shared.carbon`).
 """
 
 import json
@@ -57,15 +58,18 @@ class IntensitySteps:
 
 
 def footprint_grams(
-    *, energy_j: float, processing_s: float, pool: Pool, intensity_g_per_kwh: float | None
+    *, energy_j: float, server_s: float, pool: Pool, intensity_g_per_kwh: float | None
 ) -> dict[str, float | None]:
     """The carbon columns of a footprint, gCO2eq.
+
+    Args:
+        server_s: the call's share of the server's time.
 
     Returns:
         `operational_g`, `embodied_g` and their sum `total_g`. Operational and total are None if the intensity is
         unknown.
     """
-    embodied = embodied_g(seconds=processing_s, embodied_g_per_s=pool.embodied_g_per_s)
+    embodied = embodied_g(seconds=server_s, embodied_g_per_s=pool.embodied_g_per_s)
     if intensity_g_per_kwh is None:
         return {"operational_g": None, "embodied_g": embodied, "total_g": None}
     operational = operational_g(energy_j=energy_j, pue=pool.pue, intensity_g_per_kwh=intensity_g_per_kwh)
@@ -78,6 +82,7 @@ def footprint_row(
     started_s: float,
     finished_s: float,
     energy_j: float,
+    server_s: float | None,
     partial: bool,
     pool: Pool,
     intensity: IntensitySteps,
@@ -87,6 +92,7 @@ def footprint_row(
     Args:
         started_s, finished_s: of the call, seconds since the Unix epoch.
         energy_j: attributed energy.
+        server_s: the call's share of the server's time; None: unknown, then it is charged for all of its time.
         partial: some of the energy is missing.
         pool: the pool that served the call; its PUE and embodied rate apply.
         intensity: of the pool's zone.
@@ -96,10 +102,14 @@ def footprint_row(
     return {
         "request_id": request_id,
         "processing_s": processing_s,
+        "server_s": server_s,
         "energy_j": energy_j,
         "intensity_g_per_kwh": intensity_g_per_kwh,
         **footprint_grams(
-            energy_j=energy_j, processing_s=processing_s, pool=pool, intensity_g_per_kwh=intensity_g_per_kwh
+            energy_j=energy_j,
+            server_s=processing_s if server_s is None else server_s,
+            pool=pool,
+            intensity_g_per_kwh=intensity_g_per_kwh,
         ),
         "partial": partial,
     }

@@ -9,14 +9,17 @@ from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from faststream.kafka import KafkaBroker
 
+from services.ledger.reports import AwakeEndpoints, RunningCalls
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Row, Storage
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.subscribe import Subscriber, subscribe_batches
+from shared.kafka.subscribe import Subscriber, subscribe_batches, subscribe_compacted, subscribe_newest
 from shared.messages import (
     CarbonIntensity,
     GenerationResponse,
+    LoadReport,
     Policy,
+    PoolCapacity,
     PromptGrouping,
     Quality,
     UsageRecord,
@@ -24,7 +27,17 @@ from shared.messages import (
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.settings import KafkaSettings
-from shared.topics import CARBON_INTENSITY, POLICIES, PROMPT_GROUPS, QUALITY, RESPONSES, USAGE, TopicSpec
+from shared.topics import (
+    CAPACITY,
+    CARBON_INTENSITY,
+    LOAD_REPORTS,
+    POLICIES,
+    PROMPT_GROUPS,
+    QUALITY,
+    RESPONSES,
+    USAGE,
+    TopicSpec,
+)
 
 FETCH_MIN_BYTES = 1_000_000
 """Kafka holds back a fetch until it has this many bytes or the poll time is over: few, large batches."""
@@ -109,6 +122,25 @@ class Ingest:
         except DatabaseUnavailableError:
             await asyncio.sleep(self._retry_s)
             raise
+
+
+def subscribe_reports(
+    broker: KafkaBroker,
+    dead_letters: DeadLetterPublisher,
+    *,
+    kafka: KafkaSettings,
+    running: RunningCalls,
+    awake: AwakeEndpoints,
+) -> None:
+    """Subscribe to the load of routers and evaluators, and to the endpoints that are needed; every ledger reads all."""
+
+    @subscribe_newest(broker, kafka, dead_letters, LOAD_REPORTS)
+    async def on_reports(batch: list[LoadReport]) -> None:
+        running.update(batch)
+
+    @subscribe_compacted(broker, kafka, dead_letters, CAPACITY)
+    async def on_capacity(batch: list[PoolCapacity]) -> None:
+        awake.update(batch)
 
 
 class Watermark:

@@ -37,6 +37,24 @@ class LedgerMetrics:
             ("endpoint",),
             registry=registry,
         )
+        self.stalls = Counter(
+            "sprout_ledger_meter_stalls",
+            "Intervals in which tokens were generated and the energy counter stood still",
+            ("endpoint",),
+            registry=registry,
+        )
+        self.curve = Gauge(
+            "sprout_ledger_curve",
+            "Learned power and speed by batch size: idle_w, step_j, token_j, step_s, token_s, ...",
+            ("endpoint", "coefficient"),
+            registry=registry,
+        )
+        self.curve_identifiable = Gauge(
+            "sprout_ledger_curve_identifiable",
+            "1 if the energy that a batch shares can be told from that of each sequence, else 0",
+            ("endpoint",),
+            registry=registry,
+        )
         self.scrape_errors = Counter(
             "sprout_ledger_scrape_errors", "Failed readings of energy counters", ("endpoint",), registry=registry
         )

@@ -23,7 +23,20 @@ class LedgerSettings(BaseSettings):
     settle_delay_s: float = Field(
         default=120.0,
         ge=0,
-        description="Age at which an interval is settled, event; must exceed the longest call plus its message's delay",
+        description="Age at which an interval is settled where not all routers report their running calls, event; must "
+        "exceed the longest call plus its message's delay",
+    )
+    settle_margin_s: float = Field(
+        default=2.0,
+        ge=0,
+        description="Longest time from the end of a call to its message in Kafka, wall; must exceed the interval "
+        "between two load reports",
+    )
+    settle_max_wait_s: float = Field(
+        default=900.0, gt=0, description="Longest wait of an endpoint's settlement for a call that is running, wall"
+    )
+    report_timeout_s: float = Field(
+        default=10.0, gt=0, description="Age of a router's or evaluator's last load report at which it is gone, wall"
     )
     prefill_weight: float = Field(
         default=0.0, ge=0, description="Energy of a prompt token relative to a generated token"
@@ -33,6 +46,14 @@ class LedgerSettings(BaseSettings):
     )
     max_intensity_age_s: float = Field(
         default=10_800.0, gt=0, description="A carbon intensity older than this counts as unknown, event"
+    )
+    meter_stall_s: float = Field(
+        default=15.0,
+        gt=0,
+        description="Time without any energy, while tokens are generated, after which a meter counts as broken, wall",
+    )
+    curve_half_life_days: float = Field(
+        default=5.0, gt=0, description="Age at which an observation counts half in the learned power curve, event days"
     )
     stop_grace_s: float = Field(default=5.0, ge=0, description="For the last settlement on shutdown, wall")
 

@@ -21,17 +21,29 @@ from shared.inference.triton.client import TritonClient
 from shared.messages import (
     CarbonIntensity,
     Decision,
+    EndpointCurve,
+    EndpointLoad,
     ErrorDetail,
     Footprint,
     GenerationResponse,
     IntensityPoint,
+    LoadReport,
+    PoolLoad,
     Timing,
     Usage,
     UsageRecord,
 )
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
-from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, RESPONSES, USAGE
+from shared.topics import (
+    CARBON_INTENSITY,
+    DEAD_LETTERS,
+    FOOTPRINTS,
+    LOAD_REPORTS,
+    POWER_CURVES,
+    RESPONSES,
+    USAGE,
+)
 from tests.support.router import LEVELS, MODEL, ZONE, Producer, producing, question, reading, write_workload
 
 pytestmark = pytest.mark.integration
@@ -212,7 +224,9 @@ async def serve(producer: Producer, server: Server, numbers: range, *, purpose: 
 
 
 BALANCE = """
-SELECT (SELECT sum(metered_j) FROM intervals) AS metered, (SELECT sum(energy_j) FROM footprints) AS footprints,
+SELECT (SELECT sum(server_s) FROM footprints) AS server_s, (SELECT sum(idle_s) FROM intervals) AS idle_s,
+       (SELECT extract(epoch FROM max(finished_at) - min(started_at)) FROM intervals) AS length_s,
+       (SELECT sum(metered_j) FROM intervals) AS metered, (SELECT sum(energy_j) FROM footprints) AS footprints,
        (SELECT sum(attributed_j) FROM intervals) AS attributed, (SELECT sum(idle_j) FROM intervals) AS idle,
        (SELECT sum(unattributed_j) FROM intervals) AS unattributed,
        (SELECT max(energy_j) FROM readings WHERE at <= (SELECT settled_until FROM meters))
@@ -237,6 +251,7 @@ async def test_every_metered_joule_is_accounted_and_each_call_gets_its_own_energ
     assert sums["footprints"] == pytest.approx(sums["attributed"], rel=1e-9)
     assert sums["footprints"] + sums["idle"] + sums["unattributed"] == pytest.approx(sums["counter"], rel=1e-9)
     assert sums["footprints"] == pytest.approx(sum(expected.values()), rel=0.05)
+    assert sums["server_s"] + sums["idle_s"] == pytest.approx(float(sums["length_s"]), abs=1e-4)
     assert sums["unattributed"] < 0.05 * sums["footprints"]
     async with reading(kafka, FOOTPRINTS) as published:
         await published.read(until=90)
@@ -247,7 +262,8 @@ async def test_every_metered_joule_is_accounted_and_each_call_gets_its_own_energ
     for one in found.values():
         by_level[one.level].append(one.energy_j)
         assert one.intensity_g_per_kwh == pytest.approx(INTENSITY)
-        grams = one.energy_j / 3.6e6 * 1.5 * INTENSITY + 0.01 * one.processing_s
+        grams = one.energy_j / 3.6e6 * 1.5 * INTENSITY + 0.01 * one.server_s
+        assert 0 < one.server_s <= one.processing_s
         assert one.total_g == pytest.approx(grams)
     for level, joules in by_level.items():
         assert sum(joules) / len(joules) == pytest.approx(LEVELS[level][0] * 6.0, rel=0.25)
@@ -281,3 +297,58 @@ async def test_a_killed_ledger_or_two_at_once_lose_and_duplicate_nothing(kafka, 
         "AS g WHERE gap <> interval '0'"
     )
     assert gaps[0] == 0
+
+
+class ReportingRouter:
+    """Publishes load reports of a router in the background, as long as it is used as a context."""
+
+    def __init__(self, producer: Producer, clock: Clock) -> None:
+        self._producer, self._clock = producer, clock
+        self.oldest_started_at: datetime | None = None
+
+    async def report(self, *, final: bool = False) -> None:
+        load = EndpointLoad(in_flight=int(self.oldest_started_at is not None), oldest_started_at=self.oldest_started_at)
+        report = LoadReport(
+            instance="router-1", service="router", at=self._clock.now(), interval_s=0.3 * RATE, share=1.0, final=final,
+            pools=(PoolLoad(pool="p", arrivals=0, waiting=0, endpoints={"e0": load}),),
+        )  # fmt: skip
+        await self._producer.post(LOAD_REPORTS, report, report.instance)
+
+    async def __aenter__(self) -> "ReportingRouter":
+        async def repeat() -> None:
+            while True:
+                await self.report()
+                await asyncio.sleep(0.3)
+
+        self._task = asyncio.create_task(repeat())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        self.oldest_started_at = None
+        await self.report(final=True)
+
+
+async def test_an_endpoint_is_settled_up_to_the_oldest_running_call_and_its_curve_is_published(
+    kafka, ledgers, producer, server
+):
+    await give_intensity(producer, server.clock)
+    async with ReportingRouter(producer, server.clock) as router:
+        ledgers.start(SPROUT_LEDGER_SETTLE_MARGIN_S="1")
+        await ledgers.until("SELECT count(*) > 0 FROM meters", True)
+        router.oldest_started_at = server.clock.now()
+        await router.report()
+        await serve(producer, server, range(60))
+        await ledgers.until("SELECT count(*) FROM calls", 60)
+        await asyncio.sleep(4.0)
+        (until,) = await ledgers.fetch("SELECT settled_until FROM meters")
+        assert until["settled_until"] <= router.oldest_started_at
+        assert (await ledgers.fetch("SELECT count(*) FROM footprints"))[0][0] == 0
+    await ledgers.until("SELECT count(*) FROM footprints WHERE published", 60)
+    (sums,) = await ledgers.fetch(BALANCE)
+    assert sums["server_s"] + sums["idle_s"] == pytest.approx(float(sums["length_s"]), abs=1e-4)
+    async with reading(kafka, POWER_CURVES) as curves:
+        await curves.read(until=1)
+    curve = EndpointCurve.model_validate_json(curves.records[-1].value)
+    assert (curve.endpoint, curve.pool, curve.idle_w) == ("e0", "p", IDLE_W)
+    assert curve.identifiable == (curve.reason == "")

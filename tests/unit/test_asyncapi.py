@@ -21,14 +21,23 @@ RECEIVED = {
     "router": {"requests", "policies", "prompt-groups", "carbon-intensity"},
     "optimizer": {"carbon-intensity", "footprints", "quality", "prompt-groups", "power-curves", "load-reports"},
     "evaluator": {"samples", "carbon-intensity", "footprints"},
-    "ledger": {"responses", "usage", "carbon-intensity", "policies", "quality", "prompt-groups"},
+    "ledger": {
+        "responses",
+        "usage",
+        "carbon-intensity",
+        "policies",
+        "quality",
+        "prompt-groups",
+        "load-reports",
+        "capacity",
+    },
 }
 SENT = {
     "carbon_feed": {"carbon-intensity"},
     "router": {"responses", "response-chunks", "samples", "dead-letters"},
     "optimizer": {"policies", "capacity", "dead-letters"},
     "evaluator": {"quality", "usage", "prompt-groups", "dead-letters"},
-    "ledger": {"footprints", "dead-letters"},
+    "ledger": {"footprints", "power-curves", "dead-letters"},
 }
 HEADERS = [("content-type", b"application/json"), ("correlation_id", b"1")]
 

@@ -1,17 +1,33 @@
 """Every metered joule is attributed exactly once, whichever calls ran and in whichever order they are known."""
 
 import math
+import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ledger.attribution import Call, attribute
+from services.ledger.attribution import Call, Speed, attribute
 from services.ledger.meters import Interval
+from shared.batch_curve import MEASURED, BatchCurve
+from tests.support.batched_server import Arrival, simulate
 
 spans = st.floats(0.001, 500, allow_nan=False)
 instants = st.floats(0, 1_000, allow_nan=False)
 watts = st.floats(0, 1_000, allow_nan=False)
+curves = st.one_of(
+    st.none(),
+    st.builds(
+        BatchCurve,
+        idle_w=watts,
+        step_j=st.floats(0, 100),
+        token_j=st.floats(0, 10),
+        step_s=st.floats(0.001, 10),
+        token_s=st.floats(0, 1),
+        prompt_token_j=st.floats(0, 1),
+    ),
+)
+speeds = st.one_of(st.none(), st.builds(Speed, st.floats(0.001, 10), st.floats(0, 1)))
 
 
 @st.composite
@@ -39,9 +55,10 @@ def call(name: str, started_s: float, finished_s: float, tokens: int, *, prompt:
     return Call(name, started_s, first, finished_s, prompt, tokens)
 
 
-@given(intervals(), calls(), watts, st.floats(0, 2))
-def test_the_parts_sum_to_what_was_metered(metered, running, idle_w, prefill):
-    for one in attribute(metered, running, idle_power_w=idle_w, prefill_weight=prefill):
+@settings(deadline=None)
+@given(intervals(), calls(), watts, st.floats(0, 2), curves, speeds)
+def test_the_parts_sum_to_what_was_metered(metered, running, idle_w, prefill, curve, speed):
+    for one in attribute(metered, running, idle_power_w=idle_w, prefill_weight=prefill, curve=curve, speed=speed):
         total_j = math.fsum((*one.shares_j.values(), one.idle_j, one.unattributed_j))
         assert total_j == pytest.approx(one.interval.metered_j, rel=1e-9, abs=1e-9)
         assert one.attributed_j == pytest.approx(math.fsum(one.shares_j.values()), rel=1e-9, abs=1e-9)
@@ -49,6 +66,16 @@ def test_the_parts_sum_to_what_was_metered(metered, running, idle_w, prefill):
         assert not (one.shares_j and one.unattributed_j)
 
 
+@settings(deadline=None)
+@given(intervals(), calls())
+def test_idle_time_and_the_calls_shares_of_the_server_sum_to_the_wall_time(metered, running):
+    for one in attribute(metered, running, idle_power_w=0, prefill_weight=0):
+        total_s = math.fsum((*(use.server_s for use in one.uses.values()), one.idle_s))
+        assert total_s == pytest.approx(one.interval.length_s, rel=1e-9, abs=1e-9)
+        assert min((*(use.server_s for use in one.uses.values()), one.idle_s)) >= 0
+
+
+@settings(deadline=None)
 @given(intervals(), calls(), watts, st.randoms(use_true_random=False))
 def test_the_order_of_calls_changes_nothing(metered, running, idle_w, random):
     shuffled = random.sample(running, len(running))
@@ -57,6 +84,7 @@ def test_the_order_of_calls_changes_nothing(metered, running, idle_w, random):
     )
 
 
+@settings(deadline=None)
 @given(intervals(), calls())
 def test_a_call_gets_energy_only_from_intervals_it_ran_in(metered, running):
     for one in attribute(metered, running, idle_power_w=0, prefill_weight=0):
@@ -81,10 +109,11 @@ def test_only_tokens_inside_the_interval_count():
 
 
 def test_tokens_are_spread_after_the_first_token_and_the_prompt_before_it():
-    waiting = call("a", 0, 20, 40, prompt=100, first=10)
+    # The first of its 40 tokens was made in the quarter of a second before it arrived.
+    waiting = call("a", 0, 20, 40, prompt=100, first=10.25)
     other = call("b", 0, 10, 10)
     assert shares(Interval(0, 10, 100), waiting, other) == pytest.approx({"a": 0, "b": 100})
-    assert shares(Interval(0, 10, 100), waiting, other, prefill=0.1) == pytest.approx({"a": 50, "b": 50})
+    assert shares(Interval(0, 10, 100), waiting, other, prefill=0.1025) == pytest.approx({"a": 50, "b": 50})
 
 
 def test_calls_without_a_token_in_the_interval_share_it_by_running_time():
@@ -97,3 +126,89 @@ def test_without_calls_energy_beyond_idle_is_unattributed():
     assert (one.idle_j, one.unattributed_j) == (500, 200)
     (one,) = attribute([Interval(0, 10, 300)], [], idle_power_w=50, prefill_weight=0)
     assert (one.idle_j, one.unattributed_j) == (300, 0)
+
+
+SHARED = BatchCurve(idle_w=0, step_j=6.0, token_j=1.0, step_s=0.5, token_s=0.25)
+
+
+def test_the_shared_part_of_a_step_goes_equally_to_the_sequences_in_it():
+    # Both advance by one token a second. a: 10 steps alone, 10 with b; b: 10 with a.
+    a, b = call("a", 0, 20, 20), call("b", 10, 20, 10)
+    (one,) = attribute([Interval(0, 20, 150)], [a, b], idle_power_w=0, prefill_weight=0, curve=SHARED)
+    assert one.work.steps == pytest.approx(20)
+    assert one.work.tokens == pytest.approx(30)
+    assert one.shares_j == pytest.approx({"a": 60 + 30 + 20, "b": 30 + 10})
+    (half,) = attribute([Interval(0, 20, 75)], [a, b], idle_power_w=0, prefill_weight=0, curve=SHARED)
+    assert half.shares_j == pytest.approx({"a": 55, "b": 20})
+
+
+def test_by_tokens_the_same_calls_share_differently():
+    a, b = call("a", 0, 20, 20), call("b", 10, 20, 10)
+    assert shares(Interval(0, 20, 150), a, b) == pytest.approx({"a": 100, "b": 50})
+
+
+def test_prompts_are_charged_while_they_are_read():
+    reading = BatchCurve(idle_w=0, step_j=6.0, token_j=1.0, step_s=0.5, token_s=0.25, prompt_token_j=0.5)
+    a = call("a", 0, 20, 11, prompt=100, first=10.0)
+    (one,) = attribute([Interval(0, 20, 127)], [a], idle_power_w=0, prefill_weight=0, curve=reading)
+    assert one.work.prompt_tokens == pytest.approx(100)
+    first, second = attribute(
+        [Interval(0, 9, 45), Interval(9, 20, 82)], [a], idle_power_w=0, prefill_weight=0, curve=reading
+    )
+    assert (first.attributed_j, second.attributed_j) == (45, 82)
+    assert (first.work.steps, second.work.steps) == (0.0, pytest.approx(11))
+
+
+def test_a_learned_speed_places_steps_and_tokens_where_the_batch_was_small():
+    # Alone a step takes 0.75 s, in a batch of two 1 s.
+    a, b = call("a", 0, 13.5, 16), call("b", 6, 12, 6)
+    alone, both, again = attribute(
+        [Interval(0, 6, 1), Interval(6, 12, 1), Interval(12, 13.5, 1)],
+        [a, b],
+        idle_power_w=0,
+        prefill_weight=0,
+        speed=Speed(0.5, 0.25),
+    )
+    assert (alone.work.steps, both.work.steps, again.work.steps) == pytest.approx((8, 6, 2))
+    assert (alone.work.tokens, both.work.tokens, again.work.tokens) == pytest.approx((8, 12, 2))
+    whole = [one.uses["a"] for one in (alone, both, again)]
+    assert sum(use.batch_tokens for use in whole) / sum(use.steps for use in whole) == pytest.approx(22 / 16)
+
+
+def test_calls_that_run_at_once_share_the_server_equally():
+    a, b, c = call("a", 0, 8, 1), call("b", 2, 8, 1), call("c", 2, 4, 1)
+    (one,) = attribute([Interval(0, 10, 1)], [a, b, c], idle_power_w=0, prefill_weight=0)
+    thirds = 2 / 3
+    assert {name: use.server_s for name, use in one.uses.items()} == pytest.approx(
+        {"a": 2 + thirds + 2, "b": thirds + 2, "c": thirds}
+    )
+    assert one.idle_s == pytest.approx(2)
+
+
+def test_attributed_energy_follows_what_each_call_cost_on_a_simulated_server():
+    truth = MEASURED["qwen3-14b-h100"].stretched(100)
+    trace = simulate(truth, [Arrival(100.0 * number, 50, 100) for number in range(60)], until_s=10_000.0)
+    edges = [500.0 * number for number in range(21)]
+    readings = trace.counter(edges)
+    metered = [Interval(*span) for span in zip(edges, edges[1:], readings[1:] - readings[:-1], strict=False)]
+    found = attribute(
+        metered,
+        trace.calls,
+        idle_power_w=truth.idle_w,
+        prefill_weight=0,
+        curve=truth,
+        speed=Speed(truth.step_s, truth.token_s),
+    )
+    assert sum(one.work.steps for one in found) == pytest.approx(trace.steps[-1], rel=1e-3)
+    assert sum(one.attributed_j for one in found) == pytest.approx(
+        truth.step_j * trace.steps[-1] + truth.token_j * 6_000, rel=1e-6
+    )
+
+
+def test_many_calls_and_intervals_are_attributed_in_little_time():
+    metered = [Interval(number, number + 1.0, 100.0) for number in range(5_000)]
+    running = [call(f"c{number}", 0.5 * number, 0.5 * number + 10.0, 100) for number in range(5_000)]
+    started_s = time.perf_counter()
+    found = attribute(metered, running, idle_power_w=10, prefill_weight=0, curve=SHARED)
+    assert time.perf_counter() - started_s < 10.0
+    assert sum(one.attributed_j for one in found) == pytest.approx(90.0 * 2_510, rel=1e-3)

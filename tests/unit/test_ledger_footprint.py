@@ -47,20 +47,28 @@ POOL = Pool(
 
 
 def test_grams_are_electricity_with_overhead_and_embodied_carbon():
-    grams = footprint_grams(energy_j=3.6e6, processing_s=10, pool=POOL, intensity_g_per_kwh=250)
+    grams = footprint_grams(energy_j=3.6e6, server_s=10, pool=POOL, intensity_g_per_kwh=250)
     assert grams == {"operational_g": pytest.approx(300), "embodied_g": 5.0, "total_g": pytest.approx(305)}
 
 
 def test_an_unknown_intensity_stays_unknown():
-    grams = footprint_grams(energy_j=3.6e6, processing_s=10, pool=POOL, intensity_g_per_kwh=None)
+    grams = footprint_grams(energy_j=3.6e6, server_s=10, pool=POOL, intensity_g_per_kwh=None)
     assert grams == {"operational_g": None, "embodied_g": 5.0, "total_g": None}
 
 
 def test_a_footprint_is_priced_at_the_mean_intensity_of_the_call():
     row = footprint_row(
-        request_id="r", started_s=HOUR - 30, finished_s=HOUR + 10, energy_j=3.6e6, partial=True, pool=POOL,
-        intensity=STEPS,
+        request_id="r", started_s=HOUR - 30, finished_s=HOUR + 10, energy_j=3.6e6, server_s=8.0, partial=True,
+        pool=POOL, intensity=STEPS,
     )  # fmt: skip
-    assert (row["request_id"], row["processing_s"], row["partial"]) == ("r", 40.0, True)
+    assert (row["request_id"], row["processing_s"], row["server_s"], row["partial"]) == ("r", 40.0, 8.0, True)
     assert row["intensity_g_per_kwh"] == pytest.approx(150)
-    assert row["total_g"] == pytest.approx(1.2 * 150 + 40 * 0.5)
+    assert row["total_g"] == pytest.approx(1.2 * 150 + 8 * 0.5)
+
+
+def test_a_call_whose_share_of_the_server_is_unknown_is_charged_for_all_of_its_time():
+    row = footprint_row(
+        request_id="r", started_s=HOUR - 30, finished_s=HOUR + 10, energy_j=0.0, server_s=None, partial=False,
+        pool=POOL, intensity=STEPS,
+    )  # fmt: skip
+    assert (row["server_s"], row["embodied_g"]) == (None, 40 * 0.5)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.ledger.attribution import IdlePower, update_idle_power
+from services.ledger.endpoint import IdlePower, update_idle_power
 from services.ledger.meters import Interval, MeteringError, Reading, counters_of, intervals_between, parse_meters
 
 METRICS = """\

@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from services.ledger.attribution import Call, EndpointState, OpenCall, SettledInterval, settle_endpoint
+from services.ledger.attribution import Call
+from services.ledger.curve import CurveState
+from services.ledger.endpoint import EndpointState, OpenCall, SettledInterval, settle_endpoint
+from services.ledger.loop import AttributionLoop
 from services.ledger.meters import Reading
 from services.ledger.metrics import LedgerMetrics
-from services.ledger.outbox import FootprintOutbox
+from services.ledger.outbox import CurvePublisher, FootprintOutbox
+from services.ledger.reports import AwakeEndpoints
 from services.ledger.settings import LedgerSettings
-from services.ledger.settlement import AttributionLoop, IntervalSettlement
+from services.ledger.settlement import IntervalSettlement
 from services.ledger.sql import Storage
 from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
 from shared.runtime.clock import Clock
@@ -32,11 +36,13 @@ def call(name: str, started_s: float, finished_s: float, tokens: int = 10) -> Ca
 class EndpointTables:
     """One endpoint's tables, in memory."""
 
-    def __init__(self, readings: list[Reading], idle_w: float = 0.0) -> None:
-        self.readings, self.idle_w = readings, idle_w
+    def __init__(self, readings: list[Reading], idle_w: float = 0.0, *, still_after_s: float = math.inf) -> None:
+        self.readings, self.idle_w, self.still_after_s = readings, idle_w, still_after_s
         self.until_s = readings[0].at_s
         self.intervals: dict[float, SettledInterval] = {}
         self.idle_j = self.metered_j = 0.0
+        self.curve = CurveState()
+        self.server_s: dict[str, float] = {}
         self.open: dict[str, OpenCall] = {}
         self.footprints: dict[str, float] = {}
         self.partial: set[str] = set()
@@ -53,13 +59,20 @@ class EndpointTables:
             settled=list(self.intervals.values()),
             metered_from_s=self.readings[0].at_s,
             idle_power_w=self.idle_w,
+            curve=self.curve,
+            still_after_s=self.still_after_s,
         )
         state = replace(state, calls=[c for c in state.calls if c.call.started_s <= state.readings[-1].at_s])
         result = settle_endpoint(state, SETTINGS)
-        self.until_s = result.settled_until_s
+        self.until_s, self.curve = result.settled_until_s, result.curve
         for one in result.intervals:
             self.intervals[one.interval.started_s] = SettledInterval(
-                one.interval.started_s, one.interval.finished_s, one.attributed_j, one.unattributed_j
+                one.interval.started_s,
+                one.interval.finished_s,
+                one.attributed_j,
+                one.unattributed_j,
+                one.idle_s,
+                one.interval.restarted or one.interval.started_s in result.stalled,
             )
             self.idle_j += one.idle_j
             self.metered_j += one.interval.metered_j
@@ -67,9 +80,12 @@ class EndpointTables:
             old = self.intervals[start_s]
             assert joules == pytest.approx(old.unattributed_j)
             self.intervals[start_s] = replace(old, attributed_j=old.attributed_j + joules, unattributed_j=0.0)
+        for start_s, seconds in result.reallocated_s:
+            self.intervals[start_s] = replace(self.intervals[start_s], idle_s=self.intervals[start_s].idle_s - seconds)
         for one in result.calls:
             opened = self.open[one.id]
-            self.open[one.id] = OpenCall(opened.call, one.energy_j, accounted=True, partial=one.partial)
+            self.open[one.id] = OpenCall(opened.call, one.used, accounted=True, partial=one.partial)
+            self.server_s[one.id] = one.server_s
             if one.finished:
                 del self.open[one.id]
                 if one.metered:
@@ -79,8 +95,12 @@ class EndpointTables:
 
     @property
     def accounted_j(self) -> float:
-        in_calls = (*self.footprints.values(), *(one.energy_j for one in self.open.values()))
+        in_calls = (*self.footprints.values(), *(one.used.energy_j for one in self.open.values()))
         return math.fsum((*in_calls, self.idle_j, *(one.unattributed_j for one in self.intervals.values())))
+
+    @property
+    def accounted_s(self) -> float:
+        return math.fsum((*self.server_s.values(), *(one.idle_s for one in self.intervals.values())))
 
 
 READINGS = [Reading(s, {"g": 100.0 * s + 7 * (s // 3)}) for s in range(0, 101, 5)]
@@ -103,11 +123,14 @@ def test_whenever_calls_arrive_and_intervals_are_settled_every_joule_is_accounte
         waiting = waiting[known:]
         tables.settle(watermark_s)
         assert tables.accounted_j == pytest.approx(tables.metered_j, rel=1e-9, abs=1e-6)
+        assert tables.accounted_s == pytest.approx(tables.until_s - READINGS[0].at_s, rel=1e-9, abs=1e-9)
     tables.add(*waiting)
     tables.settle(100)
     tables.settle(100)
     assert tables.metered_j == pytest.approx(READINGS[-1].energy_j["g"])
     assert tables.accounted_j == pytest.approx(tables.metered_j, rel=1e-9)
+    assert tables.accounted_s == pytest.approx(100, rel=1e-9)
+    assert min(one.idle_s for one in tables.intervals.values()) >= -1e-9
     assert set(tables.open) == {f"c{n}" for n, (_, finished_s, _) in enumerate(drawn) if finished_s > 100}
 
 
@@ -153,6 +176,56 @@ def test_a_call_from_before_the_first_reading_is_partial_or_has_no_footprint():
     assert "across" in tables.partial
 
 
+def test_a_late_call_gets_the_time_in_which_no_other_call_ran():
+    tables = EndpointTables(READINGS)
+    tables.add(call("early", 21, 24))
+    tables.settle(50)
+    tables.add(call("late", 8, 23))
+    tables.settle(50)
+    # 5-20 without another call; 20-25 was idle for two of five seconds, and the late call ran for three.
+    assert tables.server_s["early"] == pytest.approx(3)
+    assert tables.server_s["late"] == pytest.approx(2 + 10 + 2)
+    assert tables.accounted_s == pytest.approx(50)
+
+
+def with_counter(*energies_j: float) -> EndpointTables:
+    """An endpoint that is read every ten seconds."""
+    readings = [Reading(10.0 * number, {"g": float(joules)}) for number, joules in enumerate(energies_j)]
+    return EndpointTables(readings, still_after_s=30.0)
+
+
+def test_calls_that_ran_while_the_counter_was_reset_are_partial():
+    tables = with_counter(0, 500, 1_000, 100, 600)
+    tables.add(call("before", 1, 9), call("across", 15, 35), call("within", 22, 28), call("after", 31, 39))
+    tables.settle(40)
+    assert tables.partial == {"across", "within"}
+
+
+@pytest.mark.parametrize("step", [10, 40, 100])
+def test_calls_that_ran_while_the_meter_stood_still_are_partial_and_never_have_0_joules(step):
+    tables = with_counter(0, 500, 500, 500, 500, 500, 500, 1_000, 1_500)
+    tables.add(call("before", 1, 9), call("across", 15, 75), call("short", 12, 18), call("after", 71, 79))
+    for watermark_s in range(step, 81, step):
+        tables.settle(watermark_s)
+    tables.settle(80)
+    assert tables.partial == {"across", "short"}
+
+
+def test_a_meter_that_is_refreshed_less_often_than_it_is_read_works():
+    tables = with_counter(0, 500, 500, 1_500, 1_500, 2_500, 2_500, 3_500)
+    tables.add(call("long", 1, 69), call("short", 21, 29))
+    tables.settle(70)
+    assert tables.partial == set()
+    assert tables.curve.still_s == 0
+
+
+def test_a_meter_may_stand_still_while_nothing_runs():
+    tables = with_counter(0, 500, 500, 500, 500, 500, 1_000)
+    tables.add(call("before", 1, 9), call("after", 51, 59))
+    tables.settle(60)
+    assert tables.partial == set()
+
+
 class SlowPool:
     """A connection pool: single statements succeed; transactions fail with `error` if it is set."""
 
@@ -187,8 +260,12 @@ def loop_and_pool() -> tuple[AttributionLoop, Storage, SlowPool]:
     storage.attach(pool)
     loop = AttributionLoop(
         SimpleNamespace(watermark=datetime(2024, 2, 1, tzinfo=UTC)),
-        IntervalSettlement(fleet, settings=SETTINGS, storage=storage, metrics=metrics),
+        IntervalSettlement(
+            fleet, settings=SETTINGS, storage=storage, metrics=metrics, awake=AwakeEndpoints(), clock=Clock()
+        ),
         FootprintOutbox(None, storage=storage, metrics=metrics),
+        CurvePublisher(None),
+        running=SimpleNamespace(limits=lambda watermark: {"e": watermark}),
         storage=storage,
         settings=SETTINGS,
         metrics=metrics,
