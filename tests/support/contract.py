@@ -15,10 +15,13 @@ from faststream.kafka import KafkaBroker, TestKafkaBroker
 
 from services import SERVICES
 from shared.messages import (
+    CapacityForecast,
     CarbonIntensity,
     ChatMessage,
     DeadLetter,
     Decision,
+    EndpointCurve,
+    EndpointLoad,
     EvaluationCost,
     Footprint,
     GenerationRequest,
@@ -26,12 +29,15 @@ from shared.messages import (
     GroupEvidence,
     GroupTaken,
     IntensityPoint,
+    LoadReport,
     Message,
     OptionEstimate,
     PackedArray,
     Paired,
     Policy,
     PolicyInputs,
+    PoolCapacity,
+    PoolLoad,
     PromptGrouping,
     Quality,
     QualityCount,
@@ -161,6 +167,20 @@ EXAMPLES: dict[str, Message] = {
             estimates={"g1": {"p/L1": OptionEstimate(energy_kwh=0.1, processing_s=1, quality={"preference": 0.9},
                                                      doubt={"preference": (0.1, 0.05, 0.02)})}},
         ),
+    ),
+    "load-reports": LoadReport(
+        instance="router-1", service="router", at=NOW, interval_s=1, share=0.5,
+        pools=(PoolLoad(pool="p", arrivals=3, waiting=1,
+                        endpoints={"e0": EndpointLoad(in_flight=2, oldest_started_at=NOW)}),),
+    ),
+    "power-curves": EndpointCurve(
+        endpoint="e0", pool="p", at=NOW, idle_w=100, step_j=3.7, token_j=0.08, step_s=0.012, token_s=0.00013,
+        standard_errors={"idle_w": 1}, identifiable=True, intervals=100, mean_batch=40, mean_prompt_tokens=200,
+    ),
+    "capacity": PoolCapacity(
+        pool="p", at=NOW, valid_until=NOW + timedelta(minutes=5), requests_per_s=3, in_flight=60, target_batch=64,
+        endpoints=4, endpoints_needed=1,
+        forecast=(CapacityForecast(at=NOW + timedelta(hours=1), endpoints_needed=2),), awake=("e0",), reason="load",
     ),
     "dead-letters": DeadLetter(
         service="router", topic="requests", partition=0, offset=1, key_base64=None, value_base64="ew==",

@@ -15,13 +15,16 @@ from services.evaluator.scheduler import Scheduler
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import InterruptedEvaluation
 from shared.carbon import LatestIntensities
+from shared.fleet import Switchback
 from shared.runtime.clock import ManualClock
 from shared.runtime.database import DatabaseStatus
 from shared.runtime.health import Health
+from shared.switchback import SwitchbackSchedule
 from tests.support.evaluator import intensities
 from tests.support.router import ZONE
 
 NOW = datetime(2023, 2, 10, 12, tzinfo=UTC)
+OFF = Switchback(share=0)
 LOCAL_MINIMUM = (400, 420, 300, 200, 220)
 
 
@@ -55,7 +58,7 @@ class FakeStore:
 class Fixture:
     """A scheduler of one model, and a runner that records triggers and returns prepared results."""
 
-    def __init__(self, *, last=None, interrupted=None, samples=100, results=(), **settings) -> None:
+    def __init__(self, *, last=None, interrupted=None, samples=100, results=(), switchback=OFF, **settings) -> None:
         self.triggers: list[EvaluationTrigger] = []
         self.results = list(results)
         self.started = asyncio.Event()
@@ -66,6 +69,7 @@ class Fixture:
             {"m": ZONE},
             settings=EvaluatorSettings(**settings),
             intensities=LatestIntensities(),
+            switchback=SwitchbackSchedule(switchback),
             clock=ManualClock(NOW),
             metrics=EvaluatorMetrics(self.registry),
         )
