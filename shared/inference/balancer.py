@@ -135,8 +135,10 @@ class Balancer:
         self._turn = 0
         self._share = 1.0
         self._targets_known = False
+        self._outstanding = 0
         self._active = 1
         self._ended_with_spare = 0
+        self._update()
 
     @property
     def packs(self) -> bool:
@@ -155,6 +157,7 @@ class Balancer:
             target = targets.get(one.name)
             one.target = None if target is None else max(1, round(target * share))
         self._targets_known = all(one.target is not None for one in self._endpoints.values())
+        self._update()
 
     def choose(self, now_s: float, *, avoid: Collection[str] = ()) -> str | None:
         """The endpoint for the next request; None while none may be given one. Call `began` next.
@@ -188,6 +191,7 @@ class Balancer:
         """A request was sent to the endpoint that `choose` named; returns whether it is the probe."""
         endpoint = self._endpoints[name]
         endpoint.outstanding += 1
+        self._outstanding += 1
         if endpoint.open_until_s is None:
             return False
         endpoint.probing = True
@@ -199,6 +203,7 @@ class Balancer:
             self._deactivate_last_if_spare()
         endpoint = self._endpoints[name]
         endpoint.outstanding -= 1
+        self._outstanding -= 1
         if probe:
             endpoint.probing = False
 
@@ -220,7 +225,9 @@ class Balancer:
         endpoint = self._endpoints[name]
         was_open = endpoint.open_until_s is not None
         endpoint.failures = endpoint.ejections = 0
-        endpoint.open_until_s = None
+        if was_open:
+            endpoint.open_until_s = None
+            self._update()
         return was_open
 
     def healthy(self, name: str) -> bool:
@@ -231,6 +238,7 @@ class Balancer:
             endpoint.power = PowerState.AWAKE
         endpoint.failures = min(endpoint.failures, self._settings.circuit_failures - 1)
         endpoint.open_until_s = None
+        self._update()
         return endpoint.usable and not was_usable
 
     def failed(self, name: str, now_s: float) -> bool:
@@ -247,6 +255,7 @@ class Balancer:
         backoff_s = self._settings.circuit_open_s * 2.0 ** min(endpoint.ejections, 30)
         endpoint.ejections += 1
         endpoint.open_until_s = now_s + min(self._settings.circuit_open_max_s, backoff_s)
+        self._update()
         return True
 
     def set_asleep(self, names: Collection[str]) -> list[str]:
@@ -264,6 +273,7 @@ class Balancer:
             elif one.power is PowerState.ASLEEP:
                 one.power = PowerState.WAKING
                 waking.append(one.name)
+        self._update()
         return waking
 
     def power(self, name: str) -> PowerState:
@@ -305,37 +315,55 @@ class Balancer:
 
     def _pack(self, candidates: Sequence[EndpointState]) -> EndpointState:
         """The first active endpoint that is not filled, else the one with the least load for its target."""
-        usable = [one for one in self._endpoints.values() if one.usable]
-        self._active = min(self._active, len(usable))
-        while self._active < len(usable) and self._is_full(usable[: self._active]):
-            self._active += 1
-            self._ended_with_spare = 0
-        active = [one for one in usable[: self._active] if one in candidates]
-        last_two = usable[max(0, self._active - 2) : self._active] if self._active > 1 else ()
-        for one in active or candidates:
-            fill = LAST_TWO_FILL if one in last_two else 1.0
-            if one.outstanding < fill * (one.target or 1):
-                return one
-        return min(active or candidates, key=lambda one: one.relative_load)
+        chosen = self._first_unfilled(candidates)
+        while chosen is None and self._active < len(self._usable) and self._is_full():
+            self._set_active(self._active + 1)
+            chosen = self._first_unfilled(candidates)
+        if chosen is not None:
+            return chosen
+        active = [one for one in self._usable[: self._active] if one in candidates] or candidates
+        return next((one for one in active if one.relative_load < 1.0), None) or min(
+            active, key=lambda one: one.relative_load
+        )
 
-    def _is_full(self, active: Sequence[EndpointState]) -> bool:
+    def _first_unfilled(self, candidates: Sequence[EndpointState]) -> EndpointState | None:
+        """The first active endpoint with fewer requests than it is to be filled to."""
+        for one, fill in zip(self._usable, self._fills, strict=False):
+            if one.outstanding < fill and one in candidates:
+                return one
+        return None
+
+    def _is_full(self) -> bool:
         """Whether the active endpoints have more requests than chance explains."""
-        target = sum(one.target or 1 for one in active)
+        target = sum(self._targets[: self._active])
         by_chance = CHANCE_DEVIATIONS * math.sqrt(target * (1.0 - self._share))
-        return sum(one.outstanding for one in active) >= target + by_chance
+        return sum(one.outstanding for one in self._usable[: self._active]) >= target + by_chance
 
     def _deactivate_last_if_spare(self) -> None:
         """One endpoint fewer is active once the load has fitted on the others for a while.
 
         Ended requests measure the time: as many as are in flight end in a mean call time.
         """
-        usable = [one for one in self._endpoints.values() if one.usable]
-        target = sum(one.target or 1 for one in usable[: self._active - 1])
-        load = sum(one.outstanding for one in self._endpoints.values())
-        if load > target - SPARE_DEVIATIONS * math.sqrt(target):
+        if self._outstanding > self._fits_on_fewer:
             self._ended_with_spare = 0
             return
         self._ended_with_spare += 1
-        if self._ended_with_spare >= SPARE_CALLS * load:
-            self._active -= 1
-            self._ended_with_spare = 0
+        if self._ended_with_spare >= SPARE_CALLS * self._outstanding:
+            self._set_active(self._active - 1)
+
+    def _set_active(self, count: int) -> None:
+        self._active = count
+        self._ended_with_spare = 0
+        self._update()
+
+    def _update(self) -> None:
+        """Update what follows from the endpoints' states, their targets, and the number of active ones."""
+        self._usable = [one for one in self._endpoints.values() if one.usable]
+        self._active = max(1, min(self._active, len(self._usable)))
+        self._targets = [one.target or 1 for one in self._usable]
+        # Requests up to which the active endpoints are filled in order.
+        self._fills = [float(target) for target in self._targets[: self._active]]
+        for place in range(max(0, self._active - 2), self._active if self._active > 1 else 0):
+            self._fills[place] *= LAST_TWO_FILL
+        fewer = sum(self._targets[: self._active - 1])
+        self._fits_on_fewer = fewer - SPARE_DEVIATIONS * math.sqrt(fewer)
