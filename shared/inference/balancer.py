@@ -39,7 +39,7 @@ one gets no more requests."""
 SPARE_CALLS: Final = 0.5
 """How long they must have it, in mean call times."""
 
-LAST_TWO_FILL: Final = 0.8
+LAST_TWO_FILL: Final = 0.9
 """Share of its target to which the last active endpoint but one is filled before the last one gets requests; so the
 last one is not emptied and filled by turns."""
 

@@ -171,3 +171,37 @@ async def test_without_samples_or_servers_a_request_stays_pending(missing):
         fixture.store.samples, fixture.reachable = 100, True
         fixture.scheduler.on_new_samples()
         assert [one.reason for one in await fixture.evaluations(1)] == ["requested"]
+
+
+async def test_no_evaluation_starts_in_a_reference_block_or_shortly_before_one():
+    switchback = Switchback(share=0.5, block_s=1_800, washout_s=60)
+    schedule = SwitchbackSchedule(switchback)
+    fixture = Fixture(switchback=switchback, last=NOW, reference_block_margin_s=600)
+    clock = fixture.scheduler._clock
+
+    def postponed() -> float | None:
+        labels = {"model": "m", "reason": "reference_block"}
+        return fixture.registry.get_sample_value("sprout_evaluator_postponed", labels)
+
+    while schedule.is_reference(clock.now()) or not schedule.is_reference(clock.now() + timedelta(seconds=1_800)):
+        clock.advance(timedelta(seconds=1_800))
+    start = schedule.next_change(clock.now())
+    clock.advance(start - clock.now() - timedelta(seconds=500))
+    async with fixture.running():
+        assert fixture.scheduler.request("m")
+        async with asyncio.timeout(10):
+            while not postponed():  # noqa: ASYNC110 - a metric has no event
+                await asyncio.sleep(0.01)
+        clock.advance(timedelta(seconds=600))
+        assert schedule.is_reference(clock.now())
+        fixture.store.checked.clear()
+        fixture.scheduler.on_new_samples()
+        await fixture.store.checked.wait()
+        assert (fixture.triggers, postponed()) == ([], 1)
+        while schedule.is_reference(clock.now()) or (
+            schedule.next_change(clock.now()) - clock.now() <= timedelta(seconds=600)
+        ):
+            clock.advance(timedelta(seconds=300))
+        fixture.scheduler.on_new_samples()
+        assert [one.reason for one in await fixture.evaluations(1)] == ["requested"]
+        assert postponed() == 0
