@@ -19,7 +19,7 @@ from shared.fleet import Dispatch, Switchback
 World = Literal["sprout", "reference"]
 """`reference`: the same day without Sprout. No directives, requests spread over all servers, none asleep."""
 
-LEAD_S = 12.0
+LEAD_S = 16.0
 """Wall seconds between the start of the services and the start of the traffic."""
 LATENESS_WALL_S = 2.5
 """Latency of messages on a busy machine of two cores, wall seconds."""
@@ -81,8 +81,8 @@ class Pace:
 
 PACES: dict[ModelName, Pace] = {
     "llama-2-13b-chat": Pace(
-        requests=14_000,
-        wall_s=170.0,
+        requests=16_000,
+        wall_s=180.0,
         max_tokens=1024,
         evaluated_prompts=200,
         min_samples=200,
@@ -175,11 +175,12 @@ class DemoDay:
 
     @property
     def switchback(self) -> Switchback:
-        """Three blocks a day without Sprout; answers that began before a change end within the washout."""
+        """Blocks without Sprout, four or five a day; answers that began before a change end within the washout."""
         if self.pace.batched is None:
             return Switchback(share=0.0)
-        washout_s = 1.5 * self.answer_s
-        return Switchback(share=1 / 12, block_s=2.0 * washout_s, washout_s=washout_s, key=f"demo-{self.seed}")
+        return Switchback(
+            share=1 / 9, block_s=2.2 * self.answer_s, washout_s=1.25 * self.answer_s, key=f"demo-{self.seed}"
+        )
 
 
 def stack_config(day: DemoDay, config: StackConfig, world: World = "sprout") -> StackConfig:
@@ -220,7 +221,10 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
     """Environment variables by service."""
     settle_delay_s = LATENESS_WALL_S * day.rate
     return {
+        # Answers are streamed in parts of many tokens: at this rate a server generates thousands a second.
+        "triton": {"SPROUT_TRITON_TICK_MS": "100"},
         "router": {
+            "SPROUT_ROUTER_LOAD_REPORT_INTERVAL_S": "0.25",
             "SPROUT_ROUTER_SAMPLE_SHARE": str(day.pace.sample_share),
             # Streaming measures the time to first token.
             "SPROUT_ROUTER_STREAM_ALWAYS": "true",
@@ -228,6 +232,7 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
         "optimizer": {
             "SPROUT_OPTIMIZER_XI": json.dumps({"preference": 0.1}),
             "SPROUT_OPTIMIZER_CONFIDENCE_Z": str(day.pace.confidence_z),
+            "SPROUT_OPTIMIZER_CAPACITY_INTERVAL_S": "0.5",
         },
         "evaluator": {
             "SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION": str(day.pace.evaluated_prompts),
@@ -235,9 +240,10 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             "SPROUT_EVALUATOR_CONCURRENCY": str(day.pace.evaluator_concurrency),
             "SPROUT_EVALUATOR_MAX_TOKENS": str(day.pace.max_tokens),
             "SPROUT_EVALUATOR_MIN_JUDGED_TO_LEARN": str(day.pace.min_judged_to_learn),
+            "SPROUT_EVALUATOR_LOAD_REPORT_INTERVAL_S": "0.25",
         },
         "ledger": {
-            "SPROUT_LEDGER_SCRAPE_INTERVAL_S": "0.5",
+            "SPROUT_LEDGER_SCRAPE_INTERVAL_S": "0.25",
             "SPROUT_LEDGER_SETTLE_DELAY_S": f"{settle_delay_s:.0f}",
             "SPROUT_LEDGER_SETTLE_INTERVAL_S": "1",
         },
