@@ -41,6 +41,7 @@ class Deployment:
         self.running = RunningCalls(
             FLEET, settings=SETTINGS, clock=Clock(rate=RATE), wall_s=lambda: self.wall_s
         )  # fmt: skip
+        assert self.running.limits(at(0)) == {}
 
     def report(
         self,
