@@ -142,7 +142,6 @@ class LeastSquares(State):
 class IntervalSample:
     """An interval to learn from; everything that ran in it is known."""
 
-    finished_s: float
     length_s: float
     idle_s: float
     metered_j: float

@@ -214,10 +214,10 @@ def test_a_sleeping_server_is_not_taken_for_an_idle_one():
 
 
 def test_what_was_learned_long_ago_is_forgotten():
-    def intervals(idle_w: float, at_s: float) -> list[IntervalSample]:
+    def intervals(idle_w: float) -> list[IntervalSample]:
         return [
             IntervalSample(
-                at_s, 100.0, 100.0 - steps * 0.5, idle_w * 100.0 + 3.0 * steps + 0.5 * steps * batch,
+                100.0, 100.0 - steps * 0.5, idle_w * 100.0 + 3.0 * steps + 0.5 * steps * batch,
                 Work(steps, steps * batch, 50.0),
             )
             for batch in (1, 4, 9)
@@ -226,9 +226,9 @@ def test_what_was_learned_long_ago_is_forgotten():
 
     calls = [CallSample(0.5 + 0.01 * batch, batch, 100, 10 * batch, 1.0) for batch in range(1, 40)]
     state = CurveState().learned([], calls, until_s=0.0, half_life_s=1_000.0)
-    state = state.learned(intervals(200.0, 10.0), [], until_s=10.0, half_life_s=1_000.0)
+    state = state.learned(intervals(200.0), [], until_s=10.0, half_life_s=1_000.0)
     assert state.estimate(idle_power_w=None).curve.idle_w == pytest.approx(200.0, rel=1e-6)
-    state = state.learned(intervals(80.0, 20_000.0), [], until_s=20_000.0, half_life_s=1_000.0)
+    state = state.learned(intervals(80.0), [], until_s=20_000.0, half_life_s=1_000.0)
     assert state.estimate(idle_power_w=None).curve.idle_w == pytest.approx(80.0, rel=1e-3)
 
 
