@@ -132,11 +132,11 @@ class RunningCalls:
         ]
 
     def _all_report(self, pool: Pool) -> bool:
-        """Whether no router is missing among the instances that report a pool."""
+        """Whether all routers report, or for the judge's pool an evaluator."""
+        latest = [one.reports[-1] for one in self._instances.values()]
         if pool.model is None:
-            return True
-        shares = [one.reports[-1].share for one in self._instances.values() if one.reports[-1].service == "router"]
-        return sum(shares) >= _WHOLE
+            return any(report.service == "evaluator" for report in latest)
+        return sum(report.share for report in latest if report.service == "router") >= _WHOLE
 
     def _report_cap(self, endpoint: str, *, capped: bool) -> None:
         if capped and endpoint not in self._capped:

@@ -193,6 +193,13 @@ def test_an_evaluator_alone_says_all_about_the_judge_but_not_about_the_models(de
     assert deployment.limit("e1") == at(10) - timedelta(seconds=350)
 
 
+def test_a_router_alone_does_not_say_all_about_the_judge(deployment):
+    for second in (4, 6, 8, 10):
+        deployment.wall_s = second
+        deployment.report("router-1", {"j": None, **IDLE})
+    assert deployment.limit("j") == at(10) - timedelta(seconds=350)
+
+
 def test_a_new_instance_holds_settlement_until_its_first_report_has_aged(deployment):
     deployment.wall_s = 8
     deployment.report("router-1", IDLE)
