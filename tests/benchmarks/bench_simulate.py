@@ -42,6 +42,7 @@ def synthetic_requests(rng: np.random.Generator) -> Measured:
         levels=("L0", "L1", "L2"),
         energy_kwh=energy,
         time_s=energy * 1.4e4,
+        tokens=energy * 6e5,
         preferred=np.where(rng.random(PROMPTS) < JUDGED_SHARE, drawn, UNJUDGED),
         correct=(rng.random((PROMPTS, 3)) < (0.5, 0.47, 0.44)).astype(float),
         small_kwh=energy[:, 0] * 0.6,

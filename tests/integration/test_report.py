@@ -2,13 +2,17 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from datetime import timedelta
 
 import asyncpg
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from shared.fleet import load_fleet
 from shared.runtime.database import migrate, open_pool
+from tests.support.metered import fleet_days, fleet_toml, metered_fleet, table_of
 from tests.support.report import (
     DAY,
     MODEL,
@@ -24,6 +28,7 @@ from tests.support.report import (
 )
 from tools.cli.main import app
 from tools.reporting import NoLedgerError, collect_report
+from tools.reporting.meters import read_fleet
 
 pytestmark = pytest.mark.integration
 
@@ -226,6 +231,112 @@ async def test_empty_tables_make_an_empty_report(ledger):
     assert report.empty
     assert report.saving.saving_pct is None
     assert report.energy.difference_pct is None
+
+
+async def write_fleet_days(pool, days):
+    """Write calls, intervals and intensities of a metered fleet; the first token comes after 2 s."""
+    await write_calls(pool, days.records)
+    await pool.execute("UPDATE ledger.calls SET first_token_at = started_at + interval '2 seconds'")
+    columns = list(days.intervals[0])
+    await pool.copy_records_to_table(
+        "intervals",
+        schema_name="ledger",
+        columns=columns,
+        records=[tuple(row[name] for name in columns) for row in days.intervals],
+    )
+    await pool.executemany(
+        "INSERT INTO ledger.intensity VALUES ($1, $2, $3, false, 'csv')",
+        [(ZONE, DAY + timedelta(hours=hour), intensity_at(hour % 24)) for hour in range(48)],
+    )
+    policy = policy_at(0)
+    await pool.execute(
+        "INSERT INTO ledger.policies VALUES ($1, $2, $3, $4)",
+        policy.model,
+        policy.version,
+        policy.created_at,
+        policy.model_dump_json(),
+    )
+
+
+async def test_the_saving_on_the_meter_is_estimated_from_the_tables(ledger):
+    fleet = metered_fleet()
+    days = fleet_days(fleet)
+    await write_fleet_days(ledger, days)
+    report = await collect_report(ledger, fleet=fleet, stretch=100.0)
+    found = report.metered
+    low, high = found.saving.saving_interval.low, found.saving.saving_interval.high
+    assert low < days.saving_pct < high
+    assert found.saving.saving_pct == pytest.approx(days.saving_pct, abs=1.5)
+    assert found.fleet_energy_j == pytest.approx(days.actual_j + days.judge_j, rel=0.005)
+    assert found.excluded_pools.keys() == {"spare"}
+    assert found.latency.ttft_p95_ms == pytest.approx(20.0)
+    assert found.latency.tpot_p95_ms < 10.0
+    assert found.reference_latency.requests == sum(r["decision_source"] == "switchback" for r in days.records)
+    assert found.tpot_objective_ms == pytest.approx(12.0)
+    assert report.requests.switchback == found.reference_latency.requests
+    assert report.net.saving_pct == pytest.approx(report.saving.saving_pct)
+
+
+async def test_the_database_sums_intervals_by_bin_as_they_are(ledger):
+    fleet = metered_fleet()
+    days = fleet_days(fleet, days=0.5, requests=500)
+    days.intervals[7]["restarted"] = True
+    days.intervals[60]["idle_s"] = 25.0
+    await write_fleet_days(ledger, days)
+    readings = await read_fleet(ledger, since=None, until=None, fleet=fleet)
+    table, expected = readings.table, table_of(days)
+    assert (table.endpoint, table.pool, table.first) == (expected.endpoint, expected.pool, expected.first)
+    for name in ("metered_j", "idle_j", "unused_j", "covered_s", "busy_s"):
+        np.testing.assert_allclose(getattr(table, name), getattr(expected, name), rtol=1e-6, atol=1e-3)
+    assert table.metered_j.sum() == pytest.approx(sum(row["metered_j"] for row in days.intervals), rel=1e-9)
+    assert table.lost.sum() in (1, 2)
+    assert readings.interval_s == pytest.approx(100.0)
+    assert sum(one.requests for one in readings.arrivals) == len(days.records)
+    assert sum(one.tokens for one in readings.arrivals) == sum(record["completion_tokens"] for record in days.records)
+    assert len(readings.quantiles) == 10
+    assert np.mean(readings.quantiles) == pytest.approx(1.0, abs=0.05)
+
+
+async def test_unsettled_requests_count_in_the_demand(ledger):
+    fleet = metered_fleet()
+    days = fleet_days(fleet, days=0.5, requests=50)
+    await write_fleet_days(ledger, replace(days, records=days.records[1:]))
+    await write_calls(ledger, days.records[:1], unsettled={days.records[0]["request_id"]})
+    readings = await read_fleet(ledger, since=None, until=None, fleet=fleet)
+    assert sum(one.requests for one in readings.arrivals) == 50
+
+
+async def test_a_period_reads_the_reference_blocks_before_it(ledger):
+    fleet = metered_fleet()
+    days = fleet_days(fleet)
+    await write_fleet_days(ledger, days)
+    since, until = DAY + timedelta(hours=36), DAY + timedelta(hours=46)
+    found = (await collect_report(ledger, since=since, until=until, fleet=fleet)).metered
+    assert found.saving.hours == pytest.approx(10.0)
+    assert found.reference_blocks > len(found.blocks)
+    assert found.power[0].at >= since
+    assert (await collect_report(ledger, model=MODEL, fleet=fleet)).metered.saving is None
+
+
+async def test_the_command_takes_the_fleet_file_from_option_or_environment(ledger, database, tmp_path, monkeypatch):
+    fleet = metered_fleet()
+    await write_fleet_days(ledger, fleet_days(fleet))
+    fleet_file = tmp_path / "fleet.toml"
+    fleet_file.write_text(fleet_toml(), encoding="utf-8")
+    assert load_fleet(fleet_file).switchback == fleet.switchback
+    figures = tmp_path / "report.json"
+    without = await sprout_report(database, "--no-hours")
+    assert "give --fleet, or set SPROUT_FLEET_FILE" in " ".join(without.output.split())
+    result = await sprout_report(database, "--fleet", str(fleet_file), "--json", str(figures))
+    assert result.exit_code == 0, result.output
+    written = json.loads(figures.read_text())
+    assert 50 < written["saving_on_meter_pct"] < 60
+    monkeypatch.setenv("SPROUT_FLEET_FILE", str(fleet_file))
+    again = await sprout_report(database, "--no-hours")
+    assert "servers could have slept" in " ".join(again.output.split())
+    missing = await sprout_report(database, "--fleet", str(tmp_path / "none.toml"))
+    assert missing.exit_code == 1
+    assert "does not exist" in missing.output
 
 
 async def sprout_report(database, *arguments):

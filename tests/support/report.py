@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy, PolicyInputs, Quality, QualityCount
 from shared.messages.evaluation import EvaluationCost
 from tools.reporting.frame import Calls, CallsBuilder, Distributions, IntensitySeries
+from tools.reporting.meters import NO_READINGS, FleetReadings
 from tools.reporting.quality import PolicyHistory
 from tools.reporting.query import CallSums, EvaluationSums, IntervalSums, LearnedGroups, Selection, Snapshot
 
@@ -158,7 +160,14 @@ def calls_of(records: list[dict[str, object]]) -> tuple[Calls, list[Mapping[str,
     for record in records:
         started = record["started_at"]
         assert isinstance(started, datetime)
-        builder.add({**record, "started_s": started.timestamp(), "propensities": json.dumps(record["propensities"])})
+        builder.add(
+            {
+                **record,
+                "server_s": record.get("server_s") or record["processing_s"],
+                "started_s": started.timestamp(),
+                "propensities": json.dumps(record["propensities"]),
+            }
+        )
     return builder.build(), distributions.all
 
 
@@ -185,6 +194,7 @@ def snapshot_of(
     evaluations: Iterable[dict[str, object]] = (),
     metered_j: float = 0.0,
     purposes: Mapping[str, CallSums] | None = None,
+    evaluator_g: float | None = None,
     intervals: Iterable[IntervalSums] = (),
     grid: Mapping[str, IntensitySeries] | None = None,
     policies: Iterable[Policy] = (),
@@ -192,6 +202,8 @@ def snapshot_of(
     groupings: Iterable[LearnedGroups] = (),
     unsettled: int = 0,
     selection: Selection | None = None,
+    fleet: Fleet | None = None,
+    readings: FleetReadings = NO_READINGS,
 ) -> Snapshot:
     """A snapshot of the ledger's tables, from records of `ledger.footprints`."""
     requests = list(records)
@@ -207,12 +219,17 @@ def snapshot_of(
         rejections={},
         metered_j=metered_j,
         purposes=purposes or {},
+        evaluator_g=sum(sums.grams for name, sums in (purposes or {}).items() if name != "request")
+        if evaluator_g is None
+        else evaluator_g,
         intervals=list(intervals),
         grid=grid or {},
         policies=PolicyHistory.of(policies),
         qualities=list(qualities),
         groupings=list(groupings),
         evaluation_costs={"evaluation-12": EvaluationSums(3, 60.0, 0.5)},
+        fleet=fleet,
+        readings=readings,
     )
 
 

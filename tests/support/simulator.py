@@ -32,6 +32,7 @@ def measured(count: int = 400, *, seed: int = 1) -> Measured:
         levels=("L0", "L1", "L2"),
         energy_kwh=energy,
         time_s=energy * 1e4,
+        tokens=energy * 6e5,
         preferred=preferred,
         correct=(rng.random((count, 3)) < [0.8, 0.75, 0.7]).astype(float),
         small_kwh=energy[:, 0] * 0.6,

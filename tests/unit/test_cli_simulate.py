@@ -1,6 +1,7 @@
 """`sprout simulate`: with the shipped inputs, and with invalid ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -9,6 +10,8 @@ from deploy.local.grid import shipped_trace
 from tools.cli.main import app
 from tools.cli.simulate import SCHEME_NAMES
 from tools.simulator.schemes import SCHEMES
+
+FLEET = str(Path(__file__).parents[2] / "docs/experiments/fleets/14b.toml")
 
 KEYS = (
     "zone", "window_start_hour", "scheme", "xi", "carbon_saving_pct", "preference_pct", "correctness_pct",
@@ -33,6 +36,26 @@ def test_without_options_it_uses_the_shipped_inputs(tmp_path):
     assert "sprout_context" in result.stdout
 
 
+def test_a_fleet_adds_what_its_meters_would_show(tmp_path):
+    options = ("--schemes", "base,sprout,oracle", "--hours", "48", "--jobs", "1")
+    result = run(*options, "--fleet", FLEET, "--latency-objective", "25", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    base, sprout, oracle = json.loads((tmp_path / "summary.json").read_text())
+    assert [(one["dispatch"], one["sleep"]) for one in base["fleets"]] == [
+        ("spread", False), ("pack", False), ("pack", True),
+    ]  # fmt: skip
+    asleep = sprout["fleets"][2]
+    assert asleep["fleet"] == "14b"
+    assert asleep["endpoints"] == 16
+    assert asleep["tpot_p99_ms"] <= 25.0
+    assert asleep["saving_on_meter_pct"] > base["fleets"][2]["saving_on_meter_pct"] > 20.0
+    assert oracle["fleets"] == []
+    assert "no fleet figures of oracle" in " ".join(result.stderr.split())
+    title = "What the meters of the fleet would show, means over all windows"
+    assert title in result.stdout
+    assert f"<h2>{title}</h2>" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -49,6 +72,12 @@ def test_without_options_it_uses_the_shipped_inputs(tmp_path):
         (("--quality-draws", "q.csv"), "--quality-draws needs --variant published"),
         (("--requests", "none.jsonl"), "none.jsonl cannot be read"),
         (("--model", "gpt"), "has no model 'gpt'; it has llama-2-13b-chat"),
+        (("--target-batch", "8"), "--target-batch needs --fleet"),
+        (("--fleet", "none.toml"), "--fleet none.toml cannot be read"),
+        (("--fleet", FLEET, "--dispatch", "hurl"), "--dispatch must be of spread, pack, got 'hurl'"),
+        (("--fleet", FLEET, "--latency-objective", "-1"), "--latency-objective must be greater than 0, got -1"),
+        (("--fleet", FLEET, "--latency-objective", "5"), "no batch keeps --latency-objective 5 ms"),
+        (("--fleet", FLEET, "--schemes", "base", "--hours", "24", "--requests-per-hour", "1e8"), "is overloaded"),
     ],
 )
 def test_an_invalid_option_is_named_with_the_remedy(tmp_path, arguments, message):

@@ -1,5 +1,6 @@
 """The report's figures: accounts balance, breakdowns sum to the total, quality follows the judged shares."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -74,6 +75,28 @@ def test_a_pools_pue_and_embodied_carbon_are_read_off_its_footprints():
     assert site.zone == ZONE
     assert site.pue == pytest.approx(PUE)
     assert site.embodied_g_per_s == pytest.approx(EMBODIED_G_PER_S)
+
+
+def test_a_call_is_charged_for_its_share_of_the_servers_time():
+    row = {REFERENCE: 0.5, OPTIONS[1]: 0.5}
+    records = [
+        record_of("a", row=row) | {"server_s": 0.5, "embodied_g": 0.5 * EMBODIED_G_PER_S, "processing_s": 9.0},
+        record_of("b", row=row) | {"server_s": 1.5, "embodied_g": 1.5 * EMBODIED_G_PER_S, "processing_s": 9.0},
+    ]
+    calls, _ = calls_of(records)
+    assert sites_of(calls)[POOL].embodied_g_per_s == pytest.approx(EMBODIED_G_PER_S)
+    report = compute_report(snapshot_of(records, policies=[policy_at(0)]))
+    operational = sum(record["operational_g"] for record in records)
+    assert report.saving.reference_g == pytest.approx(operational + 2.0 * EMBODIED_G_PER_S, rel=1e-6)
+    assert report.measured[0].processing_s == 9.0
+
+
+def test_server_time_without_calls_has_embodied_carbon():
+    idle = replace(interval_sums(), idle_s=100.0)
+    snapshot = snapshot_of(purposes=PURPOSES, intervals=[idle], grid={ZONE: CONSTANT_DAY})
+    account = carbon_account(snapshot, SITES)
+    assert account.embodied_g == pytest.approx(0.6 + 100.0 * EMBODIED_G_PER_S)
+    assert account.idle_g == pytest.approx(300.0 / 3.6e6 * 100.0 * PUE + 100.0 * EMBODIED_G_PER_S)
 
 
 def test_a_call_keeps_its_own_intensity_in_its_zone_and_uses_the_current_one_elsewhere():

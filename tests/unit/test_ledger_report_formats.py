@@ -2,13 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.support.metered import fleet_days, metered_fleet, readings_of
 from tests.support.report import (
     CONSTANT_DAY,
+    DAY,
     MODEL,
+    POOL,
     PURPOSES,
     ZONE,
     interval_sums,
@@ -21,7 +26,10 @@ from tests.support.report import (
 from tools.reporting import render_html, render_tables, to_json
 from tools.reporting.collect import compute_report
 from tools.reporting.format import energy, grams, percent, relative_difference
-from tools.reporting.tables import summary_lines
+from tools.reporting.frame import IntensitySeries
+from tools.reporting.meters import Latency
+from tools.reporting.plots import power_figure
+from tools.reporting.summary import summary_lines
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +110,71 @@ def test_gain_and_loss_are_both_shown(report):
     assert "compared with the baseline (no directive)" in lines["carbon saved"]
     assert f"({100 - report.quality.preference_pct:.1f} % worse)" in lines["answer quality"]
     assert "% of the requests' carbon" in lines["evaluations"]
+
+
+@pytest.fixture(scope="module")
+def metered():
+    fleet = metered_fleet()
+    days = fleet_days(fleet)
+    hours = DAY.timestamp() + np.arange(48.0) * 3600
+    latencies = [
+        Latency(pool, in_block, 10, *((20.0, 30.0, 200.0, 300.0) if in_block else (40.0, 60.0, 250.0, 400.0)))
+        for pool in (None, POOL)
+        for in_block in (False, True)
+    ]
+    return compute_report(
+        snapshot_of(
+            days.records,
+            grid={ZONE: IntensitySeries(hours, np.full(48, 200.0), np.zeros(48, dtype=bool))},
+            fleet=fleet,
+            readings=replace(readings_of(days), latencies=latencies),
+            policies=[policy_at(0)],
+        )
+    )
+
+
+def test_the_meters_are_shown_everywhere(metered):
+    lines = dict(summary_lines(metered))
+    assert lines["latency"] == (
+        "40.0 ms per output token, 60.0 ms p95 (objective 1,200 ms); first token after 250 ms, 400 ms p95; in "
+        "reference blocks 30.0 ms per token and 300 ms to the first token, p95"
+    )
+    assert re.search(r"\d of 4 servers could have slept \d+ % of the time; 1\.\d needed", lines["capacity"])
+    text, page = printed(metered), render_html(metered)
+    for words in ("saving on the meter", "attributed saving", "why they differ", "Capacity", "Latency and prices"):
+        assert words in text
+        assert words in page
+    for words in ("<h2>Power of the fleet</h2>", "without Sprout, predicted", "servers needed"):
+        assert words in page
+    figure = power_figure(metered)
+    assert len(figure.layout.shapes) == len(metered.metered.blocks) > 0
+    assert len(figure.data) == 2
+
+
+def test_the_json_has_both_savings_and_the_fleet(metered):
+    document = json.loads(json.dumps(to_json(metered), allow_nan=False))
+    low, high = document["saving_on_meter_interval_pct"]
+    assert low < document["saving_on_meter_pct"] < high
+    low, high = document["attributed_saving_interval_pct"]
+    assert low < document["attributed_saving_pct"] < high
+    assert document["net_of_evaluator"] is True
+    assert document["fleet_energy_j"] > document["idle_energy_j"] > 0
+    assert document["endpoints"] == 4
+    assert 1 <= document["endpoints_needed_mean"] <= 4
+    assert (document["tpot_p95_ms"], document["ttft_p95_ms"], document["tpot_objective_ms"]) == (60.0, 400.0, 1200.0)
+    assert document["report"]["metered"]["pools"][0]["pool"] == POOL
+
+
+def test_without_meters_the_report_says_so(report):
+    lines = dict(summary_lines(report))
+    assert lines["saving on the meter"].startswith("not known: the fleet file is unknown")
+    assert not {"why they differ", "pools left out", "capacity", "latency", "price of a token"} & lines.keys()
+    page = render_html(report)
+    assert "Power of the fleet" not in page
+    assert "not known; see the summary" in page
+    document = to_json(report)
+    assert document["saving_on_meter_pct"] is None
+    assert document["saving_on_meter_interval_pct"] is None
 
 
 def test_an_empty_report_can_be_shown():

@@ -8,7 +8,7 @@ from tools.reporting.accounts import sites_of
 from tools.reporting.counterfactual import Counterfactual
 from tools.reporting.frame import IntensitySeries
 from tools.reporting.quality import PolicyHistory
-from tools.reporting.savings import Comparison, allocate_total, estimate_saving
+from tools.reporting.savings import Comparison, allocate_total, estimate_saving, net_of_evaluator
 
 NO_EVALUATIONS = calls_of([])[0]
 POLICIES = PolicyHistory.of(policy_at(hour) for hour in range(24))
@@ -105,6 +105,65 @@ def test_forced_unidentified_and_unpriced_requests_are_excluded_and_counted():
     assert comparable.without_intensity.tolist() == [False, False, False, True, False]
     assert len(comparable.calls) == 2
     assert comparable.comparison.propensity.tolist() == [0.5, 1.0]
+
+
+def test_requests_in_reference_blocks_are_their_own_counterfactual_and_predict_no_other():
+    """There the whole fleet serves without Sprout, so a token is charged other energy than in the other requests."""
+    row = {REFERENCE: 0.5, f"{POOL}/L1": 0.5}
+    records = [
+        record_of("holdout", energy_j=100.0, row=row),
+        record_of("other holdout", energy_j=200.0, row=row),
+        record_of("brief", option=f"{POOL}/L1", energy_j=50.0, row=row),
+        record_of("block", energy_j=900.0, row={REFERENCE: 1.0}, source="switchback"),
+    ]
+    counterfactual, comparable, _ = comparable_of(records)
+    comparison = comparable.comparison
+    assert comparison.propensity.tolist() == [0.5, 0.5, 0.5, 1.0]
+    g_per_j = comparison.emitted_g[0] / 100.0
+    assert comparison.predicted_g[:3] / g_per_j == pytest.approx([200.0, 100.0, 150.0])
+    assert counterfactual.means.get("alpaca", REFERENCE).mean[0] == pytest.approx(150.0)
+    saving = estimate_saving(comparison)
+    assert saving.references == 2
+    alone = estimate_saving(comparison.select(np.array([True, True, True, False])))
+    assert saving.saved_g == pytest.approx(alone.saved_g)
+    assert saving.reference_interval.high - saving.reference_g == pytest.approx(
+        alone.reference_interval.high - alone.reference_g
+    )
+
+
+def test_reference_blocks_predict_where_nothing_else_was_served_by_the_reference():
+    records = [
+        record_of("brief", option=f"{POOL}/L1", energy_j=50.0, row={REFERENCE: 0.5, f"{POOL}/L1": 0.5}),
+        record_of("block", energy_j=900.0, source="switchback", policy_version=None),
+    ]
+    counterfactual, comparable, _ = comparable_of(records)
+    assert counterfactual.means.get("alpaca", REFERENCE).mean[0] == pytest.approx(900.0)
+    assert len(comparable.calls) == 2
+
+
+def test_the_net_saving_subtracts_the_evaluator_over_the_same_baseline():
+    saving = estimate_saving(
+        comparison_of(
+            emitted=[4.0, 1.0],
+            propensity=[0.5, 0.5],
+            served_by_baseline=[True, False],
+            predicted=[3.0, 3.0],
+            variance=[1.0, 1.0],
+        )
+    )
+    net = net_of_evaluator(saving, 0.5)
+    half = saving.reference_interval.high - saving.reference_g
+    assert net.saved_g == pytest.approx(saving.saved_g - 0.5)
+    assert net.saving_pct == pytest.approx(100 * (1 - 5.5 / saving.reference_g))
+    assert net.saved_interval.high - net.saved_g == pytest.approx(half)
+    assert net.saving_interval.high - net.saving_pct == pytest.approx(100 * 5.5 / saving.reference_g**2 * half)
+    assert net_of_evaluator(saving, 0.0).saving_interval.low == pytest.approx(saving.saving_interval.low)
+
+
+def test_an_unknown_saving_has_no_net_saving():
+    nothing = estimate_saving(comparison_of(emitted=[], propensity=[], served_by_baseline=np.array([], dtype=bool)))
+    net = net_of_evaluator(nothing, 2.0)
+    assert (net.evaluator_g, net.saving_pct, net.saving_interval, net.saved_interval) == (2.0, None, None, None)
 
 
 def test_a_call_does_not_predict_itself():

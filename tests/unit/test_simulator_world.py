@@ -59,7 +59,10 @@ def drawn(requests: Measured, rows: np.ndarray) -> Measured:
     return replace(
         requests,
         prompts=tuple(requests.prompts[row] for row in rows),
-        **{name: getattr(requests, name)[rows] for name in ("task", "energy_kwh", "time_s", "preferred", "correct")},
+        **{
+            name: getattr(requests, name)[rows]
+            for name in ("task", "energy_kwh", "time_s", "tokens", "preferred", "correct")
+        },
     )
 
 

@@ -11,11 +11,13 @@ import asyncpg
 import typer
 from pydantic import ValidationError
 
+from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.dead_letters import describe
 from shared.runtime.settings import DatabaseSettings
 from tools.cli.console import Exit, fail, local_state, out, say
 
 DATABASE_VARIABLE = "SPROUT_DATABASE_URL"
+FLEET_VARIABLE = "SPROUT_FLEET_FILE"
 
 
 def parse_time(text: str) -> datetime:
@@ -43,14 +45,23 @@ def report(
     hours: Annotated[bool, typer.Option("--hours/--no-hours", help="Print a row for every hour")] = True,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures")] = None,
+    fleet_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--fleet",
+            metavar="FILE",
+            help=f"For the saving on the meter; default: {FLEET_VARIABLE}, else that of the local stack",
+        ),
+    ] = None,
     database: Annotated[
         str | None,
         typer.Option(metavar="URL", help=f"The ledger's database; default: {DATABASE_VARIABLE}, else the local stack"),
     ] = None,
 ) -> None:
-    """Print carbon saved and quality lost against the baseline, directive mix, and energy and carbon accounts.
+    """Print what was saved on the meter and by request, quality lost, capacity, latency, and energy accounts.
 
-    The saving is measured against the counterfactual that the baseline (no directive) had served every request.
+    Both savings are net of the evaluator. The attributed one is measured against the counterfactual that the baseline
+    (no directive) had served every request, the one on the meter against time in which the fleet served without Sprout.
     Exit codes: 0 printed, 1 failed, 2 wrong usage, 3 nothing to report yet or no database.
     """
     # Other subcommands must start without loading numpy and plotly.
@@ -67,7 +78,10 @@ def report(
         raise typer.BadParameter("--since must be before --until")
     url = database or _default_database()
     try:
-        found = asyncio.run(collect_report(url, since=since, until=until, model=model, zone=zone))
+        fleet = _fleet(fleet_file, local=database is None and not os.environ.get(DATABASE_VARIABLE))
+        found = asyncio.run(collect_report(url, since=since, until=until, model=model, zone=zone, fleet=fleet))
+    except FleetError as error:
+        fail(str(error))
     except NoLedgerError as error:
         fail(str(error), remedy="for the local stack: sprout up", code=Exit.NOT_RUNNING)
     except TooManyCallsError as error:
@@ -91,6 +105,23 @@ def report(
         _write(html, render_html(found))
     if json_file is not None:
         _write(json_file, json.dumps(to_json(found), indent=2) + "\n")
+
+
+def _fleet(path: Path | None, *, local: bool) -> Fleet | None:
+    """The fleet file of the option, of the environment, or of the local stack; None without one.
+
+    Args:
+        local: whether the database is that of the local stack.
+
+    Raises:
+        FleetError: the file cannot be used.
+    """
+    if path is None and os.environ.get(FLEET_VARIABLE):
+        path = Path(os.environ[FLEET_VARIABLE])
+    if path is None and local:
+        state = local_state()
+        path = None if state is None else state.fleet_file
+    return None if path is None else load_fleet(path)
 
 
 def _default_database() -> str:

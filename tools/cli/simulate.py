@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tools.simulator.jobs import Job
     from tools.simulator.outcome import Outcome
     from tools.simulator.schemes import Experiment, Variant
+    from tools.simulator.what_if import Plan
 
 SCHEME_NAMES = "base, co2_opt, model_opt, sprout_sta, sprout, sprout_task, sprout_context, oracle"
 """For the help; those of `tools.simulator.schemes.SCHEMES`."""
@@ -92,6 +93,40 @@ def simulate(
     life_cycle: Annotated[
         bool, typer.Option("--life-cycle", help="Use life-cycle instead of direct intensities")
     ] = False,
+    fleet: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Servers with batch curves, repeatable: shows what their meters would show (what-if)"
+        ),
+    ] = None,
+    dispatch: Annotated[
+        str, typer.Option(metavar="D,...", help="With --fleet: spread requests over all servers, or pack them on few")
+    ] = "spread,pack",
+    sleep: Annotated[
+        bool | None,
+        typer.Option("--sleep/--no-sleep", help="With --fleet: servers that packing leaves empty sleep; default: both"),
+    ] = None,
+    latency_objective: Annotated[
+        float | None, typer.Option(metavar="MS", help="With --fleet: most milliseconds per output token when packed")
+    ] = None,
+    target_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --fleet: requests at once to which packing fills a server; default: 128"),
+    ] = None,
+    requests_per_hour: Annotated[
+        float | None,
+        typer.Option(help="With --fleet: mean number of requests; default: those of --load, else see --peak-batch"),
+    ] = None,
+    peak_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --fleet: as many requests as fill the servers so far at the peak; default: 64"),
+    ] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --fleet: requests by hour of a day or of the window; default: a daily cycle"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the evaluator's draws")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Number of processes")] = os.cpu_count() or 1,
     out_dir: Annotated[
@@ -107,6 +142,7 @@ def simulate(
         from tools.simulator.inputs import Inputs, prepare  # noqa: PLC0415
         from tools.simulator.report import print_summary, render_page  # noqa: PLC0415
         from tools.simulator.requests import SimulationInputError  # noqa: PLC0415
+        from tools.simulator.what_if import simulate_fleets  # noqa: PLC0415
 
     summary, page = out_dir / "summary.json", out_dir / "report.html"
     _check_writable(out_dir, summary, page)
@@ -131,8 +167,27 @@ def simulate(
             life_cycle=life_cycle,
             seed=seed,
         )
+        plan = _plan(
+            fleet or (),
+            dispatch=dispatch,
+            sleep=sleep,
+            tpot_objective_ms=latency_objective,
+            target_batch=target_batch,
+            requests_per_hour=requests_per_hour,
+            peak_batch=peak_batch,
+            load=load,
+            seed=seed,
+        )
         experiment, todo = prepare(inputs, say)
         outcomes = _run(experiment, todo, processes=jobs)
+        grids = {job.window.zone: job.window.grid for job in todo}
+        fleets = [
+            simulate_fleets(outcome, job.window, plan, grids)
+            for outcome, job in zip(outcomes, todo, strict=True)
+            if plan is not None
+        ]
+        if unknown := sorted({one.scheme for one, found in zip(outcomes, fleets, strict=False) if not found}):
+            say(f"no fleet figures of {', '.join(unknown)}: the tokens of its answers are not known")
     except SimulationInputError as error:
         fail(str(error))
     except ValidationError as error:
@@ -142,12 +197,59 @@ def simulate(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         figures = [one.summary() for one in outcomes]
+        for run, found in zip(figures, fleets, strict=False):
+            run["fleets"] = [one.summary() for one in found]
         summary.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        page.write_text(render_page(outcomes), encoding="utf-8")
+        page.write_text(render_page(outcomes, fleets), encoding="utf-8")
     except OSError as error:
         fail(f"--out {out_dir} cannot be written: {error}")
-    print_summary(outcomes, out)
+    print_summary(outcomes, out, fleets)
     out.print(f"wrote {summary} and {page}")
+
+
+def _plan(
+    files: Sequence[Path],
+    *,
+    dispatch: str,
+    sleep: bool | None,
+    tpot_objective_ms: float | None,
+    target_batch: int | None,
+    requests_per_hour: float | None,
+    peak_batch: int | None,
+    load: Path | None,
+    seed: int,
+) -> "Plan | None":
+    """What is simulated on fleets; None without a fleet."""
+    from tools.simulator.fleet import load_server_fleet  # noqa: PLC0415
+    from tools.simulator.requests import SimulationInputError  # noqa: PLC0415
+    from tools.simulator.what_if import Plan, dispatches_of, read_load  # noqa: PLC0415
+
+    options = {
+        "--sleep": sleep,
+        "--latency-objective": tpot_objective_ms,
+        "--target-batch": target_batch,
+        "--requests-per-hour": requests_per_hour,
+        "--peak-batch": peak_batch,
+        "--load": load,
+    }
+    if not files:
+        if unused := [name for name, value in options.items() if value is not None]:
+            raise SimulationInputError(f"{unused[0]} needs --fleet: the servers to simulate")
+        return None
+    for name, value in (("--latency-objective", tpot_objective_ms), ("--requests-per-hour", requests_per_hour)):
+        if value is not None and not 0.0 < value < float("inf"):
+            raise SimulationInputError(f"{name} must be greater than 0, got {value:g}")
+    return Plan(
+        fleets=tuple(load_server_fleet(file) for file in files),
+        dispatches=dispatches_of(dispatch),
+        sleep=sleep,
+        target_batch=target_batch,
+        tpot_objective_ms=tpot_objective_ms,
+        load=None if load is None else read_load(load),
+        requests_per_hour=requests_per_hour,
+        peak_batch=peak_batch,
+        seed=seed,
+    )
 
 
 def _check_writable(folder: Path, *files: Path) -> None:

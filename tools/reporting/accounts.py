@@ -41,11 +41,11 @@ def sites_of(*tables: Calls) -> dict[str, Site]:
                 continue
             unit_g = calls.energy_j[where] / JOULES_PER_KWH * calls.intensity_g_per_kwh[where]
             priced = unit_g > 0
-            timed = calls.processing_s[where] > 0
+            timed = calls.server_s[where] > 0
             sites[pool] = Site(
                 zone=zone,
                 pue=float(np.median(calls.operational_g[where][priced] / unit_g[priced])) if priced.any() else 1.0,
-                embodied_g_per_s=float(np.median(calls.embodied_g[where][timed] / calls.processing_s[where][timed]))
+                embodied_g_per_s=float(np.median(calls.embodied_g[where][timed] / calls.server_s[where][timed]))
                 if timed.any()
                 else 0.0,
             )
@@ -54,14 +54,14 @@ def sites_of(*tables: Calls) -> dict[str, Site]:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """gCO2eq per joule and per second of each call at one pool; arrays of shape `(calls,)`, NaN if unknown."""
+    """gCO2eq per joule and per second of server time of each call at one pool; shape `(calls,)`, NaN if unknown."""
 
     g_per_j: Floats
     g_per_s: Floats
 
-    def grams(self, energy_j: Floats | float, processing_s: Floats | float) -> Floats:
-        """gCO2eq of that energy and time; shape `(calls,)`."""
-        return self.g_per_j * energy_j + self.g_per_s * processing_s
+    def grams(self, energy_j: Floats | float, server_s: Floats | float) -> Floats:
+        """gCO2eq of that energy and server time; shape `(calls,)`."""
+        return self.g_per_j * energy_j + self.g_per_s * server_s
 
 
 def prices_at(calls: Calls, pool: str, sites: Mapping[str, Site], grid: Mapping[str, IntensitySeries]) -> Prices:
@@ -110,10 +110,12 @@ def energy_account(snapshot: Snapshot) -> EnergyAccount:
 
 
 def carbon_account(snapshot: Snapshot, sites: Mapping[str, Site]) -> CarbonAccount:
-    """Price the same energy at the intensity of its time, and add the embodied carbon of the calls."""
+    """Price the same energy at the intensity of its time, and add the embodied carbon of the servers' time."""
     purposes = {name: snapshot.purposes.get(name, NOTHING) for name in ("request", "evaluation", "judge")}
-    idle_g = unattributed_g = unpriced = 0.0
+    idle_g = unattributed_g = unpriced = embodied_g = 0.0
     for interval in snapshot.intervals:
+        site = sites.get(interval.pool)
+        embodied_g += 0.0 if site is None else interval.idle_s * site.embodied_g_per_s
         g_per_j = grams_per_joule(interval, snapshot.grid, sites)
         if np.isnan(g_per_j):
             unpriced += interval.idle_j + interval.unattributed_j
@@ -124,8 +126,8 @@ def carbon_account(snapshot: Snapshot, sites: Mapping[str, Site]) -> CarbonAccou
         requests_g=purposes["request"].grams,
         evaluation_g=purposes["evaluation"].grams,
         judge_g=purposes["judge"].grams,
-        idle_g=idle_g,
+        idle_g=idle_g + embodied_g,
         unattributed_g=unattributed_g,
-        embodied_g=sum(sums.embodied_g for sums in purposes.values()),
+        embodied_g=embodied_g + sum(sums.embodied_g for sums in purposes.values()),
         unpriced_j=unpriced + sum(sums.unpriced_j for sums in purposes.values()),
     )

@@ -7,6 +7,7 @@ from datetime import datetime
 import asyncpg
 import numpy as np
 
+from shared.fleet import Fleet
 from tools.reporting.accounts import carbon_account, energy_account, sites_of
 from tools.reporting.breakdown import (
     HOUR_S,
@@ -19,11 +20,12 @@ from tools.reporting.breakdown import (
     zone_row,
 )
 from tools.reporting.counterfactual import NO_REFERENCE, ComparableRequests, Counterfactual, references_of
+from tools.reporting.fleet_report import metered_report
 from tools.reporting.frame import Calls, Floats, partition
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policies_below_bound, relative_pct
 from tools.reporting.query import Selection, Snapshot, read_snapshot
-from tools.reporting.savings import Comparison, estimate_saving
+from tools.reporting.savings import Comparison, estimate_saving, net_of_evaluator
 
 
 async def collect_report(
@@ -33,6 +35,8 @@ async def collect_report(
     until: datetime | None = None,
     model: str | None = None,
     zone: str | None = None,
+    fleet: Fleet | None = None,
+    stretch: float = 1.0,
 ) -> Report:
     """Read the ledger's tables and compute the report.
 
@@ -42,6 +46,8 @@ async def collect_report(
         until: only calls that started before this time; timezone-aware.
         model: one logical model; the energy and carbon accounts still cover all models, as the meters do.
         zone: only calls served in this grid zone.
+        fleet: the fleet file; without it the saving on the meter is unknown.
+        stretch: latencies and their objectives are divided by it; for simulated servers whose steps are stretched.
 
     Raises:
         NoLedgerError: the ledger has not created its tables there.
@@ -52,12 +58,12 @@ async def collect_report(
     if isinstance(database, str):
         connection = await asyncpg.connect(database)
         try:
-            snapshot = await read_snapshot(connection, selection)
+            snapshot = await read_snapshot(connection, selection, fleet, stretch=stretch)
         finally:
             await connection.close()
     else:
         async with database.acquire() as pooled:
-            snapshot = await read_snapshot(pooled, selection)
+            snapshot = await read_snapshot(pooled, selection, fleet, stretch=stretch)
     return await asyncio.to_thread(compute_report, snapshot)
 
 
@@ -76,12 +82,15 @@ def compute_report(snapshot: Snapshot) -> Report:
     published = snapshot.policies.created_between(selection.since, selection.until, selection.model)
     references = tuple(sorted(set(served.reference.tolist()) - {NO_REFERENCE}))
     zones = sorted(set(served.calls.zone.tolist()))
+    saving = estimate_saving(comparison)
     return Report(
         scope=_scope(snapshot, served.calls),
         requests=_counts(snapshot, comparable, comparison, served.calls),
         options=tuple(sorted(set(served.calls.option.tolist()), key=lambda name: (name not in references, name))),
         references=references,
-        saving=estimate_saving(comparison),
+        saving=saving,
+        net=net_of_evaluator(saving, snapshot.evaluator_g),
+        metered=metered_report(snapshot, sites),
         implied_saving_pct=_saving_from_probabilities_pct(counterfactual, comparable, comparison, snapshot),
         promised_saving_pct=_predicted_saving_pct(comparable, comparison, snapshot.policies),
         energy=energy_account(snapshot),
@@ -108,7 +117,7 @@ def compute_report(snapshot: Snapshot) -> Report:
         hours=hour_rows(served, comparable.calls, comparison, snapshot.policies),
         groups=group_rows(served, comparable.calls, comparison),
         measured=tuple(
-            OptionRow(group, option, cell.calls, float(cell.mean[0]), float(cell.mean[1]))
+            OptionRow(group, option, cell.calls, float(cell.mean[0]), cell.processing_s)
             for (group, option), cell in sorted(counterfactual.means.measured())
         ),
         evaluations=evaluation_rows(snapshot.qualities, snapshot.evaluation_costs),
@@ -151,8 +160,8 @@ def _predicted_saving_pct(
 ) -> float | None:
     """Saving that the policies predicted when they were solved, averaged over their requests, %.
 
-    A request in fallback counts with its own grams on both sides. A prediction covers all zones of a policy: None if
-    the report covers only some of a request's options.
+    A request that only the reference could serve counts with its own grams on both sides. A prediction covers all zones
+    of a policy: None if the report covers only some of a request's options.
     """
     if np.any(comparison.p_subset < 1.0):
         return None
@@ -163,8 +172,8 @@ def _predicted_saving_pct(
         if policy is not None:
             expected[where] = policy.expected_g_per_request
             reference[where] = policy.reference_g_per_request
-    fallback = calls.source == "fallback"
-    expected[fallback] = reference[fallback] = calls.total_g[fallback]
+    certain = calls.reference_certain
+    expected[certain] = reference[certain] = calls.total_g[certain]
     return _saving_pct(expected, reference)
 
 
@@ -204,6 +213,7 @@ def _counts(snapshot: Snapshot, comparable: ComparableRequests, comparison: Comp
         unidentified=int((comparable.unidentified & shown).sum()),
         without_intensity=int((comparable.without_intensity & shown).sum()),
         fallback=int(np.count_nonzero(calls.source == "fallback")),
+        switchback=int(np.count_nonzero(calls.source == "switchback")),
         prompt_tokens=int(calls.prompt_tokens.sum()),
         completion_tokens=int(calls.completion_tokens.sum()),
     )

@@ -22,26 +22,30 @@ class CallStatistics:
 
     Attributes:
         calls: number of calls.
-        mean: energy (J) and time (s); shape `(2,)`.
-        covariance: of energy and time between calls; shape `(2, 2)`, zero with fewer than two calls.
+        mean: energy (J) and server time (s); shape `(2,)`.
+        covariance: of energy and server time between calls; shape `(2, 2)`, zero with fewer than two calls.
+        processing_s: mean time from sending to the last token.
     """
 
     calls: int
     mean: Floats
     covariance: Floats
+    processing_s: float
 
 
 class MeanTable:
-    """Mean energy and time by (group, option).
+    """Mean energy and server time by (group, option).
 
     Requests count first. If a group was never served at an option, the evaluator's calls are used, which are a random
-    sample of the same prompts; otherwise the option's mean over all groups.
+    sample of the same prompts; otherwise the option's mean over all groups. Requests in a reference block of the
+    switchback count only where there is nothing else: another dispatch charges other energy for the same tokens.
     """
 
     def __init__(self, requests: Calls, evaluations: Calls) -> None:
         self._pairs: dict[tuple[str, str], CallStatistics] = {}
         self._options: dict[str, CallStatistics] = {}
-        for calls in (evaluations, requests):  # requests replace evaluations
+        in_blocks = requests.source == "switchback"
+        for calls in (requests.select(in_blocks), evaluations, requests.select(~in_blocks)):  # the last one wins
             for (group, option), where in partition(calls.group, calls.option).items():
                 self._pairs[group, option] = call_statistics(calls, where)
             for (option,), where in partition(calls.option).items():
@@ -57,10 +61,15 @@ class MeanTable:
 
 
 def call_statistics(calls: Calls, where: Indices) -> CallStatistics:
-    """Mean and covariance of the energy and time of some calls."""
-    pairs = np.stack([calls.energy_j[where], calls.processing_s[where]])
+    """Mean and covariance of the energy and server time of some calls."""
+    pairs = np.stack([calls.energy_j[where], calls.server_s[where]])
     covariance = np.cov(pairs) if len(where) > 1 else np.zeros((2, 2))
-    return CallStatistics(calls=len(where), mean=pairs.mean(axis=1), covariance=covariance)
+    return CallStatistics(
+        calls=len(where),
+        mean=pairs.mean(axis=1),
+        covariance=covariance,
+        processing_s=float(calls.processing_s[where].mean()),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +137,8 @@ class Counterfactual:
             distribution = distributions[int(index)]
             p_zone[where] = sum(share for option, share in distribution.items() if self._lies_in(zone, option))
         in_zone = calls.zone == zone
-        # A fallback may have no distribution; its option was certain.
-        p_zone[calls.source == "fallback"] = in_zone[calls.source == "fallback"]
+        # Such a request may have no distribution; its option was certain.
+        p_zone[calls.reference_certain] = in_zone[calls.reference_certain]
         baseline_in_zone = np.array([self._lies_in(zone, option) for option in requests.reference], dtype=bool)
         return requests.comparison.subset(in_zone, np.minimum(1.0, p_zone), baseline_in_zone)
 
@@ -188,14 +197,14 @@ class Counterfactual:
         The prediction of a request served by the reference leaves that request out; only then is the estimate unbiased
         with few reference calls.
         """
-        energy_j, processing_s = np.zeros(len(requests)), np.zeros(len(requests))
+        energy_j, server_s = np.zeros(len(requests)), np.zeros(len(requests))
         variance = np.zeros(len(requests))
-        served = (requests.option == reference) & (requests.source != "forced")
+        served = (requests.option == reference) & (requests.source != "forced") & (requests.source != "switchback")
         for (group, option), where in partition(requests.group, reference).items():
             statistics = self.means.get(group, option)
             if option == NO_REFERENCE or statistics is None:
                 continue
-            energy_j[where], processing_s[where] = statistics.mean
+            energy_j[where], server_s[where] = statistics.mean
             covariance = statistics.covariance if statistics.calls > 1 else self._covariance(option)
             a, b = prices.g_per_j[where], prices.g_per_s[where]
             variance[where] = np.maximum(
@@ -204,8 +213,8 @@ class Counterfactual:
             own = where[served[where]]
             if len(own):
                 energy_j[own] = self._leave_one_out(requests.energy_j, own, served & (reference == option))
-                processing_s[own] = self._leave_one_out(requests.processing_s, own, served & (reference == option))
-        return prices.grams(energy_j, processing_s), variance
+                server_s[own] = self._leave_one_out(requests.server_s, own, served & (reference == option))
+        return prices.grams(energy_j, server_s), variance
 
     @staticmethod
     def _leave_one_out(values: Floats, own: Indices, all_groups: Flags) -> Floats:
@@ -227,21 +236,24 @@ class Counterfactual:
 
 
 def references_of(requests: Calls, policies: PolicyHistory) -> Texts:
-    """The reference option of each request: its policy's, or in fallback the option that served it; else empty."""
+    """The reference option of each request: its policy's, or its own if only the reference could serve; else empty."""
     reference = np.full(len(requests), NO_REFERENCE, dtype=object)
     for (model, version), where in partition(requests.model, requests.policy_version.astype(object)).items():
         reference[where] = policies.reference_of(model, int(version)) or NO_REFERENCE
-    fallback = requests.source == "fallback"
-    reference[fallback] = requests.option[fallback]
+    reference[requests.reference_certain] = requests.option[requests.reference_certain]
     return reference
 
 
 def propensities_of(requests: Calls, distributions: DistributionList, reference: Texts) -> Floats:
-    """Probability with which each request's reference was chosen; 0 if it could not be; shape `(requests,)`."""
+    """Probability with which each request's reference was chosen; 0 if it could not be; shape `(requests,)`.
+
+    1 in fallback and in reference blocks of the switchback: such a request counts with its own grams on both sides, so
+    it saves nothing, with certainty.
+    """
     propensity = np.zeros(len(requests))
     for (option, index), where in partition(reference, requests.distribution.astype(object)).items():
         propensity[where] = min(1.0, distributions[int(index)].get(option, 0.0))
-    propensity[requests.source == "fallback"] = 1.0
+    propensity[requests.reference_certain] = 1.0
     return propensity
 
 

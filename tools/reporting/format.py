@@ -23,6 +23,21 @@ def percent_range(interval: Interval | None) -> str:
     return UNKNOWN if interval is None else f"{interval.low:z.1f} to {interval.high:z.1f} %"
 
 
+def grams_range(interval: Interval | None) -> str:
+    """`1.23 to 1.45 kg`, the units that `grams` chooses."""
+    return UNKNOWN if interval is None else f"{grams(interval.low)} to {grams(interval.high)}"
+
+
+def decimal(value: float | None) -> str:
+    """`1.2`."""
+    return UNKNOWN if value is None else f"{value:.1f}"
+
+
+def milliseconds(value: float | None) -> str:
+    """`12.3 ms`."""
+    return UNKNOWN if value is None else f"{significant_digits(value)} ms"
+
+
 def grams(value: float | None) -> str:
     """gCO2eq with three significant digits, in mg, g, kg or t."""
     if value is None:

@@ -36,11 +36,13 @@ class Calls:
         option: `<pool>/<level>`.
         pool: pool that served the call.
         zone: the pool's grid zone.
-        source: `policy`, `fallback` or `forced`; empty for calls of the evaluator.
+        source: `policy`, `fallback`, `forced` or `switchback`; empty for calls of the evaluator.
         policy_version: -1 without a policy.
         distribution: index into `Distributions.all` of the probabilities from which the option was drawn.
         started_s: seconds since the Unix epoch, event time.
         processing_s: seconds from sending to the last token.
+        server_s: share of the server's time, which calls that run at once divide; seconds. Footprints of an earlier
+            version were charged for `processing_s`.
         prompt_tokens: 0 if unknown.
         completion_tokens: generated tokens.
         energy_j: attributed energy, J.
@@ -60,6 +62,7 @@ class Calls:
     distribution: Indices
     started_s: Floats
     processing_s: Floats
+    server_s: Floats
     prompt_tokens: NDArray[np.int64]
     completion_tokens: NDArray[np.int64]
     energy_j: Floats
@@ -74,6 +77,12 @@ class Calls:
     def total_g(self) -> Floats:
         """gCO2eq of each call; NaN if the intensity is unknown."""
         return self.operational_g + self.embodied_g
+
+    @property
+    def reference_certain(self) -> Flags:
+        """Requests that only the reference could serve: in fallback, or in a reference block of the switchback."""
+        certain: Flags = (self.source == "fallback") | (self.source == "switchback")
+        return certain
 
     def select(self, mask: Flags) -> Self:
         """The calls for which `mask`, of shape `(calls,)`, is true."""
@@ -113,6 +122,7 @@ class Distributions:
 _MEASURED = (
     "started_s",
     "processing_s",
+    "server_s",
     "prompt_tokens",
     "completion_tokens",
     "energy_j",

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pydantic import BaseModel
+
+from tools.reporting.meter_model import Metered
 from tools.reporting.quality import JudgedShare
-from tools.reporting.savings import Interval, Saving
+from tools.reporting.savings import Interval, NetSaving, Saving
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class RequestCounts:
         unidentified: excluded because the policy could not choose the reference.
         without_intensity: excluded because the carbon intensity is unknown.
         fallback: served by the reference without a valid policy; compared, with a saving of 0.
+        switchback: served by the reference in a reference block of the switchback; compared, with a saving of 0.
     """
 
     answered: int
@@ -57,6 +61,7 @@ class RequestCounts:
     unidentified: int
     without_intensity: int
     fallback: int
+    switchback: int
     prompt_tokens: int
     completion_tokens: int
 
@@ -100,9 +105,9 @@ class CarbonAccount:
 
     Attributes:
         requests_g, evaluation_g, judge_g: operational and embodied carbon of the calls.
-        idle_g: of idle energy.
+        idle_g: of idle energy, and embodied carbon of the servers' time without calls.
         unattributed_g: of energy without a known call.
-        embodied_g: the embodied part of the calls' carbon.
+        embodied_g: the embodied part of all carbon.
         unpriced_j: energy at unknown intensity, J; in none of the grams.
     """
 
@@ -271,6 +276,9 @@ class Report:
     Attributes:
         options: all options served, reference first.
         references: reference options.
+        saving: attributed: what the requests emitted, against the baseline; the evaluator is not subtracted.
+        net: the same less the evaluator's grams.
+        metered: saving on the meter, capacity and latency of the whole fleet.
         implied_saving_pct: computed from the policies' probabilities and the measured means by group and option.
         promised_saving_pct: predicted by the policies when they were solved.
         measured: mean energy and time by group and option.
@@ -282,6 +290,8 @@ class Report:
     options: tuple[str, ...]
     references: tuple[str, ...]
     saving: Saving
+    net: NetSaving
+    metered: Metered
     implied_saving_pct: float | None
     promised_saving_pct: float | None
     energy: EnergyAccount
@@ -316,7 +326,24 @@ class Report:
 def to_json(report: Report) -> dict[str, Any]:
     """The report as JSON values: key figures first, then everything; times as ISO 8601 in UTC, unknown as null."""
     interval = report.saving.saving_interval
+    metered = report.metered
+    on_meter = metered.saving
     return {
+        "saving_on_meter_pct": None if on_meter is None else on_meter.saving_pct,
+        "saving_on_meter_interval_pct": _bounds(None if on_meter is None else on_meter.saving_interval),
+        "saved_on_meter_g": None if on_meter is None else on_meter.saved_g,
+        "saved_on_meter_j": None if on_meter is None else on_meter.saved_j,
+        "attributed_saving_pct": report.net.saving_pct,
+        "attributed_saving_interval_pct": _bounds(report.net.saving_interval),
+        "attributed_saved_g": report.net.saved_g,
+        "net_of_evaluator": True,
+        "fleet_energy_j": metered.fleet_energy_j,
+        "idle_energy_j": metered.idle_energy_j,
+        "endpoints": metered.endpoints,
+        "endpoints_needed_mean": metered.endpoints_needed_mean,
+        "tpot_p95_ms": metered.latency.tpot_p95_ms,
+        "ttft_p95_ms": metered.latency.ttft_p95_ms,
+        "tpot_objective_ms": metered.tpot_objective_ms,
         "carbon_saving_pct": report.saving.saving_pct,
         "carbon_saving_low_pct": None if interval is None else interval.low,
         "carbon_saving_high_pct": None if interval is None else interval.high,
@@ -333,7 +360,13 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
+def _bounds(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [interval.low, interval.high]
+
+
 def _plain(value: object) -> Any:  # noqa: ANN401 - JSON
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

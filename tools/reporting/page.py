@@ -16,15 +16,16 @@ from plotly.offline import get_plotlyjs
 from tools.reporting.format import energy, grams, percent, percent_range, relative_difference
 from tools.reporting.model import Report
 from tools.reporting.plots import Plot, plots
-from tools.reporting.tables import (
+from tools.reporting.summary import (
+    ATTRIBUTED,
     BASELINE,
-    TextTable,
+    ON_METER,
     bound_summary,
     headline,
     quality_change,
     summary_lines,
-    tables,
 )
+from tools.reporting.tables import TextTable, tables
 
 TITLE = "Sprout: carbon report"
 
@@ -90,18 +91,35 @@ def _trusted(name: str) -> Markup:
 
 def _tiles(report: Report) -> tuple[Tile, ...]:
     """The most important figures; gain and loss side by side."""
-    saving, account, requests, quality = report.saving, report.energy, report.requests, report.quality
-    known = saving.saving_pct is not None
+    net, account, requests, quality = report.net, report.energy, report.requests, report.quality
+    on_meter, metered = report.metered.saving, report.metered
     difference = account.difference_pct
     change = quality_change(quality.preference_pct)
     return (
-        Tile("carbon saved", percent(saving.saving_pct), f"95 %: {percent_range(saving.saving_interval)}"),
+        Tile(
+            ON_METER,
+            grams(None if on_meter is None else on_meter.saved_g),
+            "not known; see the summary"
+            if on_meter is None
+            else f"{energy(on_meter.saved_j)}; {percent(on_meter.saving_pct)}, 95 %: "
+            f"{percent_range(on_meter.saving_interval)}; net of the evaluator",
+        ),
+        Tile(
+            ATTRIBUTED,
+            grams(None if net.saving_pct is None else net.saved_g),
+            f"{percent(net.saving_pct)}, 95 %: {percent_range(net.saving_interval)}; net of the evaluator",
+        ),
         Tile(
             "answer quality",
             percent(quality.preference_pct),
             f"of the baseline's preference{f', {change}' if change else ''}; {bound_summary(report)}",
         ),
-        Tile("grams saved", grams(saving.saved_g if known else None), f"{grams(saving.emitted_g)} emitted"),
+        Tile(
+            "servers needed",
+            "–" if metered.endpoints_needed_mean is None else f"{metered.endpoints_needed_mean:.1f}",
+            f"of {metered.endpoints}, mean over time; "
+            + (f"{in_use:.1f} had work" if (in_use := metered.endpoints_in_use_mean) is not None else "use not known"),
+        ),
         Tile(
             "saving by policies",
             percent(report.implied_saving_pct),

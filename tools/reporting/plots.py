@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 from tools.reporting.format import option_names
 from tools.reporting.model import HourRow, Report
 from tools.reporting.savings import Interval
-from tools.reporting.tables import BASELINE, hour_saving_pct
+from tools.reporting.summary import BASELINE
+from tools.reporting.tables import hour_saving_pct
 
 GREEN, AMBER, RED, BLUE, GREY, PURPLE = "#2f9e5b", "#e0a030", "#d1495b", "#3a7ebf", "#8b949e", "#8e6bbf"
 LEVELS = (GREY, "#7fc796", GREEN, BLUE, PURPLE, AMBER, RED)
@@ -51,6 +52,38 @@ def intensity_figure(report: Report) -> go.Figure:
         )
     figure.update_yaxes(rangemode="tozero")
     return figure
+
+
+def power_figure(report: Report) -> go.Figure:
+    """Power of the serving endpoints, and the power predicted without Sprout; reference blocks are shaded."""
+    metered = report.metered
+    figure = blank_figure("kW" if _in_kw(report) else "W")
+    scale = 1_000.0 if _in_kw(report) else 1.0
+    for block in metered.blocks:
+        figure.add_vrect(x0=block.start, x1=block.end, fillcolor=AMBER, opacity=0.25, line_width=0, layer="below")
+    if any(point.without_w is not None for point in metered.power):
+        figure.add_scatter(
+            x=[point.at for point in metered.power],
+            y=[None if point.without_w is None else point.without_w / scale for point in metered.power],
+            name="without Sprout, predicted",
+            mode="lines",
+            line={"color": GREY, "width": 2, "dash": "dash"},
+            hovertemplate="%{y:.3g}",
+        )
+    figure.add_scatter(
+        x=[point.at for point in metered.power],
+        y=[None if point.power_w is None else point.power_w / scale for point in metered.power],
+        name="on the meters",
+        mode="lines",
+        line={"color": GREEN, "width": 2},
+        hovertemplate="%{y:.3g}",
+    )
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def _in_kw(report: Report) -> bool:
+    return any((point.power_w or 0.0) >= 10_000 for point in report.metered.power)
 
 
 def mix_figure(report: Report) -> go.Figure:
@@ -211,6 +244,9 @@ def group_figure(report: Report) -> go.Figure:
 def plots(report: Report) -> list[Plot]:
     """Every plot for which the report has data."""
     found: list[Plot] = []
+    if report.metered.power:
+        note = "Of the servers that serve requests. Shaded: reference blocks, in which they serve without Sprout."
+        found.append(Plot("Power of the fleet", note, power_figure(report)))
     if report.grid:
         found.append(Plot("Carbon intensity", "Of the grid; diamonds are evaluations.", intensity_figure(report)))
     if report.hours:

@@ -12,8 +12,10 @@ import asyncpg
 import numpy as np
 from asyncpg.pool import PoolConnectionProxy
 
+from shared.fleet import Fleet
 from shared.messages import GroupEvidence, Policy, Quality, QualityCount
 from tools.reporting.frame import MAX_AGE_S, Calls, CallsBuilder, Distributions, IntensitySeries
+from tools.reporting.meters import NO_READINGS, FleetReadings, read_fleet
 from tools.reporting.quality import PolicyHistory
 
 MAX_CALLS = 2_000_000
@@ -53,7 +55,10 @@ class CallSums:
 
 @dataclass(frozen=True, slots=True)
 class IntervalSums:
-    """Energy of one pool's intervals that started in one hour, J; `middle_s` is the middle of the hour."""
+    """Energy of one pool's intervals that started in one hour, J; `middle_s` is the middle of the hour.
+
+    `idle_s` is the servers' time without calls, seconds; 0 in intervals of an earlier version.
+    """
 
     zone: str
     pool: str
@@ -61,6 +66,7 @@ class IntervalSums:
     attributed_j: float
     idle_j: float
     unattributed_j: float
+    idle_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +106,14 @@ class Snapshot:
         rejections: requests rejected, by error code.
         metered_j: metered energy, J.
         purposes: by `request`, `evaluation`, `judge`.
+        evaluator_g: gCO2eq of the evaluator's generations and of its judge, for the selected model and zone.
         grid: carbon intensity by zone.
         policies: all policies published so far; earlier ones may still be active.
         qualities: results of the evaluations in the period.
         groupings: prompt groups learned in the period, oldest first.
         evaluation_costs: by evaluation id.
+        fleet: the fleet file; None if it is not known.
+        readings: meters, demand and latency of the whole fleet; empty if a model or zone is selected.
     """
 
     selection: Selection
@@ -116,12 +125,15 @@ class Snapshot:
     rejections: Mapping[str, int]
     metered_j: float
     purposes: Mapping[str, CallSums]
+    evaluator_g: float
     intervals: Sequence[IntervalSums]
     grid: Mapping[str, IntensitySeries]
     policies: PolicyHistory
     qualities: Sequence[Quality]
     groupings: Sequence[LearnedGroups]
     evaluation_costs: Mapping[str, EvaluationSums]
+    fleet: Fleet | None = None
+    readings: FleetReadings = NO_READINGS
 
 
 # Every statement names its schema, because any connection may be used. $1 is since, $2 until, then model and zone.
@@ -133,6 +145,7 @@ _FOOTPRINTS = f"""
 SELECT purpose, model, grp, task, pool, level, zone, decision_source, policy_version,
        propensities::text AS propensities,
        extract(epoch FROM started_at)::float8 AS started_s, processing_s::float8 AS processing_s,
+       coalesce(server_s, processing_s)::float8 AS server_s,
        coalesce(prompt_tokens, 0) AS prompt_tokens, completion_tokens, energy_j::float8 AS energy_j,
        intensity_g_per_kwh::float8 AS intensity_g_per_kwh, operational_g::float8 AS operational_g,
        embodied_g::float8 AS embodied_g
@@ -163,10 +176,15 @@ SELECT purpose, sum(energy_j)::float8 AS energy_j, coalesce(sum(total_g), 0)::fl
 FROM ledger.footprints WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS NULL OR zone = $3) GROUP BY purpose
 """
 
+_EVALUATOR = f"""
+SELECT coalesce(sum(total_g), 0)::float8 FROM ledger.footprints
+WHERE purpose <> 'request' AND {_PERIOD.format(at="started_at")} AND {_MODEL} AND {_ZONE}
+"""
+
 _INTERVALS = f"""
 SELECT zone, pool, extract(epoch FROM date_trunc('hour', started_at, 'UTC'))::float8 + 1800 AS middle_s,
        sum(attributed_j)::float8 AS attributed_j, sum(idle_j)::float8 AS idle_j,
-       sum(unattributed_j)::float8 AS unattributed_j
+       sum(unattributed_j)::float8 AS unattributed_j, coalesce(sum(idle_s), 0)::float8 AS idle_s
 FROM ledger.intervals WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS NULL OR zone = $3)
 GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
 """
@@ -218,7 +236,9 @@ WHERE purpose <> 'request' AND evaluation_id IS NOT NULL AND {_PERIOD.format(at=
 """
 
 
-async def read_snapshot(connection: Connection, selection: Selection) -> Snapshot:
+async def read_snapshot(
+    connection: Connection, selection: Selection, fleet: Fleet | None = None, *, stretch: float = 1.0
+) -> Snapshot:
     """Read all tables in one transaction, so that all figures of a report are consistent.
 
     Raises:
@@ -229,10 +249,10 @@ async def read_snapshot(connection: Connection, selection: Selection) -> Snapsho
     if await connection.fetchval("SELECT to_regclass('ledger.footprints')") is None:
         raise NoLedgerError("this database has no tables of the ledger: start the ledger on it first")
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        return await _read(connection, selection)
+        return await _read(connection, selection, fleet, stretch)
 
 
-async def _read(connection: Connection, selection: Selection) -> Snapshot:
+async def _read(connection: Connection, selection: Selection, fleet: Fleet | None, stretch: float) -> Snapshot:
     since, until, model, zone = selection.since, selection.until, selection.model, selection.zone
     count = await connection.fetchval(_COUNT, since, until, model)
     if count > MAX_CALLS:
@@ -251,6 +271,9 @@ async def _read(connection: Connection, selection: Selection) -> Snapshot:
     qualities = await connection.fetch(_QUALITY, since, until, model)
     groupings = await connection.fetch(_GROUPINGS, since, until, model)
     costs = await connection.fetch(_EVALUATION_COSTS, since, None)
+    readings = NO_READINGS
+    if model is None and zone is None:
+        readings = await read_fleet(connection, since=since, until=until, fleet=fleet, stretch=stretch)
     return Snapshot(
         selection=selection,
         requests=requests,
@@ -264,14 +287,17 @@ async def _read(connection: Connection, selection: Selection) -> Snapshot:
             row["purpose"]: CallSums(row["energy_j"], row["grams"], row["embodied_g"], row["unpriced_j"])
             for row in purposes
         },
+        evaluator_g=await connection.fetchval(_EVALUATOR, since, until, model, zone),
         intervals=[IntervalSums(**row) for row in intervals],
-        grid=await _grid(connection, selection, requests, evaluations),
+        grid=await _grid(connection, selection, readings, requests, evaluations),
         policies=PolicyHistory.of(Policy.model_validate_json(row["policy"]) for row in policies),
         qualities=[Quality.model_validate_json(row["quality"]) for row in qualities],
         groupings=[_learned_groups(row) for row in groupings],
         evaluation_costs={
             row["evaluation_id"]: EvaluationSums(row["calls"], row["energy_j"], row["grams"]) for row in costs
         },
+        fleet=fleet,
+        readings=readings,
     )
 
 
@@ -293,12 +319,18 @@ async def _footprints(
     return columns["request"].build(), columns["evaluation"].build()
 
 
-async def _grid(connection: Connection, selection: Selection, *tables: Calls) -> Mapping[str, IntensitySeries]:
-    """Carbon intensity by zone, from `MAX_AGE_S` before the first call."""
-    starts = [calls.started_s for calls in tables if len(calls)]
-    if selection.since is None and not starts:
+async def _grid(
+    connection: Connection, selection: Selection, readings: FleetReadings, *tables: Calls
+) -> Mapping[str, IntensitySeries]:
+    """Carbon intensity by zone, from `MAX_AGE_S` before the first call or reading."""
+    starts = [float(calls.started_s.min()) for calls in tables if len(calls)]
+    if selection.since is not None:
+        starts = [selection.since.timestamp()]
+    if readings.table is not None:
+        starts.append(float(readings.table.start_s[0]))
+    if not starts:
         return {}
-    first_s = selection.since.timestamp() if selection.since else min(float(started.min()) for started in starts)
+    first_s = min(starts)
     first = datetime.fromtimestamp(first_s - MAX_AGE_S, tz=UTC)
     points = await connection.fetch(_INTENSITY, first, selection.until)
     by_zone: dict[str, list[asyncpg.Record]] = {}

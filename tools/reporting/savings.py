@@ -28,7 +28,8 @@ class Comparison:
 
     Attributes:
         emitted_g: emitted gCO2eq.
-        propensity: probability with which the baseline was chosen, > 0; 1 in fallback.
+        propensity: probability with which the baseline was chosen, > 0; 1 in fallback and in reference blocks of the
+            switchback.
         served_by_baseline: whether the baseline served the request.
         predicted_g: gCO2eq expected at the baseline, from other requests' energy and time at this request's prices.
         variance: variance of the grams at the baseline around `predicted_g`, g².
@@ -140,6 +141,49 @@ def estimate_saving(requests: Comparison) -> Saving:
         saving_interval=None
         if half is None
         else Interval(100.0 * (saving - slope * half), 100.0 * (saving + slope * half)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NetSaving:
+    """A saving less what Sprout itself emitted. The field names are keys of the JSON report.
+
+    Attributes:
+        evaluator_g: gCO2eq of the evaluator's generations and of its judge.
+        saved_g: gCO2eq saved, less `evaluator_g`.
+        saved_interval: of `saved_g`; None without evidence of its variance.
+        saving_pct: % of the grams at the baseline; None if these are unknown.
+        saving_interval: of `saving_pct`.
+    """
+
+    evaluator_g: float
+    saved_g: float
+    saved_interval: Interval | None
+    saving_pct: float | None
+    saving_interval: Interval | None
+
+
+def net_of_evaluator(saving: Saving, evaluator_g: float) -> NetSaving:
+    """The saving less the evaluator's grams E, over the same baseline: 1 - (A + E) / C.
+
+    Only the counterfactual C is estimated. The emitted grams A and the evaluator's grams E are accounts.
+    """
+    saved_g = saving.saved_g - evaluator_g
+    reference, interval = saving.reference_g, saving.reference_interval
+    if saving.saving_pct is None:
+        return NetSaving(evaluator_g, saved_g, None, None, None)
+    net = 1.0 - (saving.emitted_g + evaluator_g) / reference
+    if interval is None:
+        return NetSaving(evaluator_g, saved_g, None, 100.0 * net, None)
+    # The interval of C is symmetric, except that it ends at 0.
+    half = interval.high - reference
+    slope = (saving.emitted_g + evaluator_g) / reference**2
+    return NetSaving(
+        evaluator_g=evaluator_g,
+        saved_g=saved_g,
+        saved_interval=Interval(saved_g - half, saved_g + half),
+        saving_pct=100.0 * net,
+        saving_interval=Interval(100.0 * (net - slope * half), 100.0 * (net + slope * half)),
     )
 
 

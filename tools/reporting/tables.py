@@ -11,24 +11,23 @@ from rich.table import Table
 from rich.text import Text
 
 from tools.reporting.format import (
+    decimal,
     energy,
     grams,
     intensity,
     level_shares,
     levels_of,
+    milliseconds,
     option_names,
     percent,
     percent_range,
-    relative_difference,
-    share,
+    significant_digits,
     timestamp,
 )
 from tools.reporting.model import HourRow, Report
-from tools.reporting.savings import Saving
+from tools.reporting.summary import ATTRIBUTED, ON_METER, compared_grams, headline, summary_lines
 
-BASELINE = "baseline (no directive)"
-"""How texts for people call the reference option."""
-HIGHLIGHTS = {"carbon saved": "bold green", "answer quality": "bold"}
+HIGHLIGHTS = {ON_METER: "bold green", ATTRIBUTED: "bold green", "answer quality": "bold"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,41 +62,64 @@ def rich_table(table: TextTable) -> Table:
     return shown
 
 
-def headline(report: Report) -> str:
-    """The models, zones and period of the report."""
-    scope = report.scope
-    models = ", ".join(scope.models) or scope.model or "no model"
-    zones = ", ".join(scope.zones) or scope.zone or "no zone"
-    return f"{models} in {zones}, {timestamp(scope.first)} to {timestamp(scope.last)} UTC"
+def tables(report: Report, *, hours: bool = True) -> tuple[TextTable, ...]:
+    """All tables that have rows."""
+    found = [
+        capacity_table(report),
+        latency_table(report),
+        zone_table(report),
+        hour_table(report) if hours else None,
+        group_table(report),
+        evaluation_table(report),
+    ]
+    return tuple(table for table in found if table is not None and table.rows)
 
 
-def summary_lines(report: Report) -> tuple[tuple[str, str], ...]:
-    """Label and text of the key figures, gain and loss first."""
-    saving, requests = report.saving, report.requests
-    return (
-        ("requests", _requests_line(report)),
-        ("carbon saved", _saved_line(report)),
-        (
-            "95 % interval",
-            f"{percent_range(saving.saving_interval)}, from {saving.references:,} requests randomly given the baseline",
+def capacity_table(report: Report) -> TextTable:
+    """One row per pool that serves requests: endpoints, and energy on the meters."""
+    return TextTable(
+        "Capacity",
+        ("pool", "servers", "needed", "in use", "could sleep", "on the meter", "idle", "without calls"),
+        tuple(
+            (
+                row.pool,
+                str(row.endpoints),
+                decimal(row.needed_mean),
+                decimal(row.in_use_mean),
+                "–" if row.could_sleep_pct is None else f"{row.could_sleep} for {percent(row.could_sleep_pct, 0)}",
+                energy(row.energy_j),
+                energy(row.idle_j),
+                energy(row.unused_j),
+            )
+            for row in report.metered.pools
         ),
-        ("answer quality", _quality_line(report)),
-        ("emitted", _emitted_line(saving)),
-        ("evaluations", _evaluations_line(report)),
-        ("saving by policies", _policies_line(report)),
-        ("not compared", _excluded_line(report)),
-        ("quality bound", _bound_line(report)),
-        ("prompt groups", _groups_line(report)),
-        ("energy", _energy_line(report)),
-        ("all carbon", _carbon_line(report)),
-        ("tokens", f"{requests.prompt_tokens:,} in prompts, {requests.completion_tokens:,} generated"),
     )
 
 
-def tables(report: Report, *, hours: bool = True) -> tuple[TextTable, ...]:
-    """All tables that have rows."""
-    found = [zone_table(report), hour_table(report) if hours else None, group_table(report), evaluation_table(report)]
-    return tuple(table for table in found if table is not None and table.rows)
+def latency_table(report: Report) -> TextTable:
+    """One row per pool whose latency or price is known."""
+    return TextTable(
+        "Latency and prices",
+        (
+            *("pool", "per token p50", "p95", "objective", "first token p50", "p95", "objective"),
+            *("J per token", "basis"),
+        ),
+        tuple(
+            (
+                row.pool,
+                milliseconds(row.latency.tpot_p50_ms),
+                milliseconds(row.latency.tpot_p95_ms),
+                milliseconds(row.tpot_objective_ms),
+                milliseconds(row.latency.ttft_p50_ms),
+                milliseconds(row.latency.ttft_p95_ms),
+                milliseconds(row.ttft_objective_ms),
+                "–" if row.price is None or row.price.token_j is None else significant_digits(row.price.token_j),
+                "–" if row.price is None else row.price.basis,
+            )
+            for row in report.metered.pools
+            if row.latency.requests or row.price is not None
+        ),
+    )
 
 
 def zone_table(report: Report) -> TextTable:
@@ -111,8 +133,8 @@ def zone_table(report: Report) -> TextTable:
                 intensity(row.intensity_g_per_kwh),
                 f"{row.requests:,}",
                 energy(row.energy_j),
-                _compared(row.saving.emitted_g, row.saving),
-                _compared(row.saving.saved_g, row.saving),
+                compared_grams(row.saving.emitted_g, row.saving),
+                compared_grams(row.saving.saved_g, row.saving),
                 percent(row.saving.saving_pct),
                 percent_range(row.saving.saving_interval),
                 grams(row.idle_g),
@@ -199,139 +221,6 @@ def evaluation_table(report: Report) -> TextTable:
 def hour_saving_pct(row: HourRow) -> float | None:
     """Saving of one hour, against its share of the counterfactual, %; None without comparable requests."""
     return 100.0 * (1.0 - row.emitted_g / row.reference_g) if row.reference_g > 0 else None
-
-
-def quality_change(preference_pct: float | None) -> str:
-    """Gain or loss of quality against the baseline, such as `5.6 % worse`; empty if unknown.
-
-    Args:
-        preference_pct: preference rate relative to the baseline, %.
-    """
-    if preference_pct is None:
-        return ""
-    change = preference_pct - 100.0
-    if abs(change) < 0.05:
-        return "no change"
-    return f"{percent(abs(change))} {'better' if change > 0 else 'worse'}"
-
-
-def bound_summary(report: Report) -> str:
-    """Whether all policies expected to meet the quality bound, in two words."""
-    if not report.policies_published:
-        return "no policy"
-    return "bound met" if report.quality.bound_kept else "bound missed"
-
-
-def _requests_line(report: Report) -> str:
-    requests = report.requests
-    parts = [f"{requests.answered:,} answered"]
-    if requests.refused:
-        codes = ", ".join(f"{code} {count:,}" for code, count in requests.refused_by_code.items())
-        parts.append(f"{requests.refused:,} rejected ({codes})")
-    parts.append(f"{requests.unsettled:,} not settled yet" if requests.unsettled else "all settled")
-    return ", ".join(parts)
-
-
-def _saved_line(report: Report) -> str:
-    saving = report.saving
-    if saving.saving_pct is None:
-        return f"not known: no request can be compared with the {BASELINE}"
-    return (
-        f"{percent(saving.saving_pct)} ({grams(saving.saved_g)}) compared with the {BASELINE}; "
-        "the evaluator's carbon is not subtracted"
-    )
-
-
-def _quality_line(report: Report) -> str:
-    quality = report.quality
-    if quality.preference_pct is None:
-        return "not known: no served option was judged"
-    change = quality_change(quality.preference_pct)
-    unjudged = f"; {quality.unjudged:,} requests were served at options never judged" if quality.unjudged else ""
-    return (
-        f"preferred {percent(quality.preference_pct)} as often as the baseline ({change}), by judged samples{unjudged}"
-    )
-
-
-def _emitted_line(saving: Saving) -> str:
-    emitted, reference = _compared(saving.emitted_g, saving), _compared(saving.reference_g, saving)
-    return f"{emitted}, estimated {reference} if the baseline had served every request"
-
-
-def _policies_line(report: Report) -> str:
-    return (
-        f"{percent(report.implied_saving_pct)} computed from the policies' probabilities, "
-        f"{percent(report.promised_saving_pct)} predicted when the policies were solved"
-    )
-
-
-def _compared(value: float, saving: Saving) -> str:
-    """Grams of the comparable requests; a dash if there are none."""
-    return grams(None if saving.saving_pct is None else value)
-
-
-def _excluded_line(report: Report) -> str:
-    requests = report.requests
-    reasons = (
-        (requests.forced, "with a directive chosen by the client"),
-        (requests.unidentified, "under a policy that never chooses the baseline, so the saving cannot be estimated"),
-        (requests.without_intensity, "at unknown carbon intensity"),
-    )
-    parts = [f"{count:,} {reason}" for count, reason in reasons if count]
-    fallback = f"; {requests.fallback:,} of the compared requests were served in fallback" if requests.fallback else ""
-    return ("; ".join(parts) or "none") + fallback
-
-
-def _bound_line(report: Report) -> str:
-    if not report.policies_published:
-        return "no policy was published"
-    published = report.policies_published
-    met = published - report.quality.policies_below_bound
-    statuses = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in sorted(report.policies.items()))
-    return f"{met:,} of {published:,} policies expected to meet it ({statuses})"
-
-
-def _evaluations_line(report: Report) -> str:
-    if not report.evaluations:
-        return "none"
-    quality, carbon = report.quality, report.carbon
-    emitted = grams(carbon.evaluation_g + carbon.judge_g)
-    return (
-        f"{len(report.evaluations)} with {quality.prompts:,} prompts, {quality.abstentions:,} inconclusive; "
-        f"they emitted {emitted} ({percent(carbon.evaluation_share_pct)} of the requests' carbon)"
-    )
-
-
-def _groups_line(report: Report) -> str:
-    if not report.groupings:
-        return "by task label"
-    newest = report.groupings[-1]
-    return (
-        f"version {newest.version}, learned from {newest.prompts:,} judged prompts on {timestamp(newest.at)}; "
-        f"{report.requests_by_learned_groups:,} requests in learned groups"
-    )
-
-
-def _energy_line(report: Report) -> str:
-    account = report.energy
-    if account.difference_pct is None:
-        return "nothing was metered"
-    return (
-        f"{energy(account.metered_j)} metered; requests {share(account.requests_j, account.metered_j)}, evaluation "
-        f"{share(account.evaluation_j + account.judge_j, account.metered_j)}, idle "
-        f"{share(account.idle_j, account.metered_j)}, unattributed {share(account.unattributed_j, account.metered_j)}; "
-        f"accounted and metered energy differ by {relative_difference(account.difference_pct)}"
-    )
-
-
-def _carbon_line(report: Report) -> str:
-    carbon = report.carbon
-    unpriced = f"; {energy(carbon.unpriced_j)} at unknown intensity" if carbon.unpriced_j > 0 else ""
-    return (
-        f"{grams(carbon.total_g)}: requests {grams(carbon.requests_g)}, evaluation "
-        f"{grams(carbon.evaluation_g + carbon.judge_g)}, idle {grams(carbon.idle_g)}, unattributed "
-        f"{grams(carbon.unattributed_g)}; {grams(carbon.embodied_g)} of it embodied{unpriced}"
-    )
 
 
 def _per_request(value: float, row: HourRow) -> str:

@@ -42,6 +42,9 @@ class Outcome:
         standard_errors: of the mean preference and correctness, by metric, over samples of prompts to measure on; None
             or absent if unknown.
         evaluator_grams: of the evaluator, per request of the traffic; 0 in the published variant, which ignores them.
+        tokens: mean generated tokens of a request; None if they are not known.
+        base_tokens: the same if the reference served all requests.
+        evaluator_tokens: of the evaluator in the hour; the judge's reading counts as the tokens of the same energy.
         evaluation_hours: in which the evaluator ran.
         fallbacks: hours in which the program could only serve the reference, by reason.
         ineligible: hours in which an option could not be used because too little was known about it, by option.
@@ -64,6 +67,9 @@ class Outcome:
     correctness_bound: Floats | None = None
     standard_errors: Mapping[str, float | None] = field(default_factory=dict)
     evaluator_grams: Floats = field(default_factory=lambda: np.zeros(1))
+    tokens: Floats | None = None
+    base_tokens: Floats | None = None
+    evaluator_tokens: Floats | None = None
     evaluation_hours: tuple[int, ...] = ()
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     ineligible: Mapping[str, int] = field(default_factory=dict)

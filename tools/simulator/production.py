@@ -110,6 +110,7 @@ class _Run:
         ineligible: hours in which an option could not be used, by option.
         evaluated: hours in which the evaluator ran.
         evaluator_grams: (hours,), of the evaluator, per request of the traffic.
+        evaluator_kwh: (hours,), of the evaluator.
         bounds: by limited metric, (hours,).
     """
 
@@ -129,6 +130,7 @@ class _Run:
         self.ineligible: Counter[str] = Counter()
         self.evaluated: list[int] = []
         self.evaluator_grams = np.zeros(hours)
+        self.evaluator_kwh = np.zeros(hours)
         self.bounds: dict[str, Floats] = {metric: np.full(hours, np.nan) for metric in self._settings.xi}
 
     def simulate(self) -> Floats:
@@ -213,6 +215,7 @@ class _Run:
             intensity = float(case.window.g_per_kwh[hour])
             grams = findings.energy_kwh * intensity + DEFAULT_EMBODIED_G_PER_S * findings.time_s
             self.evaluator_grams[hour] += grams / case.operation.requests_per_hour
+            self.evaluator_kwh[hour] += findings.energy_kwh
 
     def _solve(self, now: datetime, k0: float, bounds: Mapping[str, float]) -> _Decision:
         world = self._case.world
@@ -263,6 +266,12 @@ def _outcome(case: ProductionCase, world: World, x: Floats, runs: Sequence[_Run]
         energy = world.mean(world.energy_kwh, mix, served)
         return energy * window.g_per_kwh + DEFAULT_EMBODIED_G_PER_S * world.mean(world.time_s, mix, served)
 
+    def tokens(served: Floats) -> Floats | None:
+        return None if world.tokens is None else world.mean(world.tokens, mix, served)
+
+    base_tokens = tokens(reference)
+    base_kwh = world.mean(world.energy_kwh, mix, reference)
+    evaluator_kwh = np.mean([one.evaluator_kwh for one in runs], axis=0)
     only_reference = np.asarray((x[:, :, 0] >= 1.0).all(axis=1))
 
     def compared(metric: str) -> Floats:
@@ -288,10 +297,18 @@ def _outcome(case: ProductionCase, world: World, x: Floats, runs: Sequence[_Run]
         base_processing_s=world.mean(world.time_s, mix, reference),
         g_per_kwh=window.g_per_kwh,
         evaluator_grams=np.mean([one.evaluator_grams for one in runs], axis=0),
+        tokens=tokens(x),
+        base_tokens=base_tokens,
+        evaluator_tokens=None if base_tokens is None else evaluator_kwh * _quotient(base_tokens, base_kwh),
         evaluation_hours=tuple(first.evaluated),
         fallbacks=_mean_hours([one.fallbacks for one in runs]),
         ineligible=_mean_hours([one.ineligible for one in runs]),
     )
+
+
+def _quotient(values: Floats, by: Floats) -> Floats:
+    """0 where the divisor is."""
+    return np.divide(values, by, out=np.zeros_like(values), where=by > 0.0)
 
 
 def _mean_hours(counts: Sequence[Counter[str]]) -> dict[str, int]:

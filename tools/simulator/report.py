@@ -6,26 +6,33 @@ from typing import Any
 
 from rich.console import Console
 
+from shared.fleet import Dispatch
 from tools.reporting.format import UNKNOWN, percent
 from tools.reporting.page import render_page as render
 from tools.reporting.tables import TextTable, rich_table
 from tools.simulator.figures import figures
 from tools.simulator.outcome import Outcome
+from tools.simulator.what_if import FleetFigures
 
 TITLE = "Sprout: simulation"
 
 _COLUMNS = ("saving", "preference", "correctness", "bound kept", "evaluations", "evaluator")
 
 
-def render_page(outcomes: Sequence[Outcome]) -> str:
-    """The page; see `tools.reporting.page`."""
+def render_page(outcomes: Sequence[Outcome], fleets: Sequence[Sequence[FleetFigures]] = ()) -> str:
+    """The page; see `tools.reporting.page`.
+
+    Args:
+        outcomes: of all runs.
+        fleets: of every run, its figures on fleets; empty: none were simulated.
+    """
     zones = sorted({one.zone for one in outcomes})
     hours = len(outcomes[0].grams)
     about = f"{len(zones)} zones ({', '.join(zones)}), windows of {hours} hours, {len(outcomes)} runs"
     return render(
         TITLE,
         intro=[about, *_remarks(outcomes)],
-        sections=[means_table(outcomes), figures(outcomes), windows_table(outcomes)],
+        sections=[*fleet_tables(outcomes, fleets), means_table(outcomes), figures(outcomes), windows_table(outcomes)],
     )
 
 
@@ -42,9 +49,48 @@ def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
     return found
 
 
-def print_summary(outcomes: Sequence[Outcome], console: Console) -> None:
+def print_summary(outcomes: Sequence[Outcome], console: Console, fleets: Sequence[Sequence[FleetFigures]] = ()) -> None:
     """Print the means over all windows."""
     console.print(rich_table(means_table(outcomes)))
+    for table in fleet_tables(outcomes, fleets):
+        console.print(rich_table(table))
+
+
+def fleet_tables(outcomes: Sequence[Outcome], fleets: Sequence[Sequence[FleetFigures]]) -> list[TextTable]:
+    """By fleet, scheme, xi and dispatch: the means over zones and windows; no table without fleets."""
+    grouped: dict[tuple[str, str, float, Dispatch, bool], list[FleetFigures]] = {}
+    for outcome, of_run in zip(outcomes, fleets, strict=bool(fleets)):
+        for one in of_run:
+            grouped.setdefault((one.fleet, outcome.scheme, outcome.xi, one.dispatch, one.sleep), []).append(one)
+    if not grouped:
+        return []
+    rows = tuple(
+        (fleet, scheme, f"{xi:g}", f"{dispatch}, sleep" if sleep else dispatch, *_fleet_figures(found))
+        for (fleet, scheme, xi, dispatch, sleep), found in grouped.items()
+    )
+    columns = (
+        "fleet", "scheme", "xi", "dispatch", "kgCO2eq", "kgCO2eq saved", "saving on the meter", "energy",
+        "attributed saving", "ms per token, p50 / p95 / p99", "servers needed, mean / peak", "awake",
+    )  # fmt: skip
+    return [TextTable("What the meters of the fleet would show, means over all windows", columns, rows, labels=4)]
+
+
+def _fleet_figures(found: Sequence[FleetFigures]) -> tuple[str, ...]:
+    def mean_percent(values: Sequence[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return percent(fmean(known) if known else None)
+
+    grams, reference = fmean([one.grams for one in found]), fmean([one.reference_grams for one in found])
+    return (
+        f"{grams / 1_000.0:,.1f}",
+        f"{(reference - grams) / 1_000.0:,.1f}",
+        mean_percent([one.saving_pct for one in found]),
+        mean_percent([one.energy_saving_pct for one in found]),
+        mean_percent([one.attributed_saving_pct for one in found]),
+        " / ".join(f"{fmean(values):.1f}" for values in zip(*(one.tpot_ms for one in found), strict=True)),
+        f"{fmean([one.needed_mean for one in found]):.1f} / {max(one.needed_peak for one in found)}",
+        f"{fmean([one.awake_mean for one in found]):.1f} of {found[0].servers}",
+    )
 
 
 def means_table(outcomes: Sequence[Outcome]) -> TextTable:

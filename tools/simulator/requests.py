@@ -35,6 +35,7 @@ class Measured:
         task: (prompts,), place in `tasks`.
         levels: the reference first.
         energy_kwh, time_s: (prompts, levels).
+        tokens: (prompts, levels), generated tokens.
         preferred: (prompts,), place in `levels` of the level that the judge prefers; `UNJUDGED` if it was not judged.
         correct: (prompts, levels), 1 or 0; NaN if unknown.
         small_kwh, small_s: (prompts,), of the smaller model without a directive; None if it was not measured.
@@ -48,6 +49,7 @@ class Measured:
     levels: tuple[str, ...]
     energy_kwh: Floats
     time_s: Floats
+    tokens: Floats
     preferred: Ints
     correct: Floats
     small_kwh: Floats | None
@@ -81,6 +83,7 @@ class Measured:
             levels=self.levels,
             energy_kwh=self.energy_kwh[rows],
             time_s=self.time_s[rows],
+            tokens=self.tokens[rows],
             preferred=self.preferred[rows],
             correct=self.correct[rows],
             small_kwh=None if self.small_kwh is None else self.small_kwh[rows],
@@ -136,6 +139,7 @@ def joined(parts: Sequence[Measured]) -> Measured:
         levels=parts[0].levels,
         energy_kwh=np.concatenate([part.energy_kwh for part in parts]),
         time_s=np.concatenate([part.time_s for part in parts]),
+        tokens=np.concatenate([part.tokens for part in parts]),
         preferred=np.concatenate([part.preferred for part in parts]),
         correct=np.concatenate([part.correct for part in parts]),
         small_kwh=np.concatenate(small_kwh) if small_kwh else None,
@@ -231,6 +235,7 @@ def _arrays(
         levels=levels,
         energy_kwh=np.array([[one.energy_j for one in row] for row in answers]) / JOULES_PER_KWH,
         time_s=np.array([[one.time_s for one in row] for row in answers]),
+        tokens=np.array([[one.tokens for one in row] for row in answers], dtype=float),
         preferred=np.array([places.get(entry.preferred or "", UNJUDGED) for entry in entries]),
         correct=np.array([[np.nan if one.correct is None else float(one.correct) for one in row] for row in answers]),
         small_kwh=None if small_answers is None else np.array([one.energy_j for one in small_answers]) / JOULES_PER_KWH,

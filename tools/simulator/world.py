@@ -39,6 +39,7 @@ class World:
         prompts: (T,), their number.
         share: (T, G), share of a task's prompts in each group; rows sum to 1.
         energy_kwh, time_s: (T, G, O), mean of the group's prompts times its share.
+        tokens: (T, G, O), as `energy_kwh`; None if they are not known.
         quality: by metric, (T, G, O), share of a task's judged prompts that are in the group and on which the option
             succeeds.
         samples: by metric, the prompts that its quality was measured on; absent if only shares are known.
@@ -51,6 +52,7 @@ class World:
     energy_kwh: Floats
     time_s: Floats
     quality: Mapping[str, Floats]
+    tokens: Floats | None = None
     samples: Mapping[str, Sample] = field(default_factory=dict)
 
     def mean(self, values: Floats, mix: Floats, x: Floats) -> Floats:
@@ -115,6 +117,7 @@ def pooled(worlds: Sequence[World]) -> World:
         return np.concatenate(list(parts), axis=1)
 
     first, prompts = worlds[0], [world.prompts for world in worlds]
+    tokens = [world.tokens for world in worlds if world.tokens is not None]
     samples = {metric: [world.samples[metric] for world in worlds] for metric in first.samples}
     counted = {metric: [one.prompts for one in parts] for metric, parts in samples.items()}
     return World(
@@ -124,6 +127,7 @@ def pooled(worlds: Sequence[World]) -> World:
         share=joined([world.share for world in worlds], prompts),
         energy_kwh=joined([world.energy_kwh for world in worlds], prompts),
         time_s=joined([world.time_s for world in worlds], prompts),
+        tokens=joined(tokens, prompts) if len(tokens) == len(worlds) else None,
         quality={
             metric: joined([world.quality[metric] for world in worlds], counted.get(metric, prompts))
             for metric in first.quality
@@ -157,6 +161,7 @@ def world_of_levels(measured: Measured, group: Ints, groups: tuple[str, ...]) ->
         share=_shares(measured, group, len(groups), np.ones((len(measured), 1)), everything)[:, :, 0],
         energy_kwh=_shares(measured, group, len(groups), measured.energy_kwh, everything),
         time_s=_shares(measured, group, len(groups), measured.time_s, everything),
+        tokens=_shares(measured, group, len(groups), measured.tokens, everything),
         quality={metric: _shares(measured, group, len(groups), *one) for metric, one in outcomes.items()},
         samples={metric: _sample(measured, group, len(groups), *one) for metric, one in outcomes.items()},
     )

@@ -1,0 +1,136 @@
+"""The demand of the fleet: tokens that its requests would have generated without Sprout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.metered_saving import ExpectedAnswers, demand_by_bin
+from tools.reporting.frame import Floats
+
+REFERENCE_LEVEL = "L0"
+MIN_REQUESTS = 5
+"""Fewer requests of a group say too little about its answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Requests that started in the same minute, and agree in everything else here.
+
+    Attributes:
+        at_s: middle of the minute, seconds since the Unix epoch.
+        tokens: generated, of all these requests.
+    """
+
+    at_s: float
+    pool: str
+    level: str
+    group: str
+    task: str
+    source: str
+    requests: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Requests of a group, task and level that was not chosen by the client.
+
+    Attributes:
+        in_block: in a reference block of the switchback.
+        tokens, seconds: generated and used, of all these requests.
+    """
+
+    group: str
+    task: str
+    level: str
+    in_block: bool
+    requests: int
+    tokens: int
+    seconds: float
+
+
+class AnswerLengths:
+    """Mean length of answers by prompt group and level, and the time for each token."""
+
+    def __init__(self, answers: Sequence[Answers]) -> None:
+        sums: dict[tuple[str, str, str], list[float]] = {}
+        paces: dict[tuple[str, bool], list[float]] = {}
+        for one in answers:
+            for key in _keys(one.group, one.task, one.level):
+                total = sums.setdefault(key, [0.0, 0.0])
+                total[0] += one.requests
+                total[1] += one.tokens
+            pace = paces.setdefault((one.level, one.in_block), [0.0, 0.0])
+            pace[0] += one.tokens
+            pace[1] += one.seconds
+        self._means = {key: tokens / requests for key, (requests, tokens) in sums.items() if requests >= MIN_REQUESTS}
+        self._paces = {key: seconds / tokens for key, (tokens, seconds) in paces.items() if tokens > 0}
+
+    def mean(self, group: str, task: str, level: str) -> float:
+        """Mean tokens of a group; else of its task, else of all requests; NaN if nothing is known."""
+        return next((self._means[key] for key in _keys(group, task, level) if key in self._means), float("nan"))
+
+    def without_sprout(self, arrivals: Arrivals) -> float:
+        """Expected tokens of all these requests. Where the client chose the level, the answer would be the same."""
+        if arrivals.source == "forced":
+            return float(arrivals.tokens)
+        return arrivals.requests * self.mean(arrivals.group, arrivals.task, REFERENCE_LEVEL)
+
+    def as_served(self, arrivals: Arrivals) -> float:
+        """Expected tokens of all these requests at the level that served them."""
+        mean = self.mean(arrivals.group, arrivals.task, arrivals.level)
+        return float(arrivals.tokens) if arrivals.source == "forced" or np.isnan(mean) else arrivals.requests * mean
+
+    def seconds_per_token(self, level: str, *, in_block: bool) -> float:
+        """Mean time per token; of the other world, or of all levels, if that is unknown; NaN without an answer."""
+        for key in ((level, in_block), (level, not in_block)):
+            if key in self._paces:
+                return self._paces[key]
+        return float(np.mean(list(self._paces.values()))) if self._paces else float("nan")
+
+
+def _keys(group: str, task: str, level: str) -> tuple[tuple[str, str, str], ...]:
+    return ("group", group, level), ("task", task, level), ("all", "", level)
+
+
+def demand(
+    arrivals: Sequence[Arrivals],
+    lengths: AnswerLengths,
+    edges_s: Floats,
+    world: NDArray[np.str_],
+    quantiles: Sequence[float] = (1.0,),
+) -> Floats:
+    """Tokens that would have been generated in each bin without Sprout; NaN if the length of answers is unknown.
+
+    Args:
+        edges_s: of the bins, shape `(bins + 1,)`.
+        world: of the bins, shape `(bins,)`.
+        quantiles: lengths of answers relative to their group's mean.
+    """
+    if not arrivals:
+        return np.zeros(len(world))
+
+    def expected(tokens: list[float], paces: list[float]) -> ExpectedAnswers:
+        requests = np.array([one.requests for one in arrivals])
+        return ExpectedAnswers(tokens=np.array(tokens), seconds=np.array(tokens) / requests * np.array(paces))
+
+    # A client that chooses its level gets it in reference blocks, too.
+    reference = expected(
+        [lengths.without_sprout(one) for one in arrivals],
+        [
+            lengths.seconds_per_token(one.level if one.source == "forced" else REFERENCE_LEVEL, in_block=True)
+            for one in arrivals
+        ],
+    )
+    served = expected(
+        [lengths.as_served(one) for one in arrivals],
+        [lengths.seconds_per_token(one.level, in_block=one.source == "switchback") for one in arrivals],
+    )
+    if not (np.isfinite(reference.tokens).all() and np.isfinite(reference.seconds).all()):
+        return np.full(len(world), np.nan)
+    arrived_s = [one.at_s for one in arrivals]
+    return demand_by_bin(
+        edges_s, world, arrived_s=arrived_s, reference=reference, served=served, lengths=tuple(quantiles)
+    )
