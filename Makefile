@@ -8,6 +8,7 @@ LOCK := requirements/dev.lock
 SERVICES := carbon-feed router optimizer evaluator ledger cli
 
 # For `make demo` and `make up`; empty: the default. `make demo WORKLOAD=... CARBON=... ZONE=... MODEL=smollm2`
+# `make demo COMPARE=1` plays the day a second time without Sprout.
 WORKLOAD ?=
 MODEL ?=
 CARBON ?=
@@ -15,7 +16,19 @@ ZONE ?=
 OPTIONS = $(if $(WORKLOAD),--workload "$(WORKLOAD)") $(if $(MODEL),--model "$(MODEL)") \
           $(if $(CARBON),--carbon "$(CARBON)") $(if $(ZONE),--zone "$(ZONE)")
 
-# For `make drill`: SEED draws times and victims; SCENARIO=sigkill,malformed runs only these; SCALE=0.1 a tenth of the requests.
+# For `make up` only, the model servers: `make up SERVERS=4 DISPATCH=pack TARGET_BATCH=32 SLEEP=1`
+SERVERS ?=
+DISPATCH ?=
+TARGET_BATCH ?=
+SLEEP ?=
+SERVER_OPTIONS = $(if $(SERVERS),--servers "$(SERVERS)") $(if $(DISPATCH),--dispatch "$(DISPATCH)") \
+                 $(if $(TARGET_BATCH),--target-batch "$(TARGET_BATCH)") $(if $(filter-out 0,$(SLEEP)),--sleep)
+
+# The demo packs, and its servers sleep: `make demo DISPATCH=spread`, `make demo SLEEP=0`
+DEMO_OPTIONS = $(if $(DISPATCH),--dispatch "$(DISPATCH)") $(if $(filter 0,$(SLEEP)),--no-sleep)
+
+# SEED draws the traffic of `make demo`, and times and victims of `make drill`;
+# SCENARIO=sigkill,malformed runs only these; SCALE=0.1 a tenth of the requests.
 SEED ?= 1
 SCENARIO ?=
 SCALE ?= 1
@@ -38,8 +51,8 @@ $(STAMP): $(LOCK) pyproject.toml
 	@PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $(STAMP)
 
-demo: install  ## Replay a day through the real services in two minutes; see demo-report.html
-	$(BIN)/sprout demo $(OPTIONS)
+demo: install  ## Replay a day through the real services in three minutes; see demo-report.html
+	$(BIN)/sprout demo $(OPTIONS) $(DEMO_OPTIONS)
 
 test: install lint types  ## Lint, types and every test
 	$(BIN)/pytest
@@ -51,7 +64,7 @@ test-unit: install  ## The unit tests without those of measured data, under a mi
 	$(BIN)/pytest tests/unit -m "not measured_data" -n 2 --dist worksteal --quiet
 
 up: install  ## Start the local stack in the background
-	$(BIN)/sprout up $(OPTIONS)
+	$(BIN)/sprout up $(OPTIONS) $(SERVER_OPTIONS)
 
 down: install  ## Stop the local stack
 	$(BIN)/sprout down

@@ -6,8 +6,8 @@ joules. Most of a step is shared by the batch (reading the weights), so a token 
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Final
 
 
@@ -65,6 +65,33 @@ class BatchCurve:
         """Energy per generated token at a constant batch, idle power included, J."""
         return self.power_w(batch) / self.tokens_per_s(batch)
 
+    def poisson_power_w(self, mean_batch: float) -> float:
+        """Expected power where the number of sequences is Poisson distributed, idle power included, W."""
+        return sum(share * self.power_w(n) for n, share in _poisson(mean_batch))
+
+    def poisson_tokens_per_s(self, mean_batch: float) -> float:
+        """Expected tokens per second where the number of sequences is Poisson distributed."""
+        return sum(share * self.tokens_per_s(n) for n, share in _poisson(mean_batch))
+
+    def marginal_token_j(self, mean_batch: float) -> float:
+        """Energy that one more generated token adds on a server that runs anyway, J.
+
+        It is the derivative of the expected power by the expected token rate, both as functions of the mean of a
+        Poisson distributed number of sequences. The derivative of E[f(N)] by that mean is E[f(N + 1) - f(N)].
+
+        It is `step_j + token_j` on an idle server, where every token is a step of its own, and tends to
+        `token_j - step_j * token_s / step_s` on a busy one, where one more sequence shares the steps but slows them
+        down. It is negative if power falls with the batch.
+
+        Args:
+            mean_batch: mean number of sequences, idle times included.
+        """
+        power_w = tokens_per_s = 0.0
+        for n, share in _poisson(mean_batch):
+            power_w += share * (self.power_w(n + 1) - self.power_w(n))
+            tokens_per_s += share * (self.tokens_per_s(n + 1) - self.tokens_per_s(n))
+        return power_w / tokens_per_s
+
     def largest_batch(self, *, tpot_s: float | None, ttft_s: float | None = None, prompt_tokens: float = 0.0) -> int:
         """The largest batch that keeps a latency objective; 0 if no batch keeps it.
 
@@ -98,6 +125,36 @@ class BatchCurve:
             prompt_token_s=self.prompt_token_s * factor,
             asleep_w=self.asleep_w,
         )
+
+
+def mean_curve(curves: Sequence[BatchCurve]) -> BatchCurve:
+    """The curve whose every field is the mean of those of some servers.
+
+    Raises:
+        ValueError: there is no curve.
+    """
+    if not curves:
+        raise ValueError("give at least one curve")
+    return BatchCurve(
+        **{one.name: sum(getattr(curve, one.name) for curve in curves) / len(curves) for one in fields(BatchCurve)}
+    )
+
+
+def _poisson(mean: float) -> Iterator[tuple[int, float]]:
+    """The numbers that are likely under a Poisson distribution, each with its probability.
+
+    Raises:
+        ValueError: the mean is negative.
+    """
+    if not mean >= 0.0:
+        raise ValueError(f"the mean batch must not be negative, got {mean}")
+    if mean == 0.0:
+        yield 0, 1.0
+        return
+    # Ten standard deviations, and for small means the long upper tail.
+    spread = 10.0 * math.sqrt(mean) + 10.0
+    for n in range(max(0, int(mean - spread)), int(mean + spread) + 1):
+        yield n, math.exp(n * math.log(mean) - mean - math.lgamma(n + 1))
 
 
 def measured(

@@ -9,13 +9,42 @@ import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
+from deploy.demo.traffic import peak_load
 from deploy.local.config import ModelName, StackConfig
+from shared.batch_curve import MEASURED
+from shared.fleet import Dispatch, Switchback
+
+World = Literal["sprout", "reference"]
+"""`reference`: the same day without Sprout. No directives, requests spread over all servers, none asleep."""
 
 LEAD_S = 12.0
 """Wall seconds between the start of the services and the start of the traffic."""
 LATENESS_WALL_S = 2.5
 """Latency of messages on a busy machine of two cores, wall seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchedServers:
+    """The model servers of a demo, each a simulated GPU with a measured batch curve.
+
+    A few thousand requests a day would leave such servers idle. Their steps are therefore stretched: one request stands
+    for as many as the factor says, at the same power. Latencies are divided by the factor in the report.
+
+    Attributes:
+        count: number of servers.
+        curve: a name in `shared.batch_curve.MEASURED`.
+        peak_batch: sequences per server at the peak of the reference's day, which the stretching achieves.
+        target_batch: sequences on a server before the next one is used.
+        tpot_objective_ms: most time per output token; `target_batch` keeps it.
+    """
+
+    count: int = 4
+    curve: str = "qwen3-14b-h100"
+    peak_batch: int = 64
+    target_batch: int = 128
+    tpot_objective_ms: float = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +63,7 @@ class Pace:
         confidence_z: safety margin of the quality bounds, in standard errors; lower than the default, because few
             prompts are judged in one day.
         tasks: tasks of the prompts; empty: all.
+        batched: the simulated model servers; None: one real server.
     """
 
     requests: int
@@ -46,18 +76,20 @@ class Pace:
     sample_share: float
     confidence_z: float = 1.0
     tasks: frozenset[str] = frozenset()
+    batched: BatchedServers | None = None
 
 
 PACES: dict[ModelName, Pace] = {
     "llama-2-13b-chat": Pace(
-        requests=4_000,
-        wall_s=120.0,
+        requests=14_000,
+        wall_s=170.0,
         max_tokens=1024,
         evaluated_prompts=200,
         min_samples=200,
         min_judged_to_learn=180,
-        evaluator_concurrency=12,
+        evaluator_concurrency=48,
         sample_share=1.0,
+        batched=BatchedServers(),
     ),
     # This model shares the CPU with all other processes, so only about 30 prompts are judged: too few to save anything
     # with a safety margin. The tasks are those that a model of this size can answer.
@@ -87,6 +119,9 @@ class DemoDay:
         requests: number of requests in these hours.
         trace: CSV of the zone's carbon intensity.
         workload: recorded prompts and answers.
+        mean_tokens: mean length of an answer without a directive.
+        dispatch: of the requests to the servers.
+        sleep: whether servers that are not needed sleep.
     """
 
     model: ModelName
@@ -98,6 +133,9 @@ class DemoDay:
     requests: int
     seed: int
     pace: Pace
+    mean_tokens: float = 1.0
+    dispatch: Dispatch = "pack"
+    sleep: bool = True
 
     def __post_init__(self) -> None:
         if self.hours <= 0 or self.requests <= 0:
@@ -118,21 +156,64 @@ class DemoDay:
         """Duration of the traffic, wall seconds."""
         return self.hours * 3600.0 / self.rate
 
+    @property
+    def answer_s(self) -> float:
+        """Mean time in flight of a request at the peak of the reference's day, event seconds."""
+        batched = self.pace.batched
+        if batched is None:
+            return 0.0
+        peak_per_s = self.requests / (self.hours * 3600.0) * peak_load(self.start, self.hours)
+        return batched.count * batched.peak_batch / peak_per_s
 
-def stack_config(day: DemoDay, config: StackConfig) -> StackConfig:
-    """The stack's configuration for a demo: replay, model, trace and service settings."""
-    return config.model_copy(
-        update={
-            "event_start": day.start,
-            "rate": day.rate,
-            "lead_s": LEAD_S,
-            "model": day.model,
-            "workload": day.workload,
-            "zone": day.zone,
-            "carbon": {day.zone: day.trace},
-            "settings": service_settings(day),
+    @property
+    def stretch(self) -> float:
+        """How many times as long as on the real server a step of a simulated server takes."""
+        batched = self.pace.batched
+        if batched is None:
+            return 1.0
+        return self.answer_s / (self.mean_tokens * MEASURED[batched.curve].step_time_s(batched.peak_batch))
+
+    @property
+    def switchback(self) -> Switchback:
+        """Three blocks a day without Sprout; answers that began before a change end within the washout."""
+        if self.pace.batched is None:
+            return Switchback(share=0.0)
+        washout_s = 1.5 * self.answer_s
+        return Switchback(share=1 / 12, block_s=2.0 * washout_s, washout_s=washout_s, key=f"demo-{self.seed}")
+
+
+def stack_config(day: DemoDay, config: StackConfig, world: World = "sprout") -> StackConfig:
+    """The stack's configuration for a demo: replay, model, servers, trace and service settings."""
+    update: dict[str, object] = {
+        "event_start": day.start,
+        "rate": day.rate,
+        "lead_s": LEAD_S,
+        "model": day.model,
+        "workload": day.workload,
+        "zone": day.zone,
+        "carbon": {day.zone: day.trace},
+        "settings": service_settings(day),
+    }
+    batched = day.pace.batched
+    if batched is not None:
+        update |= {
+            "servers": batched.count,
+            "curve": batched.curve,
+            "stretch": day.stretch,
+            "tpot_objective_ms": batched.tpot_objective_ms * day.stretch,
+            "dispatch": "spread",
         }
-    )
+        if world == "sprout":
+            update |= {
+                "dispatch": day.dispatch,
+                "target_batch": batched.target_batch,
+                "sleep": day.sleep,
+                "switchback": day.switchback,
+            }
+    if world == "reference":
+        # Without policies the router adds no directive.
+        update["services"] = ("carbon_feed", "router", "ledger")
+    return config.model_copy(update=update)
 
 
 def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:

@@ -3,12 +3,20 @@
 from dataclasses import dataclass
 
 from deploy.demo.clients import Tally
-from tools.reporting import Report
+from tools.reporting import Report, to_json
 
 LARGEST_IMBALANCE_PCT = 0.1
 """Largest difference of attributed and metered energy."""
 LARGEST_DISAGREEMENT_POINTS = 3.0
 """Largest difference of measured and implied saving; the width of the measured interval if that is larger."""
+
+
+METERED_FIGURES = (
+    "saving_on_meter_pct", "saving_on_meter_interval_pct", "saved_on_meter_g", "attributed_saving_pct",
+    "attributed_saving_interval_pct", "attributed_saved_g", "net_of_evaluator", "fleet_energy_j", "idle_energy_j",
+    "endpoints", "endpoints_needed_mean", "tpot_p95_ms", "ttft_p95_ms", "tpot_objective_ms",
+)  # fmt: skip
+"""Figures of the report that the demo's file has too. Latencies are those of a server that is not stretched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +27,28 @@ class DemoResult:
     problems: tuple[str, ...]
 
 
-def evaluate_demo(*, planned: int, sent: int, tally: Tally, report: Report, seconds: float) -> DemoResult:
+def evaluate_demo(
+    *,
+    planned: int,
+    sent: int,
+    tally: Tally,
+    report: Report,
+    seconds: float,
+    without_sprout: Report | None = None,
+) -> DemoResult:
     """Collect the figures and run the checks.
 
     Args:
         planned: number of planned requests.
         sent: number of requests that Kafka acknowledged.
         seconds: wall time of the whole demo.
+        without_sprout: of the same day played without Sprout.
     """
     saving, energy, interval = report.saving, report.energy, report.saving.saving_interval
+    of_report = to_json(report)
     figures: dict[str, object] = {
+        **{name: of_report[name] for name in METERED_FIGURES},
+        **_comparison(report, without_sprout),
         "requests_sent": sent,
         "requests_answered": tally.answered,
         "requests_failed": sum(tally.errors.values()),
@@ -52,6 +72,20 @@ def evaluate_demo(*, planned: int, sent: int, tally: Tally, report: Report, seco
         "seconds": round(seconds, 1),
     }
     return DemoResult(figures, tuple(_problems(planned, sent, tally, report)))
+
+
+def _comparison(report: Report, without_sprout: Report | None) -> dict[str, object]:
+    """What the meters showed with and without Sprout, if both worlds were played."""
+    if without_sprout is None:
+        return {}
+    with_j, without_j = report.metered.fleet_energy_j, without_sprout.metered.fleet_energy_j
+    known = with_j is not None and without_j is not None and without_j > 0
+    return {
+        "reference_fleet_energy_j": without_j,
+        "true_saving_on_meter_pct": 100.0 * (1.0 - with_j / without_j) if known else None,
+        "reference_tpot_p95_ms": without_sprout.metered.latency.tpot_p95_ms,
+        "reference_ttft_p95_ms": without_sprout.metered.latency.ttft_p95_ms,
+    }
 
 
 def _problems(planned: int, sent: int, tally: Tally, report: Report) -> list[str]:

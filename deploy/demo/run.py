@@ -4,19 +4,20 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import asyncpg
 from rich.console import Console
 
 from deploy.demo.clients import Observer, Producer, Tally
-from deploy.demo.day import LATENESS_WALL_S, DemoDay
+from deploy.demo.day import LATENESS_WALL_S, DemoDay, World, stack_config
 from deploy.demo.progress import Progress
-from deploy.demo.traffic import PlannedRequest, plan_traffic, prompts_of
+from deploy.demo.traffic import PlannedRequest, mean_tokens, plan_traffic, prompts_of
 from deploy.local.config import StackConfig
 from deploy.local.model_servers import ModelServers
 from deploy.local.stack import LocalStack
+from shared.fleet import load_fleet
 from tools.reporting import Report, collect_report
 
 ANSWERS_WAIT_S = 60.0
@@ -45,8 +46,14 @@ class DemoRun:
     seconds: float
 
 
-async def run_demo(day: DemoDay, config: StackConfig, models: ModelServers, *, console: Console, say: Say) -> DemoRun:
+async def run_demo(
+    day: DemoDay, config: StackConfig, models: ModelServers, *, world: World = "sprout", console: Console, say: Say
+) -> DemoRun:
     """Start a stack, replay the day, and stop the stack.
+
+    Args:
+        config: folders of the stack; the rest follows from the day.
+        world: with Sprout, or the same day without it.
 
     Raises:
         WorkloadError: the workload cannot be used.
@@ -54,14 +61,16 @@ async def run_demo(day: DemoDay, config: StackConfig, models: ModelServers, *, c
         KafkaError: a request could not be published.
     """
     began = time.monotonic()
+    prompts = prompts_of(day.workload, model=day.model, tasks=day.pace.tasks)
+    day = replace(day, mean_tokens=mean_tokens(prompts))
     plan = plan_traffic(
-        prompts_of(day.workload, tasks=day.pace.tasks),
+        prompts,
         start=day.start,
         hours=day.hours,
         requests=day.requests,
         seed=day.seed,
     )
-    async with LocalStack(config, models, say=say) as stack:
+    async with LocalStack(stack_config(day, config, world), models, say=say) as stack:
         replay = _Replay(day, stack, console=console, say=say)
         async with _alongside(stack.watch()):
             await replay.run(plan)
@@ -107,14 +116,19 @@ class _Replay:
             server_settings={"search_path": "ledger", "application_name": "sprout.demo"},
         )
         try:
-            report = await collect_report(pool)
+            fleet, stretch = load_fleet(self._stack.config.state_dir / "fleet.toml"), self._day.stretch
+            report = await collect_report(pool, fleet=fleet, stretch=stretch)
             deadline = time.monotonic() + SETTLEMENT_WAIT_S
             while not _complete(report, self.tally) and time.monotonic() < deadline:
                 await asyncio.sleep(1.0)
-                report = await collect_report(pool)
+                report = await collect_report(pool, fleet=fleet, stretch=stretch)
+            # The meters run before the first request and after the last one too.
+            of_day = await collect_report(
+                pool, since=self._day.start, until=self._day.end, fleet=fleet, stretch=stretch
+            )
         finally:
             await pool.close()
-        return report
+        return replace(report, metered=of_day.metered)
 
 
 def _complete(report: Report, tally: Tally) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from statistics import fmean
 
+from deploy.triton.stand_in.prompt import REFERENCE_LEVEL
 from deploy.triton.stand_in.workload import load_workload
 
 PEAK_HOUR = 14
@@ -19,10 +21,15 @@ TASK_SWING = 0.35
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt of the workload."""
+    """A prompt of the workload.
+
+    Attributes:
+        tokens: length of the model's answer without a directive; None where it was not recorded.
+    """
 
     task: str
     text: str
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +42,11 @@ class PlannedRequest:
     prompt: str
 
 
-def prompts_of(workload: Path, *, tasks: frozenset[str] = frozenset()) -> list[Prompt]:
+def prompts_of(workload: Path, *, model: str, tasks: frozenset[str] = frozenset()) -> list[Prompt]:
     """The judged prompts of a workload, because only their answers have texts; all prompts if none was judged.
 
     Args:
+        model: whose answers' lengths are wanted.
         tasks: tasks to use; every task if it is empty or the workload has none of them.
 
     Raises:
@@ -47,12 +55,31 @@ def prompts_of(workload: Path, *, tasks: frozenset[str] = frozenset()) -> list[P
     entries = load_workload(workload).entries
     judged = [entry for entry in entries if entry.preferred is not None] or list(entries)
     wanted = [entry for entry in judged if entry.task in tasks] or judged
-    return [Prompt(entry.task, entry.prompt) for entry in wanted]
+    recorded = [entry.responses.get((model, REFERENCE_LEVEL)) for entry in wanted]
+    return [
+        Prompt(entry.task, entry.prompt, None if answer is None else answer.tokens)
+        for entry, answer in zip(wanted, recorded, strict=True)
+    ]
+
+
+def mean_tokens(prompts: Sequence[Prompt]) -> float:
+    """Mean length of the answers without a directive when every task is equally frequent; 1 if none is recorded."""
+    by_task: dict[str, list[int]] = {}
+    for prompt in prompts:
+        if prompt.tokens is not None:
+            by_task.setdefault(prompt.task, []).append(prompt.tokens)
+    return fmean(fmean(lengths) for lengths in by_task.values()) if by_task else 1.0
 
 
 def load_at(hour_of_day: float) -> float:
     """Load at an hour of the day, relative to its daily mean."""
     return 1.0 + SWING * math.cos(2 * math.pi * (hour_of_day - PEAK_HOUR) / 24.0)
+
+
+def peak_load(start: datetime, hours: float) -> float:
+    """Peak of the load between two times, relative to its mean there."""
+    loads = [load_at(start.hour + start.minute / 60.0 + hours * part / 200) for part in range(201)]
+    return max(loads) * len(loads) / sum(loads)
 
 
 def plan_traffic(

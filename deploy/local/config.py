@@ -1,13 +1,23 @@
-"""The configuration of a local stack: folders, services, replay, model, grid."""
+"""The configuration of a local stack: folders, services, replay, model servers, grid."""
 
 import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal, Self, get_args
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from services import SERVICES
+from shared.batch_curve import MEASURED
+from shared.fleet import Dispatch, Pool, Switchback
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 """The checkout that this package was loaded from."""
@@ -20,6 +30,15 @@ INSTALL_VARIABLE: Final = "SPROUT_LOCAL_INSTALL"
 
 ModelName = Literal["llama-2-13b-chat", "smollm2"]
 MODELS: Final[tuple[ModelName, ...]] = get_args(ModelName)
+
+MAX_SERVERS: Final = 8
+
+CURVES: Final = (*MEASURED, "recorded")
+
+POOL_SETTINGS: Final = (
+    "dispatch", "target_batch", "tpot_objective_ms", "ttft_objective_ms", "scaling", "sleep", "min_awake"
+)  # fmt: skip
+"""Fields of `StackConfig` that are fields of the model's pool in the fleet file."""
 
 
 def default_state_dir() -> Path:
@@ -45,6 +64,8 @@ class StackConfig(BaseModel):
     Time: with `event_start` the stack replays a trace from that instant, `rate` event seconds per wall second; event
     time reaches `event_start` `lead_s` wall seconds after the model servers are ready, so that the services have time
     to start. Without `event_start` the stack runs in real time.
+
+    Model servers: the fields from `dispatch` to `switchback` are written to the fleet file, see `shared/fleet.py`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +85,24 @@ class StackConfig(BaseModel):
         default_factory=dict, description="Trace (CSV) by zone; a zone without one gets the trace shipped for it"
     )
     routers: int = Field(default=1, ge=1, le=8)
+    servers: int = Field(default=1, ge=1, le=MAX_SERVERS, description="Model servers: endpoints of the model's pool")
+    curve: str = Field(
+        default="qwen3-14b-h100",
+        description="Power and speed of the stand-ins by batch size, see `shared/batch_curve.py`; or `recorded`: each "
+        "request's recorded energy and time",
+    )
+    stretch: float = Field(
+        default=1.0, gt=0, description="With a curve: steps take this many times as long, at its power"
+    )
+    dispatch: Dispatch = "spread"
+    target_batch: int | None = Field(default=None, ge=1)
+    tpot_objective_ms: float | None = Field(default=None, gt=0)
+    ttft_objective_ms: float | None = Field(default=None, gt=0)
+    scaling: Literal["elastic", "fixed"] | None = None
+    sleep: bool = Field(default=False, description="Also starts the process that puts endpoints to sleep")
+    min_awake: int = Field(default=1, ge=1)
+    max_in_flight: int | None = Field(default=None, ge=1, description="Of every endpoint, per router")
+    switchback: Switchback = Field(default=Switchback(share=0.0), description="Default: no reference blocks")
     services: tuple[str, ...] = Field(default=tuple(SERVICES), description="Services to start")
     settings: dict[str, dict[str, str]] = Field(
         default_factory=dict, description="Additional environment by service name; `triton` is a name too"
@@ -81,6 +120,13 @@ class StackConfig(BaseModel):
             raise ValueError(f"there is no file {path}; give a workload of JSON lines, may be gzipped")
         return path
 
+    @field_validator("curve")
+    @classmethod
+    def _known_curve(cls, name: str) -> str:
+        if name not in CURVES:
+            raise ValueError(f"{name!r} is unknown; choose one of {', '.join(CURVES)}")
+        return name
+
     @field_validator("carbon")
     @classmethod
     def _traces_exist(cls, traces: dict[str, Path]) -> dict[str, Path]:
@@ -94,7 +140,27 @@ class StackConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.event_start is None and self.rate != 1.0:
             raise ValueError("'rate' is for a replay: give 'event_start' as well, or leave the rate at 1")
+        if self.stretch != 1 and self.curve == "recorded":
+            raise ValueError("'stretch' is for a curve: choose one, or leave it at 1")
+        if self.model == "smollm2" and self.servers > 1:
+            raise ValueError("smollm2 uses this machine's processor and its meter, so 'servers' must be 1")
+        self._check_pool()
         return self
+
+    def pool_settings(self) -> dict[str, str | float]:
+        """The settings of the model's pool that have a value, by their names in the fleet file."""
+        values = {name: getattr(self, name) for name in POOL_SETTINGS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _check_pool(self) -> None:
+        """Check the pool's settings before anything starts, as every service will."""
+        endpoint = {"grpc": "localhost:1", "max_in_flight": self.max_in_flight}
+        endpoints = [{"name": f"endpoint-{number}", **endpoint} for number in range(self.servers)]
+        try:
+            Pool.model_validate({"name": "model", "zone": self.zone, "endpoints": endpoints, **self.pool_settings()})
+        except ValidationError as error:
+            problems = [problem["msg"].removeprefix("Value error, ") for problem in error.errors()]
+            raise ValueError("; ".join(problems)) from error
 
 
 def event_time(text: str) -> datetime:

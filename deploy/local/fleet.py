@@ -1,10 +1,11 @@
-"""The fleet of a local stack: one pool for the model, one for the judge, both on the local Triton server."""
+"""The fleet of a local stack: one pool with the model's servers, one for the judge."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.local.config import ModelName
+from deploy.local.config import ModelName, StackConfig
 from shared.fleet import load_fleet
 
 DIRECTIVES = (("L0", ""), ("L1", "Always answer briefly."), ("L2", "Always answer very briefly."))
@@ -14,22 +15,34 @@ JUDGE_POOL = "judge"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalFleet:
-    """The contents of a local stack's fleet file.
+class LocalServer:
+    """Where a model is served.
 
     Attributes:
         grpc: host:port of Triton.
         metrics: URL of Triton's Prometheus metrics.
-        gpu, judge_gpu: GPU uuids of the models' energy counters.
-        idle_power_w, judge_idle_power_w: power of an idle model, W; None: the ledger estimates it.
+        gpu: GPU uuid of the model's energy counter.
     """
 
-    model: ModelName
-    zone: str
     grpc: str
     metrics: str
     gpu: str
-    judge_gpu: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalFleet:
+    """The contents of a local stack's fleet file.
+
+    Attributes:
+        config: model, zone, and the settings of the model's pool.
+        servers: of the model, in packing order.
+        judge: a server has both the judge and the model; their energy counters differ.
+        idle_power_w, judge_idle_power_w: power of an idle model, W; None: the ledger estimates it.
+    """
+
+    config: StackConfig
+    servers: tuple[LocalServer, ...]
+    judge: LocalServer
     idle_power_w: float | None
     judge_idle_power_w: float | None
 
@@ -44,41 +57,40 @@ class LocalFleet:
 
     def to_toml(self) -> str:
         """The file's text."""
-        lines = ["# Written by the local stack at every start.", "", "[switchback]", "share = 0"]
+        config = self.config
+        lines = ["# Written by the local stack at every start.", "", "[switchback]"]
+        lines += [f"{name} = {_value(value)}" for name, value in config.switchback.model_dump().items()]
         for level, text in DIRECTIVES:
-            lines += ["", "[[directives]]", f"level = {_quoted(level)}"]
+            lines += ["", "[[directives]]", f"level = {_value(level)}"]
             if text:
-                lines.append(f"text = {_quoted(text)}")
-        lines += [
-            "",
-            "[[models]]",
-            f"name = {_quoted(self.model)}",
-            f"chat_template = {_quoted(CHAT_TEMPLATES[self.model])}",
-            *self._pool(POOLS[self.model], self.model, "ensemble", self.gpu, self.idle_power_w),
-            *self._pool(JUDGE_POOL, None, "judge", self.judge_gpu, self.judge_idle_power_w),
-            "",
-            "[judge]",
-            f"pool = {_quoted(JUDGE_POOL)}",
-        ]
+                lines.append(f"text = {_value(text)}")
+        lines += ["", "[[models]]", f"name = {_value(config.model)}"]
+        lines += [f"chat_template = {_value(CHAT_TEMPLATES[config.model])}"]
+        model = {"model": config.model, "triton_model": "ensemble", "idle_power_w": self.idle_power_w}
+        limit = config.max_in_flight
+        lines += self._pool(POOLS[config.model], {**model, **config.pool_settings()}, self.servers, limit=limit)
+        judge = {"triton_model": "judge", "idle_power_w": self.judge_idle_power_w}
+        lines += self._pool(JUDGE_POOL, judge, [self.judge])
+        lines += ["", "[judge]", f"pool = {_value(JUDGE_POOL)}"]
         return "\n".join(lines) + "\n"
 
-    def _pool(self, name: str, model: str | None, triton_model: str, gpu: str, idle_power_w: float | None) -> list[str]:
-        return [
-            "",
-            "[[pools]]",
-            f"name = {_quoted(name)}",
-            *([f"model = {_quoted(model)}"] if model is not None else []),
-            f"triton_model = {_quoted(triton_model)}",
-            f"zone = {_quoted(self.zone)}",
-            *([f"idle_power_w = {float(idle_power_w)!r}"] if idle_power_w is not None else []),
-            "[[pools.endpoints]]",
-            f"name = {_quoted(f'{name}-0')}",
-            f"grpc = {_quoted(self.grpc)}",
-            f"metrics = {_quoted(self.metrics)}",
-            f"gpus = [{_quoted(gpu)}]",
-        ]
+    def _pool(
+        self,
+        name: str,
+        settings: Mapping[str, str | float | None],
+        servers: Sequence[LocalServer],
+        *,
+        limit: int | None = None,
+    ) -> list[str]:
+        lines = ["", "[[pools]]", f"name = {_value(name)}", f"zone = {_value(self.config.zone)}"]
+        lines += [f"{setting} = {_value(value)}" for setting, value in settings.items() if value is not None]
+        for number, server in enumerate(servers):
+            lines += ["[[pools.endpoints]]", f"name = {_value(f'{name}-{number}')}", f"grpc = {_value(server.grpc)}"]
+            lines += [f"metrics = {_value(server.metrics)}", f"gpus = [{_value(server.gpu)}]"]
+            lines += [f"max_in_flight = {limit}"] if limit is not None else []
+        return lines
 
 
-def _quoted(text: str) -> str:
-    """A TOML basic string; JSON's escapes are a subset of TOML's."""
-    return json.dumps(text, ensure_ascii=False)
+def _value(value: str | float) -> str:
+    """A value in TOML; JSON's strings, numbers, and true and false are TOML too."""
+    return json.dumps(value, ensure_ascii=False)

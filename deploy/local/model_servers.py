@@ -1,32 +1,36 @@
-"""The model servers of a local stack: one Triton with the model (stand-in or SmolLM2) and the stand-in judge."""
+"""The model servers of a local stack: Triton servers with the model (stand-in or SmolLM2).
+
+The first server also has the stand-in judge, which is always loaded.
+"""
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from deploy.local.config import StackConfig
-from deploy.local.fleet import DIRECTIVES, LocalFleet
+from deploy.local.fleet import DIRECTIVES, LocalFleet, LocalServer
 from deploy.local.java import Say
 from deploy.local.processes import LOOPBACK, ProcessSpec
 from deploy.local.triton import (
     ModelServerError,
     TritonInstallation,
-    free_triton_ports,
     install,
     metrics_url,
+    ports_of_servers,
     ready_probe,
 )
 from deploy.triton.models import JUDGE_NAME, LLM_NAME, SHIPPED_WORKLOAD
 from deploy.triton.repository import RepositoryModel, write_repository
-from deploy.triton.serve import SMOLLM2_MODEL, arguments, chosen_models
+from deploy.triton.serve import RECORDED, SMOLLM2_MODEL, arguments, chosen_models
 
 MODEL_TIER: Final = 1
 """The tier of model servers: stopped after the services, before Kafka."""
 
 PROCESS_NAME: Final = "triton"
-"""Also the key of its settings (`SPROUT_TRITON_*`) in `StackConfig.settings`."""
+"""Name of the process, if there is one server; several are `triton-0`, `triton-1`, ... Also the key of the servers'
+settings (`SPROUT_TRITON_*`) in `StackConfig.settings`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +38,11 @@ class PreparedModels:
     """Model servers that are ready to be started.
 
     Attributes:
+        processes: one per server, in packing order.
         description: the models, for people.
     """
 
-    process: ProcessSpec
+    processes: tuple[ProcessSpec, ...]
     fleet: LocalFleet
     description: str
 
@@ -54,7 +59,7 @@ class ModelServers(Protocol):
         ...
 
     def prepare(self, config: StackConfig, clock: Mapping[str, str]) -> PreparedModels:
-        """Write the model repository and choose the ports.
+        """Write the model repositories and choose the ports.
 
         Args:
             clock: `SPROUT_CLOCK_*` variables.
@@ -67,7 +72,7 @@ class ModelServers(Protocol):
 
 @dataclass(slots=True)
 class TritonModels:
-    """`ModelServers` as one Triton server."""
+    """`ModelServers` as Triton servers."""
 
     _installation: TritonInstallation | None = field(default=None, init=False)
     _say: Say = field(default=lambda _: None, init=False)
@@ -82,7 +87,7 @@ class TritonModels:
         self._installation = install(config.install_dir, smollm2=config.model == SMOLLM2_MODEL, say=say)
 
     def prepare(self, config: StackConfig, clock: Mapping[str, str]) -> PreparedModels:
-        """Write the model repository and choose the ports.
+        """Write the model repositories and choose the ports.
 
         Raises:
             ModelServerError: `install` was not called, or the workload or a setting is invalid.
@@ -90,56 +95,68 @@ class TritonModels:
         if self._installation is None:
             raise ModelServerError("call install before prepare")
         settings = config.settings.get(PROCESS_NAME, {})
-        model, judge = self._models(config, settings)
-        repository = config.state_dir / "models"
-        write_repository(repository, [model, judge])
-        ports = free_triton_ports()
-        process = ProcessSpec(
-            name=PROCESS_NAME,
-            command=tuple(self._installation.command(repository, ports)),
-            environment=self._installation.environment({**clock, **settings}),
-            ready=ready_probe(ports),
-            ready_timeout_s=120.0,
-            stop_grace_s=15.0,
-            tier=MODEL_TIER,
-            port=ports.grpc,
-            url=metrics_url(ports),
-        )
+        repositories = [self._models(config, settings, number) for number in range(config.servers)]
+        processes, servers = [], []
+        for number, ports in enumerate(ports_of_servers(config.servers)):
+            name = PROCESS_NAME if config.servers == 1 else f"{PROCESS_NAME}-{number}"
+            repository = config.state_dir / "models" / name
+            write_repository(repository, repositories[number])
+            process = ProcessSpec(
+                name=name,
+                # With model control other users of this machine could run code in the server.
+                command=tuple(self._installation.command(repository, ports, model_control=config.sleep)),
+                environment=self._installation.environment({**clock, **settings}),
+                ready=ready_probe(ports),
+                ready_timeout_s=120.0,
+                stop_grace_s=15.0,
+                tier=MODEL_TIER,
+                port=ports.grpc,
+                url=f"http://{LOOPBACK}:{ports.http}",
+            )
+            processes.append(process)
+            gpu = repositories[number][0].gpu_uuid
+            servers.append(LocalServer(grpc=f"{LOOPBACK}:{ports.grpc}", metrics=metrics_url(ports), gpu=gpu))
+        model, judge = repositories[0]
         fleet = LocalFleet(
-            model=config.model,
-            zone=config.zone,
-            grpc=f"{LOOPBACK}:{ports.grpc}",
-            metrics=metrics_url(ports),
-            gpu=model.gpu_uuid,
-            judge_gpu=judge.gpu_uuid,
+            config=config,
+            servers=tuple(servers),
+            judge=replace(servers[0], gpu=judge.gpu_uuid),
             idle_power_w=model.idle_power_w,
             judge_idle_power_w=judge.idle_power_w,
         )
-        return PreparedModels(process=process, fleet=fleet, description=_description(config, model))
+        return PreparedModels(processes=tuple(processes), fleet=fleet, description=_description(config, model))
 
-    def _models(self, config: StackConfig, settings: Mapping[str, str]) -> tuple[RepositoryModel, RepositoryModel]:
+    def _models(self, config: StackConfig, settings: Mapping[str, str], number: int) -> list[RepositoryModel]:
+        """The models of a server: the model, and on the first server the judge."""
         catalogue = [{"level": level, "text": text} for level, text in DIRECTIVES if text]
         options = arguments(
             [
                 f"--workload={config.workload or SHIPPED_WORKLOAD}",
                 f"--models={LLM_NAME}={config.model}",
-                f"--judge={JUDGE_NAME}",
+                f"--judge={JUDGE_NAME if number == 0 else 'none'}",
                 f"--directives={json.dumps(catalogue)}",
+                f"--curve={config.curve}",
+                f"--stretch={config.stretch}",
+                *([f"--gpu-uuid=stand-in-{config.model}-{number}"] if config.servers > 1 else []),
             ],
             {**os.environ, **settings},
         )
         try:
-            model, judge = chosen_models(options, say=self._say)
+            # The workload is the same on all servers.
+            return chosen_models(options, say=self._say if number == 0 else lambda _: None)
         except ValueError as error:
             raise ModelServerError(str(error)) from error
-        return model, judge
 
 
 def _description(config: StackConfig, model: RepositoryModel) -> str:
     if config.model == SMOLLM2_MODEL:
         source = "measured by RAPL" if model.idle_power_w is None else "modelled from CPU time"
         return f"SmolLM2-135M-Instruct on the CPU, its energy {source}, and a stand-in judge"
-    return (
-        f"a stand-in for {config.model} (recorded answers and energy of "
-        f"{(config.workload or SHIPPED_WORKLOAD).name}) and a stand-in judge"
-    )
+    count = "a stand-in" if config.servers == 1 else f"{config.servers} stand-ins"
+    workload = (config.workload or SHIPPED_WORKLOAD).name
+    if config.curve == RECORDED:
+        source = f"recorded answers and energy of {workload}"
+    else:
+        stretched = "" if config.stretch == 1 else f", steps {config.stretch:g} times as long"
+        source = f"recorded answers of {workload}, power and speed of {config.curve}{stretched}"
+    return f"{count} for {config.model} ({source}) and a stand-in judge"

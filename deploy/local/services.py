@@ -18,7 +18,8 @@ SERVICE_TIER: Final = 2
 
 SETTLE_DELAY_WALL_S: Final = 10.0
 """The ledger's settlement delay, wall seconds. The ledger learns of a call only when it ends. A call longer than the
-delay (here about 400 tokens) gets energy for its last part only; the energy before that counts as unattributed."""
+delay (about 800 tokens of the stand-in's default curve) gets energy for its last part only; the energy before that
+counts as unattributed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,19 @@ class ServiceEnvironment:
     clock: Mapping[str, str]
     log_level: str = "INFO"
 
+    def variables(self) -> dict[str, str]:
+        """The environment variables, without those of the database."""
+        return {
+            **self.clock,
+            "SPROUT_KAFKA_BOOTSTRAP_SERVERS": self.bootstrap_servers,
+            "SPROUT_KAFKA_TOPIC_PREFIX": self.topic_prefix,
+            "SPROUT_FLEET_FILE": str(self.fleet_file),
+            "SPROUT_LOG_LEVEL": self.log_level,
+            "SPROUT_LOG_FORMAT": "json",
+            # Otherwise log lines reach the file late.
+            "PYTHONUNBUFFERED": "1",
+        }
+
 
 def service_spec(
     service: str, *, port: int, environment: ServiceEnvironment, settings: Mapping[str, str], name: str | None = None
@@ -48,18 +62,7 @@ def service_spec(
         settings: environment variables of this process; they override the shared settings.
         name: of the process; default: the service's.
     """
-    variables = {
-        **environment.clock,
-        "SPROUT_KAFKA_BOOTSTRAP_SERVERS": environment.bootstrap_servers,
-        "SPROUT_KAFKA_TOPIC_PREFIX": environment.topic_prefix,
-        "SPROUT_FLEET_FILE": str(environment.fleet_file),
-        "SPROUT_HTTP_HOST": LOOPBACK,
-        "SPROUT_HTTP_PORT": str(port),
-        "SPROUT_LOG_LEVEL": environment.log_level,
-        "SPROUT_LOG_FORMAT": "json",
-        # Otherwise log lines reach the file late.
-        "PYTHONUNBUFFERED": "1",
-    }
+    variables = {**environment.variables(), "SPROUT_HTTP_HOST": LOOPBACK, "SPROUT_HTTP_PORT": str(port)}
     if SERVICES[service].needs_database:
         variables["SPROUT_DATABASE_URL"] = environment.database_url
     url = f"http://{LOOPBACK}:{port}"
@@ -73,6 +76,19 @@ def service_spec(
         tier=SERVICE_TIER,
         port=port,
         url=url,
+    )
+
+
+def sleeper_spec(environment: ServiceEnvironment) -> ProcessSpec:
+    """The process that puts endpoints to sleep and wakes them."""
+    return ProcessSpec(
+        name="sleeper",
+        command=(sys.executable, "-m", "deploy.local.sleeper"),
+        environment=environment.variables(),
+        directory=REPOSITORY,
+        # It wakes the endpoints before it exits.
+        stop_grace_s=15.0,
+        tier=SERVICE_TIER,
     )
 
 

@@ -7,7 +7,6 @@ stops every process. `sprout up` starts it detached and `sprout down` stops it b
 import asyncio
 import os
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
@@ -22,7 +21,7 @@ from deploy.local.kafka import KafkaInstallation, install_kafka, kafka_spec
 from deploy.local.model_servers import ModelServers
 from deploy.local.postgres import PostgresError, create_database, postgres_spec
 from deploy.local.processes import ManagedProcess, ProcessFailedError, ProcessSpec, Supervisor, free_ports
-from deploy.local.services import ServiceEnvironment, service_settings, service_spec
+from deploy.local.services import ServiceEnvironment, service_settings, service_spec, sleeper_spec
 from deploy.local.signals import signals_as_exit, uninterrupted
 from deploy.local.state import StackState, StateError, refuse_second_stack, remove_state
 from deploy.local.triton import ModelServerError
@@ -151,7 +150,10 @@ class LocalStack:
             await asyncio.sleep(every_s)
 
     def process(self, name: str) -> ManagedProcess:
-        """A process by name: `kafka`, `postgres`, `triton` or a service; more routers are `router-2`, ...
+        """A process by name: `kafka`, `postgres`, `triton` or a service.
+
+        Several model servers are `triton-0`, `triton-1`, ...; more routers are `router-2`, ...; the process that puts
+        endpoints to sleep is `sleeper`.
 
         Raises:
             KeyError: there is no process of this name.
@@ -246,35 +248,39 @@ class LocalStack:
         models.fleet.write(fleet_file)
         self._save(fleet_file=fleet_file)
         self._say(f"starting Triton with {models.description}")
-        self._launch(models.process).wait_ready()
-
-    def _start_services(self) -> None:
-        if not self.config.services:
-            return
-        names = [(service, service) for service in self.config.services]
-        if "router" in self.config.services:
-            names += [("router", f"router-{number}") for number in range(2, self.config.routers + 1)]
-        self._say(f"starting {', '.join(name for _, name in names)}")
-        settings = service_settings(self.config)
-        started = [
-            self._launch(self._service(service, name, port, settings.get(service, {})))
-            for (service, name), port in zip(names, free_ports(len(names)), strict=True)
-        ]
+        # In parallel: most of a start is waiting.
+        started = [self._launch(process) for process in models.processes]
         for process in started:
             process.wait_ready()
 
-    def _service(self, service: str, name: str, port: int, settings: Mapping[str, str]) -> ProcessSpec:
+    def _start_services(self) -> None:
+        environment = self._service_environment()
+        names = [(service, service) for service in self.config.services]
+        if "router" in self.config.services:
+            names += [("router", f"router-{number}") for number in range(2, self.config.routers + 1)]
+        specs = [sleeper_spec(environment)] if self.config.sleep else []
+        settings = service_settings(self.config) if names else {}
+        specs += [
+            service_spec(service, port=port, environment=environment, settings=settings.get(service, {}), name=name)
+            for (service, name), port in zip(names, free_ports(len(names)), strict=True)
+        ]
+        if specs:
+            self._say(f"starting {', '.join(spec.name for spec in specs)}")
+        started = [self._launch(spec) for spec in specs]
+        for process in started:
+            process.wait_ready()
+
+    def _service_environment(self) -> ServiceEnvironment:
         state = self.state
         if state.fleet_file is None:
             raise StateError("services are started after the model servers")
-        environment = ServiceEnvironment(
+        return ServiceEnvironment(
             bootstrap_servers=state.bootstrap_servers,
             topic_prefix=state.topic_prefix,
             database_url=state.database_url,
             fleet_file=state.fleet_file,
             clock=state.clock,
         )
-        return service_spec(service, port=port, environment=environment, settings=settings, name=name)
 
     def _launch(self, spec: ProcessSpec) -> ManagedProcess:
         process = self._supervisor.spawn(spec)

@@ -44,9 +44,9 @@ class TritonInstallation:
     root: Path
     server: Server
 
-    def command(self, repository: Path, ports: TritonPorts) -> list[str]:
-        """The command line that serves a model repository on loopback."""
-        return self.server.command(repository, ports, address=LOOPBACK)
+    def command(self, repository: Path, ports: TritonPorts, *, model_control: bool = True) -> list[str]:
+        """The command line that serves a model repository on loopback; the arguments are those of `Server.command`."""
+        return self.server.command(repository, ports, address=LOOPBACK, model_control=model_control)
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """The variables to add to the server's environment, including `extra`."""
@@ -79,7 +79,13 @@ def install(install_dir: Path, *, smollm2: bool = False, say: Say = lambda _: No
 
 def free_triton_ports() -> TritonPorts:
     """Three free ports on loopback."""
-    return TritonPorts(*free_ports(3))
+    return ports_of_servers(1)[0]
+
+
+def ports_of_servers(count: int) -> list[TritonPorts]:
+    """Three free ports on loopback for each server; all are distinct."""
+    ports = free_ports(3 * count)
+    return [TritonPorts(*ports[first : first + 3]) for first in range(0, len(ports), 3)]
 
 
 def metrics_url(ports: TritonPorts) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy.triton.contract import ContractName
-from deploy.triton.repository import SMOLLM2, STAND_IN, RepositoryModel
+from deploy.triton.repository import SMOLLM2, STAND_IN, ParameterError, RepositoryModel
 from deploy.triton.smollm2.parameters import EnergySource, SmolLm2Parameters
 from deploy.triton.smollm2.power import available_source, energy_label
-from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.batching import BatchRules, CurveRules, RecordedRules
 from deploy.triton.stand_in.faults import FaultRules
 from deploy.triton.stand_in.judge import JudgeRules
 from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, StandInParameters
@@ -29,7 +29,7 @@ def stand_in_llm(
     model: str = "llama-2-13b-chat",
     name: str = LLM_NAME,
     gpu_uuid: str | None = None,
-    idle_power_w: float = 55.0,
+    idle_power_w: float | None = None,
     directives: Sequence[Directive] = DEFAULT_DIRECTIVES,
     batch: BatchRules | None = None,
     tick_ms: float = 5.0,
@@ -42,20 +42,30 @@ def stand_in_llm(
     Args:
         model: the model of the workload whose recorded answers it gives.
         name: in Triton's repository; several stand-ins in one repository need different names.
-        gpu_uuid: label of its energy counters; default: `stand-in-` and the model.
-        idle_power_w: an idle A100 takes about 55 W.
+        gpu_uuid: label of its energy counters; servers of one fleet need different ones; default: `stand-in-` and the
+            model.
+        idle_power_w: default: 55 W, as an idle A100; with a curve it is the curve's.
+        batch: how the batch size acts on speed and energy: recorded ones (the default), or a curve.
         contract: which of TensorRT-LLM's contracts it has.
         decoupled: it can stream; TensorRT-LLM's `llm-api` model cannot by default.
         faults: how often a generation fails; default: never.
+
+    Raises:
+        ParameterError: a parameter is invalid, or `idle_power_w` is given beside a curve.
     """
+    rules = batch or RecordedRules()
+    curve = rules.curve if isinstance(rules, CurveRules) else None
+    if curve is not None and idle_power_w is not None:
+        raise ParameterError("'idle_power_w' has no effect with a curve, which has an idle power; remove it")
+    own_idle_w = 0.0 if curve is not None else 55.0 if idle_power_w is None else idle_power_w
     parameters = StandInParameters(
         workload=workload.resolve(),
         model=model,
         gpu_uuid=gpu_uuid or f"stand-in-{model}",
-        idle_power_w=idle_power_w,
+        idle_power_w=own_idle_w,
         directives=tuple(directives),
         tick_ms=tick_ms,
-        batch=batch or BatchRules(),
+        batch=rules,
         contract=contract,
         decoupled=decoupled,
         faults=faults or FaultRules(),
@@ -65,7 +75,8 @@ def stand_in_llm(
         STAND_IN,
         parameters.to_texts(),
         gpu_uuid=parameters.gpu_uuid,
-        idle_power_w=idle_power_w,
+        idle_power_w=own_idle_w if curve is None else curve.idle_w,
+        asleep_power_w=None if curve is None else curve.asleep_w,
         contract=contract,
         decoupled=decoupled,
     )

@@ -52,11 +52,13 @@ class Server:
     python: Path
     linker_folders: tuple[Path, ...]
 
-    def command(self, repository: Path, ports: TritonPorts, *, address: str) -> list[str]:
-        """The command line that serves a model repository.
+    def command(self, repository: Path, ports: TritonPorts, *, address: str, model_control: bool = True) -> list[str]:
+        """The command line that serves a model repository; all models are loaded at the start.
 
         Args:
             address: to which all three services bind; Triton's default is every address.
+            model_control: clients may unload and load models. They may then also load models of their own, which run
+                any code on the server: allow it only where every client is trusted.
         """
         return [
             str(self.program),
@@ -68,6 +70,9 @@ class Server:
             f"--http-port={ports.http}",
             f"--metrics-address={address}",
             f"--metrics-port={ports.metrics}",
+            *(("--model-control-mode=explicit", "--load-model=*") if model_control else ()),
+            # A server whose model is being unloaded is ready for requests to the others.
+            "--strict-readiness=false",
             # The models' configurations are complete, and the models export the energy metrics.
             "--disable-auto-complete-config",
             "--allow-gpu-metrics=false",

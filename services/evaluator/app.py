@@ -30,7 +30,8 @@ from shared.fleet import Fleet, FleetError, load_fleet
 from shared.inference.attempts import Attempts
 from shared.inference.base import StreamTimeouts
 from shared.inference.chat import ChatTemplateError
-from shared.inference.pool import Pools
+from shared.inference.load_reports import LoadReporter, subscribe_capacity
+from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
@@ -40,7 +41,19 @@ from shared.runtime.database import DatabaseStatus, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
-from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, PROMPT_GROUPS, QUALITY, SAMPLES, USAGE
+from shared.switchback import SwitchbackSchedule
+from shared.topics import (
+    CAPACITY,
+    CARBON_INTENSITY,
+    DEAD_LETTERS,
+    FOOTPRINTS,
+    LOAD_REPORTS,
+    POWER_CURVES,
+    PROMPT_GROUPS,
+    QUALITY,
+    SAMPLES,
+    USAGE,
+)
 
 NAME = "evaluator"
 DESCRIPTION = SERVICES[NAME].description
@@ -84,6 +97,14 @@ class Evaluator:
             check_timeout_s=settings.endpoint_check_timeout_s,
             with_judge=settings.judge == "fleet",
         )
+        self._load_reporter = LoadReporter(
+            broker,
+            self._pools,
+            kafka=kafka,
+            clock=clock,
+            service="evaluator",
+            interval_s=settings.load_report_interval_s,
+        )
         self._calls = ModelCalls(
             fleet=fleet,
             pools=self._pools,
@@ -103,6 +124,7 @@ class Evaluator:
             {model.name: settings.zone or fleet.pools_of(model.name)[0].zone for model in fleet.models},
             settings=settings,
             intensities=self._intensities,
+            switchback=SwitchbackSchedule(fleet.switchback),
             clock=clock,
             metrics=self.metrics,
         )
@@ -115,6 +137,7 @@ class Evaluator:
         )
         self._broker_started = asyncio.Event()
         self._subscribe(broker, dead_letters, kafka)
+        subscribe_capacity(broker, dead_letters, self._pools, kafka=kafka)
 
     @asynccontextmanager
     async def running(self, health: Health) -> AsyncIterator[None]:
@@ -153,6 +176,7 @@ class Evaluator:
             )
             health.spawn("check endpoints", self._pools.watch())
             health.spawn("evaluate", self._evaluate(runner, health))
+            health.spawn("report load", self._report_load())
             # Background tasks use what the stack closes, so they end first.
             stack.push_async_callback(health.cancel_background)
             yield
@@ -166,6 +190,14 @@ class Evaluator:
         await runner.learner.withdraw_if_disabled(self._candidates, self._clock.now())
         await runner.publish_unpublished()
         await self.scheduler.run(runner, health, is_reachable=self._is_reachable)
+
+    async def _report_load(self) -> None:
+        await self._broker_started.wait()
+        await self._load_reporter.run()
+
+    async def publish_final_load_report(self) -> None:
+        """Report that nothing is running any more; call it when all evaluations have ended."""
+        await self._load_reporter.finish()
 
     def _open_judge(self, stack: AsyncExitStack) -> Judge:
         settings = self.settings
@@ -263,7 +295,18 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, USAGE, QUALITY, PROMPT_GROUPS, DEAD_LETTERS),
+        topics=(
+            SAMPLES,
+            CARBON_INTENSITY,
+            FOOTPRINTS,
+            USAGE,
+            QUALITY,
+            PROMPT_GROUPS,
+            POWER_CURVES,
+            CAPACITY,
+            LOAD_REPORTS,
+            DEAD_LETTERS,
+        ),
         registry=registry,
         health=health,
         lifespan=lambda: evaluator.running(health),
@@ -271,6 +314,7 @@ def build_app(
     app.after_startup(evaluator.on_broker_started)
     # Before the broker stops: a running evaluation could no longer publish.
     app.on_shutdown(health.cancel_background)
+    app.on_shutdown(evaluator.publish_final_load_report)
     app.mount("/evaluations", evaluation_endpoint(evaluator.scheduler))
     return app
 

@@ -12,7 +12,7 @@ from shared.fleet import Fleet
 from shared.inference.attempts import Attempts, GenerationJob
 from shared.inference.base import GenerationParameters
 from shared.inference.chat import ConversationError
-from shared.inference.pool import Pools
+from shared.inference.pools import Pools
 from shared.messages import ChatMessage, SamplingParameters, UsageRecord
 from shared.runtime.clock import Clock
 

@@ -272,8 +272,8 @@ def _evidence(labelled: LabelledPrompts) -> Iterator[GroupEvidence]:
 
 
 def _resource_use(labelled: LabelledPrompts, energy: EnergyByPool) -> Iterator[GroupTaken]:
-    """Energy and time of the judged answers by group and option, where the energy is known."""
-    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    """Energy, time and tokens of the judged answers by group and option, where the energy is known."""
+    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for group, prompt in labelled:
         for answer in prompt.answers:
             joules = _joules_per_token(answer.generated_by, energy)
@@ -282,7 +282,13 @@ def _resource_use(labelled: LabelledPrompts, energy: EnergyByPool) -> Iterator[G
                 total[0] += 1.0
                 total[1] += answer.tokens * joules / JOULES_PER_KWH
                 total[2] += answer.seconds
-    for (group, option), (requests, energy_kwh, seconds) in sorted(sums.items()):
+                total[3] += answer.tokens
+    for (group, option), (requests, energy_kwh, seconds, tokens) in sorted(sums.items()):
         yield GroupTaken(
-            group=group, option=option, requests=requests, energy_kwh=energy_kwh, processing_s=max(0.0, seconds)
+            group=group,
+            option=option,
+            requests=requests,
+            energy_kwh=energy_kwh,
+            processing_s=max(0.0, seconds),
+            completion_tokens=tokens,
         )

@@ -16,6 +16,12 @@ class EvaluatorMetrics:
             registry=registry,
         )
         self.running = Gauge("sprout_evaluator_running", "Evaluations in progress", ("model",), registry=registry)
+        self.postponed = Gauge(
+            "sprout_evaluator_postponed",
+            "Whether an evaluation is due but postponed, by reason: 1 or 0",
+            ("model", "reason"),
+            registry=registry,
+        )
         self.judged_prompts = Counter(
             "sprout_evaluator_judged_prompts", "Prompts with a verdict", ("model",), registry=registry
         )

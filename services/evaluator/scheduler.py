@@ -19,6 +19,7 @@ from shared.messages import CarbonIntensity
 from shared.runtime.clock import Clock
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger, where
+from shared.switchback import SwitchbackSchedule
 
 MIN_CHECK_INTERVAL_S: Final = 0.3
 """Minimum wall time between two checks of all models."""
@@ -28,6 +29,9 @@ MAX_CHECK_INTERVAL_S: Final = 5.0
 
 EXPIRY_INTERVAL_S: Final = 60.0
 """Wall time between two deletions of expired rows."""
+
+REFERENCE_BLOCK: Final = "reference_block"
+"""Reason why an evaluation is postponed: the whole fleet serves without Sprout, now or soon."""
 
 MAX_BACKOFF_DOUBLINGS: Final = 7
 
@@ -44,6 +48,7 @@ class ModelState:
         running: task of the running evaluation.
         failures: failed evaluations in a row.
         not_before_s: loop time before which no evaluation starts.
+        postponed: an evaluation is due, and waits for the end of a reference block.
     """
 
     model: str
@@ -53,6 +58,7 @@ class ModelState:
     running: "asyncio.Task[None] | None" = None
     failures: int = 0
     not_before_s: float = 0.0
+    postponed: bool = False
 
     def adjusted_intensity(self) -> float:
         """Urgency-adjusted intensity, gCO2eq/kWh; NaN while it is unknown."""
@@ -73,6 +79,7 @@ class Scheduler:
         *,
         settings: EvaluatorSettings,
         intensities: LatestIntensities,
+        switchback: SwitchbackSchedule,
         clock: Clock,
         metrics: EvaluatorMetrics,
     ) -> None:
@@ -84,6 +91,7 @@ class Scheduler:
         self.states = {model: ModelState(model, zone, Opportunity(settings)) for model, zone in zones.items()}
         self._settings = settings
         self._intensities = intensities
+        self._switchback = switchback
         self._clock = clock
         self._metrics = metrics
         self._wake = asyncio.Event()
@@ -91,6 +99,7 @@ class Scheduler:
         for state in self.states.values():
             metrics.observe_adjusted_intensity(state.model, state.adjusted_intensity)
             metrics.running.labels(state.model).set(0)
+            metrics.postponed.labels(state.model, REFERENCE_BLOCK).set(0)
 
     async def restore(self, store: EvaluationStore) -> None:
         """Load the times of the last evaluations; must be called before the first intensity arrives."""
@@ -146,7 +155,7 @@ class Scheduler:
                 _log.warning("scheduling is postponed", error=str(error))
             await asyncio.sleep(MIN_CHECK_INTERVAL_S)
             try:
-                async with asyncio.timeout(MAX_CHECK_INTERVAL_S - MIN_CHECK_INTERVAL_S):
+                async with asyncio.timeout(self._longest_wait_s()):
                     await self._wake.wait()
             except TimeoutError:
                 pass
@@ -183,14 +192,36 @@ class Scheduler:
         trigger = self._current_trigger(state, now)
         if trigger is None:
             reason = state.opportunity.due(now, samples=samples, min_samples=self._settings.min_samples)
-            if reason is None:
-                return
-            trigger = EvaluationTrigger(reason, now)
-        if not samples or not is_reachable(state.model):
+            trigger = None if reason is None else EvaluationTrigger(reason, now)
+        due = trigger is not None and samples > 0
+        self._set_postponed(state, due and self._near_reference_block(now))
+        if trigger is None or not due or state.postponed or not is_reachable(state.model):
             return
         state.pending = None
         trigger = replace(trigger, g_per_kwh=self._fresh_g_per_kwh(state.zone))
         state.running = health.spawn(f"evaluate {state.model}", self._evaluate(state, trigger, runner))
+
+    def _near_reference_block(self, now: datetime) -> bool:
+        """Whether a reference block is running, or starts within the margin."""
+        if self._switchback.is_reference(now):
+            return True
+        start = self._switchback.next_change(now)
+        return start is not None and (start - now).total_seconds() <= self._settings.reference_block_margin_s
+
+    def _set_postponed(self, state: ModelState, postponed: bool) -> None:
+        if postponed and not state.postponed:
+            _log.info("evaluation postponed until the end of the reference block", model=state.model)
+        state.postponed = postponed
+        self._metrics.postponed.labels(state.model, REFERENCE_BLOCK).set(postponed)
+
+    def _longest_wait_s(self) -> float:
+        """Wall time until models are checked without an event: also when a block ends that evaluations wait for."""
+        longest_s = MAX_CHECK_INTERVAL_S - MIN_CHECK_INTERVAL_S
+        if any(state.postponed for state in self.states.values()):
+            change = self._switchback.next_change(self._clock.now())
+            if change is not None:
+                longest_s = min(longest_s, max(0.0, self._clock.wall_seconds_until(change)))
+        return longest_s
 
     def _current_trigger(self, state: ModelState, now: datetime) -> EvaluationTrigger | None:
         """The pending trigger; one that is too old is discarded, unless a person requested it."""

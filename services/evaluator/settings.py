@@ -43,6 +43,11 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     max_intensity_age_s: float = Field(
         default=3 * 3_600.0, gt=0, description="An older intensity triggers no evaluation, event"
     )
+    reference_block_margin_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="No evaluation starts in a reference block (switchback) or this long before one, event",
+    )
     retry_pause_s: float = Field(
         default=30.0, gt=0, description="Pause after a failed evaluation, wall; doubles with each failure in a row"
     )
@@ -105,6 +110,8 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     max_attempts: int = Field(default=3, ge=1, description="Endpoints tried for one call")
     endpoint_check_interval_s: float = Field(default=5.0, gt=0, description="Interval of health checks, wall")
     endpoint_check_timeout_s: float = Field(default=2.0, gt=0, description="Timeout of a health check, wall")
+
+    load_report_interval_s: float = Field(default=1.0, gt=0, description="Between two load reports, wall")
 
     # Judge
     judge: Literal["fleet", "openai"] = Field(

@@ -1,6 +1,6 @@
 """Wires the optimizer together."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -10,7 +10,9 @@ from prometheus_client import CollectorRegistry
 
 from services import SERVICES
 from services.optimizer import migrations
+from services.optimizer.capacity_service import CapacityService
 from services.optimizer.metrics import OptimizerMetrics
+from services.optimizer.prices import PoolPrices
 from services.optimizer.program import warm_up
 from services.optimizer.service import PolicyService
 from services.optimizer.settings import OptimizerSettings
@@ -19,15 +21,41 @@ from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.publish import declare_publisher, publish_with_retry
-from shared.kafka.subscribe import POLL_MS, Subscriber, read_to_end, subscribe_batches, subscribe_compacted
-from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality
+from shared.kafka.subscribe import (
+    POLL_MS,
+    Subscriber,
+    read_to_end,
+    subscribe_batches,
+    subscribe_compacted,
+    subscribe_newest,
+)
+from shared.messages import (
+    CarbonIntensity,
+    EndpointCurve,
+    Footprint,
+    LoadReport,
+    Policy,
+    PoolCapacity,
+    PromptGrouping,
+    Quality,
+)
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
-from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY
+from shared.topics import (
+    CAPACITY,
+    CARBON_INTENSITY,
+    DEAD_LETTERS,
+    FOOTPRINTS,
+    LOAD_REPORTS,
+    POLICIES,
+    POWER_CURVES,
+    PROMPT_GROUPS,
+    QUALITY,
+)
 
 NAME = "optimizer"
 DESCRIPTION = SERVICES[NAME].description
@@ -39,11 +67,14 @@ def subscribe(
     broker: KafkaBroker,
     dead_letters: DeadLetterPublisher,
     service: PolicyService,
+    capacity: CapacityService,
     *,
     kafka: KafkaSettings,
     settings: OptimizerSettings,
 ) -> tuple[Subscriber, ...]:
-    """Register the subscribers: compacted topics are read from their start, footprints by a consumer group.
+    """Register the subscribers.
+
+    Compacted topics are read from their start, footprints by a consumer group, and of load reports only new ones.
 
     Returns:
         Those of the compacted topics.
@@ -51,6 +82,8 @@ def subscribe(
     groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS)
     intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
     evaluations = subscribe_compacted(broker, kafka, dead_letters, QUALITY)
+    curves = subscribe_compacted(broker, kafka, dead_letters, POWER_CURVES)
+    loads = subscribe_newest(broker, kafka, dead_letters, LOAD_REPORTS)
     footprints = subscribe_batches(
         broker, kafka, dead_letters, FOOTPRINTS, group=NAME, max_records=settings.batch_records, poll_ms=POLL_MS
     )
@@ -67,11 +100,19 @@ def subscribe(
     async def on_quality(messages: list[Quality]) -> None:
         service.add_evaluations(messages)
 
+    @curves
+    async def on_curves(messages: list[EndpointCurve]) -> None:
+        service.update_curves(messages)
+
+    @loads
+    async def on_loads(messages: list[LoadReport]) -> None:
+        capacity.add_load_reports(messages)
+
     @footprints
     async def on_footprints(messages: list[Footprint]) -> None:
         await service.add_footprints(messages)
 
-    return groupings, intensities, evaluations
+    return groupings, intensities, evaluations, curves
 
 
 def build_app(
@@ -96,28 +137,42 @@ def build_app(
     metrics = OptimizerMetrics(registry)
     health = Health()
     broker, dead_letters = build_broker(kafka, service=NAME, clock=clock, registry=registry)
-    publisher = declare_publisher(broker, kafka, POLICIES)
+    policies = declare_publisher(broker, kafka, POLICIES)
+    plans = declare_publisher(broker, kafka, CAPACITY)
     status = DatabaseStatus()
+    prices = PoolPrices(fleet)
 
-    async def publish(policy: Policy) -> None:
-        await publish_with_retry(lambda: publisher.publish(policy, key=policy.model.encode()))
+    async def publish_policy(policy: Policy) -> None:
+        await publish_with_retry(lambda: policies.publish(policy, key=policy.model.encode()))
 
-    service = PolicyService(fleet=fleet, clock=clock, settings=settings, metrics=metrics, publish=publish)
-    compacted = subscribe(broker, dead_letters, service, kafka=kafka, settings=settings)
+    async def publish_plan(plan: PoolCapacity) -> None:
+        await publish_with_retry(lambda: plans.publish(plan, key=plan.pool.encode()))
+
+    service = PolicyService(
+        fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices, publish=publish_policy
+    )
+    capacity = CapacityService(
+        fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices, publish=publish_plan
+    )
+    compacted = subscribe(broker, dead_letters, service, capacity, kafka=kafka, settings=settings)
     _watch_ages(service, metrics, fleet)
 
-    async def make_policies() -> None:
+    async def after_reading(work: Callable[[], Awaitable[None]]) -> None:
         if not await read_to_end(compacted, within_s=settings.state_wait_s):
-            _log.warning("solving before the compacted topics were read completely")
-        await service.run()
+            _log.warning("starting before the compacted topics were read completely")
+        await work()
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
         pool = await open_pool(database, schema=NAME)
         try:
             await migrate(pool, schema=NAME, package=migrations.__name__)
-            await service.restore(Store(pool, status=status, remembered_footprints=settings.remembered_footprints))
-            health.spawn("make policies", make_policies())
+            store = Store(pool, status=status, remembered_footprints=settings.remembered_footprints)
+            await service.restore(store)
+            await capacity.restore_profiles(store)
+            health.spawn("make policies", after_reading(service.run))
+            health.spawn("plan capacity", after_reading(capacity.run))
+            health.spawn("store arrival profiles", capacity.store_profiles(store))
             yield
         finally:
             await health.cancel_background()
@@ -130,7 +185,17 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(CARBON_INTENSITY, PROMPT_GROUPS, QUALITY, FOOTPRINTS, POLICIES, DEAD_LETTERS),
+        topics=(
+            CARBON_INTENSITY,
+            PROMPT_GROUPS,
+            QUALITY,
+            FOOTPRINTS,
+            POWER_CURVES,
+            LOAD_REPORTS,
+            POLICIES,
+            CAPACITY,
+            DEAD_LETTERS,
+        ),
         registry=registry,
         health=health,
         lifespan=running,

@@ -1,16 +1,17 @@
-"""Energy, time and traffic by prompt group and option: decayed sums of footprints, and the estimates made from them.
+"""Energy, time, tokens and traffic by prompt group and option: decayed sums of footprints, and estimates from them.
 
-Footprints of requests and of the evaluator's generations carry energy and time: both sample their group's prompts
-fairly. Only requests count as traffic. Calls of the judge say nothing about the model and are ignored. The caller makes
-sure that each footprint is counted once.
+Footprints of requests and of the evaluator's generations carry energy, time and tokens: both sample their group's
+prompts fairly. Only requests count as traffic. Calls of the judge say nothing about the model and are ignored. The
+caller makes sure that each footprint is counted once.
 
-Energy and time follow a multiplicative model, group effect x option effect, towards which every (group, option) mean is
-shrunk (docs/decisions/0004-optimizer-estimates.md).
+Energy, time and tokens follow a multiplicative model each, group effect x option effect, towards which every
+(group, option) mean is shrunk (docs/decisions/0004-optimizer-estimates.md).
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,51 @@ def decay_factor(age_s: float, half_life_s: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ResourceUse:
-    """Effective requests, and the energy and time that they used in all (or, from `CostModel`, on average)."""
+    """What some requests used in all.
+
+    Tokens and server time are not known of every request: older footprints lack the server time, some model servers do
+    not count prompts, and sums that earlier releases stored lack all of them. Each has a count of its own.
+
+    Attributes:
+        requests: effective number of requests; all of them have energy and time.
+        energy_kwh, processing_s: attributed energy, and time from sending the call to its last token.
+        token_requests, completion_tokens: requests with a known number of generated tokens, and these tokens.
+        prompt_requests, prompt_tokens: requests with a known length of the prompt, and these tokens.
+        server_requests, server_s: requests with a known share of the server's time, and these seconds.
+    """
 
     requests: float
     energy_kwh: float
     processing_s: float
+    token_requests: float = 0.0
+    completion_tokens: float = 0.0
+    prompt_requests: float = 0.0
+    prompt_tokens: float = 0.0
+    server_requests: float = 0.0
+    server_s: float = 0.0
+
+    def values(self) -> tuple[float, ...]:
+        """All fields, in order."""
+        return tuple(getattr(self, name) for name in _RESOURCES)
+
+    @classmethod
+    def of_footprint(cls, footprint: Footprint) -> "ResourceUse":
+        """What one call used."""
+        prompt_tokens, server_s = footprint.prompt_tokens, footprint.server_s
+        return cls(
+            requests=1.0,
+            energy_kwh=footprint.energy_j / JOULES_PER_KWH,
+            processing_s=footprint.processing_s,
+            token_requests=1.0,
+            completion_tokens=float(footprint.completion_tokens),
+            prompt_requests=0.0 if prompt_tokens is None else 1.0,
+            prompt_tokens=float(prompt_tokens or 0),
+            server_requests=0.0 if server_s is None else 1.0,
+            server_s=server_s or 0.0,
+        )
+
+
+_RESOURCES = tuple(one.name for one in fields(ResourceUse))
 
 
 @dataclass(slots=True)
@@ -78,7 +119,7 @@ class Consumption:
     """Decayed sums of one model's footprints; the document of `to_document` is stored in the table `consumption`.
 
     Attributes:
-        cells: (requests, kWh, seconds) by group, then option.
+        cells: the sums of `ResourceUse` by group, then option.
         traffic: requests by group.
         recent: requests of all groups, for the request rate.
         first_request_s: event time of the first request.
@@ -102,7 +143,7 @@ class Consumption:
             return
         at_s = min(footprint.finished_at.timestamp(), now_s)
         option = option_key(footprint.pool, footprint.level)
-        used = ResourceUse(1.0, footprint.energy_j / JOULES_PER_KWH, footprint.processing_s)
+        used = ResourceUse.of_footprint(footprint)
         is_traffic = footprint.purpose == "request"
         self.add(footprint.group, option, used, at_s=at_s, settings=settings, is_traffic=is_traffic)
 
@@ -126,9 +167,8 @@ class Consumption:
             settings: half-lives and the number of groups kept.
             is_traffic: whether clients sent the requests, so that they count in traffic shares and request rate.
         """
-        cell = self.cells.setdefault(group, {}).setdefault(option, DecayedSums(at_s, [0.0, 0.0, 0.0]))
-        sums = (used.requests, used.energy_kwh, used.processing_s)
-        cell.add(sums, at_s=at_s, half_life_s=settings.footprint_half_life_s)
+        cell = self.cells.setdefault(group, {}).setdefault(option, DecayedSums(at_s, [0.0] * len(_RESOURCES)))
+        cell.add(used.values(), at_s=at_s, half_life_s=settings.footprint_half_life_s)
         if is_traffic:
             self.traffic.setdefault(group, DecayedSums(at_s, [0.0])).add(
                 (used.requests,), at_s=at_s, half_life_s=settings.traffic_half_life_s
@@ -187,11 +227,11 @@ class Consumption:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "Consumption":
-        """Read what `to_document` wrote."""
+        """Read what `to_document` wrote; the first release stored no tokens and no server time."""
         recent = document["recent"]
         return cls(
             cells={
-                group: {option: _from_list(sums) for option, sums in row.items()}
+                group: {option: _from_list(sums, len(_RESOURCES)) for option, sums in row.items()}
                 for group, row in document["cells"].items()
             },
             traffic={group: _from_list(sums) for group, sums in document["traffic"].items()},
@@ -212,20 +252,42 @@ def _to_list(sums: DecayedSums) -> list[float]:
     return [sums.as_of_s, *sums.values]
 
 
-def _from_list(stored: list[float]) -> DecayedSums:
-    return DecayedSums(stored[0], list(stored[1:]))
+def _from_list(stored: list[float], length: int = 1) -> DecayedSums:
+    """The sums, with zeros for those that an earlier release did not store."""
+    values = list(stored[1:])
+    return DecayedSums(stored[0], values + [0.0] * (length - len(values)))
 
 
-class CostModel:
-    """Mean energy and time of a request for every group and option.
+class MeanModel:
+    """Mean of one quantity per request for every group and option.
 
     A (group, option) mean is shrunk towards the multiplicative model m(group, option) with the weight of
     `pseudo_requests`: (sum + pseudo_requests * m) / (requests + pseudo_requests). A group that never used an option is
     therefore expected to use its own baseline times the option's usual ratio.
     """
 
-    def __init__(self, totals: Mapping[str, Mapping[str, ResourceUse]], pseudo_requests: float) -> None:
+    def __init__(self, totals: Mapping[str, Mapping[str, tuple[float, float]]], pseudo_requests: float) -> None:
         """Fit the model.
+
+        Args:
+            totals: (requests, sum of the quantity) by group, then option.
+            pseudo_requests: prior weight.
+        """
+        self._totals = totals
+        self._pseudo_requests = pseudo_requests
+        self._fitted = fit_multiplicative_model(totals, pseudo_requests=pseudo_requests)
+
+    def __call__(self, group: str, option: str) -> float:
+        """The mean of one request of a group and option."""
+        requests, total = self._totals.get(group, {}).get(option, (0.0, 0.0))
+        return (total + self._pseudo_requests * self._fitted(group, option)) / (requests + self._pseudo_requests)
+
+
+class CostModel:
+    """Mean energy, time and tokens of a request for every group and option; a `MeanModel` each, fitted when needed."""
+
+    def __init__(self, totals: Mapping[str, Mapping[str, ResourceUse]], pseudo_requests: float) -> None:
+        """Take the data.
 
         Args:
             totals: by group, then option.
@@ -233,27 +295,40 @@ class CostModel:
         """
         self._totals = totals
         self._pseudo_requests = pseudo_requests
-        self._energy = self._fit(lambda used: used.energy_kwh)
-        self._time = self._fit(lambda used: used.processing_s)
 
-    def mean(self, group: str, option: str) -> ResourceUse:
-        """Effective requests of a group and option, and the mean energy and time of one request."""
-        used = self._totals.get(group, {}).get(option, ResourceUse(0.0, 0.0, 0.0))
-        weight = used.requests + self._pseudo_requests
-        return ResourceUse(
-            used.requests,
-            (used.energy_kwh + self._pseudo_requests * self._energy(group, option)) / weight,
-            (used.processing_s + self._pseudo_requests * self._time(group, option)) / weight,
-        )
+    def requests(self, group: str, option: str) -> float:
+        """Effective requests of a group and option."""
+        used = self._totals.get(group, {}).get(option)
+        return 0.0 if used is None else used.requests
 
-    def _fit(self, value: Callable[[ResourceUse], float]) -> Callable[[str, str], float]:
-        return fit_multiplicative_model(
-            {
-                group: {option: (used.requests, value(used)) for option, used in row.items()}
-                for group, row in self._totals.items()
-            },
-            pseudo_requests=self._pseudo_requests,
-        )
+    @cached_property
+    def energy_kwh(self) -> MeanModel:
+        """Attributed energy."""
+        return self._fit(lambda used: (used.requests, used.energy_kwh))
+
+    @cached_property
+    def processing_s(self) -> MeanModel:
+        """Time from sending the call to its last token."""
+        return self._fit(lambda used: (used.requests, used.processing_s))
+
+    @cached_property
+    def completion_tokens(self) -> MeanModel:
+        """Generated tokens."""
+        return self._fit(lambda used: (used.token_requests, used.completion_tokens))
+
+    @cached_property
+    def prompt_tokens(self) -> MeanModel:
+        """Tokens of the prompt, directive included."""
+        return self._fit(lambda used: (used.prompt_requests, used.prompt_tokens))
+
+    @cached_property
+    def server_s(self) -> MeanModel:
+        """Share of the server's time."""
+        return self._fit(lambda used: (used.server_requests, used.server_s))
+
+    def _fit(self, value: Callable[[ResourceUse], tuple[float, float]]) -> MeanModel:
+        totals = {group: {option: value(used) for option, used in row.items()} for group, row in self._totals.items()}
+        return MeanModel(totals, self._pseudo_requests)
 
 
 def fit_multiplicative_model(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shared.messages import Policy
+from shared.messages import Policy, PoolCapacity
 
 _SOLVE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0, 10.0)
 
@@ -64,18 +64,43 @@ class OptimizerMetrics:
             registry=registry,
         )
 
+        self._token_price = Gauge(
+            "sprout_optimizer_token_price_joules",
+            "Of a generated token: what one more costs (price), and all that the meter shows per token (meter); NaN "
+            "where the energy is attributed",
+            ("pool", "kind"),
+            registry=registry,
+        )
+        self._needed = Gauge(
+            "sprout_pool_endpoints_needed", "Endpoints that the pool needs now", ("pool",), registry=registry
+        )
+        self._awake = Gauge(
+            "sprout_pool_endpoints_awake", "Endpoints that are to be awake", ("pool",), registry=registry
+        )
+        self._arrivals = Gauge(
+            "sprout_pool_arrivals_per_second", "Requests per event second, recent mean", ("pool",), registry=registry
+        )
+        self._target = Gauge(
+            "sprout_pool_target_batch",
+            "Sequences that an endpoint is to have; NaN while that is unknown",
+            ("pool",),
+            registry=registry,
+        )
+
     def watch_age(self, what: str, name: str, age_s: Callable[[], float | None]) -> None:
         """Read an age at every scrape; None is shown as NaN."""
 
         def age_or_nan() -> float:
-            age = age_s()
-            return math.nan if age is None else age
+            return _or_nan(age_s())
 
         self._ages.labels(what, name).set_function(age_or_nan)
 
     def set_policy(self, policy: Policy) -> None:
         """Show the current policy of a model."""
         self._version.labels(policy.model).set(policy.version)
+        for pool, price in policy.inputs.prices.items():
+            self._token_price.labels(pool, "price").set(_or_nan(price.token_j))
+            self._token_price.labels(pool, "meter").set(_or_nan(price.meter_token_j))
         if policy.reference_g_per_request > 0.0:
             saving = 1.0 - policy.expected_g_per_request / policy.reference_g_per_request
             self._saving.labels(policy.model).set(saving)
@@ -83,3 +108,20 @@ class OptimizerMetrics:
             self._bound.labels(policy.model, metric).set(bound)
         for metric, quality in policy.expected_quality.items():
             self._quality.labels(policy.model, metric).set(quality)
+
+    def set_capacity(self, plan: PoolCapacity) -> None:
+        """Show the current plan of a pool."""
+        self._needed.labels(plan.pool).set(plan.endpoints_needed)
+        self._awake.labels(plan.pool).set(len(plan.awake))
+        self._arrivals.labels(plan.pool).set(plan.requests_per_s)
+        self._target.labels(plan.pool).set(_or_nan(plan.target_batch))
+
+    def set_unknown_capacity(self, pool: str, *, endpoints: int) -> None:
+        """Show that a pool has no valid plan: its endpoints are all awake."""
+        self._awake.labels(pool).set(endpoints)
+        for gauge in (self._needed, self._arrivals):
+            gauge.labels(pool).set(math.nan)
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

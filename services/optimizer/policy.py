@@ -6,7 +6,8 @@ from datetime import datetime
 from typing import Literal
 
 from services.optimizer.bounds import CurrentIntensity, TrailingRange, joint_confidence_z, quality_bounds
-from services.optimizer.estimates import Estimates, relative_change
+from services.optimizer.estimates import Estimates, price_bases, relative_change
+from services.optimizer.prices import describe_price
 from services.optimizer.problem import Failure, OptionPrice, Problem, Solution
 from services.optimizer.program import TIME_LIMIT_S, solve
 from services.optimizer.settings import OptimizerSettings
@@ -25,7 +26,7 @@ _TRIGGERED_BY: dict[Trigger, str] = {
     "intensity": "the carbon intensity changed",
     "groups": "the prompt groups changed",
     "quality": "an evaluation arrived",
-    "estimates": "energy, time or traffic changed",
+    "estimates": "energy, time, traffic or the price of a token changed",
     "validity": "the last policy was about to expire",
 }
 _FORMULATION: dict[PolicyStatus, str] = {
@@ -102,6 +103,9 @@ def build_problem(
 def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettings, version: int) -> Policy:
     """Solve the program of a situation.
 
+    Expected grams are those that requests add: where servers run anyway, their idle energy and their embodied carbon
+    are the same whatever is served, and not part of them.
+
     The overall distribution, for groups without one of their own, is the solution of the same program for all traffic
     as one group: it keeps the limits by itself, whatever those groups' shares of the traffic are.
     """
@@ -163,6 +167,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
                 )
                 for option, price in prices.items()
             },
+            prices=estimates.prices,
             floors=dict(settings.floors),
             capacities=capacities,
             requests_per_s=estimates.requests_per_s,
@@ -236,6 +241,8 @@ def _differences(old: Policy, new: Policy, settings: OptimizerSettings) -> Itera
         abs(new.bounds[metric] - old.bounds[metric]) > settings.bound_change for metric in new.bounds
     ):
         yield "other quality limits"
+    if price_bases(old.inputs.prices) != price_bases(new.inputs.prices):
+        yield "tokens are priced in another way"
     if relative_change(old.expected_g_per_request, new.expected_g_per_request) > settings.carbon_change:
         yield "other grams per request"
 
@@ -272,6 +279,7 @@ def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float
     parts.extend(f"{metric} at least {bound:.3f} of the baseline's" for metric, bound in bounds.items())
     parts.extend(_dropped_constraints(solution))
     parts.extend(f"{option} not used: {why}" for option, why in situation.estimates.ineligible.items())
+    parts.extend(describe_price(pool, price) for pool, price in situation.estimates.prices.items())
     return "; ".join(parts)
 
 

@@ -53,8 +53,9 @@ class OptionPrice:
     embodied_g_per_s: float
 
     def grams(self, estimate: OptionEstimate) -> float:
-        """Expected gCO2eq of a request: e * PUE * k + k1 * p."""
-        return estimate.energy_kwh * self.g_per_kwh + self.embodied_g_per_s * estimate.processing_s
+        """Expected gCO2eq of a request: e * PUE * k + k1 * s, with its server time s."""
+        server_s = estimate.processing_s if estimate.server_s is None else estimate.server_s
+        return estimate.energy_kwh * self.g_per_kwh + self.embodied_g_per_s * server_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,23 +6,25 @@ expires. A policy is published only if it differs materially from the last one, 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-from services.optimizer.bounds import CurrentIntensity, current_intensities, trailing_range
+from services.optimizer.bounds import current_intensities, trailing_range
 from services.optimizer.costs import Consumption
 from services.optimizer.estimates import Estimates, estimate, estimates_changed
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.policy import Situation, Trigger, make_policy, policy_difference
+from services.optimizer.prices import PoolPrices
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import OptimizerState
 from services.optimizer.store import Store
+from services.optimizer.triggers import SolveInputs, must_renew, solve_trigger
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
-from shared.messages import CarbonIntensity, Footprint, Policy, PromptGrouping, Quality, option_key
+from shared.messages import CarbonIntensity, EndpointCurve, Footprint, Policy, PromptGrouping, Quality, option_key
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.logs import get_logger
@@ -38,62 +40,6 @@ T = TypeVar("T")
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SolveInputs:
-    """The inputs of the last solve of a model.
-
-    Attributes:
-        checked_at: event time of the last check of the estimates.
-        intensities: current carbon intensity by zone.
-        groups: version of the learned prompt groups; None: task labels.
-        evaluation: id of the latest evaluation.
-        estimates: those of the last solve.
-    """
-
-    checked_at: datetime
-    intensities: Mapping[str, CurrentIntensity]
-    groups: str | None
-    evaluation: str | None
-    estimates: Estimates
-
-
-def solve_trigger(
-    last: SolveInputs | None,
-    *,
-    intensities: Mapping[str, CurrentIntensity],
-    groups: str | None,
-    evaluation: str | None,
-    published: Policy | None,
-    now: datetime,
-    settings: OptimizerSettings,
-) -> Trigger | None:
-    """Why to solve now, estimates aside; None if there is no reason.
-
-    Args:
-        last: of the last solve; None since the start.
-        intensities, groups, evaluation: current, as in `SolveInputs`.
-        published: the current policy; None if there is none.
-        now: event time.
-        settings: when a policy must be renewed.
-    """
-    if last is None:
-        return "start"
-    if intensities != last.intensities:
-        return "intensity"
-    if groups != last.groups:
-        return "groups"
-    if evaluation != last.evaluation:
-        return "quality"
-    if published is not None and must_renew(published, now, settings):
-        return "validity"
-    return None
-
-
-def must_renew(published: Policy, now: datetime, settings: OptimizerSettings) -> bool:
-    """Whether a policy expires so soon that a new one must replace it."""
-    return published.valid_until - now <= settings.renewal
-
-
 class PolicyService:
     """State of every model, and the loop that turns it into policies.
 
@@ -102,7 +48,14 @@ class PolicyService:
     """
 
     def __init__(
-        self, *, fleet: Fleet, clock: Clock, settings: OptimizerSettings, metrics: OptimizerMetrics, publish: Publish
+        self,
+        *,
+        fleet: Fleet,
+        clock: Clock,
+        settings: OptimizerSettings,
+        metrics: OptimizerMetrics,
+        prices: PoolPrices,
+        publish: Publish,
     ) -> None:
         """Start without any state; await `restore` before the first message.
 
@@ -111,6 +64,7 @@ class PolicyService:
             clock: event time.
             settings: of the optimizer.
             metrics: Prometheus metrics.
+            prices: what a token costs in each pool.
             publish: returns once Kafka has acknowledged the policy, however long that takes.
         """
         self.intensities = LatestIntensities()
@@ -118,6 +72,7 @@ class PolicyService:
         self._clock = clock
         self._settings = settings
         self._metrics = metrics
+        self._prices = prices
         self._publish = publish
         self._options = {model.name: frozenset(fleet.options_of(model.name)) for model in fleet.models}
         self._store: Store | None = None
@@ -164,6 +119,11 @@ class PolicyService:
         stored = [self._state.update_grouping(one) for one in messages]
         if any(stored):
             self._must_recount = True
+            self._changed.set()
+
+    def update_curves(self, messages: Sequence[EndpointCurve]) -> None:
+        """Store the newest power curve of every endpoint."""
+        if self._prices.update_curves(messages):
             self._changed.set()
 
     def add_evaluations(self, messages: Sequence[Quality]) -> None:
@@ -327,6 +287,9 @@ class PolicyService:
     # Helpers
 
     def _estimate(self, model: str, now: datetime) -> Estimates | None:
+        prices = self._prices.of_model(
+            model, self._state.consumption.get(model, Consumption()), now_s=now.timestamp(), settings=self._settings
+        )
         return estimate(
             self._state.consumption_of(model),
             self._state.counts_of(model),
@@ -335,6 +298,7 @@ class PolicyService:
             settings=self._settings,
             now_s=now.timestamp(),
             equivalent=self._fleet.same_as_reference(model),
+            prices=prices,
         )
 
     def _count(self, consumption: Consumption, footprints: Sequence[Footprint]) -> None:

@@ -130,6 +130,40 @@ class OptimizerSettings(BaseSettings):
         default=0.005, ge=0, description="Change of a quality limit that makes a policy worth publishing"
     )
 
+    # Capacity
+    capacity_interval_s: float = Field(default=1.0, gt=0, description="Time between two plans of the endpoints, wall")
+    capacity_margin: float = Field(
+        default=2.0,
+        ge=0,
+        description="Spare places on the endpoints, in standard deviations of the number of running requests (its "
+        "square root)",
+    )
+    capacity_dwell_min: float = Field(
+        default=10.0, ge=0, description="Minutes that an endpoint stays awake after it was last needed, event"
+    )
+    wake_lead_s: float = Field(
+        default=300.0,
+        ge=0,
+        description="How long before it is needed an endpoint wakes, event: at least the time to load the model",
+    )
+    capacity_validity_min: float = Field(
+        default=10.0, gt=0, description="Lifetime of a plan, event; after it every endpoint counts as awake"
+    )
+    capacity_validity_s: float = Field(default=15.0, gt=0, description="Shortest lifetime of a plan, wall")
+    capacity_shortest_s: float = Field(
+        default=2.0, ge=0, description="Shortest dwell, lead and averaging time of a plan, wall; matters in replays"
+    )
+    forecast_h: int = Field(default=6, ge=0, le=24, description="Hours that the endpoints needed are forecast for")
+    profile_half_life_h: float = Field(
+        default=72.0, gt=0, description="Half-life of the arrivals by hour of day, event"
+    )
+    load_half_life_min: float = Field(
+        default=15.0, gt=0, description="Half-life of the present load: arrivals and requests in flight, event"
+    )
+    load_expiry_s: float = Field(
+        default=5.0, gt=0, description="A router or evaluator that has not reported its load for so long is gone, wall"
+    )
+
     # Processing
     loop_interval_s: float = Field(
         default=0.25,
@@ -195,6 +229,11 @@ class OptimizerSettings(BaseSettings):
     def rate_half_life_s(self) -> float:
         """Half-life of the request rate, event seconds."""
         return self.rate_half_life_h * _HOUR_S
+
+    @property
+    def profile_half_life_s(self) -> float:
+        """Half-life of the arrivals by hour of day, event seconds."""
+        return self.profile_half_life_h * _HOUR_S
 
     @property
     def quality_half_life_s(self) -> float:

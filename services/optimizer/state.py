@@ -1,7 +1,7 @@
 """In-memory state of every model: consumption, judged outcomes, learned prompt groups. No I/O.
 
-A new version of prompt groups carries all earlier judgments re-aggregated by its groups, the energy of the judged
-answers, and the groups' traffic shares. Evaluations and footprints that name its groups are added to that. Judgments
+A new version of prompt groups carries all earlier judgments re-aggregated by its groups, what the judged answers
+used, and the groups' traffic shares. Evaluations and footprints that name its groups are added to that. Judgments
 counted by other groups are ignored, because the version contains them already; energy and time of other groups are
 kept, because they say how much an option uses relative to another.
 """
@@ -206,7 +206,14 @@ def consumption_by_groups(
     at_s = grouping.learned_at.timestamp()
     found = consumption.with_traffic_of(grouping.names)
     for one in grouping.taken:
-        used = ResourceUse(one.requests, one.energy_kwh, one.processing_s)
+        tokens = one.completion_tokens
+        used = ResourceUse(
+            one.requests,
+            one.energy_kwh,
+            one.processing_s,
+            token_requests=0.0 if tokens is None else one.requests,
+            completion_tokens=tokens or 0.0,
+        )
         found.add(one.group, one.option, used, at_s=at_s, settings=settings, is_traffic=False)
     for group, share in grouping.traffic.items():
         sums = found.traffic.setdefault(group, DecayedSums(at_s, [0.0]))

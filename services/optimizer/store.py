@@ -1,7 +1,7 @@
-"""The optimizer's tables in PostgreSQL: consumption, evaluations, and the last policy of every model."""
+"""The optimizer's tables in PostgreSQL: consumption, evaluations, last policies, and arrivals by hour of day."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -114,6 +114,21 @@ class Store:
                     "UPDATE policies SET message = $2 WHERE model = $1", policy.model, numbered.model_dump_json()
                 )
         return numbered
+
+    async def arrival_profiles(self) -> dict[str, dict[str, Any]]:
+        """Arrivals by hour of day, by pool."""
+        with self.status.watch():
+            rows = await self._pool.fetch("SELECT pool, state FROM arrival_profiles")
+        return {row["pool"]: json.loads(row["state"]) for row in rows}
+
+    async def put_arrival_profiles(self, profiles: Mapping[str, Mapping[str, Any]]) -> None:
+        """Store the arrivals by hour of day, by pool."""
+        with self.status.watch():
+            await self._pool.executemany(
+                "INSERT INTO arrival_profiles (pool, state) VALUES ($1, $2) "
+                "ON CONFLICT (pool) DO UPDATE SET state = excluded.state, updated_at = now()",
+                [(pool, json.dumps(state)) for pool, state in profiles.items()],
+            )
 
     async def probe(self) -> None:
         """Run a query, for `status`."""

@@ -26,7 +26,8 @@ from services.router.tracing import TRACER_NAME, Tracing
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.inference.attempts import Attempts
 from shared.inference.chat import ChatTemplateError
-from shared.inference.pool import Pools
+from shared.inference.load_reports import LoadReporter, subscribe_capacity
+from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.subscribe import Subscriber, read_to_end, subscribe_compacted, subscribe_records
@@ -38,9 +39,12 @@ from shared.runtime.service import VERSION, build_service, run_service
 from shared.runtime.settings import FleetSettings, KafkaSettings
 from shared.runtime.tracing import TelemetryError, tracer_provider
 from shared.topics import (
+    CAPACITY,
     CARBON_INTENSITY,
     DEAD_LETTERS,
+    LOAD_REPORTS,
     POLICIES,
+    POWER_CURVES,
     PROMPT_GROUPS,
     REQUESTS,
     RESPONSE_CHUNKS,
@@ -93,6 +97,8 @@ class Router:
             check_interval_s=settings.endpoint_check_interval_s,
             check_timeout_s=settings.endpoint_check_timeout_s,
         )
+        self.pools.set_share(0.0)  # no partitions are assigned yet
+        metrics.watch_pools(self.pools)
         attempts = Attempts(
             clock=clock,
             retry=settings,
@@ -116,11 +122,22 @@ class Router:
             KafkaGroupProgress(kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS))),
             settings=settings,
             metrics=metrics,
-            wait_for_capacity=self.pools.wait_for_capacity,
+            capacity=self.pools,
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
         self._backlog = Backlog(lambda: subscriber.consumer, finished=self.requests.finished, metrics=metrics)
-        self._state_subscribers = subscribe_state(broker, dead_letters, self.policies, kafka=kafka)
+        self._state_subscribers = (
+            *subscribe_state(broker, dead_letters, self.policies, kafka=kafka),
+            *subscribe_capacity(broker, dead_letters, self.pools, kafka=kafka),
+        )
+        self._load_reporter = LoadReporter(
+            broker,
+            self.pools,
+            kafka=kafka,
+            clock=clock,
+            service="router",
+            interval_s=settings.load_report_interval_s,
+        )
 
     @asynccontextmanager
     async def running(self, health: Health) -> AsyncIterator[None]:
@@ -129,6 +146,7 @@ class Router:
         health.spawn("load policies", self._load_policies())
         health.spawn("watch endpoints", self.pools.watch())
         health.spawn("watch backlog", self._backlog.watch())
+        health.spawn("report load", self._load_reporter.run())
         commits = health.expect_progress("commits", within_s=COMMIT_TIMEOUT_S + self.settings.commit_interval_s)
         health.spawn("commit offsets", self.requests.commit_forever(on_round=commits.made))
         try:
@@ -137,6 +155,11 @@ class Router:
             await self.pools.close()
             if self._tracer_provider is not None:
                 await asyncio.to_thread(self._tracer_provider.shutdown)
+
+    async def shut_down(self) -> None:
+        """Finish or cancel all requests; Kafka is still connected."""
+        await self.requests.shut_down()
+        await self._load_reporter.finish()
 
     async def _load_policies(self) -> None:
         """Start requests once current policies and carbon intensities have been read."""
@@ -192,7 +215,7 @@ def subscribe_requests(
 def subscribe_state(
     broker: KafkaBroker, dead_letters: DeadLetterPublisher, policies: PolicyCache, *, kafka: KafkaSettings
 ) -> tuple[Subscriber, ...]:
-    """Subscribe to the compacted topics; every router reads all of them from the start."""
+    """Subscribe to the compacted topics of policies; every router reads all of them from the start."""
     groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS)
     newest_policies = subscribe_compacted(broker, kafka, dead_letters, POLICIES)
     intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
@@ -246,12 +269,24 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(REQUESTS, RESPONSES, RESPONSE_CHUNKS, SAMPLES, POLICIES, PROMPT_GROUPS, CARBON_INTENSITY, DEAD_LETTERS),
+        topics=(
+            REQUESTS,
+            RESPONSES,
+            RESPONSE_CHUNKS,
+            SAMPLES,
+            POLICIES,
+            PROMPT_GROUPS,
+            CARBON_INTENSITY,
+            POWER_CURVES,
+            CAPACITY,
+            LOAD_REPORTS,
+            DEAD_LETTERS,
+        ),
         registry=registry,
         health=health,
         lifespan=lambda: router.running(health),
     )
-    app.on_shutdown(router.requests.shut_down)
+    app.on_shutdown(router.shut_down)
     return app
 
 

@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
@@ -22,6 +22,7 @@ from services.router.partitions import Partitions
 from services.router.recovery import GroupProgress, Source, recover, to_kafka
 from services.router.settings import RouterSettings
 from shared.runtime.logs import get_logger, where
+from shared.topics import REQUESTS
 
 Handle = Callable[[Any, RecordFence], Awaitable[None]]
 """Answers a record; returns when its response or dead letter is published."""
@@ -41,6 +42,16 @@ RECOVERY_PAUSE_S: Final = 0.5
 _log = get_logger(__name__)
 
 
+class Capacity(Protocol):
+    """Capacity of the model servers, of which this router uses its share; see `shared.inference.pools.Pools`."""
+
+    async def wait_for_capacity(self) -> None:
+        """Wait until the model servers can take another request."""
+
+    def set_share(self, share: float) -> None:
+        """Set the share of all requests that this router gets, in [0, 1]."""
+
+
 class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
     """The requests being processed and the partitions they come from."""
 
@@ -51,18 +62,14 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         *,
         settings: RouterSettings,
         metrics: RouterMetrics,
-        wait_for_capacity: Callable[[], Awaitable[None]],
+        capacity: Capacity,
     ) -> None:
-        """Create a consumer; it starts requests when `receive` is called.
-
-        Args:
-            wait_for_capacity: returns when the model servers can take another request.
-        """
+        """Create a consumer; it starts requests when `receive` is called."""
         self._handle = handle
         self._progress = progress
         self._settings = settings
         self._metrics = metrics
-        self._wait_for_capacity = wait_for_capacity
+        self._capacity = capacity
         self._fence = PublishFence(session_timeout_s=settings.session_timeout_s)
         self._fence.on_unknown_outcome(self._on_unknown_outcome)
         self._partitions = Partitions(self._fence)
@@ -123,7 +130,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         await self._resumed.wait()
         for record in records:
             self._waiting_record = record
-            await self._wait_for_capacity()
+            await self._capacity.wait_for_capacity()
             await self._free_places.acquire()
             self._waiting_record = None
             try:
@@ -156,6 +163,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         consumer = self._get_consumer()
         if consumer is not None:
             consumer.pause(*assigned)
+        self._update_share(assigned, consumer)
         self._partitions.assign(assigned)
         cancelled = await self._cancel_lost()
         _log.info("partitions assigned", partitions=len(assigned), cancelled_requests=cancelled)
@@ -185,6 +193,11 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         except TimeoutError:
             _log.warning("last commit timed out: records finished since the previous commit are redelivered")
         _log.info("drained", finished=running - len(unfinished), cancelled_requests=len(unfinished))
+
+    def _update_share(self, assigned: Collection[TopicPartition], consumer: AIOKafkaConsumer | None) -> None:
+        topic = next((one.topic for one in assigned), "")
+        partitions = None if consumer is None else consumer.partitions_for_topic(topic)
+        self._capacity.set_share(min(1.0, len(assigned) / (len(partitions or ()) or REQUESTS.partitions)))
 
     def _start(self, record: Any, epoch: int) -> None:  # noqa: ANN401 - aiokafka has no types
         """Start the task of a record, unless it is to be skipped."""

@@ -17,7 +17,7 @@ from shared.fleet import Fleet
 from shared.inference.attempts import AttemptResult, Attempts, GenerationJob
 from shared.inference.base import GenerationParameters
 from shared.inference.chat import ConversationError
-from shared.inference.pool import Pools
+from shared.inference.pools import Pools
 from shared.kafka.dead_letters import PoisonMessageError
 from shared.messages import Decision, ErrorDetail, GenerationResponse, Sample, Timing, Usage
 from shared.runtime.clock import Clock
@@ -111,6 +111,9 @@ class RequestHandler:
         return response_of(incoming, decision, result), result.model_s
 
     def _decide(self, incoming: IncomingRequest) -> Decision:
+        reference_block = self.pools.reference_block()
+        if reference_block:
+            self.metrics.switchback_requests.labels(incoming.model).inc()
         active = self.policies.active(incoming.model, incoming.received_at)
         assignment = self.policies.groups.assign(incoming.request, model=incoming.model, policy=active.policy)
         if assignment.unknown_version:
@@ -122,6 +125,7 @@ class RequestHandler:
             policy=active.policy,
             fleet=self.fleet,
             requested_directive=incoming.request.directive,
+            reference_block=reference_block,
         )
         if active.fallback is not None and decision.source == "fallback":
             self.metrics.fallbacks.labels(incoming.model, active.fallback).inc()

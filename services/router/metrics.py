@@ -11,6 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.router.policy import PolicyCache
 from shared.fleet import Fleet
+from shared.inference.pool import ServingPool
+from shared.inference.pools import Pools
 from shared.messages import GenerationResponse
 from shared.runtime.clock import Clock
 
@@ -128,6 +130,34 @@ class RouterMetrics:
             registry=registry,
         )
 
+        self.switchback_requests = Counter(
+            "sprout_router_switchback_requests",
+            "Requests in reference blocks, in which the whole fleet serves without Sprout",
+            ("model",),
+            registry=registry,
+        )
+        self._reference_block = Gauge(
+            "sprout_router_reference_block", "Whether a reference block is running: 1 or 0", registry=registry
+        )
+        self._endpoint_in_flight = Gauge(
+            "sprout_router_endpoint_in_flight",
+            "Requests of this router in flight on an endpoint",
+            ("pool", "endpoint"),
+            registry=registry,
+        )
+        self._endpoints_in_use = Gauge(
+            "sprout_router_endpoints_in_use",
+            "Endpoints of a pool with a request of this router in flight",
+            ("pool",),
+            registry=registry,
+        )
+        self._target_batch = Gauge(
+            "sprout_router_target_batch",
+            "Requests that an endpoint is to have at once, of all routers together; NaN while it is unknown",
+            ("pool", "endpoint"),
+            registry=registry,
+        )
+
         # `labels` costs more than the increment itself, and every response needs several series.
         self._requests_of = cache(self.requests.labels)
         self._tokens_of = cache(self.tokens.labels)
@@ -137,6 +167,23 @@ class RouterMetrics:
     def watch_waiting(self, age_s: Callable[[], float]) -> None:
         """Report the age of the waiting record at every scrape."""
         self._waiting_age_s.set_function(age_s)
+
+    def watch_pools(self, pools: Pools) -> None:
+        """Report the load of the endpoints at every scrape."""
+
+        def watch_endpoint(pool: ServingPool, endpoint: str) -> None:
+            labels = (pool.name, endpoint)
+            self._endpoint_in_flight.labels(*labels).set_function(lambda: len(pool.running[endpoint]))
+            self._target_batch.labels(*labels).set_function(lambda: pool.targets.by_endpoint.get(endpoint, math.nan))
+
+        def watch_pool(pool: ServingPool) -> None:
+            self._endpoints_in_use.labels(pool.name).set_function(lambda: pool.in_use)
+            for endpoint in pool.clients:
+                watch_endpoint(pool, endpoint)
+
+        self._reference_block.set_function(pools.reference_block)
+        for pool in pools:
+            watch_pool(pool)
 
     def watch_ages(self, policies: PolicyCache, fleet: Fleet, clock: Clock) -> None:
         """Report the ages of policies and carbon intensities at every scrape."""

@@ -23,6 +23,7 @@ from shared.messages import (
     option_key,
     split_option,
 )
+from shared.messages.generation import DecisionSource
 from shared.runtime.logs import get_logger
 
 FallbackReason = Literal["no_policy", "expired", "unknown_options", "stale_intensity"]
@@ -227,6 +228,7 @@ def select_option(
     policy: Policy | None,
     fleet: Fleet,
     requested_directive: str | None = None,
+    reference_block: bool = False,
 ) -> Decision:
     """Decide how a request is served.
 
@@ -236,20 +238,23 @@ def select_option(
         policy: the usable policy of the model; None: the reference serves the request.
         requested_directive: the client's: a level that is forced, so the policy only chooses the pool, or a forbidden
             level.
+        reference_block: the whole fleet serves without Sprout: the reference serves in place of the policy.
 
     Raises:
         UnknownLevelError: the level does not exist, or it is forbidden and there is no other.
     """
+    source: DecisionSource = "fallback" if policy is None else "policy"
+    if reference_block:
+        source, policy = "switchback", None
     probabilities = assignment.probabilities
-    if probabilities is None:
+    if probabilities is None or policy is None:
         probabilities = {fleet.reference_of(model): 1.0}
     if requested_directive is not None:
         probabilities = _restrict(probabilities, requested_directive, fleet.levels)
     option = draw(probabilities, uniform(_OPTION_SALT + model, request_id))
     pool, level = split_option(option)
-    drawn_from: Literal["policy", "fallback"] = "fallback" if policy is None else "policy"
     return Decision(
-        source=drawn_from if requested_directive is None else "forced",
+        source=source if requested_directive is None else "forced",
         group=assignment.group,
         pool=pool,
         level=level,

@@ -78,6 +78,8 @@ class RouterSettings(RetrySettings, CircuitBreakerSettings, BaseSettings):
     endpoint_check_interval_s: float = Field(default=5.0, gt=0, description="Between two health checks, wall")
     endpoint_check_timeout_s: float = Field(default=2.0, gt=0, description="Timeout of a health check, wall")
 
+    load_report_interval_s: float = Field(default=1.0, gt=0, description="Between two load reports, wall")
+
     # Responses
     linger_ms: int = Field(default=2, ge=0, le=1_000, description="How long a send waits for more messages, wall")
     chunk_interval_ms: int = Field(

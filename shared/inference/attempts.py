@@ -155,6 +155,7 @@ class Attempts:
         Errors of model servers end up in the result; only cancellation is raised.
         """
         result = AttemptResult()
+        pool.arrived()
         tried: set[str] = set()
         while (remaining_s := self._remaining_s(job)) > 0:
             endpoint = pool.choose(avoid=tried)
@@ -179,7 +180,7 @@ class Attempts:
         """One attempt; returns the pause before the next one, None when the result is final."""
         began, started_at = perf_counter(), self.clock.now()
         try:
-            with pool.lease(endpoint) as client:
+            with pool.lease(endpoint, started_at) as client:
                 result.generation = await self._generate(client, job, result)
         except EndpointUnavailable as error:
             pool.failed(endpoint, str(error))

@@ -57,8 +57,12 @@ class GenerationParameters(SamplingParameters):
     def of(cls, sampling: SamplingParameters, *, stop: Sequence[str] = ()) -> "GenerationParameters":
         """A request's sampling parameters, with the chat template's stop sequences added to the request's own."""
         sequences = tuple(dict.fromkeys(one for one in (*sampling.stop, *stop) if one))
-        # Both parts are valid; together they may exceed the number of sequences that a request may have.
-        return cls.model_construct(None, **{**dict(sampling), "stop": sequences})
+        # Both parts are valid; together they may exceed the number of sequences that a request may have. A copy takes a
+        # quarter of the time of `model_construct`.
+        return _NO_PARAMETERS.model_copy(update={**sampling.__dict__, "stop": sequences})
+
+
+_NO_PARAMETERS: Final = GenerationParameters()
 
 
 SAMPLING_FIELDS: Final = tuple(name for name in SamplingParameters.model_fields if name not in {"max_tokens", "stop"})

@@ -1,23 +1,22 @@
-"""The pools of inference servers: a client for each endpoint, load balancing, and health checks."""
+"""One pool of inference servers: a client for each endpoint, dispatch, load, and health checks."""
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from types import TracebackType
 from typing import Final, Protocol
 
-from shared.fleet import Endpoint, Fleet, Pool
-from shared.inference.balancer import Balancer, CircuitBreakerSettings
+from shared.fleet import Dispatch, Endpoint, Pool
+from shared.inference.balancer import Balancer, CircuitBreakerSettings, PowerState
 from shared.inference.base import EndpointUnavailable, InferenceClient
 from shared.inference.chat import ChatTemplate
-from shared.inference.chat_sources import ChatTemplates
-from shared.inference.tokens import Tokenizer, Tokenizers
+from shared.inference.targets import TargetBatches
+from shared.inference.tokens import Tokenizer
 from shared.inference.triton.client import TritonClient
+from shared.messages import EndpointLoad, PoolCapacity, PoolLoad
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
-
-PROBE_INTERVAL_S: Final = 0.25
-"""Wall seconds between two checks whether an ejected endpoint is due for a probe."""
 
 MAX_WAIT_S: Final = 1.0
 """Wall seconds after which a request that waits for an endpoint chooses again, even if nothing has changed."""
@@ -52,8 +51,38 @@ def create_client(
     return CLIENTS[kind](pool, endpoint, clock=clock, tokenizer=tokenizer)
 
 
+class Lease:
+    """One request in flight on an endpoint, as a context manager that yields the endpoint's client."""
+
+    __slots__ = ("_endpoint", "_pool", "_probe", "started_at")
+
+    def __init__(self, pool: "ServingPool", endpoint: str, started_at: datetime) -> None:
+        self._pool = pool
+        self._endpoint = endpoint
+        self._probe = False
+        self.started_at = started_at
+
+    def __enter__(self) -> InferenceClient:
+        self._probe = self._pool.balancer.began(self._endpoint)
+        self._pool.running[self._endpoint][self] = None
+        return self._pool.clients[self._endpoint]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._pool.running[self._endpoint][self]
+        self._pool.balancer.ended(self._endpoint, probe=self._probe)
+        self._pool.capacity_freed()
+
+
 class ServingPool:
-    """The endpoints of one pool: their clients, load and health, and the chat template of their model."""
+    """The endpoints of one pool: their clients, load and health, and the chat template of their model.
+
+    Attributes:
+        targets: requests that every endpoint is to have at once.
+        arrivals: requests for the pool so far.
+        clients, running: by endpoint; the requests in flight in the order of their start.
+    """
 
     def __init__(
         self,
@@ -78,59 +107,118 @@ class ServingPool:
         """
         self.name = pool.name
         self.template = template
-        self._clients = {
+        self.targets = TargetBatches(pool)
+        self.arrivals = 0
+        self.clients = {
             endpoint.name: create_client(pool, endpoint, clock=clock, tokenizer=tokenizer)
             for endpoint in pool.endpoints
         }
+        self.running: dict[str, dict[Lease, None]] = {name: {} for name in self.clients}
         limits = {endpoint.name: endpoint.max_in_flight for endpoint in pool.endpoints}
         self.limited = None not in limits.values()
-        self._balancer = Balancer(limits, circuit_breaker)
+        self.balancer = Balancer(limits, circuit_breaker, dispatch=pool.dispatch)
+        self._pool = pool
+        self._capacity: PoolCapacity | None = None
         self._on_failure = on_failure
         self._on_capacity = on_capacity
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._responding: set[str] = set()
-        self._unconfirmed = set(self._clients)  # endpoints that have answered no request since the last health check
+        self._unconfirmed = set(self.clients)  # endpoints that have answered no request since the last health check
+        self._spreading_logged = False
+        self._reachable_logged = True
+
+    def arrived(self) -> None:
+        """Count a request for the pool."""
+        self.arrivals += 1
 
     def choose(self, *, avoid: set[str]) -> str | None:
         """The endpoint for the next request; None while none may be given one. See `Balancer.choose`."""
-        return self._balancer.choose(_now_s(), avoid=avoid)
+        return self.balancer.choose(_now_s(), avoid=avoid)
 
-    @contextmanager
-    def lease(self, endpoint: str) -> Iterator[InferenceClient]:
-        """The client of an endpoint; counts as one request in flight."""
-        probe = self._balancer.began(endpoint)
-        try:
-            yield self._clients[endpoint]
-        finally:
-            self._balancer.ended(endpoint, probe=probe)
-            self._wake(1)
-            self._on_capacity()
+    def lease(self, endpoint: str, started_at: datetime) -> Lease:
+        """The client of an endpoint; counts as one request in flight, since an event time."""
+        return Lease(self, endpoint, started_at)
 
     @property
     def at_capacity(self) -> bool:
         """Whether one more request would have to wait until others end."""
-        return self._balancer.at_capacity or (self.limited and bool(self._waiting))
+        return self.balancer.at_capacity or (self.limited and bool(self._waiting))
 
     @property
     def reachable(self) -> bool:
-        """Whether an endpoint responds and its circuit is closed."""
-        return any(name in self._responding for name in self._balancer.available())
+        """Whether an endpoint is awake, responds, and its circuit is closed."""
+        return any(name in self._responding for name in self.balancer.available())
+
+    @property
+    def in_use(self) -> int:
+        """Endpoints with a request in flight."""
+        return sum(bool(running) for running in self.running.values())
+
+    def unreachable(self) -> str:
+        """Why no request can be served now, for people."""
+        asleep = sum(self.balancer.power(name) is PowerState.ASLEEP for name in self.clients)
+        if asleep == len(self.clients):
+            return f"all {asleep} endpoints of pool {self.name} are asleep"
+        sleeping = f"; {asleep} are asleep" if asleep else ""
+        return f"all endpoints of pool {self.name} that are awake fail{sleeping}"
+
+    def load(self, *, arrivals_before: int) -> PoolLoad:
+        """What is running now.
+
+        Args:
+            arrivals_before: `arrivals` at the last report.
+        """
+        return PoolLoad(
+            pool=self.name,
+            arrivals=self.arrivals - arrivals_before,
+            waiting=len(self._waiting),
+            endpoints={
+                name: EndpointLoad(
+                    in_flight=len(running), oldest_started_at=next(iter(running)).started_at if running else None
+                )
+                for name, running in self.running.items()
+            },
+        )
+
+    def update_capacity(self, capacity: PoolCapacity) -> None:
+        """Note which endpoints are to be awake; `refresh` follows it."""
+        self._capacity = capacity
+
+    def refresh(self, now: datetime, *, share: float, reference_dispatch: Dispatch | None) -> None:
+        """Apply targets, dispatch and capacity.
+
+        Args:
+            now: event time.
+            share: share of all requests that this process gets.
+            reference_dispatch: dispatch of the reference block that is running; None outside of blocks.
+        """
+        balancer = self.balancer
+        balancer.dispatch = reference_dispatch or self._pool.dispatch
+        balancer.set_targets(self.targets.by_endpoint, share=share)
+        if balancer.dispatch == "pack" and not balancer.packs and self.arrivals and not self._spreading_logged:
+            self._spreading_logged = True
+            _log.info("requests are spread until the target batch is known from a learned curve", pool=self.name)
+        waking = balancer.set_asleep(self._asleep(now))
+        if waking:
+            _log.info("endpoints are to be awake again", pool=self.name, endpoints=waking)
 
     def succeeded(self, endpoint: str) -> None:
         """An endpoint answered a request."""
         self._unconfirmed.discard(endpoint)
-        self._responded(endpoint, circuit_closed=self._balancer.succeeded(endpoint))
+        self._responded(endpoint, back_in_use=self.balancer.succeeded(endpoint))
 
     def failed(self, endpoint: str, error: str) -> None:
         """An endpoint failed; the error's text must not quote a prompt."""
+        if self.balancer.power(endpoint) is not PowerState.AWAKE:
+            return  # its model is not loaded
         self._on_failure(endpoint)
-        if self._balancer.failed(endpoint, _now_s()):
+        if self.balancer.failed(endpoint, _now_s()):
             _log.warning("circuit breaker opened, endpoint ejected", endpoint=endpoint, pool=self.name, error=error)
             self._wake(len(self._waiting))
 
     async def wait_for_endpoint(self, timeout_s: float) -> None:
         """Wait until an endpoint may be given a request, at most `timeout_s` (wall)."""
-        wait_s = min(timeout_s, self._balancer.next_admission_s(_now_s()), MAX_WAIT_S)
+        wait_s = min(timeout_s, self.balancer.next_admission_s(_now_s()), MAX_WAIT_S)
         changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(changed)
         try:
@@ -143,6 +231,11 @@ class ServingPool:
                 self._waiting.remove(changed)
             self._on_capacity()
 
+    def capacity_freed(self) -> None:
+        """A request has left an endpoint: let the one that has waited longest choose again."""
+        self._wake(1)
+        self._on_capacity()
+
     async def check(self, *, timeout_s: float, every: bool) -> None:
         """Check endpoints that are due for a probe.
 
@@ -150,35 +243,49 @@ class ServingPool:
             timeout_s: for one endpoint, wall.
             every: also those in use, unless they have answered a request since the last check.
         """
-        due = self._balancer.due_for_probe(_now_s())
+        due = self.balancer.due_for_probe(_now_s())
         if every:
-            due += [name for name in self._balancer.available() if name in self._unconfirmed]
-            self._unconfirmed = set(self._clients)
+            due += [name for name in self.balancer.available() if name in self._unconfirmed]
+            self._unconfirmed = set(self.clients)
         await asyncio.gather(*(self._check(name, timeout_s) for name in due))
+        if self.reachable != self._reachable_logged:
+            self._reachable_logged = self.reachable
+            if not self.reachable:
+                _log.warning(self.unreachable(), pool=self.name)
 
     async def close(self) -> None:
         """Close all connections."""
-        await asyncio.gather(*(client.close() for client in self._clients.values()))
+        await asyncio.gather(*(client.close() for client in self.clients.values()))
 
     async def _check(self, endpoint: str, timeout_s: float) -> None:
-        with self.lease(endpoint) as client:
-            try:
-                await client.probe(timeout_s=timeout_s)
-                problem = None if await client.is_ready(timeout_s=timeout_s) else "the model is not ready"
-            except EndpointUnavailable as error:
-                problem = str(error)
+        client = self.clients[endpoint]
+        probe = self.balancer.check_began(endpoint)
+        try:
+            await client.probe(timeout_s=timeout_s)
+            problem = None if await client.is_ready(timeout_s=timeout_s) else "the model is not ready"
+        except EndpointUnavailable as error:
+            problem = str(error)
+        finally:
+            self.balancer.check_ended(endpoint, probe=probe)
         if problem is None:
-            self._responded(endpoint, circuit_closed=self._balancer.healthy(endpoint))
+            self._responded(endpoint, back_in_use=self.balancer.healthy(endpoint))
             self._unconfirmed.add(endpoint)
         else:
             self._responding.discard(endpoint)
             self.failed(endpoint, problem)
 
-    def _responded(self, endpoint: str, *, circuit_closed: bool) -> None:
+    def _responded(self, endpoint: str, *, back_in_use: bool) -> None:
         self._responding.add(endpoint)
-        if circuit_closed:
-            _log.info("circuit breaker closed, endpoint back in use", endpoint=endpoint, pool=self.name)
+        if back_in_use:
+            _log.info("endpoint back in use", endpoint=endpoint, pool=self.name)
             self._wake(len(self._waiting))
+
+    def _asleep(self, now: datetime) -> set[str]:
+        """Endpoints that may be asleep; none if the newest capacity message has expired."""
+        capacity = self._capacity
+        if capacity is None or not self._pool.sleep or now > capacity.valid_until:
+            return set()
+        return set(self.clients).difference(capacity.awake)
 
     def _wake(self, count: int) -> None:
         """Let the `count` requests that have waited longest choose an endpoint again."""
@@ -186,92 +293,6 @@ class ServingPool:
             changed = self._waiting.popleft()
             if not changed.done():
                 changed.set_result(None)
-
-
-class Pools:
-    """Every pool that serves a model of the fleet, and on request the judge's pool."""
-
-    def __init__(
-        self,
-        fleet: Fleet,
-        *,
-        clock: Clock,
-        circuit_breaker: CircuitBreakerSettings,
-        on_failure: Callable[[str], None],
-        check_interval_s: float,
-        check_timeout_s: float,
-        with_judge: bool = False,
-    ) -> None:
-        """Create the pools; nothing connects yet.
-
-        Args:
-            on_failure: called with the endpoint's name after every failed attempt and health check.
-            check_interval_s, check_timeout_s: of the health checks, wall.
-            with_judge: include the pool of the fleet's judge.
-
-        Raises:
-            ChatTemplateError: a pool's chat template is missing or unusable.
-            FleetError: a pool's tokenizer or a file for TLS cannot be used.
-        """
-        templates, tokenizers = ChatTemplates(), Tokenizers()
-        judge = None if fleet.judge is None else fleet.judge.pool
-        self._capacity = asyncio.Event()
-        self._pools = {
-            pool.name: ServingPool(
-                pool,
-                templates.load(fleet.chat_template_of(pool)),
-                clock=clock,
-                circuit_breaker=circuit_breaker,
-                on_failure=on_failure,
-                on_capacity=self._capacity.set,
-                tokenizer=tokenizers.load(fleet.tokenizer_of(pool)),
-            )
-            for pool in fleet.pools
-            if pool.model is not None or (with_judge and pool.name == judge)
-        }
-        self._by_model = {
-            model.name: [self._pools[pool.name] for pool in fleet.pools_of(model.name)] for model in fleet.models
-        }
-        self._check_interval_s = check_interval_s
-        self._check_timeout_s = check_timeout_s
-
-    def __getitem__(self, name: str) -> ServingPool:
-        return self._pools[name]
-
-    async def wait_for_capacity(self) -> None:
-        """Wait until some endpoint has capacity for one more request.
-
-        Returns at once where a pool has an endpoint without a limit.
-        """
-        if not all(pool.limited for pool in self._pools.values()):
-            return
-        # Requests that were started just now take their capacity first.
-        await asyncio.sleep(0)
-        while all(pool.at_capacity for pool in self._pools.values()):
-            self._capacity.clear()
-            await self._capacity.wait()
-
-    def unreachable(self) -> str | None:
-        """Why the service is not ready: the models that no endpoint serves; None when every model is served."""
-        missing = [model for model, pools in self._by_model.items() if not any(pool.reachable for pool in pools)]
-        return f"no endpoint answers for {', '.join(missing)}" if missing else None
-
-    async def watch(self) -> None:
-        """Check the endpoints' health, without end."""
-        now = asyncio.get_running_loop().time
-        next_round = now()
-        while True:
-            every = now() >= next_round
-            if every:
-                next_round = now() + self._check_interval_s
-            await asyncio.gather(
-                *(pool.check(timeout_s=self._check_timeout_s, every=every) for pool in self._pools.values())
-            )
-            await asyncio.sleep(PROBE_INTERVAL_S)
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await asyncio.gather(*(pool.close() for pool in self._pools.values()))
 
 
 def _now_s() -> float:

@@ -52,6 +52,16 @@ class PoolPrice(Value):
     batch: float | None = Field(default=None, ge=0, description="Sequences per endpoint that the price is for")
     token_j: float | None = Field(default=None, ge=0, description="Per generated token; null where attributed")
     prompt_token_j: float | None = Field(default=None, ge=0, description="Per token of a prompt")
+    server_token_s: float | None = Field(
+        default=None, ge=0, description="Server time per generated token, for embodied carbon; null where attributed"
+    )
+    server_prompt_token_s: float | None = Field(default=None, ge=0, description="Server time per token of a prompt")
+    meter_token_j: float | None = Field(
+        default=None,
+        ge=0,
+        description="All that the meter shows at this batch per generated token, idle power included: how much of it "
+        "one token less saves, `token_j` says",
+    )
     reason: str
 
 
@@ -139,13 +149,14 @@ class GroupEvidence(Value):
 
 
 class GroupTaken(Value):
-    """Energy and time of the judged answers of one group under one option."""
+    """Energy, time and tokens of the judged answers of one group under one option."""
 
     group: Identifier
     option: str = Field(description="`<pool>/<level>`")
     requests: float = Field(gt=0)
     energy_kwh: float = Field(ge=0)
     processing_s: float = Field(ge=0)
+    completion_tokens: float | None = Field(default=None, ge=0, description="Null in older messages")
 
 
 class PromptGrouping(Message):

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from aiokafka import AIOKafkaConsumer
 
-from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.batching import RecordedRules
 from shared.messages import GenerationRequest
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
@@ -150,7 +150,7 @@ async def run(folder: Path, backlog: int) -> None:
     clock = Clock.starting(datetime(2024, 2, 8, tzinfo=UTC), rate=RATE)
     answers = {prompt(number): dict.fromkeys(LEVELS, (8, 60.0)) for number in range(PROMPTS)}
     print(f"bursts of {BURST:,} requests, best of {ROUNDS}; {os.cpu_count()} cores for all processes")
-    batch = BatchRules(slots=2_000, slowdown=0.0)
+    batch = RecordedRules(slots=2_000, slowdown=0.0)
     async with Environment(folder, answers=answers, clock=clock, batch=batch) as environment:
         record("scaling", await scaling(environment))
         print(f"a backlog of {backlog:,} requests for {BACKLOG_ROUTERS} routers")

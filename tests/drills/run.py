@@ -14,7 +14,7 @@ from typing import Final
 
 from deploy.local.java import Say
 from deploy.local.processes import ManagedProcess, ProcessSpec
-from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.batching import RecordedRules
 from deploy.triton.stand_in.faults import FaultRules
 from shared.messages import GenerationRequest
 from shared.runtime.settings import KafkaSettings
@@ -43,7 +43,7 @@ PROMPTS: Final = 40
 LEVELS: Final = {"L0": (12, 2.4), "L1": (6, 1.5), "L2": (3, 0.8)}
 """Tokens and seconds of the answers: few tokens, and long enough that hundreds of requests are in flight and a backlog
 lasts through several faults."""
-BATCH: Final = BatchRules(slots=1_000, slowdown=0.0)
+BATCH: Final = RecordedRules(slots=1_000, slowdown=0.0)
 """Batching of the model servers, which must not limit the routers."""
 
 _IN_FLIGHT = re.compile(r"^sprout_router_in_flight ([0-9.e+]+)$", re.MULTILINE)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from deploy.local.processes import free_ports
 from services import SERVICES
+from shared.batch_curve import MEASURED
 from shared.fleet import load_fleet
 from shared.messages import GenerationRequest, GenerationResponse
 from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS, RESPONSES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-OURS = (*SERVICES, "topics", "triton", "cli")
+STAND_INS = ("triton-0", "triton-1")
+OURS = (*SERVICES, "topics", *STAND_INS, "cli")
 BASE_IMAGES = ("python:3.11-slim-bookworm", "apache/kafka:4.1.1", "postgres:17")
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1_800)]
@@ -126,7 +129,7 @@ def test_services_start_after_what_they_need(services: dict[str, Any]) -> None:
         if name in {"optimizer", "evaluator", "ledger"}:
             assert needs["postgres"] == "service_healthy", name
         if name in {"router", "evaluator"}:
-            assert needs["triton"] == "service_healthy", name
+            assert {needs[server] for server in STAND_INS} == {"service_healthy"}, name
 
 
 def test_the_password_is_in_no_environment(services: dict[str, Any]) -> None:
@@ -137,8 +140,8 @@ def test_the_password_is_in_no_environment(services: dict[str, Any]) -> None:
 def test_the_gpu_profile_swaps_the_model_server() -> None:
     _require_compose()
     document = _config("--env-file", "deploy/docker/gpu.env")
-    stand_in, real = document["services"]["triton"], document["services"]["triton-gpu"]
-    assert stand_in["deploy"]["replicas"] == 0
+    real = document["services"]["triton-gpu"]
+    assert {document["services"][name]["deploy"]["replicas"] for name in STAND_INS} == {0}
     assert real["image"].startswith("nvcr.io/nvidia/tritonserver:")
     assert real["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
     assert document["configs"]["fleet"]["file"].endswith("fleet.gpu.toml")
@@ -150,6 +153,19 @@ def test_endpoints_of_the_shipped_fleets_are_services_of_the_file(file: str, ser
     hosts = {endpoint.grpc.partition(":")[0] for pool in fleet.pools for endpoint in pool.endpoints}
     assert hosts <= set(services)
     assert fleet.levels == ("L0", "L1", "L2")
+
+
+def test_every_stand_in_is_an_endpoint_with_a_meter_of_its_own(services: dict[str, Any]) -> None:
+    pool, judge = load_fleet(REPOSITORY / "deploy" / "docker" / "fleet.toml").pools
+    labels = [services[name]["environment"]["SPROUT_TRITON_GPU_UUID"] for name in STAND_INS]
+    assert len(set(labels)) == len(labels)
+    assert [(endpoint.grpc, endpoint.gpus) for endpoint in pool.endpoints] == [
+        (f"{name}:8001", (label,)) for name, label in zip(STAND_INS, labels, strict=True)
+    ]
+    curve = services[STAND_INS[0]]["environment"]["SPROUT_TRITON_CURVE"]
+    assert pool.idle_power_w == MEASURED[curve].idle_w
+    assert [endpoint.grpc for endpoint in judge.endpoints] == ["triton-0:8001"]
+    assert [services[name]["environment"].get("SPROUT_TRITON_JUDGE") for name in STAND_INS] == [None, "none"]
 
 
 # --------------------------------------------------------------------------------------------------- on an engine
@@ -220,7 +236,8 @@ def test_images_have_only_their_own_packages(compose: Compose) -> None:
         assert installed[service] <= _locked(lock), service
         assert {"faststream", "aiokafka"} <= installed[service], service
     assert installed["cli"] <= _locked(REPOSITORY / "requirements" / "cli.lock")
-    assert installed["triton"] == {"nvidia-pytriton", "numpy"}
+    for server in STAND_INS:
+        assert installed[server] == {"nvidia-pytriton", "numpy"}, server
     having = {
         package: {service for service in SERVICES if package in installed[service]}
         for package in ("tritonclient", "highspy", "asyncpg", "pip", "pytest")
@@ -249,6 +266,20 @@ def test_a_producer_gets_an_answer(compose: Compose) -> None:
     assert response["status"] == "ok"
     assert response["text"]
     assert response["decision"]["level"] in {"L0", "L1", "L2"}
+
+
+def test_the_ledger_reads_the_meter_of_every_model_server(compose: Compose) -> None:
+    program = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8080/metrics').read().decode())"
+    wanted = {f"local-13b-{number}" for number in range(len(STAND_INS))}
+    deadline = time.monotonic() + 60.0
+    while True:
+        page = compose("exec", "-T", "ledger", "python", "-c", program)
+        metered = r'^sprout_ledger_energy_joules_total\{endpoint="(.+?)",part="metered"\} (\S+)$'
+        joules = {endpoint: float(value) for endpoint, value in re.findall(metered, page, re.MULTILINE)}
+        if all(joules.get(endpoint, 0.0) > 0.0 for endpoint in wanted):
+            return
+        assert time.monotonic() < deadline, joules
+        time.sleep(1.0)
 
 
 async def test_no_request_is_lost_when_one_of_three_routers_is_killed(compose: Compose, kafka_port: int) -> None:

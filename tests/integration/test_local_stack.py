@@ -17,7 +17,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
 from deploy.local.config import StackConfig, default_state_dir
-from deploy.local.fleet import LocalFleet
+from deploy.local.fleet import LocalFleet, LocalServer
 from deploy.local.kafka import install_kafka
 from deploy.local.model_servers import MODEL_TIER, PreparedModels
 from deploy.local.processes import ProcessFailedError, ProcessSpec
@@ -42,25 +42,15 @@ class IdleModels:
 
     def prepare(self, config: StackConfig, clock: Mapping[str, str]) -> PreparedModels:
         self.clock = clock
-        return PreparedModels(
-            process=ProcessSpec(
-                name="triton",
-                command=(sys.executable, "-S", "-u", "-c", self.code),
-                ready=lambda: None if "sleep" in self.code else "its models",
-                tier=MODEL_TIER,
-            ),
-            fleet=LocalFleet(
-                model=config.model,
-                zone=config.zone,
-                grpc="127.0.0.1:1",
-                metrics="http://127.0.0.1:2/metrics",
-                gpu="g",
-                judge_gpu="j",
-                idle_power_w=55.0,
-                judge_idle_power_w=0.0,
-            ),
-            description="nothing",
+        process = ProcessSpec(
+            name="triton",
+            command=(sys.executable, "-S", "-u", "-c", self.code),
+            ready=lambda: None if "sleep" in self.code else "its models",
+            tier=MODEL_TIER,
         )
+        server = LocalServer(grpc="127.0.0.1:1", metrics="http://127.0.0.1:2/metrics", gpu="g")
+        fleet = LocalFleet(config=config, servers=(server,), judge=server, idle_power_w=55.0, judge_idle_power_w=0.0)
+        return PreparedModels(processes=(process,), fleet=fleet, description="nothing")
 
 
 def config(folder: Path, **changes: object) -> StackConfig:
@@ -113,6 +103,17 @@ def test_an_installation_in_the_state_folder_is_kept(tmp_path):
     assert not [line for line in said if "fetching" in line]
     kept = tmp_path / "kafka" / libs.name
     assert sorted(path.name for path in kept.iterdir()) == sorted(path.name for path in libs.iterdir())
+
+
+async def test_with_sleep_a_process_puts_endpoints_to_sleep_and_starts_and_ends_with_the_stack(tmp_path):
+    async with LocalStack(config(tmp_path, sleep=True), IdleModels()) as stack:
+        state = stack.state
+        assert living(state) == ["kafka", "postgres", "triton", "sleeper"]
+        log = stack.process("sleeper").log
+        wait_until(lambda: '"pools": ["local-13b"]' in log.read_text())
+        stack.check()
+    assert living(state) == []
+    assert '"event": "stopped"' in log.read_text()
 
 
 async def test_nothing_listens_beyond_loopback(tmp_path):

@@ -14,21 +14,39 @@ from typer.testing import CliRunner
 
 from deploy.local.processes import Supervisor, free_ports
 from deploy.local.services import ServiceEnvironment, service_spec
+from services.optimizer import migrations
+from services.optimizer.store import Store
 from shared.messages import (
     CarbonIntensity,
+    EndpointCurve,
+    EndpointLoad,
     EvaluationCost,
     Footprint,
     GroupEvidence,
     IntensityPoint,
+    LoadReport,
     Message,
     PackedArray,
     Policy,
+    PoolCapacity,
+    PoolLoad,
     PromptGrouping,
     Quality,
     QualityCount,
 )
+from shared.runtime.database import DatabaseStatus, migrate, open_pool
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
-from shared.topics import CARBON_INTENSITY, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY, TopicSpec
+from shared.topics import (
+    CAPACITY,
+    CARBON_INTENSITY,
+    FOOTPRINTS,
+    LOAD_REPORTS,
+    POLICIES,
+    POWER_CURVES,
+    PROMPT_GROUPS,
+    QUALITY,
+    TopicSpec,
+)
 from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
@@ -50,6 +68,19 @@ zone = "GB"
 name = "e0"
 grpc = "127.0.0.1:9"
 """
+PACKED = (
+    FLEET.replace('zone = "GB"', 'zone = "GB"\ndispatch = "pack"\ntarget_batch = 8\nsleep = true')
+    + """
+[[pools.endpoints]]
+name = "e1"
+grpc = "127.0.0.1:9"
+[[pools.endpoints]]
+name = "e2"
+grpc = "127.0.0.1:9"
+[switchback]
+share = 0
+"""
+)
 NOW = datetime.now(UTC)
 
 
@@ -61,6 +92,7 @@ def intensity(value: float) -> CarbonIntensity:
 
 
 def footprint(number: int, level: str, *, model: str = "m") -> Footprint:
+    """Of a call that was attributed 1000 J at L0 and 300 J at L1."""
     return Footprint(
         request_id=f"{level}-{number}", purpose="request", model=model, group="qa", pool="p", level=level, zone="GB",
         endpoint="e0", started_at=NOW, finished_at=NOW, processing_s=4.0 if level == "L0" else 1.0,
@@ -97,8 +129,10 @@ def grouping(*, learned_at: datetime) -> PromptGrouping:
 class Peers:
     """The other services."""
 
-    def __init__(self, kafka: KafkaSettings, producer: AIOKafkaProducer, consumer: AIOKafkaConsumer) -> None:
-        self.kafka, self.producer, self.consumer = kafka, producer, consumer
+    def __init__(
+        self, kafka: KafkaSettings, producer: AIOKafkaProducer, consumer: AIOKafkaConsumer, plans: AIOKafkaConsumer
+    ) -> None:
+        self.kafka, self.producer, self.consumer, self.plans = kafka, producer, consumer, plans
 
     async def send(self, spec: TopicSpec, key: str, *messages: Message) -> None:
         for message in messages:
@@ -113,23 +147,51 @@ class Peers:
                     return found
         raise AssertionError("unreachable")
 
+    async def plan(self, wanted, *, within_s: float = 30.0) -> PoolCapacity:
+        async with asyncio.timeout(within_s):
+            async for record in self.plans:
+                found = PoolCapacity.model_validate_json(record.value)
+                if wanted(found):
+                    return found
+        raise AssertionError("unreachable")
+
+    @asynccontextmanager
+    async def reporting(self, *in_flight: int) -> AsyncIterator[None]:
+        """A router that has this many requests in flight on e0, e1, ..."""
+
+        async def report() -> None:
+            while True:
+                await self.send(LOAD_REPORTS, "router-1", load_report(*in_flight))
+                await asyncio.sleep(0.3)
+
+        task = asyncio.create_task(report())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
 
 @asynccontextmanager
 async def peers(kafka: KafkaSettings) -> AsyncIterator[Peers]:
     producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers)
-    consumer = AIOKafkaConsumer(
-        kafka.topic(POLICIES), bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest"
+    policies, plans = (
+        AIOKafkaConsumer(kafka.topic(spec), bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest")
+        for spec in (POLICIES, CAPACITY)
     )
-    await producer.start()
-    await consumer.start()
+    clients = (producer, policies, plans)
+    for client in clients:
+        await client.start()
     try:
-        yield Peers(kafka, producer, consumer)
+        yield Peers(kafka, producer, policies, plans)
     finally:
-        await producer.stop()
-        await consumer.stop()
+        for client in clients:
+            await client.stop()
 
 
-def start(supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettings, fleet: Path) -> str:
+def start(
+    supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettings, fleet: Path, **settings: str
+) -> str:
     name = f"{kafka.topic_prefix}optimizer-{time.monotonic_ns()}"
     environment = ServiceEnvironment(
         bootstrap_servers=kafka.bootstrap_servers,
@@ -138,10 +200,30 @@ def start(supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettin
         fleet_file=fleet,
         clock={},
     )
-    settings = {"SPROUT_KAFKA_GROUP_PREFIX": kafka.group_prefix, "SPROUT_OPTIMIZER_ESTIMATES_INTERVAL_MIN": "0.001"}
+    settings = {
+        "SPROUT_KAFKA_GROUP_PREFIX": kafka.group_prefix,
+        "SPROUT_OPTIMIZER_ESTIMATES_INTERVAL_MIN": "0.001",
+        **settings,
+    }
     (port,) = free_ports(1)
     supervisor.start(service_spec("optimizer", port=port, environment=environment, settings=settings, name=name))
     return name
+
+
+def curve(endpoint: str) -> EndpointCurve:
+    """At a batch of 8 a step takes 0.1 s and 30 J, of which 10 J are idle power: 3.75 J a token."""
+    return EndpointCurve(
+        endpoint=endpoint, pool="p", at=NOW, idle_w=100.0, step_j=12.0, token_j=1.0, step_s=0.06, token_s=0.005,
+        identifiable=True, intervals=100, mean_batch=4.0,
+    )  # fmt: skip
+
+
+def load_report(*in_flight: int, arrivals: int = 2) -> LoadReport:
+    endpoints = {f"e{place}": EndpointLoad(in_flight=number) for place, number in enumerate(in_flight)}
+    load = PoolLoad(pool="p", arrivals=arrivals, waiting=0, endpoints=endpoints)
+    return LoadReport(
+        instance="router-1", service="router", at=datetime.now(UTC), interval_s=0.3, share=1.0, pools=(load,)
+    )
 
 
 async def explained(kafka: KafkaSettings, expected: Policy) -> None:
@@ -211,3 +293,65 @@ async def test_evidence_becomes_a_policy_and_a_restart_continues_where_it_was(su
             assert again.group_version == "v"  # it waited for the topic of prompt groups to be read
     finally:
         supervisor.stop(name)
+
+
+async def test_curves_and_load_reports_become_prices_and_awake_endpoints(supervisor, kafka, database, tmp_path):
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(PACKED)
+    settings = {
+        "SPROUT_OPTIMIZER_LOAD_EXPIRY_S": "1",
+        "SPROUT_OPTIMIZER_CAPACITY_INTERVAL_S": "0.2",
+        "SPROUT_OPTIMIZER_CAPACITY_DWELL_MIN": "0.05",
+        "SPROUT_OPTIMIZER_PSEUDO_REQUESTS": "0.001",
+    }
+    name = start(supervisor, kafka, database, fleet, **settings)
+    try:
+        async with peers(kafka) as around:
+            await around.send(CARBON_INTENSITY, "GB", intensity(292.0))
+            for level in ("L0", "L1"):
+                await around.send(FOOTPRINTS, "f", *(footprint(n, level) for n in range(40)))
+            await around.send(QUALITY, "m", quality("e1", successes={"L0": 60, "L1": 40}))
+            attributed = await around.policy(lambda one: one.inputs.weights.get("qa") == 1.0)
+            assert attributed.inputs.prices["p"].basis == "attributed"
+            assert "no power curve of its endpoints is known yet" in attributed.reason
+            joules = attributed.inputs.estimates["qa"]["p/L0"].energy_kwh * 3.6e6
+            assert joules == pytest.approx(1_000.0, rel=0.01)
+
+            await around.send(POWER_CURVES, "e0", curve("e0"))
+            priced = await around.policy(lambda one: one.inputs.prices["p"].basis == "average")
+            price = priced.inputs.prices["p"]
+            assert (price.batch, price.token_j) == (8.0, pytest.approx(3.75))
+            cell = priced.inputs.estimates["qa"]["p/L0"]
+            assert cell.energy_kwh * 3.6e6 == pytest.approx(10 * 3.75, rel=0.01)
+            assert cell.server_s == pytest.approx(10 * 0.1 / 8, rel=0.01)
+
+            async with around.reporting(6, 5, 0):
+                plan = await around.plan(lambda one: True)
+                # 11 requests and a margin of 2 * sqrt(11) need 3 endpoints with 8 each.
+                assert (plan.target_batch, plan.in_flight, plan.endpoints_needed) == (8, 11, 3)
+                assert plan.awake == ("e0", "e1", "e2")
+            async with around.reporting(1, 0, 0):
+                plan = await around.plan(lambda one: len(one.awake) == 1)
+                assert plan.awake == ("e0",)
+                assert len(plan.forecast) == 6
+
+                supervisor.kill(name)
+                name = start(supervisor, kafka, database, fleet, **settings)
+                again = await around.plan(lambda one: one.at > plan.at)
+                assert again.awake == ("e0",)
+    finally:
+        supervisor.stop(name)
+
+
+async def test_the_arrivals_by_hour_of_day_are_stored(database):
+    pool = await open_pool(database, schema="optimizer_profiles")
+    try:
+        await migrate(pool, schema="optimizer_profiles", package=migrations.__name__)
+        store = Store(pool, status=DatabaseStatus(), remembered_footprints=1_000)
+        assert await store.arrival_profiles() == {}
+        for arrivals in (1.0, 2.0):
+            profiles = {"p": {"12": [5.0, arrivals, 60.0]}, "q": {}}
+            await store.put_arrival_profiles(profiles)
+            assert await store.arrival_profiles() == profiles
+    finally:
+        await pool.close()

@@ -11,7 +11,7 @@ from deploy.triton.models import stand_in_llm
 from shared.fleet import FleetError, load_fleet
 from shared.inference.balancer import CircuitBreakerSettings
 from shared.inference.base import EndpointUnavailable, GenerationParameters, generate
-from shared.inference.pool import Pools
+from shared.inference.pools import Pools
 from shared.runtime.clock import Clock
 from tests.support.certificate import Authority
 from tests.support.router import MODEL, fleet_toml, question, write_workload

@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
 
 from deploy.local.config import REPOSITORY, default_state_dir
 from deploy.local.triton import TritonInstallation, free_triton_ports, install, wait_ready
@@ -53,6 +55,12 @@ def test_serve_writes_the_repository_and_becomes_the_server(triton, workload, tm
     )  # fmt: skip
     try:
         wait_ready(ports, 60, alive=lambda: process.poll() is None)
+        assert (tmp_path / "models" / "ensemble-gpu" / "config.pbtxt").is_file()  # a curve is the default
+        with (
+            grpcclient.InferenceServerClient(f"127.0.0.1:{ports.grpc}") as client,
+            pytest.raises(InferenceServerException, match="explicit model load / unload is not allowed"),
+        ):
+            client.unload_model("ensemble")
         assert (tmp_path / "models" / "judge" / "config.pbtxt").is_file()
     finally:
         process.send_signal(signal.SIGTERM)
@@ -78,6 +86,13 @@ def test_the_models_end_with_a_server_that_is_killed(triton, workload, tmp_path)
         server.wait()
     for model in models:
         wait_until_ended(model)
+
+
+def test_serve_rejects_an_unknown_mode_of_model_control(triton, workload):
+    process = serve(triton, "--models", "ensemble=m", "--model-control", "poll", WORKLOAD=str(workload))
+    _, output = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert "--model-control must be explicit or none; got 'poll'" in output
 
 
 def test_serve_rejects_an_unusable_workload(triton, tmp_path):

@@ -12,7 +12,7 @@ import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from deploy.triton.models import stand_in_judge, stand_in_llm
-from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.batching import RecordedRules
 from deploy.triton.stand_in.judge import JudgeRules
 from shared.runtime.clock import Clock
 from tests.support.triton import LEVELS, ServingTriton, model_processes, serving_triton, text_of, write_entries
@@ -27,7 +27,7 @@ SYSTEM = {"L0": "", "L1": "Always answer briefly.", "L2": "Always answer very br
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingTriton]:
     folder = tmp_path_factory.mktemp("triton")
     workload = write_entries(folder / "w.jsonl")
-    narrow = BatchRules(slots=2, slowdown=0.5)
+    narrow = RecordedRules(slots=2, slowdown=0.5)
     models = [
         stand_in_llm(workload, model="m", idle_power_w=IDLE_W),
         stand_in_llm(workload, model="m", name="narrow", gpu_uuid="narrow", batch=narrow, idle_power_w=0.0),

@@ -27,6 +27,9 @@ class KafkaConsumerStandIn:
     def assignment(self):
         return {KNOWN, NEW}
 
+    def partitions_for_topic(self, topic):
+        return {0, 1}
+
     def pause(self, *partitions):
         self.paused |= set(partitions)
 
@@ -64,8 +67,16 @@ def record(partition: TopicPartition, offset: int) -> SimpleNamespace:
     return SimpleNamespace(topic=partition.topic, partition=partition.partition, offset=offset, timestamp=offset)
 
 
-async def unlimited() -> None:
-    """There is always capacity."""
+class UnlimitedCapacity:
+    """There is always capacity; records the share."""
+
+    share = 1.0
+
+    async def wait_for_capacity(self) -> None:
+        return
+
+    def set_share(self, share: float) -> None:
+        self.share = share
 
 
 def request_consumer(
@@ -77,7 +88,7 @@ def request_consumer(
         progress,
         settings=RouterSettings.model_validate(given),
         metrics=RouterMetrics(CollectorRegistry()),
-        wait_for_capacity=unlimited,
+        capacity=UnlimitedCapacity(),
     )
     requests.set_consumer(lambda: consumer)
     return requests

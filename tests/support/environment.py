@@ -15,7 +15,7 @@ from deploy.local.processes import ManagedProcess, ProcessSpec, Supervisor
 from deploy.local.signals import uninterrupted
 from deploy.local.triton import TritonInstallation, install
 from deploy.triton.models import stand_in_llm
-from deploy.triton.stand_in.batching import BatchRules
+from deploy.triton.stand_in.batching import RecordedRules
 from deploy.triton.stand_in.faults import FaultRules
 from shared.kafka.admin import create_topics
 from shared.runtime.clock import Clock
@@ -44,7 +44,7 @@ class Environment:
         *,
         answers: Mapping[str, Answers],
         model_servers: int = 1,
-        batch: BatchRules | None = None,
+        batch: RecordedRules | None = None,
         clock: Clock | None = None,
         restart: bool = False,
         say: Say = print,

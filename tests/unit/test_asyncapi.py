@@ -18,9 +18,9 @@ from tools.cli.main import app
 
 RECEIVED = {
     "carbon_feed": set(),
-    "router": {"requests", "policies", "prompt-groups", "carbon-intensity"},
-    "optimizer": {"carbon-intensity", "footprints", "quality", "prompt-groups"},
-    "evaluator": {"samples", "carbon-intensity", "footprints"},
+    "router": {"requests", "policies", "prompt-groups", "carbon-intensity", "power-curves", "capacity"},
+    "optimizer": {"carbon-intensity", "footprints", "quality", "prompt-groups", "power-curves", "load-reports"},
+    "evaluator": {"samples", "carbon-intensity", "footprints", "power-curves", "capacity"},
     "ledger": {
         "responses",
         "usage",
@@ -34,9 +34,9 @@ RECEIVED = {
 }
 SENT = {
     "carbon_feed": {"carbon-intensity"},
-    "router": {"responses", "response-chunks", "samples", "dead-letters"},
-    "optimizer": {"policies", "dead-letters"},
-    "evaluator": {"quality", "usage", "prompt-groups", "dead-letters"},
+    "router": {"responses", "response-chunks", "samples", "load-reports", "dead-letters"},
+    "optimizer": {"policies", "capacity", "dead-letters"},
+    "evaluator": {"quality", "usage", "prompt-groups", "load-reports", "dead-letters"},
     "ledger": {"footprints", "power-curves", "dead-letters"},
 }
 HEADERS = [("content-type", b"application/json"), ("correlation_id", b"1")]

@@ -1,8 +1,9 @@
 """Power and speed by batch size."""
 
+import numpy as np
 import pytest
 
-from shared.batch_curve import MEASURED, BatchCurve
+from shared.batch_curve import MEASURED, BatchCurve, mean_curve
 
 MEASURED_ROWS = {
     # Power (W) and tokens per second by batch size: ML.ENERGY leaderboard v3, vLLM, bfloat16.
@@ -48,3 +49,58 @@ def test_a_negative_number_is_rejected(field: str) -> None:
     values = {"idle_w": 1.0, "step_j": 1.0, "token_j": 1.0, "step_s": 1.0, "token_s": 1.0} | {field: -1.0}
     with pytest.raises(ValueError, match=field):
         BatchCurve(**values)
+
+
+def occupancy(rate: float, *, duration_s: float, extra: float, seed: int) -> tuple[float, float, float, float]:
+    """Energy and tokens of a simulated server, and what `extra` of its requests, drawn at random, add to both.
+
+    Requests arrive at random and stay for exponential times, so that their number is Poisson distributed.
+    """
+    rng = np.random.default_rng(seed)
+    number = rng.poisson(rate * duration_s)
+    starts, stays = rng.uniform(0.0, duration_s, number), rng.exponential(1.0, number)
+    kept = rng.uniform(size=number) >= extra
+
+    def measured(chosen: np.ndarray) -> tuple[float, float]:
+        times = np.concatenate([starts[chosen], starts[chosen] + stays[chosen]])
+        changes = np.repeat([1, -1], chosen.sum())
+        order = np.argsort(times)
+        running, spans = np.cumsum(changes[order])[:-1], np.diff(times[order])
+        curve = MEASURED["qwen3-14b-h100"]
+        known = range(int(running.max()) + 1)
+        power, speed = np.array([curve.power_w(n) for n in known]), np.array([curve.tokens_per_s(n) for n in known])
+        return float(spans @ power[running]), float(spans @ speed[running])
+
+    (all_j, all_tokens), (kept_j, kept_tokens) = measured(np.ones(number, dtype=bool)), measured(kept)
+    return all_j, all_tokens, all_j - kept_j, all_tokens - kept_tokens
+
+
+@pytest.mark.parametrize("mean", [0.3, 4.0, 40.0])
+def test_the_marginal_energy_of_a_token_agrees_with_a_simulated_server(mean: float) -> None:
+    curve = MEASURED["qwen3-14b-h100"]
+    duration_s, extra = 60_000.0 / mean, 0.02
+    joules, tokens, more_j, more_tokens = occupancy(mean, duration_s=duration_s, extra=extra, seed=3)
+    assert curve.poisson_power_w(mean) == pytest.approx(joules / duration_s, rel=0.02)
+    assert curve.poisson_tokens_per_s(mean) == pytest.approx(tokens / duration_s, rel=0.02)
+    assert curve.marginal_token_j(mean * (1 - extra / 2)) == pytest.approx(more_j / more_tokens, rel=0.03)
+
+
+def test_one_more_token_is_a_step_of_its_own_on_an_idle_server_and_shares_the_steps_of_a_busy_one() -> None:
+    curve = MEASURED["qwen3-14b-h100"]
+    assert curve.marginal_token_j(0.0) == pytest.approx(curve.step_j + curve.token_j)
+    limit = curve.token_j - curve.step_j * curve.token_s / curve.step_s
+    assert curve.marginal_token_j(200.0) == pytest.approx(limit)
+    marginal = [curve.marginal_token_j(mean) for mean in (0.0, 0.1, 1.0, 3.0, 10.0, 1_000.0)]
+    assert marginal == sorted(marginal, reverse=True)
+    for mean in (1.0, 10.0, 100.0):
+        assert curve.marginal_token_j(mean) < curve.average_token_j(mean)
+    with pytest.raises(ValueError, match="negative"):
+        curve.marginal_token_j(-1.0)
+
+
+def test_the_mean_curve_is_the_mean_of_every_field() -> None:
+    curve = MEASURED["qwen3-14b-h100"]
+    mean = mean_curve([curve, curve.stretched(3.0)])
+    assert (mean.step_s, mean.idle_w) == pytest.approx((2.0 * curve.step_s, curve.idle_w))
+    with pytest.raises(ValueError, match="at least one"):
+        mean_curve([])

@@ -18,7 +18,7 @@ from services.optimizer.policy import Situation, make_policy, problem_of
 from services.optimizer.program import solve
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
-from shared.messages import OptionEstimate, Policy
+from shared.messages import OptionEstimate, Policy, PoolPrice
 from shared.runtime.settings import KafkaSettings
 from tests.support.fleets import MODEL, fleet_toml
 from tools.cli import policy as policy_command
@@ -104,6 +104,24 @@ def test_it_explains_limits_prices_and_probabilities(tmp_path):
         line = next(line for line in result.stdout.splitlines() if group in line and share in line)
         assert f"{100 * found.groups[group].get('p/L0', 0.0):.1f} %" in line
     assert "other groups" in text
+
+
+def test_it_shows_what_a_token_costs_and_why(tmp_path):
+    price = PoolPrice(
+        basis="marginal", batch=12.5, token_j=0.0379, prompt_token_j=0.01, meter_token_j=0.31, reason="servers run on"
+    )
+    unknown = PoolPrice(basis="attributed", reason="no power curve")
+    found = made()
+    found = found.model_copy(
+        update={"inputs": found.inputs.model_copy(update={"prices": {"p": price, "[/q]": unknown}})}
+    )
+    file = written(tmp_path / "policy.json", found)
+    lines = run(MODEL, "--file", file).stdout.splitlines()
+    shown = next(line for line in lines if "marginal" in line and "servers run on" in line)
+    assert [part in shown for part in ("12.5", "0.0379 J", "0.01 J", "0.31 J")] == [True] * 4
+    assert any("[/q]" in line and "attributed" in line and "no power curve" in line for line in lines)
+    assert json.loads(run("--file", file, "--json").stdout)["prices"]["p"]["basis"] == "marginal"
+    assert "Energy of a token" not in run("--file", written(tmp_path / "older.json", made())).stdout
 
 
 def test_the_shadow_price_is_the_cost_of_a_stricter_limit():

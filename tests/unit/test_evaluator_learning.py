@@ -86,11 +86,12 @@ def test_traffic_shares_are_those_of_the_strata(learned):
     assert by_kind == pytest.approx({"question": 0.75, "sum": 0.25})
 
 
-def test_energy_and_time_of_the_judged_answers_are_published_where_energy_is_known(learned):
+def test_energy_time_and_tokens_of_the_judged_answers_are_published_where_energy_is_known(learned):
     taken = learned.message.taken
     assert sum(one.requests for one in taken if one.option == "p/L1") == 400
     joules = sum(one.energy_kwh for one in taken if one.option == "p/L0") * 3.6e6
     assert joules == pytest.approx(400 * 80 * 6.0)
+    assert sum(one.completion_tokens for one in taken if one.option == "p/L0") == 400 * 80
     assert learned_grouping("m", judged_kinds(400, seed=1)).message.taken == ()
 
 

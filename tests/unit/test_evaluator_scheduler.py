@@ -15,13 +15,16 @@ from services.evaluator.scheduler import Scheduler
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import InterruptedEvaluation
 from shared.carbon import LatestIntensities
+from shared.fleet import Switchback
 from shared.runtime.clock import ManualClock
 from shared.runtime.database import DatabaseStatus
 from shared.runtime.health import Health
+from shared.switchback import SwitchbackSchedule
 from tests.support.evaluator import intensities
 from tests.support.router import ZONE
 
 NOW = datetime(2023, 2, 10, 12, tzinfo=UTC)
+OFF = Switchback(share=0)
 LOCAL_MINIMUM = (400, 420, 300, 200, 220)
 
 
@@ -55,7 +58,7 @@ class FakeStore:
 class Fixture:
     """A scheduler of one model, and a runner that records triggers and returns prepared results."""
 
-    def __init__(self, *, last=None, interrupted=None, samples=100, results=(), **settings) -> None:
+    def __init__(self, *, last=None, interrupted=None, samples=100, results=(), switchback=OFF, **settings) -> None:
         self.triggers: list[EvaluationTrigger] = []
         self.results = list(results)
         self.started = asyncio.Event()
@@ -66,6 +69,7 @@ class Fixture:
             {"m": ZONE},
             settings=EvaluatorSettings(**settings),
             intensities=LatestIntensities(),
+            switchback=SwitchbackSchedule(switchback),
             clock=ManualClock(NOW),
             metrics=EvaluatorMetrics(self.registry),
         )
@@ -167,3 +171,37 @@ async def test_without_samples_or_servers_a_request_stays_pending(missing):
         fixture.store.samples, fixture.reachable = 100, True
         fixture.scheduler.on_new_samples()
         assert [one.reason for one in await fixture.evaluations(1)] == ["requested"]
+
+
+async def test_no_evaluation_starts_in_a_reference_block_or_shortly_before_one():
+    switchback = Switchback(share=0.5, block_s=1_800, washout_s=60)
+    schedule = SwitchbackSchedule(switchback)
+    fixture = Fixture(switchback=switchback, last=NOW, reference_block_margin_s=600)
+    clock = fixture.scheduler._clock
+
+    def postponed() -> float | None:
+        labels = {"model": "m", "reason": "reference_block"}
+        return fixture.registry.get_sample_value("sprout_evaluator_postponed", labels)
+
+    while schedule.is_reference(clock.now()) or not schedule.is_reference(clock.now() + timedelta(seconds=1_800)):
+        clock.advance(timedelta(seconds=1_800))
+    start = schedule.next_change(clock.now())
+    clock.advance(start - clock.now() - timedelta(seconds=500))
+    async with fixture.running():
+        assert fixture.scheduler.request("m")
+        async with asyncio.timeout(10):
+            while not postponed():  # noqa: ASYNC110 - a metric has no event
+                await asyncio.sleep(0.01)
+        clock.advance(timedelta(seconds=600))
+        assert schedule.is_reference(clock.now())
+        fixture.store.checked.clear()
+        fixture.scheduler.on_new_samples()
+        await fixture.store.checked.wait()
+        assert (fixture.triggers, postponed()) == ([], 1)
+        while schedule.is_reference(clock.now()) or (
+            schedule.next_change(clock.now()) - clock.now() <= timedelta(seconds=600)
+        ):
+            clock.advance(timedelta(seconds=300))
+        fixture.scheduler.on_new_samples()
+        assert [one.reason for one in await fixture.evaluations(1)] == ["requested"]
+        assert postponed() == 0

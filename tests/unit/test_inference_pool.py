@@ -178,11 +178,14 @@ class FakePool:
         self.failures: list[str] = []
         self.successes: list[str] = []
 
+    def arrived(self):
+        pass
+
     def choose(self, *, avoid):
         return "e"
 
     @contextmanager
-    def lease(self, _):
+    def lease(self, *_):
         yield self.client
 
     def failed(self, _, error):

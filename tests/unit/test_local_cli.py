@@ -1,16 +1,22 @@
 """The `sprout` command without a running stack: help, errors with remedies, exit codes."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
-from deploy.local.config import REPOSITORY
+from deploy.local.config import REPOSITORY, StackConfig
+from deploy.local.fleet import LocalFleet, LocalServer
+from deploy.local.processes import free_ports
 from deploy.local.state import StackState
 from tools.cli.main import app
 
@@ -75,6 +81,54 @@ def test_logs_of_an_unknown_process_list_the_known_ones(tmp_path):
     assert "there are: router" in result.stderr
 
 
+class ModelServer(BaseHTTPRequestHandler):
+    """A server that lives and has only the judge loaded."""
+
+    def do_GET(self):
+        self.send_response(200 if self.path in {"/v2/health/live", "/v2/models/judge/ready"} else 400)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        """Quiet."""
+
+
+def test_status_lists_the_endpoints_and_which_are_awake(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), ModelServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = StackConfig(servers=2)
+        addresses = [LocalServer(grpc=f"127.0.0.1:{n}", metrics=f"http://127.0.0.1:{n}/m", gpu=f"g{n}") for n in (1, 2)]
+        LocalFleet(
+            config=config, servers=tuple(addresses), judge=addresses[0], idle_power_w=1.0, judge_idle_power_w=0.0
+        ).write(tmp_path / "fleet.toml")
+        own = {"pid": os.getpid(), "started_at_s": psutil.Process().create_time(), "log": tmp_path / "x.log"}
+        processes = [
+            {**own, "name": "triton-0", "port": 1, "url": f"http://127.0.0.1:{server.server_port}"},
+            {**own, "name": "triton-1", "port": 2, "url": f"http://127.0.0.1:{free_ports(1)[0]}"},
+        ]
+        StackState.model_validate(
+            {
+                "state_dir": tmp_path,
+                "owner_pid": None,
+                "started_at_s": 0,
+                "model": "m",
+                "zone": "z",
+                "topic_prefix": "s.",
+                "bootstrap_servers": f"127.0.0.1:{free_ports(1)[0]}",
+                "fleet_file": tmp_path / "fleet.toml",
+                "processes": processes,
+            }
+        ).save()
+        result = sprout("status", "--json")
+        server.shutdown()
+    endpoints = {endpoint["name"]: endpoint for endpoint in json.loads(result.stdout)["endpoints"]}
+    states = {name: (endpoint["process"], endpoint["state"]) for name, endpoint in endpoints.items()}
+    assert states == {
+        "local-13b-0": ("triton-0", "asleep"),
+        "local-13b-1": ("triton-1", "away"),
+        "judge-0": ("triton-0", "awake"),
+    }
+
+
 def test_invalid_options_of_up_are_reported_before_anything_starts(tmp_path):
     trace = tmp_path / "t.csv"
     trace.write_text("Datetime (UTC),Zone Id,Carbon Intensity gCO₂eq/kWh (direct)\n2023-02-10 00:00:00,GB,100\n")
@@ -93,6 +147,12 @@ def test_invalid_options_of_up_are_reported_before_anything_starts(tmp_path):
     never = sprout("up", "--carbon", str(trace), "--start", "yesterday")
     assert never.exit_code == 1
     assert "yesterday" in never.stderr
+    untargeted = sprout("up", "--carbon", str(trace), "--servers", "2", "--dispatch", "pack")
+    assert untargeted.exit_code == 1
+    assert "add 'target_batch'" in untargeted.stderr
+    scattered = sprout("up", "--carbon", str(trace), "--dispatch", "scatter")
+    assert scattered.exit_code == 1
+    assert "'pack' or 'spread'" in scattered.stderr
 
 
 def test_the_subcommands_of_the_image(tmp_path):

@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,28 +12,31 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from deploy.local.config import StackConfig, event_time
-from deploy.local.fleet import LocalFleet
+from deploy.local.config import CURVES, StackConfig, event_time
+from deploy.local.fleet import LocalFleet, LocalServer
 from deploy.local.grid import TraceError, default_day, shipped_trace, zone_of
 from deploy.local.java import NoJavaError, ensure_java, find_java
 from deploy.local.processes import free_ports, tail
 from deploy.local.services import service_settings
 from deploy.local.state import ProcessRecord, StackState, StateError, read_state, remove_state
-from shared.fleet import FleetError, load_fleet
+from deploy.triton.serve import DEFAULT_CURVE, RECORDED
+from shared.batch_curve import MEASURED
+from shared.fleet import FleetError, Switchback, load_fleet
 
 
 def fleet(**changes: object) -> LocalFleet:
-    fields = {
-        "model": "llama-2-13b-chat",
-        "zone": "US-CAL-CISO",
-        "grpc": "127.0.0.1:8001",
-        "metrics": "http://127.0.0.1:8002/metrics",
-        "gpu": "gpu-model",
-        "judge_gpu": "gpu-judge",
-        "idle_power_w": 55.0,
-        "judge_idle_power_w": 0.0,
-    }
-    return LocalFleet(**(fields | changes))
+    config = StackConfig.model_validate(changes)
+    servers = tuple(
+        LocalServer(grpc=f"127.0.0.1:{8000 + n}", metrics=f"http://127.0.0.1:{9000 + n}/metrics", gpu=f"gpu-{n}")
+        for n in range(config.servers)
+    )
+    return LocalFleet(
+        config=config,
+        servers=servers,
+        judge=replace(servers[0], gpu="gpu-judge"),
+        idle_power_w=55.0,
+        judge_idle_power_w=0.0,
+    )
 
 
 def state(folder: Path, **changes: object) -> StackState:
@@ -72,6 +76,26 @@ class TestConfiguration:
         with pytest.raises(ValidationError, match="'llama-2-13b-chat' or 'smollm2'"):
             StackConfig.model_validate({"model": "gpt-17"})
 
+    @pytest.mark.parametrize(
+        ("settings", "problem"),
+        [
+            ({"dispatch": "pack"}, "has dispatch = 'pack' but no target: add 'target_batch'"),
+            ({"target_batch": 65, "max_in_flight": 64}, "target_batch = 65, more than max_in_flight = 64"),
+            ({"servers": 2, "min_awake": 3}, "min_awake = 3 but 2 endpoints"),
+            ({"servers": 9}, "less than or equal to 8"),
+            ({"servers": 2, "model": "smollm2"}, "'servers' must be 1"),
+            ({"curve": "gpt-17"}, "'gpt-17' is unknown; choose one of qwen3-14b-h100, .*recorded"),
+            ({"curve": "recorded", "stretch": 10}, "'stretch' is for a curve"),
+        ],
+    )
+    def test_invalid_settings_of_the_model_servers_are_rejected(self, settings, problem):
+        with pytest.raises(ValidationError, match=problem):
+            StackConfig.model_validate(settings)
+
+    def test_the_default_curve_is_the_stand_ins(self):
+        assert StackConfig().curve == DEFAULT_CURVE
+        assert set(CURVES) == {*MEASURED, RECORDED}
+
     def test_a_time_without_a_zone_is_utc(self):
         assert event_time("2023-02-10") == datetime(2023, 2, 10, tzinfo=UTC)
         assert event_time("2023-02-10T01:00+01:00") == datetime(2023, 2, 10, tzinfo=UTC)
@@ -85,20 +109,61 @@ class TestFleet:
         assert read.reference_of("llama-2-13b-chat") == "local-13b/L0"
         assert read.zones == ("US-CAL-CISO",)
         pool = read.pool("local-13b")
-        assert (pool.triton_model, pool.idle_power_w, pool.endpoints[0].gpus) == ("ensemble", 55.0, ("gpu-model",))
+        assert (pool.triton_model, pool.idle_power_w, pool.endpoints[0].gpus) == ("ensemble", 55.0, ("gpu-0",))
         assert read.chat_template_of(pool) == "llama-2"
         assert read.judge is not None
         judge = read.pool(read.judge.pool)
         assert (judge.model, judge.triton_model, judge.endpoints[0].gpus) == (None, "judge", ("gpu-judge",))
+
+    def test_by_default_servers_are_spread_over_and_nothing_sleeps(self, tmp_path):
+        fleet().write(tmp_path / "fleet.toml")
+        read = load_fleet(tmp_path / "fleet.toml")
+        pool = read.pool("local-13b")
+        assert (pool.dispatch, pool.target_batch, pool.sleep, pool.min_awake) == ("spread", None, False, 1)
+        assert [endpoint.max_in_flight for endpoint in pool.endpoints] == [None]
+        assert read.switchback.share == 0.0
+
+    def test_every_server_is_an_endpoint_in_packing_order_with_a_meter_of_its_own(self, tmp_path):
+        fleet(servers=4).write(tmp_path / "fleet.toml")
+        read = load_fleet(tmp_path / "fleet.toml")
+        endpoints = read.pool("local-13b").endpoints
+        assert [endpoint.name for endpoint in endpoints] == [f"local-13b-{n}" for n in range(4)]
+        assert [endpoint.grpc for endpoint in endpoints] == [f"127.0.0.1:{8000 + n}" for n in range(4)]
+        assert [endpoint.gpus for endpoint in endpoints] == [(f"gpu-{n}",) for n in range(4)]
+        (judge,) = read.pool("judge").endpoints
+        assert (judge.name, judge.grpc, judge.gpus) == ("judge-0", "127.0.0.1:8000", ("gpu-judge",))
+
+    def test_the_settings_of_the_models_pool(self, tmp_path):
+        settings = {
+            "dispatch": "pack",
+            "target_batch": 32,
+            "tpot_objective_ms": 25.5,
+            "ttft_objective_ms": 1_000.0,
+            "scaling": "elastic",
+            "sleep": True,
+            "min_awake": 2,
+        }
+        fleet(servers=3, max_in_flight=64, **settings).write(tmp_path / "fleet.toml")
+        read = load_fleet(tmp_path / "fleet.toml")
+        pool = read.pool("local-13b")
+        assert {name: getattr(pool, name) for name in settings} == settings
+        assert [endpoint.max_in_flight for endpoint in pool.endpoints] == [64, 64, 64]
+        judge = read.pool("judge")
+        assert (judge.dispatch, judge.sleep, judge.endpoints[0].max_in_flight) == ("spread", False, None)
+
+    def test_the_switchback(self, tmp_path):
+        switchback = Switchback(share=0.05, block_s=3_600.0, washout_s=60.0, key="a", dispatch="pack", sleep=True)
+        fleet(switchback=switchback).write(tmp_path / "fleet.toml")
+        assert load_fleet(tmp_path / "fleet.toml").switchback == switchback
 
     def test_special_characters_are_quoted(self, tmp_path):
         zone = 'A "B" \\ C'
         fleet(zone=zone).write(tmp_path / "fleet.toml")
         assert load_fleet(tmp_path / "fleet.toml").zones == (zone,)
 
-    def test_an_invalid_zone_is_rejected(self, tmp_path):
-        with pytest.raises(FleetError, match="zone"):
-            fleet(zone="").write(tmp_path / "fleet.toml")
+    def test_an_invalid_file_is_rejected(self, tmp_path):
+        with pytest.raises(FleetError, match="idle_power_w"):
+            replace(fleet(), idle_power_w=-1.0).write(tmp_path / "fleet.toml")
 
 
 class TestState:

@@ -137,6 +137,22 @@ def test_energy_of_options_comes_from_other_groups_if_the_version_has_none():
     assert row["p/L1"].energy_kwh / row["p/L0"].energy_kwh == pytest.approx(0.5, rel=0.05)
 
 
+def test_a_version_carries_the_tokens_of_its_judged_answers():
+    tokens = {"v.00": (300.0, 200.0, 100.0), "v.01": (90.0, 40.0, 20.0)}
+    taken = [
+        GroupTaken(
+            group=group, option=option, requests=100, energy_kwh=1e-3, processing_s=100.0, completion_tokens=100 * each
+        )
+        for group, row in tokens.items()
+        for option, each in zip(LEVELS, row, strict=True)
+    ]
+    totals = state(grouping(taken=taken)).consumption_of(MODEL).totals(NOW.timestamp(), SETTINGS)
+    used = totals["v.01"]["p/L1"]
+    assert (used.token_requests, used.completion_tokens, used.prompt_requests) == (100.0, 4_000.0, 0.0)
+    older = state(grouping()).consumption_of(MODEL).totals(NOW.timestamp(), SETTINGS)
+    assert older["v.01"]["p/L1"].token_requests == 0.0
+
+
 def test_the_newest_version_is_used_and_one_without_a_version_returns_to_task_labels():
     withdrawn = grouping(None, learned_at=LATER, names=(), arrays={}, evidence=(), taken=(), traffic={})
     found = state(grouping(), consumption=traffic(qa=100.0))

@@ -117,6 +117,15 @@ async def test_faststream_delivers_records_as_they_are():
     assert {record.topic for record in received.records} == {"t.requests"}
 
 
+async def test_the_routers_share_follows_its_partitions(requests):
+    await assigned(requests, KNOWN)
+    assert requests._capacity.share == 0.5
+    await assigned(requests, KNOWN, NEW)
+    assert requests._capacity.share == 1.0
+    await assigned(requests)
+    assert requests._capacity.share == 0.0
+
+
 async def test_no_record_is_delivered_before_recovery(requests, handled, progress, consumer):
     await assigned(requests, KNOWN)
     await receive(requests, record(KNOWN, 0))

@@ -126,6 +126,23 @@ def test_a_forced_level_keeps_the_policys_probabilities_of_pools():
     assert decide(policy=None, requested_directive="L1").pool == "p"
 
 
+def test_in_a_reference_block_the_reference_serves_whatever_the_policy_says():
+    made = policy({"L2": 1.0}, groups={"qa": {"p/L2": 1.0}})
+    for known in (made, None):
+        decision = decide(policy=known, task="qa", reference_block=True)
+        assert (decision.source, decision.group, decision.pool, decision.level) == ("switchback", "qa", "p", "L0")
+        assert (decision.propensity, decision.propensities) == (1.0, {"p/L0": 1.0})
+        assert decision.policy_version is None
+        assert should_sample("r", request(1), decision, share=1.0)
+
+
+@pytest.mark.parametrize(("directive", "level"), [("L2", "L2"), ("!L0", "L1"), ("!L2", "L0")])
+def test_in_a_reference_block_a_clients_directive_is_obeyed(directive, level):
+    made = policy({}, overall={"q/L2": 1.0})
+    decision = decide(fleet=TWO_POOLS, policy=made, requested_directive=directive, reference_block=True)
+    assert (decision.source, decision.pool, decision.level, decision.propensity) == ("forced", "p", level, 1.0)
+
+
 def test_an_unknown_level_is_rejected_with_the_available_levels():
     with pytest.raises(UnknownLevelError, match=r"'L9' does not exist.*L0, L1, L2"):
         decide(requested_directive="L9")

@@ -5,11 +5,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from deploy.triton.energy import EnergyAccount
+from deploy.triton.energy import EnergyAccount, EnergyMeter
+from deploy.triton.gpu import LoadedMark, StandingEnergy, is_loaded
 from deploy.triton.stand_in.answers import PlannedAnswer
-from deploy.triton.stand_in.batching import BatchRules, InFlightBatch
+from deploy.triton.stand_in.batching import CurveRules, InFlightBatch, RecordedRules
 from deploy.triton.stand_in.engine import StandInEngine
 from deploy.triton.stand_in.faults import MESSAGE, FailingOutlet, FaultDraws, FaultRules
+from shared.batch_curve import BatchCurve
 from shared.runtime.clock import Clock, ManualClock
 
 START = datetime(2023, 2, 10, tzinfo=UTC)
@@ -83,7 +85,7 @@ def reports():
 
 @pytest.fixture
 def engine(clock, journal, reports):
-    batch = InFlightBatch(BatchRules(slowdown=0.0), now_s=clock.now_s())
+    batch = InFlightBatch(RecordedRules(slowdown=0.0), now_s=clock.now_s())
     return StandInEngine(batch, clock=clock, meter=journal, tick_s=0.0, report=reports.append)
 
 
@@ -104,6 +106,22 @@ def test_a_streamed_answer_is_sent_token_by_token_and_its_last_token_ends_it(eng
     assert [final for *_, final in outlet.parts] == [False] * 19 + [True]
 
 
+def test_with_a_curve_the_first_token_is_sent_a_step_after_the_prompt_is_read(clock, journal, reports):
+    curve = BatchCurve(idle_w=100, step_j=4, token_j=1, step_s=0.09, token_s=0.01, prompt_token_j=2, prompt_token_s=0.2)
+    batch = InFlightBatch(CurveRules(curve=curve), now_s=clock.now_s())
+    engine = StandInEngine(batch, clock=clock, meter=journal, tick_s=0.0, report=reports.append)
+    outlet = Outlet(journal)
+    engine.submit(ANSWER, outlet)
+    assert engine.step() == pytest.approx(1.0)  # a prompt of five tokens
+    step(engine, clock, 1.05)
+    assert outlet.parts == []
+    for _ in range(20):
+        step(engine, clock, 0.1)
+    assert [part for *part, final in outlet.parts if not final] == [[text, 1] for text in ANSWER.text[:-1]]
+    assert outlet.text == ANSWER.text
+    assert batch.energy_j == pytest.approx(5 * 2 + 20 * 5)
+
+
 def test_tokens_that_are_due_together_are_sent_together(engine, clock, journal):
     outlet = Outlet(journal)
     engine.submit(ANSWER, outlet)
@@ -111,6 +129,24 @@ def test_tokens_that_are_due_together_are_sent_together(engine, clock, journal):
     step(engine, clock, 0.75)
     step(engine, clock, 100.0)
     assert outlet.parts == [("abcdefg", 7, False), ("hijabcdefghij", 13, True)]
+
+
+def test_first_tokens_and_ends_do_not_wait_for_the_next_round(clock, journal, reports):
+    batch = InFlightBatch(RecordedRules(slowdown=0.0), now_s=clock.now_s())
+    engine = StandInEngine(batch, clock=clock, meter=journal, tick_s=3_600.0, report=reports.append)
+    outlets = [Outlet(journal) for _ in range(3)]
+    engine.submit(ANSWER, outlets[0])
+    assert engine.step() == pytest.approx(0.1)
+    step(engine, clock, 0.11)
+    step(engine, clock, 0.1)  # the second token starts a round
+    for outlet in outlets[1:]:
+        engine.submit(ANSWER, outlet)
+        engine.step()
+        step(engine, clock, 0.11)
+    step(engine, clock, 10.0)
+    assert [tokens for _, tokens, _ in outlets[0].parts] == [1, 1, 18]
+    assert [tokens for _, tokens, _ in outlets[1].parts] == [1, 19]
+    assert [tokens for _, tokens, _ in outlets[2].parts] == [1, 19]
 
 
 def test_an_answer_that_is_not_streamed_is_sent_in_one_response(engine, clock, journal):
@@ -177,7 +213,7 @@ def test_a_failed_check_for_cancellation_does_not_hold_up_the_others(engine, clo
 def test_its_thread_follows_an_accelerated_clock(journal, reports):
     clock = Clock.starting(START, rate=100.0)
     engine = StandInEngine(
-        InFlightBatch(BatchRules(), now_s=clock.now_s()),
+        InFlightBatch(RecordedRules(), now_s=clock.now_s()),
         clock=clock,
         meter=journal,
         tick_s=0.005,
@@ -196,7 +232,7 @@ def test_its_thread_follows_an_accelerated_clock(journal, reports):
 
 def test_unfinished_answers_end_with_an_error_when_the_engine_stops(journal, reports):
     engine = StandInEngine(
-        InFlightBatch(BatchRules(), now_s=Clock().now_s()),
+        InFlightBatch(RecordedRules(), now_s=Clock().now_s()),
         clock=Clock(),
         meter=journal,
         tick_s=0.005,
@@ -222,6 +258,74 @@ def test_the_account_is_idle_power_times_event_time_and_what_requests_took():
 def test_a_negative_idle_power_is_rejected():
     with pytest.raises(ValueError, match="'idle_power_w' must not be negative"):
         EnergyAccount(idle_power_w=-1.0, now_s=0.0)
+
+
+def test_standing_energy_is_idle_power_while_the_model_is_loaded_and_asleep_power_while_it_is_not():
+    standing = StandingEnergy(idle_power_w=100.0, asleep_power_w=10.0, now_s=1_000.0)
+    standing.advance(1_010.0, loaded=True)
+    standing.advance(1_030.0, loaded=False)
+    standing.advance(1_020.0, loaded=True)  # the past
+    standing.advance(1_031.0, loaded=True)
+    assert standing.total_j == pytest.approx(10 * 100 + 20 * 10 + 1 * 100)
+
+
+def test_a_model_is_loaded_while_any_of_its_processes_has_marked_it(tmp_path):
+    assert not is_loaded(tmp_path)
+    old, new = LoadedMark(tmp_path), LoadedMark(tmp_path)
+    assert is_loaded(tmp_path)
+    old.close()
+    assert is_loaded(tmp_path)
+    new.close()
+    assert not is_loaded(tmp_path)
+
+
+class Metrics:
+    """The part of the Python backend that exports metrics; like the server, it merges those of the same name."""
+
+    COUNTER, GAUGE = "counter", "gauge"
+
+    def __init__(self):
+        self.values = {}
+
+    def MetricFamily(self, *, name, description, kind):  # noqa: N802
+        return Family(self.values, name)
+
+    MetricFamily.COUNTER, MetricFamily.GAUGE = COUNTER, GAUGE
+
+
+class Family:
+    def __init__(self, values, name):
+        self.values, self.name = values, name
+
+    def Metric(self, *, labels):  # noqa: N802
+        self.values.setdefault((self.name, labels["gpu_uuid"]), 0.0)
+        return Metric(self.values, (self.name, labels["gpu_uuid"]))
+
+
+class Metric:
+    def __init__(self, values, key):
+        self.values, self.key = values, key
+
+    def increment(self, value):
+        self.values[self.key] += value
+
+    def set(self, value):
+        self.values[self.key] = value
+
+    def value(self):
+        return self.values[self.key]
+
+
+def test_a_model_and_its_companion_share_a_counter_and_the_companion_exports_the_power_of_both():
+    backend = Metrics()
+    companion = EnergyMeter(backend, EnergyAccount(idle_power_w=0.0, now_s=0.0), gpu_uuid="g", power_interval_s=0.0)
+    model = EnergyMeter(backend, EnergyAccount(idle_power_w=0.0, now_s=0.0), gpu_uuid="g", power_interval_s=None)
+    companion.update(0.0, 0.0, at_once=True)
+    model.update(10.0, 3_000.0, at_once=True)
+    companion.update(10.0, 1_000.0, at_once=True)
+    assert backend.values == {("nv_energy_consumption", "g"): 4_000.0, ("nv_gpu_power_usage", "g"): 400.0}
+    companion.update(20.0, 1_100.0, at_once=True)
+    assert backend.values == {("nv_energy_consumption", "g"): 4_100.0, ("nv_gpu_power_usage", "g"): 10.0}
 
 
 def failing(draws):

@@ -1,15 +1,15 @@
-"""`sprout demo`: a simulated day through the real services in two minutes, with a report."""
+"""`sprout demo`: a simulated day through the real services in three minutes, with a report."""
 
 import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from pydantic import ValidationError
 
-from deploy.demo.day import PACES, DemoDay, stack_config
+from deploy.demo.day import PACES, DemoDay
 from deploy.local.config import MODELS, ModelName, StackConfig, event_time
 from deploy.local.grid import SAMPLE_ZONE, default_day, shipped_trace, zone_of
 from shared.kafka.dead_letters import describe
@@ -36,7 +36,16 @@ def demo(
     day_seconds: Annotated[
         float | None, typer.Option(min=10.0, help="Wall seconds for 24 event hours; default: depends on the model")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random traffic")] = 1,
+    seed: Annotated[int, typer.Option(envvar="SEED", help="Seed of the random traffic")] = 1,
+    dispatch: Annotated[
+        Literal["pack", "spread"],
+        typer.Option(help="pack: fill one model server before the next is used; spread: use the least busy one"),
+    ] = "pack",
+    sleep: Annotated[bool, typer.Option(help="Put model servers that are not needed to sleep")] = True,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", envvar="COMPARE", help="Play the same day without Sprout too, for the true saving"),
+    ] = False,
     html: Annotated[Path, typer.Option(metavar="FILE", help="Output file for the report page")] = Path(
         "demo-report.html"
     ),
@@ -71,8 +80,10 @@ def demo(
             requests=requests or max(1, round(pace.requests * hours / 24.0)),
             seed=seed,
             pace=pace,
+            dispatch=dispatch,
+            sleep=sleep and dispatch == "pack",
         )
-        config = stack_config(day, StackConfig())
+        config = StackConfig()
     except ValidationError as error:
         fail(describe(error))
     except ValueError as error:  # an invalid trace, time or model
@@ -80,12 +91,23 @@ def demo(
     quiet_clients()
     demo_errors: tuple[type[Exception], ...] = (*STACK_ERRORS, WorkloadError)
     try:
+        reference = None
+        if compare:
+            say("first the day without Sprout: no directives, requests spread over all servers")
+            reference = asyncio.run(run_demo(day, config, TritonModels(), world="reference", console=err, say=say))
         run = asyncio.run(run_demo(day, config, TritonModels(), console=err, say=say))
     except demo_errors as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted; every started process was stopped")
-    result = evaluate_demo(planned=day.requests, sent=run.sent, tally=run.tally, report=run.report, seconds=run.seconds)
+    result = evaluate_demo(
+        planned=day.requests,
+        sent=run.sent,
+        tally=run.tally,
+        report=run.report,
+        seconds=run.seconds,
+        without_sprout=None if reference is None else reference.report,
+    )
     title = f"Sprout: {day.hours:g} hours in {day.zone}, from {day.start:%Y-%m-%d %H:%M} UTC"
     json_file.write_text(json.dumps(result.figures, indent=2) + "\n", encoding="utf-8")
     html.write_text(render_html(run.report, title=title), encoding="utf-8")

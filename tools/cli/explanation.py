@@ -130,6 +130,7 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
         "expected_g_per_request": policy.expected_g_per_request,
         "reference_g_per_request": policy.reference_g_per_request,
         "rebuilt_g_per_request": explanation.rebuilt_g_per_request,
+        "prices": {pool: price.model_dump() for pool, price in policy.inputs.prices.items()},
         "weights": dict(explanation.problem.weights),
         "probabilities": {group: dict(row) for group, row in explanation.rows.items()},
         "overall": dict(policy.overall),
@@ -230,6 +231,7 @@ def print_explanation(explanation: Explanation) -> None:
             f"the rebuilt program gives {explanation.rebuilt_g_per_request:.4g} g: a limit is missing in this policy's "
             "inputs, or it was made by another release"
         )
+    _print_prices(policy)
     _print_limits(explanation)
     if explanation.binding:
         out.print("\nBinding constraints", style="bold")
@@ -238,6 +240,22 @@ def print_explanation(explanation: Explanation) -> None:
     else:
         out.print("\nno constraint is binding")
     _print_probabilities(explanation)
+
+
+def _print_prices(policy: Policy) -> None:
+    if not policy.inputs.prices:
+        return
+    table = _table(
+        "Energy of a token", "pool", "basis", "batch", "generated", "of the prompt", "on the meter", "reason"
+    )
+    for pool, price in policy.inputs.prices.items():
+        batch = "" if price.batch is None else f"{price.batch:.3g}"
+        joules = (price.token_j, price.prompt_token_j, price.meter_token_j)
+        _add_row(
+            table, pool, price.basis, batch, *("" if one is None else f"{one:.3g} J" for one in joules), price.reason
+        )
+    out.print()
+    out.print(table)
 
 
 def _print_limits(explanation: Explanation) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from deploy.local.config import MODELS, StackConfig, event_time, state_dir_from_environment
+from deploy.local.config import CURVES, MAX_SERVERS, MODELS, StackConfig, event_time, state_dir_from_environment
 from deploy.local.grid import default_day, shipped_trace, zone_of
 from deploy.local.processes import tail
 from deploy.local.state import StateError, stop_stack
@@ -25,6 +25,18 @@ Carbon = Annotated[
     Path | None,
     typer.Option(metavar="FILE", envvar="CARBON", help="Download of Electricity Maps; default: the sample trace"),
 ]
+Servers = Annotated[int, typer.Option(min=1, max=MAX_SERVERS, help="Number of model servers, one endpoint each")]
+Curve = Annotated[
+    str, typer.Option(metavar="NAME", help=f"Power and speed of the stand-ins by batch size: {', '.join(CURVES)}")
+]
+DispatchOption = Annotated[
+    str, typer.Option("--dispatch", help="pack: fill one model server before the next; or spread")
+]
+TargetBatch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Requests at once on a model server, for --dispatch pack"),
+]
+Sleep = Annotated[bool, typer.Option("--sleep", help="Unload the model on servers that are not needed")]
 Zone = Annotated[str | None, typer.Option(envvar="ZONE", help="Grid zone; default: the zone of the trace")]
 
 
@@ -43,6 +55,11 @@ def up(
         typer.Option(min=0.001, help="Replay speed, event seconds per second; 720 is a day in two minutes"),
     ] = None,
     routers: Annotated[int, typer.Option(min=1, max=8, help="Number of router processes")] = 1,
+    servers: Servers = 1,
+    curve: Curve = CURVES[0],
+    dispatch: DispatchOption = "spread",
+    target_batch: TargetBatch = None,
+    sleep: Sleep = False,
 ) -> None:
     """Start Kafka, PostgreSQL, Triton and all services in the background; they listen on loopback only.
 
@@ -66,6 +83,11 @@ def up(
                 "event_start": (event_time(start) if start else default_day(trace)) if replay else None,
                 "rate": rate or 1.0,
                 "routers": routers,
+                "servers": servers,
+                "curve": curve,
+                "dispatch": dispatch,
+                "target_batch": target_batch,
+                "sleep": sleep,
             }
         )
     except ValidationError as error:
@@ -81,6 +103,8 @@ def up(
         fail("interrupted; every started process was stopped")
     state = stack.state
     out.print(f"Kafka      {state.bootstrap_servers}")
+    if servers > 1:
+        out.print(f"servers    {servers}, dispatch {dispatch}{', may sleep' if sleep else ''}")
     out.print(f"event time {state.event_clock.now():%Y-%m-%d %H:%M} UTC")
     out.print('try        sprout send "Why is the sky blue?"')
     out.print("see        sprout status, sprout logs router -f")

@@ -1,4 +1,4 @@
-"""`sprout status`: the local stack's processes, their health, and their consumer lag."""
+"""`sprout status`: the local stack's processes, their health and consumer lag, and the endpoints of the fleet."""
 
 import asyncio
 import json
@@ -16,14 +16,18 @@ from deploy.local.processes import http_probe
 from deploy.local.services import SERVICE_TIER
 from deploy.local.state import ProcessRecord, StackState
 from shared.runtime.settings import KafkaSettings
-from tools.cli.console import Exit, out, quiet_clients, running_stack
+from tools.cli.console import Exit, Target, out, quiet_clients, running_stack
 
 LAG_TIMEOUT_S = 5.0
 NOTICE_WIDTH = 60
+MODEL_SERVERS = "triton"
+"""How the names of the model servers' processes begin."""
 
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
     """Show every process of the local stack: pid, port, health, uptime, and the lag of its consumer group.
+
+    Also shows the endpoints of the fleet, and whether each is awake: whether its model is loaded.
 
     Exit codes: 0 every process is ready, 1 a process is not ready, 3 no stack is running.
     """
@@ -31,6 +35,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")
     quiet_clients()
     lags = asyncio.run(_lags(state))
     rows = [_row(process, lags) for process in state.processes]
+    endpoints = _endpoints(state)
     if as_json:
         document = {
             "broker": "kafka",
@@ -40,10 +45,12 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")
             "event_time": state.event_clock.now().isoformat(),
             "rate": state.event_clock.rate,
             "processes": rows,
+            "endpoints": endpoints,
         }
         print(json.dumps(document, indent=2))
     else:
         _print(state, rows)
+        _print_endpoints(endpoints)
     if not state.ready or any(row["health"] != "ready" for row in rows):
         raise typer.Exit(Exit.FAILED)
 
@@ -63,8 +70,32 @@ def _row(process: ProcessRecord, lags: dict[str, int]) -> dict[str, Any]:
 def _health(process: ProcessRecord) -> str:
     if process.url is None:
         return "ready"
-    path = "/v2/health/ready" if process.name == "triton" else "/ready"
+    path = "/v2/health/ready" if process.name.startswith(MODEL_SERVERS) else "/ready"
     return http_probe(process.url + path)() or "ready"
+
+
+def _endpoints(state: StackState) -> list[dict[str, str]]:
+    """The endpoints of the fleet, in packing order: pool, name, address, process, and whether it is awake."""
+    fleet = Target(state.kafka, state).fleet()
+    servers = {process.port: process for process in state.processes if process.name.startswith(MODEL_SERVERS)}
+    return [
+        {
+            "name": endpoint.name,
+            "pool": pool.name,
+            "grpc": endpoint.grpc,
+            "process": process.name,
+            "state": _endpoint_state(process, pool.triton_model),
+        }
+        for pool in (() if fleet is None else fleet.pools)
+        for endpoint in pool.endpoints
+        if (process := servers.get(int(endpoint.grpc.rpartition(":")[2]))) is not None
+    ]
+
+
+def _endpoint_state(process: ProcessRecord, model: str) -> str:
+    if not process.alive or http_probe(f"{process.url}/v2/health/live")() is not None:
+        return "away"
+    return "asleep" if http_probe(f"{process.url}/v2/models/{model}/ready")() else "awake"
 
 
 async def _lags(state: StackState) -> dict[str, int]:
@@ -137,6 +168,17 @@ def _print(state: StackState, rows: list[dict[str, Any]]) -> None:
         out.print(
             "the stack is still starting, or its start was interrupted; in that case: sprout down, then sprout up"
         )
+
+
+def _print_endpoints(endpoints: list[dict[str, str]]) -> None:
+    table = Table("endpoint", "pool", "gRPC", "process", "state")
+    for endpoint in endpoints:
+        style = {"awake": "green", "asleep": "blue"}.get(endpoint["state"], "red")
+        table.add_row(
+            *(endpoint[column] for column in ("name", "pool", "grpc", "process")), f"[{style}]{endpoint['state']}[/]"
+        )
+    if endpoints:
+        out.print(table)
 
 
 def _short(text: str) -> str:

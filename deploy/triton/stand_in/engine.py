@@ -1,8 +1,8 @@
 """Runs a stand-in model in event time: sends responses when they are due, and meters the energy.
 
-One thread serves the whole model and sleeps until the next response is due. The end of an answer is sent when it is
-due. Parts of streamed answers are sent in rounds, at least one tick of wall time apart, each with all tokens that are
-due by then: one token per response in real time, many in an accelerated replay.
+One thread serves the whole model and sleeps until the next response is due. The first token and the end of an answer
+are sent when they are due. The parts between them are sent in rounds, at least one tick of wall time apart, each with
+all tokens that are due by then: one token per response in real time, many in an accelerated replay.
 """
 
 import math
@@ -100,7 +100,8 @@ class StandInEngine:
         self._stopping = False
         self._next_cancellation_check = 0.0
         self._next_parts = 0.0  # wall time
-        self._part_due_s = math.inf  # event time
+        self._first_due_s = math.inf  # event time of the next first token
+        self._part_due_s = math.inf  # event time of the next other token
         self._thread = threading.Thread(target=self._run, name="stand-in-pacing", daemon=True)
 
     def start(self) -> None:
@@ -136,12 +137,13 @@ class StandInEngine:
             delivery = self._deliveries.pop(sequence, None)
             if delivery is not None:
                 self._guarded(delivery, self._send_rest)
-        if changed or finished or now_s >= self._part_due_s:
+        if changed or finished or now_s >= min(self._first_due_s, self._part_due_s):
             self._parts_round(now_s)
         if not self._batch.busy:
             return LONGEST_SLEEP_S
         parts_wait_s = max(self._next_parts - time.monotonic(), self._clock.wall_seconds(self._part_due_s - now_s))
-        return min(parts_wait_s, self._clock.wall_seconds(self._batch.next_end_s() - now_s))
+        next_s = min(self._first_due_s, self._batch.next_change_s())
+        return min(parts_wait_s, self._clock.wall_seconds(next_s - now_s))
 
     def _run(self) -> None:
         while not self._stopping:
@@ -164,16 +166,21 @@ class StandInEngine:
         return taken
 
     def _parts_round(self, now_s: float) -> None:
-        """Send new tokens of streamed answers, unless it is too early, and compute when the next token is due."""
+        """Send first tokens and, unless it is too early, others, and compute when the next ones are due."""
         wall = time.monotonic()
-        if wall >= self._next_parts and now_s >= self._part_due_s:
+        all_parts = wall >= self._next_parts and now_s >= self._part_due_s
+        if all_parts:
             self._next_parts = wall + self._tick_s
-            for delivery in self._streaming():
+        for delivery in self._streaming():
+            if all_parts or delivery.sent_tokens == 0:
                 self._guarded(delivery, self._send_new)
-        self._part_due_s = min(
-            (self._batch.next_token_s(delivery.sequence, after=delivery.sent_tokens) for delivery in self._streaming()),
-            default=math.inf,
-        )
+        self._first_due_s = self._part_due_s = math.inf
+        for delivery in self._streaming():
+            due_s = self._batch.next_token_s(delivery.sequence, after=delivery.sent_tokens)
+            if delivery.sent_tokens == 0:
+                self._first_due_s = min(self._first_due_s, due_s)
+            else:
+                self._part_due_s = min(self._part_due_s, due_s)
 
     def _streaming(self) -> list[_Delivery]:
         deliveries = (self._deliveries[sequence] for sequence in self._batch.running)

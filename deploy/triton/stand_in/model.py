@@ -3,9 +3,11 @@
 import importlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from deploy.triton.energy import EnergyAccount, EnergyMeter
+from deploy.triton.energy import POWER_INTERVAL_S, EnergyAccount, EnergyMeter
+from deploy.triton.gpu import LoadedMark
 from deploy.triton.reply import LlmApiReply, Reply, send_error
 from deploy.triton.request import (
     GenerationRequest,
@@ -15,7 +17,7 @@ from deploy.triton.request import (
     tensors_of,
 )
 from deploy.triton.stand_in.answers import RecordedAnswers
-from deploy.triton.stand_in.batching import InFlightBatch
+from deploy.triton.stand_in.batching import CurveRules, InFlightBatch
 from deploy.triton.stand_in.engine import Outlet, StandInEngine
 from deploy.triton.stand_in.faults import FailingOutlet, FaultDraws
 from deploy.triton.stand_in.judge import Judge
@@ -39,6 +41,9 @@ class TritonPythonModel:
         configured = json.loads(args["model_config"])["parameters"]
         parameters = StandInParameters.from_texts({name: one["string_value"] for name, one in configured.items()})
         self._parameters = parameters
+        # With a curve, the companion meters the idle power and exports the power.
+        by_companion = isinstance(parameters.batch, CurveRules)
+        self._mark = LoadedMark(Path(args["model_repository"])) if by_companion else None
         workload = load_workload(parameters.workload)
         log = self._backend.Logger
         for problem in workload.problems:
@@ -57,7 +62,12 @@ class TritonPythonModel:
         self._engine = StandInEngine(
             InFlightBatch(parameters.batch, now_s=now_s),
             clock=clock,
-            meter=EnergyMeter(self._backend, account, gpu_uuid=parameters.gpu_uuid),
+            meter=EnergyMeter(
+                self._backend,
+                account,
+                gpu_uuid=parameters.gpu_uuid,
+                power_interval_s=None if by_companion else POWER_INTERVAL_S,
+            ),
             tick_s=parameters.tick_ms / 1_000,
             report=log.log_error,
         )
@@ -96,3 +106,5 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Stop the engine."""
         self._engine.stop()
+        if self._mark is not None:
+            self._mark.close()

@@ -1,0 +1,111 @@
+"""The loop of the capacity planner: load reports in, plans on the topic `capacity` out.
+
+It needs no database: without PostgreSQL it goes on, and only the learned arrivals by hour of day are stored later.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from services.optimizer.capacity import CapacityPlanner, plan_changed
+from services.optimizer.loads import LoadReports
+from services.optimizer.metrics import OptimizerMetrics
+from services.optimizer.prices import PoolPrices
+from services.optimizer.settings import OptimizerSettings
+from services.optimizer.store import Store
+from shared.fleet import Fleet
+from shared.messages import LoadReport, PoolCapacity
+from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseUnavailableError
+from shared.runtime.logs import get_logger
+
+_STORE_INTERVAL_S = 900.0
+"""Event seconds between two times that the arrivals by hour of day are stored."""
+
+_SHORTEST_STORE_INTERVAL_S = 5.0
+"""The same in wall seconds, at least."""
+
+Publish = Callable[[PoolCapacity], Awaitable[None]]
+
+_log = get_logger(__name__)
+
+
+class CapacityService:
+    """Plans the endpoints of every pool about once a second of wall time."""
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        clock: Clock,
+        settings: OptimizerSettings,
+        metrics: OptimizerMetrics,
+        prices: PoolPrices,
+        publish: Publish,
+    ) -> None:
+        """Start without reports.
+
+        Args:
+            fleet: pools, and the switchback schedule.
+            clock: event time.
+            settings: of the optimizer.
+            metrics: Prometheus metrics.
+            prices: the pools' power curves; the present load is stored in it.
+            publish: returns once Kafka has acknowledged the plan, however long that takes.
+        """
+        self._fleet = fleet
+        self._clock = clock
+        self._settings = settings
+        self._metrics = metrics
+        self._prices = prices
+        self._publish = publish
+        self._reports = LoadReports(settings.load_expiry_s)
+        self._planner = CapacityPlanner(fleet, settings, event_per_wall=clock.rate)
+        self._published: dict[str, PoolCapacity] = {}
+
+    def add_load_reports(self, messages: Sequence[LoadReport]) -> None:
+        """Take what routers and evaluators have running."""
+        for one in messages:
+            self._reports.update(one, wall_s=time.monotonic())
+
+    async def restore_profiles(self, store: Store) -> None:
+        """Load the arrivals by hour of day that an earlier process stored."""
+        self._planner.restore_profiles(await store.arrival_profiles())
+
+    async def run(self) -> None:
+        """Plan until cancelled."""
+        while True:
+            await self.plan_once()
+            await asyncio.sleep(self._settings.capacity_interval_s)
+
+    async def plan_once(self) -> None:
+        """Publish the plans that changed or expire. Without a live router nothing is known, so nothing is published."""
+        now = self._clock.now()
+        demand = self._reports.demand(wall_s=time.monotonic())
+        if demand is None:
+            self._prices.load = {}
+            for pool, published in list(self._published.items()):
+                if published.valid_until <= now:
+                    del self._published[pool]
+                    self._metrics.set_unknown_capacity(pool, endpoints=published.endpoints)
+            return
+        plans = self._planner.plan(demand, self._prices, now)
+        self._prices.load = self._planner.loads()
+        for plan in plans:
+            self._metrics.set_capacity(plan)
+            published_before = self._published.get(plan.pool)
+            if plan_changed(published_before, plan):
+                await self._publish(plan)
+                self._published[plan.pool] = plan
+                if published_before is None or published_before.awake != plan.awake:
+                    _log.info("endpoints awake", pool=plan.pool, awake=len(plan.awake), reason=plan.reason)
+
+    async def store_profiles(self, store: Store) -> None:
+        """Store the arrivals by hour of day from time to time, until cancelled."""
+        pause_s = max(self._clock.wall_seconds(_STORE_INTERVAL_S), _SHORTEST_STORE_INTERVAL_S)
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                await store.put_arrival_profiles(self._planner.profiles())
+            except DatabaseUnavailableError as error:
+                _log.warning("arrivals by hour of day are not stored now", reason=str(error))

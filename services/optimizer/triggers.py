@@ -1,0 +1,67 @@
+"""When a model is solved again: what changed since the last solve, or when its policy must be renewed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from services.optimizer.bounds import CurrentIntensity
+from services.optimizer.estimates import Estimates
+from services.optimizer.policy import Trigger
+from services.optimizer.settings import OptimizerSettings
+from shared.messages import Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveInputs:
+    """The inputs of the last solve of a model.
+
+    Attributes:
+        checked_at: event time of the last check of the estimates.
+        intensities: current carbon intensity by zone.
+        groups: version of the learned prompt groups; None: task labels.
+        evaluation: id of the latest evaluation.
+        estimates: those of the last solve.
+    """
+
+    checked_at: datetime
+    intensities: Mapping[str, CurrentIntensity]
+    groups: str | None
+    evaluation: str | None
+    estimates: Estimates
+
+
+def solve_trigger(
+    last: SolveInputs | None,
+    *,
+    intensities: Mapping[str, CurrentIntensity],
+    groups: str | None,
+    evaluation: str | None,
+    published: Policy | None,
+    now: datetime,
+    settings: OptimizerSettings,
+) -> Trigger | None:
+    """Why to solve now, estimates aside; None if there is no reason.
+
+    Args:
+        last: of the last solve; None since the start.
+        intensities, groups, evaluation: current, as in `SolveInputs`.
+        published: the current policy; None if there is none.
+        now: event time.
+        settings: when a policy must be renewed.
+    """
+    if last is None:
+        return "start"
+    if intensities != last.intensities:
+        return "intensity"
+    if groups != last.groups:
+        return "groups"
+    if evaluation != last.evaluation:
+        return "quality"
+    if published is not None and must_renew(published, now, settings):
+        return "validity"
+    return None
+
+
+def must_renew(published: Policy, now: datetime, settings: OptimizerSettings) -> bool:
+    """Whether a policy expires so soon that a new one must replace it."""
+    return published.valid_until - now <= settings.renewal
