@@ -84,9 +84,9 @@ PACES: dict[ModelName, Pace] = {
         requests=16_000,
         wall_s=180.0,
         max_tokens=1024,
-        evaluated_prompts=400,
-        min_samples=400,
-        min_judged_to_learn=360,
+        evaluated_prompts=300,
+        min_samples=500,
+        min_judged_to_learn=270,
         evaluator_concurrency=64,
         sample_share=1.0,
         batched=BatchedServers(),
@@ -175,11 +175,14 @@ class DemoDay:
 
     @property
     def switchback(self) -> Switchback:
-        """Blocks without Sprout, four or five a day; answers that began before a change end within the washout."""
+        """Four blocks without Sprout; answers that began before a change end within the washout."""
         if self.pace.batched is None:
             return Switchback(share=0.0)
         return Switchback(
-            share=1 / 9, block_s=2.2 * self.answer_s, washout_s=1.25 * self.answer_s, key=f"demo-{self.seed}"
+            share=1 / 12,
+            block_s=max(self.hours * 3600.0 / 48, 1.9 * self.answer_s),
+            washout_s=1.2 * self.answer_s,
+            key=f"demo-{self.seed}",
         )
 
 

@@ -1,7 +1,8 @@
 """The configuration of a demo: how its simulated servers are stretched, and its two worlds."""
 
+import itertools
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from deploy.demo.day import PACES, BatchedServers, DemoDay, stack_config
 from deploy.demo.traffic import Prompt, load_at, mean_tokens, peak_load
 from deploy.local.config import StackConfig
 from shared.batch_curve import MEASURED
+from shared.switchback import SwitchbackSchedule
 
 START = datetime(2024, 2, 8, tzinfo=UTC)
 DAY = DemoDay(
@@ -25,6 +27,13 @@ def test_at_the_peak_of_the_reference_the_servers_have_the_wanted_batch():
     in_flight = peak_per_s * DAY.mean_tokens * curve.step_time_s(BATCHED.peak_batch)
     assert in_flight == pytest.approx(BATCHED.count * BATCHED.peak_batch, rel=0.01)
     assert in_flight / peak_per_s == pytest.approx(DAY.answer_s, rel=0.01)
+
+
+def test_a_day_has_four_blocks_without_sprout():
+    schedule = SwitchbackSchedule(DAY.switchback)
+    minutes = [schedule.is_reference(START + timedelta(minutes=minute)) for minute in range(24 * 60)]
+    assert sum(not before and now for before, now in itertools.pairwise([False, *minutes])) in (3, 4)
+    assert sum(minutes) == pytest.approx(2 * 60, abs=2)
 
 
 def test_fewer_requests_stretch_the_steps_more():
