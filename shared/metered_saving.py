@@ -22,13 +22,13 @@ actual tokens there, the regression would not fit the other bins.
 After a change of worlds, answers of the other world still run. The washout should last as long as most answers take.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student_t
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -186,26 +186,24 @@ def metered_saving(
         bins_left_out=int((in_period & ~complete).sum()),
     )
     if counts.bins == 0:
-        return _without_estimate(counts, "no bin of the period has a meter reading, a carbon intensity and a demand")
+        return replace(counts, reason="no bin of the period has a meter reading, a carbon intensity and a demand")
     if counts.blocks_missing:
-        return _without_estimate(
+        return replace(
             counts,
-            f"{number} reference blocks with meter readings, at least {MIN_BLOCKS} are needed: "
+            reason=f"{number} reference blocks with meter readings, at least {MIN_BLOCKS} are needed: "
             f"{counts.blocks_missing} more",
         )
     fit = _best_fit(bins, used, blocks)
     if fit is None:
-        return _without_estimate(counts, "the demand does not differ between the reference blocks")
+        return replace(counts, reason="the demand does not differ between the reference blocks")
     predicted = period & ~reference
     demand, seen = bins.demand[predicted], bins.demand[used]
     outside = (demand < seen.min()) | (demand > seen.max())
     grams_per_j = bins.g_per_kwh / JOULES_PER_KWH
-    return MeteredSaving(
+    return replace(
+        counts,
         energy=_saving(bins, fit, period, predicted, weight=np.ones_like(bins.joules), confidence=confidence),
         carbon=_saving(bins, fit, period, predicted, weight=grams_per_j, confidence=confidence),
-        blocks=number,
-        bins=counts.bins,
-        bins_left_out=counts.bins_left_out,
         extrapolated_share=float(outside.mean()) if len(outside) else 0.0,
         terms=fit.terms,
         predicted_j=(_design(bins, np.ones_like(reference), fit.terms, fit.scale) @ fit.coefficients).sum(axis=1),
@@ -235,6 +233,32 @@ def spread_over_bins(begin_s: ArrayLike, end_s: ArrayLike, amount: ArrayLike, ed
     offsets = np.concatenate([[0.0], np.cumsum(change * at)])
     place = np.searchsorted(at, edges - edges[0], side="right")
     return np.diff(rates[place] * (edges - edges[0]) - offsets[place])
+
+
+def student_t(confidence: float, degrees: int) -> float:
+    """The value that the absolute value of Student's t stays below with this probability.
+
+    The distribution for whole degrees of freedom is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4), which is
+    inverted by bisection. The command line is installed without scipy.
+    """
+    low, high = 0.0, math.pi / 2.0
+    for _ in range(80):
+        angle = (low + high) / 2.0
+        cosine = math.cos(angle)
+        if degrees % 2:
+            term, total = cosine, 0.0
+            for k in range(1, degrees // 2 + 1):
+                total += term
+                term *= cosine**2 * 2 * k / (2 * k + 1)
+            probability = 2.0 / math.pi * (angle + math.sin(angle) * total)
+        else:
+            term, total = 1.0, 0.0
+            for k in range(1, degrees // 2 + 1):
+                total += term
+                term *= cosine**2 * (2 * k - 1) / (2 * k)
+            probability = math.sin(angle) * total
+        low, high = (angle, high) if probability < confidence else (low, angle)
+    return math.sqrt(degrees) * math.tan((low + high) / 2.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -302,16 +326,6 @@ class _Fit:
     coefficients: Floats
     without_block: Floats
     misfit: Floats
-
-
-def _without_estimate(counts: MeteredSaving, reason: str) -> MeteredSaving:
-    return MeteredSaving(
-        reason=reason,
-        blocks=counts.blocks,
-        blocks_missing=counts.blocks_missing,
-        bins=counts.bins,
-        bins_left_out=counts.bins_left_out,
-    )
 
 
 def _blocks(bins: FleetBins, reference: NDArray[np.bool_]) -> Ints:
@@ -402,7 +416,7 @@ def _saving(
     error = (blocks - 1) / blocks * float(((jackknife - without) ** 2).sum())
     days = max(1.0, int(predicted.sum()) * bins.length_s / DAY_S)
     misfit = float(((fit.misfit @ weight[predicted].sum(axis=0)) ** 2).mean()) / days
-    quantile = float(student_t.ppf(0.5 + confidence / 2.0, blocks - len(fit.coefficients)))
+    quantile = student_t(confidence, blocks - len(fit.coefficients))
     half = quantile * float(np.sqrt(error + misfit))
     total = Estimate(without + observed, without + observed - half, without + observed + half)
     return Saving(

@@ -37,7 +37,7 @@ MODEL_ERROR = 0.01
 _SINGULAR = 1e-9
 """Eigenvalue of the scaled normal equations below which a direction counts as not observed."""
 _SIGNIFICANT = 2.0
-"""Standard errors from 0 beyond which the cost of prompts is not taken for 0."""
+"""Number of standard errors from 0 up to which the cost of prompts is taken for 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class LeastSquares(State):
 
     Attributes:
         sums: products of the regressors and, last, the observed value, summed; (p + 1) x (p + 1).
-        rows: number of observations, forgotten ones counted less.
+        rows: number of observations by which the residuals are divided; forgotten ones count less.
     """
 
     sums: tuple[tuple[float, ...], ...]
@@ -84,13 +84,19 @@ class LeastSquares(State):
         """The sums with all weights multiplied by a number between 0 and 1."""
         return LeastSquares.of(self.array * share, self.rows * share)
 
-    def with_rows(self, rows: Sequence[tuple[float, ...]], weights: Sequence[float]) -> "LeastSquares":
-        """The sums with more observations: regressors, then the observed value."""
+    def with_rows(
+        self, rows: Sequence[tuple[float, ...]], weights: Sequence[float], *, counted: int | None = None
+    ) -> "LeastSquares":
+        """The sums with more observations: regressors, then the observed value.
+
+        Args:
+            counted: how many of them count in `rows`; None: all.
+        """
         if not rows:
             return self
         found = np.array(rows, dtype=np.float64)
         weighted = found * np.array(weights, dtype=np.float64)[:, None]
-        return LeastSquares.of(self.array + found.T @ weighted, self.rows + len(rows))
+        return LeastSquares.of(self.array + found.T @ weighted, self.rows + (len(rows) if counted is None else counted))
 
     def fixing(self, column: int, value: float) -> "LeastSquares":
         """The regression in which a coefficient is known, without its column."""
@@ -136,7 +142,6 @@ class LeastSquares(State):
 class IntervalSample:
     """An interval to learn from; everything that ran in it is known."""
 
-    finished_s: float
     length_s: float
     idle_s: float
     metered_j: float
@@ -243,9 +248,8 @@ class CurveState(State):
         """
         share = 1.0 if self.at_s is None else 0.5 ** (max(0.0, until_s - self.at_s) / half_life_s)
         known = intervals if self.speed is not None else ()
-        timed = [
-            (one, one.token_time_s) for one in calls if one.token_time_s is not None and one.mean_batch > 0
-        ]  # fmt: skip
+        timed = [(one, one.token_time_s) for one in calls if one.token_time_s is not None and one.mean_batch > 0]
+        worked = sum(1 for one in known if one.work.steps > 0)
         prompts = [(1.0, float(one.prompt_tokens), one.waited_s) for one in calls if one.waited_s is not None]
         return CurveState(
             at_s=until_s,
@@ -255,6 +259,8 @@ class CurveState(State):
                     for one in known
                 ],
                 [1.0 / one.length_s for one in known],
+                # Idle intervals deviate less; they must not make the others look exact.
+                counted=worked,
             ),
             step=self.step.forgotten(share).with_rows(
                 [(1.0, one.mean_batch, token_time_s) for one, token_time_s in timed],
@@ -262,7 +268,7 @@ class CurveState(State):
             ),
             prompt=self.prompt.forgotten(share).with_rows(prompts, [1.0] * len(prompts)),
             totals=_added(self.totals, share, known, calls),
-            intervals=self.intervals + sum(1 for one in known if one.work.steps > 0),
+            intervals=self.intervals + worked,
             calls=self.calls + len(timed),
             awake=self.awake,
             still_s=self.still_s,
@@ -339,13 +345,15 @@ class CurveState(State):
             return f"the batch was always about {mean:.1f}"
         if not idle_known and totals.idle_s < MIN_IDLE_SHARE * totals.length_s:
             return "no idle time was seen"
-        large = []
-        for step, token in (("step_j", "token_j"), ("step_s", "token_s")):
-            limit = LARGEST_ERROR * (values[step] + values[token])
-            large += [name for name, most in ((step, limit), (token, LARGEST_ERROR * (
-                values[token] + values[step] / USUAL_BATCH))) if not errors[name] <= most]  # fmt: skip
-        if not idle_known and not errors["idle_w"] <= LARGEST_ERROR * values["idle_w"]:
-            large.append("idle_w")
+        scales = {
+            "step_j": values["step_j"] + values["token_j"],
+            "token_j": values["token_j"] + values["step_j"] / USUAL_BATCH,
+            "step_s": values["step_s"] + values["token_s"],
+            "token_s": values["token_s"] + values["step_s"] / USUAL_BATCH,
+        }
+        if not idle_known:
+            scales["idle_w"] = values["idle_w"]
+        large = [name for name, scale in scales.items() if not errors[name] <= LARGEST_ERROR * scale]
         return f"still too uncertain: {', '.join(large)}" if large else ""
 
 

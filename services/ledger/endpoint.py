@@ -210,17 +210,16 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
     stalled, still_s = _stalled(new, state.curve.still_s, after_s=state.still_after_s)
     flawed = {name for one in new if one.interval.restarted or one.interval.started_s in stalled for name in one.uses}
     uses: dict[str, list[CallUse]] = defaultdict(list)
-    moved: set[str] = set()
     for one in (*new, *reallocated):
         for name, use in one.uses.items():
             uses[name].append(use)
-            if one.interval.metered_j > 0:
-                moved.add(name)
+    with_energy = {name for one in (*new, *reallocated) if one.interval.metered_j > 0 for name in one.uses}
     results = []
     for opened in state.calls:
         call = opened.call
         used = _sum([opened.used, *uses[call.id]])
-        unread = call.completion_tokens > 0 and used.energy_j == 0 and call.id not in moved
+        # The meter did not move in all of its time: its energy is missing, not 0.
+        unread = call.completion_tokens > 0 and used.energy_j == 0 and call.id not in with_energy
         results.append(
             CallResult(
                 id=call.id,
@@ -236,22 +235,10 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
                 server_s=used.server_s if opened.timed else None,
             )
         )
-    unknown = {one.id for one in results if one.partial or one.late}
     awake, idle_seen = _awake(state, new)
-    samples = [
-        IntervalSample(one.interval.finished_s, one.interval.length_s, one.idle_s, one.interval.metered_j, one.work)
-        for one, idles in zip(new, idle_seen, strict=True)
-        if not one.interval.restarted
-        and one.interval.started_s not in stalled
-        and unknown.isdisjoint(one.uses)
-        and (idles or one.idle_s < 1e-6 * one.interval.length_s)
-        # Energy without a call is unexplained: somebody else uses the server.
-        and (one.uses or idle_w is None or one.unattributed_j <= one.idle_j)
-    ]
-    ended = {opened.call.id: opened.call for opened in state.calls}
     learned = state.curve.learned(
-        samples,
-        [_call_sample(ended[one.id], one.used) for one in results if one.finished and one.id not in unknown],
+        _interval_samples(new, results, stalled=stalled, idle_seen=idle_seen, idle_power_w=idle_w),
+        _call_samples(state.calls, results),
         until_s=until_s,
         half_life_s=settings.curve_half_life_days * DAY_S,
     )
@@ -285,15 +272,45 @@ def _charged_to_others(call: Call, settled: Sequence[SettledInterval]) -> bool:
     )
 
 
-def _call_sample(call: Call, used: CallUse) -> CallSample:
-    token_s = call.token_time_s
-    return CallSample(
-        token_time_s=token_s,
-        mean_batch=used.batch_tokens / used.steps if used.steps > 0 else 0.0,
-        completion_tokens=call.completion_tokens,
-        prompt_tokens=call.prompt_tokens,
-        waited_s=None if token_s is None else max(0.0, call.reads_until_s - token_s - call.started_s),
-    )
+def _interval_samples(
+    intervals: Sequence[Attribution],
+    results: Sequence[CallResult],
+    *,
+    stalled: frozenset[float],
+    idle_seen: Sequence[bool],
+    idle_power_w: float | None,
+) -> list[IntervalSample]:
+    """The intervals whose energy and work are both known."""
+    unknown = {one.id for one in results if one.partial or one.late}
+    return [
+        IntervalSample(one.interval.length_s, one.idle_s, one.interval.metered_j, one.work)
+        for one, idles in zip(intervals, idle_seen, strict=True)
+        if not one.interval.restarted
+        and one.interval.started_s not in stalled
+        and unknown.isdisjoint(one.uses)
+        and (idles or one.idle_s < 1e-6 * one.interval.length_s)
+        # Without a call, more than twice the idle energy means that somebody else uses the server.
+        and (one.uses or idle_power_w is None or one.unattributed_j <= one.idle_j)
+    ]
+
+
+def _call_samples(calls: Sequence[OpenCall], results: Sequence[CallResult]) -> list[CallSample]:
+    """The calls that ended, and in all of whose intervals the other calls are known."""
+    found = []
+    for call, result in zip((opened.call for opened in calls), results, strict=True):
+        if not result.finished or result.partial or result.late:
+            continue
+        token_s, used = call.token_time_s, result.used
+        found.append(
+            CallSample(
+                token_time_s=token_s,
+                mean_batch=used.batch_tokens / used.steps if used.steps > 0 else 0.0,
+                completion_tokens=call.completion_tokens,
+                prompt_tokens=call.prompt_tokens,
+                waited_s=None if token_s is None else max(0.0, call.reads_until_s - token_s - call.started_s),
+            )
+        )
+    return found
 
 
 def _stalled(intervals: Sequence[Attribution], still_s: float, *, after_s: float) -> tuple[frozenset[float], float]:

@@ -1,7 +1,7 @@
 """What other services report: calls that are running, and endpoints that are kept awake."""
 
 import time
-from bisect import insort
+from bisect import bisect_right, insort
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
 
 LISTEN_S = 3.0
-"""Wall seconds after the start in which the running calls of all instances are reported at least once."""
+"""Wall seconds after the first settlement is wanted, in which all instances report at least once."""
 
 _WHOLE = 0.999
 """Share of the partitions of `requests` from which on no router is missing."""
@@ -59,7 +59,7 @@ class RunningCalls:
         self._settings = settings
         self._rate = clock.rate
         self._wall_s = wall_s
-        self._started_s = wall_s()
+        self._asked_s: float | None = None
         self._instances: dict[str, _Instance] = {}
         self._capped: set[str] = set()
 
@@ -82,7 +82,10 @@ class RunningCalls:
             By endpoint. One is missing while a new instance has not reported for long enough; all are shortly after the
             start.
         """
-        if self._wall_s() - self._started_s < LISTEN_S:
+        now_s = self._wall_s()
+        if self._asked_s is None:
+            self._asked_s = now_s
+        if now_s - self._asked_s < LISTEN_S:
             return {}
         known_until = watermark - self._event(self._settings.settle_margin_s)
         self._forget(known_until)
@@ -129,11 +132,11 @@ class RunningCalls:
         ]
 
     def _all_report(self, pool: Pool) -> bool:
-        """Whether no router is missing among the instances that report a pool."""
+        """Whether all routers report, or for the judge's pool an evaluator."""
+        latest = [one.reports[-1] for one in self._instances.values()]
         if pool.model is None:
-            return True
-        shares = [one.reports[-1].share for one in self._instances.values() if one.reports[-1].service == "router"]
-        return sum(shares) >= _WHOLE
+            return any(report.service == "evaluator" for report in latest)
+        return sum(report.share for report in latest if report.service == "router") >= _WHOLE
 
     def _report_cap(self, endpoint: str, *, capped: bool) -> None:
         if capped and endpoint not in self._capped:
@@ -164,15 +167,17 @@ class AwakeEndpoints:
         Without any message, and after the end of a message's validity, all endpoints are. Before the first message that
         this process knows, none is known to be.
         """
-        known = self._messages[pool]
+        known = tuple(self._messages.get(pool, ()))  # a copy: it is asked in a thread
         if not known:
             return True
-        if known[0].at.timestamp() > since_s:
+        first = bisect_right(known, since_s, key=lambda one: one.at.timestamp()) - 1
+        if first < 0:
             return False
-        for message, following in zip(known, [*known[1:], None], strict=True):
-            end_s = message.valid_until.timestamp()
-            if following is not None:
-                end_s = min(end_s, following.at.timestamp())
-            if message.at.timestamp() < until_s and end_s > since_s and endpoint not in message.awake:
+        for index in range(first, len(known)):
+            message, following = known[index], known[index + 1 : index + 2]
+            if message.at.timestamp() >= until_s:
+                break
+            end_s = min(one.timestamp() for one in (message.valid_until, *(later.at for later in following)))
+            if end_s > since_s and endpoint not in message.awake:
                 return False
         return True

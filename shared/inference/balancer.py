@@ -32,6 +32,9 @@ A process sees a random share of the requests. It may have more than its part wh
 them together do not need another endpoint. With one process there is no such chance.
 """
 
+MEAN_CALLS: Final = 4.0
+"""Mean call times over which the load is averaged: a mean load above the process's part is no chance."""
+
 SPARE_DEVIATIONS: Final = 0.5
 """Standard deviations of the load (a Poisson number) that the active endpoints but one must have spare before the last
 one gets no more requests."""
@@ -136,6 +139,7 @@ class Balancer:
         self._share = 1.0
         self._targets_known = False
         self._outstanding = 0
+        self._mean_outstanding = 0.0
         self._active = 1
         self._ended_with_spare = 0
         self._update()
@@ -192,6 +196,8 @@ class Balancer:
         endpoint = self._endpoints[name]
         endpoint.outstanding += 1
         self._outstanding += 1
+        # Arrivals see the mean over time; as many as are in flight arrive in a mean call time.
+        self._mean_outstanding += (self._outstanding - self._mean_outstanding) / (MEAN_CALLS * self._outstanding)
         if endpoint.open_until_s is None:
             return False
         endpoint.probing = True
@@ -334,10 +340,11 @@ class Balancer:
         return None
 
     def _is_full(self) -> bool:
-        """Whether the active endpoints have more requests than chance explains."""
+        """Whether the active endpoints are at their targets, and not by chance."""
         target = sum(self._targets[: self._active])
+        load = sum(one.outstanding for one in self._usable[: self._active])
         by_chance = CHANCE_DEVIATIONS * math.sqrt(target * (1.0 - self._share))
-        return sum(one.outstanding for one in self._usable[: self._active]) >= target + by_chance
+        return load >= target and (load >= target + by_chance or self._mean_outstanding >= target)
 
     def _deactivate_last_if_spare(self) -> None:
         """One endpoint fewer is active once the load has fitted on the others for a while.

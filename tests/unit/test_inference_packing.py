@@ -67,6 +67,18 @@ def test_one_of_several_processes_exceeds_its_part_by_chance_before_another_endp
     assert send(balancer, 1) == {"b": 1}
 
 
+def test_a_load_that_stays_above_the_target_is_no_chance():
+    balancer = packing({"a": 90, "b": 90}, share=1 / 3)
+    send(balancer, 32)
+    sent: Counter[str] = Counter()
+    for _ in range(500):
+        end(balancer, "a", 1)
+        sent += send(balancer, 1)
+        if sent["b"]:
+            break
+    assert 50 < sum(sent.values()) < 500
+
+
 def test_the_last_endpoint_gets_no_more_requests_once_the_load_has_fitted_on_the_others_for_a_while():
     balancer = packing({"a": 10, "b": 10})
     send(balancer, 12)

@@ -41,6 +41,7 @@ class Deployment:
         self.running = RunningCalls(
             FLEET, settings=SETTINGS, clock=Clock(rate=RATE), wall_s=lambda: self.wall_s
         )  # fmt: skip
+        assert self.running.limits(at(0)) == {}
 
     def report(
         self,
@@ -190,6 +191,13 @@ def test_an_evaluator_alone_says_all_about_the_judge_but_not_about_the_models(de
         deployment.report("evaluator-1", {"j": at(7.5), **IDLE}, share=0.0)
     assert deployment.limit("j") == at(7.5)
     assert deployment.limit("e1") == at(10) - timedelta(seconds=350)
+
+
+def test_a_router_alone_does_not_say_all_about_the_judge(deployment):
+    for second in (4, 6, 8, 10):
+        deployment.wall_s = second
+        deployment.report("router-1", {"j": None, **IDLE})
+    assert deployment.limit("j") == at(10) - timedelta(seconds=350)
 
 
 def test_a_new_instance_holds_settlement_until_its_first_report_has_aged(deployment):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from shared.metered_saving import (
     DAY_S,
@@ -15,6 +16,7 @@ from shared.metered_saving import (
     demand_by_bin,
     metered_saving,
     spread_over_bins,
+    student_t,
 )
 from tests.support.switchback_days import FleetDays, day_bounds, simulate_days
 
@@ -208,6 +210,12 @@ def test_answers_of_several_lengths_keep_the_tokens() -> None:
     assert demand.sum() == pytest.approx(90.0)
     assert demand[0] == pytest.approx(45.0)
     assert demand[3] == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 26, 101])
+def test_quantiles_are_those_of_students_distribution(degrees: int) -> None:
+    for confidence in (0.5, 0.95, 0.999):
+        assert student_t(confidence, degrees) == pytest.approx(stats.t.ppf(0.5 + confidence / 2.0, degrees), rel=1e-9)
 
 
 def test_the_interval_covers_the_truth_of_simulated_days() -> None:

@@ -285,7 +285,12 @@ def _print_facts(answer: Answer, fleet: Fleet | None) -> None:
     if response.decision is not None:
         level = response.decision.level
         text = fleet.directive_text(level) if fleet is not None and level in fleet.levels else ""
-        how = {"policy": "drawn from the policy", "forced": "requested", "fallback": "no valid policy"}
+        how = {
+            "policy": "drawn from the policy",
+            "forced": "requested",
+            "fallback": "no valid policy",
+            "switchback": "reference block",
+        }
         named = f"{level} “{text}”" if text else level
         facts.append(f"directive {named} ({how[response.decision.source]})")
     if response.usage is not None:
