@@ -30,6 +30,9 @@ _KNOWN_S = 600.0
 _IN_FLIGHT_HALF_LIFE_S = 6 * _HOUR_S
 """Half-life of the mean time that a request is in flight, event."""
 
+_RESERVED_STEP = 8
+"""Calls of evaluators are rounded up to a multiple, so that not every call makes a new plan."""
+
 _LARGEST_SCALE = 3.0
 """The present level changes the usual arrivals by this factor at most."""
 
@@ -210,6 +213,11 @@ class CapacityPlanner:
             endpoints_needed=needed,
             forecast=forecast,
             awake=tuple(endpoint.name for endpoint in pool.endpoints[:awake]),
+            reserved={
+                name: math.ceil(calls / _RESERVED_STEP) * _RESERVED_STEP
+                for name, calls in demand.evaluation.items()
+                if calls > 0
+            },
             reason=reason,
         )
 
@@ -321,7 +329,7 @@ def plan_changed(old: PoolCapacity | None, new: PoolCapacity) -> bool:
 
 def _compared(plan: PoolCapacity) -> tuple[object, ...]:
     needed = tuple(one.endpoints_needed for one in plan.forecast)
-    return plan.target_batch, plan.endpoints, plan.endpoints_needed, plan.awake, needed
+    return plan.target_batch, plan.endpoints, plan.endpoints_needed, plan.awake, plan.reserved, needed
 
 
 def _endpoints_with(pool: Pool, *, usable: int, without: frozenset[str]) -> int:

@@ -17,12 +17,14 @@ class PoolDemand:
         in_flight: requests that run or wait.
         waiting: those of them that wait for an endpoint.
         running: those of them that run, by endpoint.
+        evaluation: those of them that evaluators run, by endpoint.
     """
 
     arrivals_per_s: float
     in_flight: int
     waiting: int = 0
     running: Mapping[str, int] = field(default_factory=dict)
+    evaluation: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -91,6 +93,7 @@ class LoadReports:
         rates: dict[str, list[float]] = {}
         waiting: Counter[str] = Counter()
         running: dict[str, Counter[str]] = {}
+        evaluation: dict[str, Counter[str]] = {}
         for one in self._instances.values():
             if one.seconds > 0.0:
                 one.rates = {pool: number / one.seconds for pool, number in one.arrivals.items()}
@@ -98,15 +101,17 @@ class LoadReports:
             for load in one.report.pools:
                 rates.setdefault(load.pool, []).append(one.rates.get(load.pool, 0.0))
                 waiting[load.pool] += load.waiting
-                running.setdefault(load.pool, Counter()).update(
-                    {name: endpoint.in_flight for name, endpoint in load.endpoints.items()}
-                )
+                in_flight = {name: endpoint.in_flight for name, endpoint in load.endpoints.items()}
+                running.setdefault(load.pool, Counter()).update(in_flight)
+                if one.report.service == "evaluator":
+                    evaluation.setdefault(load.pool, Counter()).update(in_flight)
         return {
             pool: PoolDemand(
                 arrivals_per_s=math.fsum(rates[pool]),
                 in_flight=waiting[pool] + endpoints.total(),
                 waiting=waiting[pool],
                 running=endpoints,
+                evaluation=evaluation.get(pool, {}),
             )
             for pool, endpoints in running.items()
         }

@@ -96,6 +96,7 @@ class Router:
             on_failure=lambda endpoint: metrics.endpoint_failures.labels(endpoint).inc(),
             check_interval_s=settings.endpoint_check_interval_s,
             check_timeout_s=settings.endpoint_check_timeout_s,
+            beside_evaluators=True,
         )
         self.pools.set_share(0.0)  # no partitions are assigned yet
         metrics.watch_pools(self.pools)

@@ -184,17 +184,23 @@ class ServingPool:
         """Note which endpoints are to be awake; `refresh` follows it."""
         self._capacity = capacity
 
-    def refresh(self, now: datetime, *, share: float, reference_dispatch: Dispatch | None) -> None:
+    def refresh(
+        self, now: datetime, *, share: float, reference_dispatch: Dispatch | None, beside_evaluators: bool
+    ) -> None:
         """Apply targets, dispatch and capacity.
 
         Args:
             now: event time.
             share: share of all requests that this process gets.
             reference_dispatch: dispatch of the reference block that is running; None outside of blocks.
+            beside_evaluators: leave the calls of evaluators out of the targets.
         """
         balancer = self.balancer
         balancer.dispatch = reference_dispatch or self._pool.dispatch
-        balancer.set_targets(self.targets.by_endpoint, share=share)
+        capacity = self._valid_capacity(now)
+        reserved = capacity.reserved if beside_evaluators and capacity is not None else {}
+        targets = {name: max(1, target - reserved.get(name, 0)) for name, target in self.targets.by_endpoint.items()}
+        balancer.set_targets(targets, share=share)
         if balancer.dispatch == "pack" and not balancer.packs and self.arrivals and not self._spreading_logged:
             self._spreading_logged = True
             _log.info("requests are spread until the target batch is known from a learned curve", pool=self.name)
@@ -282,10 +288,14 @@ class ServingPool:
 
     def _asleep(self, now: datetime) -> set[str]:
         """Endpoints that may be asleep; none if the newest capacity message has expired."""
-        capacity = self._capacity
-        if capacity is None or not self._pool.sleep or now > capacity.valid_until:
+        capacity = self._valid_capacity(now)
+        if capacity is None or not self._pool.sleep:
             return set()
         return set(self.clients).difference(capacity.awake)
+
+    def _valid_capacity(self, now: datetime) -> PoolCapacity | None:
+        capacity = self._capacity
+        return None if capacity is None or now > capacity.valid_until else capacity
 
     def _wake(self, count: int) -> None:
         """Let the `count` requests that have waited longest choose an endpoint again."""

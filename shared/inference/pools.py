@@ -37,6 +37,7 @@ class Pools:
         check_interval_s: float,
         check_timeout_s: float,
         with_judge: bool = False,
+        beside_evaluators: bool = False,
     ) -> None:
         """Create the pools; nothing connects yet.
 
@@ -44,6 +45,7 @@ class Pools:
             on_failure: called with the endpoint's name after every failed attempt and health check.
             check_interval_s, check_timeout_s: of the health checks, wall.
             with_judge: include the pool of the fleet's judge.
+            beside_evaluators: leave the calls of evaluators out of the targets.
 
         Raises:
             ChatTemplateError: a pool's chat template is missing or unusable.
@@ -72,6 +74,7 @@ class Pools:
         self._clock = clock
         self._switchback = SwitchbackSchedule(fleet.switchback)
         self.share = 1.0
+        self._beside_evaluators = beside_evaluators
         self._check_interval_s = check_interval_s
         self._check_timeout_s = check_timeout_s
         self._refresh()
@@ -134,7 +137,7 @@ class Pools:
         dispatch = self._fleet.switchback.dispatch if self.reference_block() else None
         now = self._clock.now()
         for pool in self:
-            pool.refresh(now, share=self.share, reference_dispatch=dispatch)
+            pool.refresh(now, share=self.share, reference_dispatch=dispatch, beside_evaluators=self._beside_evaluators)
 
     async def _follow_time(self) -> None:
         """Apply what changes with event time: reference blocks at once, the end of a capacity message soon."""

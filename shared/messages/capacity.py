@@ -93,4 +93,7 @@ class PoolCapacity(Message):
     endpoints_needed: int = Field(ge=0, description="Now")
     forecast: tuple[CapacityForecast, ...] = Field(default=(), description="Over the next hours, in order of time")
     awake: tuple[Identifier, ...] = Field(description="Endpoints that serve, in packing order; the others may sleep")
+    reserved: dict[str, int] = Field(
+        default={}, description="By endpoint with any: calls of evaluators, which routers leave out of their targets"
+    )
     reason: str = Field(description="For people: why this many")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def pools(servers: Servers, address: str, **tls: object) -> Pools:
 @asynccontextmanager
 async def client(made: Pools):
     try:
-        with made["p"].lease("e0") as leased:
+        with made["p"].lease("e0", datetime.now(UTC)) as leased:
             yield leased
     finally:
         await made.close()

@@ -68,6 +68,7 @@ class Fixture:
             on_failure=self.failures.append,
             check_interval_s=1.0,
             check_timeout_s=1.0,
+            beside_evaluators=True,
         )
         self.pool = self.pools["p"]
 
@@ -81,12 +82,13 @@ class Fixture:
             names.append(name)
         return names
 
-    def capacity(self, *awake: str, valid_s: float = 60.0) -> None:
+    def capacity(self, *awake: str, valid_s: float = 60.0, reserved: dict[str, int] | None = None) -> None:
         now = self.clock.now()
         self.pools.update_capacity(
             PoolCapacity(
                 pool="p", at=now, valid_until=now + timedelta(seconds=valid_s), requests_per_s=1, in_flight=1,
                 endpoints=3, endpoints_needed=len(awake), awake=awake, reason="test",
+                reserved=reserved or {},
             )
         )  # fmt: skip
 
@@ -147,6 +149,17 @@ async def test_a_process_fills_its_share_of_the_target(make):
     other = make(pool={"target_batch": 12})
     other.pools.set_share(0.25)
     assert Fixture.sent(other, 3) == ["e0"] * 3
+
+
+async def test_requests_leave_room_for_the_calls_of_evaluators(make):
+    fixture = make(pool={"target_batch": 4})
+    fixture.capacity("e0", "e1", "e2", reserved={"e0": 3})
+    sent = fixture.sent(5)
+    assert sent.count("e0") == 1
+    assert sent.count("e1") == 4
+    expired = make(pool={"target_batch": 4})
+    expired.capacity("e0", "e1", "e2", valid_s=-1.0, reserved={"e0": 3})
+    assert expired.sent(3) == ["e0"] * 3
 
 
 async def test_in_a_reference_block_dispatch_is_the_configured_one(make):

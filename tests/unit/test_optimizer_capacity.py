@@ -99,7 +99,8 @@ def test_the_demand_is_that_of_all_instances_together():
         report("ev", service="evaluator", arrivals=1, in_flight={"e0": 2}),
     )
     demand = found.demand(wall_s=0.5)["p"]
-    assert demand == PoolDemand(pytest.approx(3.5), 9, waiting=2, running={"e0": 6, "e1": 0, "e2": 1, "e3": 0})
+    running, evaluation = {"e0": 6, "e1": 0, "e2": 1, "e3": 0}, {"e0": 2, "e1": 0, "e2": 0, "e3": 0}
+    assert demand == PoolDemand(pytest.approx(3.5), 9, waiting=2, running=running, evaluation=evaluation)
 
 
 def test_arrivals_are_counted_once_and_a_late_report_keeps_the_last_rate():
@@ -421,3 +422,13 @@ def test_over_a_day_of_random_arrivals_the_awake_endpoints_carry_the_load_and_se
     assert overloaded == 0
     assert np.mean(awake) < np.mean(ideal) + 1.0
     assert np.count_nonzero(np.diff(awake)) < 60
+
+
+def test_a_plan_has_the_calls_of_evaluators_for_which_routers_leave_room():
+    planned = Planned()
+    demand = PoolDemand(0.0, 15, running={"e0": 15}, evaluation={"e0": 5, "e1": 0})
+    (plan,) = planned.planner.plan({"p": demand}, planned.prices, NOON)
+    assert plan.reserved == {"e0": 8}
+    same = plan.model_copy(update={"at": NOON + timedelta(seconds=1)})
+    assert not plan_changed(plan, same)
+    assert plan_changed(plan, same.model_copy(update={"reserved": {}}))
