@@ -78,11 +78,12 @@ def _comparison(report: Report, without_sprout: Report | None) -> dict[str, obje
     """What the meters showed with and without Sprout, if both worlds were played."""
     if without_sprout is None:
         return {}
-    with_j, without_j = report.metered.fleet_energy_j, without_sprout.metered.fleet_energy_j
-    known = with_j is not None and without_j is not None and without_j > 0
+    with_j, meters = report.metered.fleet_energy_j, without_sprout.metered
+    # Without Sprout there would be no judge.
+    without_j = meters.fleet_energy_j - meters.judge_energy_j
     return {
         "reference_fleet_energy_j": without_j,
-        "true_saving_on_meter_pct": 100.0 * (1.0 - with_j / without_j) if known else None,
+        "true_saving_on_meter_pct": 100.0 * (1.0 - with_j / without_j) if without_j > 0 else None,
         "reference_tpot_p95_ms": without_sprout.metered.latency.tpot_p95_ms,
         "reference_ttft_p95_ms": without_sprout.metered.latency.ttft_p95_ms,
     }

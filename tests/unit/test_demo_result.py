@@ -45,8 +45,10 @@ def tally():
     return Tally(answers=Counter({f"r{number}": 1 for number in range(SENT)}), policies_published=3)
 
 
-def result_of(tally, report, *, sent=SENT):
-    return evaluate_demo(planned=SENT, sent=sent, tally=tally, report=report, seconds=1.0)
+def result_of(tally, report, *, sent=SENT, without_sprout=None):
+    return evaluate_demo(
+        planned=SENT, sent=sent, tally=tally, report=report, seconds=1.0, without_sprout=without_sprout
+    )
 
 
 def test_a_successful_demo_has_no_problems_and_every_figure(tally, report):
@@ -60,6 +62,20 @@ def test_a_successful_demo_has_no_problems_and_every_figure(tally, report):
         "requests_sent", "implied_saving_pct", "energy_metered_j", "preference_pct", "evaluations",
         "policies_published", "broker",
     } <= found.figures.keys()  # fmt: skip
+
+
+def test_the_true_saving_is_that_of_the_meters_of_both_worlds(tally, report):
+    of_day = replace(report, metered=replace(report.metered, fleet_energy_j=300.0))
+    without = replace(report, metered=replace(report.metered, fleet_energy_j=1_010.0, judge_energy_j=10.0))
+    figures = result_of(tally, of_day, without_sprout=without).figures
+    assert figures["true_saving_on_meter_pct"] == pytest.approx(70.0)
+    assert figures["reference_fleet_energy_j"] == pytest.approx(1_000.0)
+    assert "true_saving_on_meter_pct" not in result_of(tally, of_day).figures
+    assert {
+        "saving_on_meter_pct", "saving_on_meter_interval_pct", "attributed_saving_pct",
+        "attributed_saving_interval_pct", "net_of_evaluator", "fleet_energy_j", "idle_energy_j", "endpoints",
+        "endpoints_needed_mean", "tpot_p95_ms", "ttft_p95_ms", "tpot_objective_ms",
+    } <= figures.keys()  # fmt: skip
 
 
 def test_missing_duplicate_and_failed_answers_are_reported(tally, report):

@@ -23,7 +23,7 @@ from tests.support.report import (
     record_of,
     snapshot_of,
 )
-from tools.reporting import render_html, render_tables, to_json
+from tools.reporting import render_html, render_metrics, render_tables, to_json
 from tools.reporting.collect import compute_report
 from tools.reporting.format import energy, grams, percent, relative_difference
 from tools.reporting.frame import IntensitySeries
@@ -198,3 +198,13 @@ def test_requests_excluded_from_the_saving_are_reported_with_the_reason():
     lines = dict(summary_lines(compute_report(snapshot_of(records, policies=[policy_at(0)]))))
     assert "1 with a directive chosen by the client" in lines["not compared"]
     assert "1 under a policy that never chooses the baseline" in lines["not compared"]
+
+
+def test_the_figures_as_metrics_leave_out_what_is_unknown(report):
+    net = report.net
+    text = render_metrics(report)
+    assert f'sprout_attributed_saving_ratio{{bound="value"}} {net.saving_pct / 100.0}' in text
+    assert f'sprout_attributed_saving_ratio{{bound="low"}} {net.saving_interval.low / 100.0}' in text
+    assert f"sprout_attributed_saved_grams {net.saved_g}" in text
+    assert "sprout_saving_on_meter_ratio{bound=" not in text
+    assert "sprout_saved_on_meter_grams" not in text

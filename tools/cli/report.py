@@ -45,6 +45,10 @@ def report(
     hours: Annotated[bool, typer.Option("--hours/--no-hours", help="Print a row for every hour")] = True,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures")] = None,
+    metrics_file: Annotated[
+        Path | None,
+        typer.Option("--metrics", metavar="FILE", help="Write key figures for Prometheus' textfile collector"),
+    ] = None,
     fleet_file: Annotated[
         Path | None,
         typer.Option(
@@ -70,6 +74,7 @@ def report(
         TooManyCallsError,
         collect_report,
         render_html,
+        render_metrics,
         render_tables,
         to_json,
     )
@@ -105,6 +110,8 @@ def report(
         _write(html, render_html(found))
     if json_file is not None:
         _write(json_file, json.dumps(to_json(found), indent=2) + "\n")
+    if metrics_file is not None:
+        _write(metrics_file, render_metrics(found))
 
 
 def _fleet(path: Path | None, *, local: bool) -> Fleet | None:

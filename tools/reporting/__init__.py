@@ -1,6 +1,7 @@
 """Reports from the ledger's tables: on a terminal, as one self-contained HTML page with plots, and as JSON."""
 
 from tools.reporting.collect import collect_report
+from tools.reporting.metrics import render_metrics
 from tools.reporting.model import Report, to_json
 from tools.reporting.page import render_html
 from tools.reporting.query import NoLedgerError, TooManyCallsError
@@ -12,6 +13,7 @@ __all__ = [
     "TooManyCallsError",
     "collect_report",
     "render_html",
+    "render_metrics",
     "render_tables",
     "to_json",
 ]

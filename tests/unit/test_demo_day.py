@@ -1,0 +1,64 @@
+"""The configuration of a demo: how its simulated servers are stretched, and its two worlds."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from deploy.demo.day import PACES, BatchedServers, DemoDay, stack_config
+from deploy.demo.traffic import Prompt, load_at, mean_tokens, peak_load
+from deploy.local.config import StackConfig
+from shared.batch_curve import MEASURED
+
+START = datetime(2024, 2, 8, tzinfo=UTC)
+DAY = DemoDay(
+    model="llama-2-13b-chat", zone="SAMPLE", trace=Path("t"), workload=Path("w"), start=START, hours=24.0,
+    requests=16_000, seed=1, pace=PACES["llama-2-13b-chat"], mean_tokens=87.0,
+)  # fmt: skip
+BATCHED = BatchedServers()
+
+
+def test_at_the_peak_of_the_reference_the_servers_have_the_wanted_batch():
+    curve = MEASURED[BATCHED.curve].stretched(DAY.stretch)
+    peak_per_s = DAY.requests / 86_400.0 * max(load_at(hour) for hour in range(24))
+    in_flight = peak_per_s * DAY.mean_tokens * curve.step_time_s(BATCHED.peak_batch)
+    assert in_flight == pytest.approx(BATCHED.count * BATCHED.peak_batch, rel=0.01)
+    assert in_flight / peak_per_s == pytest.approx(DAY.answer_s, rel=0.01)
+
+
+def test_fewer_requests_stretch_the_steps_more():
+    assert replace(DAY, requests=8_000).stretch == pytest.approx(2 * DAY.stretch)
+
+
+def test_the_target_batch_keeps_the_latency_objective():
+    curve = MEASURED[BATCHED.curve]
+    assert BATCHED.target_batch <= curve.largest_batch(tpot_s=BATCHED.tpot_objective_ms / 1_000)
+
+
+def test_the_reference_world_has_no_directives_no_packing_and_no_sleep():
+    sprout = stack_config(DAY, StackConfig())
+    reference = stack_config(DAY, StackConfig(), "reference")
+    assert (sprout.dispatch, sprout.sleep) == ("pack", True)
+    assert sprout.switchback.share > 0
+    assert (reference.dispatch, reference.sleep, reference.switchback.share) == ("spread", False, 0.0)
+    assert not {"optimizer", "evaluator"} & set(reference.services)
+    assert (sprout.servers, sprout.stretch) == (reference.servers, reference.stretch)
+
+
+def test_a_real_model_server_is_neither_stretched_nor_switched():
+    day = replace(DAY, model="smollm2", pace=PACES["smollm2"])
+    assert day.stretch == 1.0
+    assert stack_config(day, StackConfig()).servers == 1
+    assert day.switchback.share == 0.0
+
+
+def test_the_peak_is_relative_to_the_mean_of_the_hours():
+    assert peak_load(START, 24.0) == pytest.approx(1.5, rel=0.01)
+    assert peak_load(START.replace(hour=13), 2.0) == pytest.approx(1.0, rel=0.01)
+
+
+def test_every_task_counts_alike_in_the_mean_length():
+    prompts = [Prompt("a", "1", 10), Prompt("a", "2", 30), Prompt("b", "3", 100), Prompt("b", "4", None)]
+    assert mean_tokens(prompts) == pytest.approx(60.0)
+    assert mean_tokens([Prompt("a", "1")]) == 1.0
