@@ -61,10 +61,15 @@ class PoolPrices:
         self._curves: dict[str, EndpointCurve] = {}
 
     def update_curves(self, messages: Iterable[EndpointCurve]) -> bool:
-        """Store the newest curve of every endpoint; returns whether any was stored."""
+        """Store the newest curve of every endpoint; returns whether any was stored.
+
+        An identified curve is kept, as in the routers: at a constant batch a good curve stops being identifiable.
+        """
         stored = False
         for message in messages:
             known = self._curves.get(message.endpoint)
+            if known is not None and known.pool == message.pool and known.identifiable and not message.identifiable:
+                continue
             if known is None or message.at >= known.at:
                 self._curves[message.endpoint] = message
                 stored = True

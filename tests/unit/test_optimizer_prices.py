@@ -203,6 +203,14 @@ def test_only_identifiable_curves_count_and_the_newest_of_each_endpoint():
     assert prices.curve_of(fleet().pools[0]).curve.idle_w == 150.0
 
 
+def test_an_identified_curve_is_kept_when_a_later_one_cannot_be_identified():
+    prices = PoolPrices(fleet())
+    assert prices.update_curves([curve_of("e0")])
+    later = curve_of("e0", at=NOW + timedelta(hours=1), identifiable=False, reason="the batch was always about 1.0")
+    assert not prices.update_curves([later])
+    assert prices.curve_of(fleet().pools[0]).curve is not None
+
+
 def test_attributed_options_are_charged_for_the_measured_server_time_all_or_none():
     of = fleet()
     known = estimated(of, served())
