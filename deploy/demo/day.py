@@ -85,10 +85,12 @@ PACES: dict[ModelName, Pace] = {
         wall_s=180.0,
         max_tokens=1024,
         evaluated_prompts=300,
-        min_samples=500,
+        min_samples=400,
         min_judged_to_learn=270,
-        evaluator_concurrency=64,
+        # A server's batch: the evaluation is short and its server full.
+        evaluator_concurrency=128,
         sample_share=1.0,
+        confidence_z=0.5,
         batched=BatchedServers(),
     ),
     # This model shares the CPU with all other processes, so only about 30 prompts are judged: too few to save anything
@@ -236,6 +238,7 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             "SPROUT_OPTIMIZER_XI": json.dumps({"preference": 0.1}),
             "SPROUT_OPTIMIZER_CONFIDENCE_Z": str(day.pace.confidence_z),
             "SPROUT_OPTIMIZER_CAPACITY_INTERVAL_S": "0.5",
+            "SPROUT_OPTIMIZER_CAPACITY_SHORTEST_S": "1",
         },
         "evaluator": {
             "SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION": str(day.pace.evaluated_prompts),

@@ -51,6 +51,7 @@ class ProcessSpec:
         tier: a process uses processes of lower tiers, and is stopped before them.
         port: where it listens, for `sprout status`.
         url: base URL of its HTTP interface.
+        niceness: added to this process's own; a higher one leaves the processor to the others.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ProcessSpec:
     tier: int = 0
     port: int | None = None
     url: str | None = None
+    niceness: int = 0
 
 
 class ManagedProcess:
@@ -204,6 +206,8 @@ class Supervisor:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the terminal must reach only the supervisor
             )
+        if spec.niceness:
+            os.setpriority(os.PRIO_PROCESS, popen.pid, min(19, os.getpriority(os.PRIO_PROCESS, 0) + spec.niceness))
         process = ManagedProcess(spec, popen, log=log, aborted=self._aborted)
         self._processes.pop(spec.name, None)
         self._processes[spec.name] = process

@@ -16,6 +16,9 @@ READY_TIMEOUT_S: Final = 90.0
 SERVICE_TIER: Final = 2
 """The tier of services: stopped before the model servers, Kafka and PostgreSQL."""
 
+BACKGROUND_NICENESS: Final = 5
+"""Of the services that no request waits for: solving and learning must not delay answers on a machine of few cores."""
+
 SETTLE_DELAY_WALL_S: Final = 10.0
 """The ledger's settlement delay, wall seconds. The ledger learns of a call only when it ends. A call longer than the
 delay (about 800 tokens of the stand-in's default curve) gets energy for its last part only; the energy before that
@@ -76,6 +79,7 @@ def service_spec(
         tier=SERVICE_TIER,
         port=port,
         url=url,
+        niceness=0 if service == "router" else BACKGROUND_NICENESS,
     )
 
 
