@@ -59,7 +59,10 @@ class OptimizerSettings(BaseSettings):
         default=0.05, description="Share of every group's traffic that is always served by the baseline (control group)"
     )
     validity_h: float = Field(
-        default=3.0, gt=0, description="Lifetime of a policy, event; after it routers serve the baseline"
+        default=3.0,
+        gt=0,
+        le=168,
+        description="Lifetime of a policy, event; after it routers serve the baseline. Readers refuse more than a week",
     )
 
     # Carbon intensity

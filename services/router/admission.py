@@ -128,4 +128,7 @@ def _event_time(timestamp_ms: int | None, clock: Clock, received_at: datetime) -
     if timestamp_ms is None or timestamp_ms < 0:
         return received_at
     wall_s = timestamp_ms / 1_000
-    return datetime.fromtimestamp(clock.origin_event_s + (wall_s - clock.origin_wall_s) * clock.rate, UTC)
+    try:
+        return datetime.fromtimestamp(clock.origin_event_s + (wall_s - clock.origin_wall_s) * clock.rate, UTC)
+    except (ValueError, OverflowError, OSError):  # a producer may set any number
+        return received_at

@@ -237,7 +237,9 @@ def build_app(
     registry = CollectorRegistry()
     health = Health()
     # Without FastStream's metrics: `RouterMetrics` counts the same, and they take time for every response.
-    broker, dead_letters = build_broker(kafka, service=NAME, clock=clock, registry=None, linger_ms=settings.linger_ms)
+    broker, dead_letters = build_broker(
+        kafka, service=NAME, clock=clock, registry=registry, message_metrics=False, linger_ms=settings.linger_ms
+    )
     router = Router(broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("requests", router.requests.problem)
     health.add_check("endpoints", router.pools.unreachable)
