@@ -10,11 +10,13 @@ import asyncio
 import contextvars
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from functools import partial
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
+from services.router.admission import ByteBudget
 from services.router.fencing import PublishFence, RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.offsets import Claim
@@ -67,6 +69,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         self._fence.on_unknown_outcome(self._on_unknown_outcome)
         self._partitions = Partitions(self._fence)
         self._free_places = asyncio.Semaphore(settings.max_in_flight)
+        self._bytes = ByteBudget(settings.max_in_flight_bytes)
         self._tasks: dict[asyncio.Task[None], Claim[TopicPartition]] = {}
         self._resumed = asyncio.Event()
         self._resumed.set()
@@ -125,14 +128,20 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             self._waiting_record = record
             await self._wait_for_capacity()
             await self._free_places.acquire()
+            cost = self._bytes.cost(record)
+            await self._bytes.acquire(cost)
             self._waiting_record = None
+            task = None
             try:
                 # In an empty context: a task keeps the context in which it was created, and with FastStream's it would
                 # keep all records of its batch in memory.
-                contextvars.Context().run(self._start, record, epoch)
+                task = contextvars.Context().run(self._start, record, epoch)
             except Exception as error:  # noqa: BLE001 - the batch's other records must be started
-                self._free_places.release()
                 self._count_failure(error)
+            if task is None:
+                self._release(cost)
+            else:
+                task.add_done_callback(partial(self._release, cost))
 
     async def commit_forever(self, *, on_round: Callable[[], None]) -> None:
         """Commit finished records at every commit interval; calls `on_round` after every try."""
@@ -186,13 +195,17 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             _log.warning("last commit timed out: records finished since the previous commit are redelivered")
         _log.info("drained", finished=running - len(unfinished), cancelled_requests=len(unfinished))
 
-    def _start(self, record: Any, epoch: int) -> None:  # noqa: ANN401 - aiokafka has no types
-        """Start the task of a record, unless it is to be skipped."""
+    def _release(self, cost: int, _: object = None) -> None:
+        """Give back the place of a request and its bytes."""
+        self._free_places.release()
+        self._bytes.release(cost)
+
+    def _start(self, record: Any, epoch: int) -> asyncio.Task[None] | None:  # noqa: ANN401 - aiokafka has no types
+        """Start the task of a record; None if it is to be skipped."""
         claim = self._partitions.begin(record, epoch=epoch, now_ms=_now_ms())
         if claim is None:
-            self._free_places.release()
             self._metrics.skipped_records.inc()
-            return
+            return None
         if claim.log_restarted:
             _log.warning(
                 "offsets of a partition went backwards; was the topic recreated?",
@@ -203,6 +216,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         self._tasks[task] = claim
         task.add_done_callback(self._on_task_done)
         self._metrics.in_flight.set(len(self._tasks))
+        return task
 
     def _start_recovery(self, partitions: Collection[TopicPartition]) -> None:
         # Not in the rebalance callback: no heartbeat is sent there, and recovery may take longer than the session.
@@ -269,7 +283,6 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         del self._tasks[task]
-        self._free_places.release()
         self._metrics.in_flight.set(len(self._tasks))
         if not task.cancelled() and (error := task.exception()) is not None:
             self._count_failure(error)

@@ -61,7 +61,15 @@ class GroupProgressStandIn:
 
 
 def record(partition: TopicPartition, offset: int) -> SimpleNamespace:
-    return SimpleNamespace(topic=partition.topic, partition=partition.partition, offset=offset, timestamp=offset)
+    return SimpleNamespace(
+        topic=partition.topic,
+        partition=partition.partition,
+        offset=offset,
+        timestamp=offset,
+        key=None,
+        value=b"{}",
+        headers=(),
+    )
 
 
 async def unlimited() -> None:
