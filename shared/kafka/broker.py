@@ -50,6 +50,7 @@ class ServiceBroker(KafkaBroker):
             kafka.bootstrap_servers,
             client_id=f"sprout.{service}",
             security=kafka.broker_security(),
+            sasl_oauth_token_provider=kafka.oauth_tokens,
             consumer_only=True,
             allow_auto_create_topics=False,
             ack_policy=AckPolicy.NACK_ON_ERROR,

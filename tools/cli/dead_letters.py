@@ -16,6 +16,7 @@ from pydantic_core import from_json
 from rich.table import Column, Table
 from rich.text import Text
 
+from shared.access import REDRIVE_ID
 from shared.kafka.dead_letters import MAX_KEY_BYTES, PoisonMessageError, parse
 from shared.messages import DeadLetter
 from shared.runtime.printable import printable
@@ -38,9 +39,6 @@ T = TypeVar("T")
 
 REDRIVEN: Final = "redriven"
 """Reason of the record that marks a dead letter as redriven, on the same topic."""
-
-TRANSACTIONAL_ID: Final = "dead-letters.redrive"
-"""With the group prefix: a second redrive ends the first, so no dead letter is sent twice."""
 
 POLL_MS: Final = 500
 READ_TIMEOUT_S: Final = 60.0
@@ -246,7 +244,8 @@ async def redrive_letters(kafka: KafkaSettings, chosen: Filter, *, to: str | Non
     """
     producer = AIOKafkaProducer(
         **kafka.client_options(),
-        transactional_id=kafka.group(TRANSACTIONAL_ID),
+        # A second redrive ends the first, so no dead letter is sent twice.
+        transactional_id=kafka.group(REDRIVE_ID),
         acks="all",
         max_request_size=DEAD_LETTERS.max_message_bytes,
     )
