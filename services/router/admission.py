@@ -13,7 +13,8 @@ from pydantic_core import from_json
 from services.router.settings import RouterSettings
 from shared.fleet import Fleet
 from shared.hashing import uniform
-from shared.kafka.dead_letters import PoisonMessageError, check_size, parse
+from shared.kafka.dead_letters import UNREADABLE, PoisonMessageError, check_size, parse
+from shared.kafka.inspection import UNREADABLE_HEADER
 from shared.messages import Decision, ErrorDetail, GenerationRequest, GenerationResponse, Identifier
 from shared.runtime.clock import Clock
 from shared.tenants import with_defaults
@@ -91,6 +92,8 @@ def parse_request(
     Raises:
         PoisonMessageError: the value is too large, which is seen before it is parsed, or not a valid request.
     """
+    if record.value is None and any(name == UNREADABLE_HEADER for name, _ in record.headers):
+        raise PoisonMessageError(UNREADABLE, "the record takes too much memory to unpack; its content was not kept")
     check_size(record, settings.max_request_bytes)
     sent = parse(GenerationRequest, record.value)
     tenant = fleet.tenant(sent.tenant)

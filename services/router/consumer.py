@@ -9,7 +9,7 @@ committed here, not by FastStream, because requests finish in any order.
 import asyncio
 import contextvars
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -23,7 +23,43 @@ from services.router.offsets import Claim
 from services.router.partitions import Partitions
 from services.router.recovery import GroupProgress, Source, recover, to_kafka
 from services.router.settings import RouterSettings
+from shared.kafka.inspection import find_unreadable, read_range, stand_in
 from shared.runtime.logs import get_logger, where
+from shared.runtime.settings import KafkaSettings
+
+
+class Suspects:
+    """Finds records that would end this process; without Kafka there are none."""
+
+    async def after(self, partition: TopicPartition, offset: int) -> Sequence[range]:  # noqa: ARG002
+        """Offsets to set aside at or after an offset, in ascending order."""
+        return ()
+
+    async def read(self, partition: TopicPartition, offsets: range) -> Sequence[Any]:  # noqa: ARG002
+        """The records with these offsets."""
+        return ()
+
+
+class KafkaSuspects(Suspects):
+    """Inspects the records after the committed offsets once, at the start of the process."""
+
+    def __init__(self, kafka: KafkaSettings, topic: str, group: str) -> None:
+        self._kafka = kafka
+        self._names = (topic, group)
+        self._found: asyncio.Task[dict[int, list[range]]] | None = None
+
+    async def after(self, partition: TopicPartition, offset: int) -> Sequence[range]:
+        """See `Suspects`; waits for the inspection."""
+        if self._found is None:
+            self._found = asyncio.create_task(find_unreadable(*self._names))
+        # Shielded: a rebalance cancels the recovery that waits, not the inspection.
+        found = await asyncio.shield(self._found)
+        return [bad for bad in found.get(partition.partition, ()) if bad.stop > offset]
+
+    async def read(self, partition: TopicPartition, offsets: range) -> Sequence[Any]:
+        """See `Suspects`."""
+        return await read_range(self._kafka, partition, offsets) if offsets else ()
+
 
 Handle = Callable[[Any, RecordFence], Awaitable[None]]
 """Answers a record; returns when its response or dead letter is published."""
@@ -54,17 +90,20 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         settings: RouterSettings,
         metrics: RouterMetrics,
         wait_for_capacity: Callable[[], Awaitable[None]],
+        suspects: Suspects | None = None,
     ) -> None:
         """Create a consumer; it starts requests when `receive` is called.
 
         Args:
             wait_for_capacity: returns when the model servers can take another request.
+            suspects: finds records that would end this process.
         """
         self._handle = handle
         self._progress = progress
         self._settings = settings
         self._metrics = metrics
         self._wait_for_capacity = wait_for_capacity
+        self._suspects = suspects or Suspects()
         self._fence = PublishFence(session_timeout_s=settings.session_timeout_s)
         self._fence.on_unknown_outcome(self._on_unknown_outcome)
         self._partitions = Partitions(self._fence)
@@ -257,12 +296,24 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         if not self._partitions.stopping:
             for partition, found in recovered.items():
                 # As after a rebalance; records that are running or finished here are recognised.
-                consumer.seek(partition, found.commit.offset)
+                consumer.seek(partition, await self._set_aside(partition, found.commit.offset))
             consumer.resume(*recovered)
         answered = sum(len(found.answered) for found in recovered.values())
         _log.info(
             "partitions recovered", partitions=len(recovered), answered_before=answered, cancelled_requests=cancelled
         )
+
+    async def _set_aside(self, partition: TopicPartition, offset: int) -> int:
+        """Start the records before each one that would end this process, and its dead letter.
+
+        Returns:
+            The offset from which the consumer can read.
+        """
+        for bad in await self._suspects.after(partition, offset):
+            records = await self._suspects.read(partition, range(offset, bad.start))
+            await self.receive([*records, stand_in(partition, max(offset, bad.start))])
+            offset = bad.stop
+        return offset
 
     def _on_unknown_outcome(self) -> None:
         """Recover all partitions, as if another router had owned them until now."""

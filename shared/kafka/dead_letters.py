@@ -44,6 +44,9 @@ MAX_KEY_BYTES = 64 * 1024
 MAX_HEADERS_BYTES = 256 * 1024
 """Limit of the names and values of all headers together; further headers are left out."""
 
+UNREADABLE = "unreadable"
+"""Reason of a dead letter without content: unpacking the record takes more memory than a service has."""
+
 _log = get_logger(__name__)
 
 

@@ -66,7 +66,9 @@ class DeadLetter(Message):
         default_factory=dict, description="Original headers, values in base64; at most 256 KiB of them"
     )
     truncated_bytes: int = Field(default=0, ge=0, description="Bytes cut off the end of a value too large to carry")
-    reason: str = Field(description="Short code: invalid_json, invalid_message, too_large, implausible, handler_error")
+    reason: str = Field(
+        description="Short code: invalid_json, invalid_message, too_large, implausible, unreadable, handler_error"
+    )
     detail: str = Field(description="What is wrong, by field; quotes nothing of the content")
     failed_at: UtcDatetime
 

@@ -5,6 +5,8 @@ A new attack is one line of `ATTACKS`.
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from shared.messages import DeadLetter
 from shared.topics import DEAD_LETTERS, MEBIBYTE
+from tests.support.processes import restart_exited
 from tests.support.router import page, producing, reading, request, until_committed
 
 pytestmark = pytest.mark.integration
@@ -106,6 +109,46 @@ async def test_a_router_survives_and_answers_all_ordinary_requests(name, kafka, 
     process.check()  # it has not exited
     assert '"ready"' in await asyncio.to_thread(page, f"{process.spec.url}/ready")
     assert peak_mib(process.pid) < MEMORY_LIMIT_MIB
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "lz4"])
+async def test_a_record_that_ends_the_process_is_set_aside_after_one_restart(compression, kafka, routers, producer):
+    """A router is killed at 256 MiB, as in a container, and started again."""
+    await producer.prepare({"L1": 1.0})
+    router = routers.start()
+    killed = 0
+    async with reading(kafka) as answers, reading(kafka, DEAD_LETTERS) as letters:
+        async with producing(
+            kafka, compression_type=compression, max_request_size=2**28, max_batch_size=2**28
+        ) as hostile:
+            await producer.ask(*(request(number) for number in range(ORDINARY // 2)))
+            bomb = await hostile.raw(turns(130_000_000), key=b"k")
+            await producer.ask(*(request(number) for number in range(ORDINARY // 2, ORDINARY)))
+        wanted = {f"r{number}" for number in range(ORDINARY)}
+        async with asyncio.timeout(120):
+            while wanted - answers.responses().keys():
+                if not restart_exited(routers.supervisor, [router]):
+                    pid = routers.supervisor.process(router).pid
+                    if current_mib(pid) > MEMORY_LIMIT_MIB:
+                        os.kill(pid, signal.SIGKILL)
+                        killed += 1
+                await answers._poll(20)
+        await until_committed(kafka)
+        await answers.read_to_end()
+        await letters.read_to_end()
+        kept = [DeadLetter.model_validate_json(record.value) for record in letters.records]
+    assert killed == 1
+    assert len(answers.records) == ORDINARY
+    assert [(one.reason, one.partition, one.offset, one.value_base64) for one in kept] == [
+        ("unreadable", bomb.partition, bomb.offset, "")
+    ]
+    assert peak_mib(routers.supervisor.process(router).pid) < MEMORY_LIMIT_MIB
+
+
+def current_mib(pid: int) -> int:
+    """Resident memory of a process, MiB."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 
 def peak_mib(pid: int) -> int:
