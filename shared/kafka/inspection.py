@@ -10,6 +10,7 @@ record at which that process fails twice for want of memory is set aside unparse
 """
 
 import asyncio
+import os
 import resource
 import signal
 import sys
@@ -37,8 +38,11 @@ MAX_RUNS: Final = 50
 LINEAR_RUNS: Final = 8
 """Failures in a row after which the next one is looked for at twice the distance: a batch may hold many records."""
 
-OUT_OF_MEMORY: Final = frozenset({3, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV})
-"""How the process ends for want of memory: by a `MemoryError`, in a library that is not Python, by the kernel."""
+OUT_OF_MEMORY: Final = 3
+"""Exit status of the process after a `MemoryError`."""
+
+FAILURES: Final = frozenset({OUT_OF_MEMORY, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV})
+"""How the process ends for want of memory: by itself, in a library that is not Python, by the kernel."""
 
 TIMEOUT_S: Final = 60.0
 POLL_MS: Final = 1_000
@@ -97,7 +101,7 @@ async def _inspect(topic: str, group: str, starts: Sequence[str]) -> tuple[int, 
         if process.returncode is None:
             process.kill()
             await process.wait()
-    if status in OUT_OF_MEMORY:
+    if status in FAILURES:
         return last
     if status:
         _log.warning("the records after the committed offsets could not be inspected", topic=topic, status=status)
@@ -144,7 +148,10 @@ async def _read_window(topic: str, group: str, starts: Mapping[int, int]) -> Non
             consumer.seek(partition, first)
             while (position := await consumer.position(partition)) < end:
                 print(f"{partition.partition}:{position}", flush=True)  # noqa: T201 - the result
-                await consumer.getmany(partition, timeout_ms=POLL_MS, max_records=1)
+                try:
+                    await consumer.getmany(partition, timeout_ms=POLL_MS, max_records=1)
+                except MemoryError:
+                    os._exit(OUT_OF_MEMORY)  # an orderly end would need memory, too
 
 
 async def _partitions(kafka: KafkaSettings, topic: str) -> set[int]:

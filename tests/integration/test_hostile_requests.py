@@ -4,20 +4,24 @@ A new attack is one line of `ATTACKS`.
 """
 
 import asyncio
+import base64
 import json
 import os
 import signal
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.messages import DeadLetter
-from shared.topics import DEAD_LETTERS, MEBIBYTE
+from shared.messages import DeadLetter, PromptGrouping
+from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, MEBIBYTE, POLICIES, PROMPT_GROUPS
 from tests.support.processes import restart_exited
-from tests.support.router import page, producing, reading, request, until_committed
+from tests.support.router import MODEL, ZONE, intensity, page, policy, producing, reading, request, until_committed
 
 pytestmark = pytest.mark.integration
 
@@ -143,6 +147,46 @@ async def test_a_record_that_ends_the_process_is_set_aside_after_one_restart(com
         ("unreadable", bomb.partition, bomb.offset, "")
     ]
     assert peak_mib(routers.supervisor.process(router).pid) < MEMORY_LIMIT_MIB
+
+
+async def test_control_messages_of_2125_and_bombs_are_not_believed_at_a_start(kafka, routers, producer):
+    """They were written before the router starts, and the good messages before them stay in force."""
+    made = await producer.prepare({"L1": 1.0})
+    in_2125 = datetime(2125, 1, 1, tzinfo=UTC)
+    points = "<f8", [2**23], base64.b64encode(zlib.compress(bytes(2**26), 9)).decode()
+    array = dict(zip(("dtype", "shape", "data"), points, strict=True))
+    arrays = dict.fromkeys(("telling", "mean", "spread", "weights", "intercept", *map(str, range(27))), array)
+    bomb = PromptGrouping(
+        model=MODEL, version="bomb", learned_at=datetime.now(UTC), names=("g",), features=2, classifier=2, arrays=arrays
+    )  # fmt: skip
+    soon = made.model_copy(update={"version": 9, "created_at": datetime.now(UTC)})
+    await producer.post(POLICIES, policy({"L0": 1.0}, version=2, created_at=in_2125, valid_until=in_2125), MODEL)
+    await producer.post(POLICIES, soon.model_copy(update={"valid_until": in_2125}), MODEL)
+    await producer.post(POLICIES, soon.model_copy(update={"schema_version": 2}), MODEL)
+    await producer.post(POLICIES, soon, "another")
+    await producer.post(CARBON_INTENSITY, intensity(in_2125), ZONE)
+    await producer.producer.send_and_wait(
+        kafka.topic(POLICIES),
+        soon.model_dump_json()
+        .replace(soon.model_dump(mode="json")["created_at"], "0001-01-01T00:00:00+14:00")
+        .encode(),
+        key=MODEL.encode(),
+    )
+    async with producing(kafka, max_request_size=2**23, max_batch_size=2**23) as large:
+        await large.post(PROMPT_GROUPS, bomb, MODEL)
+    router = routers.start()
+    async with reading(kafka) as answers, reading(kafka, DEAD_LETTERS) as letters:
+        await producer.ask(*(request(number) for number in range(20)))
+        await answers.ids(f"r{number}" for number in range(20))
+        decisions = {response.decision.policy_version for response in answers.responses().values()}
+        await letters.read(until=7)
+        reasons = Counter(DeadLetter.model_validate_json(record.value).reason for record in letters.records)
+    assert decisions == {made.version}
+    assert reasons == {"implausible": 6, "invalid_message": 1}
+    process = routers.supervisor.process(router)
+    assert peak_mib(process.pid) < MEMORY_LIMIT_MIB
+    metrics = await asyncio.to_thread(page, f"{process.spec.url}/metrics")
+    assert f'sprout_dead_letters_total{{reason="implausible",topic="{kafka.topic(POLICIES)}"}} 4.0' in metrics
 
 
 def current_mib(pid: int) -> int:

@@ -8,7 +8,7 @@ from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 from prometheus_client import CollectorRegistry
 
-from services.router.consumer import Handle, RequestConsumer
+from services.router.consumer import Handle, RequestConsumer, Suspects
 from services.router.metrics import RouterMetrics
 from services.router.offsets import RecoveredOffsets
 from services.router.settings import RouterSettings
@@ -77,7 +77,11 @@ async def unlimited() -> None:
 
 
 def request_consumer(
-    handle: Handle, progress: GroupProgressStandIn, consumer: KafkaConsumerStandIn, **settings: float
+    handle: Handle,
+    progress: GroupProgressStandIn,
+    consumer: KafkaConsumerStandIn,
+    suspects: Suspects | None = None,
+    **settings: float,
 ) -> RequestConsumer:
     given = {"session_timeout_s": 10.0, "max_in_flight": 4, "rebalance_grace_s": 0.0, "drain_grace_s": 0.0, **settings}
     requests = RequestConsumer(
@@ -86,6 +90,7 @@ def request_consumer(
         settings=RouterSettings.model_validate(given),
         metrics=RouterMetrics(CollectorRegistry()),
         wait_for_capacity=unlimited,
+        suspects=suspects,
     )
     requests.set_consumer(lambda: consumer)
     return requests
