@@ -38,6 +38,7 @@ class ServiceBroker(KafkaBroker):
         registry: CollectorRegistry | None,
         linger_ms: int,
     ) -> None:
+        self.dead_letters = dead_letters
         self._recovering_producer = RecoveringProducer(
             **kafka.client_options(),
             client_id=f"sprout.{service}",

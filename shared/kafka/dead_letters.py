@@ -7,8 +7,10 @@
 - Raw records: the service calls `parse` and `DeadLetterPublisher.publish`.
 """
 
+import asyncio
 import base64
 import json
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -28,7 +30,7 @@ from shared.messages import DeadLetter, Message
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger, where
 from shared.runtime.settings import KafkaSettings
-from shared.topics import DEAD_LETTERS, TopicSpec
+from shared.topics import DEAD_LETTERS, REQUESTS, TopicSpec
 
 M = TypeVar("M", bound=Message)
 
@@ -43,6 +45,15 @@ MAX_KEY_BYTES = 64 * 1024
 
 MAX_HEADERS_BYTES = 256 * 1024
 """Limit of the names and values of all headers together; further headers are left out."""
+
+FUSE_RECORDS = 200
+"""Records of a topic that the fuse looks at."""
+
+FUSE_SHARE = 0.95
+"""Share of them that must have become dead letters."""
+
+HANDLER_ERROR = "handler_error"
+"""Reason of a dead letter whose record is valid: the service failed."""
 
 UNREADABLE = "unreadable"
 """Reason of a dead letter without content: unpacking the record takes more memory than a service has."""
@@ -160,7 +171,12 @@ def _base64(content: bytes) -> str:
 
 
 class DeadLetterPublisher:
-    """Publishes and counts the dead letters of one service."""
+    """Publishes and counts the dead letters of one service.
+
+    It has a fuse: when nearly all of the last records of a topic became dead letters, as after a faulty deployment, the
+    service stops consuming the topic, and is not ready, until it is restarted. The records stay in Kafka. Clients write
+    `requests`, so only the service's own errors count there, or a client could stop the service.
+    """
 
     def __init__(
         self, *, kafka: KafkaSettings, service: str, clock: Clock, registry: CollectorRegistry | None = None
@@ -169,6 +185,8 @@ class DeadLetterPublisher:
         self._service = service
         self.clock = clock
         self._publisher: Publisher | None = None
+        self._failed: dict[str, deque[bool]] = {}
+        self._stopped: set[str] = set()
         self._published = Counter(
             "sprout_dead_letters", "Dead letters by topic and reason", ("topic", "reason"), registry=registry
         )
@@ -177,6 +195,24 @@ class DeadLetterPublisher:
         """Publish through this broker; `build_broker` calls this."""
         self._publisher = declare_publisher(broker, self._kafka, DEAD_LETTERS)
 
+    def problem(self) -> str | None:
+        """The topics that are not consumed any more because of the fuse; None if there are none."""
+        if not self._stopped:
+            return None
+        topics = ", ".join(sorted(self._stopped))
+        return f"nearly all records of {topics} became dead letters (see the log); a restart tries again"
+
+    def note_processed(self, topic: str, records: int = 1) -> None:
+        """Note records that became no dead letters."""
+        self._note(topic, [False] * records)
+
+    def _note(self, topic: str, failed: Iterable[bool]) -> None:
+        recent = self._failed.setdefault(topic, deque(maxlen=FUSE_RECORDS))
+        recent.extend(failed)
+        if topic not in self._stopped and sum(recent) >= FUSE_SHARE * FUSE_RECORDS:
+            self._stopped.add(topic)
+            _log.critical("the topic is not consumed any more: nearly all records became dead letters", topic=topic)
+
     async def publish(
         self,
         record: "ConsumerRecord[bytes, bytes]",
@@ -184,7 +220,7 @@ class DeadLetterPublisher:
         *,
         headers: dict[str, str] | None = None,
     ) -> None:
-        """Publish a record's dead letter; returns once Kafka has it.
+        """Publish a record's dead letter; returns once Kafka has it, and never once the fuse has stopped the topic.
 
         Args:
             headers: of the dead letter itself.
@@ -194,12 +230,16 @@ class DeadLetterPublisher:
         """
         if self._publisher is None:
             raise RuntimeError("DeadLetterPublisher.attach(broker) must be called before the first message")
+        if record.topic in self._stopped:
+            await asyncio.Event().wait()  # ends with the service
         letter = dead_letter_for(
             record, service=self._service, reason=error.reason, detail=error.detail, clock=self.clock
         )
         key = None if record.key is None else record.key[:MAX_KEY_BYTES]
         await self._publisher.publish(letter, key=key, headers=headers)
         self._published.labels(record.topic, error.reason).inc()
+        if error.reason == HANDLER_ERROR or record.topic != self._kafka.topic(REQUESTS):
+            self._note(record.topic, [True])
         _log.warning(
             "dead letter",
             topic=record.topic,
@@ -255,27 +295,32 @@ async def handle_batch(
     """
     if not batch:
         return
+    failed: list[tuple[ParsedRecord, PoisonMessageError]] = []
     try:
         await handler([one.message for one in batch])
     except Exception as error:
         if is_redelivered(error):
             raise
-        if len(batch) == 1:
-            await dead_letters.publish(batch[0].record, _as_poison(error))
-            return
-        _log.warning("a batch failed, trying its records one by one", records=len(batch), error=type(error).__name__)
-    else:
-        return
+        failed = [(batch[0], _as_poison(error))] if len(batch) == 1 else await _handle_singly(batch, handler, error)
+    for one, poison in failed:
+        await dead_letters.publish(one.record, poison)
+    dead_letters.note_processed(batch[0].record.topic, len(batch) - len(failed))
+
+
+async def _handle_singly(
+    batch: Sequence[ParsedRecord], handler: Callable[[list[Any]], Awaitable[Any]], error: Exception
+) -> list[tuple[ParsedRecord, PoisonMessageError]]:
+    """Call a handler with one message at a time, after it failed with an error; returns those that fail."""
+    _log.warning("a batch failed, trying its records one by one", records=len(batch), error=type(error).__name__)
     failed: list[tuple[ParsedRecord, PoisonMessageError]] = []
     for one in batch:
         try:
             await handler([one.message])
-        except Exception as error:
-            if is_redelivered(error):
+        except Exception as single:
+            if is_redelivered(single):
                 raise
-            failed.append((one, _as_poison(error)))
-    for one, poison in failed:
-        await dead_letters.publish(one.record, poison)
+            failed.append((one, _as_poison(single)))
+    return failed
 
 
 def message_decoder(spec: TopicSpec) -> Callable[[KafkaMessage], Awaitable[Message]]:
@@ -360,7 +405,7 @@ def _as_poison(error: Exception) -> PoisonMessageError:
         return PoisonMessageError("invalid_json", type(error).__name__)
     # The text of an unexpected error may quote the message.
     _log.error("handler failed", error=type(error).__name__, where=where(error))
-    return PoisonMessageError("handler_error", type(error).__name__)
+    return PoisonMessageError(HANDLER_ERROR, type(error).__name__)
 
 
 def _is_text(content: bytes | None) -> bool:

@@ -1,5 +1,6 @@
 """Dead letters: invalid messages are kept with their bytes and a reason, skipped, and never logged."""
 
+import asyncio
 import dataclasses
 import logging
 
@@ -7,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from shared.kafka.broker import build_broker
-from shared.kafka.dead_letters import MAX_OVERSIZE_BYTES, RetryLaterError
+from shared.kafka.dead_letters import FUSE_RECORDS, FUSE_SHARE, MAX_OVERSIZE_BYTES, RetryLaterError
 from shared.kafka.subscribe import subscribe_batches, subscribe_messages
 from shared.messages import DeadLetter, GenerationRequest
 from shared.runtime.clock import Clock
@@ -27,7 +28,9 @@ class Fixture:
         self.letters: list[DeadLetter] = []
         self.topics = {"single": medium.kafka.topic(REQUESTS), "batch": medium.kafka.topic(SAMPLES)}
         self.registry = CollectorRegistry()
-        self.broker, dead_letters = build_broker(medium.kafka, service="test", clock=Clock(), registry=self.registry)
+        self.broker, self.dead_letters = build_broker(
+            medium.kafka, service="test", clock=Clock(), registry=self.registry
+        )
 
         @subscribe_messages(self.broker, medium.kafka, REQUESTS, group="single")
         async def single(request: GenerationRequest) -> None:
@@ -37,7 +40,7 @@ class Fixture:
                 raise RetryLaterError("database unavailable")
             self.handled.append(request)
 
-        @subscribe_batches(self.broker, medium.kafka, dead_letters, BATCHES, group="batch", max_records=100)
+        @subscribe_batches(self.broker, medium.kafka, self.dead_letters, BATCHES, group="batch", max_records=100)
         async def batch(requests: list[GenerationRequest]) -> None:
             if any(request.prompt == "explode" for request in requests):
                 raise OverflowError("a secret prompt")
@@ -135,3 +138,21 @@ async def test_content_is_never_logged(service: Fixture, capsys: pytest.CaptureF
     assert len(service.letters) == 2
     for text in ("secret", "explode", "12345678"):
         assert text not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("medium", ["kafka"], indirect=True)
+@pytest.mark.integration
+async def test_a_topic_is_not_consumed_any_more_when_nearly_all_records_become_dead_letters(service: Fixture) -> None:
+    assert service.dead_letters.problem() is None
+    async with asyncio.timeout(60), service.medium.running(service.broker):
+        for _ in range(FUSE_RECORDS // 50 + 2):
+            await service.broker.publish_batch(*[b"{broken"] * 50, topic=service.topics["batch"])
+        await service.medium.until(lambda: service.dead_letters.problem() is not None)
+        await asyncio.sleep(1)
+        assert FUSE_RECORDS * FUSE_SHARE <= len(service.letters) <= FUSE_RECORDS
+        assert service.topics["batch"] in (service.dead_letters.problem() or "")
+        # Other topics are consumed, and a client's invalid requests stop nothing.
+        for _ in range(FUSE_RECORDS + 1):
+            await service.broker.publish(b"{broken", topic=service.topics["single"])
+        await service.broker.publish(b'{"prompt": "fine"}', topic=service.topics["single"])
+        await service.medium.until(lambda: bool(service.handled))
