@@ -204,11 +204,14 @@ class DeadLetterPublisher:
 
     def note_processed(self, topic: str, records: int = 1) -> None:
         """Note records that became no dead letters."""
-        self._note(topic, [False] * records)
+        self._recent(topic).extend([False] * records)
 
-    def _note(self, topic: str, failed: Iterable[bool]) -> None:
-        recent = self._failed.setdefault(topic, deque(maxlen=FUSE_RECORDS))
-        recent.extend(failed)
+    def _recent(self, topic: str) -> deque[bool]:
+        return self._failed.setdefault(topic, deque(maxlen=FUSE_RECORDS))
+
+    def _note_failed(self, topic: str) -> None:
+        recent = self._recent(topic)
+        recent.append(True)
         if topic not in self._stopped and sum(recent) >= FUSE_SHARE * FUSE_RECORDS:
             self._stopped.add(topic)
             _log.critical("the topic is not consumed any more: nearly all records became dead letters", topic=topic)
@@ -239,7 +242,7 @@ class DeadLetterPublisher:
         await self._publisher.publish(letter, key=key, headers=headers)
         self._published.labels(record.topic, error.reason).inc()
         if error.reason == HANDLER_ERROR or record.topic != self._kafka.topic(REQUESTS):
-            self._note(record.topic, [True])
+            self._note_failed(record.topic)
         _log.warning(
             "dead letter",
             topic=record.topic,

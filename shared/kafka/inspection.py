@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,8 +28,9 @@ from shared.runtime.settings import KafkaSettings
 UNREADABLE_HEADER: Final = "sprout-unreadable"
 """Header of the record that stands for records which were set aside."""
 
-MEMORY_BYTES: Final = 128 * 1024 * 1024
-"""What reading one record may take: about twice its unpacked size."""
+MEMORY_BYTES: Final = 96 * 1024 * 1024
+"""What reading one record may take: about twice its unpacked size. With that the process fits beside a router that has
+just started into 256 MiB."""
 
 WINDOW: Final = 2_000
 """Records of each partition that are inspected: more than a service has in hand."""
@@ -180,6 +181,9 @@ def _limit_memory() -> None:
     status = Path("/proc/self/status")
     if not status.is_file():  # not Linux: nothing is limited, and nothing found
         return
+    with suppress(OSError):
+        # If memory is short nevertheless, the kernel ends this process and not the service.
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
     limit = int(fields["VmData"].split()[0]) * 1024 + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
