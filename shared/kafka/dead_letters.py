@@ -55,6 +55,9 @@ FUSE_SHARE = 0.95
 HANDLER_ERROR = "handler_error"
 """Reason of a dead letter whose record is valid: the service failed."""
 
+IMPLAUSIBLE = "implausible"
+"""Reason of a dead letter whose record must not be believed: its writer is at fault, not the reader."""
+
 UNREADABLE = "unreadable"
 """Reason of a dead letter without content: unpacking the record takes more memory than a service has."""
 
@@ -129,9 +132,9 @@ def parse_record(spec: TopicSpec, record: "ConsumerRecord[bytes, bytes]", clock:
     try:
         check_plausible(message, key=record.key, clock=clock)
     except ImplausibleError as error:
-        raise PoisonMessageError("implausible", str(error)) from error
+        raise PoisonMessageError(IMPLAUSIBLE, str(error)) from error
     except Exception as error:
-        raise PoisonMessageError("implausible", f"{type(error).__name__} while it was checked") from error
+        raise PoisonMessageError(IMPLAUSIBLE, f"{type(error).__name__} while it was checked") from error
     return message
 
 
@@ -175,7 +178,8 @@ class DeadLetterPublisher:
 
     It has a fuse: when nearly all of the last records of a topic became dead letters, as after a faulty deployment, the
     service stops consuming the topic, and is not ready, until it is restarted. The records stay in Kafka. Clients write
-    `requests`, so only the service's own errors count there, or a client could stop the service.
+    `requests`, so only the service's own errors count there, or a client could stop the service. What is implausible
+    does not count anywhere.
     """
 
     def __init__(
@@ -241,7 +245,8 @@ class DeadLetterPublisher:
         key = None if record.key is None else record.key[:MAX_KEY_BYTES]
         await self._publisher.publish(letter, key=key, headers=headers)
         self._published.labels(record.topic, error.reason).inc()
-        if error.reason == HANDLER_ERROR or record.topic != self._kafka.topic(REQUESTS):
+        written_by_clients = record.topic == self._kafka.topic(REQUESTS)
+        if error.reason == HANDLER_ERROR or not (written_by_clients or error.reason == IMPLAUSIBLE):
             self._note_failed(record.topic)
         _log.warning(
             "dead letter",
