@@ -10,7 +10,7 @@ from aiokafka.structs import OffsetAndMetadata
 from faststream.kafka import KafkaBroker, TestKafkaBroker
 
 from services.router.app import subscribe_requests
-from services.router.consumer import RequestConsumer
+from services.router.consumer import RequestConsumer, Suspects
 from services.router.offsets import Commit
 from services.router.recovery import to_kafka
 from services.router.settings import RouterSettings
@@ -380,3 +380,27 @@ async def test_a_message_that_kafka_rejects_is_no_unknown_outcome(answering, con
     await receive(answering, record(KNOWN, 0))
     await until(lambda: answering.in_flight == 0)
     assert consumer.paused == set()
+
+
+class SuspectsStandIn(Suspects):
+    """Offsets 2 and 3 of partition 0 would end the process."""
+
+    async def after(self, partition, offset):
+        return [range(2, 4)] if partition == KNOWN and offset < 4 else []
+
+    async def read(self, partition, offsets):
+        return [record(partition, offset) for offset in offsets]
+
+
+async def test_records_that_would_end_the_process_are_set_aside_and_those_before_them_are_handled(
+    progress, consumer, handled
+):
+    requests = request_consumer(handled, progress, consumer, suspects=SuspectsStandIn())
+    await assigned(requests, KNOWN, NEW)
+    await until(lambda: consumer.position == {KNOWN: 4, NEW: 0})
+    await until(lambda: len(handled.offsets) == 3)
+    assert handled.offsets == [(0, 0), (0, 1), (0, 2)]
+    await until(lambda: consumer.paused == set())
+    await receive(requests, record(KNOWN, 4))
+    await until(lambda: len(handled.offsets) == 4)
+    assert requests.finished(KNOWN) == 5
