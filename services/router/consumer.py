@@ -179,19 +179,21 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             await self._capacity.wait_for_capacity()
             await self._free_places.acquire()
             cost = self._bytes.cost(record)
-            await self._bytes.acquire(cost)
-            self._waiting_record = None
-            task = None
             try:
-                # In an empty context: a task keeps the context in which it was created, and with FastStream's it would
-                # keep all records of its batch in memory.
-                task = contextvars.Context().run(self._start, record, epoch)
+                await self._bytes.acquire(cost)
+            except asyncio.CancelledError:
+                self._free_places.release()
+                raise
+            self._waiting_record = None
+            started = False
+            try:
+                # In an empty context: a task and its callbacks keep the context in which they were created, and with
+                # FastStream's they would keep all records of its batch in memory.
+                started = contextvars.Context().run(self._start, record, epoch, cost)
             except Exception as error:  # noqa: BLE001 - the batch's other records must be started
                 self._count_failure(error)
-            if task is None:
+            if not started:
                 self._release(cost)
-            else:
-                task.add_done_callback(partial(self._release, cost))
 
     async def commit_forever(self, *, on_round: Callable[[], None]) -> None:
         """Commit finished records at every commit interval; calls `on_round` after every try."""
@@ -251,17 +253,17 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         partitions = None if consumer is None else consumer.partitions_for_topic(topic)
         self._capacity.set_share(min(1.0, len(assigned) / (len(partitions or ()) or REQUESTS.partitions)))
 
-    def _release(self, cost: int, _: object = None) -> None:
+    def _release(self, cost: int) -> None:
         """Give back the place of a request and its bytes."""
         self._free_places.release()
         self._bytes.release(cost)
 
-    def _start(self, record: Any, epoch: int) -> asyncio.Task[None] | None:  # noqa: ANN401 - aiokafka has no types
-        """Start the task of a record; None if it is to be skipped."""
+    def _start(self, record: Any, epoch: int, cost: int) -> bool:  # noqa: ANN401 - aiokafka has no types
+        """Start the task of a record, which then gives back `cost`; False if it is to be skipped."""
         claim = self._partitions.begin(record, epoch=epoch, now_ms=_now_ms())
         if claim is None:
             self._metrics.skipped_records.inc()
-            return None
+            return False
         if claim.log_restarted:
             _log.warning(
                 "offsets of a partition went backwards; was the topic recreated?",
@@ -270,9 +272,9 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             )
         task = asyncio.create_task(self._process(record, claim))
         self._tasks[task] = claim
-        task.add_done_callback(self._on_task_done)
         self._metrics.in_flight.set(len(self._tasks))
-        return task
+        task.add_done_callback(partial(self._on_task_done, cost))
+        return True
 
     def _start_recovery(self, partitions: Collection[TopicPartition]) -> None:
         # Not in the rebalance callback: no heartbeat is sent there, and recovery may take longer than the session.
@@ -349,8 +351,9 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         await self._handle(record, RecordFence(self._fence, claim.partition, str(Source.of(record))))
         self._partitions.tracker.finish(claim)
 
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, cost: int, task: asyncio.Task[None]) -> None:
         del self._tasks[task]
+        self._release(cost)
         self._metrics.in_flight.set(len(self._tasks))
         if not task.cancelled() and (error := task.exception()) is not None:
             self._count_failure(error)

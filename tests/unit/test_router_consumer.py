@@ -1,6 +1,8 @@
 """What the request consumer does with its Kafka consumer in rebalances, after unknown outcomes, and on shutdown."""
 
 import asyncio
+import gc
+import weakref
 from contextvars import ContextVar
 
 import pytest
@@ -278,17 +280,29 @@ async def test_requests_wait_while_paused(requests, handled):
 
 async def test_a_running_request_does_not_keep_its_callers_context_in_memory(progress, consumer):
     """FastStream's context has the whole batch of a record."""
-    batch: ContextVar[str] = ContextVar("batch", default="")
-    seen: list[str] = []
+
+    class Batch:
+        """Can be referenced weakly."""
+
+    batch: ContextVar[Batch | None] = ContextVar("batch", default=None)
+    seen: list[Batch | None] = []
+    go = asyncio.Event()
 
     async def handle(record, fence):
         seen.append(batch.get())
+        await go.wait()
 
     requests = request_consumer(handle, progress, consumer)
     await assigned(requests, KNOWN)
-    batch.set("the whole batch")
+    batch.set(Batch())
+    kept = weakref.ref(batch.get())
     await receive(requests, record(KNOWN, 0))
-    await until(lambda: seen == [""])
+    await run_ready()
+    assert seen == [None]
+    batch.set(None)
+    gc.collect()
+    assert kept() is None
+    go.set()
 
 
 async def test_a_request_waits_for_a_free_place(requests, handled):
