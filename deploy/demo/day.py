@@ -81,8 +81,8 @@ class Pace:
 
 PACES: dict[ModelName, Pace] = {
     "llama-2-13b-chat": Pace(
-        requests=16_000,
-        wall_s=180.0,
+        requests=20_000,
+        wall_s=195.0,
         max_tokens=1024,
         evaluated_prompts=300,
         min_samples=400,
@@ -181,8 +181,8 @@ class DemoDay:
         if self.pace.batched is None:
             return Switchback(share=0.0)
         return Switchback(
-            share=1 / 12,
-            block_s=max(self.hours * 3600.0 / 48, 1.9 * self.answer_s),
+            share=1 / 15,
+            block_s=max(self.hours * 3600.0 / 60, 1.9 * self.answer_s),
             washout_s=1.2 * self.answer_s,
             key=f"demo-{self.seed}",
         )

@@ -200,6 +200,10 @@ def attribute(
     ]
 
 
+_SHORTEST_DECODE_S = 1e-6
+"""A call that decodes for a shorter time has no speed: times are exact to the microsecond."""
+
+
 class _Timeline:
     """Load of an endpoint over time: functions that are constant between the calls' starts and ends, integrated.
 
@@ -215,7 +219,7 @@ class _Timeline:
         self.tokens = np.array([call.completion_tokens for call in calls], dtype=np.float64)
         self.prompt_tokens = np.array([call.prompt_tokens for call in calls], dtype=np.float64)
         decoding_s = self.finished_s - self.decodes_from_s
-        decodes = (decoding_s > 0) & (self.tokens > 0)
+        decodes = (decoding_s >= _SHORTEST_DECODE_S) & (self.tokens > 0)
         rates = np.divide(self.tokens, decoding_s, out=np.zeros_like(self.tokens), where=decodes)
         times = np.unique(np.concatenate((self.started_s, self.decodes_from_s, self.finished_s)))
         self._times_s = times if times.size else np.zeros(1)
