@@ -51,7 +51,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	@PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $(STAMP)
 
-demo: install  ## Replay a day through the real services in three minutes; see demo-report.html
+demo: install  ## Replay a day through the real services in four minutes; see demo-report.html
 	$(BIN)/sprout demo $(OPTIONS) $(DEMO_OPTIONS)
 
 test: install lint types  ## Lint, types and every test

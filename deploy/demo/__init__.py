@@ -1,1 +1,1 @@
-"""The demo: a simulated day of carbon intensity and requests through the real services in two minutes."""
+"""The demo: a simulated day of carbon intensity and requests through the real services in four minutes."""

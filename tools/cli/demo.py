@@ -1,4 +1,4 @@
-"""`sprout demo`: a simulated day through the real services in three minutes, with a report."""
+"""`sprout demo`: a simulated day through the real services in four minutes, with a report."""
 
 import asyncio
 import json

@@ -33,7 +33,7 @@ app = typer.Typer(
 def main() -> None:
     """Carbon-aware LLM serving: run the local stack, send requests, print reports.
 
-    'sprout demo' replays a day in two minutes. 'sprout up' starts a local stack; 'sprout send' sends it a prompt.
+    'sprout demo' replays a day in four minutes. 'sprout up' starts a local stack; 'sprout send' sends it a prompt.
     """
 
 

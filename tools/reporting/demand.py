@@ -104,6 +104,8 @@ def demand(
 ) -> Floats:
     """Tokens that would have been generated in each bin without Sprout; NaN if the length of answers is unknown.
 
+    Bins before the first request are NaN too: a fleet that nobody uses yet says nothing about one in use.
+
     Args:
         edges_s: of the bins, shape `(bins + 1,)`.
         world: of the bins, shape `(bins,)`.
@@ -131,6 +133,7 @@ def demand(
     if not (np.isfinite(reference.tokens).all() and np.isfinite(reference.seconds).all()):
         return np.full(len(world), np.nan)
     arrived_s = [one.at_s for one in arrivals]
-    return demand_by_bin(
+    found = demand_by_bin(
         edges_s, world, arrived_s=arrived_s, reference=reference, served=served, lengths=tuple(quantiles)
     )
+    return np.where(edges_s[1:] <= min(arrived_s), np.nan, found)
