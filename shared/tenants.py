@@ -4,7 +4,7 @@
 [[tenants]]
 name = "support-desk"             # as requests name it in `tenant`
 model = "llama-2-13b-chat"        # default: the fleet's first
-system = "Answer customers."      # for a conversation without a system message
+system = "Answer customers."      # for a conversation without a system message, or with a blank one
 directive = "L1"                  # fixed level; default "optimize": the policy draws one
 deadline_s = 20                   # after the request was received, event seconds; never extended
 sampling = { max_tokens = 256, temperature = 0.2 }
@@ -69,13 +69,19 @@ def with_defaults(request: GenerationRequest, tenant: Tenant | None) -> Generati
     if request.directive is None and tenant.directive != OPTIMIZE:
         changes["directive"] = tenant.directive
     turns = request.conversation()
-    if tenant.system is not None and not any(turn.role == "system" for turn in turns):
-        changes |= {"prompt": None, "messages": (ChatMessage(role="system", content=tenant.system), *turns)}
+    if tenant.system is not None and not any(turn.role == "system" and _is_visible(turn.content) for turn in turns):
+        others = (turn for turn in turns if turn.role != "system")
+        changes |= {"prompt": None, "messages": (ChatMessage(role="system", content=tenant.system), *others)}
     missing = tenant.sampling.model_fields_set - _set_fields(request.sampling)
     if missing:
         values = {name: getattr(tenant.sampling, name) for name in missing}
         changes["sampling"] = request.sampling.model_copy(update=values)
     return request.model_copy(update=changes) if changes else request
+
+
+def _is_visible(text: str) -> bool:
+    """Whether a text has more than white space and invisible characters: a blank message replaces no default."""
+    return any(character.isprintable() and not character.isspace() for character in text)
 
 
 def _set_fields(sampling: SamplingParameters) -> set[str]:

@@ -34,6 +34,9 @@ MEBIBYTE: Final = 1024 * 1024
 SOURCE_HEADER: Final = "sprout-request"
 """Header of the router's answers and dead letters: the record of `requests` that they are for."""
 
+REDRIVEN_HEADER: Final = "sprout-redriven"
+"""Header of a message that `sprout dead-letters redrive` has sent: position of its dead letter, partition:offset."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeaderSpec:

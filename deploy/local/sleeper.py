@@ -25,7 +25,7 @@ from tritonclient.utils import InferenceServerException
 
 from shared.fleet import Endpoint, Fleet, FleetError, Pool, load_fleet
 from shared.inference.triton.channel import CHANNEL_OPTIONS
-from shared.kafka.dead_letters import PoisonMessageError, describe, parse
+from shared.kafka.dead_letters import PoisonMessageError, describe, parse_record
 from shared.messages import LoadReport, PoolCapacity
 from shared.runtime.clock import Clock, ClockConfigurationError
 from shared.runtime.logs import configure_logging, get_logger
@@ -187,17 +187,17 @@ class Topics:
             name: report for name, report in self._reports.items() if report.at >= before and not report.final
         }
 
-    async def read(self, kafka: KafkaSettings) -> None:
+    async def read(self, kafka: KafkaSettings, clock: Clock) -> None:
         """Read the topics from their start until cancelled; keeps trying while Kafka is away."""
         retry = Backoff()
         while True:
             try:
-                await self._read(kafka, retry)
+                await self._read(kafka, clock, retry)
             except KafkaError as error:
                 _log.warning("kafka_unavailable", error=str(error) or type(error).__name__, retry_s=retry.grow())
                 await asyncio.sleep(retry.wait_s)
 
-    async def _read(self, kafka: KafkaSettings, retry: "Backoff") -> None:
+    async def _read(self, kafka: KafkaSettings, clock: Clock, retry: "Backoff") -> None:
         specs = {kafka.topic(spec): spec for spec in (CAPACITY, LOAD_REPORTS)}
         consumer = AIOKafkaConsumer(
             *specs,
@@ -213,7 +213,7 @@ class Topics:
             retry.reset()
             async for record in consumer:
                 try:
-                    message = parse(specs[record.topic].message, record.value)
+                    message = parse_record(specs[record.topic], record, clock)
                 except PoisonMessageError as error:
                     _log.warning("invalid_message", topic=record.topic, offset=record.offset, error=error.detail)
                     continue
@@ -328,7 +328,7 @@ async def run(fleet: Fleet, kafka: KafkaSettings, clock: Clock, stop: asyncio.Ev
     topics = Topics(pools)
     _log.info("started", pools=[pool.name for pool in pools], endpoints=list(servers))
     async with asyncio.TaskGroup() as group:
-        reading = group.create_task(topics.read(kafka))
+        reading = group.create_task(topics.read(kafka, clock))
         while not stop.is_set():
             now = clock.now()
             topics.forget(now - timedelta(seconds=REPORT_WALL_S * clock.rate))

@@ -59,7 +59,10 @@ class OptimizerSettings(BaseSettings):
         default=0.05, description="Share of every group's traffic that is always served by the baseline (control group)"
     )
     validity_h: float = Field(
-        default=3.0, gt=0, description="Lifetime of a policy, event; after it routers serve the baseline"
+        default=3.0,
+        gt=0,
+        le=168,
+        description="Lifetime of a policy, event; after it routers serve the baseline. Readers refuse more than a week",
     )
 
     # Carbon intensity
@@ -147,7 +150,10 @@ class OptimizerSettings(BaseSettings):
         description="How long before it is needed an endpoint wakes, event: at least the time to load the model",
     )
     capacity_validity_min: float = Field(
-        default=10.0, gt=0, description="Lifetime of a plan, event; after it every endpoint counts as awake"
+        default=10.0,
+        gt=0,
+        le=7 * 24 * 60,
+        description="Lifetime of a plan, event; after it every endpoint counts as awake",
     )
     capacity_validity_s: float = Field(default=15.0, gt=0, description="Shortest lifetime of a plan, wall")
     capacity_shortest_s: float = Field(

@@ -1,19 +1,60 @@
 """Admits a request: parses its record, applies defaults and limits, and decides whether it becomes a sample."""
 
+import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any, Final
 
 from aiokafka import ConsumerRecord
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from services.router.settings import RouterSettings
 from shared.fleet import Fleet
 from shared.hashing import uniform
-from shared.kafka.dead_letters import parse
-from shared.messages import Decision, ErrorDetail, GenerationRequest
+from shared.kafka.dead_letters import UNREADABLE, PoisonMessageError, check_size, parse
+from shared.kafka.inspection import UNREADABLE_HEADER
+from shared.messages import Decision, ErrorDetail, GenerationRequest, GenerationResponse, Identifier
 from shared.runtime.clock import Clock
 from shared.tenants import with_defaults
 
+TURN_CHARS: Final = 64
+"""Characters that a chat template adds to a turn: the most of the built-in templates."""
+
+OBJECT_BYTES: Final = 512
+"""Memory of a small JSON object, such as an empty turn, once it is parsed; and of a Kafka header."""
+
 _SAMPLE_SALT = "sample"
+_IDENTIFIER: Final = TypeAdapter[str](Identifier)
+
+
+class ByteBudget:
+    """Bounds the memory of the requests in flight, by an estimate that needs no parsing."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._released = asyncio.Event()
+
+    @staticmethod
+    def cost(record: "ConsumerRecord[bytes, bytes]") -> int:
+        """The estimated bytes of a request: its size, and a surcharge for everything that becomes an object."""
+        value = record.value or b""
+        headers = sum(len(name) + len(content or b"") + OBJECT_BYTES for name, content in record.headers)
+        return len(value) + OBJECT_BYTES * value.count(b"{") + len(record.key or b"") + headers
+
+    async def acquire(self, cost: int) -> None:
+        """Wait until the budget has `cost` bytes left; a request that exceeds it waits until it is the only one."""
+        while self._used and self._used + cost > self._limit:
+            self._released.clear()
+            await self._released.wait()
+        self._used += cost
+
+    def release(self, cost: int) -> None:
+        """Return what `acquire` took."""
+        self._used -= cost
+        self._released.set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +66,6 @@ class IncomingRequest:
         model: the requested model, or the default of the tenant or the fleet.
         request: with the defaults of its tenant.
         requested_at, received_at, deadline: event time.
-        size_bytes: of the record's value.
     """
 
     request_id: str
@@ -34,7 +74,6 @@ class IncomingRequest:
     requested_at: datetime
     received_at: datetime
     deadline: datetime
-    size_bytes: int
 
 
 def parse_request(
@@ -51,8 +90,11 @@ def parse_request(
         received_at: event time.
 
     Raises:
-        PoisonMessageError: the value is not a valid request.
+        PoisonMessageError: the value is too large, which is seen before it is parsed, or not a valid request.
     """
+    if record.value is None and any(name == UNREADABLE_HEADER for name, _ in record.headers):
+        raise PoisonMessageError(UNREADABLE, "the record takes too much memory to unpack; its content was not kept")
+    check_size(record, settings.max_request_bytes)
     sent = parse(GenerationRequest, record.value)
     tenant = fleet.tenant(sent.tenant)
     request = with_defaults(sent, tenant)
@@ -64,8 +106,47 @@ def parse_request(
         requested_at=request.requested_at or _event_time(record.timestamp, clock, received_at),
         received_at=received_at,
         deadline=requested_deadline or default_deadline(received_at, clock=clock, settings=settings),
-        size_bytes=len(record.value or b""),
     )
+
+
+def error_of_unparsed(
+    record: "ConsumerRecord[bytes, bytes]",
+    error: PoisonMessageError,
+    *,
+    received_at: datetime,
+    clock: Clock,
+    fleet: Fleet,
+    settings: RouterSettings,
+) -> GenerationResponse | None:
+    """The response to a record that `parse_request` rejects; None if its id cannot be read.
+
+    Reads as many bytes as a request may have, and so also the id of a request that is cut off or too large.
+    """
+    try:
+        content = from_json((record.value or b"")[: settings.max_request_bytes], allow_partial=True)
+        fields: Mapping[str, Any] = content if isinstance(content, dict) else {}
+        request_id = _IDENTIFIER.validate_python(fields.get("id"))
+        model, tenant = fields.get("model"), fields.get("tenant")
+        detail = (
+            ErrorDetail(code="prompt_too_large", message=f"{error.detail}: shorten the prompt")
+            if error.reason == "too_large"
+            else ErrorDetail(
+                code="invalid_request",
+                message=f"the message is not a valid request: {error.detail}. It was saved to the dead-letter topic",
+            )
+        )
+        return GenerationResponse(
+            request_id=request_id,
+            # Clients choose the name of an unknown model: it must not become a time series.
+            model=model if isinstance(model, str) and fleet.pools_of(model) else fleet.default_model,
+            status="error",
+            error=detail,
+            requested_at=_event_time(record.timestamp, clock, received_at),
+            attempts=0,
+            tenant=tenant if isinstance(tenant, str) and fleet.tenant(tenant) is not None else None,
+        )
+    except (ValueError, ValidationError, RecursionError):
+        return None
 
 
 def default_deadline(received_at: datetime, *, clock: Clock, settings: RouterSettings) -> datetime:
@@ -90,15 +171,16 @@ def rejection(incoming: IncomingRequest, *, fleet: Fleet, settings: RouterSettin
             message=f"'model' {incoming.model!r} is not served; available models: {served}. Use one of them, or omit "
             "'model'",
         )
-    if incoming.size_bytes > settings.max_request_bytes:
+    field = "prompt" if incoming.request.prompt is not None else "messages"
+    turns = incoming.request.conversation()
+    if len(turns) > settings.max_turns:
         return ErrorDetail(
             code="prompt_too_large",
-            message=f"the message has {incoming.size_bytes} bytes, the limit is {settings.max_request_bytes}: shorten "
-            "the prompt",
+            message=f"'messages' has {len(turns)} turns, the limit is {settings.max_turns}: shorten it",
         )
-    characters = sum(len(turn.content) for turn in incoming.request.conversation())
+    # What is rendered counts, not only the content: a template adds to every turn.
+    characters = sum(len(turn.content) for turn in turns) + TURN_CHARS * (len(turns) - 1)
     if characters > settings.max_prompt_chars:
-        field = "prompt" if incoming.request.prompt is not None else "messages"
         return ErrorDetail(
             code="prompt_too_large",
             message=f"'{field}' has {characters} characters, the limit is {settings.max_prompt_chars}: shorten it",
@@ -128,4 +210,7 @@ def _event_time(timestamp_ms: int | None, clock: Clock, received_at: datetime) -
     if timestamp_ms is None or timestamp_ms < 0:
         return received_at
     wall_s = timestamp_ms / 1_000
-    return datetime.fromtimestamp(clock.origin_event_s + (wall_s - clock.origin_wall_s) * clock.rate, UTC)
+    try:
+        return datetime.fromtimestamp(clock.origin_event_s + (wall_s - clock.origin_wall_s) * clock.rate, UTC)
+    except (ValueError, OverflowError, OSError):  # a producer may set any number
+        return received_at

@@ -9,20 +9,58 @@ committed here, not by FastStream, because requests finish in any order.
 import asyncio
 import contextvars
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
+from services.router.admission import ByteBudget
 from services.router.fencing import PublishFence, RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.offsets import Claim
 from services.router.partitions import Partitions
 from services.router.recovery import GroupProgress, Source, recover, to_kafka
 from services.router.settings import RouterSettings
+from shared.kafka.inspection import find_unreadable, read_range, stand_in
 from shared.runtime.logs import get_logger, where
+from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS
+
+
+class Suspects:
+    """Finds records that would end this process; without Kafka there are none."""
+
+    async def after(self, partition: TopicPartition, offset: int) -> Sequence[range]:  # noqa: ARG002
+        """Offsets to set aside at or after an offset, in ascending order."""
+        return ()
+
+    async def read(self, partition: TopicPartition, offsets: range) -> Sequence[Any]:  # noqa: ARG002
+        """The records with these offsets."""
+        return ()
+
+
+class KafkaSuspects(Suspects):
+    """Inspects the records after the committed offsets once, at the start of the process."""
+
+    def __init__(self, kafka: KafkaSettings, topic: str, group: str) -> None:
+        self._kafka = kafka
+        self._names = (topic, group)
+        self._found: asyncio.Task[dict[int, list[range]]] | None = None
+
+    async def after(self, partition: TopicPartition, offset: int) -> Sequence[range]:
+        """See `Suspects`; waits for the inspection."""
+        if self._found is None:
+            self._found = asyncio.create_task(find_unreadable(*self._names))
+        # Shielded: a rebalance cancels the recovery that waits, not the inspection.
+        found = await asyncio.shield(self._found)
+        return [bad for bad in found.get(partition.partition, ()) if bad.stop > offset]
+
+    async def read(self, partition: TopicPartition, offsets: range) -> Sequence[Any]:
+        """See `Suspects`."""
+        return await read_range(self._kafka, partition, offsets) if offsets else ()
+
 
 Handle = Callable[[Any, RecordFence], Awaitable[None]]
 """Answers a record; returns when its response or dead letter is published."""
@@ -63,17 +101,25 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         settings: RouterSettings,
         metrics: RouterMetrics,
         capacity: Capacity,
+        suspects: Suspects | None = None,
     ) -> None:
-        """Create a consumer; it starts requests when `receive` is called."""
+        """Create a consumer; it starts requests when `receive` is called.
+
+        Args:
+            capacity: of the model servers.
+            suspects: finds records that would end this process.
+        """
         self._handle = handle
         self._progress = progress
         self._settings = settings
         self._metrics = metrics
         self._capacity = capacity
+        self._suspects = suspects or Suspects()
         self._fence = PublishFence(session_timeout_s=settings.session_timeout_s)
         self._fence.on_unknown_outcome(self._on_unknown_outcome)
         self._partitions = Partitions(self._fence)
         self._free_places = asyncio.Semaphore(settings.max_in_flight)
+        self._bytes = ByteBudget(settings.max_in_flight_bytes)
         self._tasks: dict[asyncio.Task[None], Claim[TopicPartition]] = {}
         self._resumed = asyncio.Event()
         self._resumed.set()
@@ -132,14 +178,22 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             self._waiting_record = record
             await self._capacity.wait_for_capacity()
             await self._free_places.acquire()
-            self._waiting_record = None
+            cost = self._bytes.cost(record)
             try:
-                # In an empty context: a task keeps the context in which it was created, and with FastStream's it would
-                # keep all records of its batch in memory.
-                contextvars.Context().run(self._start, record, epoch)
-            except Exception as error:  # noqa: BLE001 - the batch's other records must be started
+                await self._bytes.acquire(cost)
+            except asyncio.CancelledError:
                 self._free_places.release()
+                raise
+            self._waiting_record = None
+            started = False
+            try:
+                # In an empty context: a task and its callbacks keep the context in which they were created, and with
+                # FastStream's they would keep all records of its batch in memory.
+                started = contextvars.Context().run(self._start, record, epoch, cost)
+            except Exception as error:  # noqa: BLE001 - the batch's other records must be started
                 self._count_failure(error)
+            if not started:
+                self._release(cost)
 
     async def commit_forever(self, *, on_round: Callable[[], None]) -> None:
         """Commit finished records at every commit interval; calls `on_round` after every try."""
@@ -199,13 +253,17 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         partitions = None if consumer is None else consumer.partitions_for_topic(topic)
         self._capacity.set_share(min(1.0, len(assigned) / (len(partitions or ()) or REQUESTS.partitions)))
 
-    def _start(self, record: Any, epoch: int) -> None:  # noqa: ANN401 - aiokafka has no types
-        """Start the task of a record, unless it is to be skipped."""
+    def _release(self, cost: int) -> None:
+        """Give back the place of a request and its bytes."""
+        self._free_places.release()
+        self._bytes.release(cost)
+
+    def _start(self, record: Any, epoch: int, cost: int) -> bool:  # noqa: ANN401 - aiokafka has no types
+        """Start the task of a record, which then gives back `cost`; False if it is to be skipped."""
         claim = self._partitions.begin(record, epoch=epoch, now_ms=_now_ms())
         if claim is None:
-            self._free_places.release()
             self._metrics.skipped_records.inc()
-            return
+            return False
         if claim.log_restarted:
             _log.warning(
                 "offsets of a partition went backwards; was the topic recreated?",
@@ -214,8 +272,9 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             )
         task = asyncio.create_task(self._process(record, claim))
         self._tasks[task] = claim
-        task.add_done_callback(self._on_task_done)
         self._metrics.in_flight.set(len(self._tasks))
+        task.add_done_callback(partial(self._on_task_done, cost))
+        return True
 
     def _start_recovery(self, partitions: Collection[TopicPartition]) -> None:
         # Not in the rebalance callback: no heartbeat is sent there, and recovery may take longer than the session.
@@ -256,12 +315,24 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         if not self._partitions.stopping:
             for partition, found in recovered.items():
                 # As after a rebalance; records that are running or finished here are recognised.
-                consumer.seek(partition, found.commit.offset)
+                consumer.seek(partition, await self._set_aside(partition, found.commit.offset))
             consumer.resume(*recovered)
         answered = sum(len(found.answered) for found in recovered.values())
         _log.info(
             "partitions recovered", partitions=len(recovered), answered_before=answered, cancelled_requests=cancelled
         )
+
+    async def _set_aside(self, partition: TopicPartition, offset: int) -> int:
+        """Start the records before each one that would end this process, and its dead letter.
+
+        Returns:
+            The offset from which the consumer can read.
+        """
+        for bad in await self._suspects.after(partition, offset):
+            records = await self._suspects.read(partition, range(offset, bad.start))
+            await self.receive([*records, stand_in(partition, max(offset, bad.start))])
+            offset = bad.stop
+        return offset
 
     def _on_unknown_outcome(self) -> None:
         """Recover all partitions, as if another router had owned them until now."""
@@ -280,9 +351,9 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         await self._handle(record, RecordFence(self._fence, claim.partition, str(Source.of(record))))
         self._partitions.tracker.finish(claim)
 
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, cost: int, task: asyncio.Task[None]) -> None:
         del self._tasks[task]
-        self._free_places.release()
+        self._release(cost)
         self._metrics.in_flight.set(len(self._tasks))
         if not task.cancelled() and (error := task.exception()) is not None:
             self._count_failure(error)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from services.router.admission import IncomingRequest, parse_request, rejection, should_sample
+from services.router.admission import IncomingRequest, error_of_unparsed, parse_request, rejection, should_sample
 from services.router.fencing import RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.policy import DEFAULT_GROUP, PolicyCache, UnknownLevelError, select_option
@@ -57,7 +57,7 @@ class RequestHandler:
             )
             await self._answer(incoming, fence, started_s)
         except PoisonMessageError as error:
-            await self.publisher.publish_dead_letter(record, error, fence)
+            await self._reject(record, error, fence, started_s)
         except Exception as error:  # noqa: BLE001 - one request must not end the others
             # The text of an unexpected error may quote the request.
             _log.error(
@@ -76,6 +76,25 @@ class RequestHandler:
                     message="internal error in the router; the request was saved to the dead-letter topic",
                 )
                 await self.publisher.publish_response(limit_size(error_response(incoming, detail)), fence)
+
+    async def _reject(self, record: Any, error: PoisonMessageError, fence: RecordFence, started_s: float) -> None:  # noqa: ANN401
+        """Publish the dead letter of a record that is no request, and an error response if its id can be read.
+
+        A request that is too large and has an id only gets the response.
+        """
+        response = error_of_unparsed(
+            record,
+            error,
+            received_at=self.clock.now(),
+            clock=self.clock,
+            fleet=self.fleet,
+            settings=self.settings,
+        )
+        if response is None or error.reason != "too_large":
+            await self.publisher.publish_dead_letter(record, error, fence)
+        if response is not None:
+            await self.publisher.publish_response(response, fence)
+            self.metrics.answered(response, overhead_s=perf_counter() - started_s)
 
     async def _answer(self, incoming: IncomingRequest, fence: RecordFence, started_s: float) -> None:
         chunks = None

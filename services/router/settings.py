@@ -38,7 +38,15 @@ class RouterSettings(RetrySettings, CircuitBreakerSettings, BaseSettings):
 
     # Limits
     max_request_bytes: int = Field(default=1024 * 1024, ge=1_024, description="Larger messages are rejected")
-    max_prompt_chars: int = Field(default=200_000, ge=1, description="Longer conversations are rejected")
+    max_prompt_chars: int = Field(
+        default=200_000, ge=1, description="Longer conversations are rejected; every turn but one counts 64 more"
+    )
+    max_turns: int = Field(default=1_000, ge=1, description="Conversations with more turns are rejected")
+    max_in_flight_bytes: int = Field(
+        default=16 * 1024 * 1024,
+        ge=1024 * 1024,
+        description="Estimated size of the requests processed at once; a router needs about six times this memory",
+    )
     control_sequences: ControlSequencePolicy = Field(
         default="break", description="Control sequences of the chat template in a prompt: break them up, or reject it"
     )

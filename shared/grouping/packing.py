@@ -50,7 +50,6 @@ def unpack(message: PromptGrouping) -> PromptGroups:
             f"the message uses classifier version {message.classifier}, this release uses {CLASSIFIER}: run the same "
             "release of Sprout everywhere; the evaluator learns new groups after its next evaluation"
         )
-    arrays = {name: _unpack(name, packed) for name, packed in message.arrays.items()}
     wanted = {
         "telling": (HASHED,),
         "mean": (SHAPE_FEATURES,),
@@ -58,11 +57,15 @@ def unpack(message: PromptGrouping) -> PromptGroups:
         "weights": (FEATURE_COUNT, len(message.names)),
         "intercept": (len(message.names),),
     }
+    # Before anything is unpacked: a message of 2.6 MB can hold arrays of 2 GiB.
+    if unknown := message.arrays.keys() - wanted:
+        raise GroupingError(f"{len(unknown)} arrays are unknown")
     for name, shape in wanted.items():
-        if name not in arrays:
+        if name not in message.arrays:
             raise GroupingError(f"there is no array {name!r}")
-        if arrays[name].shape != shape:
-            raise GroupingError(f"array {name!r} has shape {arrays[name].shape}, {shape} is needed")
+        if message.arrays[name].shape != shape:
+            raise GroupingError(f"array {name!r} has shape {message.arrays[name].shape}, {shape} is needed")
+    arrays = {name: _unpack(name, message.arrays[name]) for name in wanted}
     return PromptGroups(
         version=message.version,
         names=message.names,

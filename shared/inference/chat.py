@@ -63,6 +63,7 @@ class ChatTemplate:
         *,
         stop: Sequence[str] = (),
         control: Iterable[str] = (),
+        control_pattern: str = "",
         bos_token: str = "",
         eos_token: str = "",
     ) -> None:
@@ -72,6 +73,8 @@ class ChatTemplate:
             source: Jinja, by Hugging Face's conventions: `messages`, `add_generation_prompt`, `bos_token`,
                 `eos_token`, `raise_exception`.
             control: sequences that the text of a conversation must not contain.
+            control_pattern: regular expression of further ones, of at least two characters and without white space;
+                for tokens that are numbered, or that a later model of the family may add.
 
         Raises:
             ChatTemplateError: it is not valid Jinja, or cannot render a plain conversation.
@@ -83,8 +86,8 @@ class ChatTemplate:
         self._template = _compile(name, source)
         # A space breaks a sequence only if it has at least two characters and no white space.
         breakable = {one for one in control if len(one) > 1 and not any(map(str.isspace, one))}
-        sequences = sorted(breakable, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, sequences))) if sequences else None
+        sequences = [*([control_pattern] if control_pattern else ()), *map(re.escape, _longest_first(breakable))]
+        self._control = re.compile("|".join(sequences)) if sequences else None
         self._has_system_role = self._probe()
 
     def control_sequences(self, messages: Iterable[ChatMessage]) -> tuple[str, ...]:
@@ -214,6 +217,10 @@ def _compile(name: str, source: str) -> Template:
         return environment.from_string(source)
     except TemplateSyntaxError as error:
         raise ChatTemplateError(f"chat template {name!r}, line {error.lineno}: {error.message}") from error
+
+
+def _longest_first(sequences: Iterable[str]) -> list[str]:
+    return sorted(sequences, key=len, reverse=True)
 
 
 def _break_all(control: re.Pattern[str], content: str) -> str:

@@ -23,43 +23,57 @@ class _Family:
 
     stop: tuple[str, ...]
     control: tuple[str, ...]
+    control_pattern: str = ""
     bos_token: str = ""
     eos_token: str = ""
 
 
+_NAMED: Final = r"<\|[^|<>\s]{1,64}\|>"
+"""A token of the form `<|name|>`: the named ones of a family, its reserved ones, and those of its later models."""
+
 _FAMILIES: Final[dict[str, _Family]] = {
     "llama-2": _Family(
         stop=("</s>",),
-        control=("<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+        control=("<s>", "</s>", "<unk>", "<pad>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
         bos_token="<s>",
         eos_token="</s>",
     ),
     "chatml": _Family(
         stop=("<|im_end|>",),
-        control=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        control=(
+            "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<tools>", "</tools>", "<think>",
+            "</think>",
+        ),
+        control_pattern=_NAMED,
         eos_token="<|im_end|>",
     ),
     "llama-3": _Family(
         stop=("<|eot_id|>",),
-        control=(
-            "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-            "<|eom_id|>", "<|python_tag|>",
-        ),
+        control=(),
+        control_pattern=_NAMED,
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
     ),
     "mistral": _Family(
         stop=("</s>",),
         control=(
-            "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
-            "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+            "<s>", "</s>", "<unk>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+            "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+            "[TOOL_CONTENT]", "[CALL_ID]", "[ARGS]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[AUDIO]", "[BEGIN_AUDIO]",
+            "[TRANSCRIBE]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[THINK]", "[/THINK]", "[MODEL_SETTINGS]",
+            "[/MODEL_SETTINGS]",
         ),
         bos_token="<s>",
         eos_token="</s>",
     ),
     "gemma": _Family(
         stop=("<end_of_turn>",),
-        control=("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+        control=(
+            "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>",
+            "<end_of_image>", "<image_soft_token>", "<start_of_audio>", "<end_of_audio>", "<audio_soft_token>",
+            "[multimodal]",
+        ),
+        control_pattern=r"<unused\d{1,4}>",
         bos_token="<bos>",
         eos_token="<eos>",
     ),
@@ -68,7 +82,10 @@ _FAMILIES: Final[dict[str, _Family]] = {
 BUILT_IN: Final = tuple(_FAMILIES)
 """Names of the built-in templates."""
 
-_MARKUP: Final = re.compile(r"<\|[^|<>\s]{1,64}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<bos>|<eos>")
+_MARKUP: Final = re.compile(
+    rf"{_NAMED}|</?s>|\[/?[A-Z][A-Z_]{{2,30}}\]|<</?SYS>>|<(?:start|end)_of_[a-z]{{1,16}}>|<bos>|<eos>"
+    r"|</?(?:tool_call|tool_response|tools|think)>"
+)
 """Control sequences of common model families, searched for in the source of a template that is not built in."""
 
 
@@ -97,6 +114,7 @@ def _built_in(name: str) -> ChatTemplate:
         source,
         stop=family.stop,
         control=family.control,
+        control_pattern=family.control_pattern,
         bos_token=family.bos_token,
         eos_token=family.eos_token,
     )
@@ -128,6 +146,7 @@ def _from_path(name: str) -> ChatTemplate:
         source,
         stop=(eos_token,) if eos_token else (),
         control=control,
+        control_pattern=_NAMED if "<|" in source else "",
         bos_token=bos_token,
         eos_token=eos_token,
     )

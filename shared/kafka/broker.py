@@ -38,6 +38,7 @@ class ServiceBroker(KafkaBroker):
         registry: CollectorRegistry | None,
         linger_ms: int,
     ) -> None:
+        self.dead_letters = dead_letters
         self._recovering_producer = RecoveringProducer(
             **kafka.client_options(),
             client_id=f"sprout.{service}",
@@ -50,6 +51,7 @@ class ServiceBroker(KafkaBroker):
             kafka.bootstrap_servers,
             client_id=f"sprout.{service}",
             security=kafka.broker_security(),
+            sasl_oauth_token_provider=kafka.oauth_tokens,
             consumer_only=True,
             allow_auto_create_topics=False,
             ack_policy=AckPolicy.NACK_ON_ERROR,
@@ -85,7 +87,8 @@ def build_broker(
     *,
     service: str,
     clock: Clock,
-    registry: CollectorRegistry | None,
+    registry: CollectorRegistry,
+    message_metrics: bool = True,
     linger_ms: int = 0,
 ) -> tuple[KafkaBroker, DeadLetterPublisher]:
     """A broker that is not connected yet, and the publisher of its dead letters.
@@ -95,11 +98,18 @@ def build_broker(
     to a dead letter, and what is not acknowledged is delivered again rather than skipped.
 
     Args:
-        registry: for FastStream's metrics of received and published messages; without them if it is None.
+        registry: for the metrics.
+        message_metrics: whether FastStream counts received and published messages.
         linger_ms: how long the producer waits for more messages of a batch, wall milliseconds.
     """
-    dead_letters = DeadLetterPublisher(kafka=kafka, service=service, clock=clock)
-    broker = ServiceBroker(kafka, service=service, dead_letters=dead_letters, registry=registry, linger_ms=linger_ms)
+    dead_letters = DeadLetterPublisher(kafka=kafka, service=service, clock=clock, registry=registry)
+    broker = ServiceBroker(
+        kafka,
+        service=service,
+        dead_letters=dead_letters,
+        registry=registry if message_metrics else None,
+        linger_ms=linger_ms,
+    )
     dead_letters.attach(broker)
     return broker, dead_letters
 

@@ -1,14 +1,22 @@
 """Every way in which a service subscribes to a topic, and reading compacted topics to their end."""
 
 import asyncio
-from collections.abc import Callable, Collection
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Collection
+from typing import Annotated, Any, Protocol
 
 from aiokafka.errors import KafkaError
 from faststream.kafka import KafkaBroker
 from faststream.middlewares import AckPolicy
+from pydantic import SkipValidation
 
-from shared.kafka.dead_letters import DeadLetterPublisher, batch_decoder, message_decoder, parse_any_headers
+from shared.kafka.dead_letters import (
+    DeadLetterPublisher,
+    ParsedRecord,
+    batch_decoder,
+    handle_batch,
+    message_decoder,
+    parse_any_headers,
+)
 from shared.runtime.settings import KafkaSettings
 from shared.topics import TopicSpec
 
@@ -30,6 +38,27 @@ class Subscriber(Protocol):
         """Register the handler."""
 
 
+class BatchSubscriber:
+    """A subscriber whose handler receives the messages of a batch, and one at a time after it failed."""
+
+    def __init__(self, subscriber: Subscriber, dead_letters: DeadLetterPublisher) -> None:
+        self._subscriber = subscriber
+        self._dead_letters = dead_letters
+
+    @property
+    def consumer(self) -> Any:  # noqa: ANN401 - aiokafka has no types
+        """The aiokafka consumer; `None` before the broker has started."""
+        return self._subscriber.consumer
+
+    def __call__(self, handler: Callable[[list[Any]], Awaitable[Any]], /) -> Any:  # noqa: ANN401
+        """Register the handler."""
+
+        async def on_batch(batch: Annotated[list[ParsedRecord], SkipValidation]) -> None:
+            await handle_batch(batch, handler, self._dead_letters)
+
+        return self._subscriber(on_batch)
+
+
 def subscribe_compacted(
     broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, spec: TopicSpec
 ) -> Subscriber:
@@ -38,16 +67,17 @@ def subscribe_compacted(
     It belongs to no consumer group: every process reads every message. The handler receives a list of messages. What it
     failed to process is read again at the next start.
     """
-    return _subscribe(
+    subscriber = _subscribe(
         broker,
         kafka,
         spec,
-        decoder=batch_decoder(spec.message, dead_letters),
+        decoder=batch_decoder(spec, dead_letters),
         batch=True,
         batch_timeout_ms=POLL_MS,
         auto_offset_reset="earliest",
         ack_policy=AckPolicy.ACK_FIRST,
     )
+    return BatchSubscriber(subscriber, dead_letters)
 
 
 def subscribe_newest(
@@ -57,16 +87,17 @@ def subscribe_newest(
 
     It belongs to no consumer group: every process reads every message. The handler receives a list of messages.
     """
-    return _subscribe(
+    subscriber = _subscribe(
         broker,
         kafka,
         spec,
-        decoder=batch_decoder(spec.message, dead_letters),
+        decoder=batch_decoder(spec, dead_letters),
         batch=True,
         batch_timeout_ms=POLL_MS,
         auto_offset_reset="latest",
         ack_policy=AckPolicy.ACK_FIRST,
     )
+    return BatchSubscriber(subscriber, dead_letters)
 
 
 def subscribe_batches(
@@ -82,8 +113,8 @@ def subscribe_batches(
 ) -> Subscriber:
     """A subscriber of a consumer group; the handler receives a list of messages.
 
-    A handler that raises `RetryLaterError` gets the same batch again; another error makes every message of the batch a
-    dead letter.
+    A handler that raises `RetryLaterError` gets the same batch again. After another error it gets the messages one at a
+    time, and those that fail become dead letters.
 
     Args:
         group: of `kafka.group(...)`, without the prefix.
@@ -91,11 +122,11 @@ def subscribe_batches(
         poll_ms: wall milliseconds that the consumer waits for messages.
         consumer_options: further options of `KafkaBroker.subscriber`.
     """
-    return _subscribe(
+    subscriber = _subscribe(
         broker,
         kafka,
         spec,
-        decoder=batch_decoder(spec.message, dead_letters),
+        decoder=batch_decoder(spec, dead_letters),
         batch=True,
         batch_timeout_ms=poll_ms,
         max_records=max_records,
@@ -104,6 +135,7 @@ def subscribe_batches(
         ack_policy=AckPolicy.NACK_ON_ERROR,
         **consumer_options,
     )
+    return BatchSubscriber(subscriber, dead_letters)
 
 
 def subscribe_messages(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec, *, group: str) -> Subscriber:
@@ -115,7 +147,7 @@ def subscribe_messages(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpe
         broker,
         kafka,
         spec,
-        decoder=message_decoder(spec.message),
+        decoder=message_decoder(spec),
         group_id=kafka.group(group),
         auto_offset_reset="earliest",
         ack_policy=AckPolicy.NACK_ON_ERROR,

@@ -10,7 +10,10 @@ SCHEMA_VERSION: Literal[1] = 1
 
 
 def _as_utc(timestamp: datetime) -> datetime:
-    return timestamp.astimezone(UTC)
+    try:
+        return timestamp.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("the timestamp is outside the years 1 to 9999 in UTC") from None
 
 
 UtcDatetime = Annotated[AwareDatetime, AfterValidator(_as_utc)]
@@ -43,7 +46,11 @@ class Value(BaseModel):
 class Message(Value):
     """A message on a topic. Evolution is additive only: fields are added with defaults, never renamed."""
 
-    schema_version: int = Field(default=SCHEMA_VERSION, ge=1, description="Version of the message's schema")
+    schema_version: int = Field(
+        default=SCHEMA_VERSION,
+        ge=1,
+        description="Major version of the message's schema; a newer one is refused on topics that steer services",
+    )
 
 
 class DeadLetter(Message):
@@ -54,12 +61,14 @@ class DeadLetter(Message):
     partition: int
     offset: int
     key_base64: str | None = Field(default=None, description="Original key; only the beginning of a very long one")
-    value_base64: str = Field(description="The original value, byte for byte")
+    value_base64: str = Field(description="The original value, byte for byte; only its beginning if it is too large")
     headers: dict[str, str] = Field(
         default_factory=dict, description="Original headers, values in base64; at most 256 KiB of them"
     )
     truncated_bytes: int = Field(default=0, ge=0, description="Bytes cut off the end of a value too large to carry")
-    reason: str = Field(description="Short code: invalid_json, invalid_message, too_large, handler_error")
+    reason: str = Field(
+        description="Short code: invalid_json, invalid_message, too_large, implausible, unreadable, handler_error"
+    )
     detail: str = Field(description="What is wrong, by field; quotes nothing of the content")
     failed_at: UtcDatetime
 

@@ -15,7 +15,7 @@ from faststream.specification import AsyncAPI
 from prometheus_client import CollectorRegistry, make_asgi_app
 from pydantic import ValidationError
 
-from shared.kafka.broker import wait_for_kafka
+from shared.kafka.broker import ServiceBroker, wait_for_kafka
 from shared.kafka.dead_letters import describe
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger
@@ -84,6 +84,8 @@ def build_service(
         _log.info("started", service=name, version=VERSION)
 
     registry.register(ProgressCollector(health))
+    if isinstance(broker, ServiceBroker):
+        health.add_check("dead letters", broker.dead_letters.problem)
     health.add_check("broker", lambda: None if started else "not started yet")
     return AsgiFastStream(
         broker,

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, urlsplit
 
-from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
+from faststream.security import BaseSecurity, SASLOAuthBearer, SASLPlaintext, SASLScram256, SASLScram512
 from pydantic import AliasChoices, Field, PrivateAttr, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.runtime.oauth import ClientCredentials
 from shared.topics import TopicSpec
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
-SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
+SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"]
 
 _FASTSTREAM = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
 
@@ -57,9 +58,13 @@ class KafkaSettings(BaseSettings):
 
     security_protocol: SecurityProtocol = Field(default="PLAINTEXT", description="Protocol of the broker's listener")
     sasl_mechanism: SaslMechanism | None = Field(default=None, description="With SASL_*; as the broker is configured")
-    sasl_username: str | None = Field(default=None, min_length=1)
-    sasl_password: SecretStr | None = None
+    sasl_username: str | None = Field(default=None, min_length=1, description="With OAUTHBEARER: the client id")
+    sasl_password: SecretStr | None = Field(default=None, description="With OAUTHBEARER: the client secret")
     sasl_password_file: Path | None = Field(default=None, description="File with the password, instead of it")
+    oauth_token_url: str | None = Field(
+        default=None, description="With OAUTHBEARER: token endpoint for the client-credentials grant, https"
+    )
+    oauth_scope: str | None = Field(default=None, min_length=1, description="With OAUTHBEARER: scope of the tokens")
     ssl_ca_file: Path | None = Field(
         default=None, description="PEM of trusted authorities; default: those of the system"
     )
@@ -74,6 +79,7 @@ class KafkaSettings(BaseSettings):
     )
 
     _ssl_context: ssl.SSLContext | None = PrivateAttr(default=None)
+    _oauth_tokens: ClientCredentials | None = PrivateAttr(default=None)
 
     def client_options(self) -> dict[str, Any]:
         """Connection options of every aiokafka client; contain the password."""
@@ -87,6 +93,8 @@ class KafkaSettings(BaseSettings):
         ]
         if self.uses_sasl:
             checks.append(f"the credentials of user {self.sasl_username!r} for {self.sasl_mechanism}")
+        if self.oauth_token_url is not None:
+            checks.append("SPROUT_KAFKA_OAUTH_TOKEN_URL (does it answer?)")
         if self.uses_tls:
             checks.append("the certificates (SPROUT_KAFKA_SSL_*)")
         return f"check {', '.join(checks[:-1])} and {checks[-1]}"
@@ -112,7 +120,9 @@ class KafkaSettings(BaseSettings):
     def security_options(self) -> dict[str, Any]:
         """TLS and login options of an aiokafka client; contain the password."""
         options: dict[str, Any] = {"security_protocol": self.security_protocol, "ssl_context": self._ssl_context}
-        if self.uses_sasl:
+        if self.oauth_tokens is not None:
+            options |= {"sasl_mechanism": self.sasl_mechanism, "sasl_oauth_token_provider": self.oauth_tokens}
+        elif self.uses_sasl:
             options |= {
                 "sasl_mechanism": self.sasl_mechanism,
                 "sasl_plain_username": self.sasl_username,
@@ -122,11 +132,18 @@ class KafkaSettings(BaseSettings):
 
     def broker_security(self) -> BaseSecurity | None:
         """The `security` option of a FastStream broker; `None` for PLAINTEXT."""
+        if self.sasl_mechanism == "OAUTHBEARER":
+            return SASLOAuthBearer(ssl_context=self._ssl_context, use_ssl=self.uses_tls)
         if self.sasl_mechanism is not None:
             return _FASTSTREAM[self.sasl_mechanism](
                 self.sasl_username or "", self._password(), ssl_context=self._ssl_context, use_ssl=self.uses_tls
             )
         return BaseSecurity(ssl_context=self._ssl_context) if self.uses_tls else None
+
+    @property
+    def oauth_tokens(self) -> ClientCredentials | None:
+        """Where clients get their tokens; `None` without OAUTHBEARER."""
+        return self._oauth_tokens
 
     def _password(self) -> str:
         return "" if self.sasl_password is None else self.sasl_password.get_secret_value()
@@ -141,10 +158,18 @@ class KafkaSettings(BaseSettings):
             secret = read_secret(self.ssl_key_password_file, "SPROUT_KAFKA_SSL_KEY_PASSWORD_FILE")
             self.ssl_key_password = SecretStr(secret)
         self._ssl_context = self._create_ssl_context() if self.uses_tls else None
+        if self.oauth_token_url is not None:
+            self._oauth_tokens = ClientCredentials(
+                self.oauth_token_url,
+                client_id=self.sasl_username or "",
+                client_secret=self._password(),
+                scope=self.oauth_scope,
+            )
         return self
 
     def _check_sasl(self) -> None:
-        unused = self._set("sasl_mechanism", "sasl_username", "sasl_password", "sasl_password_file")
+        oauth = self._set("oauth_token_url", "oauth_scope")
+        unused = self._set("sasl_mechanism", "sasl_username", "sasl_password", "sasl_password_file") + oauth
         if not self.uses_sasl:
             if unused:
                 raise ValueError(
@@ -154,10 +179,15 @@ class KafkaSettings(BaseSettings):
             return
         if self.sasl_password is not None and self.sasl_password_file is not None:
             raise ValueError("give either SPROUT_KAFKA_SASL_PASSWORD or SPROUT_KAFKA_SASL_PASSWORD_FILE")
+        uses_oauth = self.sasl_mechanism == "OAUTHBEARER"
+        if oauth and not uses_oauth:
+            raise ValueError(f"{', '.join(oauth)} would not be used: SPROUT_KAFKA_SASL_MECHANISM is not OAUTHBEARER")
         missing = [
             name
             for name, given in (
-                ("SPROUT_KAFKA_SASL_MECHANISM (PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512)", self.sasl_mechanism),
+                ("SPROUT_KAFKA_SASL_MECHANISM (PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or OAUTHBEARER)",
+                 self.sasl_mechanism),
+                ("SPROUT_KAFKA_OAUTH_TOKEN_URL", self.oauth_token_url or not uses_oauth),
                 ("SPROUT_KAFKA_SASL_USERNAME", self.sasl_username),
                 ("SPROUT_KAFKA_SASL_PASSWORD or SPROUT_KAFKA_SASL_PASSWORD_FILE", self._set("sasl_password")
                  or self._set("sasl_password_file")),
@@ -166,6 +196,10 @@ class KafkaSettings(BaseSettings):
         ]  # fmt: skip
         if missing:
             raise ValueError(f"SPROUT_KAFKA_SECURITY_PROTOCOL {self.security_protocol} needs {' and '.join(missing)}")
+        if self.oauth_token_url is not None:
+            url = urlsplit(self.oauth_token_url)
+            if url.scheme != "https" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+                raise ValueError("SPROUT_KAFKA_OAUTH_TOKEN_URL must begin with https://: it receives the client secret")
 
     def _check_tls(self) -> None:
         tls_only = self._set(

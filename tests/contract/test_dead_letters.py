@@ -1,5 +1,6 @@
 """Dead letters: invalid messages are kept with their bytes and a reason, skipped, and never logged."""
 
+import asyncio
 import dataclasses
 import logging
 
@@ -7,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from shared.kafka.broker import build_broker
-from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.dead_letters import FUSE_RECORDS, FUSE_SHARE, MAX_OVERSIZE_BYTES, RetryLaterError
 from shared.kafka.subscribe import subscribe_batches, subscribe_messages
 from shared.messages import DeadLetter, GenerationRequest
 from shared.runtime.clock import Clock
@@ -26,8 +27,9 @@ class Fixture:
         self.handled: list[GenerationRequest] = []
         self.letters: list[DeadLetter] = []
         self.topics = {"single": medium.kafka.topic(REQUESTS), "batch": medium.kafka.topic(SAMPLES)}
-        self.broker, dead_letters = build_broker(
-            medium.kafka, service="test", clock=Clock(), registry=CollectorRegistry()
+        self.registry = CollectorRegistry()
+        self.broker, self.dead_letters = build_broker(
+            medium.kafka, service="test", clock=Clock(), registry=self.registry
         )
 
         @subscribe_messages(self.broker, medium.kafka, REQUESTS, group="single")
@@ -38,8 +40,10 @@ class Fixture:
                 raise RetryLaterError("database unavailable")
             self.handled.append(request)
 
-        @subscribe_batches(self.broker, medium.kafka, dead_letters, BATCHES, group="batch", max_records=100)
+        @subscribe_batches(self.broker, medium.kafka, self.dead_letters, BATCHES, group="batch", max_records=100)
         async def batch(requests: list[GenerationRequest]) -> None:
+            if any(request.prompt == "explode" for request in requests):
+                raise OverflowError("a secret prompt")
             self.handled.extend(requests)
 
         @self.broker.subscriber(medium.kafka.topic(DEAD_LETTERS), auto_offset_reset="earliest")
@@ -90,6 +94,33 @@ async def test_the_valid_records_of_a_batch_are_handled(service: Fixture) -> Non
     assert [letter.original_value() for letter in service.letters] == [b"{"]
 
 
+@pytest.mark.parametrize(
+    ("bad", "reason", "detail"),
+    [
+        (b'{"prompt": "a", "requested_at": "0001-01-01T00:00:00+14:00"}', "invalid_message", "outside the years"),
+        (b'{"prompt": "explode"}', "handler_error", "OverflowError"),
+        (b'{"prompt": "%s"}' % (b"x" * 2**20), "too_large", "the limit is 1048576"),
+        (b"[" * 100_000, "invalid_json", "recursion limit"),
+    ],
+)
+async def test_one_bad_record_costs_only_itself(service: Fixture, bad: bytes, reason: str, detail: str) -> None:
+    if reason == "too_large" and not service.medium.in_memory:
+        pytest.skip("Kafka accepts such a value only compressed: see tests/integration/test_hostile_requests.py")
+    good = [f"number {number}" for number in range(50)]
+    values = [b'{"prompt": "%s"}' % prompt.encode() for prompt in good]
+    await service.read(*values[:25], bad, *values[25:], through="batch")
+    assert sorted(request.prompt or "" for request in service.handled) == sorted(good)
+    (letter,) = service.letters
+    assert letter.reason == reason
+    assert detail in letter.detail
+    assert bad.startswith(letter.original_value())
+    assert len(letter.original_value()) <= MAX_OVERSIZE_BYTES or letter.truncated_bytes == 0
+    counted = service.registry.get_sample_value(
+        "sprout_dead_letters_total", {"topic": service.topics["batch"], "reason": reason}
+    )
+    assert counted == 1
+
+
 @pytest.mark.parametrize("medium", ["memory"], indirect=True)
 async def test_a_message_that_can_be_retried_is_no_dead_letter(service: Fixture) -> None:
     logging.disable(logging.CRITICAL)
@@ -107,3 +138,21 @@ async def test_content_is_never_logged(service: Fixture, capsys: pytest.CaptureF
     assert len(service.letters) == 2
     for text in ("secret", "explode", "12345678"):
         assert text not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("medium", ["kafka"], indirect=True)
+@pytest.mark.integration
+async def test_a_topic_is_not_consumed_any_more_when_nearly_all_records_become_dead_letters(service: Fixture) -> None:
+    assert service.dead_letters.problem() is None
+    async with asyncio.timeout(60), service.medium.running(service.broker):
+        for _ in range(FUSE_RECORDS // 50 + 2):
+            await service.broker.publish_batch(*[b"{broken"] * 50, topic=service.topics["batch"])
+        await service.medium.until(lambda: service.dead_letters.problem() is not None)
+        await asyncio.sleep(1)
+        assert FUSE_RECORDS * FUSE_SHARE <= len(service.letters) <= FUSE_RECORDS
+        assert service.topics["batch"] in (service.dead_letters.problem() or "")
+        # Other topics are consumed, and a client's invalid requests stop nothing.
+        for _ in range(FUSE_RECORDS + 1):
+            await service.broker.publish(b"{broken", topic=service.topics["single"])
+        await service.broker.publish(b'{"prompt": "fine"}', topic=service.topics["single"])
+        await service.medium.until(lambda: bool(service.handled))

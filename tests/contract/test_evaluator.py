@@ -70,7 +70,7 @@ class Fixture:
 
     async def publish(self, spec: Any, *values: Any) -> None:
         for value in values:
-            await self.broker.publish(value, topic=self.kafka.topic(spec), key=b"k")
+            await self.broker.publish(value, topic=self.kafka.topic(spec), key=ZONE.encode())
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ class Counts:
         errors: number of error responses by code.
         lost: valid requests without an answer.
         answered_twice: valid requests with more than one answer.
-        strays: orphan answers, to requests that were not sent.
+        strays: orphan answers, to requests that were not sent; not those to malformed ones with a readable id.
         dead_lettered: malformed messages with a correct dead letter (bytes and reason).
         dead_lettered_wrong: dead letters with wrong bytes or reason, or of valid requests.
         dead_lettered_twice: malformed messages with several dead letters.
@@ -110,7 +110,11 @@ def count(messages: Messages) -> Counts:
         errors=dict(sorted(errors.items())),
         lost=len(messages.sent - answered),
         answered_twice=sum(messages.answers[name] > 1 for name in answered),
-        strays=sum(times for name, times in messages.answers.items() if name not in known),
+        strays=sum(
+            times
+            for name, times in messages.answers.items()
+            if name not in known and messages.errors.get(name) != "invalid_request"
+        ),
         malformed_sent=len(messages.malformed),
         dead_lettered=len(correct),
         dead_lettered_wrong=sum(not _is_correct(letter, messages) for letter in messages.letters),

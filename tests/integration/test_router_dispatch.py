@@ -122,7 +122,7 @@ async def test_in_a_reference_block_the_reference_serves_and_requests_are_spread
     routers.fleet.write_text(packing(triton.address, pool="target_batch = 9", switchback=switchback))
     name = routers.start(SPROUT_ROUTER_MAX_INTENSITY_AGE_S="null")
     url = routers.supervisor.process(name).spec.url
-    await producer.prepare({"L2": 1.0}, now=routers.clock.now(), valid_s=1e7)
+    await producer.prepare({"L2": 1.0}, now=routers.clock.now(), valid_s=6 * 86_400)
     await logged(routers, name, '"new policy"')
     async with reading(kafka) as answers:
         for number, reference in enumerate((False, True)):

@@ -1,8 +1,13 @@
 """Kafka with credentials and TLS: services and command line, accepted and rejected."""
 
 import asyncio
+import base64
+import json
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
@@ -32,6 +37,7 @@ class SecuredKafka:
     listeners: dict[str, Listener]
     authority: Authority
     client: Certificate
+    token_url: str
 
     def way(self, name: str, *, password: str = PASSWORD) -> dict[str, str]:
         """The environment of a client that comes in that way."""
@@ -52,6 +58,15 @@ class SecuredKafka:
                     "SSL_CERTIFICATE_FILE": str(self.client.certificate),
                     "SSL_KEY_FILE": str(self.client.key),
                     "SSL_KEY_PASSWORD": "key-secret",
+                },
+            ),
+            "oauth": (
+                "OAUTH",
+                {
+                    "SECURITY_PROTOCOL": "SASL_PLAINTEXT",
+                    "SASL_MECHANISM": "OAUTHBEARER",
+                    "OAUTH_TOKEN_URL": self.token_url,
+                    **login,
                 },
             ),
             "another name": ("OTHERNAME", {"SECURITY_PROTOCOL": "SSL", **ca}),
@@ -83,7 +98,8 @@ def secured(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) ->
         f"scram-sha-{bits}.sasl.jaas.config": f"{JAAS}.scram.ScramLoginModule required;" for bits in ("256", "512")
     }
     plain = {"plain.sasl.jaas.config": f'{JAAS}.plain.PlainLoginModule required user_{USER}="{PASSWORD}";'}
-    ports = free_ports(4)
+    login = f'{JAAS}.oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub="broker";'
+    ports = free_ports(5)
     listeners = [
         Listener(
             name="SASL",
@@ -100,6 +116,13 @@ def secured(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) ->
         Listener(
             name="MUTUAL", protocol="SSL", port=ports[2], properties={"ssl.client.auth": "required", **tls(server)}
         ),
+        Listener(
+            name="OAUTH",
+            protocol="SASL_PLAINTEXT",
+            port=ports[4],
+            # Kafka's own check for development: it accepts tokens without a signature.
+            properties={"sasl.enabled.mechanisms": "OAUTHBEARER", "oauthbearer.sasl.jaas.config": login},
+        ),
         Listener(name="OTHERNAME", protocol="SSL", port=ports[3], properties=tls(other)),
     ]
     spec, _ = kafka_spec(
@@ -111,8 +134,31 @@ def secured(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) ->
     )
     supervisor.start(spec)
     client = authority.issue("client", password="key-secret")
-    yield SecuredKafka({one.name: one for one in listeners}, authority, client)
+    with ThreadingHTTPServer(("127.0.0.1", 0), TokenEndpoint) as endpoint:
+        threading.Thread(target=endpoint.serve_forever, daemon=True).start()
+        token_url = f"http://127.0.0.1:{endpoint.server_port}/token"
+        yield SecuredKafka({one.name: one for one in listeners}, authority, client, token_url)
+        endpoint.shutdown()
     supervisor.stop(spec.name)
+
+
+class TokenEndpoint(BaseHTTPRequestHandler):
+    """Answers the client-credentials grant with a token that has no signature."""
+
+    def do_POST(self) -> None:
+        expected = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        form = self.rfile.read(int(self.headers["Content-Length"]))
+        accepted = self.headers["Authorization"] == expected and form == b"grant_type=client_credentials"
+        now = time.time()
+        parts = ({"alg": "none"}, {"sub": USER, "iat": now, "exp": now + 300})
+        token = "".join(base64.urlsafe_b64encode(json.dumps(one).encode()).decode().rstrip("=") + "." for one in parts)
+        body = json.dumps({"access_token": token, "expires_in": 300} if accepted else {"error": "invalid_client"})
+        self.send_response(200 if accepted else 401)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *arguments: object) -> None:
+        """Print nothing."""
 
 
 @pytest.fixture
@@ -143,7 +189,7 @@ async def ended(supervisor: Supervisor, name: str) -> None:
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("way", ["plain", "scram", "scram over tls", "client certificate"])
+@pytest.mark.parametrize("way", ["plain", "scram", "scram over tls", "client certificate", "oauth"])
 async def test_topics_are_created_and_a_request_answered(way, secured, triton, enter, supervisor, tmp_path):
     kafka = enter(secured.way(way))
     created = await sprout("topics", "create")

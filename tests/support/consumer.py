@@ -8,7 +8,7 @@ from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 from prometheus_client import CollectorRegistry
 
-from services.router.consumer import Handle, RequestConsumer
+from services.router.consumer import Handle, RequestConsumer, Suspects
 from services.router.metrics import RouterMetrics
 from services.router.offsets import RecoveredOffsets
 from services.router.settings import RouterSettings
@@ -64,7 +64,15 @@ class GroupProgressStandIn:
 
 
 def record(partition: TopicPartition, offset: int) -> SimpleNamespace:
-    return SimpleNamespace(topic=partition.topic, partition=partition.partition, offset=offset, timestamp=offset)
+    return SimpleNamespace(
+        topic=partition.topic,
+        partition=partition.partition,
+        offset=offset,
+        timestamp=offset,
+        key=None,
+        value=b"{}",
+        headers=(),
+    )
 
 
 class UnlimitedCapacity:
@@ -80,7 +88,11 @@ class UnlimitedCapacity:
 
 
 def request_consumer(
-    handle: Handle, progress: GroupProgressStandIn, consumer: KafkaConsumerStandIn, **settings: float
+    handle: Handle,
+    progress: GroupProgressStandIn,
+    consumer: KafkaConsumerStandIn,
+    suspects: Suspects | None = None,
+    **settings: float,
 ) -> RequestConsumer:
     given = {"session_timeout_s": 10.0, "max_in_flight": 4, "rebalance_grace_s": 0.0, "drain_grace_s": 0.0, **settings}
     requests = RequestConsumer(
@@ -89,6 +101,7 @@ def request_consumer(
         settings=RouterSettings.model_validate(given),
         metrics=RouterMetrics(CollectorRegistry()),
         capacity=UnlimitedCapacity(),
+        suspects=suspects,
     )
     requests.set_consumer(lambda: consumer)
     return requests

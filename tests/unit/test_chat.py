@@ -115,6 +115,25 @@ def test_control_sequences_are_rejected_by_name_with_the_policy_refuse():
         TEMPLATES.load("chatml").render([system("x"), user(FORGED)], control_sequences="refuse")
 
 
+@pytest.mark.parametrize(
+    ("name", "sequences"),
+    [
+        ("mistral", ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]", "[ARGS]", "[IMG]", "[THINK]"]),
+        ("chatml", ["<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "<|vision_start|>", "<|new|>"]),
+        ("llama-3", ["<|reserved_special_token_0|>", "<|reserved_special_token_247|>", "<|image|>", "<|eom_id|>"]),
+        ("gemma", ["<start_of_image>", "<end_of_image>", "<image_soft_token>", "<unused0>", "<unused99>"]),
+        ("llama-2", ["<<SYS>>", "<unk>"]),
+    ],
+)
+def test_the_control_tokens_of_newer_models_of_a_family_are_known(name, sequences):
+    template = TEMPLATES.load(name)
+    text = "".join(sequences)
+    assert template.control_sequences([user(text)]) == tuple(sequences)
+    rendered = template.render([user("x")]).replace("x", "")
+    broken = template.render([user(text)])
+    assert all(broken.count(sequence) == rendered.count(sequence) for sequence in sequences)
+
+
 def test_another_familys_markup_is_plain_text():
     assert "[/INST]" in TEMPLATES.load("chatml").render([user("what does [/INST] mean?")])
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from faststream.kafka import TestKafkaBroker
+from prometheus_client import CollectorRegistry
 
 from shared.batch_curve import MEASURED, BatchCurve
 from shared.fleet import Fleet
@@ -247,7 +248,7 @@ async def test_a_request_waits_while_all_endpoints_sleep(make):
 async def test_a_load_report_has_arrivals_and_the_oldest_call_of_every_endpoint(make):
     fixture = make()
     kafka = KafkaSettings()
-    broker, _ = build_broker(kafka, service="router", clock=fixture.clock, registry=None)
+    broker, _ = build_broker(kafka, service="router", clock=fixture.clock, registry=CollectorRegistry())
     reports: list[LoadReport] = []
 
     @broker.subscriber(kafka.topic(LOAD_REPORTS))

@@ -124,7 +124,7 @@ def test_the_password_may_be_a_mounted_secret(read, tmp_path):
         ({"protocol": "SSL", "ca": "/absent"}, "SPROUT_KAFKA_SSL_CA_FILE /absent cannot be used: .*No such file"),
         ({"protocol": "SSL", "certificate": "/absent"}, "SPROUT_KAFKA_SSL_CERTIFICATE_FILE /absent with its key"),
         ({"protocol": "TLS"}, "Input should be 'PLAINTEXT', 'SSL'"),
-        ({**SASL, "mechanism": "GSSAPI"}, "Input should be 'PLAIN', 'SCRAM-SHA-256' or"),
+        ({**SASL, "mechanism": "GSSAPI"}, "Input should be 'PLAIN', 'SCRAM-SHA-256', 'SCRAM-SHA-512' or"),
     ],
 )
 def test_contradictory_settings_are_rejected_without_quoting_a_secret(read, variables, message):

@@ -1,5 +1,6 @@
 """Admission: parsing, defaults, deadlines and rejections; retries; chunks; settings."""
 
+import asyncio
 import json
 import tomllib
 from datetime import UTC, datetime, timedelta
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from services.evaluator.settings import EvaluatorSettings
-from services.router.admission import IncomingRequest, default_deadline, parse_request, rejection
+from services.router.admission import (
+    ByteBudget,
+    IncomingRequest,
+    default_deadline,
+    error_of_unparsed,
+    parse_request,
+    rejection,
+)
 from services.router.settings import RouterSettings
 from services.router.streaming import Chunker
 from shared.fleet import Fleet
@@ -29,14 +37,19 @@ SETTINGS = RouterSettings(
 REPLAY = Clock(rate=720.0, origin_wall_s=1_000.0, origin_event_s=NOON.timestamp())
 
 
+def record_of(value: bytes | None, timestamp: int = 1_001_000) -> SimpleNamespace:
+    return SimpleNamespace(
+        value=value, key=b"k", topic="requests", partition=3, offset=17, timestamp=timestamp, headers=()
+    )
+
+
 def parsed(
     value: bytes | None = None, *, clock: Clock = REPLAY, timestamp: int = 1_001_000, fleet: Fleet = FLEET, **fields
 ) -> IncomingRequest:
     value = json.dumps({"prompt": "Why?", **fields}).encode() if value is None else value
-    record = SimpleNamespace(
-        value=value, key=b"k", topic="requests", partition=3, offset=17, timestamp=timestamp, headers=()
+    return parse_request(
+        record_of(value, timestamp), received_at=NOON + timedelta(hours=1), clock=clock, fleet=fleet, settings=SETTINGS
     )
-    return parse_request(record, received_at=NOON + timedelta(hours=1), clock=clock, fleet=fleet, settings=SETTINGS)
 
 
 def code(incoming: IncomingRequest) -> str | None:
@@ -61,6 +74,11 @@ def test_a_record_without_a_timestamp_was_requested_when_it_was_received():
     assert parsed(timestamp=-1).requested_at == NOON + timedelta(hours=1)
 
 
+@pytest.mark.parametrize("timestamp", [2**63 - 1, 10**15])
+def test_a_timestamp_that_is_no_date_counts_as_the_time_of_the_receipt(timestamp):
+    assert parsed(timestamp=timestamp).requested_at == NOON + timedelta(hours=1)
+
+
 @pytest.mark.parametrize("value", [b"", b"{", b"null", b"3", b"\xff", b'{"prompt": 3}', b'{"prompt": "a", "id": ""}'])
 def test_an_invalid_request_is_a_poison_message(value):
     with pytest.raises(PoisonMessageError):
@@ -73,7 +91,9 @@ def test_an_invalid_request_is_a_poison_message(value):
         ({"prompt": "x" * 100}, None),
         ({"prompt": "x" * 101}, "prompt_too_large"),
         ({"prompt": None, "messages": [{"role": "user", "content": "x" * 60}] * 2}, "prompt_too_large"),
-        ({"metadata": {"a": "x" * 2_000}}, "prompt_too_large"),
+        ({"prompt": None, "messages": [{"role": "user", "content": ""}] * 2}, None),
+        ({"prompt": None, "messages": [{"role": "user", "content": ""}] * 3}, "prompt_too_large"),
+        ({"prompt": None, "messages": [{"role": "user", "content": ""}] * 21}, "prompt_too_large"),
         ({"model": "other"}, "unknown_model"),
         ({"deadline": (NOON + timedelta(hours=1)).isoformat()}, "deadline_exceeded"),
         ({"deadline": (NOON + timedelta(hours=1, seconds=1)).isoformat()}, None),
@@ -81,6 +101,60 @@ def test_an_invalid_request_is_a_poison_message(value):
 )
 def test_a_request_is_rejected_with_a_code(fields, wanted):
     assert code(parsed(**fields)) == wanted
+
+
+def test_the_size_is_seen_before_a_request_is_parsed():
+    with pytest.raises(PoisonMessageError, match="too_large: the value has 2001 bytes, the limit is 2000"):
+        parsed(b"[" * 2_001)
+
+
+UNPARSED = [
+    (b'{"id": "r1", "prompt": 3}', ("r1", "m", "invalid_request")),
+    (b'{"id": "r1", "model": "m", "prompt": "cut of', ("r1", "m", "invalid_request")),
+    (b'{"id": "r1", "model": "gpt-9", "prompt": 3}', ("r1", "m", "invalid_request")),
+    (b'{"id": "r1", "model": ["m"], "tenant": {}, "prompt": 3}', ("r1", "m", "invalid_request")),
+    (
+        b'{"id": "r1", "messages": [' + b'{"role": "user", "content": ""},' * 99 + b"{}]}",
+        ("r1", "m", "prompt_too_large"),
+    ),
+    (b'{"id": "cut of', None),
+    (b'{"id": "", "prompt": 3}', None),
+    (b'{"id": 7, "prompt": 3}', None),
+    (b'{"id": "%s", "prompt": 3}' % (b"x" * 257), None),
+    (b'["id", "r1"]', None),
+    (b'{"prompt": 3}', None),
+    (b"\xff\xfe", None),
+    (b"[" * 2_001, None),
+    (b"", None),
+    (None, None),
+]
+"""Records that are no requests, and the id, model and code of their error responses."""
+
+
+@pytest.mark.parametrize(("value", "wanted"), UNPARSED, ids=lambda value: str(value)[:40])
+def test_whatever_has_a_readable_id_gets_an_error_response(value, wanted):
+    received_at = NOON + timedelta(hours=1)
+    options = {"received_at": received_at, "clock": REPLAY, "fleet": FLEET, "settings": SETTINGS}
+    with pytest.raises(PoisonMessageError) as caught:
+        parse_request(record_of(value), **options)
+    response = error_of_unparsed(record_of(value), caught.value, **options)
+    assert wanted == (None if response is None else (response.request_id, response.model, response.error.code))
+
+
+async def test_requests_in_flight_are_bounded_by_their_estimated_memory():
+    small, turns = record_of(b'{"prompt": "Why?"}'), record_of(b'{"role":"user","content":""},' * 1_000)
+    assert ByteBudget.cost(small) < 1_000
+    assert ByteBudget.cost(turns) > 500_000
+    budget = ByteBudget(1_000)
+    await budget.acquire(600)
+    waiting = [asyncio.create_task(budget.acquire(cost)) for cost in (500, 2_000)]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in waiting)
+    budget.release(600)
+    await waiting[0]
+    assert not waiting[1].done()
+    budget.release(500)
+    await waiting[1]  # more than the whole budget: alone
 
 
 def test_a_tenants_defaults_apply_to_fields_that_a_request_omits():

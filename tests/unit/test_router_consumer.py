@@ -1,6 +1,8 @@
 """What the request consumer does with its Kafka consumer in rebalances, after unknown outcomes, and on shutdown."""
 
 import asyncio
+import gc
+import weakref
 from contextvars import ContextVar
 
 import pytest
@@ -10,7 +12,7 @@ from aiokafka.structs import OffsetAndMetadata
 from faststream.kafka import KafkaBroker, TestKafkaBroker
 
 from services.router.app import subscribe_requests
-from services.router.consumer import RequestConsumer
+from services.router.consumer import RequestConsumer, Suspects
 from services.router.offsets import Commit
 from services.router.recovery import to_kafka
 from services.router.settings import RouterSettings
@@ -278,17 +280,29 @@ async def test_requests_wait_while_paused(requests, handled):
 
 async def test_a_running_request_does_not_keep_its_callers_context_in_memory(progress, consumer):
     """FastStream's context has the whole batch of a record."""
-    batch: ContextVar[str] = ContextVar("batch", default="")
-    seen: list[str] = []
+
+    class Batch:
+        """Can be referenced weakly."""
+
+    batch: ContextVar[Batch | None] = ContextVar("batch", default=None)
+    seen: list[Batch | None] = []
+    go = asyncio.Event()
 
     async def handle(record, fence):
         seen.append(batch.get())
+        await go.wait()
 
     requests = request_consumer(handle, progress, consumer)
     await assigned(requests, KNOWN)
-    batch.set("the whole batch")
+    batch.set(Batch())
+    kept = weakref.ref(batch.get())
     await receive(requests, record(KNOWN, 0))
-    await until(lambda: seen == [""])
+    await run_ready()
+    assert seen == [None]
+    batch.set(None)
+    gc.collect()
+    assert kept() is None
+    go.set()
 
 
 async def test_a_request_waits_for_a_free_place(requests, handled):
@@ -380,3 +394,27 @@ async def test_a_message_that_kafka_rejects_is_no_unknown_outcome(answering, con
     await receive(answering, record(KNOWN, 0))
     await until(lambda: answering.in_flight == 0)
     assert consumer.paused == set()
+
+
+class SuspectsStandIn(Suspects):
+    """Offsets 2 and 3 of partition 0 would end the process."""
+
+    async def after(self, partition, offset):
+        return [range(2, 4)] if partition == KNOWN and offset < 4 else []
+
+    async def read(self, partition, offsets):
+        return [record(partition, offset) for offset in offsets]
+
+
+async def test_records_that_would_end_the_process_are_set_aside_and_those_before_them_are_handled(
+    progress, consumer, handled
+):
+    requests = request_consumer(handled, progress, consumer, suspects=SuspectsStandIn())
+    await assigned(requests, KNOWN, NEW)
+    await until(lambda: consumer.position == {KNOWN: 4, NEW: 0})
+    await until(lambda: len(handled.offsets) == 3)
+    assert handled.offsets == [(0, 0), (0, 1), (0, 2)]
+    await until(lambda: consumer.paused == set())
+    await receive(requests, record(KNOWN, 4))
+    await until(lambda: len(handled.offsets) == 4)
+    assert requests.finished(KNOWN) == 5

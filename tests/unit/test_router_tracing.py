@@ -36,7 +36,6 @@ INCOMING = IncomingRequest(
     requested_at=NOON,
     received_at=NOON,
     deadline=NOON,
-    size_bytes=10,
 )
 GENERATION = Generation(
     text=SECRET, finish_reason="length", completion_tokens=32, prompt_tokens=9, token_count_source="server",

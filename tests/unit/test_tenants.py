@@ -60,3 +60,9 @@ def test_a_tenant_without_defaults_and_an_unknown_one_change_nothing():
     assert with_defaults(asked, None) is asked
     assert with_defaults(asked, Tenant(name="desk")) is asked
     assert with_defaults(asked, Tenant(name="desk", directive="optimize")).directive is None
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t", "\u200b", "\ufeff \u2060", "\x00"])
+def test_a_blank_system_message_does_not_drop_the_tenants(blank):
+    said = request(prompt=None, messages=[{"role": "system", "content": blank}, {"role": "user", "content": "Why?"}])
+    assert turns(with_defaults(said, DESK)) == [("system", "Be kind."), ("user", "Why?")]

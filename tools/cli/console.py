@@ -18,6 +18,7 @@ from deploy.local.state import StackState, StateError, read_state
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.dead_letters import describe
 from shared.runtime.clock import Clock
+from shared.runtime.printable import printable
 from shared.runtime.settings import FleetSettings, KafkaSettings
 
 PLAIN_WIDTH = 140
@@ -73,7 +74,7 @@ class Target:
 
 def say(line: str) -> None:
     """Print a progress line."""
-    err.print(line, markup=False, soft_wrap=True)
+    err.print(printable(line, keep="\n"), markup=False, soft_wrap=True)
 
 
 def fail(message: str, *, remedy: str = "", code: Exit = Exit.FAILED) -> NoReturn:
@@ -83,15 +84,15 @@ def fail(message: str, *, remedy: str = "", code: Exit = Exit.FAILED) -> NoRetur
         typer.Exit: always.
     """
     err.print("error:", style="bold red", end=" ")
-    err.print(message, markup=False, soft_wrap=True)
+    err.print(printable(message, keep="\n"), markup=False, soft_wrap=True)
     if remedy:
-        err.print(remedy, markup=False, soft_wrap=True)
+        err.print(printable(remedy, keep="\n"), markup=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
-def printable(text: str) -> str:
-    """The text with control characters replaced: they could move the terminal's cursor or end the line."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+def print_text(text: str, *, end: str = "\n") -> None:
+    """Print text to standard output as it is, with its lines and tabs, but without other control characters."""
+    print(printable(text, keep="\n\t"), end=end, flush=True)
 
 
 @contextmanager

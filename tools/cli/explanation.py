@@ -14,7 +14,8 @@ from services.optimizer.problem import Cells, Problem, Rows
 from services.optimizer.program import Program, solve_program
 from shared.fleet import Fleet
 from shared.messages import Policy
-from tools.cli.console import out, printable
+from shared.runtime.printable import printable
+from tools.cli.console import out
 
 _BINDING = 1e-6
 """Shadow price, relative to the reference's grams, from which a constraint is binding."""

@@ -15,7 +15,7 @@ from shared.kafka.dead_letters import PoisonMessageError, describe, parse
 from shared.messages import Policy
 from shared.runtime.settings import FleetSettings, KafkaSettings
 from shared.topics import POLICIES
-from tools.cli.console import Bootstrap, Exit, fail, find_target, needs_extra, quiet_clients, unreachable
+from tools.cli.console import Bootstrap, Exit, fail, find_target, needs_extra, print_text, quiet_clients, unreachable
 from tools.cli.offsets import existing_partitions
 
 POLL_MS = 500
@@ -87,7 +87,7 @@ def explain(
     except ValueError as error:
         fail(f"the program cannot be rebuilt, because the policy message is inconsistent: {error}")
     if lp:
-        print(lp_text(explanation), end="")
+        print_text(lp_text(explanation), end="")
     elif as_json:
         print(json.dumps(to_json(explanation), indent=2))
     else:

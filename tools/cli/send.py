@@ -19,9 +19,20 @@ from shared.fleet import Fleet
 from shared.kafka.dead_letters import PoisonMessageError, describe, parse
 from shared.messages import Footprint, GenerationRequest, GenerationResponse, ResponseChunk
 from shared.runtime.clock import Clock
+from shared.runtime.printable import printable
 from shared.runtime.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, REQUESTS, RESPONSE_CHUNKS, RESPONSES, TopicSpec
-from tools.cli.console import Bootstrap, Exit, err, fail, find_target, out, quiet_clients, unreachable
+from tools.cli.console import (
+    Bootstrap,
+    Exit,
+    err,
+    fail,
+    find_target,
+    out,
+    print_text,
+    quiet_clients,
+    unreachable,
+)
 from tools.cli.offsets import existing_partitions
 
 POLL_MS = 100
@@ -266,20 +277,21 @@ def _too_large(request: GenerationRequest) -> NoReturn:
 
 
 def _print_chunk(text: str) -> None:
-    print(text, end="", flush=True)
+    print_text(text, end="")
 
 
 def _print_text(response: GenerationResponse, metering: Status, *, streamed: bool) -> None:
     if response.error is not None:
         return
-    print("" if streamed else response.text or "", flush=True)
+    print_text("" if streamed else response.text or "")
     metering.start()
 
 
 def _print_facts(answer: Answer, fleet: Fleet | None) -> None:
     response = answer.response
     if response.error is not None:
-        err.print(f"error: {response.error.code}: {response.error.message}", markup=False, style="red", soft_wrap=True)
+        text = printable(f"error: {response.error.code}: {response.error.message}", keep="\n")
+        err.print(text, markup=False, style="red", soft_wrap=True)
         return
     facts = []
     if response.decision is not None:
@@ -296,7 +308,7 @@ def _print_facts(answer: Answer, fleet: Fleet | None) -> None:
     if response.usage is not None:
         facts.append(f"{response.usage.completion_tokens} tokens")
     facts.append(_grams(answer.footprint))
-    out.print("\n" + " · ".join(facts), style="dim", markup=False, soft_wrap=True)
+    out.print("\n" + printable(" · ".join(facts)), style="dim", markup=False, soft_wrap=True)
 
 
 def _grams(footprint: Footprint | None) -> str:
@@ -312,4 +324,4 @@ def _print_json(answer: Answer) -> None:
         "response": answer.response.model_dump(mode="json"),
         "footprint": None if answer.footprint is None else answer.footprint.model_dump(mode="json"),
     }
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print_text(json.dumps(document, indent=2, ensure_ascii=False))

@@ -12,7 +12,7 @@ from deploy.local.grid import default_day, shipped_trace, zone_of
 from deploy.local.processes import tail
 from deploy.local.state import StateError, stop_stack
 from shared.kafka.dead_letters import describe
-from tools.cli.console import fail, local_state, out, say
+from tools.cli.console import fail, local_state, out, print_text, say
 
 POLL_S = 0.3
 
@@ -176,4 +176,4 @@ def _follow(files: dict[str, Path], ends: dict[str, int]) -> None:
 
 def _print(name: str, text: str, *, labelled: bool) -> None:
     for line in text.splitlines():
-        print(f"{name:<12} {line}" if labelled else line, flush=True)
+        print_text(f"{name:<12} {line}" if labelled else line)

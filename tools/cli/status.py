@@ -15,6 +15,7 @@ from rich.table import Table
 from deploy.local.processes import http_probe
 from deploy.local.services import SERVICE_TIER
 from deploy.local.state import ProcessRecord, StackState
+from shared.runtime.printable import printable
 from shared.runtime.settings import KafkaSettings
 from tools.cli.console import Exit, Target, out, quiet_clients, running_stack
 
@@ -182,6 +183,7 @@ def _print_endpoints(endpoints: list[dict[str, str]]) -> None:
 
 
 def _short(text: str) -> str:
+    text = printable(text)
     return escape(text if len(text) <= NOTICE_WIDTH else text[: NOTICE_WIDTH - 1] + "…")
 
 

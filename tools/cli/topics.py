@@ -1,15 +1,19 @@
-"""`sprout topics`: create, list and describe the declared topics."""
+"""`sprout topics`: create, list and describe the declared topics; the ACLs that their users need."""
 
 import asyncio
+import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from aiokafka.errors import KafkaError
 from rich.table import Column, Table
 
+from shared.access import ACCESS, acl_arguments
 from shared.kafka.admin import ProvisioningError, create_topics
+from shared.runtime.settings import KafkaSettings
 from shared.topics import TOPICS, TopicSpec
-from tools.cli.console import Bootstrap, Exit, fail, find_target, out, quiet_clients, unreachable
+from tools.cli.console import Bootstrap, Exit, fail, find_target, out, print_text, quiet_clients, unreachable
 from tools.cli.offsets import offsets_by_topic
 
 app = typer.Typer(no_args_is_help=True, help="Create, list and describe Kafka topics.")
@@ -97,6 +101,38 @@ def describe(
     for partition, (first, following) in sorted(offsets_by_partition.items()):
         partitions.add_row(str(partition), str(first), str(following))
     out.print(partitions)
+
+
+@app.command()
+def acls(
+    service: Annotated[
+        list[str] | None, typer.Argument(help=f"Only for these: {', '.join(ACCESS)}; default: all")
+    ] = None,
+    *,
+    principal: Annotated[
+        str, typer.Option(help="Kafka's name of a principal; {} stands for router, carbon-feed, ...")
+    ] = "User:sprout-{}",
+    command: Annotated[str, typer.Option(help="Kafka's tool")] = "kafka-acls.sh",
+    command_config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Properties with which the tool logs in")
+    ] = None,
+    bootstrap: Bootstrap = None,
+) -> None:
+    """Print the commands that give every service, clients and operators the least access that they need.
+
+    Nothing is sent to Kafka. Topics and consumer groups have the prefixes of SPROUT_KAFKA_*.
+    """
+    names = service or list(ACCESS)
+    for name in names:
+        if name.replace("-", "_") not in ACCESS:
+            fail(f"no principal {name!r}", remedy=f"there are: {', '.join(ACCESS)}")
+    kafka = KafkaSettings(bootstrap_servers=bootstrap) if bootstrap else KafkaSettings()
+    start = [command, "--bootstrap-server", kafka.bootstrap_servers]
+    if command_config is not None:
+        start += ["--command-config", str(command_config)]
+    principals = {name.replace("-", "_"): principal.replace("{}", name.replace("_", "-")) for name in names}
+    for arguments in acl_arguments(kafka, principals):
+        print_text(shlex.join([*start, "--add", *arguments]))
 
 
 def _retention(spec: TopicSpec) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shared.runtime.printable import printable
 from tools.reporting.format import (
     decimal,
     energy,
@@ -42,10 +43,10 @@ class TextTable:
 
 def render_tables(report: Report, console: Console, *, hours: bool = True) -> None:
     """Print the summary, and the tables of zones, hours, prompt groups and evaluations."""
-    console.print(Text(headline(report), style="bold"))
+    console.print(Text(printable(headline(report)), style="bold"))
     summary = Table.grid(padding=(0, 2))
     for label, text in summary_lines(report):
-        summary.add_row(Text(label, style="dim"), Text(text, style=HIGHLIGHTS.get(label, "")))
+        summary.add_row(Text(label, style="dim"), Text(printable(text), style=HIGHLIGHTS.get(label, "")))
     console.print(summary)
     for table in tables(report, hours=hours):
         console.print()
@@ -58,7 +59,7 @@ def rich_table(table: TextTable) -> Table:
     for number, name in enumerate(table.columns):
         shown.add_column(name, justify="left" if number < table.labels else "right", no_wrap=number == 0)
     for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
+        shown.add_row(*(Text(printable(cell)) for cell in row))
     return shown
 
 

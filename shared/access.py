@@ -1,0 +1,110 @@
+"""Who may do what in Kafka: the least that every service, the clients and an operator need, declared once.
+
+`sprout topics acls` prints it as commands, `docs/security.md` as a table.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from shared.runtime.settings import KafkaSettings
+from shared.topics import (
+    CAPACITY,
+    CARBON_INTENSITY,
+    DEAD_LETTERS,
+    FOOTPRINTS,
+    LOAD_REPORTS,
+    POLICIES,
+    POWER_CURVES,
+    PROMPT_GROUPS,
+    QUALITY,
+    REQUESTS,
+    RESPONSE_CHUNKS,
+    RESPONSES,
+    SAMPLES,
+    TOPICS,
+    USAGE,
+    TopicSpec,
+)
+
+REDRIVE_ID: Final = "dead-letters.redrive"
+"""Transactional id of `sprout dead-letters redrive`, without the prefix of consumer groups."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """What a principal may do.
+
+    Attributes:
+        reads: topics that its AsyncAPI document says it receives.
+        rereads: further topics that it reads, without a consumer group.
+        writes: topics that it sends to.
+        groups: consumer groups, without the prefix.
+        transactions: transactional ids, without the prefix.
+        creates: whether it creates topics.
+    """
+
+    reads: tuple[TopicSpec, ...] = ()
+    rereads: tuple[TopicSpec, ...] = ()
+    writes: tuple[TopicSpec, ...] = ()
+    groups: tuple[str, ...] = ()
+    transactions: tuple[str, ...] = ()
+    creates: bool = False
+
+
+_LEDGER_STORES: Final = (RESPONSES, USAGE, CARBON_INTENSITY, QUALITY, PROMPT_GROUPS, POLICIES)
+
+ACCESS: Final[dict[str, Access]] = {
+    "carbon_feed": Access(writes=(CARBON_INTENSITY,)),
+    "router": Access(
+        reads=(REQUESTS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES, CAPACITY),
+        rereads=(RESPONSES, DEAD_LETTERS),  # after a takeover: which requests are answered?
+        writes=(RESPONSES, RESPONSE_CHUNKS, SAMPLES, LOAD_REPORTS, DEAD_LETTERS),
+        groups=("router",),
+    ),
+    "optimizer": Access(
+        reads=(CARBON_INTENSITY, FOOTPRINTS, QUALITY, PROMPT_GROUPS, POWER_CURVES, LOAD_REPORTS),
+        writes=(POLICIES, CAPACITY, DEAD_LETTERS),
+        groups=("optimizer",),
+    ),
+    "evaluator": Access(
+        reads=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, POWER_CURVES, CAPACITY),
+        writes=(USAGE, QUALITY, PROMPT_GROUPS, LOAD_REPORTS, DEAD_LETTERS),
+        groups=("evaluator",),
+    ),
+    "ledger": Access(
+        reads=(*_LEDGER_STORES, LOAD_REPORTS, CAPACITY),
+        writes=(FOOTPRINTS, POWER_CURVES, DEAD_LETTERS),
+        groups=tuple(f"ledger.{spec.name}" for spec in _LEDGER_STORES),
+    ),
+    "sleeper": Access(rereads=(CAPACITY, LOAD_REPORTS)),
+    "client": Access(rereads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS,)),
+    "operator": Access(
+        rereads=TOPICS, writes=(REQUESTS, DEAD_LETTERS), groups=("router",), transactions=(REDRIVE_ID,), creates=True
+    ),
+}
+"""By principal. An application that sends requests is a `client`; a person with the `sprout` command an `operator`.
+
+The `sleeper` is the one of the local stack, or an autoscaler that takes its place.
+"""
+
+
+def acl_arguments(kafka: KafkaSettings, principals: dict[str, str]) -> Iterator[tuple[str, ...]]:
+    """The arguments of `kafka-acls --add`, one tuple for every command.
+
+    Args:
+        principals: Kafka's principal, such as `User:sprout-router`, by name in `ACCESS`.
+    """
+    for name, principal in principals.items():
+        access = ACCESS[name]
+        allow = ("--allow-principal", principal)
+        reads = (*access.reads, *access.rereads)
+        yield from ((*allow, "--operation", "Read", "--topic", kafka.topic(spec)) for spec in reads)
+        yield from ((*allow, "--operation", "Write", "--topic", kafka.topic(spec)) for spec in access.writes)
+        yield from ((*allow, "--operation", "Read", "--group", kafka.group(group)) for group in access.groups)
+        for transaction in access.transactions:
+            identifier = ("--transactional-id", kafka.group(transaction))
+            yield (*allow, "--operation", "Write", "--operation", "Describe", *identifier)
+        if access.creates:
+            prefix = ("--topic", kafka.topic_prefix, "--resource-pattern-type", "prefixed")
+            yield (*allow, "--operation", "Create", "--operation", "Describe", *prefix)
