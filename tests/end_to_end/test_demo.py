@@ -15,12 +15,12 @@ pytestmark = pytest.mark.end_to_end
 
 
 def test_a_short_demo_passes_its_checks_and_stops_every_process(tmp_path: Path, kafka_server):
-    """Six hours and 600 requests; the fixture `kafka_server` skips the test if Kafka cannot be installed."""
+    """Six hours and 3,000 requests; the fixture `kafka_server` skips the test if Kafka cannot be installed."""
     state = tmp_path / "state"
     html, figures_file = tmp_path / "report.html", tmp_path / "report.json"
     done = subprocess.run(
         [
-            sys.executable, "-m", "tools.cli.main", "demo", "--hours", "6", "--requests", "600",
+            sys.executable, "-m", "tools.cli.main", "demo", "--hours", "6", "--requests", "3000",
             "--start", "2024-02-08T03:00", "--html", str(html), "--json", str(figures_file),
         ],
         cwd=REPOSITORY,
@@ -32,7 +32,7 @@ def test_a_short_demo_passes_its_checks_and_stops_every_process(tmp_path: Path, 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(figures_file.read_text())
-    assert figures["requests_sent"] == figures["requests_answered"] == 600
+    assert figures["requests_sent"] == figures["requests_answered"] == 3_000
     assert figures["duplicates"] == figures["dead_letters"] == 0
     assert figures["evaluations"] >= 1
     assert figures["policies_published"] >= 2
