@@ -106,7 +106,8 @@ class EndpointTables:
 READINGS = [Reading(s, {"g": 100.0 * s + 7 * (s // 3)}) for s in range(0, 101, 5)]
 calls_drawn = st.lists(
     st.tuples(st.floats(-10, 110), st.floats(0, 40), st.integers(0, 50)).map(
-        lambda drawn: (drawn[0], drawn[0] + drawn[1], drawn[2])
+        # Times are stored with microseconds.
+        lambda drawn: (round(drawn[0], 6), round(drawn[0] + drawn[1], 6), drawn[2])
     ),
     max_size=8,
 )
