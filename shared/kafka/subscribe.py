@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from aiokafka.errors import KafkaError
 from faststream.kafka import KafkaBroker
@@ -67,17 +67,7 @@ def subscribe_compacted(
     It belongs to no consumer group: every process reads every message. The handler receives a list of messages. What it
     failed to process is read again at the next start.
     """
-    subscriber = _subscribe(
-        broker,
-        kafka,
-        spec,
-        decoder=batch_decoder(spec, dead_letters),
-        batch=True,
-        batch_timeout_ms=POLL_MS,
-        auto_offset_reset="earliest",
-        ack_policy=AckPolicy.ACK_FIRST,
-    )
-    return BatchSubscriber(subscriber, dead_letters)
+    return _subscribe_ungrouped(broker, kafka, dead_letters, spec, auto_offset_reset="earliest")
 
 
 def subscribe_newest(
@@ -87,6 +77,17 @@ def subscribe_newest(
 
     It belongs to no consumer group: every process reads every message. The handler receives a list of messages.
     """
+    return _subscribe_ungrouped(broker, kafka, dead_letters, spec, auto_offset_reset="latest")
+
+
+def _subscribe_ungrouped(
+    broker: KafkaBroker,
+    kafka: KafkaSettings,
+    dead_letters: DeadLetterPublisher,
+    spec: TopicSpec,
+    *,
+    auto_offset_reset: Literal["earliest", "latest"],
+) -> Subscriber:
     subscriber = _subscribe(
         broker,
         kafka,
@@ -94,7 +95,7 @@ def subscribe_newest(
         decoder=batch_decoder(spec, dead_letters),
         batch=True,
         batch_timeout_ms=POLL_MS,
-        auto_offset_reset="latest",
+        auto_offset_reset=auto_offset_reset,
         ack_policy=AckPolicy.ACK_FIRST,
     )
     return BatchSubscriber(subscriber, dead_letters)
