@@ -22,6 +22,12 @@ UtcDatetime = Annotated[AwareDatetime, AfterValidator(_as_utc)]
 Identifier = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 """A name or id: not empty, at most 256 characters."""
 
+RECORD = (
+    "The request's record, as topic (without prefix)/partition/offset/timestamp in ms: unlike the id, no producer "
+    "chooses it; null from earlier routers"
+)
+"""Description of the field `record`, which identifies a request in several messages."""
+
 Zone = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 """A grid zone, named as Electricity Maps does: `US-CAL-CISO`."""
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from shared.messages.base import Identifier, Level, Message, Probability, UtcDatetime, Value, Zone
+from shared.messages.base import RECORD, Identifier, Level, Message, Probability, UtcDatetime, Value, Zone
 
 
 class IntensityPoint(Value):
@@ -43,6 +43,7 @@ class Footprint(Message):
     """
 
     request_id: Identifier = Field(description="The request's id, or the usage record's")
+    record: Identifier | None = Field(default=None, description=RECORD)
     purpose: Literal["request", "evaluation", "judge"]
     evaluation_id: str | None = None
     model: Identifier

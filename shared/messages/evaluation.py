@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from shared.messages.base import Identifier, Level, Message, UtcDatetime, Value, Zone
+from shared.messages.base import RECORD, Identifier, Level, Message, UtcDatetime, Value, Zone
 from shared.messages.generation import ChatMessage, SamplingParameters
 
 
@@ -12,9 +12,11 @@ class Sample(Message):
     """A prompt kept for evaluation."""
 
     request_id: Identifier
+    record: Identifier | None = Field(default=None, description=RECORD)
     model: Identifier
     group: Identifier
     task: str | None = None
+    tenant: str | None = None
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
     sampling: SamplingParameters = Field(default_factory=SamplingParameters)
     sampled_at: UtcDatetime

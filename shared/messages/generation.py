@@ -4,7 +4,17 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.messages.base import Identifier, Level, Message, Probability, RequestedDirective, UtcDatetime, Value, Zone
+from shared.messages.base import (
+    RECORD,
+    Identifier,
+    Level,
+    Message,
+    Probability,
+    RequestedDirective,
+    UtcDatetime,
+    Value,
+    Zone,
+)
 
 TokenCountSource = Literal["server", "stream", "tokenizer"]
 DecisionSource = Literal["policy", "forced", "fallback", "switchback"]
@@ -134,6 +144,7 @@ class GenerationResponse(Message):
     """The answer to one request, or the error in its place."""
 
     request_id: Identifier
+    record: Identifier | None = Field(default=None, description=RECORD)
     model: str = Field(description="Logical model requested")
     status: Literal["ok", "error"]
     text: str | None = Field(default=None, description="The answer; null on error")
