@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -32,7 +32,7 @@ MEBIBYTE: Final = 1024 * 1024
 
 
 SOURCE_HEADER: Final = "sprout-request"
-"""Header of the router's answers and dead letters: the record of `requests` that they are for."""
+"""Header of the router's answers and dead letters: the record of `requests`, or of another lane, that they are for."""
 
 REDRIVEN_HEADER: Final = "sprout-redriven"
 """Header of a message that `sprout dead-letters redrive` has sent: position of its dead letter, partition:offset."""
@@ -57,8 +57,9 @@ PUBLISHED_HEADERS: Final = {
 }
 SOURCE_HEADERS: Final = {
     SOURCE_HEADER: HeaderSpec(
-        "From the router: record of the topic `requests` that this is for, partition:offset:timestamp",
-        pattern="^[0-9]+:[0-9]+:-?[0-9]+$",
+        "From the router: record of the topic `requests` that this is for, partition:offset:timestamp; of another lane "
+        "with its topic first",
+        pattern="^([a-z0-9._-]+:)?[0-9]+:[0-9]+:-?[0-9]+$",
     )
 }
 
@@ -256,6 +257,12 @@ TOPICS: Final = (
     CAPACITY,
     DEAD_LETTERS,
 )
+
+
+def requests_topic(name: str) -> TopicSpec:
+    """The topic of a lane, which is like `requests`; see `shared.lanes`."""
+    return REQUESTS if name == REQUESTS.name else replace(REQUESTS, name=name)
+
 
 REPLIES: Final = {REQUESTS.name: RESPONSES}
 """Topic of the answers, by topic of the requests."""

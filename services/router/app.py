@@ -21,6 +21,7 @@ from services.router.metrics import Backlog, RouterMetrics
 from services.router.policy import PolicyCache
 from services.router.publisher import RouterPublisher
 from services.router.recovery import KafkaGroupProgress
+from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
 from services.router.tracing import TRACER_NAME, Tracing
 from shared.fleet import Fleet, FleetError, load_fleet
@@ -46,7 +47,6 @@ from shared.topics import (
     POLICIES,
     POWER_CURVES,
     PROMPT_GROUPS,
-    REQUESTS,
     RESPONSE_CHUNKS,
     RESPONSES,
     SAMPLES,
@@ -124,16 +124,20 @@ class Router:
             metrics=metrics,
             tracing=tracing,
         )
+        classes = RequestClasses(fleet=fleet, kafka=kafka, settings=settings)
         self.requests = RequestConsumer(
             handler.handle,
             KafkaGroupProgress(kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS))),
             settings=settings,
             metrics=metrics,
             capacity=self.pools,
-            suspects=KafkaSuspects(kafka, kafka.topic(REQUESTS), kafka.group(NAME)) if inspect else None,
+            classes=classes,
+            suspects=KafkaSuspects(kafka, kafka.group(NAME)) if inspect else None,
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
-        self._backlog = Backlog(lambda: subscriber.consumer, finished=self.requests.finished, metrics=metrics)
+        self._backlog = Backlog(
+            lambda: subscriber.consumer, finished=self.requests.finished, lanes=classes.lanes, metrics=metrics
+        )
         self._state_subscribers = (
             *subscribe_state(broker, dead_letters, self.policies, kafka=kafka),
             *subscribe_capacity(broker, dead_letters, self.pools, kafka=kafka),
@@ -179,7 +183,7 @@ class Router:
 def subscribe_requests(
     broker: KafkaBroker, requests: RequestConsumer, *, kafka: KafkaSettings, settings: RouterSettings
 ) -> Subscriber:
-    """Subscribe to the topic `requests`; records go to the consumer as they are, in batches.
+    """Subscribe to the topics of all lanes; records go to the consumer as they are, in batches.
 
     FastStream spends 30 to 80 us on a message, a tenth of what the router needs for a request: under load a batch of
     many records is one message.
@@ -196,7 +200,7 @@ def subscribe_requests(
     subscriber = subscribe_records(
         broker,
         kafka,
-        REQUESTS,
+        *settings.lane_topics,
         group=NAME,
         max_records=settings.fetch_max_records,
         poll_ms=POLL_MS,
@@ -272,6 +276,7 @@ def build_app(
     broker, dead_letters = build_broker(
         kafka, service=NAME, clock=clock, registry=registry, message_metrics=False, linger_ms=settings.linger_ms
     )
+    dead_letters.client_topics.update(map(kafka.topic, settings.lane_topics))
     router = Router(
         broker,
         dead_letters,
@@ -290,7 +295,7 @@ def build_app(
         description=DESCRIPTION,
         kafka=kafka,
         topics=(
-            REQUESTS,
+            *settings.lane_topics,
             RESPONSES,
             RESPONSE_CHUNKS,
             SAMPLES,

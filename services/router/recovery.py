@@ -15,9 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from services.router.offsets import Commit, RecoveredOffsets
 from shared.runtime.settings import KafkaSettings
-
-SOURCE_HEADER: Final = "sprout-request"
-"""Header of a response or dead letter: the record it belongs to, in the format of `Source`."""
+from shared.topics import REQUESTS, SOURCE_HEADER
 
 CLOCK_MARGIN_MS: Final = 10_000
 """Tolerated step back of a machine's clock between a commit and a response."""
@@ -28,28 +26,37 @@ _METADATA_PREFIX: Final = "since-ms="
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A record of the topic `requests`; the timestamp distinguishes it from one with its offset in an earlier log."""
+    """A record of a lane; the timestamp distinguishes it from one with its offset in an earlier log.
 
+    As a header: `partition:offset:timestamp`, for other lanes than `requests` with the topic first.
+
+    Attributes:
+        lane: topic without prefix.
+    """
+
+    lane: str
     partition: int
     offset: int
     timestamp_ms: int
 
     @classmethod
-    def of(cls, record: Any) -> Self:  # noqa: ANN401 - aiokafka has no types
-        """The source of a record."""
-        return cls(record.partition, record.offset, record.timestamp)
+    def of(cls, record: Any, lane: str) -> Self:  # noqa: ANN401 - aiokafka has no types
+        """The source of a record of a lane."""
+        return cls(lane, record.partition, record.offset, record.timestamp)
 
     @classmethod
     def parse(cls, header: bytes) -> Self | None:
         """Parse a header; None if it is not in this format."""
         try:
-            partition, offset, timestamp_ms = map(int, header.decode("ascii").split(":"))
+            *lane, partition, offset, timestamp_ms = header.decode("ascii").split(":")
+            found = cls(lane[0] if lane else REQUESTS.name, int(partition), int(offset), int(timestamp_ms))
         except ValueError:
             return None
-        return cls(partition, offset, timestamp_ms)
+        return found if len(lane) < 2 else None
 
     def __str__(self) -> str:
-        return f"{self.partition}:{self.offset}:{self.timestamp_ms}"
+        position = f"{self.partition}:{self.offset}:{self.timestamp_ms}"
+        return position if self.lane == REQUESTS.name else f"{self.lane}:{position}"
 
 
 def to_kafka(commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
@@ -69,20 +76,22 @@ def from_kafka(stored: OffsetAndMetadata) -> Commit | None:
 
 
 def collect_answered(
-    records: Collection["ConsumerRecord[bytes, bytes]"], commits: Mapping[int, Commit], found: dict[int, dict[int, int]]
+    records: Collection["ConsumerRecord[bytes, bytes]"],
+    commits: Mapping[tuple[str, int], Commit],
+    found: dict[tuple[str, int], dict[int, int]],
 ) -> None:
     """Collect the sources of responses and dead letters, if they are at or beyond the committed offset.
 
     Args:
-        commits: by partition number of the topic `requests`.
-        found: output: timestamps of answered records, by partition number and offset.
+        commits: by lane and partition number.
+        found: output: timestamps of answered records, by lane and partition number, and offset.
     """
     for record in records:
         for name, value in record.headers:
             source = Source.parse(value) if name == SOURCE_HEADER and value is not None else None
-            commit = commits.get(source.partition) if source is not None else None
+            commit = commits.get((source.lane, source.partition)) if source is not None else None
             if source is not None and commit is not None and source.offset >= commit.offset:
-                found.setdefault(source.partition, {})[source.offset] = source.timestamp_ms
+                found.setdefault((source.lane, source.partition), {})[source.offset] = source.timestamp_ms
 
 
 class GroupProgress(Protocol):
@@ -149,9 +158,9 @@ class KafkaGroupProgress:
         Raises:
             KafkaError: the output topics could not be read.
         """
-        by_number = {partition.partition: commit for partition, commit in commits.items()}
+        by_lane = {self._lane(partition): commit for partition, commit in commits.items()}
         since_ms = max(0, min(commit.since_ms for commit in commits.values()) - CLOCK_MARGIN_MS)
-        found: dict[int, dict[int, int]] = {}
+        found: dict[tuple[str, int], dict[int, int]] = {}
         consumer = AIOKafkaConsumer(
             *self.topics,
             **self.kafka.client_options(),
@@ -162,13 +171,16 @@ class KafkaGroupProgress:
         try:
             await consumer.start()
             async for records in _records_since(consumer, since_ms):
-                collect_answered(records, by_number, found)
+                collect_answered(records, by_lane, found)
         finally:
             await consumer.stop()
         return {
-            partition: RecoveredOffsets(commit, found.get(partition.partition, {}))
+            partition: RecoveredOffsets(commit, found.get(self._lane(partition), {}))
             for partition, commit in commits.items()
         }
+
+    def _lane(self, partition: TopicPartition) -> tuple[str, int]:
+        return partition.topic.removeprefix(self.kafka.topic_prefix), partition.partition
 
 
 async def _records_since(
