@@ -65,3 +65,12 @@ class LaneSettings(LaneFields, BaseSettings):
     def further_topics(self) -> tuple[TopicSpec, ...]:
         """The topics of lanes that `shared.topics.TOPICS` does not declare."""
         return tuple(spec for spec in self.lane_topics if spec is not REQUESTS)
+
+
+def all_topics() -> tuple[TopicSpec, ...]:
+    """Every topic: the declared ones and those of the lanes in `SPROUT_ROUTER_LANES`.
+
+    Raises:
+        ValidationError: the variable is invalid.
+    """
+    return (*TOPICS, *LaneSettings().further_topics)

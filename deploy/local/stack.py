@@ -27,6 +27,7 @@ from deploy.local.state import StackState, StateError, refuse_second_stack, remo
 from deploy.local.triton import ModelServerError
 from shared.fleet import FleetError
 from shared.kafka.admin import ProvisioningError, create_topics
+from shared.lanes import all_topics
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 
@@ -231,7 +232,8 @@ class LocalStack:
         kafka = self._launch(spec)
         self._launch(postgres).wait_ready()
         kafka.wait_ready()
-        asyncio.run(create_topics(KafkaSettings(bootstrap_servers=bootstrap_servers, topic_prefix=TOPIC_PREFIX)))
+        settings = KafkaSettings(bootstrap_servers=bootstrap_servers, topic_prefix=TOPIC_PREFIX)
+        asyncio.run(create_topics(settings, specs=all_topics()))
         asyncio.run(create_database(url))
         self._save(bootstrap_servers=bootstrap_servers, database_url=url)
 
