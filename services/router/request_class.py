@@ -39,8 +39,8 @@ class RequestClasses:
     def queue(self) -> FairQueue:
         """An empty queue for these classes."""
         settings, places = self._settings, self._settings.max_in_flight
-        by_tenant = ceil(settings.max_tenant_share * places)
-        by_model = ceil(settings.max_model_share * places) if len(self._models) > 1 else places
+        by_tenant = max(1, int(settings.max_tenant_share * places))
+        by_model = max(1, int(settings.max_model_share * places)) if len(self._models) > 1 else places
         limits = QueueLimits(
             places=places,
             run_bytes=settings.max_in_flight_bytes,
