@@ -188,8 +188,7 @@ class GroupStore:
         """The newest judged prompts, oldest first."""
         with self._status.watch():
             rows = await self._pool.fetch(
-                "SELECT * FROM judged WHERE model = $1 AND features = $2 "
-                "ORDER BY evaluated_at DESC, id LIMIT $3",
+                "SELECT * FROM judged WHERE model = $1 AND features = $2 ORDER BY evaluated_at DESC, id LIMIT $3",
                 model,
                 FEATURES,
                 limit,

@@ -187,11 +187,7 @@ class RequestHandler:
             # Before the response: a client that reads the stream does not wait for the whole response.
             await chunks.end(fence, finish_reason=response.finish_reason, error=response.error)
         decision = response.decision
-        if (
-            response.status == "ok"
-            and decision is not None
-            and should_sample(incoming, decision, self.settings)
-        ):
+        if response.status == "ok" and decision is not None and should_sample(incoming, decision, self.settings):
             published, _ = await asyncio.gather(
                 self.publisher.publish_response(response, fence),
                 self.publisher.publish_sample(sample_of(incoming, clock=self.clock)),
