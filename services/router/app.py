@@ -154,6 +154,8 @@ class Router:
     @asynccontextmanager
     async def running(self, health: Health) -> AsyncIterator[None]:
         """Background tasks beside the subscribers."""
+        if not self.settings.draw_key_bytes:
+            _log.warning("draws have no key, so clients can steer them: set SPROUT_ROUTER_DRAW_KEY_FILE on all routers")
         self.requests.pause()
         health.spawn("load policies", self._load_policies())
         health.spawn("watch endpoints", self.pools.watch())

@@ -8,14 +8,15 @@ partition reads the output topics from that time to their end, so it knows which
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, Self
+from typing import Final, Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
 from services.router.offsets import Commit, RecoveredOffsets
+from shared.kafka.records import RecordId
 from shared.runtime.settings import KafkaSettings
-from shared.topics import REQUESTS, SOURCE_HEADER
+from shared.topics import SOURCE_HEADER
 
 CLOCK_MARGIN_MS: Final = 10_000
 """Tolerated step back of a machine's clock between a commit and a response."""
@@ -23,40 +24,8 @@ CLOCK_MARGIN_MS: Final = 10_000
 _POLL_MS: Final = 200
 _METADATA_PREFIX: Final = "since-ms="
 
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A record of a lane; the timestamp distinguishes it from one with its offset in an earlier log.
-
-    As a header: `partition:offset:timestamp`, for other lanes than `requests` with the topic first.
-
-    Attributes:
-        lane: topic without prefix.
-    """
-
-    lane: str
-    partition: int
-    offset: int
-    timestamp_ms: int
-
-    @classmethod
-    def of(cls, record: Any, lane: str) -> Self:  # noqa: ANN401 - aiokafka has no types
-        """The source of a record of a lane."""
-        return cls(lane, record.partition, record.offset, record.timestamp)
-
-    @classmethod
-    def parse(cls, header: bytes) -> Self | None:
-        """Parse a header; None if it is not in this format."""
-        try:
-            *lane, partition, offset, timestamp_ms = header.decode("ascii").split(":")
-            found = cls(lane[0] if lane else REQUESTS.name, int(partition), int(offset), int(timestamp_ms))
-        except ValueError:
-            return None
-        return found if len(lane) < 2 else None
-
-    def __str__(self) -> str:
-        position = f"{self.partition}:{self.offset}:{self.timestamp_ms}"
-        return position if self.lane == REQUESTS.name else f"{self.lane}:{position}"
+Place = tuple[str, int]
+"""A partition of requests: topic without prefix, number."""
 
 
 def to_kafka(commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
@@ -77,21 +46,23 @@ def from_kafka(stored: OffsetAndMetadata) -> Commit | None:
 
 def collect_answered(
     records: Collection["ConsumerRecord[bytes, bytes]"],
-    commits: Mapping[tuple[str, int], Commit],
-    found: dict[tuple[str, int], dict[int, int]],
+    commits: Mapping[Place, Commit],
+    found: dict[Place, dict[int, int]],
 ) -> None:
-    """Collect the sources of responses and dead letters, if they are at or beyond the committed offset.
+    """Collect the records of responses and dead letters, if they are at or beyond the committed offset.
 
     Args:
-        commits: by lane and partition number.
-        found: output: timestamps of answered records, by lane and partition number, and offset.
+        found: output: timestamps of answered records, by offset.
     """
     for record in records:
         for name, value in record.headers:
-            source = Source.parse(value) if name == SOURCE_HEADER and value is not None else None
-            commit = commits.get((source.lane, source.partition)) if source is not None else None
-            if source is not None and commit is not None and source.offset >= commit.offset:
-                found.setdefault((source.lane, source.partition), {})[source.offset] = source.timestamp_ms
+            source = RecordId.parse_header(value) if name == SOURCE_HEADER and value is not None else None
+            if source is None:
+                continue
+            place = source.topic, source.partition
+            commit = commits.get(place)
+            if commit is not None and source.offset >= commit.offset:
+                found.setdefault(place, {})[source.offset] = source.timestamp_ms
 
 
 class GroupProgress(Protocol):
@@ -158,9 +129,10 @@ class KafkaGroupProgress:
         Raises:
             KafkaError: the output topics could not be read.
         """
-        by_lane = {self._lane(partition): commit for partition, commit in commits.items()}
+        places = {one: (one.topic.removeprefix(self.kafka.topic_prefix), one.partition) for one in commits}
+        by_place = {places[one]: commit for one, commit in commits.items()}
         since_ms = max(0, min(commit.since_ms for commit in commits.values()) - CLOCK_MARGIN_MS)
-        found: dict[tuple[str, int], dict[int, int]] = {}
+        found: dict[Place, dict[int, int]] = {}
         consumer = AIOKafkaConsumer(
             *self.topics,
             **self.kafka.client_options(),
@@ -171,16 +143,13 @@ class KafkaGroupProgress:
         try:
             await consumer.start()
             async for records in _records_since(consumer, since_ms):
-                collect_answered(records, by_lane, found)
+                collect_answered(records, by_place, found)
         finally:
             await consumer.stop()
         return {
-            partition: RecoveredOffsets(commit, found.get(self._lane(partition), {}))
+            partition: RecoveredOffsets(commit, found.get(places[partition], {}))
             for partition, commit in commits.items()
         }
-
-    def _lane(self, partition: TopicPartition) -> tuple[str, int]:
-        return partition.topic.removeprefix(self.kafka.topic_prefix), partition.partition
 
 
 async def _records_since(

@@ -17,8 +17,8 @@ from services.router.fair_queue import FairQueue, QueuedRequest
 from services.router.fencing import PublishFence, RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.partitions import Partitions
-from services.router.recovery import Source
 from services.router.request_class import RequestClasses
+from shared.kafka.records import RecordId
 from shared.runtime.logs import get_logger, where
 
 Handle = Callable[[Any, RecordFence], Awaitable[None]]
@@ -175,7 +175,8 @@ class RequestStarter:
 
     async def _process(self, request: QueuedRequest) -> None:
         record, claim = request.record, request.claim
-        await self._handle(record, RecordFence(self._fence, claim.partition, str(Source.of(record, request.lane))))
+        source = RecordId(request.lane, record.partition, record.offset, record.timestamp)
+        await self._handle(record, RecordFence(self._fence, claim.partition, source))
         self._partitions.tracker.finish(claim)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from services import SERVICES
-from shared.topics import FOOTPRINTS, SOURCE_HEADER, TOPICS, TopicSpec
+from shared import topics
+from shared.topics import TOPICS, TopicSpec
 from tests.support.contract import EXAMPLES, check_record, documents, official_validator
 from tools.cli.main import app
 
@@ -111,7 +112,7 @@ def test_requests_are_answered_on_responses(described):
     messages = described["router"]["components"]["messages"]
     assert messages["GenerationRequest"]["correlationId"] == {"location": "$message.payload#/id"}
     assert messages["GenerationResponse"]["correlationId"] == {"location": "$message.payload#/request_id"}
-    assert {SOURCE_HEADER, "traceparent", "content-type"} <= set(
+    assert {topics.SOURCE_HEADER, "traceparent", "content-type"} <= set(
         messages["GenerationResponse"]["headers"]["properties"]
     )
 
@@ -131,7 +132,7 @@ def test_a_document_describes_single_messages_with_key_and_headers(described, sp
 def test_every_message_has_a_channel_with_its_address_and_retention(described):
     channel = described["ledger"]["channels"]["footprints"]
     assert channel["address"] == "here.footprints"
-    assert channel["bindings"]["kafka"]["topicConfiguration"]["retention.ms"] == FOOTPRINTS.retention_ms
+    assert channel["bindings"]["kafka"]["topicConfiguration"]["retention.ms"] == topics.FOOTPRINTS.retention_ms
 
 
 def test_an_unknown_service_is_answered_with_the_known_ones():

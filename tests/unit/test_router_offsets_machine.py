@@ -132,4 +132,4 @@ class Consumer(RuleBasedStateMachine):
 
 
 TestConsumer = Consumer.TestCase
-TestConsumer.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestConsumer.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
