@@ -220,17 +220,22 @@ NEEDED = (
 )
 
 
-def test_with_the_extra_cli_only_a_subcommand_names_the_extra_that_it_needs():
-    results = sprout_without(OTHER_EXTRAS, *(arguments for arguments, _, _ in NEEDED))
-    for (arguments, missing, extras), (code, output, _) in zip(NEEDED, results, strict=True):
+@pytest.fixture(scope="module")
+def with_little() -> list[tuple[int, str, set[str]]]:
+    """The help, then the commands of `NEEDED`, with the extra cli only and without the package `deploy.demo`."""
+    return sprout_without({*OTHER_EXTRAS, "deploy.demo"}, ["--help"], *(arguments for arguments, _, _ in NEEDED))
+
+
+def test_with_the_extra_cli_only_a_subcommand_names_the_extra_that_it_needs(with_little):
+    for (arguments, missing, extras), (code, output, _) in zip(NEEDED, with_little[1:], strict=True):
         assert code == 1, arguments
         assert "Traceback" not in output
         assert re.search(rf"needs the Python module ({missing})\S*, which is not installed", output), arguments
         assert f"pip install -e '.[{extras}]'" in output
 
 
-def test_a_missing_module_hides_only_its_own_subcommand():
-    ((code, output, _),) = sprout_without({"deploy.demo"}, ["--help"])
+def test_a_missing_module_hides_only_its_own_subcommand(with_little):
+    code, output, _ = with_little[0]
     assert code == 0, output
     assert "│ status " in output
     assert "│ demo " not in output
