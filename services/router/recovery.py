@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import GroupCoordinatorNotAvailableError
 
 from services.router.offsets import Commit, RecoveredOffsets
 from shared.kafka.records import RecordId
@@ -42,6 +43,21 @@ def from_kafka(stored: OffsetAndMetadata) -> Commit | None:
     if stored.offset < 0 or not since.isdecimal():
         return None
     return Commit(stored.offset, int(since))
+
+
+def with_commits(
+    stored: Mapping[TopicPartition, OffsetAndMetadata], partitions: Collection[TopicPartition]
+) -> dict[TopicPartition, OffsetAndMetadata]:
+    """The partitions of a coordinator's answer that have a commit; its offset is -1 for those without one.
+
+    Raises:
+        GroupCoordinatorNotAvailableError: the answer lacks partitions. The coordinator is loading, for example after a
+            restart of Kafka, and aiokafka 0.14 does not look at the error of the whole answer. Without this check the
+            group would begin again at the first record.
+    """
+    if not stored.keys() >= set(partitions):
+        raise GroupCoordinatorNotAvailableError("the coordinator has not reported the commits of all partitions")
+    return {partition: one for partition, one in stored.items() if one.offset >= 0}
 
 
 def collect_answered(
@@ -121,7 +137,7 @@ class KafkaGroupProgress:
             stored = await admin.list_consumer_group_offsets(self.group, partitions=list(partitions))
         finally:
             await admin.close()
-        return {partition: one for partition, one in stored.items() if one.offset >= 0}
+        return with_commits(stored, partitions)
 
     async def recovered(self, commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, RecoveredOffsets]:
         """The same commits with the records beyond them that are answered.
