@@ -4,6 +4,11 @@ For every model and prompt group the reservoir is a uniform sample of bounded si
 and the smallest numbers stay. The result does not depend on the order of arrival, and a redelivered sample changes
 nothing. (Algorithm R draws by position in the stream, so it would have to remember every id that it rejected.) Prompts
 that were already evaluated are replaced first, because a second verdict on the same prompt adds little evidence.
+
+A model keeps a bounded number of samples, however many task labels its clients invent. Beyond that number the places
+are divided by the groups' traffic with the highest-averages (D'Hondt) method: the n-th sample of a group with t
+arrivals has the quotient n / t, and the largest quotients leave. A flood of labels that occur once so displaces no
+group that is used. What is known of a group's traffic goes with its last sample.
 """
 
 import asyncio
@@ -27,6 +32,30 @@ from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 T = TypeVar("T")
 
 _SALT: Final = "reservoir"
+
+_SAMPLES_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtext('sprout.evaluator.samples'))"
+"""Evaluators change the reservoir one after the other: each sees what the others have kept."""
+
+_EVICT_BEYOND: Final = """
+DELETE FROM reservoir USING (
+    SELECT request_id FROM (
+        SELECT request_id, draw,
+               row_number() OVER (PARTITION BY prompt_group ORDER BY evaluations, draw, request_id)
+                   / greatest(1, coalesce(traffic.samples, 1))::float8 AS quotient
+        FROM reservoir LEFT JOIN (
+            SELECT prompt_group, sum(samples) AS samples FROM arrivals WHERE model = $1 GROUP BY prompt_group
+        ) AS traffic USING (prompt_group)
+        WHERE model = $1
+    ) AS ranked
+    ORDER BY quotient, draw, request_id OFFSET $2
+) AS beyond
+WHERE reservoir.model = $1 AND reservoir.request_id = beyond.request_id
+"""
+_FORGET_TRAFFIC: Final = """
+DELETE FROM arrivals WHERE model = $1 AND NOT EXISTS (
+    SELECT FROM reservoir WHERE reservoir.model = $1 AND reservoir.prompt_group = arrivals.prompt_group
+)
+"""
 
 Stratum = tuple[str, str]
 """(model, group)"""
@@ -94,17 +123,25 @@ class SampleStore:
     """The tables `reservoir` and `arrivals`; methods raise `DatabaseUnavailableError`."""
 
     def __init__(
-        self, pool: asyncpg.Pool, status: DatabaseStatus, *, samples_per_group: int, max_age: timedelta
+        self,
+        pool: asyncpg.Pool,
+        status: DatabaseStatus,
+        *,
+        samples_per_group: int,
+        samples_per_model: int,
+        max_age: timedelta,
     ) -> None:
         """Use an open pool whose `search_path` is the evaluator's schema.
 
         Args:
             samples_per_group: capacity of each stratum.
+            samples_per_model: capacity of all strata of a model together.
             max_age: retention of samples, event time.
         """
         self._pool = pool
         self._status = status
         self._samples_per_group = samples_per_group
+        self._samples_per_model = samples_per_model
         self._max_age = max_age
 
     async def add(self, samples: Sequence[Sample], *, now: datetime) -> None:
@@ -114,8 +151,11 @@ class SampleStore:
             strata[sample.model, sample.group][sample.request_id] = sample
         with self._status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
+                await connection.execute(_SAMPLES_LOCK)
                 stored = await _lock_strata(connection, list(strata))
                 await self._update(connection, strata, stored, oldest=now - self._max_age)
+                for model in sorted({model for model, _ in strata}):
+                    await self._limit(connection, model)
 
     async def delete_expired(self, *, now: datetime) -> None:
         """Delete samples and traffic counts that are older than the retention."""
@@ -164,6 +204,19 @@ class SampleStore:
         found = {row["request_id"]: Sample.model_validate_json(row["sample"]) for row in rows}
         return [found[one] for one in ids if one in found]
 
+    async def _limit(
+        self,
+        connection: Any,  # noqa: ANN401 - asyncpg's proxy has no common base with a connection
+        model: str,
+    ) -> None:
+        """Keep at most `samples_per_model` samples of a model."""
+        if (
+            await connection.fetchval("SELECT count(*) FROM reservoir WHERE model = $1", model)
+            > self._samples_per_model
+        ):
+            await connection.execute(_EVICT_BEYOND, model, self._samples_per_model)
+            await connection.execute(_FORGET_TRAFFIC, model)
+
     async def _update(
         self,
         connection: Any,  # noqa: ANN401 - asyncpg's proxy has no common base with a connection
@@ -182,7 +235,10 @@ class SampleStore:
             )
             evicted += [(model, request_id) for request_id in update.evicted]
             admitted += [
-                (model, name, group, samples[name].sampled_at, offered[name].draw, samples[name].model_dump_json())
+                (
+                    *(model, name, group, samples[name].tenant, samples[name].sampled_at, offered[name].draw),
+                    samples[name].model_dump_json(),
+                )
                 for name in update.admitted
             ]
             if update.unseen:
@@ -190,8 +246,8 @@ class SampleStore:
                 counted.append((model, group, _hour(newest), update.unseen))
         await connection.executemany("DELETE FROM reservoir WHERE model = $1 AND request_id = $2", evicted)
         await connection.executemany(
-            "INSERT INTO reservoir (model, request_id, prompt_group, sampled_at, draw, sample) "
-            "VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
+            "INSERT INTO reservoir (model, request_id, prompt_group, tenant, sampled_at, draw, sample) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
             admitted,
         )
         await connection.executemany(
@@ -238,7 +294,11 @@ class InputConsumer:
     async def add_samples(self, samples: Sequence[Sample]) -> None:
         """Offer samples to the reservoir."""
         # PostgreSQL's text cannot contain NUL.
-        usable = [one for one in samples if one.model in self._models and "\0" not in one.request_id + one.group]
+        usable = [
+            one
+            for one in samples
+            if one.model in self._models and "\0" not in one.request_id + one.group + (one.tenant or "")
+        ]
         if usable:
             async with self._pause_on_failure():
                 await _connected(self._samples).add(usable, now=self._clock.now())
