@@ -51,15 +51,15 @@ async def stores(database):
             name,
         )
         await connection.execute("INSERT INTO ledger.refusals VALUES ($1, 'm', 'no_endpoint', $2)", f"{name}-x", DAY)
-        await connection.execute("INSERT INTO optimizer.counted (request_id) VALUES ($1)", name)
+        await connection.execute("INSERT INTO optimizer.counted (id) VALUES ($1)", name)
         await connection.execute(
-            "INSERT INTO evaluator.reservoir (model, request_id, prompt_group, sampled_at, draw, sample, tenant) "
-            "VALUES ('m', $1, 'qa', $2, 0.5, $3, $4)",
+            "INSERT INTO evaluator.reservoir (model, id, request_id, prompt_group, sampled_at, draw, sample, tenant) "
+            "VALUES ('m', 'requests/' || $1, $1, 'qa', $2, 0.5, $3, $4)",
             name, DAY, f'{{"prompt": "{name}"}}', tenant,
         )  # fmt: skip
         await connection.execute(
-            "INSERT INTO evaluator.judged (model, request_id, stratum, prompt_group, evaluated_at, features, looks, "
-            "answers, tenant) VALUES ('m', $1, 'qa', 'qa', $2, 2, '', '[]', $3)",
+            "INSERT INTO evaluator.judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, "
+            "looks, answers, tenant) VALUES ('m', $1, $1, 'qa', 'qa', $2, 2, '', '[]', $3)",
             name, DAY, None if number == 1 else tenant,
         )  # fmt: skip
     yield connection

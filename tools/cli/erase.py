@@ -144,9 +144,13 @@ def _document(
         "dry_run": dry_run,
         "unknown": [{"kind": kind, "name": name} for kind, name in missing],
         "tables": [_plain(one) for one in tables],
-        "topics": [_plain(one) | {"gone_by": one.gone_by and one.gone_by.isoformat()} for one in topics],
+        "topics": [_plain(one) | {"stays": one.stays} for one in topics],
     }
 
 
 def _plain(found: TableFindings | TopicFindings) -> dict[str, Any]:
-    return {name: content for name, content in asdict(found).items() if name != "known"}
+    return {
+        name: content.isoformat() if isinstance(content, datetime) else content
+        for name, content in asdict(found).items()
+        if name != "known"
+    }

@@ -25,6 +25,9 @@ WAKE_AHEAD_MIN = 5
 ASLEEP_AFTER_MIN = 10
 """Minutes without need after which a server sleeps."""
 
+ARRIVAL_MOMENTS = 20
+"""Moments of a step at which a request arrives, for quantiles of the time to the first token."""
+
 CURVE_FIELDS = ("idle_w", "step_j", "token_j", "step_s", "token_s", "asleep_w")
 """Numbers of a curve in the fleet file; prompts are not simulated apart."""
 
@@ -163,10 +166,23 @@ class FleetRun:
 
     def tpot_quantiles_s(self, quantiles: tuple[float, ...]) -> Floats:
         """Quantiles of the time per output token, over tokens."""
-        order = np.argsort(self.tpot_s, axis=None)
-        values, tokens = self.tpot_s.ravel()[order], self.tokens_per_s.ravel()[order]
-        share = np.cumsum(tokens) / tokens.sum()
-        return np.asarray(values[np.minimum(np.searchsorted(share, quantiles), len(values) - 1)])
+        return _quantiles(self.tpot_s.ravel(), self.tokens_per_s.ravel(), quantiles)
+
+    def ttft_quantiles_s(self, quantiles: tuple[float, ...]) -> Floats:
+        """Quantiles of the time to the first token, over requests, without reading the prompt.
+
+        A request waits for the end of the step under way, at which it arrives at any moment, and then takes one step.
+        """
+        moments = (np.arange(ARRIVAL_MOMENTS) + 0.5) / ARRIVAL_MOMENTS
+        values = np.outer(1.0 + moments, self.tpot_s.ravel())
+        return _quantiles(values.ravel(), np.tile(self.tokens_per_s.ravel(), ARRIVAL_MOMENTS), quantiles)
+
+
+def _quantiles(values: Floats, weights: Floats, quantiles: tuple[float, ...]) -> Floats:
+    """Quantiles of values with weights."""
+    order = np.argsort(values)
+    share = np.cumsum(weights[order]) / weights.sum()
+    return np.asarray(values[order][np.minimum(np.searchsorted(share, quantiles), len(values) - 1)])
 
 
 def server_power_w(curve: BatchCurve, tokens_per_s: Floats) -> Floats:

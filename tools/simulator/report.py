@@ -70,7 +70,8 @@ def fleet_tables(outcomes: Sequence[Outcome], fleets: Sequence[Sequence[FleetFig
     )
     columns = (
         "fleet", "scheme", "xi", "dispatch", "kgCO2eq", "kgCO2eq saved", "saving on the meter", "energy",
-        "attributed saving", "ms per token, p50 / p95 / p99", "servers needed, mean / peak", "awake",
+        "attributed saving", "ms per token, p50 / p95 / p99", "ms to the first token",
+        "servers needed, mean / peak", "awake",
     )  # fmt: skip
     return [TextTable("What the meters of the fleet would show, means over all windows", columns, rows, labels=4)]
 
@@ -87,10 +88,15 @@ def _fleet_figures(found: Sequence[FleetFigures]) -> tuple[str, ...]:
         mean_percent([one.saving_pct for one in found]),
         mean_percent([one.energy_saving_pct for one in found]),
         mean_percent([one.attributed_saving_pct for one in found]),
-        " / ".join(f"{fmean(values):.1f}" for values in zip(*(one.tpot_ms for one in found), strict=True)),
+        _means([one.tpot_ms for one in found]),
+        _means([one.ttft_ms for one in found]),
         f"{fmean([one.needed_mean for one in found]):.1f} / {max(one.needed_peak for one in found)}",
         f"{fmean([one.awake_mean for one in found]):.1f} of {found[0].servers}",
     )
+
+
+def _means(quantiles: Sequence[tuple[float, float, float]]) -> str:
+    return " / ".join(f"{fmean(values):.1f}" for values in zip(*quantiles, strict=True))
 
 
 def means_table(outcomes: Sequence[Outcome]) -> TextTable:

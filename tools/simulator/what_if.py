@@ -26,6 +26,9 @@ NIGHT_LOAD: Final = 0.3
 
 DEFAULT_PEAK_BATCH: Final = 64
 DEFAULT_TARGET_BATCH: Final = 128
+QUANTILES: Final = (0.5, 0.95, 0.99)
+"""Of latencies."""
+
 LENGTH_SHAPE: Final = 1.3
 """Shape of the gamma distribution of the answers' lengths, for the noise of a minute."""
 
@@ -98,6 +101,7 @@ class FleetFigures:
             evaluator's included; the reference is the fleet without Sprout.
         attributed_saving_pct: carbon, as shared out by tokens, net of the evaluator; None without requests.
         tpot_ms, reference_tpot_ms: quantiles 0.5, 0.95 and 0.99 of the time per output token, over tokens.
+        ttft_ms, reference_ttft_ms: the same of the time to the first token, over requests, without reading the prompt.
         needed_mean, needed_peak: fewest servers at the target batch.
         awake_mean: servers awake.
         over_target_pct: share of the minutes in which even all servers at the target were too few.
@@ -116,6 +120,8 @@ class FleetFigures:
     attributed_saving_pct: float | None
     tpot_ms: tuple[float, float, float]
     reference_tpot_ms: tuple[float, float, float]
+    ttft_ms: tuple[float, float, float]
+    reference_ttft_ms: tuple[float, float, float]
     needed_mean: float
     needed_peak: int
     awake_mean: float
@@ -147,8 +153,16 @@ class FleetFigures:
             "saving_on_meter_pct": self.saving_pct,
             "energy_saving_on_meter_pct": self.energy_saving_pct,
             "attributed_saving_pct": self.attributed_saving_pct,
-            **{f"tpot_p{p}_ms": value for p, value in zip((50, 95, 99), self.tpot_ms, strict=True)},
-            **{f"reference_tpot_p{p}_ms": value for p, value in zip((50, 95, 99), self.reference_tpot_ms, strict=True)},
+            **{
+                f"{name}_p{percent}_ms": value
+                for name, values in (
+                    ("tpot", self.tpot_ms),
+                    ("reference_tpot", self.reference_tpot_ms),
+                    ("ttft", self.ttft_ms),
+                    ("reference_ttft", self.reference_ttft_ms),
+                )
+                for percent, value in zip((50, 95, 99), values, strict=True)
+            },
             "endpoints_needed_mean": self.needed_mean,
             "endpoints_needed_peak": self.needed_peak,
             "endpoints_awake_mean": self.awake_mean,
@@ -224,8 +238,10 @@ class _Case:
             energy_kwh=_kwh(run.power_w),
             reference_energy_kwh=_kwh(reference.power_w),
             attributed_saving_pct=self._attributed_saving_pct(run),
-            tpot_ms=_quantiles_ms(run),
-            reference_tpot_ms=_quantiles_ms(reference),
+            tpot_ms=_to_ms(run.tpot_quantiles_s(QUANTILES)),
+            reference_tpot_ms=_to_ms(reference.tpot_quantiles_s(QUANTILES)),
+            ttft_ms=_to_ms(run.ttft_quantiles_s(QUANTILES)),
+            reference_ttft_ms=_to_ms(reference.ttft_quantiles_s(QUANTILES)),
             needed_mean=float(needed.mean()),
             needed_peak=int(needed.max()),
             awake_mean=float(run.awake.mean()),
@@ -247,8 +263,8 @@ def _kwh(power_w: Floats) -> float:
     return float(power_w.sum() / 60_000.0)
 
 
-def _quantiles_ms(run: FleetRun) -> tuple[float, float, float]:
-    half, most, nearly_all = (1_000.0 * run.tpot_quantiles_s((0.5, 0.95, 0.99))).tolist()
+def _to_ms(quantiles_s: Floats) -> tuple[float, float, float]:
+    half, most, nearly_all = (1_000.0 * quantiles_s).tolist()
     return half, most, nearly_all
 
 
