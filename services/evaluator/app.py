@@ -152,6 +152,7 @@ class Evaluator:
                 pool,
                 status,
                 samples_per_group=settings.samples_per_group,
+                samples_per_model=settings.samples_per_model,
                 max_age=timedelta(hours=settings.max_sample_age_h),
                 draw_key=settings.draw_key_bytes,
             )

@@ -280,6 +280,7 @@ def sample_of(incoming: IncomingRequest, *, clock: Clock) -> Sample:
         model=incoming.model,
         group=incoming.request.task or DEFAULT_GROUP,
         task=incoming.request.task,
+        tenant=incoming.request.tenant,
         messages=incoming.request.conversation(),
         sampling=incoming.request.sampling,
         sampled_at=clock.now(),

@@ -11,10 +11,10 @@ import asyncio
 import base64
 import json
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from aiokafka import ConsumerRecord
 from aiokafka.errors import KafkaError
@@ -22,11 +22,11 @@ from faststream import BaseMiddleware, ContextRepo
 from faststream.exceptions import HandlerException, StopConsume
 from faststream.kafka import KafkaBroker, KafkaMessage
 from prometheus_client import CollectorRegistry, Counter
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from shared.kafka.plausibility import ImplausibleError, check_plausible
 from shared.kafka.publish import Publisher, declare_publisher
-from shared.messages import DeadLetter, Message
+from shared.messages import DeadLetter, Message, Value
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger, where
 from shared.runtime.settings import KafkaSettings
@@ -84,10 +84,30 @@ def describe(error: ValidationError, *, root: str = "message") -> str:
         root: name for problems that belong to no single field.
     """
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    shown = [f"{'.'.join(str(part) for part in p['loc']) or root}: {p['msg']}" for p in problems[:10]]
+    shown = [f"{field_path(p['loc']) or root}: {p['msg']}" for p in problems[:10]]
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
     return "; ".join(shown)
+
+
+def _mappings_of(kind: type[BaseModel]) -> Iterator[str]:
+    """Names of the fields with keys that the writer of a message chooses, of a class and all that derive from it."""
+    yield from (name for name, info in kind.model_fields.items() if get_origin(info.annotation) is dict)
+    for derived in kind.__subclasses__():
+        yield from _mappings_of(derived)
+
+
+_MAPPINGS = frozenset(_mappings_of(Value))
+
+
+def field_path(location: Sequence[int | str]) -> str:
+    """The path of a problem in a message; a key that its writer chose, and what follows, is `*`: `metadata.*`."""
+    shown: list[str] = []
+    for part in location:
+        if isinstance(part, str) and shown and shown[-1] in _MAPPINGS:
+            return ".".join((*shown, "*"))
+        shown.append(str(part))
+    return ".".join(shown)
 
 
 def parse(model: type[M], value: bytes | None) -> M:
