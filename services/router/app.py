@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import SkipValidation
 
 from services import SERVICES
-from services.router.consumer import KafkaSuspects, RequestConsumer
+from services.router.consumer import RequestConsumer
 from services.router.handler import RequestHandler
 from services.router.metrics import Backlog, RouterMetrics
 from services.router.policy import PolicyCache
@@ -28,7 +28,7 @@ from shared.inference.attempts import Attempts
 from shared.inference.chat import ChatTemplateError
 from shared.inference.load_reports import LoadReporter, subscribe_capacity
 from shared.inference.pools import Pools
-from shared.kafka.broker import build_broker
+from shared.kafka.broker import build_broker, unreadable_records
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.subscribe import Subscriber, read_to_end, subscribe_compacted, subscribe_records
 from shared.messages import CarbonIntensity, GenerationRequest, Policy, PromptGrouping
@@ -81,13 +81,7 @@ class Router:
         fleet: Fleet,
         clock: Clock,
         registry: CollectorRegistry,
-        inspect: bool = False,
     ) -> None:
-        """Assemble a router.
-
-        Args:
-            inspect: before requests are read, find those that would end this process; needs `SPROUT_KAFKA_*`.
-        """
         self.settings = settings
         self._tracer_provider = tracer_provider(NAME, version=VERSION)
         tracer = (self._tracer_provider or NoOpTracerProvider()).get_tracer(TRACER_NAME, VERSION)
@@ -130,7 +124,7 @@ class Router:
             settings=settings,
             metrics=metrics,
             capacity=self.pools,
-            suspects=KafkaSuspects(kafka, kafka.topic(REQUESTS), kafka.group(NAME)) if inspect else None,
+            unreadable=unreadable_records(broker, kafka),
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
         self._backlog = Backlog(lambda: subscriber.consumer, finished=self.requests.finished, metrics=metrics)
@@ -261,7 +255,6 @@ def build_app(
         FleetError, ChatTemplateError, TelemetryError, ValidationError: the configuration is invalid; the message says
             why.
     """
-    inspect = kafka is None
     kafka = kafka or KafkaSettings()
     settings = settings or RouterSettings()
     fleet = fleet or load_fleet(FleetSettings().file)
@@ -272,16 +265,7 @@ def build_app(
     broker, dead_letters = build_broker(
         kafka, service=NAME, clock=clock, registry=registry, message_metrics=False, linger_ms=settings.linger_ms
     )
-    router = Router(
-        broker,
-        dead_letters,
-        kafka=kafka,
-        settings=settings,
-        fleet=fleet,
-        clock=clock,
-        registry=registry,
-        inspect=inspect,
-    )
+    router = Router(broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("requests", router.requests.problem)
     health.add_check("endpoints", router.pools.unreachable)
     app = build_service(

@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 import asyncpg
 import stamina
 
-from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.handling import RetryLaterError
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import DatabaseSettings
 

@@ -1,5 +1,6 @@
 """Runs a service: the FastStream application with health, readiness and metrics over HTTP, until it is stopped."""
 
+import asyncio
 import gc
 import json
 import sys
@@ -15,8 +16,8 @@ from faststream.specification import AsyncAPI
 from prometheus_client import CollectorRegistry, make_asgi_app
 from pydantic import ValidationError
 
-from shared.kafka.broker import ServiceBroker, wait_for_kafka
-from shared.kafka.dead_letters import describe
+from shared.kafka.broker import ServiceBroker, unreadable_records, wait_for_kafka
+from shared.kafka.parsing import describe
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
@@ -70,8 +71,10 @@ def build_service(
     @asynccontextmanager
     async def service_lifespan() -> AsyncIterator[None]:
         await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
+        inspection = asyncio.create_task(unreadable_records(broker, kafka).inspect())
         async with lifespan() if lifespan is not None else _nothing():
             try:
+                await inspection
                 yield
             finally:
                 await health.cancel_background()

@@ -85,6 +85,17 @@ class KafkaSettings(BaseSettings):
         """Connection options of every aiokafka client; contain the password."""
         return {"bootstrap_servers": self.bootstrap_servers, **self.security_options()}
 
+    def environment(self) -> dict[str, str]:
+        """The environment variables from which another process reads the same settings; contain the password."""
+        given = {field: value for field in self.model_fields_set if (value := getattr(self, field)) is not None}
+        for secret in ("sasl_password", "ssl_key_password"):
+            if f"{secret}_file" in given:
+                del given[secret]
+        return {
+            f"SPROUT_KAFKA_{field.upper()}": value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            for field, value in given.items()
+        }
+
     def connection_advice(self) -> str:
         """What to check when no broker answers, for people; contains no secret."""
         checks = [

@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.handling import RetryLaterError
 from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 from shared.runtime.settings import DatabaseSettings
 

@@ -24,7 +24,7 @@ from services.router.settings import RouterSettings
 from services.router.streaming import Chunker
 from shared.fleet import Fleet
 from shared.inference.attempts import RetrySettings
-from shared.kafka.dead_letters import PoisonMessageError
+from shared.kafka.parsing import PoisonMessageError
 from shared.messages import ErrorDetail
 from shared.runtime.clock import Clock
 from tests.support.router import fleet_toml
