@@ -6,43 +6,26 @@ limited memory, the records that may have been in hand when its predecessor died
 committed offsets, without a group all of the topic. Only if that process runs out of memory does it read again, record
 by record; a record at which it fails twice is set aside unparsed.
 
-`python -m shared.kafka.inspection JOB` is that process; the job is JSON of a `Job`. It connects with `SPROUT_KAFKA_*`.
+`shared.kafka.reading` is that process.
 """
 
 import asyncio
 import os
-import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
-from pydantic import BaseModel
+from aiokafka import TopicPartition
 
+from shared.kafka import reading
+from shared.kafka.reading import OUT_OF_MEMORY, Job, Window, Windows
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 
-MEMORY_BYTES: Final = 64 * 1024 * 1024
-"""What reading one record may take: about twice its unpacked size. A service has as much left of 256 MiB."""
-
-WINDOW: Final = 2_000
-"""Records of each partition of a group that are inspected: as many as a service has in hand."""
-
-QUICK_RECORDS: Final = 500
-"""Records read at once while nothing is suspected."""
-
-FETCH_BYTES: Final = 8 * 1024 * 1024
-"""Most bytes of one answer of Kafka, as they are on the wire."""
-
 MAX_RUNS: Final = 60
 """Most runs of the process at one start."""
-
-OUT_OF_MEMORY: Final = 3
-"""Exit status of the process after a `MemoryError`."""
 
 FAILURES: Final = frozenset({OUT_OF_MEMORY, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV})
 """How the process ends for want of memory: by itself, in a library that is not Python, by the kernel."""
@@ -50,34 +33,7 @@ FAILURES: Final = frozenset({OUT_OF_MEMORY, -signal.SIGABRT, -signal.SIGKILL, -s
 TIMEOUT_S: Final = 60.0
 """Wall seconds of one run."""
 
-POLL_MS: Final = 1_000
-
-Windows = dict[TopicPartition, range]
-"""Offsets to read, by partition."""
-
 _log = get_logger(__name__)
-
-
-class Window(BaseModel):
-    """Offsets of a partition, from `first` up to and without `end`."""
-
-    topic: str
-    partition: int
-    first: int
-    end: int
-
-
-class Job(BaseModel):
-    """What the process reads.
-
-    Attributes:
-        groups: by topic, the consumer groups that read it; None for a consumer without a group. The process prints the
-            windows that follow from that, then reads them quickly.
-        windows: read one by one; the process prints every position before it reads it.
-    """
-
-    groups: dict[str, list[str | None]] = {}
-    windows: list[Window] = []
 
 
 class InspectionError(RuntimeError):
@@ -185,7 +141,7 @@ async def _run(kafka: KafkaSettings, job: Job) -> tuple[list[str], bool]:
         InspectionError: it could not read.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", __name__, job.model_dump_json()),
+        *(sys.executable, "-m", reading.__name__, job.model_dump_json()),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
         cwd=Path(__file__).parents[2],
@@ -210,99 +166,3 @@ async def _run(kafka: KafkaSettings, job: Job) -> tuple[list[str], bool]:
     if status and not failed:
         raise InspectionError(f"exit status {status}")
     return lines, failed
-
-
-async def _inspect(job: Job) -> None:
-    """Read what a job asks for."""
-    kafka = KafkaSettings()
-    consumer: Any = AIOKafkaConsumer(**kafka.client_options(), enable_auto_commit=False, fetch_max_bytes=FETCH_BYTES)
-    await consumer.start()
-    try:
-        if job.windows:
-            _limit_memory()
-            for window in job.windows:
-                await _read_one_by_one(consumer, window)
-            return
-        windows = await _find_windows(kafka, consumer, job.groups)
-        for partition, offsets in windows.items():
-            window = Window(topic=partition.topic, partition=partition.partition, first=offsets.start, end=offsets.stop)
-            print(window.model_dump_json(), flush=True)  # noqa: T201 - the result
-        if windows:
-            _limit_memory()
-            await _read_quickly(consumer, windows)
-    except MemoryError:
-        os._exit(OUT_OF_MEMORY)  # an orderly end would need memory, too
-    finally:
-        await consumer.stop()
-
-
-async def _find_windows(kafka: KafkaSettings, consumer: Any, groups: Mapping[str, Sequence[str | None]]) -> Windows:  # noqa: ANN401
-    """What the groups may read next: nothing, if they have read all."""
-    async with _admin(kafka) as admin:
-        described = await admin.describe_topics(list(groups))
-        partitions = [
-            TopicPartition(topic["topic"], entry["partition"]) for topic in described for entry in topic["partitions"]
-        ]
-        begins, ends = await consumer.beginning_offsets(partitions), await consumer.end_offsets(partitions)
-        windows: Windows = {}
-        for group in {name for names in groups.values() for name in names}:
-            read = [partition for partition in partitions if group in groups[partition.topic]]
-            committed = await admin.list_consumer_group_offsets(group, partitions=read) if group is not None else {}
-            for partition in read:
-                stored = committed.get(partition)
-                first = max(begins[partition], -1 if stored is None else stored.offset)
-                end = ends[partition] if group is None else min(ends[partition], first + WINDOW)
-                known = windows.get(partition, range(first, end))
-                windows[partition] = range(min(first, known.start), max(end, known.stop))
-    return {partition: windows[partition] for partition in sorted(windows) if windows[partition]}
-
-
-async def _read_quickly(consumer: Any, windows: Windows) -> None:  # noqa: ANN401 - aiokafka has no types
-    consumer.assign(list(windows))
-    for partition, offsets in windows.items():
-        consumer.seek(partition, offsets.start)
-    left = list(windows)
-    while left:
-        await consumer.getmany(*left, timeout_ms=POLL_MS, max_records=QUICK_RECORDS)
-        done = [partition for partition in left if await consumer.position(partition) >= windows[partition].stop]
-        consumer.pause(*done)
-        left = [partition for partition in left if partition not in done]
-
-
-async def _read_one_by_one(consumer: Any, window: Window) -> None:  # noqa: ANN401 - aiokafka has no types
-    partition = TopicPartition(window.topic, window.partition)
-    consumer.assign([partition])
-    consumer.seek(partition, window.first)
-    # The offset after the last record, not the position: of a compacted batch the last offsets may be missing.
-    reached = window.first
-    while await consumer.position(partition) < window.end:
-        print(window.topic, window.partition, reached, flush=True)  # noqa: T201 - the result
-        batches = await consumer.getmany(partition, timeout_ms=POLL_MS, max_records=1)
-        reached = max([reached, *(record.offset + 1 for record in batches.get(partition, ()))])
-
-
-@asynccontextmanager
-async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(**kafka.client_options())
-    try:
-        await admin.start()
-        yield admin
-    finally:
-        await admin.close()
-
-
-def _limit_memory() -> None:
-    """Let this process take `MEMORY_BYTES` more than it has; further allocations fail, and it ends."""
-    status = Path("/proc/self/status")
-    if not status.is_file():  # not Linux: nothing is limited, and nothing found
-        return
-    with suppress(OSError):
-        # If memory is short nevertheless, the kernel ends this process and not the service.
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
-    limit = int(fields["VmData"].split()[0]) * 1024 + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-if __name__ == "__main__":
-    asyncio.run(_inspect(Job.model_validate_json(sys.argv[1])))

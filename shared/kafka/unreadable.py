@@ -13,8 +13,9 @@ from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 
 from shared.kafka.dead_letters import UNREADABLE, DeadLetterPublisher
-from shared.kafka.inspection import POLL_MS, find_unreadable
+from shared.kafka.inspection import find_unreadable
 from shared.kafka.parsing import PoisonMessageError
+from shared.kafka.reading import POLL_MS
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 
