@@ -174,6 +174,7 @@ class Evaluator:
                 settings=settings,
                 metrics=self.metrics,
             )
+            health.spawn("check PostgreSQL", status.check_forever(self._database))
             health.spawn("check endpoints", self._pools.watch())
             health.spawn("evaluate", self._evaluate(runner, health))
             health.spawn("report load", self._report_load())

@@ -170,6 +170,7 @@ def build_app(
             store = Store(pool, status=status, remembered_footprints=settings.remembered_footprints)
             await service.restore(store)
             await capacity.restore_profiles(store)
+            health.spawn("check PostgreSQL", status.check_forever(database))
             health.spawn("make policies", after_reading(service.run))
             health.spawn("plan capacity", after_reading(capacity.run))
             health.spawn("store arrival profiles", capacity.store_profiles(store))

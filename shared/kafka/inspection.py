@@ -4,7 +4,7 @@ Kafka limits the compressed size of a batch, and aiokafka unpacks a batch whole:
 that dies of that reads the same record after its restart. So a starting service first lets another process read, with
 limited memory, the records that may have been in hand when its predecessor died: of a consumer group those after the
 committed offsets, without a group all of the topic. Only if that process runs out of memory does it read again, record
-by record; a record at which it fails twice is set aside unparsed.
+by record; a record at which it runs out of memory again is set aside unparsed.
 
 `shared.kafka.reading` is that process.
 """
@@ -50,21 +50,25 @@ async def find_unreadable(
     """
     found: dict[TopicPartition, list[range]] = {}
     try:
-        lines, failed = await _run(kafka, Job(groups={topic: list(names) for topic, names in groups.items()}))
+        lines, status = await _run(kafka, Job(groups={topic: list(names) for topic, names in groups.items()}))
         windows = {
             TopicPartition(one.topic, one.partition): range(one.first, one.end)
             for one in map(Window.model_validate_json, lines)
         }
         search = _Search(kafka, windows)
-        while failed and (bad := await search.next()) is not None:
+        while status and (bad := await search.next()) is not None:
             partition, offsets = bad
-            _log.error(
-                "a record takes too much memory and is set aside",
-                topic=partition.topic,
-                partition=partition.partition,
-                offset=offsets.start,
-            )
-            found.setdefault(partition, []).append(offsets)
+            ranges = found.setdefault(partition, [])
+            if ranges and ranges[-1].stop == offsets.start:
+                offsets = range(ranges.pop().start, offsets.stop)
+            else:
+                _log.error(
+                    "a record takes too much memory and is set aside",
+                    topic=partition.topic,
+                    partition=partition.partition,
+                    offset=offsets.start,
+                )
+            ranges.append(offsets)
     except InspectionError as error:
         _log.warning("records could not be inspected before the start", problem=str(error))
     return found
@@ -77,29 +81,31 @@ class _Search:
         self._kafka = kafka
         self._left = windows
         self._runs = 0
+        self._after_last: tuple[TopicPartition, int] | None = None
 
     async def next(self) -> tuple[TopicPartition, range] | None:
         """The next offsets that cannot be read, all of one partition; None if there are none."""
         suspect = None
-        while (failure := await self._first_failure(self._left)) is not None:
+        while True:
+            failure, status = await self._first_failure(self._left)
+            if failure is None:
+                return None
             partition, offset = failure
-            done = list(self._left)[: list(self._left).index(partition)]
-            for one in done:
-                del self._left[one]
             end = self._left[partition].stop
+            self._left = {one: offsets for one, offsets in self._left.items() if one >= partition}
             self._left[partition] = range(offset, end)
-            if failure == suspect:
-                readable = await self._first_readable(partition, range(offset + 1, end))
-                self._left[partition] = range(readable, end)
-                return partition, range(offset, readable)
-            suspect = failure
-        return None
+            if status == -signal.SIGKILL and failure != suspect:
+                suspect = failure  # memory may have been short for another reason
+                continue
+            # A batch may hold many records, and a compacted topic may lack many offsets before it.
+            many = failure == self._after_last
+            stop = await self._first_readable(partition, range(offset + 1, end)) if many else offset + 1
+            self._after_last = partition, stop
+            self._left[partition] = range(stop, end)
+            return partition, range(offset, stop)
 
     async def _first_readable(self, partition: TopicPartition, offsets: range) -> int:
-        """The first of the offsets at which reading works again, or their end.
-
-        A batch may hold many records, and a compacted topic may lack many offsets before it.
-        """
+        """The first of the offsets at which reading works again, or their end."""
         bad, step = offsets.start - 1, 1
         while bad + step < offsets.stop and await self._fails_at(partition, bad + step):
             bad, step = bad + step, step * 2
@@ -113,10 +119,11 @@ class _Search:
         return good
 
     async def _fails_at(self, partition: TopicPartition, offset: int) -> bool:
-        return await self._first_failure({partition: range(offset, offset + 1)}) is not None
+        failure, _ = await self._first_failure({partition: range(offset, offset + 1)})
+        return failure is not None
 
-    async def _first_failure(self, windows: Windows) -> tuple[TopicPartition, int] | None:
-        """The first position at which the process runs out of memory."""
+    async def _first_failure(self, windows: Windows) -> tuple[tuple[TopicPartition, int] | None, int]:
+        """The first position at which the process runs out of memory, and its exit status."""
         self._runs += 1
         if self._runs > MAX_RUNS:
             raise InspectionError(f"more than {MAX_RUNS} runs")
@@ -124,18 +131,18 @@ class _Search:
             Window(topic=partition.topic, partition=partition.partition, first=offsets.start, end=offsets.stop)
             for partition, offsets in windows.items()
         ])  # fmt: skip
-        lines, failed = await _run(self._kafka, job)
-        if not failed or not lines:
-            return None
+        lines, status = await _run(self._kafka, job)
+        if not status or not lines:
+            return None, status
         topic, partition, offset = lines[-1].split()
-        return TopicPartition(topic, int(partition)), int(offset)
+        return (TopicPartition(topic, int(partition)), int(offset)), status
 
 
-async def _run(kafka: KafkaSettings, job: Job) -> tuple[list[str], bool]:
+async def _run(kafka: KafkaSettings, job: Job) -> tuple[list[str], int]:
     """Run the process.
 
     Returns:
-        The lines that it printed (record by record only the last one), and whether it ran out of memory.
+        The lines that it printed (record by record only the last one), and its exit status: 0, or it ran out of memory.
 
     Raises:
         InspectionError: it could not read.
@@ -162,7 +169,7 @@ async def _run(kafka: KafkaSettings, job: Job) -> tuple[list[str], bool]:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    failed = status in FAILURES if job.windows else bool(status and lines)
-    if status and not failed:
+    # Reading quickly, a background task of the client may meet the `MemoryError`, which then has another status.
+    if status and status not in FAILURES and (job.windows or not lines):
         raise InspectionError(f"exit status {status}")
-    return lines, failed
+    return lines, status

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from shared.kafka.broker import ServiceBroker, unreadable_records, wait_for_kafka
 from shared.kafka.parsing import describe
+from shared.kafka.status import KafkaStatus
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
@@ -75,6 +76,7 @@ def build_service(
         async with lifespan() if lifespan is not None else _nothing():
             try:
                 await inspection
+                health.spawn("check Kafka", kafka_status.check_forever())
                 yield
             finally:
                 await health.cancel_background()
@@ -86,6 +88,8 @@ def build_service(
         started = True
         _log.info("started", service=name, version=VERSION)
 
+    kafka_status = KafkaStatus(kafka, kafka.topic(topics[0]))
+    health.add_check("kafka", kafka_status.problem)
     registry.register(ProgressCollector(health))
     if isinstance(broker, ServiceBroker):
         health.add_check("dead letters", broker.dead_letters.problem)
