@@ -1,5 +1,6 @@
 """Wires the optimizer together."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -157,7 +158,10 @@ def build_app(
     compacted = subscribe(broker, dead_letters, service, capacity, kafka=kafka, settings=settings)
     _watch_ages(service, metrics, fleet)
 
+    broker_started = asyncio.Event()
+
     async def after_reading(work: Callable[[], Awaitable[None]]) -> None:
+        await broker_started.wait()  # the work publishes
         if not await read_to_end(compacted, within_s=settings.state_wait_s):
             _log.warning("starting before the compacted topics were read completely")
         await work()
@@ -180,8 +184,11 @@ def build_app(
             service.close()
             await pool.close()
 
+    def on_broker_started() -> None:
+        broker_started.set()
+
     health.add_check("database", status.problem)
-    return build_service(
+    app = build_service(
         broker,
         name=NAME,
         description=DESCRIPTION,
@@ -201,6 +208,8 @@ def build_app(
         health=health,
         lifespan=running,
     )
+    app.after_startup(on_broker_started)
+    return app
 
 
 def main() -> None:

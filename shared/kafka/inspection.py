@@ -150,7 +150,7 @@ async def _run(kafka: KafkaSettings, job: Job) -> tuple[list[str], int]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", reading.__name__, job.model_dump_json()),
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
         env={**os.environ, **kafka.environment()},
     )
@@ -158,10 +158,12 @@ async def _run(kafka: KafkaSettings, job: Job) -> tuple[list[str], int]:
     try:
         async with asyncio.timeout(TIMEOUT_S):
             assert process.stdout is not None
+            assert process.stderr is not None
             async for line in process.stdout:
                 if job.windows:
                     lines.clear()
                 lines.append(line.decode().strip())
+            trace = (await process.stderr.read()).decode(errors="replace").strip()
             status = await process.wait()
     except TimeoutError:
         raise InspectionError(f"not within {TIMEOUT_S:g} s") from None
@@ -171,5 +173,5 @@ async def _run(kafka: KafkaSettings, job: Job) -> tuple[list[str], int]:
             await process.wait()
     # Reading quickly, a background task of the client may meet the `MemoryError`, which then has another status.
     if status and status not in FAILURES and (job.windows or not lines):
-        raise InspectionError(f"exit status {status}")
+        raise InspectionError(trace.rpartition("\n")[2].partition(":")[0] or f"exit status {status}")
     return lines, status

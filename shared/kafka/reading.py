@@ -13,8 +13,9 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, OffsetAndMetadata, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import GroupCoordinatorNotAvailableError
 from pydantic import BaseModel
 
 from shared.runtime.settings import KafkaSettings
@@ -35,6 +36,9 @@ OUT_OF_MEMORY: Final = 3
 """Exit status of the process after a `MemoryError`."""
 
 POLL_MS: Final = 1_000
+
+COORDINATOR_PAUSE_S: Final = 0.2
+"""Wall seconds before Kafka is asked again for the coordinator of a group."""
 
 Windows = dict[TopicPartition, range]
 """Offsets to read, by partition."""
@@ -97,7 +101,7 @@ async def _find_windows(kafka: KafkaSettings, consumer: Any, groups: Mapping[str
         windows: Windows = {}
         for group in {name for names in groups.values() for name in names}:
             read = [partition for partition in partitions if group in groups[partition.topic]]
-            committed = await admin.list_consumer_group_offsets(group, partitions=read) if group is not None else {}
+            committed = await _committed(admin, group, read) if group is not None else {}
             for partition in read:
                 stored = committed.get(partition)
                 first = max(begins[partition], -1 if stored is None else stored.offset)
@@ -105,6 +109,16 @@ async def _find_windows(kafka: KafkaSettings, consumer: Any, groups: Mapping[str
                 known = windows.get(partition, range(first, end))
                 windows[partition] = range(min(first, known.start), max(end, known.stop))
     return {partition: windows[partition] for partition in sorted(windows) if windows[partition]}
+
+
+async def _committed(
+    admin: AIOKafkaAdminClient, group: str, partitions: Sequence[TopicPartition]
+) -> Mapping[TopicPartition, OffsetAndMetadata]:
+    while True:
+        try:
+            return await admin.list_consumer_group_offsets(group, partitions=list(partitions))
+        except GroupCoordinatorNotAvailableError:  # a new cluster, whose first group this is
+            await asyncio.sleep(COORDINATOR_PAUSE_S)
 
 
 async def _read_quickly(consumer: Any, windows: Windows) -> None:  # noqa: ANN401 - aiokafka has no types

@@ -1,6 +1,5 @@
 """Runs a service: the FastStream application with health, readiness and metrics over HTTP, until it is stopped."""
 
-import asyncio
 import gc
 import json
 import sys
@@ -72,10 +71,9 @@ def build_service(
     @asynccontextmanager
     async def service_lifespan() -> AsyncIterator[None]:
         await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
-        inspection = asyncio.create_task(unreadable_records(broker, kafka).inspect())
+        await unreadable_records(broker, kafka).inspect()
         async with lifespan() if lifespan is not None else _nothing():
             try:
-                await inspection
                 health.spawn("check Kafka", kafka_status.check_forever())
                 yield
             finally:
