@@ -24,12 +24,14 @@ from services.router.recovery import KafkaGroupProgress
 from services.router.settings import RouterSettings
 from services.router.tracing import TRACER_NAME, Tracing
 from shared.fleet import Fleet, FleetError, load_fleet
+from shared.grouping import GroupingError
 from shared.inference.attempts import Attempts
 from shared.inference.chat import ChatTemplateError
 from shared.inference.load_reports import LoadReporter, subscribe_capacity
 from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker, unreadable_records
 from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.parsing import IMPLAUSIBLE, PoisonMessageError
 from shared.kafka.subscribe import Subscriber, read_to_end, subscribe_compacted, subscribe_records
 from shared.messages import CarbonIntensity, GenerationRequest, Policy, PromptGrouping
 from shared.runtime.clock import Clock
@@ -234,7 +236,11 @@ def subscribe_state(
     @groupings
     async def on_groupings(updates: list[PromptGrouping]) -> None:
         for grouping in updates:
-            if policies.groups.update(grouping):
+            try:
+                stored = policies.groups.update(grouping)
+            except GroupingError as error:
+                raise PoisonMessageError(IMPLAUSIBLE, str(error)) from error
+            if stored:
                 _log.info("new prompt groups", model=grouping.model, version=grouping.version)
 
     @newest_policies

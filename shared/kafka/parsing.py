@@ -57,16 +57,17 @@ def parse(model: type[M], value: bytes | None) -> M:
 
 
 def check_size(record: "ConsumerRecord[bytes, bytes]", limit: int) -> None:
-    """Reject a value by its size, before it is parsed.
+    """Reject a record by its size, before it is parsed.
 
-    The broker limits the compressed size of a batch of records; a small batch may hold a huge value.
+    The broker limits the compressed size of a batch of records; a small batch may hold a huge record.
 
     Raises:
-        PoisonMessageError: the value is larger than `limit` bytes.
+        PoisonMessageError: value, key and headers together are larger than `limit` bytes.
     """
-    size = len(record.value or b"")
+    size = len(record.value or b"") + len(record.key or b"")
+    size += sum(len(name) + len(content or b"") for name, content in record.headers)
     if size > limit:
-        raise PoisonMessageError("too_large", f"the value has {size} bytes, the limit is {limit}")
+        raise PoisonMessageError("too_large", f"the record has {size} bytes, the limit is {limit}")
 
 
 def parse_record(spec: TopicSpec, record: "ConsumerRecord[bytes, bytes]", clock: Clock) -> Message:

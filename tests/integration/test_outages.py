@@ -40,10 +40,12 @@ def services(supervisor, kafka, database, triton, tmp_path) -> Iterator[dict[str
     }
     names = {
         name: start_service(
-            name, supervisor, kafka=kafka, database=database, fleet=fleet, settings=settings.get(name, {})
+            name, supervisor, kafka=kafka, database=database, fleet=fleet, settings=settings.get(name), wait=False
         )
         for name in ("carbon_feed", "router", *STORING)
     }
+    for name in names.values():
+        supervisor.process(name).wait_ready()
     yield names
     for name in names.values():
         supervisor.stop(name)
@@ -56,12 +58,12 @@ async def test_outages_of_postgresql_and_kafka(services, supervisor, kafka):
         with frozen(supervisor.process("postgres").pid):
             await until_ready(supervisor, storing, "PostgreSQL")
         await until_ready(supervisor, services.values())
-        restart(supervisor, "postgres")
+        await restart(supervisor, "postgres")
         await until_ready(supervisor, services.values())
         with frozen(supervisor.process("kafka").pid):
             await until_ready(supervisor, services.values(), "Kafka does not answer")
         await until_ready(supervisor, services.values())
-        restart(supervisor, "kafka")
+        await restart(supervisor, "kafka")
         await until_ready(supervisor, services.values())
         assert {name: supervisor.process(name).pid for name in services.values()} == pids
         supervisor.check()
@@ -94,8 +96,8 @@ def descendants(pid: int) -> list[int]:
     return [one for child in children for one in (child, *descendants(child))]
 
 
-def restart(supervisor: Supervisor, name: str) -> None:
-    supervisor.respawn(name).wait_ready()
+async def restart(supervisor: Supervisor, name: str) -> None:
+    await asyncio.to_thread(supervisor.respawn(name).wait_ready)
 
 
 async def until_ready(supervisor: Supervisor, names: Collection[str], problem: str | None = None) -> None:

@@ -181,6 +181,7 @@ def start_service(
     database: DatabaseSettings,
     fleet: Path,
     settings: Mapping[str, str] | None = None,
+    wait: bool = True,
 ) -> str:
     """Start a service, wait until it is ready, and return the name of its process."""
     (port,) = free_ports(1)
@@ -193,9 +194,11 @@ def start_service(
         clock={},
     )
     prefixes = {"SPROUT_KAFKA_GROUP_PREFIX": kafka.group_prefix}
-    supervisor.start(
+    process = supervisor.spawn(
         service_spec(service, port=port, environment=environment, settings={**prefixes, **(settings or {})}, name=name)
     )
+    if wait:
+        process.wait_ready()
     return name
 
 

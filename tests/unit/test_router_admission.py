@@ -104,7 +104,7 @@ def test_a_request_is_rejected_with_a_code(fields, wanted):
 
 
 def test_the_size_is_seen_before_a_request_is_parsed():
-    with pytest.raises(PoisonMessageError, match="too_large: the value has 2001 bytes, the limit is 2000"):
+    with pytest.raises(PoisonMessageError, match="too_large: the record has 2002 bytes, the limit is 2000"):
         parsed(b"[" * 2_001)
 
 
