@@ -120,13 +120,18 @@ class Router:
             metrics=metrics,
             tracing=tracing,
         )
+        unreadable = unreadable_records(broker, kafka)
+        progress = KafkaGroupProgress(
+            kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS)), unreadable
+        )
+        progress.watch(kafka.topic(REQUESTS))
         self.requests = RequestConsumer(
             handler.handle,
-            KafkaGroupProgress(kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS))),
+            progress,
             settings=settings,
             metrics=metrics,
             capacity=self.pools,
-            unreadable=unreadable_records(broker, kafka),
+            unreadable=unreadable,
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
         self._backlog = Backlog(lambda: subscriber.consumer, finished=self.requests.finished, metrics=metrics)

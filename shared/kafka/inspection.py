@@ -20,7 +20,7 @@ from typing import Final
 from aiokafka import TopicPartition
 
 from shared.kafka import reading
-from shared.kafka.reading import OUT_OF_MEMORY, Job, Window, Windows
+from shared.kafka.reading import OUT_OF_MEMORY, Job, Since, Window, Windows
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 
@@ -41,16 +41,17 @@ class InspectionError(RuntimeError):
 
 
 async def find_unreadable(
-    kafka: KafkaSettings, groups: Mapping[str, Collection[str | None]]
+    kafka: KafkaSettings, groups: Mapping[str, Collection[str | None]], since: Since | None = None
 ) -> dict[TopicPartition, list[range]]:
     """The offsets to set aside, in ascending order.
 
     Args:
-        groups: see `Job`; full names.
+        groups, since: see `Job`; full names.
     """
     found: dict[TopicPartition, list[range]] = {}
     try:
-        lines, status = await _run(kafka, Job(groups={topic: list(names) for topic, names in groups.items()}))
+        job = Job(groups={topic: list(names) for topic, names in groups.items()}, since=since)
+        lines, status = await _run(kafka, job)
         windows = {
             TopicPartition(one.topic, one.partition): range(one.first, one.end)
             for one in map(Window.model_validate_json, lines)

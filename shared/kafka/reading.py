@@ -8,7 +8,7 @@ import asyncio
 import os
 import resource
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -53,16 +53,36 @@ class Window(BaseModel):
     end: int
 
 
+class Since(BaseModel):
+    """Topics that are read from a time on, which the commits of a group have in their metadata.
+
+    Attributes:
+        topics: that are read.
+        group: whose commits.
+        committed: topic of the commits.
+        prefix: of the metadata; Unix milliseconds follow.
+        margin_ms: the topics are read from so much earlier.
+    """
+
+    topics: list[str]
+    group: str
+    committed: str
+    prefix: str
+    margin_ms: int
+
+
 class Job(BaseModel):
     """What the process reads.
 
     Attributes:
+        since: see `Since`.
         groups: by topic, the consumer groups that read it; None for a consumer without a group. The process prints the
             windows that follow from that, then reads them quickly.
         windows: read one by one; the process prints every position before it reads it.
     """
 
     groups: dict[str, list[str | None]] = {}
+    since: Since | None = None
     windows: list[Window] = []
 
 
@@ -77,7 +97,9 @@ async def _read(job: Job) -> None:
             for window in job.windows:
                 await _read_one_by_one(consumer, window)
             return
-        windows = await _find_windows(kafka, consumer, job.groups)
+        async with _admin(kafka) as admin:
+            windows = await _windows_of_groups(admin, consumer, job.groups)
+            windows |= {} if job.since is None else await _windows_since(admin, consumer, job.since)
         for partition, offsets in windows.items():
             window = Window(topic=partition.topic, partition=partition.partition, first=offsets.start, end=offsets.stop)
             print(window.model_dump_json(), flush=True)  # noqa: T201 - the result
@@ -90,25 +112,46 @@ async def _read(job: Job) -> None:
         await consumer.stop()
 
 
-async def _find_windows(kafka: KafkaSettings, consumer: Any, groups: Mapping[str, Sequence[str | None]]) -> Windows:  # noqa: ANN401
+async def _windows_of_groups(
+    admin: AIOKafkaAdminClient,
+    consumer: Any,  # noqa: ANN401 - aiokafka has no types
+    groups: Mapping[str, Sequence[str | None]],
+) -> Windows:
     """What the groups may read next: nothing, if they have read all."""
-    async with _admin(kafka) as admin:
-        described = await admin.describe_topics(list(groups))
-        partitions = [
-            TopicPartition(topic["topic"], entry["partition"]) for topic in described for entry in topic["partitions"]
-        ]
-        begins, ends = await consumer.beginning_offsets(partitions), await consumer.end_offsets(partitions)
-        windows: Windows = {}
-        for group in {name for names in groups.values() for name in names}:
-            read = [partition for partition in partitions if group in groups[partition.topic]]
-            committed = await _committed(admin, group, read) if group is not None else {}
-            for partition in read:
-                stored = committed.get(partition)
-                first = max(begins[partition], -1 if stored is None else stored.offset)
-                end = ends[partition] if group is None else min(ends[partition], first + WINDOW)
-                known = windows.get(partition, range(first, end))
-                windows[partition] = range(min(first, known.start), max(end, known.stop))
+    partitions = await _partitions(admin, groups)
+    begins, ends = await consumer.beginning_offsets(partitions), await consumer.end_offsets(partitions)
+    windows: Windows = {}
+    for group in {name for names in groups.values() for name in names}:
+        read = [partition for partition in partitions if group in groups[partition.topic]]
+        committed = await _committed(admin, group, read) if group is not None else {}
+        for partition in read:
+            stored = committed.get(partition)
+            first = max(begins[partition], -1 if stored is None else stored.offset)
+            end = ends[partition] if group is None else min(ends[partition], first + WINDOW)
+            known = windows.get(partition, range(first, end))
+            windows[partition] = range(min(first, known.start), max(end, known.stop))
     return {partition: windows[partition] for partition in sorted(windows) if windows[partition]}
+
+
+async def _windows_since(admin: AIOKafkaAdminClient, consumer: Any, since: Since) -> Windows:  # noqa: ANN401
+    committed = await _committed(admin, since.group, await _partitions(admin, [since.committed]))
+    metadata = [str(one.metadata or "") for one in committed.values()]
+    times = [int(found) for one in metadata if (found := one.removeprefix(since.prefix)).isdecimal()]
+    if not times:
+        return {}
+    partitions = await _partitions(admin, since.topics)
+    ends = await consumer.end_offsets(partitions)
+    begins = await consumer.offsets_for_times(dict.fromkeys(partitions, max(0, min(times) - since.margin_ms)))
+    return {
+        partition: range(begin.offset, ends[partition])
+        for partition, begin in sorted(begins.items())
+        if begin is not None and begin.offset < ends[partition]
+    }
+
+
+async def _partitions(admin: AIOKafkaAdminClient, topics: Collection[str]) -> list[TopicPartition]:
+    described = await admin.describe_topics(list(topics))
+    return [TopicPartition(topic["topic"], entry["partition"]) for topic in described for entry in topic["partitions"]]
 
 
 async def _committed(

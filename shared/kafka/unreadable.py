@@ -15,7 +15,7 @@ from aiokafka.structs import OffsetAndMetadata
 from shared.kafka.dead_letters import UNREADABLE, DeadLetterPublisher
 from shared.kafka.inspection import find_unreadable
 from shared.kafka.parsing import PoisonMessageError
-from shared.kafka.reading import POLL_MS
+from shared.kafka.reading import POLL_MS, Since
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 
@@ -36,6 +36,7 @@ class UnreadableRecords:
     def __init__(self, kafka: KafkaSettings) -> None:
         self._kafka = kafka
         self._groups: dict[str, set[str | None]] = {}
+        self._since: Since | None = None
         self._found: dict[TopicPartition, list[range]] = {}
         self._ungrouped: list[PassBy] = []
 
@@ -43,10 +44,14 @@ class UnreadableRecords:
         """Inspect what a consumer group will read of a topic; of a consumer without a group, the whole topic."""
         self._groups.setdefault(topic, set()).add(group)
 
+    def watch_since(self, since: Since) -> None:
+        """Inspect topics from a time on."""
+        self._since = since
+
     async def inspect(self) -> None:
         """Find the records; call it before the broker starts."""
         if self._groups:
-            self._found = await find_unreadable(self._kafka, self._groups)
+            self._found = await find_unreadable(self._kafka, self._groups, self._since)
 
     def after(self, partition: TopicPartition, offset: int) -> Sequence[range]:
         """Offsets to set aside at or after an offset, in ascending order."""
