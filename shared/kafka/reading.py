@@ -159,9 +159,13 @@ async def _committed(
 ) -> Mapping[TopicPartition, OffsetAndMetadata]:
     while True:
         try:
-            return await admin.list_consumer_group_offsets(group, partitions=list(partitions))
+            stored: dict[TopicPartition, OffsetAndMetadata] = await admin.list_consumer_group_offsets(
+                group, partitions=list(partitions)
+            )
         except GroupCoordinatorNotAvailableError:  # a new cluster, whose first group this is
             await asyncio.sleep(COORDINATOR_PAUSE_S)
+        else:
+            return stored
 
 
 async def _read_quickly(consumer: Any, windows: Windows) -> None:  # noqa: ANN401 - aiokafka has no types

@@ -47,7 +47,8 @@ class KafkaStatus:
                         await admin.describe_topics([self._topic])
                 except Exception as error:  # noqa: BLE001 - whatever it is, the check goes on
                     self._note(f"Kafka does not answer ({type(error).__name__})")
-                    admin = await _close(admin)
+                    await _close(admin)
+                    admin = None
                 else:
                     self._note(None)
                 await asyncio.sleep(CHECK_INTERVAL_S)
