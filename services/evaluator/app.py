@@ -153,6 +153,7 @@ class Evaluator:
                 status,
                 samples_per_group=settings.samples_per_group,
                 max_age=timedelta(hours=settings.max_sample_age_h),
+                draw_key=settings.draw_key_bytes,
             )
             store = EvaluationStore(pool, status)
             group_store = GroupStore(pool, status, max_judged_age=timedelta(hours=settings.max_judged_age_h))
@@ -182,7 +183,7 @@ class Evaluator:
             stack.push_async_callback(health.cancel_background)
             yield
 
-    def on_broker_started(self) -> None:
+    async def on_broker_started(self) -> None:
         """Allow evaluations, which publish their calls."""
         self._broker_started.set()
 

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from services import SERVICES
 from services.optimizer import migrations
+from services.optimizer.capacity import CapacityPlanner
 from services.optimizer.capacity_service import CapacityService
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
@@ -116,7 +117,7 @@ def subscribe(
     return groupings, intensities, evaluations, curves
 
 
-def build_app(
+def build_app(  # noqa: PLR0915 - it only wires
     *,
     kafka: KafkaSettings | None = None,
     settings: OptimizerSettings | None = None,
@@ -152,9 +153,8 @@ def build_app(
     service = PolicyService(
         fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices, publish=publish_policy
     )
-    capacity = CapacityService(
-        fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices, publish=publish_plan
-    )
+    planner = CapacityPlanner(fleet, settings, event_per_wall=clock.rate)
+    capacity = CapacityService(planner, prices, publish_plan, settings=settings, clock=clock, metrics=metrics)
     compacted = subscribe(broker, dead_letters, service, capacity, kafka=kafka, settings=settings)
     _watch_ages(service, metrics, fleet)
 
@@ -184,7 +184,8 @@ def build_app(
             service.close()
             await pool.close()
 
-    def on_broker_started() -> None:
+    # FastStream calls functions that are not asynchronous in a thread.
+    async def on_broker_started() -> None:
         broker_started.set()
 
     health.add_check("database", status.problem)

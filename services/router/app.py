@@ -132,6 +132,7 @@ class Router:
             metrics=metrics,
             capacity=self.pools,
             unreadable=unreadable,
+            topic_prefix=kafka.topic_prefix,
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
         self._backlog = Backlog(lambda: subscriber.consumer, finished=self.requests.finished, metrics=metrics)
@@ -152,6 +153,8 @@ class Router:
     @asynccontextmanager
     async def running(self, health: Health) -> AsyncIterator[None]:
         """Background tasks beside the subscribers."""
+        if not self.settings.draw_key_bytes:
+            _log.warning("draws have no key, so clients can steer them: set SPROUT_ROUTER_DRAW_KEY_FILE on all routers")
         self.requests.pause()
         health.spawn("load policies", self._load_policies())
         health.spawn("watch endpoints", self.pools.watch())
@@ -166,7 +169,7 @@ class Router:
             if self._tracer_provider is not None:
                 await asyncio.to_thread(self._tracer_provider.shutdown)
 
-    def on_broker_started(self) -> None:
+    async def on_broker_started(self) -> None:
         """Allow load reports, which need the producer."""
         self._broker_started.set()
 
