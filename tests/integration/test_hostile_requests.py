@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import signal
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -160,7 +161,11 @@ async def test_a_router_starts_with_a_bomb_on_each_topic_that_it_reads(kafka, ro
         routers.supervisor.process(router).kill()
         async with producing(kafka, compression_type="gzip", max_request_size=2**28, max_batch_size=2**28) as hostile:
             for spec in (POLICIES, CARBON_INTENSITY, PROMPT_GROUPS, RESPONSES):
-                await hostile.producer.send_and_wait(kafka.topic(spec), turns(130_000_000), key=b"k", partition=0)
+                # Ahead: Kafka rejects responses that are too old when they arrive, and it is compressed slowly.
+                ahead_ms = int(time.time() * 1_000) + 60_000
+                await hostile.producer.send_and_wait(
+                    kafka.topic(spec), turns(130_000_000), key=b"k", partition=0, timestamp_ms=ahead_ms
+                )
         router = routers.start()
         await letters.read(until=3)
         kept = {(one.topic, one.reason) for one in map(_letter, letters.records)}
