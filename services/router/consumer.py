@@ -7,7 +7,7 @@ committed here, not by FastStream, because requests finish in any order.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -21,45 +21,9 @@ from services.router.recovery import GroupProgress, recover, to_kafka
 from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
 from services.router.starter import Capacity, Handle, RequestStarter, now_ms
-from shared.kafka.inspection import find_unreadable, read_range, stand_in
+from shared.kafka.unreadable import UnreadableRecords, stand_in
 from shared.runtime.logs import get_logger, where
-from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS
-
-
-class Suspects:
-    """Finds records that would end this process; without Kafka there are none."""
-
-    async def after(self, partition: TopicPartition, offset: int) -> Sequence[range]:  # noqa: ARG002
-        """Offsets to set aside at or after an offset, in ascending order."""
-        return ()
-
-    async def read(self, partition: TopicPartition, offsets: range) -> Sequence[Any]:  # noqa: ARG002
-        """The records with these offsets."""
-        return ()
-
-
-class KafkaSuspects(Suspects):
-    """Inspects the records after the committed offsets once, at the start of the process."""
-
-    def __init__(self, kafka: KafkaSettings, group: str) -> None:
-        self._kafka = kafka
-        self._group = group
-        self._found: dict[str, asyncio.Task[dict[int, list[range]]]] = {}
-
-    async def after(self, partition: TopicPartition, offset: int) -> Sequence[range]:
-        """See `Suspects`; waits for the inspection."""
-        topic = partition.topic
-        if topic not in self._found:
-            self._found[topic] = asyncio.create_task(find_unreadable(topic, self._group))
-        # Shielded: a rebalance cancels the recovery that waits, not the inspection.
-        found = await asyncio.shield(self._found[topic])
-        return [bad for bad in found.get(partition.partition, ()) if bad.stop > offset]
-
-    async def read(self, partition: TopicPartition, offsets: range) -> Sequence[Any]:
-        """See `Suspects`."""
-        return await read_range(self._kafka, partition, offsets) if offsets else ()
-
 
 COMMIT_FAILURES_TOLERATED: Final = 10
 """Consecutive failed commits before the router is not ready."""
@@ -92,20 +56,20 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         metrics: RouterMetrics,
         capacity: Capacity,
         classes: RequestClasses,
-        suspects: Suspects | None = None,
+        unreadable: UnreadableRecords,
     ) -> None:
         """Create a consumer; it starts requests when `receive` is called.
 
         Args:
             capacity: of the model servers.
             classes: lanes, tenants and models.
-            suspects: finds records that would end this process.
+            unreadable: records that would end this process.
         """
         self._progress = progress
         self._settings = settings
         self._metrics = metrics
         self._capacity = capacity
-        self._suspects = suspects or Suspects()
+        self._unreadable = unreadable
         self._fence = PublishFence(session_timeout_s=settings.session_timeout_s)
         self._fence.on_unknown_outcome(self._on_unknown_outcome)
         self._partitions = Partitions(self._fence)
@@ -309,8 +273,8 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         Returns:
             The offset from which the consumer can read.
         """
-        for bad in await self._suspects.after(partition, offset):
-            records = await self._suspects.read(partition, range(offset, bad.start))
+        for bad in self._unreadable.after(partition, offset):
+            records = await self._unreadable.read(partition, range(offset, bad.start))
             await self.receive([*records, stand_in(partition, max(offset, bad.start))])
             offset = bad.stop
         return offset

@@ -10,13 +10,14 @@ from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 from prometheus_client import CollectorRegistry
 
-from services.router.consumer import RequestConsumer, Suspects
+from services.router.consumer import RequestConsumer
 from services.router.metrics import RouterMetrics
 from services.router.offsets import RecoveredOffsets
 from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
 from services.router.starter import Capacity, Handle
 from shared.fleet import Fleet
+from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.settings import KafkaSettings
 from tests.support.fleets import fleet_toml
 
@@ -105,7 +106,7 @@ def request_consumer(
     handle: Handle,
     progress: GroupProgressStandIn,
     consumer: KafkaConsumerStandIn,
-    suspects: Suspects | None = None,
+    unreadable: UnreadableRecords | None = None,
     *,
     fleet: Fleet | None = None,
     capacity: Capacity | None = None,
@@ -122,7 +123,7 @@ def request_consumer(
         metrics=RouterMetrics(registry or CollectorRegistry()),
         capacity=capacity or UnlimitedCapacity(),
         classes=RequestClasses(fleet=fleet, kafka=KafkaSettings(topic_prefix=""), settings=checked),
-        suspects=suspects,
+        unreadable=unreadable or UnreadableRecords(KafkaSettings()),
     )
     requests.set_consumer(lambda: consumer)
     return requests

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from shared.access import ACCESS, acl_arguments
 from shared.kafka.admin import ProvisioningError, create_topics
-from shared.kafka.dead_letters import describe as describe_error
+from shared.kafka.parsing import describe as describe_error
 from shared.lanes import all_topics
 from shared.runtime.settings import KafkaSettings
 from shared.topics import TOPICS, TopicSpec
