@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,7 +13,7 @@ from services.evaluator.cost import Energy, EnergyByPool
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt
 from shared.grouping import FEATURES, PromptFeatures
 from shared.messages import PromptGrouping, Quality
-from shared.runtime.database import DatabaseStatus
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,10 @@ class EvaluationStore:
                 claimed: bool = await connection.fetchval("SELECT pg_try_advisory_lock(hashtext($1))", key)
             yield claimed
         finally:
-            # Releasing resets the connection, which unlocks.
-            await self._pool.release(connection)
+            # Releasing resets the connection, which unlocks. If the server is gone, the lock is gone with it, and the
+            # pool discards the connection.
+            with suppress(DatabaseUnavailableError), self._status.watch():
+                await self._pool.release(connection)
 
     async def last_evaluation(self, model: str) -> datetime | None:
         """Event time of a model's last finished evaluation."""

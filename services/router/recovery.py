@@ -15,7 +15,9 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
 from services.router.offsets import Commit, RecoveredOffsets
+from shared.kafka.reading import Since
 from shared.kafka.records import RecordId
+from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.settings import KafkaSettings
 from shared.topics import SOURCE_HEADER
 
@@ -119,11 +121,29 @@ class KafkaGroupProgress:
 
     Attributes:
         topics: full names of the output topics: one message for each finished record.
+        unreadable: records of these topics that must not be read.
     """
 
     kafka: KafkaSettings
     group: str
     topics: tuple[str, ...]
+    unreadable: UnreadableRecords
+
+    def watch(self, requests: str) -> None:
+        """Have the output topics inspected before the broker starts.
+
+        Args:
+            requests: full name of the topic whose progress this is.
+        """
+        self.unreadable.watch_since(
+            Since(
+                topics=list(self.topics),
+                group=self.group,
+                committed=requests,
+                prefix=_METADATA_PREFIX,
+                margin_ms=CLOCK_MARGIN_MS,
+            )
+        )
 
     async def committed(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
         """The last commits of the group, without partitions that have none.
@@ -158,7 +178,7 @@ class KafkaGroupProgress:
         )
         try:
             await consumer.start()
-            async for records in _records_since(consumer, since_ms):
+            async for records in _records_since(consumer, since_ms, self.unreadable):
                 collect_answered(records, by_place, found)
         finally:
             await consumer.stop()
@@ -169,7 +189,7 @@ class KafkaGroupProgress:
 
 
 async def _records_since(
-    consumer: AIOKafkaConsumer, since_ms: int
+    consumer: AIOKafkaConsumer, since_ms: int, unreadable: UnreadableRecords
 ) -> AsyncIterator[Collection["ConsumerRecord[bytes, bytes]"]]:
     """All records of the consumer's topics from a timestamp up to the current end."""
     partitions = consumer.assignment()
@@ -178,7 +198,11 @@ async def _records_since(
     left = {partition for partition, begin in begins.items() if begin is not None and begin.offset < ends[partition]}
     for partition in partitions:
         if partition in left:
-            consumer.seek(partition, begins[partition].offset)
+            offset = begins[partition].offset
+            for bad in unreadable.after(partition, offset):
+                yield await unreadable.read(partition, range(offset, bad.start))
+                offset = bad.stop
+            consumer.seek(partition, offset)
         else:
             consumer.pause(partition)
     while left:

@@ -25,7 +25,7 @@ from services.router.settings import RouterSettings
 from services.router.streaming import Chunker
 from shared.fleet import Fleet
 from shared.inference.attempts import RetrySettings
-from shared.kafka.dead_letters import PoisonMessageError, parse
+from shared.kafka.parsing import PoisonMessageError, parse
 from shared.messages import ErrorDetail, GenerationRequest, GenerationResponse, Policy
 from shared.runtime.clock import Clock
 from tests.support.router import fleet_toml
@@ -111,7 +111,7 @@ def test_a_request_is_rejected_with_a_code(fields, wanted):
 
 
 def test_the_size_is_seen_before_a_request_is_parsed():
-    with pytest.raises(PoisonMessageError, match="too_large: the value has 2001 bytes, the limit is 2000"):
+    with pytest.raises(PoisonMessageError, match="too_large: the record has 2002 bytes, the limit is 2000"):
         parsed(b"[" * 2_001)
 
 

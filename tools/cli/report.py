@@ -12,7 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.kafka.dead_letters import describe
+from shared.kafka.parsing import describe
 from shared.runtime.settings import DatabaseSettings
 from tools.cli.console import Exit, fail, local_state, out, say
 
