@@ -182,7 +182,7 @@ class Evaluator:
             stack.push_async_callback(health.cancel_background)
             yield
 
-    def on_broker_started(self) -> None:
+    async def on_broker_started(self) -> None:
         """Allow evaluations, which publish their calls."""
         self._broker_started.set()
 

@@ -157,7 +157,6 @@ class Router:
         health.spawn("load policies", self._load_policies())
         health.spawn("watch endpoints", self.pools.watch())
         health.spawn("watch backlog", self._backlog.watch())
-        health.spawn("report load", self._load_reporter.run())
         commits = health.expect_progress("commits", within_s=COMMIT_TIMEOUT_S + self.settings.commit_interval_s)
         health.spawn("commit offsets", self.requests.commit_forever(on_round=commits.made))
         try:
@@ -166,6 +165,10 @@ class Router:
             await self.pools.close()
             if self._tracer_provider is not None:
                 await asyncio.to_thread(self._tracer_provider.shutdown)
+
+    def report_load(self, health: Health) -> None:
+        """Start to publish load reports; call it once the broker has started, because before it cannot publish."""
+        health.spawn("report load", self._load_reporter.run())
 
     async def shut_down(self) -> None:
         """Finish or cancel all requests; Kafka is still connected."""
@@ -309,6 +312,11 @@ def build_app(
         health=health,
         lifespan=lambda: router.running(health),
     )
+
+    async def begin() -> None:
+        router.report_load(health)
+
+    app.after_startup(begin)
     app.on_shutdown(router.shut_down)
     return app
 
