@@ -19,6 +19,9 @@ SERVICE_TIER: Final = 2
 BACKGROUND_NICENESS: Final = 5
 """Of the services that no request waits for: solving and learning must not delay answers on a machine of few cores."""
 
+TOKEN_FILE: Final = "evaluations-token"
+"""Name of the file, in the state folder, with the token of the evaluator's `POST /evaluations`."""
+
 SETTLE_DELAY_WALL_S: Final = 10.0
 """The ledger's settlement delay, wall seconds. The ledger learns of a call only when it ends. A call longer than the
 delay (about 800 tokens of the stand-in's default curve) gets energy for its last part only; the energy before that
@@ -27,9 +30,10 @@ counts as unattributed."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceEnvironment:
-    """The settings that all services of a stack share.
+    """The settings that all services of a stack have.
 
     Attributes:
+        database_url: with the role of the service that the environment is for; empty: none.
         clock: `SPROUT_CLOCK_*` variables; empty: real time.
     """
 
@@ -105,7 +109,10 @@ def service_settings(config: StackConfig) -> dict[str, dict[str, str]]:
     defaults = {
         # Every request is a sample, and an evaluation needs few of them.
         "router": {"SPROUT_ROUTER_SAMPLE_SHARE": "1"},
-        "evaluator": {"SPROUT_EVALUATOR_MIN_SAMPLES": "20"},
+        "evaluator": {
+            "SPROUT_EVALUATOR_MIN_SAMPLES": "20",
+            "SPROUT_EVALUATOR_HTTP_TOKEN_FILE": str(config.state_dir / TOKEN_FILE),
+        },
         "ledger": {
             "SPROUT_LEDGER_SCRAPE_INTERVAL_S": "1",
             "SPROUT_LEDGER_SETTLE_DELAY_S": f"{SETTLE_DELAY_WALL_S * config.rate:g}",

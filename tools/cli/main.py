@@ -5,6 +5,7 @@ from importlib import import_module
 
 import typer
 
+from tools.cli.database import app as database
 from tools.cli.dead_letters import app as dead_letters
 from tools.cli.report import report
 from tools.cli.send import send
@@ -50,6 +51,7 @@ with suppress(ModuleNotFoundError):
 app.command()(send)
 app.command()(report)
 app.add_typer(topics, name="topics")
+app.add_typer(database, name="database")
 app.add_typer(dead_letters, name="dead-letters")
 
 if __name__ == "__main__":

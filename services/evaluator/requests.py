@@ -1,0 +1,65 @@
+"""`POST /evaluations`: a person, or a job, requests an evaluation now, regardless of the grid."""
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
+from urllib.parse import parse_qs
+
+from faststream.asgi import AsgiResponse, HttpHandler, post
+from faststream.asgi.types import Scope
+from pydantic import SecretStr
+
+from services.evaluator.scheduler import Scheduler
+from shared.kafka.dead_letters import RetryLaterError
+
+OFF: Final = "requests for evaluations are off: set SPROUT_EVALUATOR_HTTP_TOKEN or SPROUT_EVALUATOR_HTTP_TOKEN_FILE"
+
+
+def evaluation_endpoint(
+    scheduler: Scheduler, *, token: SecretStr | None, is_claimed: Callable[[str], Awaitable[bool]]
+) -> HttpHandler:
+    """The handler of `POST /evaluations?model=NAME` with the header `Authorization: Bearer TOKEN`.
+
+    It answers 202 only if this process will evaluate the model, as soon as there are samples and the model servers can
+    be reached; 409 while another evaluator evaluates it; 404 for an unknown model; 401 without the right token; 403 if
+    no token is configured; 503 without PostgreSQL. The request's body is not read.
+
+    Args:
+        token: None: requests are off.
+        is_claimed: whether any process evaluates a model now; may raise `RetryLaterError`.
+    """
+
+    @post(description="Evaluate a model now; needs a bearer token")
+    async def request_evaluation(scope: Scope) -> AsgiResponse:
+        if token is None:
+            return _error(403, OFF)
+        if not is_authorised(scope["headers"], token):
+            return _error(401, "send the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"})
+        (model, *_) = parse_qs(scope["query_string"].decode(errors="replace")).get("model", [""])
+        state = scheduler.states.get(model)
+        if state is None:
+            return _error(404, "set ?model= to the name of a model of the fleet file")
+        try:
+            if state.running is None and await is_claimed(model):
+                return _error(409, "another evaluator evaluates this model now; try again when it has finished")
+        except RetryLaterError as error:
+            return _error(503, f"{error}; try again")
+        return _json(202, {"status": scheduler.request(model)})
+
+    return request_evaluation
+
+
+def is_authorised(headers: Iterable[tuple[bytes, bytes]], token: SecretStr) -> bool:
+    """Whether the headers of a request have the token; compared in constant time."""
+    value = next((value for name, value in headers if name.lower() == b"authorization"), b"")
+    scheme, _, given = value.partition(b" ")
+    return hmac.compare_digest(given.strip(), token.get_secret_value().encode()) and scheme.lower() == b"bearer"
+
+
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> AsgiResponse:
+    return _json(status, {"error": message}, headers)
+
+
+def _json(status: int, body: dict[str, str], headers: dict[str, str] | None = None) -> AsgiResponse:
+    return AsgiResponse(json.dumps(body).encode(), status, {"Content-Type": "application/json", **(headers or {})})
