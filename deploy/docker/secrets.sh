@@ -16,3 +16,5 @@ make() { # VOLUME FILE
 for name in postgres optimizer evaluator ledger operator; do make "$name" database-password; done
 make evaluator evaluations-token
 make router draw-key
+# The same key in every service that draws.
+[ -s /secrets/evaluator/draw-key ] || cp /secrets/router/draw-key /secrets/evaluator/draw-key

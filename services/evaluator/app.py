@@ -184,15 +184,17 @@ class Evaluator:
         """Allow evaluations, which publish their calls."""
         self._broker_started.set()
 
-    async def is_claimed(self, model: str) -> bool:
-        """Whether any process evaluates a model now.
+    async def obstacle(self, model: str) -> str | None:
+        """Why this process cannot evaluate a model now: another one does. None: it can.
 
         Raises:
             DatabaseUnavailableError: PostgreSQL does not answer, or is not connected yet.
         """
         if self._store is None:
             raise DatabaseUnavailableError("PostgreSQL is not connected yet")
-        return await self._store.is_claimed(model)
+        if self.scheduler.states[model].running is not None or not await self._store.is_claimed(model):
+            return None
+        return "another evaluator evaluates this model now; try again when it has finished"
 
     async def _evaluate(self, runner: EvaluationRunner, health: Health) -> None:
         await self._broker_started.wait()
@@ -312,7 +314,7 @@ def build_app(
     app.on_shutdown(evaluator.publish_final_load_report)
     app.mount(
         "/evaluations",
-        evaluation_endpoint(evaluator.scheduler, token=settings.http_token, is_claimed=evaluator.is_claimed),
+        evaluation_endpoint(evaluator.scheduler, token=settings.http_token, obstacle=evaluator.obstacle),
     )
     return app
 

@@ -17,17 +17,17 @@ OFF: Final = "requests for evaluations are off: set SPROUT_EVALUATOR_HTTP_TOKEN 
 
 
 def evaluation_endpoint(
-    scheduler: Scheduler, *, token: SecretStr | None, is_claimed: Callable[[str], Awaitable[bool]]
+    scheduler: Scheduler, *, token: SecretStr | None, obstacle: Callable[[str], Awaitable[str | None]]
 ) -> HttpHandler:
     """The handler of `POST /evaluations?model=NAME` with the header `Authorization: Bearer TOKEN`.
 
     It answers 202 only if this process will evaluate the model, as soon as there are samples and the model servers can
-    be reached; 409 while another evaluator evaluates it; 404 for an unknown model; 401 without the right token; 403 if
-    no token is configured; 503 without PostgreSQL. The request's body is not read.
+    be reached; 409 while there is an obstacle; 404 for an unknown model; 401 without the right token; 403 if none is
+    configured; 503 without PostgreSQL. The request's body is not read.
 
     Args:
         token: None: requests are off.
-        is_claimed: whether any process evaluates a model now; may raise `RetryLaterError`.
+        obstacle: why this process cannot evaluate a model now; None: it can. May raise `RetryLaterError`.
     """
 
     @post(description="Evaluate a model now; needs a bearer token")
@@ -37,14 +37,14 @@ def evaluation_endpoint(
         if not is_authorised(scope["headers"], token):
             return _error(401, "send the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"})
         (model, *_) = parse_qs(scope["query_string"].decode(errors="replace")).get("model", [""])
-        state = scheduler.states.get(model)
-        if state is None:
+        if model not in scheduler.states:
             return _error(404, "set ?model= to the name of a model of the fleet file")
         try:
-            if state.running is None and await is_claimed(model):
-                return _error(409, "another evaluator evaluates this model now; try again when it has finished")
+            problem = await obstacle(model)
         except RetryLaterError as error:
             return _error(503, f"{error}; try again")
+        if problem is not None:
+            return _error(409, problem)
         return _json(202, {"status": scheduler.request(model)})
 
     return request_evaluation

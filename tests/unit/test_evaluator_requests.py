@@ -36,18 +36,18 @@ def scheduler_of_one_model() -> Scheduler:
 class Endpoint:
     """The handler, called as a server would."""
 
-    def __init__(self, *, token: str | None = TOKEN, claimed: bool | Exception = False) -> None:
+    def __init__(self, *, token: str | None = TOKEN, obstacle: str | Exception | None = None) -> None:
         self.scheduler = scheduler_of_one_model()
-        self._claimed = claimed
+        self._found = obstacle
         self._handler = evaluation_endpoint(
-            self.scheduler, token=None if token is None else SecretStr(token), is_claimed=self._is_claimed
+            self.scheduler, token=None if token is None else SecretStr(token), obstacle=self._obstacle
         )
 
-    async def _is_claimed(self, model: str) -> bool:
+    async def _obstacle(self, model: str) -> str | None:
         assert model == "m"
-        if isinstance(self._claimed, Exception):
-            raise self._claimed
-        return self._claimed
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
 
     async def post(self, query: str = "model=m", headers: dict[str, str] | None = None) -> tuple[int, dict[str, str]]:
         sent: list[dict] = []
@@ -120,16 +120,14 @@ async def test_an_unknown_model_is_not_quoted(query: str) -> None:
     assert (status, body) == (404, {"error": "set ?model= to the name of a model of the fleet file"})
 
 
-async def test_nothing_is_promised_while_another_evaluator_evaluates_the_model() -> None:
-    endpoint = Endpoint(claimed=True)
-    status, body = await endpoint.post(headers=RIGHT)
-    assert status == 409
-    assert "another evaluator" in body["error"]
+async def test_nothing_is_promised_if_another_evaluator_would_have_to_do_it() -> None:
+    endpoint = Endpoint(obstacle="another evaluator evaluates this model")
+    assert await endpoint.post(headers=RIGHT) == (409, {"error": "another evaluator evaluates this model"})
     assert not endpoint.is_requested
 
 
 async def test_nothing_is_promised_without_postgresql() -> None:
-    endpoint = Endpoint(claimed=DatabaseUnavailableError("PostgreSQL is unavailable (OSError)"))
+    endpoint = Endpoint(obstacle=DatabaseUnavailableError("PostgreSQL is unavailable (OSError)"))
     status, body = await endpoint.post(headers=RIGHT)
     assert status == 503
     assert "PostgreSQL is unavailable" in body["error"]
