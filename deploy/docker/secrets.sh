@@ -16,5 +16,6 @@ make() { # VOLUME FILE
 for name in postgres optimizer evaluator ledger operator; do make "$name" database-password; done
 make evaluator evaluations-token
 make router draw-key
-# The same key in every service that draws.
+# The same key in every service that draws, and the token also where `sprout evaluate` sends it from.
 [ -s /secrets/evaluator/draw-key ] || cp /secrets/router/draw-key /secrets/evaluator/draw-key
+[ -s /secrets/operator/evaluations-token ] || cp /secrets/evaluator/evaluations-token /secrets/operator/evaluations-token

@@ -10,6 +10,7 @@ from typing import Final
 from deploy.local.config import REPOSITORY, StackConfig
 from deploy.local.grid import shipped_trace
 from deploy.local.processes import LOOPBACK, ProcessSpec, http_probe
+from deploy.local.state import TOKEN_FILE
 from services import SERVICES
 
 READY_TIMEOUT_S: Final = 90.0
@@ -18,9 +19,6 @@ SERVICE_TIER: Final = 2
 
 BACKGROUND_NICENESS: Final = 5
 """Of the services that no request waits for: solving and learning must not delay answers on a machine of few cores."""
-
-TOKEN_FILE: Final = "evaluations-token"
-"""Name of the file, in the state folder, with the token of the evaluator's `POST /evaluations`."""
 
 SETTLE_DELAY_WALL_S: Final = 10.0
 """The ledger's settlement delay, wall seconds. The ledger learns of a call only when it ends. A call longer than the

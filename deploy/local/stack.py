@@ -22,9 +22,16 @@ from deploy.local.kafka import KafkaInstallation, install_kafka, kafka_spec
 from deploy.local.model_servers import ModelServers
 from deploy.local.postgres import PostgresError, create_database, create_service_roles, postgres_spec
 from deploy.local.processes import ManagedProcess, ProcessFailedError, ProcessSpec, Supervisor, free_ports
-from deploy.local.services import TOKEN_FILE, ServiceEnvironment, service_settings, service_spec, sleeper_spec
+from deploy.local.services import ServiceEnvironment, service_settings, service_spec, sleeper_spec
 from deploy.local.signals import signals_as_exit, uninterrupted
-from deploy.local.state import StackState, StateError, refuse_second_stack, remove_state, write_private
+from deploy.local.state import (
+    TOKEN_FILE,
+    StackState,
+    StateError,
+    refuse_second_stack,
+    remove_state,
+    write_private,
+)
 from deploy.local.triton import ModelServerError
 from services import SERVICES
 from shared.fleet import FleetError

@@ -19,6 +19,9 @@ from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 
 FILE_NAME = "stack.json"
+TOKEN_FILE = "evaluations-token"
+"""Name of the file, in the state folder, with the token of the evaluator's `POST /evaluations`."""
+
 START_TIME_TOLERANCE_S = 1.0
 
 

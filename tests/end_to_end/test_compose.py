@@ -345,19 +345,9 @@ def test_passwords_differ_and_are_readable_in_their_own_container_only(compose: 
 
 
 def test_the_evaluator_takes_requests_with_its_token_only(compose: Compose) -> None:
-    program = """
-import pathlib, urllib.error, urllib.request
-right = pathlib.Path("/run/sprout/evaluations-token").read_text()
-for token in ("wrong", right):
-    request = urllib.request.Request(
-        "http://127.0.0.1:8080/evaluations?model=llama-2-13b-chat", method="POST", headers={"Authorization": f"Bearer {token}"}
-    )
-    try:
-        print(urllib.request.urlopen(request).status)
-    except urllib.error.HTTPError as error:
-        print(error.code)
-"""
-    assert _python(compose, "evaluator", program).split() == ["401", "202"]
+    assert compose("run", "--rm", "cli", "evaluate").startswith("llama-2-13b-chat: requested")
+    call = ("run", "--rm", "--env", "SPROUT_EVALUATOR_HTTP_TOKEN_FILE=/run/sprout/database-password", "cli", "evaluate")
+    assert compose(*call, check=False) == ""
 
 
 def test_starting_again_keeps_the_secrets_and_the_tables(compose: Compose) -> None:
