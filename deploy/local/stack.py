@@ -22,7 +22,7 @@ from deploy.local.kafka import KafkaInstallation, install_kafka, kafka_spec
 from deploy.local.model_servers import ModelServers
 from deploy.local.postgres import PostgresError, create_database, create_service_roles, postgres_spec
 from deploy.local.processes import ManagedProcess, ProcessFailedError, ProcessSpec, Supervisor, free_ports
-from deploy.local.services import ServiceEnvironment, service_settings, service_spec, sleeper_spec
+from deploy.local.services import ServiceEnvironment, draw_key_file, service_settings, service_spec, sleeper_spec
 from deploy.local.signals import signals_as_exit, uninterrupted
 from deploy.local.state import (
     TOKEN_FILE,
@@ -305,6 +305,7 @@ class LocalStack:
             topic_prefix=state.topic_prefix,
             database_url=self._database_urls.get(service, ""),
             fleet_file=state.fleet_file,
+            draw_key_file=draw_key_file(state.state_dir),
             clock=state.clock,
         )
 
