@@ -11,7 +11,7 @@ from typing import Final
 from deploy.local.config import REPOSITORY, StackConfig
 from deploy.local.grid import shipped_trace
 from deploy.local.processes import LOOPBACK, ProcessSpec, http_probe
-from deploy.local.state import TOKEN_FILE
+from deploy.local.state import TOKEN_FILE, write_private
 from services import SERVICES
 
 READY_TIMEOUT_S: Final = 90.0
@@ -103,14 +103,10 @@ def sleeper_spec(environment: ServiceEnvironment) -> ProcessSpec:
     )
 
 
-def draw_key_file(state_dir: Path) -> Path:
-    """The file with the key of random draws, which is made at the first start."""
-    file = state_dir / "draw-key"
+def secret_file(file: Path) -> Path:
+    """A file with a random secret, which is made if there is none."""
     if not file.exists():
-        made = file.with_suffix(".new")
-        made.touch(mode=0o600)
-        made.write_text(f"{secrets.token_hex(32)}\n", encoding="utf-8")
-        made.rename(file)
+        write_private(file, f"{secrets.token_hex(32)}\n")
     return file
 
 

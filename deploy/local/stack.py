@@ -6,7 +6,6 @@ stops every process. `sprout up` starts it detached and `sprout down` stops it b
 
 import asyncio
 import os
-import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from deploy.local.kafka import KafkaInstallation, install_kafka, kafka_spec
 from deploy.local.model_servers import ModelServers
 from deploy.local.postgres import PostgresError, create_database, create_service_roles, postgres_spec
 from deploy.local.processes import ManagedProcess, ProcessFailedError, ProcessSpec, Supervisor, free_ports
-from deploy.local.services import ServiceEnvironment, draw_key_file, service_settings, service_spec, sleeper_spec
+from deploy.local.services import ServiceEnvironment, secret_file, service_settings, service_spec, sleeper_spec
 from deploy.local.signals import signals_as_exit, uninterrupted
 from deploy.local.state import (
     TOKEN_FILE,
@@ -30,7 +29,6 @@ from deploy.local.state import (
     StateError,
     refuse_second_stack,
     remove_state,
-    write_private,
 )
 from deploy.local.triton import ModelServerError
 from services import SERVICES
@@ -273,7 +271,7 @@ class LocalStack:
             names += [("router", f"router-{number}") for number in range(2, self.config.routers + 1)]
         specs = [sleeper_spec(self._service_environment())] if self.config.sleep else []
         settings = service_settings(self.config) if names else {}
-        self._create_token()
+        secret_file(self.config.state_dir / TOKEN_FILE)
         specs += [
             service_spec(
                 service,
@@ -290,12 +288,6 @@ class LocalStack:
         for process in started:
             process.wait_ready()
 
-    def _create_token(self) -> None:
-        """Write the token of the evaluator's `POST /evaluations`; one that exists is kept."""
-        file = self.config.state_dir / TOKEN_FILE
-        if not file.exists():
-            write_private(file, secrets.token_urlsafe(24) + "\n")
-
     def _service_environment(self, service: str = "") -> ServiceEnvironment:
         state = self.state
         if state.fleet_file is None:
@@ -305,7 +297,7 @@ class LocalStack:
             topic_prefix=state.topic_prefix,
             database_url=self._database_urls.get(service, ""),
             fleet_file=state.fleet_file,
-            draw_key_file=draw_key_file(state.state_dir),
+            draw_key_file=secret_file(state.state_dir / "draw-key"),
             clock=state.clock,
         )
 
