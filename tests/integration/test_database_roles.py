@@ -16,6 +16,7 @@ from shared.runtime.database import MissingSchemaError, migrate, open_pool
 from shared.runtime.database_roles import OPERATOR, create_roles, role_name
 from shared.runtime.settings import DatabaseSettings
 from tools.cli.main import app
+from tools.reporting import collect_report
 
 pytestmark = pytest.mark.integration
 
@@ -85,11 +86,17 @@ async def test_the_operator_reads_and_deletes_and_creates_nothing(urls: Mapping[
         await ledger.execute("INSERT INTO ledger.made_later VALUES (1)")
     async with connected(urls[OPERATOR]) as connection:
         for table in (*PRIVATE_TABLE.values(), "ledger.made_later"):
-            await connection.execute(f"DELETE FROM {table}")
+            async with connection.transaction():
+                await connection.execute(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
+                await connection.execute(f"DELETE FROM {table}")
             assert await connection.fetchval(f"SELECT count(*) FROM {table}") == 0
         for statement in ("CREATE TABLE ledger.mine ()", "CREATE SCHEMA mine", "DROP TABLE ledger.made_later"):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await connection.execute(statement)
+
+
+async def test_the_operator_can_compute_the_report(urls: Mapping[str, str]) -> None:
+    assert (await collect_report(urls[OPERATOR])).empty
 
 
 async def test_nobody_connects_without_the_password(urls: Mapping[str, str]) -> None:
