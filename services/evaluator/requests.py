@@ -11,7 +11,7 @@ from faststream.asgi.types import Scope
 from pydantic import SecretStr
 
 from services.evaluator.scheduler import Scheduler
-from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.handling import RetryLaterError
 
 OFF: Final = "requests for evaluations are off: set SPROUT_EVALUATOR_HTTP_TOKEN or SPROUT_EVALUATOR_HTTP_TOKEN_FILE"
 
