@@ -34,6 +34,7 @@ from deploy.local.triton import ModelServerError
 from services import SERVICES
 from shared.fleet import FleetError
 from shared.kafka.admin import ProvisioningError, create_topics
+from shared.lanes import all_topics
 from shared.runtime.clock import Clock
 from shared.runtime.database_roles import OPERATOR
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
@@ -241,7 +242,8 @@ class LocalStack:
         kafka = self._launch(spec)
         self._launch(postgres).wait_ready()
         kafka.wait_ready()
-        asyncio.run(create_topics(KafkaSettings(bootstrap_servers=bootstrap_servers, topic_prefix=TOPIC_PREFIX)))
+        settings = KafkaSettings(bootstrap_servers=bootstrap_servers, topic_prefix=TOPIC_PREFIX)
+        asyncio.run(create_topics(settings, specs=all_topics()))
         asyncio.run(create_database(url))
         needing = [name for name, service in SERVICES.items() if service.needs_database]
         self._database_urls = asyncio.run(create_service_roles(url, [*needing, OPERATOR]))
