@@ -152,6 +152,7 @@ class Evaluator:
                 pool,
                 status,
                 samples_per_group=settings.samples_per_group,
+                samples_per_model=settings.samples_per_model,
                 max_age=timedelta(hours=settings.max_sample_age_h),
                 draw_key=settings.draw_key_bytes,
             )
@@ -175,6 +176,7 @@ class Evaluator:
                 settings=settings,
                 metrics=self.metrics,
             )
+            health.spawn("check PostgreSQL", status.check_forever(self._database))
             health.spawn("check endpoints", self._pools.watch())
             health.spawn("evaluate", self._evaluate(runner, health))
             health.spawn("report load", self._report_load())
