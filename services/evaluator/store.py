@@ -39,6 +39,10 @@ class LearningProgress:
     learned_from: int | None
 
 
+def _claim_key(model: str) -> str:
+    return f"sprout.evaluate.{model}"
+
+
 class EvaluationStore:
     """The tables `evaluations` and `energy`; methods raise `DatabaseUnavailableError`."""
 
@@ -54,14 +58,26 @@ class EvaluationStore:
             connection = await self._pool.acquire()
         try:
             with self._status.watch():
-                key = f"sprout.evaluate.{model}"
-                claimed: bool = await connection.fetchval("SELECT pg_try_advisory_lock(hashtext($1))", key)
+                claimed: bool = await connection.fetchval(
+                    "SELECT pg_try_advisory_lock(hashtext($1))", _claim_key(model)
+                )
             yield claimed
         finally:
             # Releasing resets the connection, which unlocks. If the server is gone, the lock is gone with it, and the
             # pool discards the connection.
             with suppress(DatabaseUnavailableError), self._status.watch():
                 await self._pool.release(connection)
+
+    async def is_claimed(self, model: str) -> bool:
+        """Whether a process, this one or another, holds the claim of a model."""
+        with self._status.watch():
+            found: bool = await self._pool.fetchval(
+                "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
+                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+                "AND (classid::bigint << 32 | objid::bigint) = hashtext($1)::bigint)",
+                _claim_key(model),
+            )
+        return found
 
     async def last_evaluation(self, model: str) -> datetime | None:
         """Event time of a model's last finished evaluation."""

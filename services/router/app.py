@@ -139,7 +139,6 @@ class Router:
         self._backlog = Backlog(
             lambda: subscriber.consumer, finished=self.requests.finished, lanes=classes.lanes, metrics=metrics
         )
-        self._broker_started = asyncio.Event()
         self._state_subscribers = (
             *subscribe_state(broker, dead_letters, self.policies, kafka=kafka),
             *subscribe_capacity(broker, dead_letters, self.pools, kafka=kafka),
@@ -162,7 +161,6 @@ class Router:
         health.spawn("load policies", self._load_policies())
         health.spawn("watch endpoints", self.pools.watch())
         health.spawn("watch backlog", self._backlog.watch())
-        health.spawn("report load", self._report_load())
         commits = health.expect_progress("commits", within_s=COMMIT_TIMEOUT_S + self.settings.commit_interval_s)
         health.spawn("commit offsets", self.requests.commit_forever(on_round=commits.made))
         try:
@@ -172,13 +170,9 @@ class Router:
             if self._tracer_provider is not None:
                 await asyncio.to_thread(self._tracer_provider.shutdown)
 
-    async def on_broker_started(self) -> None:
-        """Allow load reports, which need the producer."""
-        self._broker_started.set()
-
-    async def _report_load(self) -> None:
-        await self._broker_started.wait()
-        await self._load_reporter.run()
+    def report_load(self, health: Health) -> None:
+        """Start to publish load reports; call it once the broker has started, because before it cannot publish."""
+        health.spawn("report load", self._load_reporter.run())
 
     async def shut_down(self) -> None:
         """Finish or cancel all requests; Kafka is still connected."""
@@ -317,7 +311,11 @@ def build_app(
         health=health,
         lifespan=lambda: router.running(health),
     )
-    app.after_startup(router.on_broker_started)
+
+    async def begin() -> None:
+        router.report_load(health)
+
+    app.after_startup(begin)
     app.on_shutdown(router.shut_down)
     return app
 
