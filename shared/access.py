@@ -55,7 +55,9 @@ class Access:
 _LEDGER_STORES: Final = (RESPONSES, USAGE, CARBON_INTENSITY, QUALITY, PROMPT_GROUPS, POLICIES)
 
 ACCESS: Final[dict[str, Access]] = {
-    "carbon_feed": Access(writes=(CARBON_INTENSITY,)),
+    "carbon_feed": Access(
+        rereads=(CARBON_INTENSITY,), writes=(CARBON_INTENSITY, DEAD_LETTERS), groups=("carbon_feed.leader",)
+    ),
     "router": Access(
         reads=(REQUESTS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES, CAPACITY),
         rereads=(RESPONSES, DEAD_LETTERS),  # after a takeover: which requests are answered?
@@ -64,13 +66,14 @@ ACCESS: Final[dict[str, Access]] = {
     ),
     "optimizer": Access(
         reads=(CARBON_INTENSITY, FOOTPRINTS, QUALITY, PROMPT_GROUPS, POWER_CURVES, LOAD_REPORTS),
+        rereads=(POLICIES,),  # after a takeover: what is published?
         writes=(POLICIES, CAPACITY, DEAD_LETTERS),
-        groups=("optimizer",),
+        groups=("optimizer", "optimizer.leader"),
     ),
     "evaluator": Access(
         reads=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, POWER_CURVES, CAPACITY),
         writes=(USAGE, QUALITY, PROMPT_GROUPS, LOAD_REPORTS, DEAD_LETTERS),
-        groups=("evaluator",),
+        groups=("evaluator", "evaluator.leader"),
     ),
     "ledger": Access(
         reads=(*_LEDGER_STORES, LOAD_REPORTS, CAPACITY),

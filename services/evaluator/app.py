@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -34,6 +35,7 @@ from shared.inference.load_reports import LoadReporter, subscribe_capacity
 from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.leader import Leadership, join_leadership
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Sample
 from shared.runtime.clock import Clock
@@ -57,6 +59,9 @@ from shared.topics import (
 
 NAME = "evaluator"
 DESCRIPTION = SERVICES[NAME].description
+
+STANDBY = b'{"error": "this copy stands by: ask the leader, whose /ready says so, or try again in a moment"}'
+"""Body of the answer of a standby to a request for an evaluation."""
 
 
 class Evaluator:
@@ -87,7 +92,8 @@ class Evaluator:
                 "the fleet file has no [judge]: name a pool there, or set SPROUT_EVALUATOR_JUDGE=openai with a URL"
             )
         self._intensities = LatestIntensities()
-        self._publishers = Publishers(broker, kafka)
+        self.leadership = join_leadership(broker, kafka, service=NAME, registry=registry)
+        self._publishers = Publishers(broker, kafka, self.leadership)
         self._pools = Pools(
             fleet,
             clock=clock,
@@ -175,7 +181,8 @@ class Evaluator:
                 metrics=self.metrics,
             )
             health.spawn("check endpoints", self._pools.watch())
-            health.spawn("evaluate", self._evaluate(runner, health))
+            health.spawn("renew the lease", self.leadership.renew_forever())
+            health.spawn("evaluate", self.leadership.lead(partial(self._evaluate, runner, health)))
             health.spawn("report load", self._report_load())
             # Background tasks use what the stack closes, so they end first.
             stack.push_async_callback(health.cancel_background)
@@ -187,8 +194,7 @@ class Evaluator:
 
     async def _evaluate(self, runner: EvaluationRunner, health: Health) -> None:
         await self._broker_started.wait()
-        await runner.learner.withdraw_if_disabled(self._candidates, self._clock.now())
-        await runner.publish_unpublished()
+        await runner.status.retry(lambda: runner.learner.withdraw_if_disabled(self._candidates, self._clock.now()))
         await self.scheduler.run(runner, health, is_reachable=self._is_reachable)
 
     async def _report_load(self) -> None:
@@ -245,11 +251,13 @@ class Evaluator:
                 self.scheduler.on_intensity(intensity)
 
 
-def evaluation_endpoint(scheduler: Scheduler) -> HttpHandler:
-    """`POST /evaluations?model=NAME` requests an evaluation now, regardless of the grid."""
+def evaluation_endpoint(scheduler: Scheduler, leadership: Leadership) -> HttpHandler:
+    """`POST /evaluations?model=NAME` requests an evaluation now, regardless of the grid; the leader accepts it."""
 
     @post(description="Evaluate a model now")
     async def request_evaluation(scope: Scope) -> AsgiResponse:
+        if not leadership.is_leader:
+            return AsgiResponse(STANDBY, 503, {"Content-Type": "application/json", "Retry-After": "1"})
         (model, *_) = parse_qs(scope["query_string"].decode()).get("model", [""])
         if scheduler.request(model):
             return AsgiResponse(b'{"status": "requested"}', 202, {"Content-Type": "application/json"})
@@ -290,6 +298,7 @@ def build_app(
         registry=registry,
     )
     health.add_check("database", evaluator.database_status.problem)
+    health.role = evaluator.leadership.role
     app = build_service(
         broker,
         name=NAME,
@@ -315,7 +324,7 @@ def build_app(
     # Before the broker stops: a running evaluation could no longer publish.
     app.on_shutdown(health.cancel_background)
     app.on_shutdown(evaluator.publish_final_load_report)
-    app.mount("/evaluations", evaluation_endpoint(evaluator.scheduler))
+    app.mount("/evaluations", evaluation_endpoint(evaluator.scheduler, evaluator.leadership))
     return app
 
 

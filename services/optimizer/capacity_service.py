@@ -1,6 +1,7 @@
 """The loop of the capacity planner: load reports in, plans on the topic `capacity` out.
 
-It needs no database: without PostgreSQL it goes on, and only the learned arrivals by hour of day are stored later.
+It needs no database: without PostgreSQL it goes on, and only the learned arrivals by hour of day are stored later. Of
+several copies of the optimizer all plan, so that a standby knows the load, and only the leader publishes.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from services.optimizer.prices import PoolPrices
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
 from shared.fleet import Fleet
+from shared.kafka.leader import NotLeaderError
 from shared.messages import LoadReport, PoolCapacity
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
@@ -42,6 +44,7 @@ class CapacityService:
         metrics: OptimizerMetrics,
         prices: PoolPrices,
         publish: Publish,
+        is_leader: Callable[[], bool],
     ) -> None:
         """Start without reports.
 
@@ -51,7 +54,9 @@ class CapacityService:
             settings: of the optimizer.
             metrics: Prometheus metrics.
             prices: the pools' power curves; the present load is stored in it.
-            publish: returns once Kafka has acknowledged the plan, however long that takes.
+            publish: returns once Kafka has acknowledged the plan, however long that takes; raises `NotLeaderError` if
+                another copy of the optimizer may be the leader.
+            is_leader: whether this copy of the optimizer publishes plans and stores arrivals.
         """
         self._fleet = fleet
         self._clock = clock
@@ -59,6 +64,7 @@ class CapacityService:
         self._metrics = metrics
         self._prices = prices
         self._publish = publish
+        self._is_leader = is_leader
         self._reports = LoadReports(settings.load_expiry_s)
         self._planner = CapacityPlanner(fleet, settings, event_per_wall=clock.rate)
         self._published: dict[str, PoolCapacity] = {}
@@ -75,11 +81,18 @@ class CapacityService:
     async def run(self) -> None:
         """Plan until cancelled."""
         while True:
-            await self.plan_once()
+            try:
+                await self.plan_once()
+            except NotLeaderError:
+                _log.info("a plan was not published: another copy of the optimizer may be the leader")
             await asyncio.sleep(self._settings.capacity_interval_s)
 
     async def plan_once(self) -> None:
-        """Publish the plans that changed or expire. Without a live router nothing is known, so nothing is published."""
+        """Publish the plans that changed or expire. Without a live router nothing is known, so nothing is published.
+
+        Raises:
+            NotLeaderError: another copy of the optimizer may be the leader.
+        """
         now = self._clock.now()
         demand = self._reports.demand(wall_s=time.monotonic())
         if demand is None:
@@ -93,6 +106,9 @@ class CapacityService:
         self._prices.load = self._planner.loads()
         for plan in plans:
             self._metrics.set_capacity(plan)
+            if not self._is_leader():
+                self._published.clear()  # the leader publishes others
+                continue
             published_before = self._published.get(plan.pool)
             if plan_changed(published_before, plan):
                 await self._publish(plan)
@@ -105,6 +121,8 @@ class CapacityService:
         pause_s = max(self._clock.wall_seconds(_STORE_INTERVAL_S), _SHORTEST_STORE_INTERVAL_S)
         while True:
             await asyncio.sleep(pause_s)
+            if not self._is_leader():
+                continue
             try:
                 await store.put_arrival_profiles(self._planner.profiles())
             except DatabaseUnavailableError as error:

@@ -60,14 +60,25 @@ class BatchSubscriber:
 
 
 def subscribe_compacted(
-    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, spec: TopicSpec
+    broker: KafkaBroker,
+    kafka: KafkaSettings,
+    dead_letters: DeadLetterPublisher,
+    spec: TopicSpec,
+    *,
+    is_own: bool = False,
 ) -> Subscriber:
-    """A subscriber that reads a compacted topic from its beginning at each start and stores no offset.
+    """A subscriber that reads a compacted topic, or a small one, from its beginning at each start; stores no offset.
 
     It belongs to no consumer group: every process reads every message. The handler receives a list of messages. What it
     failed to process is read again at the next start.
+
+    Args:
+        is_own: the service writes the topic, and reads back what it wrote. Its AsyncAPI document does not say so:
+            FastStream cannot describe both directions of a channel.
     """
-    return _subscribe_ungrouped(broker, kafka, dead_letters, spec, auto_offset_reset="earliest")
+    return _subscribe_ungrouped(
+        broker, kafka, dead_letters, spec, auto_offset_reset="earliest", include_in_schema=not is_own
+    )
 
 
 def subscribe_newest(
@@ -87,6 +98,7 @@ def _subscribe_ungrouped(
     spec: TopicSpec,
     *,
     auto_offset_reset: Literal["earliest", "latest"],
+    include_in_schema: bool = True,
 ) -> Subscriber:
     subscriber = _subscribe(
         broker,
@@ -96,6 +108,7 @@ def _subscribe_ungrouped(
         batch=True,
         batch_timeout_ms=POLL_MS,
         auto_offset_reset=auto_offset_reset,
+        include_in_schema=include_in_schema,
         ack_policy=AckPolicy.ACK_FIRST,
     )
     return BatchSubscriber(subscriber, dead_letters)

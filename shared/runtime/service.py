@@ -63,9 +63,10 @@ def build_service(
     @get(description="Readiness")
     async def ready(scope: Scope) -> AsgiResponse:  # noqa: ARG001
         problems = health.problems()
-        return (
-            _json(503, {"status": "not ready", "problems": problems}) if problems else _json(200, {"status": "ready"})
-        )
+        role = {} if health.role is None else {"role": health.role()}
+        if problems:
+            return _json(503, {"status": "not ready", **role, "problems": problems})
+        return _json(200, {"status": "ready", **role})
 
     @asynccontextmanager
     async def service_lifespan() -> AsyncIterator[None]:

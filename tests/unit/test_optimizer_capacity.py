@@ -346,7 +346,7 @@ def service():
     prices = PoolPrices(of)
     made = CapacityService(
         fleet=of, clock=clock, settings=OptimizerSettings(load_expiry_s=0.05), metrics=OptimizerMetrics(registry),
-        prices=prices, publish=publish,
+        prices=prices, publish=publish, is_leader=lambda: True,
     )  # fmt: skip
     return made, sent, prices, clock, registry
 
