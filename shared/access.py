@@ -52,11 +52,16 @@ class Access:
     creates: bool = False
 
 
+def leader_group(service: str) -> str:
+    """The consumer group that elects the leader of a service, without the prefix."""
+    return f"{service}.leader"
+
+
 _LEDGER_STORES: Final = (RESPONSES, USAGE, CARBON_INTENSITY, QUALITY, PROMPT_GROUPS, POLICIES)
 
 ACCESS: Final[dict[str, Access]] = {
     "carbon_feed": Access(
-        rereads=(CARBON_INTENSITY,), writes=(CARBON_INTENSITY, DEAD_LETTERS), groups=("carbon_feed.leader",)
+        rereads=(CARBON_INTENSITY,), writes=(CARBON_INTENSITY, DEAD_LETTERS), groups=(leader_group("carbon_feed"),)
     ),
     "router": Access(
         reads=(REQUESTS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES, CAPACITY),
@@ -68,12 +73,12 @@ ACCESS: Final[dict[str, Access]] = {
         reads=(CARBON_INTENSITY, FOOTPRINTS, QUALITY, PROMPT_GROUPS, POWER_CURVES, LOAD_REPORTS),
         rereads=(POLICIES,),  # after a takeover: what is published?
         writes=(POLICIES, CAPACITY, DEAD_LETTERS),
-        groups=("optimizer", "optimizer.leader"),
+        groups=("optimizer", leader_group("optimizer")),
     ),
     "evaluator": Access(
         reads=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, POWER_CURVES, CAPACITY),
         writes=(USAGE, QUALITY, PROMPT_GROUPS, LOAD_REPORTS, DEAD_LETTERS),
-        groups=("evaluator", "evaluator.leader"),
+        groups=("evaluator", leader_group("evaluator")),
     ),
     "ledger": Access(
         reads=(*_LEDGER_STORES, LOAD_REPORTS, CAPACITY),

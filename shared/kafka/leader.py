@@ -20,6 +20,7 @@ from faststream.kafka import KafkaBroker, KafkaMessage
 from prometheus_client import CollectorRegistry, Gauge
 from pydantic import SkipValidation
 
+from shared.access import leader_group
 from shared.kafka.publish import publish_with_retry
 from shared.kafka.subscribe import subscribe_records
 from shared.runtime.logs import get_logger
@@ -222,8 +223,3 @@ def join_leadership(
     gauge = Gauge("sprout_leader", "1 if this copy of the service is the leader, 0 if it stands by", registry=registry)
     gauge.set_function(lambda: float(leadership.is_leader))
     return leadership
-
-
-def leader_group(service: str) -> str:
-    """The consumer group that elects the leader of a service, without the prefix."""
-    return f"{service}.leader"

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import signal
-import urllib.request
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from shared.messages import CarbonIntensity
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY
+from tests.support.processes import leader
 from tests.support.router import ZONE, fleet_toml
 
 pytestmark = pytest.mark.integration
@@ -66,13 +66,8 @@ class Feeds:
         return name
 
     async def leader(self, *, other_than: str = "") -> str:
-        """The copy that says that it is the leader, once another one than this does."""
-        async with asyncio.timeout(60):
-            while True:
-                for name in self.copies:
-                    if name != other_than and await asyncio.to_thread(role, self.supervisor, name) == "leader":
-                        return name
-                await asyncio.sleep(0.1)
+        """The copy that is the leader, once another one than this is."""
+        return await leader(self.supervisor, [name for name in self.copies if name != other_than])
 
     async def logged(self, text: str, *, name: str = "") -> None:
         for _ in range(600):
@@ -83,15 +78,6 @@ class Feeds:
 
     def log(self, name: str = "") -> str:
         return self.supervisor.process(name or self.name).log.read_text()
-
-
-def role(supervisor: Supervisor, name: str) -> str | None:
-    """What a copy says it is; None while it does not answer."""
-    try:
-        with urllib.request.urlopen(f"{supervisor.process(name).spec.url}/ready", timeout=1) as response:
-            return str(json.load(response)["role"])
-    except OSError:
-        return None
 
 
 @pytest.fixture
