@@ -41,7 +41,7 @@ class Access:
         writes: topics that it sends to.
         groups: consumer groups, without the prefix.
         transactions: transactional ids, without the prefix.
-        creates: whether it creates topics.
+        creates: whether it creates and changes topics.
     """
 
     reads: tuple[TopicSpec, ...] = ()
@@ -115,4 +115,5 @@ def acl_arguments(kafka: KafkaSettings, principals: dict[str, str]) -> Iterator[
             yield (*allow, "--operation", "Write", "--operation", "Describe", *identifier)
         if access.creates:
             prefix = ("--topic", kafka.topic_prefix, "--resource-pattern-type", "prefixed")
-            yield (*allow, "--operation", "Create", "--operation", "Describe", *prefix)
+            operations = ("Create", "Describe", "Alter", "DescribeConfigs", "AlterConfigs")
+            yield (*allow, *(word for one in operations for word in ("--operation", one)), *prefix)

@@ -15,6 +15,7 @@ from faststream.specification import AsyncAPI
 from prometheus_client import CollectorRegistry, make_asgi_app
 from pydantic import ValidationError
 
+from shared.kafka.admin import warn_of_drift
 from shared.kafka.broker import ServiceBroker, wait_for_kafka
 from shared.kafka.dead_letters import describe
 from shared.runtime.health import Health, ProgressCollector
@@ -71,6 +72,7 @@ def build_service(
     @asynccontextmanager
     async def service_lifespan() -> AsyncIterator[None]:
         await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
+        await warn_of_drift(kafka, topics)
         async with lifespan() if lifespan is not None else _nothing():
             try:
                 yield
