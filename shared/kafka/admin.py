@@ -158,10 +158,10 @@ async def create_topics(
     try:
         existing = await _create(admin, targets)
         await _wait_until_served(admin, sorted(targets))
-        found = await read_topics(admin, targets)
+        found = await read_topics(admin, existing)
         applied: dict[str, tuple[Change, ...]] = {}
         for topic in sorted(existing):
-            plan = plan_topic(topic, targets[topic], found.get(topic))
+            plan = plan_topic(topic, targets[topic], found[topic])
             applied[topic] = tuple(one for one in plan if one.how == "apply" or (allow_loss and one.how == "loses"))
             if applied[topic]:
                 await _apply(admin, topic, targets[topic], found[topic], applied[topic])
@@ -170,11 +170,13 @@ async def create_topics(
     return [
         Provisioned(
             topic,
-            created=topic not in existing,
+            created=False,
             partitions=max(found[topic].partitions, target.partitions),
-            changed=applied.get(topic, ()),
-            drift=tuple(one for one in plan_topic(topic, target, found[topic]) if one not in applied.get(topic, ())),
+            changed=applied[topic],
+            drift=tuple(one for one in plan_topic(topic, target, found[topic]) if one not in applied[topic]),
         )
+        if topic in existing
+        else Provisioned(topic, created=True, partitions=target.partitions)
         for topic, target in targets.items()
     ]
 
