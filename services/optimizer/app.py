@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from services import SERVICES
 from services.optimizer import migrations
+from services.optimizer.capacity import CapacityPlanner
 from services.optimizer.capacity_service import CapacityService
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
@@ -158,14 +159,15 @@ def build_app(
     service = PolicyService(
         fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices, publish=publish_policy
     )
+    planner = CapacityPlanner(fleet, settings, event_per_wall=clock.rate)
     capacity = CapacityService(
-        fleet=fleet,
-        clock=clock,
-        settings=settings,
-        metrics=metrics,
-        prices=prices,
-        publish=publish_plan,
+        planner,
+        prices,
+        publish_plan,
         is_leader=lambda: leadership.is_leader,
+        settings=settings,
+        clock=clock,
+        metrics=metrics,
     )
     read_from_start = subscribe(broker, dead_letters, service, capacity, kafka=kafka, settings=settings)
     _watch_ages(service, metrics, fleet)

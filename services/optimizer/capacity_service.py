@@ -14,7 +14,6 @@ from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
-from shared.fleet import Fleet
 from shared.kafka.leader import NotLeaderError
 from shared.messages import LoadReport, PoolCapacity
 from shared.runtime.clock import Clock
@@ -37,36 +36,32 @@ class CapacityService:
 
     def __init__(
         self,
-        *,
-        fleet: Fleet,
-        clock: Clock,
-        settings: OptimizerSettings,
-        metrics: OptimizerMetrics,
+        planner: CapacityPlanner,
         prices: PoolPrices,
         publish: Publish,
+        *,
         is_leader: Callable[[], bool],
+        settings: OptimizerSettings,
+        clock: Clock,
+        metrics: OptimizerMetrics,
     ) -> None:
         """Start without reports.
 
         Args:
-            fleet: pools, and the switchback schedule.
-            clock: event time.
-            settings: of the optimizer.
-            metrics: Prometheus metrics.
+            planner: decides how many endpoints are awake.
             prices: the pools' power curves; the present load is stored in it.
             publish: returns once Kafka has acknowledged the plan, however long that takes; raises `NotLeaderError` if
                 another copy of the optimizer may be the leader.
             is_leader: whether this copy of the optimizer publishes plans and stores arrivals.
+            settings: how often to plan, and how long a load report counts.
+            clock: event time.
+            metrics: Prometheus metrics.
         """
-        self._fleet = fleet
-        self._clock = clock
-        self._settings = settings
-        self._metrics = metrics
-        self._prices = prices
-        self._publish = publish
+        self._planner, self._prices, self._publish = planner, prices, publish
         self._is_leader = is_leader
+        self._interval_s = settings.capacity_interval_s
         self._reports = LoadReports(settings.load_expiry_s)
-        self._planner = CapacityPlanner(fleet, settings, event_per_wall=clock.rate)
+        self._clock, self._metrics = clock, metrics
         self._published: dict[str, PoolCapacity] = {}
 
     def add_load_reports(self, messages: Sequence[LoadReport]) -> None:
@@ -85,7 +80,7 @@ class CapacityService:
                 await self.plan_once()
             except NotLeaderError:
                 _log.info("a plan was not published: another copy of the optimizer may be the leader")
-            await asyncio.sleep(self._settings.capacity_interval_s)
+            await asyncio.sleep(self._interval_s)
 
     async def plan_once(self) -> None:
         """Publish the plans that changed or expire. Without a live router nothing is known, so nothing is published.
