@@ -40,6 +40,7 @@ from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Sample
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
@@ -83,6 +84,7 @@ class Evaluator:
         self.metrics = EvaluatorMetrics(registry)
         self.database_status = DatabaseStatus()
         self._database = database
+        self._database_metrics = DatabaseMetrics(registry)
         self._fleet = fleet
         self._clock = clock
         self._candidates = {model.name: candidates_of(fleet, model.name) for model in fleet.models}
@@ -149,7 +151,7 @@ class Evaluator:
     async def running(self, health: Health) -> AsyncIterator[None]:
         """Connect to the database and start background tasks; the broker starts inside this context."""
         async with AsyncExitStack() as stack:
-            pool = await open_pool(self._database, schema=NAME)
+            pool = await open_pool(self._database, schema=NAME, metrics=self._database_metrics)
             stack.push_async_callback(pool.close)
             await migrate(pool, schema=NAME, package="services.evaluator.migrations")
             stack.push_async_callback(self._pools.close)

@@ -43,6 +43,7 @@ from shared.messages import (
 )
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import build_service, run_service
@@ -179,7 +180,7 @@ def build_app(
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
-        pool = await open_pool(database, schema=NAME)
+        pool = await open_pool(database, schema=NAME, metrics=DatabaseMetrics(registry))
         try:
             await migrate(pool, schema=NAME, package=migrations.__name__)
             store = Store(pool, status=status, remembered_footprints=settings.remembered_footprints)

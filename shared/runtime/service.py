@@ -20,6 +20,7 @@ from shared.kafka.broker import ServiceBroker, wait_for_kafka
 from shared.kafka.dead_letters import describe
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger
+from shared.runtime.service_metrics import LagMeter, register_build_and_process
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
 from shared.topics import TopicSpec
 
@@ -74,6 +75,7 @@ def build_service(
         await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
         await warn_of_drift(kafka, topics)
         async with lifespan() if lifespan is not None else _nothing():
+            health.spawn("measure lag", lag.run())
             try:
                 yield
             finally:
@@ -87,6 +89,8 @@ def build_service(
         _log.info("started", service=name, version=VERSION)
 
     registry.register(ProgressCollector(health))
+    register_build_and_process(registry, service=name, version=VERSION)
+    lag = LagMeter(broker, registry)
     if isinstance(broker, ServiceBroker):
         health.add_check("dead letters", broker.dead_letters.problem)
     health.add_check("broker", lambda: None if started else "not started yet")
