@@ -26,7 +26,8 @@ from shared.messages import (
     UsageRecord,
 )
 
-HOUR_MS: Final = 3_600_000
+MINUTE_MS: Final = 60_000
+HOUR_MS: Final = 60 * MINUTE_MS
 DAY_MS: Final = 24 * HOUR_MS
 MEBIBYTE: Final = 1024 * 1024
 
@@ -103,7 +104,9 @@ class TopicSpec:
         """The topic-level configuration of the broker."""
         settings = {"cleanup.policy": self.cleanup.value, "max.message.bytes": str(self.max_message_bytes)}
         if self.retention_ms is not None:
-            settings["retention.ms"] = str(self.retention_ms)
+            # Kafka removes whole segments: a record stays until the newest one of its segment is as old.
+            segment_ms = min(DAY_MS, max(self.retention_ms // 7, 10 * MINUTE_MS))
+            settings |= {"retention.ms": str(self.retention_ms), "segment.ms": str(segment_ms)}
         if self.max_age_ms is not None:
             settings["message.timestamp.before.max.ms"] = str(self.max_age_ms)
         if self.cleanup is not Cleanup.DELETE:

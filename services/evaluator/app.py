@@ -160,6 +160,7 @@ class Evaluator:
                 pool,
                 status,
                 samples_per_group=settings.samples_per_group,
+                samples_per_model=settings.samples_per_model,
                 max_age=timedelta(hours=settings.max_sample_age_h),
                 draw_key=settings.draw_key_bytes,
             )
@@ -183,6 +184,7 @@ class Evaluator:
                 settings=settings,
                 metrics=self.metrics,
             )
+            health.spawn("check PostgreSQL", status.check_forever(self._database))
             health.spawn("check endpoints", self._pools.watch())
             health.spawn("renew the lease", self.leadership.renew_forever())
             health.spawn("evaluate", self.leadership.lead(partial(self._evaluate, runner, health)))
@@ -191,7 +193,7 @@ class Evaluator:
             stack.push_async_callback(health.cancel_background)
             yield
 
-    def on_broker_started(self) -> None:
+    async def on_broker_started(self) -> None:
         """Allow evaluations, which publish their calls."""
         self._broker_started.set()
 

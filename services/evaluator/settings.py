@@ -54,6 +54,9 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
 
     # Samples
     samples_per_group: int = Field(default=200, ge=1, description="Samples kept per model and prompt group")
+    samples_per_model: int = Field(
+        default=5_000, ge=1, description="Samples kept per model over all groups, divided by the groups' traffic"
+    )
     max_sample_age_h: float = Field(
         default=7 * 24.0, gt=0, description="Retention of prompts: samples are deleted at this age, event hours"
     )

@@ -95,6 +95,8 @@ class EvaluationStore:
     async def finish(self, quality: Quality, *, evaluated: Iterable[str], judged: Sequence[JudgedPrompt]) -> bool:
         """Record the result of an evaluation, which is to be published.
 
+        A sample that was deleted meanwhile, perhaps at its tenant's request, leaves no judged prompt behind.
+
         Args:
             evaluated: ids of the samples that took part.
             judged: those with a verdict.
@@ -116,12 +118,14 @@ class EvaluationStore:
                         "SELECT status FROM evaluations WHERE evaluation_id = $1", quality.evaluation_id
                     )
                     return bool(status == "finished")
-                await connection.execute(
-                    "UPDATE reservoir SET evaluations = evaluations + 1 WHERE model = $1 AND id = ANY($2::text[])",
+                kept = await connection.fetch(
+                    "UPDATE reservoir SET evaluations = evaluations + 1 "
+                    "WHERE model = $1 AND id = ANY($2::text[]) RETURNING id",
                     quality.model,
                     list(evaluated),
                 )
-                await _save_judged(connection, quality.model, judged)
+                ids = {row["id"] for row in kept}
+                await _save_judged(connection, quality.model, [one for one in judged if one.id in ids])
         return True
 
     async def unpublished(self) -> list[Quality]:
@@ -267,10 +271,10 @@ async def _save_judged(
 ) -> None:
     """Store judged prompts in the caller's transaction; a newer verdict replaces an older one on the same prompt."""
     await connection.executemany(
-        "INSERT INTO judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, looks, answers) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (model, id) DO UPDATE SET "
+        "INSERT INTO judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, looks, answers, "
+        "tenant) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (model, id) DO UPDATE SET "
         "stratum = excluded.stratum, prompt_group = excluded.prompt_group, evaluated_at = excluded.evaluated_at, "
-        "features = excluded.features, looks = excluded.looks, answers = excluded.answers",
+        "features = excluded.features, looks = excluded.looks, answers = excluded.answers, tenant = excluded.tenant",
         [
             (
                 model,
@@ -282,6 +286,7 @@ async def _save_judged(
                 FEATURES,
                 one.features.to_bytes(),
                 json.dumps([answer.to_json() for answer in one.answers]),
+                one.tenant,
             )
             for one in prompts
         ],
@@ -297,4 +302,5 @@ def _judged_prompt(row: asyncpg.Record) -> JudgedPrompt:
         evaluated_at=row["evaluated_at"],
         features=PromptFeatures.from_bytes(row["looks"]),
         answers=tuple(JudgedAnswer.from_json(one) for one in json.loads(row["answers"])),
+        tenant=row["tenant"],
     )

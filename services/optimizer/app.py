@@ -1,5 +1,6 @@
 """Wires the optimizer together."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -123,7 +124,7 @@ def subscribe(
     return groupings, intensities, evaluations, curves, policies
 
 
-def build_app(
+def build_app(  # noqa: PLR0915 - it only wires
     *,
     kafka: KafkaSettings | None = None,
     settings: OptimizerSettings | None = None,
@@ -173,7 +174,10 @@ def build_app(
     read_from_start = subscribe(broker, dead_letters, service, capacity, kafka=kafka, settings=settings)
     _watch_ages(service, metrics, fleet)
 
+    broker_started = asyncio.Event()
+
     async def after_reading(work: Callable[[], Awaitable[None]]) -> None:
+        await broker_started.wait()  # the work publishes
         if not await read_to_end(read_from_start, within_s=settings.state_wait_s):
             _log.warning("starting before the topics were read completely")
         await work()
@@ -186,6 +190,7 @@ def build_app(
             store = Store(pool, status=status, remembered_footprints=settings.remembered_footprints)
             await service.restore(store)
             await capacity.restore_profiles(store)
+            health.spawn("check PostgreSQL", status.check_forever(database))
             health.spawn("renew the lease", leadership.renew_forever())
             health.spawn("make policies", service.run())
             health.spawn("lead", leadership.lead(partial(after_reading, service.lead)))
@@ -196,6 +201,10 @@ def build_app(
             await health.cancel_background()
             service.close()
             await pool.close()
+
+    # FastStream calls functions that are not asynchronous in a thread.
+    async def on_broker_started() -> None:
+        broker_started.set()
 
     health.add_check("database", status.problem)
     health.role = leadership.role
@@ -219,6 +228,7 @@ def build_app(
         health=health,
         lifespan=running,
     )
+    app.after_startup(on_broker_started)
     # Before the broker stops: policies could no longer be published.
     app.on_shutdown(health.cancel_background)
     return app

@@ -13,8 +13,9 @@ from pydantic_core import from_json
 from services.router.settings import RouterSettings
 from shared.fleet import Fleet
 from shared.hashing import uniform
-from shared.kafka.dead_letters import UNREADABLE, PoisonMessageError, check_size, parse
-from shared.kafka.inspection import UNREADABLE_HEADER
+from shared.kafka.dead_letters import UNREADABLE
+from shared.kafka.parsing import PoisonMessageError, check_size, parse
+from shared.kafka.unreadable import UNREADABLE_DETAIL, UNREADABLE_HEADER
 from shared.messages import Decision, ErrorDetail, GenerationRequest, GenerationResponse, Identifier
 from shared.runtime.clock import Clock
 from shared.tenants import with_defaults
@@ -97,7 +98,7 @@ def parse_request(
         PoisonMessageError: the value is too large, which is seen before it is parsed, or not a valid request.
     """
     if record.value is None and any(name == UNREADABLE_HEADER for name, _ in record.headers):
-        raise PoisonMessageError(UNREADABLE, "the record takes too much memory to unpack; its content was not kept")
+        raise PoisonMessageError(UNREADABLE, UNREADABLE_DETAIL)
     check_size(record, settings.max_request_bytes)
     sent = parse(GenerationRequest, record.value)
     tenant = fleet.tenant(sent.tenant)

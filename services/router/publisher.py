@@ -11,7 +11,8 @@ from faststream.kafka import KafkaBroker
 from services.router.fencing import RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.tracing import Tracing
-from shared.kafka.dead_letters import DeadLetterPublisher, PoisonMessageError
+from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.parsing import PoisonMessageError
 from shared.kafka.publish import TOO_LARGE, Publisher, check_size, declare_publisher, publish_with_retry
 from shared.messages import ErrorDetail, GenerationResponse, ResponseChunk, Sample
 from shared.runtime.logs import get_logger

@@ -11,18 +11,17 @@ suspended.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 from aiokafka import ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import IllegalStateError, KafkaError
-from faststream.kafka import KafkaBroker, KafkaMessage
+from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry, Gauge
-from pydantic import SkipValidation
 
 from shared.access import leader_group
 from shared.kafka.publish import publish_with_retry
-from shared.kafka.subscribe import subscribe_records
+from shared.kafka.subscribe import join_group
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY
@@ -126,6 +125,9 @@ class Leadership(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """A rebalance has ended."""
+        consumer = self._get_consumer()
+        if consumer is not None and assigned:
+            consumer.pause(*assigned)
         self._partition = next((one for one in assigned if one.partition == 0), None)
         _log.info("leader" if self._partition is not None else "standby")
         self._notify()
@@ -138,13 +140,13 @@ class Leadership(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
             await asyncio.wait(self._working, timeout=STOP_S)
 
     async def _renew(self, partition: TopicPartition) -> None:
-        """Commit the position, if this copy still has the partition."""
+        """Commit an offset, which Kafka accepts as long as this copy has the partition; nobody reads it."""
         consumer = self._get_consumer()
         started_s = self._now_s()
         try:
             # aiokafka retries a commit for as long as Kafka is unreachable.
             async with asyncio.timeout(self._lease_s):
-                await consumer.commit({partition: await consumer.position(partition)})
+                await consumer.commit({partition: 0})
         except (KafkaError, IllegalStateError, TimeoutError) as error:
             _log.debug("the lease was not renewed", error=type(error).__name__)
             return
@@ -185,7 +187,7 @@ def join_leadership(
     """Let this process take part in electing the leader of a service, once the broker has started.
 
     The group is that of the service with `.leader`. It reads `carbon-intensity`, which all services with a leader read
-    anyway, only for its one partition; the records are ignored. Run `Leadership.renew_forever` in the background.
+    anyway, only for its one partition; no record is fetched. Run `Leadership.renew_forever` in the background.
 
     Args:
         registry: for the gauge `sprout_leader`.
@@ -193,32 +195,17 @@ def join_leadership(
     session_s = kafka.leader_session_timeout_s
     leadership = Leadership(session_timeout_s=session_s)
 
-    async def ignore_records(records: Any) -> KafkaMessage:  # noqa: ANN401 - aiokafka has no types
-        return KafkaMessage(records, b"", consumer=subscriber.consumer, correlation_id="leader")
-
-    async def no_content(message: KafkaMessage) -> None:  # noqa: ARG001
-        return
-
-    subscriber = subscribe_records(
+    subscriber = join_group(
         broker,
         kafka,
         CARBON_INTENSITY,
         group=leader_group(service),
-        max_records=1,
-        include_in_schema=False,
-        parser=ignore_records,
-        decoder=no_content,
+        listener=leadership,
         session_timeout_ms=int(session_s * 1_000),
         heartbeat_interval_ms=int(session_s * 1_000 / 6),
         rebalance_timeout_ms=int((session_s + STOP_S) * 1_000),
         partition_assignment_strategy=(StickyPartitionAssignor,),
-        listener=leadership,
     )
-
-    @subscriber
-    async def on_records(nothing: Annotated[object, SkipValidation]) -> None:  # noqa: ARG001
-        return
-
     leadership.set_consumer(lambda: subscriber.consumer)
     gauge = Gauge("sprout_leader", "1 if this copy of the service is the leader, 0 if it stands by", registry=registry)
     gauge.set_function(lambda: float(leadership.is_leader))

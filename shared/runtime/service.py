@@ -16,8 +16,9 @@ from prometheus_client import CollectorRegistry, make_asgi_app
 from pydantic import ValidationError
 
 from shared.kafka.admin import warn_of_drift
-from shared.kafka.broker import ServiceBroker, wait_for_kafka
-from shared.kafka.dead_letters import describe
+from shared.kafka.broker import ServiceBroker, unreadable_records, wait_for_kafka
+from shared.kafka.parsing import describe
+from shared.kafka.status import KafkaStatus
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger
 from shared.runtime.service_metrics import LagMeter, register_build_and_process
@@ -74,9 +75,11 @@ def build_service(
     async def service_lifespan() -> AsyncIterator[None]:
         await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
         await warn_of_drift(kafka, topics)
+        await unreadable_records(broker, kafka).inspect()
         async with lifespan() if lifespan is not None else _nothing():
             health.spawn("measure lag", lag.run())
             try:
+                health.spawn("check Kafka", kafka_status.check_forever())
                 yield
             finally:
                 await health.cancel_background()
@@ -88,6 +91,8 @@ def build_service(
         started = True
         _log.info("started", service=name, version=VERSION)
 
+    kafka_status = KafkaStatus(kafka, kafka.topic(topics[0]))
+    health.add_check("kafka", kafka_status.problem)
     registry.register(ProgressCollector(health))
     register_build_and_process(registry, service=name, version=VERSION)
     lag = LagMeter(broker, registry)

@@ -19,6 +19,8 @@ MODEL_SERVER_RATE: Final = 90.0
 """Requests per second during faults of model servers."""
 STORM_RATE: Final = 100.0
 """Requests per second during a rebalance storm."""
+FREEZE_RATE: Final = 40.0
+"""Requests per second while a router is frozen, for 18 to 22 s."""
 RECOVERY_S: Final = 5.0
 """Pause between two restarts of Kafka, in which serving resumes."""
 UNKNOWN_MODEL_SHARE: Final = 0.05
@@ -67,7 +69,7 @@ async def router_frozen(run: ScenarioRun) -> None:
     await run.serve(routers=2, settings={"SPROUT_ROUTER_LINGER_MS": "1000"})
     (fault,) = faults(run.rng, number=1, victims=2, hold_s=(12.0, 16.0), within=(0.05, 0.2))
     # Not scaled: the traffic must last longer than the takeover.
-    run.send(run.requests(round(3_000 / run.scale)), rate=STORM_RATE)
+    run.send(run.requests(round(1_400 / run.scale)), rate=FREEZE_RATE)
     await run.traffic.until(fault.after)
     frozen = await run.busy_router(fault.victim)
     await run.inject("SIGSTOP", frozen, signal.SIGSTOP)

@@ -119,16 +119,19 @@ class Traffic:
         for number, message in enumerate(messages):
             if rate is not None:
                 await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
+            at_ms = int(time.time() * 1_000)
             if isinstance(message, Malformed):
                 # Keys distribute the records over all partitions.
-                future = await send(topic, message.value, key=f"malformed-{number}".encode())
+                future = await send(topic, message.value, key=f"malformed-{number}".encode(), timestamp_ms=at_ms)
             else:
                 value = message.model_dump_json(exclude_none=True).encode()
-                future = await send(topic, value, key=(message.id or "").encode())
-            acknowledgements.append(asyncio.create_task(self._acknowledged(message, future)))
+                future = await send(topic, value, key=(message.id or "").encode(), timestamp_ms=at_ms)
+            acknowledgements.append(asyncio.create_task(self._acknowledged(message, future, at_ms)))
         await asyncio.gather(*acknowledgements)
 
-    async def _acknowledged(self, message: GenerationRequest | Malformed, future: "asyncio.Future[Any]") -> None:
+    async def _acknowledged(
+        self, message: GenerationRequest | Malformed, future: "asyncio.Future[Any]", at_ms: int
+    ) -> None:
         try:
             metadata = await future
         except KafkaError:
@@ -139,7 +142,7 @@ class Traffic:
         elif message.id is not None:
             self._acknowledged_at[message.id] = time.monotonic()
             self.messages.sent.add(message.id)
-            self.messages.records[message.id] = str(RecordId.of(metadata, self._kafka.topic_prefix))
+            self.messages.records[message.id] = str(RecordId(REQUESTS.name, metadata.partition, metadata.offset, at_ms))
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         while True:

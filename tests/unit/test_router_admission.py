@@ -20,12 +20,13 @@ from services.router.admission import (
     parse_request,
     rejection,
 )
+from services.router.handler import sample_of
 from services.router.settings import RouterSettings
 from services.router.streaming import Chunker
 from shared.fleet import Fleet
 from shared.inference.attempts import RetrySettings
-from shared.kafka.dead_letters import PoisonMessageError
-from shared.messages import ErrorDetail
+from shared.kafka.parsing import PoisonMessageError, parse
+from shared.messages import ErrorDetail, GenerationRequest, GenerationResponse, Policy
 from shared.runtime.clock import Clock
 from tests.support.router import fleet_toml
 
@@ -110,8 +111,25 @@ def test_a_request_is_rejected_with_a_code(fields, wanted):
 
 
 def test_the_size_is_seen_before_a_request_is_parsed():
-    with pytest.raises(PoisonMessageError, match="too_large: the value has 2001 bytes, the limit is 2000"):
+    with pytest.raises(PoisonMessageError, match="too_large: the record has 2002 bytes, the limit is 2000"):
         parsed(b"[" * 2_001)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "wanted"),
+    [
+        (GenerationRequest, {"prompt": "a", "metadata": {"MARKER": 3}}, "metadata.*: Input should be a valid string"),
+        (GenerationRequest, {"prompt": "a", "metadata": {"prompt": {"MARKER": 1}}}, "metadata.*: Input should be"),
+        (GenerationRequest, {"messages": [{"role": "MARKER", "content": "a"}]}, "messages.0.role: Input should be"),
+        (GenerationResponse, {"metadata": {"MARKER": 3}}, "metadata.*: Input should be a valid string"),
+        (Policy, {"groups": {"MARKER": {"p/L0": 7}}}, "groups.*: Input should be less than or equal to 1"),
+    ],
+)
+def test_no_problem_quotes_a_key_or_a_value_of_the_writer(model, fields, wanted):
+    with pytest.raises(PoisonMessageError) as caught:
+        parse(model, json.dumps(fields).encode())
+    assert wanted in caught.value.detail
+    assert "MARKER" not in caught.value.detail
 
 
 UNPARSED = [
@@ -180,6 +198,15 @@ async def test_requests_in_flight_are_bounded_by_their_estimated_memory():
     assert not waiting[1].done()
     budget.release(500)
     await waiting[1]  # more than the whole budget: alone
+
+
+def test_a_tenant_can_keep_its_prompts_out_of_the_samples():
+    tenants = '[[tenants]]\nname = "desk"\nsampled = false\n[[tenants]]\nname = "shop"\n'
+    fleet = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"]) + tenants))
+    assert not parsed(tenant="desk", fleet=fleet, evaluation_allowed=True).request.evaluation_allowed
+    sold = parsed(tenant="shop", fleet=fleet)
+    assert sold.request.evaluation_allowed
+    assert sample_of(sold, clock=Clock()).tenant == "shop"
 
 
 def test_a_tenants_defaults_apply_to_fields_that_a_request_omits():

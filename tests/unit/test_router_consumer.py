@@ -12,11 +12,12 @@ from aiokafka.structs import OffsetAndMetadata
 from faststream.kafka import KafkaBroker, TestKafkaBroker
 
 from services.router.app import subscribe_requests
-from services.router.consumer import RequestConsumer, Suspects
+from services.router.consumer import RequestConsumer
 from services.router.offsets import Commit
 from services.router.recovery import to_kafka
 from services.router.settings import RouterSettings
 from shared.kafka.publish import publish_with_retry
+from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS
 from tests.support.consumer import (
@@ -397,10 +398,10 @@ async def test_a_message_that_kafka_rejects_is_no_unknown_outcome(answering, con
     assert consumer.paused == set()
 
 
-class SuspectsStandIn(Suspects):
+class UnreadableStandIn(UnreadableRecords):
     """Offsets 2 and 3 of partition 0 would end the process."""
 
-    async def after(self, partition, offset):
+    def after(self, partition, offset):
         return [range(2, 4)] if partition == KNOWN and offset < 4 else []
 
     async def read(self, partition, offsets):
@@ -410,7 +411,7 @@ class SuspectsStandIn(Suspects):
 async def test_records_that_would_end_the_process_are_set_aside_and_those_before_them_are_handled(
     progress, consumer, handled
 ):
-    requests = request_consumer(handled, progress, consumer, suspects=SuspectsStandIn())
+    requests = request_consumer(handled, progress, consumer, unreadable=UnreadableStandIn(KafkaSettings()))
     await assigned(requests, KNOWN, NEW)
     await until(lambda: consumer.position == {KNOWN: 4, NEW: 0})
     await until(lambda: len(handled.offsets) == 3)
