@@ -1,16 +1,13 @@
 """Wires the evaluator: subscribers, stores, model servers, judge, scheduler."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
-from urllib.parse import parse_qs
 
-from faststream.asgi import AsgiFastStream, AsgiResponse, HttpHandler, post
-from faststream.asgi.types import Scope
+from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
@@ -22,6 +19,7 @@ from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import PlanError, candidates_of
 from services.evaluator.preference import PreferenceMetric
+from services.evaluator.requests import evaluation_endpoint
 from services.evaluator.samples import InputConsumer, SampleStore
 from services.evaluator.scheduler import Scheduler
 from services.evaluator.settings import EvaluatorSettings
@@ -35,11 +33,11 @@ from shared.inference.load_reports import LoadReporter, subscribe_capacity
 from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.leader import Leadership, join_leadership
+from shared.kafka.leader import join_leadership
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Sample
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
@@ -61,8 +59,8 @@ from shared.topics import (
 NAME = "evaluator"
 DESCRIPTION = SERVICES[NAME].description
 
-STANDBY = b'{"error": "this copy stands by: ask the leader, whose /ready says so, or try again in a moment"}'
-"""Body of the answer of a standby to a request for an evaluation."""
+STANDBY = "this copy stands by: ask the leader, whose /ready says so, or try again in a moment"
+"""Answer of a standby to a request for an evaluation."""
 
 
 class Evaluator:
@@ -197,6 +195,16 @@ class Evaluator:
         """Allow evaluations, which publish their calls."""
         self._broker_started.set()
 
+    async def obstacle(self, model: str) -> str | None:  # noqa: ARG002 - one copy evaluates all models
+        """Why this process cannot evaluate a model now: another copy leads. None: it can.
+
+        Raises:
+            DatabaseUnavailableError: PostgreSQL does not answer, or is not connected yet.
+        """
+        if (problem := self.database_status.problem()) is not None:
+            raise DatabaseUnavailableError(problem)
+        return None if self.leadership.is_leader else STANDBY
+
     async def _evaluate(self, runner: EvaluationRunner, health: Health) -> None:
         await self._broker_started.wait()
         await runner.status.retry(lambda: runner.learner.withdraw_if_disabled(self._candidates, self._clock.now()))
@@ -256,22 +264,6 @@ class Evaluator:
                 self.scheduler.on_intensity(intensity)
 
 
-def evaluation_endpoint(scheduler: Scheduler, leadership: Leadership) -> HttpHandler:
-    """`POST /evaluations?model=NAME` requests an evaluation now, regardless of the grid; the leader accepts it."""
-
-    @post(description="Evaluate a model now")
-    async def request_evaluation(scope: Scope) -> AsgiResponse:
-        if not leadership.is_leader:
-            return AsgiResponse(STANDBY, 503, {"Content-Type": "application/json", "Retry-After": "1"})
-        (model, *_) = parse_qs(scope["query_string"].decode()).get("model", [""])
-        if scheduler.request(model):
-            return AsgiResponse(b'{"status": "requested"}', 202, {"Content-Type": "application/json"})
-        body = json.dumps({"error": "set ?model= to the name of a model of the fleet file"})
-        return AsgiResponse(body.encode(), 404, {"Content-Type": "application/json"})
-
-    return request_evaluation
-
-
 def build_app(
     *,
     kafka: KafkaSettings | None = None,
@@ -329,7 +321,10 @@ def build_app(
     # Before the broker stops: a running evaluation could no longer publish.
     app.on_shutdown(health.cancel_background)
     app.on_shutdown(evaluator.publish_final_load_report)
-    app.mount("/evaluations", evaluation_endpoint(evaluator.scheduler, evaluator.leadership))
+    app.mount(
+        "/evaluations",
+        evaluation_endpoint(evaluator.scheduler, token=settings.http_token, obstacle=evaluator.obstacle),
+    )
     return app
 
 

@@ -38,6 +38,10 @@ class LearningProgress:
     learned_from: int | None
 
 
+def _claim_key(model: str) -> str:
+    return f"sprout.evaluate.{model}"
+
+
 class EvaluationStore:
     """The tables `evaluations` and `energy`; methods raise `DatabaseUnavailableError`.
 

@@ -196,8 +196,7 @@ def subscribe_messages(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpe
 def subscribe_records(
     broker: KafkaBroker,
     kafka: KafkaSettings,
-    spec: TopicSpec,
-    *,
+    *specs: TopicSpec,
     group: str,
     max_records: int,
     poll_ms: int = POLL_MS,
@@ -208,11 +207,12 @@ def subscribe_records(
     The handler takes a `KafkaMessage`, whose `raw_message` is a tuple of aiokafka records. The service itself passes
     unreadable records by, see `unreadable_records`.
     """
-    unreadable_records(broker, kafka).watch(kafka.topic(spec), group=kafka.group(group))
+    for spec in specs:
+        unreadable_records(broker, kafka).watch(kafka.topic(spec), group=kafka.group(group))
     return _subscribe(
         broker,
         kafka,
-        spec,
+        *specs,
         batch=True,
         batch_timeout_ms=poll_ms,
         max_records=max_records,
@@ -268,11 +268,11 @@ def join_group(
     return subscriber
 
 
-def _subscribe(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec, **options: Any) -> Subscriber:  # noqa: ANN401
+def _subscribe(broker: KafkaBroker, kafka: KafkaSettings, *specs: TopicSpec, **options: Any) -> Subscriber:  # noqa: ANN401
     subscriber: Subscriber = broker.subscriber(
-        kafka.topic(spec),
-        title=spec.name,
-        description=spec.description,
+        *map(kafka.topic, specs),
+        title=specs[0].name,
+        description=specs[0].description,
         # Otherwise FastStream sends a handler's result to the topic that a record's header `reply_to` names.
         no_reply=True,
         **{"parser": parse_any_headers, **options},

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.kafka.parsing import describe
+from shared.lanes import LaneSettings
 from shared.topics import TOPICS, Cleanup, TopicSpec
 
 HOUR_MS = 3_600_000
@@ -86,7 +87,7 @@ class TopicSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        declared = {spec.name: spec for spec in TOPICS}
+        declared = {spec.name: spec for spec in (*TOPICS, *LaneSettings().lane_topics)}
         for name, override in self.topics.items():
             spec = declared.get(name)
             if spec is None:
@@ -95,7 +96,7 @@ class TopicSettings(BaseSettings):
                 raise ValueError(f"{name} must have one partition: its readers rely on the order of its messages")
             if override.retention_h is not None and spec.cleanup is Cleanup.COMPACT:
                 raise ValueError(f"{name} has no retention: its newest message of every key stays")
-        for spec in TOPICS:
+        for spec in declared.values():
             target = self.target(spec)
             if int(target.configuration["min.insync.replicas"]) > target.replication_factor:
                 raise ValueError(

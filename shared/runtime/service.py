@@ -21,6 +21,7 @@ from shared.kafka.parsing import describe
 from shared.kafka.status import KafkaStatus
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger
+from shared.runtime.printable import printable
 from shared.runtime.service_metrics import LagMeter, register_build_and_process
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
 from shared.topics import TopicSpec
@@ -126,9 +127,9 @@ def run_service(
         http, logs = HttpSettings(), LogSettings()
         app = build()
     except ValidationError as error:
-        sys.exit(f"{name}: {describe(error, root=error.title)}")
+        sys.exit(printable(f"{name}: {describe(error, root=error.title)}", keep="\n"))
     except configuration_errors as error:
-        sys.exit(f"{name}: {error}")
+        sys.exit(printable(f"{name}: {error}", keep="\n"))
     configure_logging(name, logs)
     server = uvicorn.Server(
         uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)

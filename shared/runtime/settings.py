@@ -311,7 +311,7 @@ class DatabaseSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SPROUT_DATABASE_", extra="ignore", hide_input_in_errors=True)
 
     url: SecretStr = Field(
-        default=SecretStr("postgresql://sprout:sprout@localhost:5432/sprout"),
+        default=SecretStr("postgresql://sprout@localhost:5432/sprout"),
         description="postgresql://user:password@host:port/database, or a socket with ?host=/path",
     )
     password_file: Path | None = Field(default=None, description="File with the password, for a URL without one")
