@@ -103,7 +103,7 @@ async def restart(supervisor: Supervisor, name: str) -> None:
 
 async def until_ready(supervisor: Supervisor, names: Collection[str], problem: str | None = None) -> None:
     """Wait until every service is ready, or until every one reports a problem."""
-    async with asyncio.timeout(90 if problem is None else NOTICED_S):
+    async with asyncio.timeout(DEADLINE_S if problem is None else NOTICED_S):
         for name in names:
             while (problem or '"ready"') not in await asyncio.to_thread(readiness, supervisor, name):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
