@@ -191,9 +191,10 @@ QUALITY: Final = TopicSpec(
     name="quality",
     description="Results of evaluations",
     message=Quality,
-    key="model",
-    cleanup=Cleanup.COMPACT,
+    key="evaluation id",
+    cleanup=Cleanup.DELETE,
     partitions=1,
+    retention_ms=365 * DAY_MS,
 )
 PROMPT_GROUPS: Final = TopicSpec(
     name="prompt-groups",

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from faststream.asgi import AsgiFastStream
@@ -32,10 +33,12 @@ from shared.inference.load_reports import LoadReporter, subscribe_capacity
 from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.leader import join_leadership
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Sample
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
+from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
@@ -55,6 +58,9 @@ from shared.topics import (
 
 NAME = "evaluator"
 DESCRIPTION = SERVICES[NAME].description
+
+STANDBY = "this copy stands by: ask the leader, whose /ready says so, or try again in a moment"
+"""Answer of a standby to a request for an evaluation."""
 
 
 class Evaluator:
@@ -76,6 +82,7 @@ class Evaluator:
         self.metrics = EvaluatorMetrics(registry)
         self.database_status = DatabaseStatus()
         self._database = database
+        self._database_metrics = DatabaseMetrics(registry)
         self._fleet = fleet
         self._clock = clock
         self._candidates = {model.name: candidates_of(fleet, model.name) for model in fleet.models}
@@ -85,7 +92,8 @@ class Evaluator:
                 "the fleet file has no [judge]: name a pool there, or set SPROUT_EVALUATOR_JUDGE=openai with a URL"
             )
         self._intensities = LatestIntensities()
-        self._publishers = Publishers(broker, kafka)
+        self.leadership = join_leadership(broker, kafka, service=NAME, registry=registry)
+        self._publishers = Publishers(broker, kafka, self.leadership)
         self._pools = Pools(
             fleet,
             clock=clock,
@@ -133,7 +141,6 @@ class Evaluator:
             on_new_samples=self.scheduler.on_new_samples,
             retry_pause_s=settings.database_retry_pause_s,
         )
-        self._store: EvaluationStore | None = None
         self._broker_started = asyncio.Event()
         self._subscribe(broker, dead_letters, kafka)
         subscribe_capacity(broker, dead_letters, self._pools, kafka=kafka)
@@ -142,7 +149,7 @@ class Evaluator:
     async def running(self, health: Health) -> AsyncIterator[None]:
         """Connect to the database and start background tasks; the broker starts inside this context."""
         async with AsyncExitStack() as stack:
-            pool = await open_pool(self._database, schema=NAME)
+            pool = await open_pool(self._database, schema=NAME, metrics=self._database_metrics)
             stack.push_async_callback(pool.close)
             await migrate(pool, schema=NAME, package="services.evaluator.migrations")
             stack.push_async_callback(self._pools.close)
@@ -155,7 +162,7 @@ class Evaluator:
                 max_age=timedelta(hours=settings.max_sample_age_h),
                 draw_key=settings.draw_key_bytes,
             )
-            self._store = store = EvaluationStore(pool, status)
+            store = EvaluationStore(pool, status)
             group_store = GroupStore(pool, status, max_judged_age=timedelta(hours=settings.max_judged_age_h))
             self.inputs.connect(samples, store)
             await self.scheduler.restore(store)
@@ -177,7 +184,8 @@ class Evaluator:
             )
             health.spawn("check PostgreSQL", status.check_forever(self._database))
             health.spawn("check endpoints", self._pools.watch())
-            health.spawn("evaluate", self._evaluate(runner, health))
+            health.spawn("renew the lease", self.leadership.renew_forever())
+            health.spawn("evaluate", self.leadership.lead(partial(self._evaluate, runner, health)))
             health.spawn("report load", self._report_load())
             # Background tasks use what the stack closes, so they end first.
             stack.push_async_callback(health.cancel_background)
@@ -187,22 +195,19 @@ class Evaluator:
         """Allow evaluations, which publish their calls."""
         self._broker_started.set()
 
-    async def obstacle(self, model: str) -> str | None:
-        """Why this process cannot evaluate a model now: another one does. None: it can.
+    async def obstacle(self, model: str) -> str | None:  # noqa: ARG002 - one copy evaluates all models
+        """Why this process cannot evaluate a model now: another copy leads. None: it can.
 
         Raises:
             DatabaseUnavailableError: PostgreSQL does not answer, or is not connected yet.
         """
-        if self._store is None:
-            raise DatabaseUnavailableError("PostgreSQL is not connected yet")
-        if self.scheduler.states[model].running is not None or not await self._store.is_claimed(model):
-            return None
-        return "another evaluator evaluates this model now; try again when it has finished"
+        if (problem := self.database_status.problem()) is not None:
+            raise DatabaseUnavailableError(problem)
+        return None if self.leadership.is_leader else STANDBY
 
     async def _evaluate(self, runner: EvaluationRunner, health: Health) -> None:
         await self._broker_started.wait()
-        await runner.learner.withdraw_if_disabled(self._candidates, self._clock.now())
-        await runner.publish_unpublished()
+        await runner.status.retry(lambda: runner.learner.withdraw_if_disabled(self._candidates, self._clock.now()))
         await self.scheduler.run(runner, health, is_reachable=self._is_reachable)
 
     async def _report_load(self) -> None:
@@ -290,6 +295,7 @@ def build_app(
         registry=registry,
     )
     health.add_check("database", evaluator.database_status.problem)
+    health.role = evaluator.leadership.role
     app = build_service(
         broker,
         name=NAME,

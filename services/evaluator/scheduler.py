@@ -1,4 +1,7 @@
-"""Starts evaluations when carbon intensities and samples call for them, at most one at a time per model."""
+"""Starts evaluations when carbon intensities and samples call for them, at most one at a time per model.
+
+Of several copies of the evaluator all take intensities in, and only the leader starts evaluations.
+"""
 
 import asyncio
 import math
@@ -15,6 +18,7 @@ from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import EvaluationStore, GroupStore
 from shared.carbon import LatestIntensities, trailing_mean, trailing_points
 from shared.kafka.handling import RetryLaterError
+from shared.kafka.leader import NotLeaderError
 from shared.messages import CarbonIntensity
 from shared.runtime.clock import Clock
 from shared.runtime.health import Health
@@ -109,9 +113,18 @@ class Scheduler:
             metrics.postponed.labels(state.model, REFERENCE_BLOCK).set(0)
 
     async def restore(self, store: EvaluationStore) -> None:
-        """Load the times of the last evaluations; must be called before the first intensity arrives."""
+        """Load the times of the last evaluations; must be called before the first intensity arrives.
+
+        A trigger from before the last evaluation is dropped, unless a person requested it: another process has acted
+        on it.
+        """
         for state in self.states.values():
-            state.opportunity.last = await store.last_evaluation(state.model)
+            last = state.opportunity.last = await store.last_evaluation(state.model)
+            trigger = state.pending
+            if trigger is None or last is None or trigger.reason == "requested":
+                continue
+            if trigger.at <= last:
+                state.pending = None
 
     def on_intensity(self, intensity: CarbonIntensity) -> None:
         """Process a new carbon intensity."""
@@ -150,12 +163,25 @@ class Scheduler:
         return "requested" if state.running is None else "requested; begins after the evaluation that is running"
 
     async def run(self, runner: EvaluationRunner, health: Health, *, is_reachable: Callable[[str], bool]) -> None:
-        """Start evaluations until cancelled.
+        """Start evaluations until cancelled, which also ends running ones; this process must be the leader.
 
         Args:
             is_reachable: whether the servers that an evaluation of a model needs can be reached.
         """
+        await runner.status.retry(lambda: self.restore(runner.store))
         await self._recover_interrupted(runner)
+        await runner.status.retry(runner.publish_unpublished)
+        try:
+            await self._start_evaluations(runner, health, is_reachable)
+        finally:
+            running = [state.running for state in self.states.values() if state.running is not None]
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    async def _start_evaluations(
+        self, runner: EvaluationRunner, health: Health, is_reachable: Callable[[str], bool]
+    ) -> None:
         while True:
             try:
                 await self._delete_expired(runner.samples, runner.group_store)
@@ -176,8 +202,7 @@ class Scheduler:
         for state in self.states.values():
 
             async def recover(model: str = state.model) -> EvaluationTrigger | None:
-                async with runner.store.claim(model) as claimed:
-                    found = await runner.store.recover_interrupted(model) if claimed else None
+                found = await runner.store.recover_interrupted(model)
                 return None if found is None else EvaluationTrigger(found.reason, found.evaluated_at)
 
             interrupted = await runner.status.retry(recover)
@@ -252,6 +277,9 @@ class Scheduler:
             result = await runner.evaluate(state.model, trigger)
         except RetryLaterError as error:
             _log.warning("evaluation failed", model=state.model, error=str(error))
+        except NotLeaderError:
+            _log.warning("the next leader publishes the evaluation", model=state.model)
+            result = EvaluationResult("claimed_by_other", trigger.at)
         except Exception as error:  # noqa: BLE001 - a failed evaluation must not stop the service
             # The text of an unexpected error may quote a prompt.
             _log.error(

@@ -11,6 +11,7 @@ import stamina
 from asyncpg.pool import PoolConnectionProxy
 
 from shared.kafka.handling import RetryLaterError
+from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import DatabaseSettings
 
@@ -154,12 +155,15 @@ class DatabaseStatus:
                 await asyncio.sleep(pause_s)
 
 
-async def open_pool(settings: DatabaseSettings, *, schema: str, wait_s: float = 120.0) -> asyncpg.Pool:
+async def open_pool(
+    settings: DatabaseSettings, *, schema: str, wait_s: float = 120.0, metrics: DatabaseMetrics | None = None
+) -> asyncpg.Pool:
     """Connect, waiting for the server to start; every connection's `search_path` is the service's schema.
 
     Args:
         schema: the service's own.
         wait_s: how long to wait, wall.
+        metrics: of the pool's queries and connections.
 
     Raises:
         OSError, asyncpg.PostgresError: the server did not answer within `wait_s`, or rejected the login.
@@ -172,7 +176,10 @@ async def open_pool(settings: DatabaseSettings, *, schema: str, wait_s: float = 
                 max_size=settings.pool_size,
                 command_timeout=settings.command_timeout_s,
                 server_settings={"search_path": schema, "application_name": f"sprout.{schema}"},
+                init=None if metrics is None else metrics.observe_connection,
             )
+    if metrics is not None:
+        metrics.observe_pool(pool)
     return pool
 
 

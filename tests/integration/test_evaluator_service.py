@@ -1,6 +1,7 @@
 """The evaluator as a process, on real Kafka, PostgreSQL, and a Triton server with stand-in model and judge."""
 
 import asyncio
+import signal
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -27,6 +28,7 @@ from tests.support.evaluator import (
     shares,
     start_judged_triton,
 )
+from tests.support.processes import leader
 from tests.support.router import MODEL, ZONE, Producer, TritonServer, producing, question, reading
 
 pytestmark = pytest.mark.integration
@@ -101,7 +103,7 @@ async def test_published_shares_follow_the_preferences_although_the_judge_is_bia
     async with reading(kafka, QUALITY) as found, reading(kafka, USAGE) as used:
         await found.read(until=1)
         (quality,) = qualities(found)
-        assert found.records[0].key == MODEL.encode()
+        assert found.records[0].key == quality.evaluation_id.encode()
         assert (quality.model, quality.trigger, quality.prompts) == (MODEL, "first", PROMPTS)
         measured = shares(quality.counts, group="qa")
         # Abstentions do not depend on the preferred level; three standard deviations of 180 prompts.
@@ -245,6 +247,29 @@ async def test_an_evaluation_interrupted_by_a_kill_is_repeated(kafka, database, 
     assert (kept[0]["n"], kept[0]["used"]) == (60, 60)
 
 
+async def test_a_frozen_leader_is_replaced_and_publishes_nothing_when_it_wakes(kafka, database, evaluators, producer):
+    await send_samples(producer, range(60))
+    names = [evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1") for _ in range(2)]
+    async with reading(kafka, USAGE) as used, reading(kafka, QUALITY) as found:
+        await used.read(until=5)
+        frozen = await leader(evaluators.supervisor, names)
+        (standby,) = set(names) - {frozen}
+        evaluators.supervisor.process(frozen).signal(signal.SIGSTOP)
+        try:
+            assert await leader(evaluators.supervisor, [standby]) == standby
+            await used.read(until=10)
+        finally:
+            evaluators.supervisor.process(frozen).signal(signal.SIGCONT)
+        await found.read(until=1)
+        await found.read(settle_s=0.5)
+        (quality,) = qualities(found)
+        assert quality.prompts == 60
+        rows = await stored(database, "SELECT status FROM evaluator.evaluations")
+        assert Counter(row["status"] for row in rows)["finished"] == 1
+    kept = await stored(database, "SELECT sum(evaluations) AS used FROM evaluator.reservoir")
+    assert kept[0]["used"] == 60
+
+
 async def test_it_waits_while_postgresql_is_unavailable_and_then_continues(
     kafka, database, evaluators, producer, supervisor
 ):
@@ -266,27 +291,24 @@ async def test_it_waits_while_postgresql_is_unavailable_and_then_continues(
     assert supervisor.process(name).alive
 
 
-async def test_a_request_is_accepted_only_with_the_token_and_if_it_will_be_done(kafka, database, evaluators, producer):
+async def test_a_request_is_accepted_only_with_the_token_and_by_the_leader(kafka, evaluators, producer):
     await send_samples(producer, range(40))
-    url = evaluators.url(evaluators.start())
+    names = [evaluators.start() for _ in range(2)]
+    leading = await leader(evaluators.supervisor, names)
+    (standby,) = set(names) - {leading}
+    url = evaluators.url(leading)
     async with reading(kafka, QUALITY) as found:
         await found.read(until=1)
         assert (await request_evaluation(url, token="wrong"))[0] == 401
-        another = await asyncpg.connect(database.url.get_secret_value())
-        try:
-            # As another evaluator does while it evaluates the model.
-            await another.fetchval("SELECT pg_advisory_lock(hashtext($1))", f"sprout.evaluate.{MODEL}")
-            status, body = await request_evaluation(url)
-            assert (status, "another evaluator" in body) == (409, True)
-            await another.fetchval("SELECT pg_advisory_unlock_all()")
-        finally:
-            await another.close()
+        status, body = await request_evaluation(evaluators.url(standby))
+        assert (status, "stands by" in body) == (409, True)
         await ask_for_evaluation(url)
         await found.read(until=2)
         assert [one.trigger for one in qualities(found)] == ["first", "requested"]
 
 
 async def ask_for_evaluation(url: str) -> None:
+    await wait_until_ready_is(url + "/ready", 200, mentions="leader")
     response = await request_evaluation(url)
     assert response[0] == 202, response
 

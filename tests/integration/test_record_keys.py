@@ -36,8 +36,7 @@ async def test_the_optimizer_counts_the_footprints_of_requests_under_one_id(data
         counted = []
 
         async def count(*footprints: Footprint) -> int:
-            _, number = await store.count(footprints, lambda _, fresh: counted.extend(fresh))
-            return number
+            return await store.count(footprints, lambda _, fresh: counted.extend(fresh))
 
         records = [f"requests/0/{offset}/1" for offset in range(60)]
         assert await count(*(footprint(record) for record in records)) == 60

@@ -40,10 +40,6 @@ class FakeStore:
     async def last_evaluation(self, model: str) -> datetime | None:
         return self.last
 
-    @asynccontextmanager
-    async def claim(self, model: str) -> AsyncIterator[bool]:
-        yield True
-
     async def recover_interrupted(self, model: str) -> InterruptedEvaluation | None:
         return self.interrupted
 
@@ -75,6 +71,9 @@ class Fixture:
         )
         self.state = self.scheduler.states["m"]
 
+    async def publish_unpublished(self) -> None:
+        return
+
     async def evaluate(self, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
         self.triggers.append(trigger)
         self.started.set()
@@ -88,6 +87,7 @@ class Fixture:
             group_store=self.store,
             status=DatabaseStatus(),
             evaluate=self.evaluate,
+            publish_unpublished=self.publish_unpublished,
         )
         health = Health()
         await self.scheduler.restore(self.store)  # type: ignore[arg-type]

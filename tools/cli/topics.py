@@ -1,4 +1,4 @@
-"""`sprout topics`: create, list and describe the declared topics; the ACLs that their users need."""
+"""`sprout topics`: create, plan, list and describe the declared topics; the ACLs that their users need."""
 
 import asyncio
 import shlex
@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from rich.table import Column, Table
 
 from shared.access import ACCESS, acl_arguments
-from shared.kafka.admin import ProvisioningError, create_topics
+from shared.kafka.admin import ProvisioningError, create_topics, plan_topics
 from shared.kafka.parsing import describe as describe_error
+from shared.kafka.topic_settings import TopicSettings, TopicSettingsError, load_topic_settings
 from shared.lanes import all_topics
 from shared.runtime.settings import KafkaSettings
 from shared.topics import TOPICS, TopicSpec
@@ -24,24 +25,78 @@ app = typer.Typer(no_args_is_help=True, help="Create, list and describe Kafka to
 MISSING = "missing"
 
 
+Copies = Annotated[
+    int | None, typer.Option(min=1, help="Copies of every partition; default: SPROUT_TOPICS_REPLICATION_FACTOR, or 1")
+]
+
+
 @app.command()
 def create(
     bootstrap: Bootstrap = None,
-    replication_factor: Annotated[int, typer.Option(min=1, help="Copies of every partition")] = 1,
+    replication_factor: Copies = None,
+    *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the plan, as `sprout topics plan` does")
+    ] = False,
+    allow_loss: Annotated[
+        bool, typer.Option("--allow-loss", help="Also apply changes that may delete records or weaken what is promised")
+    ] = False,
 ) -> None:
-    """Create every topic that does not exist yet, those of SPROUT_ROUTER_LANES too; existing ones are not changed."""
+    """Create the topics, those of SPROUT_ROUTER_LANES too, and bring existing ones to what they are to be.
+
+    That is what the declarations and SPROUT_TOPICS_* say. Changes of existing topics that may delete records or weaken
+    what is promised need --allow-loss. What remains different is printed; the exit code is 0 nevertheless.
+    """
+    if dry_run:
+        plan(bootstrap, replication_factor)
+        return
     target = find_target(bootstrap)
     quiet_clients()
+    settings, specs = _settings(replication_factor), _topics()
     try:
-        outcomes = asyncio.run(create_topics(target.kafka, replication_factor=replication_factor, specs=_topics()))
+        outcomes = asyncio.run(create_topics(target.kafka, settings, specs=specs, allow_loss=allow_loss))
     except ProvisioningError as error:
         fail(str(error))
     except (KafkaError, OSError) as error:
         unreachable(target, error)
     for outcome in outcomes:
-        note = f"  ({outcome.note})" if outcome.note else ""
-        word = "created" if outcome.created else "exists"
-        out.print(f"{word:8}{outcome.topic}, {outcome.partitions} partitions{note}")
+        word = "created" if outcome.created else "changed" if outcome.changed else "exists"
+        out.print(f"{word:8}{outcome.topic}, {outcome.partitions} partitions")
+        for change in outcome.changed:
+            out.print(f"        done     {change}", markup=False)
+        for change in outcome.drift:
+            out.print(f"        differs  {change}", markup=False)
+    if any(change.how == "loses" for outcome in outcomes for change in outcome.drift):
+        out.print("to apply what may lose records as well: sprout topics create --allow-loss")
+
+
+@app.command()
+def plan(bootstrap: Bootstrap = None, replication_factor: Copies = None) -> None:
+    """Show how the topics differ from what they are to be; changes nothing.
+
+    Exit codes: 0 no difference, 1 differences.
+    """
+    target = find_target(bootstrap)
+    quiet_clients()
+    settings = _settings(replication_factor)
+    try:
+        changes = asyncio.run(plan_topics(target.kafka, settings, specs=_topics()))
+    except (KafkaError, OSError) as error:
+        unreachable(target, error)
+    words = {"apply": "apply", "loses": "--allow-loss", "manual": "by hand"}
+    for change in changes:
+        out.print(f"{words[change.how]:13}{change}", markup=False)
+    if changes:
+        raise typer.Exit(Exit.FAILED)
+    out.print("the topics are what they are to be")
+
+
+def _settings(replication_factor: int | None) -> TopicSettings:
+    given = {} if replication_factor is None else {"replication_factor": replication_factor}
+    try:
+        return load_topic_settings(**given)
+    except TopicSettingsError as error:
+        fail(str(error))
 
 
 @app.command("list")
