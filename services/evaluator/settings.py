@@ -90,7 +90,13 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     max_judged_to_learn: int = Field(
         default=3_000,
         ge=40,
-        description="Newest judged prompts used for learning; memory grows with their square, time with their cube",
+        description="Newest judged prompts that groups are learned from; memory grows with their square, time with "
+        "their cube",
+    )
+    max_judged: int = Field(
+        default=50_000,
+        ge=40,
+        description="Newest judged prompts that count, each in its group; the evaluator needs about 4 KB for each",
     )
     max_judged_age_h: float = Field(
         default=60 * 24.0,
@@ -155,6 +161,8 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
             raise ValueError("set SPROUT_EVALUATOR_HTTP_TOKEN or SPROUT_EVALUATOR_HTTP_TOKEN_FILE, not both")
         if self.max_judged_to_learn < self.min_judged_to_learn:
             raise ValueError("max_judged_to_learn must not be below min_judged_to_learn")
+        if self.max_judged < self.max_judged_to_learn:
+            raise ValueError("max_judged must not be below max_judged_to_learn")
         if self.overdue_h <= self.grace_h:
             raise ValueError(f"overdue_h ({self.overdue_h:g}) must be longer than grace_h ({self.grace_h:g})")
         if self.judge_api_key_file is not None:
