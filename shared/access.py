@@ -68,7 +68,7 @@ ACCESS: Final[dict[str, Access]] = {
         groups=("optimizer",),
     ),
     "evaluator": Access(
-        reads=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, POWER_CURVES, CAPACITY),
+        reads=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, POLICIES, POWER_CURVES, CAPACITY),
         writes=(USAGE, QUALITY, PROMPT_GROUPS, LOAD_REPORTS, DEAD_LETTERS),
         groups=("evaluator",),
     ),
