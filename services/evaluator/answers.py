@@ -25,6 +25,7 @@ _WORDS: Final = (
 _CHOICE: Final = re.compile(r"\(?([A-J])\)?(?:[.:)]+(?:\s.*)?)?", re.DOTALL)
 _LEADING_CHOICE: Final = re.compile(r"\W*(?:(?i:answer)\s*:?\s*)?\(?([A-J])(?:[.:)]|\W*\Z)")
 _NAMED_CHOICE: Final = re.compile(r"\b(?i:answer|option|choice)\s*(?:is|:)?\s*:?\s*\**\(?([A-J])\b(?!')")
+_PUNCTUATION: Final = re.compile(r"[^\w+./%-]|_|-(?!\d)")
 _ARTICLES: Final = frozenset({"a", "an", "the"})
 
 
@@ -83,8 +84,7 @@ def chosen_letter(answer: str) -> str | None:
 
 def normalised(text: str) -> str:
     """A text without case, accents' encoding, punctuation, articles and white space that do not change its meaning."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(one if one.isalnum() or one in "+-./%" else " " for one in folded)
+    kept = _PUNCTUATION.sub(" ", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(word for raw in kept.split() if (word := raw.strip(".")) and word not in _ARTICLES)
 
 

@@ -66,7 +66,7 @@ class CorrectnessMetric:
         earlier, self._earlier[sample.model] = self._earlier.get(sample.model), baseline
         first = sample.reference or baseline
         known = sample.reference is not None
-        draw = uniform("control", sample.identity, b"")
+        draw = uniform("control", sample.identity)
         if draw < CONTROL_SHARE:
             reply = await checker.ask(MeaningCheck(checker.question, first, first, known))
             if reply in {"yes", "no"}:

@@ -1,7 +1,7 @@
 """The metric `preference`: a judge compares the answers in every position, and the majority of the votes decides.
 
 A judge that only considers the position names another answer in each rotation, so no answer gets a majority: a tie, in
-which the answers with the most votes share the win (docs/decisions/0037-correctness-and-the-judges-card.md).
+which the answers share the win in proportion to their votes (docs/decisions/0037-correctness-and-the-judges-card.md).
 """
 
 import asyncio
@@ -25,25 +25,25 @@ class Verdict:
     """Result of the votes on one prompt.
 
     Attributes:
-        winners: indices of each winning answer, those with the same text together: one winner with a majority of the
-            votes, several in a tie; empty: no verdict, because too few votes could be read.
+        shares: of the win, by answer: its indices (several with the same text), its share. One answer with a majority
+            of the votes, several in a tie; empty: no verdict, because too few votes could be read.
         votes: votes that named an answer.
         agreeing: votes that named the winner; 0 without a majority.
     """
 
-    winners: tuple[tuple[int, ...], ...]
+    shares: tuple[tuple[tuple[int, ...], float], ...]
     votes: int
     agreeing: int
 
     @property
     def is_tie(self) -> bool:
         """Whether no answer has a majority."""
-        return len(self.winners) > 1
+        return len(self.shares) > 1
 
     def outcomes(self, answers: int) -> list[float]:
-        """Outcome of each answer: 1 divided equally among the winners, and by them among answers with the same text."""
-        shares = {index: 1.0 / len(self.winners) / len(same) for same in self.winners for index in same}
-        return [shares.get(index, 0.0) for index in range(answers)]
+        """Outcome of each of the answers: its share, divided among those with the same text."""
+        found = {index: share / len(same) for same, share in self.shares for index in same}
+        return [found.get(index, 0.0) for index in range(answers)]
 
 
 class Comparison:
@@ -71,7 +71,7 @@ class Comparison:
         return tuple(self._texts[index] for index in order)
 
     def verdict(self, choices: Sequence[int | None]) -> Verdict:
-        """Count the votes. An answer wins with more than half of all rotations; otherwise those with most votes tie.
+        """Count the votes. An answer wins with more than half of all rotations; otherwise votes share the win.
 
         There is no verdict if half of the votes or more named no answer.
 
@@ -80,7 +80,7 @@ class Comparison:
         """
         orders = self.orders()
         if not orders:
-            return Verdict((self._indices[0],), votes=0, agreeing=0)
+            return Verdict(((self._indices[0], 1.0),), votes=0, agreeing=0)
         named = Counter(
             order[position] for order, position in zip(orders, choices, strict=True) if position is not None
         )
@@ -88,9 +88,10 @@ class Comparison:
         if 2 * votes <= len(orders):
             return Verdict((), votes=votes, agreeing=0)
         if 2 * most > len(orders):
-            return Verdict((self._indices[max(named, key=named.__getitem__)],), votes=votes, agreeing=most)
-        tied = tuple(self._indices[text] for text in sorted(named) if named[text] == most)
-        return Verdict(tied, votes=votes, agreeing=0)
+            winner = max(named, key=named.__getitem__)
+            return Verdict(((self._indices[winner], 1.0),), votes=votes, agreeing=most)
+        shares = tuple((self._indices[text], count / votes) for text, count in sorted(named.items()))
+        return Verdict(shares, votes=votes, agreeing=0)
 
 
 class PreferenceMetric:
@@ -109,7 +110,8 @@ class PreferenceMetric:
         self._rubric = rubric or DEFAULT_RUBRIC
 
     async def score(self, sample: Sample, answers: Sequence[str], context: CallContext) -> list[float] | None:
-        """Compare the answers: the winner's outcome is 1; winners with the same text, and those of a tie, share it.
+        """Compare the answers: the winner's outcome is 1; winners with the same text share it, and so
+        do the answers of a tie.
 
         Raises:
             JudgeError: a vote failed.
@@ -130,7 +132,7 @@ class PreferenceMetric:
         choices = [one.choice for one in votes]
         verdict = comparison.verdict(choices)
         context.work.card += card_of_votes(orders, choices, tie=verdict.is_tie)
-        if not verdict.winners:
+        if not verdict.shares:
             return None
         if not verdict.is_tie:
             self._metrics.judge_votes.labels("yes").inc(verdict.agreeing)

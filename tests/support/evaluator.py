@@ -42,12 +42,14 @@ def sample(
     model: str = MODEL,
     at: datetime | None = None,
     text: Callable[[int], str] = question,
+    reference: str | None = None,
 ) -> Sample:
     return Sample(
         request_id=f"r{number}",
         model=model,
         group=group,
         messages=(ChatMessage(role="user", content=text(number)),),
+        reference=reference,
         sampled_at=at or datetime.now(UTC),
     )
 
