@@ -104,7 +104,7 @@ def check_fault(card: JudgeCard, settings: EvaluatorSettings) -> str | None:
         return f"{card.checks_unreadable / card.checks:.0%} of {card.checks} replies are neither yes nor no"
     for asked, wrong, what in (
         (card.controls_same, card.controls_same_wrong, "denied that a text means the same as itself"),
-        (card.controls_other, card.controls_other_wrong, "found the answer to another question to mean the same"),
+        (card.controls_other, card.controls_other_wrong, "found an unrelated text to mean the same"),
     ):
         if asked >= MIN_CONTROLS and wrong / asked > settings.judge_max_wrong_controls:
             return f"the judge {what} in {wrong} of {asked} control checks"

@@ -21,6 +21,9 @@ CORRECTNESS: Final = "correctness"
 CONTROL_SHARE: Final = 0.1
 """Share of the checked prompts with a control check of each kind."""
 
+UNRELATED: Final = "A blue bicycle stood in front of the old lighthouse."
+"""A text that answers hardly any question: the right reply to a control check with it is no."""
+
 
 class CorrectnessMetric:
     """Whether the answers are right; see `QualityMetric`."""
@@ -36,7 +39,6 @@ class CorrectnessMetric:
         """
         self._judge = judge
         self._asks_judge = asks_judge
-        self._earlier: dict[str, str] = {}
 
     async def score(self, sample: Sample, answers: Sequence[str], context: CallContext) -> list[float] | None:
         """1 for a right answer, 0 for a wrong one, between them for an answer that partly agrees.
@@ -61,18 +63,17 @@ class CorrectnessMetric:
         right = dict(zip(asked, (reply == "yes" for reply in replies), strict=True))
         return [float(right[answer] if one is None else one) for answer, one in zip(answers, known, strict=True)]
 
-    async def _control(self, checker: "_Checker", sample: Sample, baseline: str) -> None:
+    @staticmethod
+    async def _control(checker: "_Checker", sample: Sample, baseline: str) -> None:
         """Ask a check whose reply is known, for a share of the prompts."""
-        earlier, self._earlier[sample.model] = self._earlier.get(sample.model), baseline
-        first = sample.reference or baseline
-        known = sample.reference is not None
+        known, first = sample.reference is not None, sample.reference or baseline
         draw = uniform("control", sample.identity)
         if draw < CONTROL_SHARE:
             reply = await checker.ask(MeaningCheck(checker.question, first, first, known))
             if reply in {"yes", "no"}:
                 checker.context.work.card += JudgeCard(controls_same=1, controls_same_wrong=int(reply == "no"))
-        elif draw < 2 * CONTROL_SHARE and earlier is not None and normalised(earlier) != normalised(first):
-            reply = await checker.ask(MeaningCheck(checker.question, first, earlier, known))
+        elif draw < 2 * CONTROL_SHARE:
+            reply = await checker.ask(MeaningCheck(checker.question, first, UNRELATED, known))
             if reply in {"yes", "no"}:
                 checker.context.work.card += JudgeCard(controls_other=1, controls_other_wrong=int(reply == "yes"))
 

@@ -78,7 +78,7 @@ class EvaluatorMetrics:
         )
         self.judge_controls = Counter(
             "sprout_evaluator_judge_controls",
-            "Judge's card, control checks by kind (same: a text with itself; other: the answer to another question)",
+            "Judge's card, control checks by kind (same: a text with itself; other: an unrelated text)",
             ("kind", "outcome"),
             registry=registry,
         )

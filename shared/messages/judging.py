@@ -50,7 +50,7 @@ class JudgeCard(Value):
     check_flips: int = Field(default=0, ge=0, description="Of these, pairs with different replies")
     controls_same: int = Field(default=0, ge=0, description="Control checks of a text with itself")
     controls_same_wrong: int = Field(default=0, ge=0, description="Of these, checks with the reply no")
-    controls_other: int = Field(default=0, ge=0, description="Control checks with the answer to another question")
+    controls_other: int = Field(default=0, ge=0, description="Control checks with an unrelated text")
     controls_other_wrong: int = Field(default=0, ge=0, description="Of these, checks with the reply yes")
     lengths: dict[str, LengthSums] = Field(default={}, description="By option; lengths in characters")
 

@@ -79,7 +79,7 @@ def test_the_votes_of_a_judge_that_names_a_position_or_no_answer_do_not_count(ca
         (JudgeCard(checks=100, checks_yes=100), None),
         (JudgeCard(checks=100, checks_unreadable=51), "51% of 100 replies are neither yes nor no"),
         (JudgeCard(controls_same=5, controls_same_wrong=3), "the same as itself in 3 of 5 control checks"),
-        (JudgeCard(controls_other=8, controls_other_wrong=8), "another question to mean the same in 8 of 8"),
+        (JudgeCard(controls_other=8, controls_other_wrong=8), "an unrelated text to mean the same in 8 of 8"),
         (JudgeCard(controls_other=4, controls_other_wrong=4), None),
         (JudgeCard(), None),
     ],
