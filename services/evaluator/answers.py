@@ -23,6 +23,7 @@ _WORDS: Final = (
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
 _CHOICE: Final = re.compile(r"\(?([A-J])\)?(?:[.:)]+(?:\s.*)?)?", re.DOTALL)
+_MARKED: Final = re.compile(r"####|\\boxed\{")
 _LEADING_CHOICE: Final = re.compile(r"\W*(?:(?i:answer)\s*:?\s*)?\(?([A-J])(?:[.:)]|\W*\Z)")
 _NAMED_CHOICE: Final = re.compile(r"\b(?i:answer|option|choice)\s*(?:is|:)?\s*:?\s*\**\(?([A-J])\b(?!')")
 _PUNCTUATION: Final = re.compile(r"[^\w+./%-]|_|-(?!\d)")
@@ -34,19 +35,18 @@ def is_right(answer: str, reference: str) -> bool | None:
 
     Args:
         answer: of a model, perhaps worked out: of several numbers a marked one counts, otherwise the last.
-        reference: not blank.
+        reference: not blank; a number, a letter of a choice, a worked solution with its number after "####", or a text,
+            perhaps several with semicolons between them.
     """
     if not answer.strip():
         return False
-    wanted = normalised(reference)
-    if wanted and normalised(answer) == wanted:
+    given_text = normalised(answer)
+    if given_text and given_text in {normalised(one) for one in reference.split(";")}:
         return True
-    number = _REFERENCE_NUMBER.fullmatch(reference.strip())
+    number = reference_number(reference)
     if number is not None:
         given = final_number(answer)
-        return given is not None and math.isclose(
-            given, _value(number.group(1)), rel_tol=TOLERANCE, abs_tol=TOLERANCE * 1e-3
-        )
+        return given is not None and math.isclose(given, number, rel_tol=TOLERANCE, abs_tol=TOLERANCE * 1e-3)
     choice = _CHOICE.fullmatch(reference.strip())
     if choice is not None:
         chosen = chosen_letter(answer)
@@ -59,6 +59,13 @@ def known_outcomes(answers: Sequence[str], reference: str) -> list[bool] | None:
     found = [is_right(answer, reference) for answer in answers]
     known = [one for one in found if one is not None]
     return known if len(known) == len(found) else None
+
+
+def reference_number(reference: str) -> float | None:
+    """The number that a reference is, or that its worked solution marks as the result; None if it is a text."""
+    marked = _MARKED.split(reference)
+    found = _REFERENCE_NUMBER.fullmatch(marked[-1].strip(" \n\t}$"))
+    return None if found is None else _value(found.group(1))
 
 
 def final_number(answer: str) -> float | None:

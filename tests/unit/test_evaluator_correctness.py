@@ -46,6 +46,11 @@ from tests.support.evaluator import sample
         ("An ice-cube", "the ice cube", True),
         ("  \n", "Canberra", False),
         ("!", "?", None),
+        ("He has 10.", "50 x 0.2 = $<<50*0.2=10>>10.\n#### 10", True),
+        ("He has 50.", "50 x 0.2 = $<<50*0.2=10>>10.\n#### 10", False),
+        ("the hare", "Leveret; Hares; Hare", True),
+        ("A rabbit", "Leveret; Hares; Hare", None),
+        ("3", "3 hours", None),
     ],
 )
 def test_numbers_and_letters_are_compared_without_a_judge_and_other_texts_only_found_right(answer, reference, right):
