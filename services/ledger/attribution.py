@@ -170,15 +170,7 @@ def attribute(
         timeline.between(name, starts - timeline.base_s, ends - timeline.base_s) for name in ("steps", "batch_tokens")
     )
     tokens += pairs.by_interval(pairs.single_tokens)
-    if curve is None:
-        weights = pairs.tokens + prefill_weight * pairs.prompt_tokens
-    else:
-        weights = (
-            curve.step_j * pairs.shared_steps
-            + curve.token_j * pairs.tokens
-            + curve.prompt_token_j * pairs.prompt_tokens
-        )
-    shares = pairs.shares(weights)
+    shares = pairs.shares(_weights(pairs, prefill_weight, curve))
     prompt_tokens = pairs.by_interval(pairs.prompt_tokens)
     busy_s = pairs.by_interval(pairs.server_s)
     uses: list[dict[str, CallUse]] = [{} for _ in intervals]
@@ -198,6 +190,35 @@ def attribute(
         )
         for index, one in enumerate(intervals)
     ]
+
+
+def work_between(
+    calls: Sequence[Call],
+    since_s: float,
+    until_s: float,
+    *,
+    prefill_weight: float,
+    curve: BatchCurve | None = None,
+    speed: Speed | None = None,
+) -> tuple[float, float]:
+    """What the calls used of a span, in the unit of their shares: by work, and by running time where there is none.
+
+    An interval's energy can be divided over its parts in these proportions; each call then gets the same as from the
+    whole.
+
+    Args:
+        since_s, until_s: seconds since the Unix epoch.
+        prefill_weight, curve, speed: see `attribute`.
+    """
+    pairs = _Pairs(_Timeline(calls, speed), np.array([since_s]), np.array([until_s]))
+    return float(_weights(pairs, prefill_weight, curve).sum()), float(pairs.running_s.sum())
+
+
+def _weights(pairs: "_Pairs", prefill_weight: float, curve: BatchCurve | None) -> Floats:
+    """The weight of every call in every interval: its share is this divided by the interval's sum."""
+    if curve is None:
+        return pairs.tokens + prefill_weight * pairs.prompt_tokens
+    return curve.step_j * pairs.shared_steps + curve.token_j * pairs.tokens + curve.prompt_token_j * pairs.prompt_tokens
 
 
 _SHORTEST_DECODE_S = 1e-6

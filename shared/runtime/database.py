@@ -1,7 +1,7 @@
 """PostgreSQL: a pool per service, one schema per service, migrations as ordered SQL files."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from typing import Final, TypeVar
@@ -103,12 +103,19 @@ class DatabaseStatus:
                 await asyncio.sleep(pause_s)
 
 
-async def open_pool(settings: DatabaseSettings, *, schema: str, wait_s: float = 120.0) -> asyncpg.Pool:
+async def open_pool(
+    settings: DatabaseSettings,
+    *,
+    schema: str,
+    wait_s: float = 120.0,
+    server_settings: Mapping[str, str] | None = None,
+) -> asyncpg.Pool:
     """Connect, waiting for the server to start; every connection's `search_path` is the service's schema.
 
     Args:
         schema: the service's own.
         wait_s: how long to wait, wall.
+        server_settings: further parameters of every session.
 
     Raises:
         OSError, asyncpg.PostgresError: the server did not answer within `wait_s`, or rejected the login.
@@ -120,7 +127,11 @@ async def open_pool(settings: DatabaseSettings, *, schema: str, wait_s: float = 
                 min_size=1,
                 max_size=settings.pool_size,
                 command_timeout=settings.command_timeout_s,
-                server_settings={"search_path": schema, "application_name": f"sprout.{schema}"},
+                server_settings={
+                    "search_path": schema,
+                    "application_name": f"sprout.{schema}",
+                    **(server_settings or {}),
+                },
             )
     return pool
 
