@@ -154,6 +154,7 @@ def build_app(
         rounds = health.expect_progress("settling", within_s=LONGEST_ROUND_S + settings.settle_interval_s)
         health.spawn("settle", ledger.loop.run(on_round=rounds.made))
         health.spawn("publish", ledger.loop.run_publishing())
+        health.spawn("roll up", ledger.loop.run_rolling_up())
         health.spawn("remove old rows", ledger.loop.remove_old_rows())
 
     app = build_service(

@@ -10,7 +10,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import MAXYEAR, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -179,7 +179,7 @@ class Dimensions:
             content = json.dumps([_row(digest, *found) for digest, found in sorted(rows.items())])
             by_digest = {row["digest"]: row["id"] for row in await connection.fetch(_ADD_DIMENSIONS, content)}
             for labels, at in latest.items():
-                self._known[labels] = (by_digest[_digest(labels)], at + USED_WITHIN)
+                self._known[labels] = (by_digest[_digest(labels)], _used_at(at))
         found = []
         for call in calls:
             found.append(self._known[call.labels][0])
@@ -192,7 +192,11 @@ class Dimensions:
 def _row(digest: UUID, labels: Labels, at: datetime) -> Mapping[str, Any]:
     columns = storable_row(labels._asdict())
     columns["propensities"] = storable(json.loads(labels.propensities))
-    return {**columns, "digest": str(digest), "used_at": (at + USED_WITHIN).isoformat()}
+    return {**columns, "digest": str(digest), "used_at": _used_at(at).isoformat()}
+
+
+def _used_at(at: datetime) -> datetime:
+    return at if at.year == MAXYEAR else at + USED_WITHIN
 
 
 def _digest(labels: Labels) -> UUID:

@@ -5,6 +5,7 @@ up to this version alone: an earlier one needs a lock for each, and every ledger
 """
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -80,18 +81,49 @@ class EarlierVersions:
             _log.info("calls of an earlier version of the ledger were taken over", calls=moved)
         return moved
 
+    async def adopt_footprints(self) -> int:
+        """Move some footprints of the earlier version that are published, or never will be, to this version's table.
+
+        Returns:
+            Their number; 0 if there are no more.
+
+        Raises:
+            DatabaseUnavailableError: what was not moved is moved later.
+        """
+        with translate_errors():
+            async with self._storage.pool.acquire() as connection, connection.transaction():
+                rows = await connection.fetch(sql.EARLIER_ROWS, ADOPTED)
+                if not rows:
+                    return 0
+                dimensions = await self._storage.dimensions.ids(
+                    self._storage.pool, [_settled_call(row) for row in rows]
+                )
+                ends = [row["finished_at"] for row in rows]
+                for day in sorted({sql.day_of(one) for one in ends}):
+                    await sql.add_partition(connection, day)
+                chunk = await connection.fetchval(sql.ADD_CHUNK, len(rows), min(ends), max(ends))
+                ids, first = [row["request_id"] for row in rows], [row["first_token_at"] for row in rows]
+                await connection.execute(sql.ADOPT_FOOTPRINTS, chunk, ids, dimensions, first)
+                await connection.execute(sql.MARK_PUBLISHED, chunk)
+                return len(rows)
+
     async def _adopt(self) -> int:
         async with self._storage.pool.acquire() as connection, connection.transaction():
             rows = await connection.fetch(sql.EARLIER_CALLS, ADOPTED)
             if not rows:
                 return 0
-            calls = [_new_call(row) for row in rows]
+            calls = [_new_call(dict(row)) for row in rows]
             dimensions = await self._storage.dimensions.ids(self._storage.pool, calls)
             await connection.execute(sql.ADOPT_CALLS, [row["id"] for row in rows], dimensions)
             return len(rows)
 
 
-def _new_call(row: asyncpg.Record) -> NewCall:
+def _settled_call(row: asyncpg.Record) -> NewCall:
+    columns = {**row, "propensities": row["propensities_text"], "id": row["request_id"]}
+    return _new_call(columns)
+
+
+def _new_call(row: Mapping[str, Any]) -> NewCall:
     return NewCall(
         id=row["id"],
         request_id=None,

@@ -11,6 +11,7 @@ from services.ledger.ingest import Backlog
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.outbox import CurvePublisher, FootprintOutbox
 from services.ledger.reports import RunningCalls
+from services.ledger.rollup import RollUps
 from services.ledger.settings import LedgerSettings
 from services.ledger.settlement import IntervalSettlement
 from services.ledger.sql import Storage
@@ -51,6 +52,7 @@ class AttributionLoop:
         self._metrics = metrics
         self._clock = clock
         self._earlier = earlier
+        self._rollups = RollUps(storage)
         self._kafka_problem = ""
         self._age_problem = ""
         self._problems: dict[str, str] = {}
@@ -95,9 +97,10 @@ class AttributionLoop:
             await self.publish()
 
     async def run_once(self) -> None:
-        """Settle and publish all that can be."""
+        """Settle, publish and roll up all that can be."""
         await self.settle()
         await self.publish()
+        await self.roll_up()
 
     async def settle(self) -> None:
         """Settle all intervals whose calls are known, and publish curves that have changed.
@@ -157,12 +160,31 @@ class AttributionLoop:
         if age_s > self._settings.backlog_age_s:
             self._age_problem = f"{calls:,} calls are not settled, the oldest ended {age_s:,.0f} s ago"
 
+    async def run_rolling_up(self) -> None:
+        """Keep the roll-ups, forever, beside the settlement."""
+        while True:
+            await asyncio.sleep(self._settings.settle_interval_s)
+            await self.roll_up()
+
+    async def roll_up(self) -> None:
+        """Add what was settled to the roll-ups, and some of what an earlier version had settled."""
+        with self._reporting("roll-up"):
+            await self._rollups.add_chunks()
+            while await self._earlier.adopt_footprints():
+                await self._rollups.add_chunks()
+
     async def remove_old_rows(self) -> None:
         """Remove rows beyond their retention, forever."""
         while True:
             await asyncio.sleep(self._settings.cleaning_interval_s)
+            now = self._backlog.watermark
+            if now is None:
+                continue  # calls that ended long ago may still have to be read
             with suppress(DatabaseUnavailableError):
-                await self._storage.remove_old(self._clock.now() - timedelta(days=self._settings.retention_days))
+                await self._rollups.remove_old(
+                    rows_before=now - timedelta(days=self._settings.retention_days),
+                    rollups_before=now - timedelta(days=self._settings.rollup_days),
+                )
 
     async def finish(self) -> None:
         """Settle and publish once more before the broker stops; the rest stays in PostgreSQL for the next start."""

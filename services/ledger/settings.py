@@ -68,6 +68,14 @@ class LedgerSettings(BaseSettings):
 
     # Retention
     retention_days: float = Field(
-        default=90.0, gt=0, description="Retention of raw readings and settled calls, event days"
+        default=2.0,
+        gt=0,
+        description="Retention of single calls, meter readings, intervals and rejections, event days; the roll-ups "
+        "by hour stay",
+    )
+    rollup_days: float = Field(
+        default=750.0,
+        gt=0,
+        description="Retention of roll-ups, and of policies, qualities, prompt groups and intensities, event days",
     )
     cleaning_interval_s: float = Field(default=600.0, gt=0, description="Between two removals of old rows, wall")

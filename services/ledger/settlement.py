@@ -11,7 +11,7 @@ endpoints at once; a lock in PostgreSQL keeps them from the same one (docs/decis
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 
 import asyncpg
@@ -228,7 +228,7 @@ class IntervalSettlement:
             return set()
         rows = [chunk.rows[one.id] for one in done]
         ends = [row["finished_at"] for row in rows]
-        days = {one.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0) for one in ends}
+        days = {sql.day_of(one) for one in ends}
         for day in sorted(days - self._days):
             await sql.add_partition(connection, day)
         number = await connection.fetchval(sql.ADD_CHUNK, len(done), min(ends), max(ends))

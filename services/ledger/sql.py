@@ -50,6 +50,7 @@ SELECT new.* FROM unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::time
 WHERE NOT EXISTS (SELECT FROM settled_calls AS old WHERE old.id = new.id)
   AND NOT EXISTS (SELECT FROM calls AS old
                   WHERE old.id = coalesce(new.request_id, new.id) AND old.started_at = new.started_at)
+  AND new.finished_at >= (SELECT kept_from FROM removals)
 ON CONFLICT (id) DO NOTHING
 """
 
@@ -75,6 +76,24 @@ WHERE NOT EXISTS (SELECT FROM open_calls AS own WHERE own.endpoint = moved.endpo
                   AND own.started_at = moved.started_at AND own.request_id = moved.id)
 ON CONFLICT (id) DO NOTHING
 """
+
+# Footprints of an earlier version: published ones and partial ones, which are not published, are moved as they are.
+EARLIER_ROWS = """
+SELECT f.*, f.propensities::text AS propensities_text, c.first_token_at
+FROM (SELECT * FROM footprints WHERE published OR partial ORDER BY finished_at LIMIT $1 FOR UPDATE SKIP LOCKED) AS f
+LEFT JOIN calls AS c ON c.id = f.request_id
+"""
+ADOPT_FOOTPRINTS = """
+WITH moved AS (
+    DELETE FROM footprints AS f USING unnest($2::text[], $3::int[], $4::timestamptz[]) AS new (id, dimension, first)
+    WHERE f.request_id = new.id RETURNING f.*, new.dimension, new.first
+)
+INSERT INTO settled_calls
+SELECT request_id, NULL, $1, dimension, started_at, first, finished_at, prompt_tokens, completion_tokens, energy_j,
+       server_s, intensity_g_per_kwh, operational_g, embodied_g, partial
+FROM moved
+"""
+MARK_PUBLISHED = "UPDATE chunks SET published = true WHERE chunk = $1"
 
 # Settlement of one endpoint; $1 is its name.
 # Ledgers of earlier versions take the first lock for all endpoints; this version only keeps them from it.
@@ -185,10 +204,6 @@ SELECT endpoint, count(*) AS calls, min(finished_at) AS oldest FROM open_calls G
 
 # Partitions of settled_calls
 PARTITION_LOCK = "SELECT pg_advisory_xact_lock(hashtext('sprout.ledger.partition'))"
-PARTITIONS = """
-SELECT child.relname AS name FROM pg_inherits
-JOIN pg_class AS child ON child.oid = inhrelid WHERE inhparent = 'settled_calls'::regclass ORDER BY 1
-"""
 
 # Outbox
 NEXT_CHUNK = """
@@ -208,17 +223,6 @@ WHERE NOT published AND NOT partial ORDER BY finished_at LIMIT $1 FOR UPDATE SKI
 """
 MARK_EARLIER_PUBLISHED = "UPDATE footprints SET published = true WHERE request_id = ANY($1)"
 UNPUBLISHED = "SELECT count(*) FROM chunks WHERE NOT published"
-MARK_PUBLISHED = "UPDATE chunks SET published = true WHERE chunk = $1"
-
-# Retention
-REMOVE_OLD = (
-    """
-    DELETE FROM readings USING meters
-    WHERE readings.endpoint = meters.endpoint AND readings.at < least($1, meters.settled_until)
-    """,
-    "DELETE FROM calls WHERE settled AND finished_at < $1",
-)
-
 
 REMOVED_AT_ONCE = 10_000
 """Rows that one statement removes."""
@@ -306,12 +310,6 @@ class Storage:
                 removed += count
         return removed
 
-    async def remove_old(self, before: datetime) -> None:
-        """Remove raw readings and settled calls from before a time; footprints and intervals stay."""
-        with self.status.watch():
-            for statement in REMOVE_OLD:
-                await self.pool.execute(statement, before)
-
     async def _write(self, table: str, rows: Sequence[Row], on_conflict: str) -> None:
         if rows:
             with self.status.watch():
@@ -346,9 +344,19 @@ async def add_partition(connection: Connection, day: datetime) -> None:
     )
 
 
+def day_of(at: datetime) -> datetime:
+    """The first moment of a time's day, UTC."""
+    return at.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+
+
 def partition_name(day: datetime) -> str:
     """The table with the settled calls that ended on a day."""
     return f"settled_calls_{day:%Y%m%d}"
+
+
+def partition_day(name: str) -> datetime:
+    """The day of a partition."""
+    return datetime.strptime(name, "settled_calls_%Y%m%d").replace(tzinfo=UTC)
 
 
 def to_datetime(seconds: float) -> datetime:

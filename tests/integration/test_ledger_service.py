@@ -223,10 +223,11 @@ async def serve(producer: Producer, server: Server, numbers: range, *, purpose: 
     return expected
 
 
+PUBLISHED = "SELECT coalesce(sum(calls), 0)::int FROM chunks WHERE published"
 BALANCE = """
-SELECT (SELECT sum(server_s) FROM footprints) AS server_s, (SELECT sum(idle_s) FROM intervals) AS idle_s,
+SELECT (SELECT sum(server_s) FROM settled_calls) AS server_s, (SELECT sum(idle_s) FROM intervals) AS idle_s,
        (SELECT extract(epoch FROM max(finished_at) - min(started_at)) FROM intervals) AS length_s,
-       (SELECT sum(metered_j) FROM intervals) AS metered, (SELECT sum(energy_j) FROM footprints) AS footprints,
+       (SELECT sum(metered_j) FROM intervals) AS metered, (SELECT sum(energy_j) FROM settled_calls) AS footprints,
        (SELECT sum(attributed_j) FROM intervals) AS attributed, (SELECT sum(idle_j) FROM intervals) AS idle,
        (SELECT sum(unattributed_j) FROM intervals) AS unattributed,
        (SELECT max(energy_j) FROM readings WHERE at <= (SELECT settled_until FROM meters))
@@ -245,7 +246,7 @@ async def test_every_metered_joule_is_accounted_and_each_call_gets_its_own_energ
     )  # fmt: skip
     await producer.post(RESPONSES, refused, "no")
     await producer.producer.send_and_wait(kafka.topic(RESPONSES), b"{broken", key=b"k")
-    await ledgers.until("SELECT count(*) FROM footprints WHERE published", 90)
+    await ledgers.until(PUBLISHED, 90)
     (sums,) = await ledgers.fetch(BALANCE)
     assert sums["metered"] == pytest.approx(sums["counter"], rel=1e-9)
     assert sums["footprints"] == pytest.approx(sums["attributed"], rel=1e-9)
@@ -270,9 +271,7 @@ async def test_every_metered_joule_is_accounted_and_each_call_gets_its_own_energ
     first, last = found["r1"], found["r61"]
     assert (first.purpose, first.policy_version, first.propensity, first.tenant) == ("request", 3, 0.25, "acme")
     assert (last.purpose, last.evaluation_id) == ("evaluation", "ev")
-    assert [tuple(row) for row in await ledgers.fetch("SELECT request_id, code FROM refusals")] == [
-        ("no", "unknown_model")
-    ]
+    assert [tuple(row) for row in await ledgers.fetch("SELECT id, code FROM rejections")] == [("no", "unknown_model")]
     async with reading(kafka, DEAD_LETTERS) as letters:
         await letters.read(until=1)
 
@@ -286,8 +285,8 @@ async def test_a_killed_ledger_or_two_at_once_lose_and_duplicate_nothing(kafka, 
     ledgers.start()
     ledgers.start()
     await serve(producer, server, range(60, 90))
-    await ledgers.until("SELECT count(*) FROM footprints WHERE published", 90)
-    await ledgers.until("SELECT count(*) FROM calls WHERE NOT settled", 0)
+    await ledgers.until(PUBLISHED, 90)
+    await ledgers.until("SELECT count(*) FROM open_calls", 0)
     (sums,) = await ledgers.fetch(BALANCE)
     assert sums["metered"] == pytest.approx(sums["counter"], rel=1e-9)
     assert sums["footprints"] + sums["idle"] + sums["unattributed"] == pytest.approx(sums["counter"], rel=1e-9)
@@ -339,12 +338,12 @@ async def test_an_endpoint_is_settled_up_to_the_oldest_running_call_and_its_curv
         router.oldest_started_at = server.clock.now()
         await router.report()
         await serve(producer, server, range(60))
-        await ledgers.until("SELECT count(*) FROM calls", 60)
+        await ledgers.until("SELECT count(*) FROM open_calls", 60)
         await asyncio.sleep(4.0)
         (until,) = await ledgers.fetch("SELECT settled_until FROM meters")
         assert until["settled_until"] <= router.oldest_started_at
-        assert (await ledgers.fetch("SELECT count(*) FROM footprints"))[0][0] == 0
-    await ledgers.until("SELECT count(*) FROM footprints WHERE published", 60)
+        assert (await ledgers.fetch("SELECT count(*) FROM settled_calls"))[0][0] == 0
+    await ledgers.until(PUBLISHED, 60)
     (sums,) = await ledgers.fetch(BALANCE)
     assert sums["server_s"] + sums["idle_s"] == pytest.approx(float(sums["length_s"]), abs=1e-4)
     async with reading(kafka, POWER_CURVES) as curves:
