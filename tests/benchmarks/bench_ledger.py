@@ -342,7 +342,7 @@ async def _report(
         "seconds_until_settlement_began": intake_s,
         "ledger_mib": peaks.ledger,
         "postgres_mib": peaks.postgres,
-        "bytes_per_call": books["bytes"] / books["calls"],
+        "bytes_per_call": float(books["bytes"]) / books["calls"],
         "energy_error": energy,
         "time_error": seconds,
     }

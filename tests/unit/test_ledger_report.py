@@ -195,7 +195,7 @@ def test_an_option_never_judged_is_excluded_from_the_preference_and_counted():
 def test_a_group_never_judged_uses_the_overall_share():
     judged = JudgedShares([quality_at(1)])
     assert judged.share("preference", "unseen", REFERENCE) == pytest.approx(0.36)
-    assert relative_pct(np.array([np.nan]), np.array([np.nan])) is None
+    assert relative_pct(np.array([np.nan]), np.array([np.nan]), np.ones(1, dtype=np.int64)) is None
 
 
 def test_a_policy_that_expected_less_than_its_bound_is_counted():

@@ -235,3 +235,17 @@ FROM (
 ) AS part
 GROUP BY 1, 2, 3, 4
 $$;
+
+-- The roll-ups with what was settled since.
+CREATE VIEW all_hourly_calls AS
+    SELECT * FROM hourly_calls
+    UNION ALL SELECT * FROM hourly_sums(ARRAY(SELECT chunk FROM chunks WHERE NOT rolled_up));
+CREATE VIEW all_call_starts AS
+    SELECT * FROM call_starts
+    UNION ALL SELECT * FROM start_sums(ARRAY(SELECT chunk FROM chunks WHERE NOT rolled_up));
+CREATE VIEW all_histograms AS
+    SELECT * FROM histograms
+    UNION ALL SELECT * FROM histogram_sums(ARRAY(SELECT chunk FROM chunks WHERE NOT rolled_up));
+CREATE VIEW all_hourly_evaluations AS
+    SELECT * FROM hourly_evaluations
+    UNION ALL SELECT * FROM evaluation_sums(ARRAY(SELECT chunk FROM chunks WHERE NOT rolled_up));
