@@ -233,12 +233,19 @@ class _Timeline:
 
     def __init__(self, calls: Sequence[Call], speed: Speed | None) -> None:
         self.base_s = min((call.started_s for call in calls), default=0.0)
-        self.started_s = self._times([call.started_s for call in calls])
-        self.decodes_from_s = self._times([call.decodes_from_s for call in calls])
-        self.reads_until_s = self._times([call.reads_until_s for call in calls])
-        self.finished_s = self._times([call.finished_s for call in calls])
+        started = np.array([call.started_s for call in calls], dtype=np.float64)
+        finished = np.array([call.finished_s for call in calls], dtype=np.float64)
+        first = np.array([call.first_token_s for call in calls], dtype=np.float64)  # None becomes NaN
         self.tokens = np.array([call.completion_tokens for call in calls], dtype=np.float64)
         self.prompt_tokens = np.array([call.prompt_tokens for call in calls], dtype=np.float64)
+        # As the properties of `Call`.
+        reads_until = np.where(np.isnan(first), finished, np.maximum(started, np.minimum(first, finished)))
+        timed = ~np.isnan(first) & (self.tokens >= 2) & (reads_until < finished)
+        token_time = (finished - reads_until) / np.maximum(self.tokens - 1, 1.0)
+        untimed = np.where((self.tokens > 1) | np.isnan(first), started, finished)
+        decodes_from = np.where(timed, np.maximum(started, reads_until - token_time), untimed)
+        self.started_s, self.finished_s = started - self.base_s, finished - self.base_s
+        self.reads_until_s, self.decodes_from_s = reads_until - self.base_s, decodes_from - self.base_s
         decoding_s = self.finished_s - self.decodes_from_s
         decodes = (decoding_s >= _SHORTEST_DECODE_S) & (self.tokens > 0)
         rates = np.divide(self.tokens, decoding_s, out=np.zeros_like(self.tokens), where=decodes)
@@ -259,9 +266,6 @@ class _Timeline:
             "shared_steps": self._integral(lengths, steps_per_s / size),
             "batch_tokens": self._integral(lengths, steps_per_s * batch),
         }
-
-    def _times(self, values: Sequence[float]) -> Floats:
-        return np.array(values, dtype=np.float64) - self.base_s
 
     def _level(self, since: Floats, until: Floats, heights: Floats) -> Floats:
         """Sum of the heights of the spans that cover each piece of time."""

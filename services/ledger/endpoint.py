@@ -228,7 +228,7 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
     results = []
     for opened in state.calls:
         call = opened.call
-        used = _sum([opened.used, *uses[call.id]])
+        used = _sum(opened.used, uses.get(call.id, ()))
         # The meter did not move in all of its time: its energy is missing, not 0.
         unread = call.completion_tokens > 0 and used.energy_j == 0 and call.id not in with_energy
         results.append(
@@ -277,9 +277,16 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
     )
 
 
-def _sum(uses: Iterable[CallUse]) -> CallUse:
-    columns = zip(*((one.energy_j, one.server_s, one.steps, one.batch_tokens) for one in uses), strict=True)
-    return CallUse(*(math.fsum(column) for column in columns))
+def _sum(first: CallUse, others: Sequence[CallUse]) -> CallUse:
+    if not others:
+        return first
+    energy_j, server_s, steps, batch_tokens = first.energy_j, first.server_s, first.steps, first.batch_tokens
+    for one in others:
+        energy_j += one.energy_j
+        server_s += one.server_s
+        steps += one.steps
+        batch_tokens += one.batch_tokens
+    return CallUse(energy_j, server_s, steps, batch_tokens)
 
 
 def _charged_to_others(call: Call, settled: Sequence[SettledInterval]) -> bool:

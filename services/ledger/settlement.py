@@ -9,7 +9,8 @@ endpoints at once; a lock in PostgreSQL keeps them from the same one (docs/decis
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -30,6 +31,9 @@ from shared.messages import EndpointCurve
 from shared.runtime.clock import Clock
 from shared.runtime.database import translate_errors
 from shared.runtime.logs import get_logger
+
+Footprint = tuple[str, float, float | None, float | None, float | None, float, bool]
+"""Of a settled call: id, energy, server time, intensity, operational and embodied grams, partial."""
 
 _log = get_logger(__name__)
 
@@ -235,12 +239,22 @@ class IntervalSettlement:
         steps = await read_intensity(connection, rows, max_age_s=self._settings.max_intensity_age_s)
         footprints = [_footprint(one, row, pool, steps) for one, row in zip(done, rows, strict=True)]
         await connection.execute(sql.MOVE_CALLS, number, *map(list, zip(*footprints, strict=True)))
-        for one, row, footprint in zip(done, rows, footprints, strict=True):
-            self._metrics.calls.labels("partial" if one.partial else "complete").inc()
-            grams = footprint[4]
-            if grams is not None:
-                self._metrics.grams.labels(row["purpose"], row["pool"], row["level"]).inc(grams + footprint[5])
+        self._count(done, rows, footprints)
         return days
+
+    def _count(
+        self, calls: Sequence[CallResult], rows: Sequence[asyncpg.Record], footprints: Sequence[Footprint]
+    ) -> None:
+        """Add settled calls to the metrics."""
+        partial = sum(one.partial for one in calls)
+        self._metrics.calls.labels("partial").inc(partial)
+        self._metrics.calls.labels("complete").inc(len(calls) - partial)
+        grams: dict[tuple[str, str, str], float] = defaultdict(float)
+        for row, (_, _, _, _, operational_g, embodied_g, _) in zip(rows, footprints, strict=True):
+            if operational_g is not None:
+                grams[row["purpose"], row["pool"], row["level"]] += operational_g + embodied_g
+        for labels, total in grams.items():
+            self._metrics.grams.labels(*labels).inc(total)
 
     def _report_endpoint(self, endpoint: str, result: EndpointSettlement) -> None:
         """Update metrics and log."""
@@ -310,9 +324,7 @@ class IntervalSettlement:
             _log.info("energy counter moves again", endpoint=endpoint)
 
 
-def _footprint(
-    call: CallResult, row: asyncpg.Record, pool: Pool, steps: Mapping[str, IntensitySteps]
-) -> tuple[str, float, float | None, float | None, float | None, float, bool]:
+def _footprint(call: CallResult, row: asyncpg.Record, pool: Pool, steps: Mapping[str, IntensitySteps]) -> Footprint:
     """The computed columns of a settled call, in the order in which `sql.MOVE_CALLS` takes them."""
     started_s, finished_s = row["started_at"].timestamp(), row["finished_at"].timestamp()
     intensity = steps[row["zone"]].mean(started_s, finished_s)
