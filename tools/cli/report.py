@@ -45,6 +45,9 @@ def report(
     hours: Annotated[bool, typer.Option("--hours/--no-hours", help="Print a row for every hour")] = True,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures")] = None,
+    csv_folder: Annotated[
+        Path | None, typer.Option("--csv", metavar="FOLDER", help="Write each table as a CSV file into a folder")
+    ] = None,
     metrics_file: Annotated[
         Path | None,
         typer.Option("--metrics", metavar="FILE", help="Write key figures for Prometheus' textfile collector"),
@@ -76,6 +79,7 @@ def report(
         render_html,
         render_metrics,
         render_tables,
+        to_csv,
         to_json,
     )
 
@@ -85,12 +89,10 @@ def report(
     try:
         fleet = _fleet(fleet_file, local=database is None and not os.environ.get(DATABASE_VARIABLE))
         found = asyncio.run(collect_report(url, since=since, until=until, model=model, zone=zone, fleet=fleet))
-    except FleetError as error:
+    except (FleetError, TooManyCallsError) as error:
         fail(str(error))
     except NoLedgerError as error:
         fail(str(error), remedy="for the local stack: sprout up", code=Exit.NOT_RUNNING)
-    except TooManyCallsError as error:
-        fail(str(error))
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         fail(
             f"cannot read from the database ({type(error).__name__}: {error})",
@@ -106,12 +108,17 @@ def report(
             code=Exit.NOT_RUNNING,
         )
     render_tables(found, out, hours=hours)
+    files: dict[Path, str] = {}
     if html is not None:
-        _write(html, render_html(found))
+        files[html] = render_html(found)
     if json_file is not None:
-        _write(json_file, json.dumps(to_json(found), indent=2) + "\n")
+        files[json_file] = json.dumps(to_json(found), indent=2) + "\n"
+    if csv_folder is not None:
+        files |= {csv_folder / name: text for name, text in to_csv(found).items()}
     if metrics_file is not None:
-        _write(metrics_file, render_metrics(found))
+        files[metrics_file] = render_metrics(found)
+    for path, text in files.items():
+        _write(path, text)
 
 
 def _fleet(path: Path | None, *, local: bool) -> Fleet | None:
