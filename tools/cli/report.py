@@ -108,17 +108,15 @@ def report(
             code=Exit.NOT_RUNNING,
         )
     render_tables(found, out, hours=hours)
-    files: dict[Path, str] = {}
-    if html is not None:
-        files[html] = render_html(found)
-    if json_file is not None:
-        files[json_file] = json.dumps(to_json(found), indent=2) + "\n"
-    if csv_folder is not None:
-        files |= {csv_folder / name: text for name, text in to_csv(found).items()}
-    if metrics_file is not None:
-        files[metrics_file] = render_metrics(found)
-    for path, text in files.items():
-        _write(path, text)
+    files = [
+        (html, render_html),
+        (json_file, lambda one: json.dumps(to_json(one), indent=2) + "\n"),
+        (metrics_file, render_metrics),
+    ]
+    for path, render in files:
+        if path is not None:
+            _write(path, render(found))
+    _write_tables(csv_folder, {} if csv_folder is None else to_csv(found))
 
 
 def _fleet(path: Path | None, *, local: bool) -> Fleet | None:
@@ -153,6 +151,11 @@ def _default_database() -> str:
             code=Exit.NOT_RUNNING,
         )
     return state.database_url
+
+
+def _write_tables(folder: Path | None, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        _write((folder or Path()) / name, text)
 
 
 def _write(path: Path, text: str) -> None:
