@@ -25,7 +25,7 @@ from tritonclient.utils import InferenceServerException
 
 from shared.fleet import Endpoint, Fleet, FleetError, Pool, load_fleet
 from shared.inference.triton.channel import CHANNEL_OPTIONS
-from shared.kafka.dead_letters import PoisonMessageError, describe, parse_record
+from shared.kafka.parsing import PoisonMessageError, describe, parse_record
 from shared.messages import LoadReport, PoolCapacity
 from shared.runtime.clock import Clock, ClockConfigurationError
 from shared.runtime.logs import configure_logging, get_logger

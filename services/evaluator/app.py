@@ -152,7 +152,9 @@ class Evaluator:
                 pool,
                 status,
                 samples_per_group=settings.samples_per_group,
+                samples_per_model=settings.samples_per_model,
                 max_age=timedelta(hours=settings.max_sample_age_h),
+                draw_key=settings.draw_key_bytes,
             )
             store = EvaluationStore(pool, status)
             group_store = GroupStore(pool, status, max_judged_age=timedelta(hours=settings.max_judged_age_h))
@@ -174,6 +176,7 @@ class Evaluator:
                 settings=settings,
                 metrics=self.metrics,
             )
+            health.spawn("check PostgreSQL", status.check_forever(self._database))
             health.spawn("check endpoints", self._pools.watch())
             health.spawn("evaluate", self._evaluate(runner, health))
             health.spawn("report load", self._report_load())
@@ -181,7 +184,7 @@ class Evaluator:
             stack.push_async_callback(health.cancel_background)
             yield
 
-    def on_broker_started(self) -> None:
+    async def on_broker_started(self) -> None:
         """Allow evaluations, which publish their calls."""
         self._broker_started.set()
 

@@ -81,19 +81,23 @@ class JudgedPrompt:
     """A prompt with the outcomes of its answers. It contains the prompt's features, never its text.
 
     Attributes:
+        id: identifies the request, see `Sample.identity`.
         request_id: of the sample.
         stratum: task label under which the prompt was sampled.
         group: group in which it is counted.
         evaluated_at: event time.
         answers: of every candidate, the reference first.
+        tenant: None: none, or stored by an earlier release.
     """
 
+    id: str
     request_id: str
     stratum: str
     group: str
     evaluated_at: datetime
     features: PromptFeatures
     answers: tuple[JudgedAnswer, ...]
+    tenant: str | None = None
 
 
 class _Outcome(NamedTuple):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,7 +13,7 @@ from services.evaluator.cost import Energy, EnergyByPool
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt
 from shared.grouping import FEATURES, PromptFeatures
 from shared.messages import PromptGrouping, Quality
-from shared.runtime.database import DatabaseStatus
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,10 @@ class EvaluationStore:
                 claimed: bool = await connection.fetchval("SELECT pg_try_advisory_lock(hashtext($1))", key)
             yield claimed
         finally:
-            # Releasing resets the connection, which unlocks.
-            await self._pool.release(connection)
+            # Releasing resets the connection, which unlocks. If the server is gone, the lock is gone with it, and the
+            # pool discards the connection.
+            with suppress(DatabaseUnavailableError), self._status.watch():
+                await self._pool.release(connection)
 
     async def last_evaluation(self, model: str) -> datetime | None:
         """Event time of a model's last finished evaluation."""
@@ -106,6 +108,8 @@ class EvaluationStore:
     async def finish(self, quality: Quality, *, evaluated: Iterable[str], judged: Sequence[JudgedPrompt]) -> None:
         """Record the result of an evaluation, which is to be published.
 
+        A sample that was deleted meanwhile, perhaps at its tenant's request, leaves no judged prompt behind.
+
         Args:
             evaluated: ids of the samples that took part.
             judged: those with a verdict.
@@ -117,13 +121,14 @@ class EvaluationStore:
                     quality.evaluation_id,
                     quality.model_dump_json(),
                 )
-                await connection.execute(
+                kept = await connection.fetch(
                     "UPDATE reservoir SET evaluations = evaluations + 1 "
-                    "WHERE model = $1 AND request_id = ANY($2::text[])",
+                    "WHERE model = $1 AND id = ANY($2::text[]) RETURNING id",
                     quality.model,
                     list(evaluated),
                 )
-                await _save_judged(connection, quality.model, judged)
+                ids = {row["id"] for row in kept}
+                await _save_judged(connection, quality.model, [one for one in judged if one.id in ids])
 
     async def unpublished(self) -> list[Quality]:
         """Results that may not have reached Kafka, oldest first."""
@@ -189,8 +194,7 @@ class GroupStore:
         """The newest judged prompts, oldest first."""
         with self._status.watch():
             rows = await self._pool.fetch(
-                "SELECT * FROM judged WHERE model = $1 AND features = $2 "
-                "ORDER BY evaluated_at DESC, request_id LIMIT $3",
+                "SELECT * FROM judged WHERE model = $1 AND features = $2 ORDER BY evaluated_at DESC, id LIMIT $3",
                 model,
                 FEATURES,
                 limit,
@@ -198,14 +202,14 @@ class GroupStore:
         return [_judged_prompt(row) for row in reversed(rows)]
 
     async def groups_of(self, model: str, ids: Sequence[str]) -> dict[str, str]:
-        """Groups of prompts that were judged before, by request id."""
+        """Groups of prompts that were judged before, by their ids."""
         with self._status.watch():
             rows = await self._pool.fetch(
-                "SELECT request_id, prompt_group FROM judged WHERE model = $1 AND request_id = ANY($2::text[])",
+                "SELECT id, prompt_group FROM judged WHERE model = $1 AND id = ANY($2::text[])",
                 model,
                 list(ids),
             )
-        return {row["request_id"]: row["prompt_group"] for row in rows}
+        return {row["id"]: row["prompt_group"] for row in rows}
 
     async def version(self, model: str) -> str | None:
         """The current version of a model's groups; None if there is none."""
@@ -223,7 +227,7 @@ class GroupStore:
         """Store a new version, which is to be published, and re-label the judged prompts.
 
         Args:
-            group_of: new group of judged prompts, by request id.
+            group_of: new group of judged prompts, by their ids.
         """
         with self._status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
@@ -240,7 +244,7 @@ class GroupStore:
                 )
                 await connection.execute(
                     "UPDATE judged SET prompt_group = new.name FROM unnest($2::text[], $3::text[]) AS new(id, name) "
-                    "WHERE model = $1 AND request_id = new.id",
+                    "WHERE model = $1 AND judged.id = new.id",
                     grouping.model,
                     list(group_of.keys()),
                     list(group_of.values()),
@@ -269,13 +273,14 @@ async def _save_judged(
 ) -> None:
     """Store judged prompts in the caller's transaction; a newer verdict replaces an older one on the same prompt."""
     await connection.executemany(
-        "INSERT INTO judged (model, request_id, stratum, prompt_group, evaluated_at, features, looks, answers) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (model, request_id) DO UPDATE SET "
+        "INSERT INTO judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, looks, answers, "
+        "tenant) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (model, id) DO UPDATE SET "
         "stratum = excluded.stratum, prompt_group = excluded.prompt_group, evaluated_at = excluded.evaluated_at, "
-        "features = excluded.features, looks = excluded.looks, answers = excluded.answers",
+        "features = excluded.features, looks = excluded.looks, answers = excluded.answers, tenant = excluded.tenant",
         [
             (
                 model,
+                one.id,
                 one.request_id,
                 one.stratum,
                 one.group,
@@ -283,6 +288,7 @@ async def _save_judged(
                 FEATURES,
                 one.features.to_bytes(),
                 json.dumps([answer.to_json() for answer in one.answers]),
+                one.tenant,
             )
             for one in prompts
         ],
@@ -291,10 +297,12 @@ async def _save_judged(
 
 def _judged_prompt(row: asyncpg.Record) -> JudgedPrompt:
     return JudgedPrompt(
+        id=row["id"],
         request_id=row["request_id"],
         stratum=row["stratum"],
         group=row["prompt_group"],
         evaluated_at=row["evaluated_at"],
         features=PromptFeatures.from_bytes(row["looks"]),
         answers=tuple(JudgedAnswer.from_json(one) for one in json.loads(row["answers"])),
+        tenant=row["tenant"],
     )

@@ -109,6 +109,7 @@ class Ledger:
                 await self.earlier.lock(pool)
                 await migrate(pool, schema=NAME, package="services.ledger.migrations")
             health.spawn("keep earlier versions from settling", self.earlier.keep_locked())
+            health.spawn("check PostgreSQL", self.storage.status.check_forever(database))
             for number, scraper in enumerate(self.scrapers):
                 health.spawn(f"read meters {number}", scraper.run())
             yield

@@ -55,6 +55,7 @@ class FootprintOutbox:
     async def _publish_chunk(self) -> bool:
         """Publish a chunk; false if there is none, or Kafka did not take it."""
         async with self._storage.pool.acquire() as connection, connection.transaction():
+            await connection.execute(sql.ERASURE_LOCK)
             chunk = await connection.fetchrow(sql.NEXT_CHUNK)
             if chunk is None:
                 return False

@@ -25,9 +25,7 @@ TIMEOUT_S = 120.0
 
 _ROLL_UP_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('sprout.ledger.rollup'))"
 _NEXT_CHUNKS = "SELECT chunk FROM chunks WHERE NOT rolled_up ORDER BY chunk LIMIT $1 FOR UPDATE SKIP LOCKED"
-_HOURLY_KEY = (
-    "hour, purpose, model, grp, task, tenant, pool, level, zone, policy_version, decision_source, distribution"
-)
+_HOURLY_KEY = "hour, purpose, model, grp, task, pool, level, zone, policy_version, decision_source, distribution"
 _HOURLY_SUMS = (
     "calls", "prompt_tokens", "completion_tokens", "processing_s", "server_s", "energy_j", "embodied_g",
     "energy_energy", "server_server", "energy_server", "priced", "intensity", "intensity_intensity",

@@ -131,6 +131,7 @@ class IntervalSettlement:
             async with self._storage.pool.acquire() as connection, connection.transaction():
                 if not await connection.fetchval(sql.ENDPOINT_LOCK, endpoint):
                     return Progress()
+                await connection.execute(sql.ERASURE_LOCK)
                 read = partial(
                     read_chunk,
                     connection,

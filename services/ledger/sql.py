@@ -100,6 +100,8 @@ MARK_PUBLISHED = "UPDATE chunks SET published = true WHERE chunk = $1"
 EARLIER_LOCKS = ("sprout.ledger.settlement", "sprout.ledger.publication")
 HOLD_SHARED = "SELECT pg_advisory_lock_shared(hashtext($1))"
 ENDPOINT_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('sprout.ledger.endpoint'), hashtext($1))"
+# `sprout erase` takes it exclusively, so that no id changes in the middle of a transaction.
+ERASURE_LOCK = "SELECT pg_advisory_xact_lock_shared(hashtext('sprout.ledger.erasure'))"
 READINGS = """
 SELECT at, gpu, energy_j, coalesce(divided, false) AS divided, coalesce(restarted, false) AS restarted
 FROM readings

@@ -9,6 +9,8 @@ from datetime import datetime, timedelta
 from statistics import NormalDist, fmean
 from typing import Literal
 
+import numpy as np
+
 from services.optimizer.settings import OptimizerSettings
 from shared.carbon import LatestIntensities, trailing_points
 from shared.messages import CarbonIntensity
@@ -34,7 +36,10 @@ class CurrentIntensity:
 
 @dataclass(frozen=True, slots=True)
 class TrailingRange:
-    """k0_min and k0_max over the trailing window, gCO2eq/kWh; equal if there are too few values."""
+    """k0_min and k0_max over the trailing window, gCO2eq/kWh; equal if there are too few values.
+
+    They are percentiles, so that a single wrong value does not change every limit for as long as the window is.
+    """
 
     k0_min: float
     k0_max: float
@@ -89,10 +94,11 @@ def range_of(values: Sequence[float], *, hours: int, settings: OptimizerSettings
         values: gCO2eq/kWh, the latest last.
         hours: how many hours have a value. With fewer than `min_window_hours` the range is that of the latest value
             only, so that no quality loss is tolerated.
-        settings: the minimum.
+        settings: the minimum, and the percentile.
     """
     known = values if hours >= settings.min_window_hours else values[-1:]
-    return TrailingRange(min(known), max(known))
+    low, high = np.percentile(known, (settings.range_percentile, 100.0 - settings.range_percentile)).tolist()
+    return TrailingRange(low, high)
 
 
 def quality_bounds(position: float, settings: OptimizerSettings) -> dict[str, float]:

@@ -64,6 +64,12 @@ class OptimizerMetrics:
             registry=registry,
         )
 
+        self._overload = Gauge(
+            "sprout_optimizer_overload",
+            "Share by which the expected load exceeds the capacities of the model's pools",
+            ("model",),
+            registry=registry,
+        )
         self._token_price = Gauge(
             "sprout_optimizer_token_price_joules",
             "Of a generated token: what one more costs (price), and all that the meter shows per token (meter); NaN "
@@ -98,6 +104,7 @@ class OptimizerMetrics:
     def set_policy(self, policy: Policy) -> None:
         """Show the current policy of a model."""
         self._version.labels(policy.model).set(policy.version)
+        self._overload.labels(policy.model).set(policy.overload)
         for pool, price in policy.inputs.prices.items():
             self._token_price.labels(pool, "price").set(_or_nan(price.token_j))
             self._token_price.labels(pool, "meter").set(_or_nan(price.meter_token_j))

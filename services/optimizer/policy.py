@@ -13,7 +13,7 @@ from services.optimizer.program import TIME_LIMIT_S, solve
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
 from shared.messages import Policy, PolicyInputs, option_key
-from shared.messages.policies import OptionInputs, PolicyStatus
+from shared.messages.policies import OptionInputs
 
 Trigger = Literal["start", "intensity", "groups", "quality", "estimates", "validity"]
 """The events that make the optimizer solve."""
@@ -29,16 +29,15 @@ _TRIGGERED_BY: dict[Trigger, str] = {
     "estimates": "energy, time, traffic or the price of a token changed",
     "validity": "the last policy was about to expire",
 }
-_FORMULATION: dict[PolicyStatus, str] = {
-    "optimal": "with all constraints",
-    "floors_dropped": "without the group floors",
-    "capacity_dropped": "without the group floors and capacities",
-}
 _FAILURE: dict[Failure, str] = {
     "time limit": f"the solver reached its time limit of {TIME_LIMIT_S:g} s",
     "no convergence": "the safety margins did not converge",
+    "infeasible": "the solver found no solution",
     "solver error": "the solver failed",
 }
+
+OVERLOAD_EPSILON = 1e-4
+"""Overloads below this are rounding errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +139,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         created_at=situation.now,
         valid_until=situation.now + settings.validity,
         status=solution.status,
+        overload=solution.overload if solution.overload > OVERLOAD_EPSILON else 0.0,
         reason=_reason(situation, solution, bounds, zone),
         reference=reference,
         groups=solution.rows if estimates.weights else {},
@@ -241,6 +241,8 @@ def _differences(old: Policy, new: Policy, settings: OptimizerSettings) -> Itera
         abs(new.bounds[metric] - old.bounds[metric]) > settings.bound_change for metric in new.bounds
     ):
         yield "other quality limits"
+    if abs(new.overload - old.overload) > settings.probability_change:
+        yield f"an overload of {old.overload:.1%} is now {new.overload:.1%}"
     if price_bases(old.inputs.prices) != price_bases(new.inputs.prices):
         yield "tokens are priced in another way"
     if relative_change(old.expected_g_per_request, new.expected_g_per_request) > settings.carbon_change:
@@ -277,24 +279,12 @@ def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float
     if situation.range.k0_min >= situation.range.k0_max:
         parts.append("too little history of the carbon intensity: no quality loss is tolerated")
     parts.extend(f"{metric} at least {bound:.3f} of the baseline's" for metric, bound in bounds.items())
-    parts.extend(_dropped_constraints(solution))
+    if solution.overload > OVERLOAD_EPSILON:
+        parts.append(f"{solution.overload:.1%} more load than the pools' capacities: more endpoints are needed")
+    if solution.failure is not None:
+        parts.append(_FAILURE[solution.failure])
+    if solution.status == "reference":
+        parts.append("the reference is served")
     parts.extend(f"{option} not used: {why}" for option, why in situation.estimates.ineligible.items())
     parts.extend(describe_price(pool, price) for pool, price in situation.estimates.prices.items())
     return "; ".join(parts)
-
-
-def _dropped_constraints(solution: Solution) -> Iterator[str]:
-    """The constraints that were dropped, and the reasons, in words."""
-    for formulation, failure in solution.failures:
-        if failure != "infeasible":
-            yield f"{_FAILURE[failure]} {_FORMULATION[formulation]}"
-    infeasible = {formulation for formulation, failure in solution.failures if failure == "infeasible"}
-    if solution.status == "floors_dropped":
-        yield "no solution keeps the group floors" if infeasible else "the group floors were dropped"
-    elif solution.status == "capacity_dropped":
-        if infeasible:
-            yield "no solution keeps the pools' capacities: more endpoints are needed"
-        else:
-            yield "the pools' capacities were dropped"
-    elif solution.status == "reference":
-        yield "the reference is served"

@@ -25,7 +25,7 @@ Rows = dict[str, dict[str, float]]
 """Probabilities by group, then option; an option with probability 0 is left out."""
 
 Failure = Literal["infeasible", "time limit", "no convergence", "solver error"]
-"""Why a formulation of the program has no solution."""
+"""Why the program has no solution."""
 
 PROBABILITY_EPSILON = 1e-8
 """Probabilities below this are rounding errors of the solver."""
@@ -95,6 +95,8 @@ class Problem:
             if not all(0.0 <= limit <= 1.0 for limit in limits.values()):
                 raise ValueError(f"{name} must lie in [0, 1], got {dict(limits)}: the reference could not keep them")
         limited = {*self.bounds, *self.floors}
+        if not all(capacity > 0.0 for capacity in self.capacities.values()):
+            raise ValueError(f"capacities must be greater than 0, got {dict(self.capacities)}")
         for group in self.weights:
             row = self.estimates.get(group, {})
             if self.reference not in row:
@@ -114,12 +116,13 @@ class Solution:
     """Probabilities to draw from, and what they are expected to achieve.
 
     Attributes:
-        status: `optimal`, or which constraints had to be dropped.
+        status: `optimal`, or `reference` if the solver failed or there is no other option.
         rows: probabilities by group, then option; every row sums to 1.
         g_per_request: expected gCO2eq of a request.
         reference_g_per_request: expected gCO2eq of a request if the reference served all requests.
         quality: lower confidence bound of the quality of all traffic, relative to the reference's, by limited metric.
-        failures: the stricter formulations that have no solution, named by the status they would have had, and why.
+        overload: share by which the pools' capacities are exceeded; 0 if they suffice.
+        failure: why the solver found no solution.
     """
 
     status: PolicyStatus
@@ -127,7 +130,8 @@ class Solution:
     g_per_request: float
     reference_g_per_request: float
     quality: dict[str, float]
-    failures: tuple[tuple[PolicyStatus, Failure], ...] = ()
+    overload: float = 0.0
+    failure: Failure | None = None
 
 
 class Cells:
@@ -215,9 +219,13 @@ class Cells:
         """Probabilities by cell, from distributions by group."""
         return np.array([rows.get(group, {}).get(option, 0.0) for group, option in self.names])
 
-    def solution(
-        self, rows: Rows, status: PolicyStatus, failures: Sequence[tuple[PolicyStatus, Failure]] = ()
-    ) -> Solution:
+    def overload(self, x: Floats) -> float:
+        """Largest share by which a pool's concurrent requests exceed its capacity; 0 if none does."""
+        concurrent = self.problem.requests_per_s * self.weights * self.seconds * x
+        loads = (float(self.in_pool(pool) @ concurrent) / of for pool, of in self.problem.capacities.items())
+        return max(0.0, *(load - 1.0 for load in loads)) if self.problem.capacities else 0.0
+
+    def solution(self, rows: Rows, status: PolicyStatus, failure: Failure | None = None) -> Solution:
         """A solution with these probabilities, their expected carbon and their quality."""
         x = self.values(rows)
         # If the reference serves everything its relative quality is 1, whether it is known or not.
@@ -230,7 +238,8 @@ class Cells:
             quality={
                 metric: 1.0 if only_reference else self.bounds[metric].lower_bound(x) for metric in self.problem.bounds
             },
-            failures=tuple(failures),
+            overload=self.overload(x),
+            failure=failure,
         )
 
 

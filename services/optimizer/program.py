@@ -16,7 +16,7 @@ is SPROUT at a mean intensity, solved once.
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import highspy
@@ -24,13 +24,15 @@ import numpy as np
 import pulp
 
 from services.optimizer.problem import Cells, Failure, Floats, Problem, QualityBound, Rows, Solution
-from shared.messages.policies import PolicyStatus
 
 SOLVER_TOLERANCE = 1e-9
 """HiGHS's tolerance for constraints and reduced costs."""
 
 TIME_LIMIT_S = 10.0
-"""Wall time of one formulation, all rounds of cuts together."""
+"""Wall time of a program, all rounds of cuts together."""
+
+OVERLOAD_TOLERANCE = 1e-6
+"""What the overload may be above the least possible one, so that the solver finds the least carbon within it."""
 
 _MAX_ROUNDS = 50
 """Rounds of cuts; about five are enough."""
@@ -47,32 +49,21 @@ def solve(problem: Problem, *, time_limit_s: float = TIME_LIMIT_S) -> Solution:
 def solve_program(problem: Problem, *, time_limit_s: float = TIME_LIMIT_S) -> "tuple[Solution, Program | None]":
     """Solve the program; there is always a solution.
 
-    Constraints that cannot be met are dropped in a fixed order: the group floors, then the capacities, then everything,
-    and the reference is served. If the reference is the only option, the status is `reference` as well.
+    The reference keeps all limits and floors, so only capacities can be too small; see `Program.solve`. If the solver
+    fails, the reference is served. If the reference is the only option, the status is `reference` as well.
 
     Returns:
         The solution, and the solved program with its shadow prices; None if the reference is served.
     """
     cells = Cells(problem)
-    failures: list[tuple[PolicyStatus, Failure]] = []
+    failure = None
     if any(len(problem.row(group)) > 1 for group in problem.weights):
-        for status, floors, capacities in _formulations(problem):
-            program = Program(cells, floors=floors, capacities=capacities)
-            failure = program.solve(time_limit_s=time_limit_s)
-            if failure is None:
-                return cells.solution(program.rows(), status, failures), program
-            failures.append((status, failure))
+        program = Program(cells)
+        failure = program.solve(time_limit_s=time_limit_s)
+        if failure is None:
+            return cells.solution(program.rows(), "optimal"), program
     only_reference = {group: {problem.reference: 1.0} for group in problem.weights}
-    return cells.solution(only_reference, "reference", failures), None
-
-
-def _formulations(problem: Problem) -> Iterator[tuple[PolicyStatus, Mapping[str, float], Mapping[str, float]]]:
-    """Status, floors and capacities of the formulations to try, the strictest first."""
-    yield "optimal", problem.floors, problem.capacities
-    if problem.floors:
-        yield "floors_dropped", {}, problem.capacities
-    if problem.capacities:
-        yield "capacity_dropped", {}, {}
+    return cells.solution(only_reference, "reference", failure), None
 
 
 class NormConstraint:
@@ -135,14 +126,14 @@ class NormConstraint:
 
 
 class Program:
-    """The PuLP formulation of a problem, with or without floors and capacities, and its HiGHS model.
+    """The PuLP formulation of a problem, and its HiGHS model.
 
     Attributes:
         cells: the problem.
         x: (cells,), probabilities of the last solve.
     """
 
-    def __init__(self, cells: Cells, *, floors: Mapping[str, float], capacities: Mapping[str, float]) -> None:
+    def __init__(self, cells: Cells) -> None:
         """State the program.
 
         Raises:
@@ -164,23 +155,41 @@ class Program:
         for group in cells.problem.weights:
             places = cells.of_group(group)
             self._add(f"one[{group}]", pulp.LpAffineExpression([(self._x[p], 1.0) for p in places]) == 1.0)
-        for metric, floor in floors.items():
+        for metric, floor in cells.problem.floors.items():
             self._add_floors(metric, floor)
-        for pool, capacity in capacities.items():
-            concurrent = cells.in_pool(pool) * cells.problem.requests_per_s * cells.weights * cells.seconds
-            if concurrent.any():
-                self._add(f"capacity[{pool}]", self._expression(concurrent) <= capacity)
+        self._overload: pulp.LpVariable | None = None
+        for pool, capacity in cells.problem.capacities.items():
+            self._add_capacity(pool, capacity)
         for metric, bound in cells.bounds.items():
             if bound.is_active:
                 self._add_bound(metric, bound)
 
     def solve(self, *, time_limit_s: float = TIME_LIMIT_S) -> Failure | None:
-        """Solve, adding cuts until every limit holds with its safety margin.
+        """Solve. Where no solution keeps the capacities, the least overload is found first, then the least carbon.
 
         Returns:
             None once `x` is optimal; else why there is no solution.
         """
         self._lp.solve(_highs(time_limit_s))
+        failure = self._add_cuts()
+        if failure != "infeasible" or self._overload is None:
+            return failure
+        solver, overload = self._solver, self._overload.index
+        columns, costs = np.arange(solver.getNumCol(), dtype=np.int32), np.array(solver.getLp().col_cost_)
+        solver.changeColBounds(overload, 0.0, highspy.kHighsInf)
+        solver.changeColsCost(len(columns), columns, (columns == overload).astype(float))
+        solver.run()
+        failure = self._add_cuts()
+        if failure is not None:
+            return failure
+        least = solver.getSolution().col_value[overload]
+        solver.changeColBounds(overload, 0.0, least + OVERLOAD_TOLERANCE)
+        solver.changeColsCost(len(columns), columns, costs)
+        solver.run()
+        return self._add_cuts()
+
+    def _add_cuts(self) -> Failure | None:
+        """Add cuts, and solve again, until every limit holds with its safety margin."""
         for _ in range(_MAX_ROUNDS):
             # PuLP reports a time limit as optimal, so HiGHS is asked.
             failure = _failure(self._solver.getModelStatus())
@@ -236,6 +245,19 @@ class Program:
             self._norms[metric] = norm
             quality[norm.sigma] = -bound.z
         self._add(f"bound[{metric}]", quality >= bound.bound)
+
+    def _add_capacity(self, pool: str, capacity: float) -> None:
+        """Limit the concurrent requests of a pool to (1 + overload) times its capacity; overload is 0 at first."""
+        problem = self.cells.problem
+        concurrent = self.cells.in_pool(pool) * problem.requests_per_s * self.cells.weights * self.cells.seconds
+        if not concurrent.any():
+            return
+        if self._overload is None:
+            # One for all pools, so that the least overload is shared evenly.
+            self._overload = self._lp.add_variable(self._unique("overload"), lowBound=0.0, upBound=0.0)
+        row = self._expression(concurrent)
+        row[self._overload] = -capacity
+        self._add(f"capacity[{pool}]", row <= capacity)
 
     def _add_floors(self, metric: str, floor: float) -> None:
         quality, group_quality = self.cells.quality(metric), self.cells.group_quality(metric)

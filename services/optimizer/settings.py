@@ -73,6 +73,12 @@ class OptimizerSettings(BaseSettings):
         "it, event",
     )
     window_h: float = Field(default=720.0, gt=0, description="Trailing window of k0_min and k0_max, event")
+    range_percentile: float = Field(
+        default=1.0,
+        ge=0,
+        lt=50,
+        description="k0_min and k0_max are this percentile of the window and the opposite one; 0: the extremes",
+    )
     min_window_hours: int = Field(
         default=24, ge=2, description="Hours with a value in the window before any quality loss is tolerated"
     )

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import SkipValidation
 
 from services import SERVICES
-from services.router.consumer import KafkaSuspects, RequestConsumer
+from services.router.consumer import RequestConsumer
 from services.router.handler import RequestHandler
 from services.router.metrics import Backlog, RouterMetrics
 from services.router.policy import PolicyCache
@@ -24,12 +24,14 @@ from services.router.recovery import KafkaGroupProgress
 from services.router.settings import RouterSettings
 from services.router.tracing import TRACER_NAME, Tracing
 from shared.fleet import Fleet, FleetError, load_fleet
+from shared.grouping import GroupingError
 from shared.inference.attempts import Attempts
 from shared.inference.chat import ChatTemplateError
 from shared.inference.load_reports import LoadReporter, subscribe_capacity
 from shared.inference.pools import Pools
-from shared.kafka.broker import build_broker
+from shared.kafka.broker import build_broker, unreadable_records
 from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.parsing import IMPLAUSIBLE, PoisonMessageError
 from shared.kafka.subscribe import Subscriber, read_to_end, subscribe_compacted, subscribe_records
 from shared.messages import CarbonIntensity, GenerationRequest, Policy, PromptGrouping
 from shared.runtime.clock import Clock
@@ -81,13 +83,7 @@ class Router:
         fleet: Fleet,
         clock: Clock,
         registry: CollectorRegistry,
-        inspect: bool = False,
     ) -> None:
-        """Assemble a router.
-
-        Args:
-            inspect: before requests are read, find those that would end this process; needs `SPROUT_KAFKA_*`.
-        """
         self.settings = settings
         self._tracer_provider = tracer_provider(NAME, version=VERSION)
         tracer = (self._tracer_provider or NoOpTracerProvider()).get_tracer(TRACER_NAME, VERSION)
@@ -124,16 +120,23 @@ class Router:
             metrics=metrics,
             tracing=tracing,
         )
+        unreadable = unreadable_records(broker, kafka)
+        progress = KafkaGroupProgress(
+            kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS)), unreadable
+        )
+        progress.watch(kafka.topic(REQUESTS))
         self.requests = RequestConsumer(
             handler.handle,
-            KafkaGroupProgress(kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS))),
+            progress,
             settings=settings,
             metrics=metrics,
             capacity=self.pools,
-            suspects=KafkaSuspects(kafka, kafka.topic(REQUESTS), kafka.group(NAME)) if inspect else None,
+            unreadable=unreadable,
+            topic_prefix=kafka.topic_prefix,
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
         self._backlog = Backlog(lambda: subscriber.consumer, finished=self.requests.finished, metrics=metrics)
+        self._broker_started = asyncio.Event()
         self._state_subscribers = (
             *subscribe_state(broker, dead_letters, self.policies, kafka=kafka),
             *subscribe_capacity(broker, dead_letters, self.pools, kafka=kafka),
@@ -150,11 +153,13 @@ class Router:
     @asynccontextmanager
     async def running(self, health: Health) -> AsyncIterator[None]:
         """Background tasks beside the subscribers."""
+        if not self.settings.draw_key_bytes:
+            _log.warning("draws have no key, so clients can steer them: set SPROUT_ROUTER_DRAW_KEY_FILE on all routers")
         self.requests.pause()
         health.spawn("load policies", self._load_policies())
         health.spawn("watch endpoints", self.pools.watch())
         health.spawn("watch backlog", self._backlog.watch())
-        health.spawn("report load", self._load_reporter.run())
+        health.spawn("report load", self._report_load())
         commits = health.expect_progress("commits", within_s=COMMIT_TIMEOUT_S + self.settings.commit_interval_s)
         health.spawn("commit offsets", self.requests.commit_forever(on_round=commits.made))
         try:
@@ -163,6 +168,14 @@ class Router:
             await self.pools.close()
             if self._tracer_provider is not None:
                 await asyncio.to_thread(self._tracer_provider.shutdown)
+
+    async def on_broker_started(self) -> None:
+        """Allow load reports, which need the producer."""
+        self._broker_started.set()
+
+    async def _report_load(self) -> None:
+        await self._broker_started.wait()
+        await self._load_reporter.run()
 
     async def shut_down(self) -> None:
         """Finish or cancel all requests; Kafka is still connected."""
@@ -231,7 +244,11 @@ def subscribe_state(
     @groupings
     async def on_groupings(updates: list[PromptGrouping]) -> None:
         for grouping in updates:
-            if policies.groups.update(grouping):
+            try:
+                stored = policies.groups.update(grouping)
+            except GroupingError as error:
+                raise PoisonMessageError(IMPLAUSIBLE, str(error)) from error
+            if stored:
                 _log.info("new prompt groups", model=grouping.model, version=grouping.version)
 
     @newest_policies
@@ -261,7 +278,6 @@ def build_app(
         FleetError, ChatTemplateError, TelemetryError, ValidationError: the configuration is invalid; the message says
             why.
     """
-    inspect = kafka is None
     kafka = kafka or KafkaSettings()
     settings = settings or RouterSettings()
     fleet = fleet or load_fleet(FleetSettings().file)
@@ -272,16 +288,7 @@ def build_app(
     broker, dead_letters = build_broker(
         kafka, service=NAME, clock=clock, registry=registry, message_metrics=False, linger_ms=settings.linger_ms
     )
-    router = Router(
-        broker,
-        dead_letters,
-        kafka=kafka,
-        settings=settings,
-        fleet=fleet,
-        clock=clock,
-        registry=registry,
-        inspect=inspect,
-    )
+    router = Router(broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("requests", router.requests.problem)
     health.add_check("endpoints", router.pools.unreachable)
     app = build_service(
@@ -306,6 +313,7 @@ def build_app(
         health=health,
         lifespan=lambda: router.running(health),
     )
+    app.after_startup(router.on_broker_started)
     app.on_shutdown(router.shut_down)
     return app
 

@@ -9,7 +9,7 @@ committed here, not by FastStream, because requests finish in any order.
 import asyncio
 import contextvars
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -21,46 +21,12 @@ from services.router.fencing import PublishFence, RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.offsets import Claim
 from services.router.partitions import Partitions
-from services.router.recovery import GroupProgress, Source, recover, to_kafka
+from services.router.recovery import GroupProgress, recover, to_kafka
 from services.router.settings import RouterSettings
-from shared.kafka.inspection import find_unreadable, read_range, stand_in
+from shared.kafka.records import RecordId
+from shared.kafka.unreadable import UnreadableRecords, stand_in
 from shared.runtime.logs import get_logger, where
-from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS
-
-
-class Suspects:
-    """Finds records that would end this process; without Kafka there are none."""
-
-    async def after(self, partition: TopicPartition, offset: int) -> Sequence[range]:  # noqa: ARG002
-        """Offsets to set aside at or after an offset, in ascending order."""
-        return ()
-
-    async def read(self, partition: TopicPartition, offsets: range) -> Sequence[Any]:  # noqa: ARG002
-        """The records with these offsets."""
-        return ()
-
-
-class KafkaSuspects(Suspects):
-    """Inspects the records after the committed offsets once, at the start of the process."""
-
-    def __init__(self, kafka: KafkaSettings, topic: str, group: str) -> None:
-        self._kafka = kafka
-        self._names = (topic, group)
-        self._found: asyncio.Task[dict[int, list[range]]] | None = None
-
-    async def after(self, partition: TopicPartition, offset: int) -> Sequence[range]:
-        """See `Suspects`; waits for the inspection."""
-        if self._found is None:
-            self._found = asyncio.create_task(find_unreadable(*self._names))
-        # Shielded: a rebalance cancels the recovery that waits, not the inspection.
-        found = await asyncio.shield(self._found)
-        return [bad for bad in found.get(partition.partition, ()) if bad.stop > offset]
-
-    async def read(self, partition: TopicPartition, offsets: range) -> Sequence[Any]:
-        """See `Suspects`."""
-        return await read_range(self._kafka, partition, offsets) if offsets else ()
-
 
 Handle = Callable[[Any, RecordFence], Awaitable[None]]
 """Answers a record; returns when its response or dead letter is published."""
@@ -101,20 +67,23 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         settings: RouterSettings,
         metrics: RouterMetrics,
         capacity: Capacity,
-        suspects: Suspects | None = None,
+        unreadable: UnreadableRecords,
+        topic_prefix: str = "",
     ) -> None:
         """Create a consumer; it starts requests when `receive` is called.
 
         Args:
             capacity: of the model servers.
-            suspects: finds records that would end this process.
+            unreadable: records that would end this process.
+            topic_prefix: of the names of all topics.
         """
         self._handle = handle
         self._progress = progress
         self._settings = settings
         self._metrics = metrics
         self._capacity = capacity
-        self._suspects = suspects or Suspects()
+        self._unreadable = unreadable
+        self._topic_prefix = topic_prefix
         self._fence = PublishFence(session_timeout_s=settings.session_timeout_s)
         self._fence.on_unknown_outcome(self._on_unknown_outcome)
         self._partitions = Partitions(self._fence)
@@ -328,8 +297,8 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         Returns:
             The offset from which the consumer can read.
         """
-        for bad in await self._suspects.after(partition, offset):
-            records = await self._suspects.read(partition, range(offset, bad.start))
+        for bad in self._unreadable.after(partition, offset):
+            records = await self._unreadable.read(partition, range(offset, bad.start))
             await self.receive([*records, stand_in(partition, max(offset, bad.start))])
             offset = bad.stop
         return offset
@@ -348,7 +317,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             _log.warning("sends are still under way; the next owner of the partitions may not see them")
 
     async def _process(self, record: Any, claim: Claim[TopicPartition]) -> None:  # noqa: ANN401
-        await self._handle(record, RecordFence(self._fence, claim.partition, str(Source.of(record))))
+        await self._handle(record, RecordFence(self._fence, claim.partition, RecordId.of(record, self._topic_prefix)))
         self._partitions.tracker.finish(claim)
 
     def _on_task_done(self, cost: int, task: asyncio.Task[None]) -> None:

@@ -1,7 +1,8 @@
 """Decides how a request is served: the current policy, the prompt group of the request, and the draw of an option.
 
-The draw depends only on the request id and the model, so a redelivered request draws the same option. The response
-states the drawn option, its probability and the distribution it was drawn from: savings are estimated from them.
+The draw depends only on the request's record, the model and a secret key of the deployment, so a redelivered request
+draws the same option, and no client can choose its draw. The response states the drawn option, its probability and the
+distribution it was drawn from: savings are estimated from them.
 Without a usable policy, requests are served by the reference (baseline, no directive), so quality is never at risk.
 """
 
@@ -12,7 +13,7 @@ from typing import Final, Literal
 
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
-from shared.grouping import GroupingError, PromptGroups, prompt_text, unpack
+from shared.grouping import PromptGroups, prompt_text, unpack
 from shared.hashing import uniform
 from shared.messages import (
     FORBIDDEN,
@@ -84,18 +85,17 @@ class PromptGroupCache:
 
         Returns:
             Whether it was stored.
+
+        Raises:
+            GroupingError: it cannot be used; what was known stays in force.
         """
         known = self._newest.get(grouping.model)
         if known is not None and grouping.learned_at <= known.learned_at:
             return False
+        groups = None if grouping.version is None else unpack(grouping)
         self._newest[grouping.model] = grouping.model_copy(update={"arrays": {}, "evidence": (), "taken": ()})
-        if grouping.version is None:
+        if grouping.version is None or groups is None:
             return True
-        try:
-            groups = unpack(grouping)
-        except GroupingError as error:
-            _log.error("prompt groups are unusable", model=grouping.model, reason=str(error))
-            return False
         versions = self._versions.setdefault(grouping.model, {})
         versions[grouping.version] = groups
         while len(versions) > GROUP_VERSIONS_KEPT:
@@ -222,7 +222,8 @@ def draw(probabilities: Mapping[str, float], point: float) -> str:
 
 def select_option(
     *,
-    request_id: str,
+    record: str,
+    draw_key: bytes = b"",
     model: str,
     assignment: GroupAssignment,
     policy: Policy | None,
@@ -233,6 +234,8 @@ def select_option(
     """Decide how a request is served.
 
     Args:
+        record: identifies the request.
+        draw_key: secret of the deployment; empty: none.
         model: a model that the fleet serves.
         assignment: the request's prompt group, with the policy's probabilities.
         policy: the usable policy of the model; None: the reference serves the request.
@@ -251,7 +254,7 @@ def select_option(
         probabilities = {fleet.reference_of(model): 1.0}
     if requested_directive is not None:
         probabilities = _restrict(probabilities, requested_directive, fleet.levels)
-    option = draw(probabilities, uniform(_OPTION_SALT + model, request_id))
+    option = draw(probabilities, uniform(_OPTION_SALT + model, record, draw_key))
     pool, level = split_option(option)
     return Decision(
         source=source if requested_directive is None else "forced",

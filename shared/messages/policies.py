@@ -8,6 +8,8 @@ from shared.messages.base import Identifier, Message, Probability, UtcDatetime, 
 from shared.messages.evaluation import QualityCount
 
 PolicyStatus = Literal["optimal", "floors_dropped", "capacity_dropped", "reference"]
+"""`floors_dropped` and `capacity_dropped` occur in policies of earlier releases only."""
+
 PROBABILITY_TOLERANCE = 1e-6
 
 
@@ -106,7 +108,10 @@ class Policy(Message):
     created_at: UtcDatetime
     valid_until: UtcDatetime = Field(description="After this the router serves the reference")
     status: PolicyStatus
-    reason: str = Field(description="What triggered it, and which constraints were relaxed")
+    overload: float = Field(
+        default=0.0, ge=0, description="Share by which the load exceeds the pools' capacities, evenly; 0: they suffice"
+    )
+    reason: str = Field(description="What triggered it, the limits, and what is missing")
     reference: str = Field(description="Baseline option (no directive): served without a policy, and to the holdout")
     groups: dict[str, dict[str, Probability]] = Field(description="By group, then option")
     overall: dict[str, Probability] = Field(description="Probabilities for a group that is not in `groups`, by option")

@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 import asyncpg
 import stamina
 
-from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.handling import RetryLaterError
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import DatabaseSettings
 
@@ -18,18 +18,25 @@ T = TypeVar("T")
 TRANSIENT_ERRORS: Final = (
     OSError,  # TimeoutError included
     asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
+    asyncpg.OperatorInterventionError,  # shutdown, crash, start, cancelled statement
+    asyncpg.InsufficientResourcesError,  # disk full, out of memory, too many connections
+    asyncpg.PostgresSystemError,  # I/O errors of the server
+    asyncpg.TransactionRollbackError,  # deadlocks
+    asyncpg.ReadOnlySQLTransactionError,  # the server has become a standby
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
 )
 """Errors after which the same statement may succeed later.
 
 asyncpg raises `InterfaceError` and `InternalClientError` when the server disappears in the middle of an operation; the
-pool then discards the connection.
+pool then discards the connection. An `InterfaceError` that is a `ValueError` is about a value of a statement instead.
 """
+
+CHECK_INTERVAL_S: Final = 2.0
+"""Wall seconds between two checks whether PostgreSQL answers."""
+
+CHECK_TIMEOUT_S: Final = 4.0
+"""Wall seconds that a check may take."""
 
 RETRY_PAUSE_S: Final = 1.0
 """Wall seconds before an operation is tried again while PostgreSQL is unavailable."""
@@ -54,6 +61,8 @@ def translate_errors() -> Iterator[None]:
     try:
         yield
     except TRANSIENT_ERRORS as error:
+        if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
+            raise
         raise DatabaseUnavailableError(f"PostgreSQL is unavailable ({type(error).__name__})") from error
 
 
@@ -66,6 +75,7 @@ class DatabaseStatus:
 
     def __init__(self) -> None:
         self._problem: str | None = "PostgreSQL: not connected yet"
+        self._out_of_resources = False
 
     def problem(self) -> str | None:
         """The readiness check; `None` while PostgreSQL answers."""
@@ -82,17 +92,53 @@ class DatabaseStatus:
             with translate_errors():
                 yield
         except DatabaseUnavailableError as error:
-            if str(error) != self._problem:
-                _log.warning("waiting for PostgreSQL", error=type(error.__cause__).__name__)
-            self._problem = str(error)
+            self._note_problem(str(error), error.__cause__)
             raise
         self.answered()
+
+    def _note_problem(self, problem: str, cause: BaseException | None) -> None:
+        if problem != self._problem:
+            _log.warning("waiting for PostgreSQL", error=type(cause).__name__)
+        self._problem = problem
+        # A full disk lets `SELECT 1` pass.
+        self._out_of_resources = isinstance(cause, (asyncpg.DiskFullError, asyncpg.OutOfMemoryError))
 
     def answered(self) -> None:
         """Note that PostgreSQL has answered."""
         if self._problem is not None:
             _log.info("PostgreSQL answers")
         self._problem = None
+        self._out_of_resources = False
+
+    async def check_forever(self, settings: DatabaseSettings) -> None:
+        """Ask PostgreSQL again and again whether it answers, on a connection that does nothing else.
+
+        The service's own operations may all wait for a server that has frozen, or have nothing to do.
+        """
+        connection: asyncpg.Connection[asyncpg.Record] | None = None
+        try:
+            while True:
+                try:
+                    with translate_errors():
+                        async with asyncio.timeout(CHECK_TIMEOUT_S):
+                            connection = connection or await asyncpg.connect(settings.url.get_secret_value())
+                            await connection.execute("SELECT 1")
+                except (DatabaseUnavailableError, asyncpg.PostgresError) as error:
+                    unavailable = isinstance(error, DatabaseUnavailableError)
+                    self._note_problem(
+                        str(error) if unavailable else f"PostgreSQL refuses a connection ({type(error).__name__})",
+                        error.__cause__ if unavailable else error,
+                    )
+                    if connection is not None:
+                        connection.terminate()
+                    connection = None
+                else:
+                    if not self._out_of_resources:
+                        self.answered()
+                await asyncio.sleep(CHECK_INTERVAL_S)
+        finally:
+            if connection is not None:
+                connection.terminate()
 
     async def retry(self, operation: Callable[[], Awaitable[T]], *, pause_s: float = RETRY_PAUSE_S) -> T:
         """Await `operation()`, again and again while it raises `DatabaseUnavailableError`."""

@@ -15,8 +15,9 @@ from faststream.specification import AsyncAPI
 from prometheus_client import CollectorRegistry, make_asgi_app
 from pydantic import ValidationError
 
-from shared.kafka.broker import ServiceBroker, wait_for_kafka
-from shared.kafka.dead_letters import describe
+from shared.kafka.broker import ServiceBroker, unreadable_records, wait_for_kafka
+from shared.kafka.parsing import describe
+from shared.kafka.status import KafkaStatus
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
@@ -70,8 +71,10 @@ def build_service(
     @asynccontextmanager
     async def service_lifespan() -> AsyncIterator[None]:
         await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
+        await unreadable_records(broker, kafka).inspect()
         async with lifespan() if lifespan is not None else _nothing():
             try:
+                health.spawn("check Kafka", kafka_status.check_forever())
                 yield
             finally:
                 await health.cancel_background()
@@ -83,6 +86,8 @@ def build_service(
         started = True
         _log.info("started", service=name, version=VERSION)
 
+    kafka_status = KafkaStatus(kafka, kafka.topic(topics[0]))
+    health.add_check("kafka", kafka_status.problem)
     registry.register(ProgressCollector(health))
     if isinstance(broker, ServiceBroker):
         health.add_check("dead letters", broker.dead_letters.problem)

@@ -13,7 +13,7 @@ from services.ledger.calls import NewCall, storable
 from services.ledger.settings import LedgerSettings
 from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
 from shared.kafka.broker import build_broker
-from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.handling import RetryLaterError
 from shared.messages import DeadLetter, UsageRecord
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError

@@ -19,6 +19,8 @@ MODEL_SERVER_RATE: Final = 90.0
 """Requests per second during faults of model servers."""
 STORM_RATE: Final = 100.0
 """Requests per second during a rebalance storm."""
+FREEZE_RATE: Final = 40.0
+"""Requests per second while a router is frozen, for 18 to 22 s."""
 RECOVERY_S: Final = 5.0
 """Pause between two restarts of Kafka, in which serving resumes."""
 UNKNOWN_MODEL_SHARE: Final = 0.05
@@ -57,6 +59,22 @@ async def rebalance_storm(run: ScenarioRun) -> None:
     await run.inject("SIGSTOP", zombie, signal.SIGSTOP)
     await asyncio.sleep(SESSION_TIMEOUT_S + fault.hold_s)
     await run.inject("SIGCONT", zombie, signal.SIGCONT)
+
+
+async def router_frozen(run: ScenarioRun) -> None:
+    """A router is frozen with answers that it has released but not sent, until the other one has answered in its place.
+
+    The routers wait a second for more messages before they send, so that there are always such answers.
+    """
+    await run.serve(routers=2, settings={"SPROUT_ROUTER_LINGER_MS": "1000"})
+    (fault,) = faults(run.rng, number=1, victims=2, hold_s=(12.0, 16.0), within=(0.05, 0.2))
+    # Not scaled: the traffic must last longer than the takeover.
+    run.send(run.requests(round(1_400 / run.scale)), rate=FREEZE_RATE)
+    await run.traffic.until(fault.after)
+    frozen = await run.busy_router(fault.victim)
+    await run.inject("SIGSTOP", frozen, signal.SIGSTOP)
+    await asyncio.sleep(SESSION_TIMEOUT_S + fault.hold_s)
+    await run.inject("SIGCONT", frozen, signal.SIGCONT)
 
 
 async def triton_killed(run: ScenarioRun) -> None:
@@ -161,6 +179,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         sigkill,
         sigterm,
         rebalance_storm,
+        router_frozen,
         triton_killed,
         triton_hung,
         triton_errors,

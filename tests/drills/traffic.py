@@ -9,6 +9,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from shared.kafka.records import RecordId
 from shared.messages import DeadLetter, GenerationRequest
 from shared.runtime.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS, REQUESTS, RESPONSES, TopicSpec
@@ -118,16 +119,19 @@ class Traffic:
         for number, message in enumerate(messages):
             if rate is not None:
                 await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
+            at_ms = int(time.time() * 1_000)
             if isinstance(message, Malformed):
                 # Keys distribute the records over all partitions.
-                future = await send(topic, message.value, key=f"malformed-{number}".encode())
+                future = await send(topic, message.value, key=f"malformed-{number}".encode(), timestamp_ms=at_ms)
             else:
                 value = message.model_dump_json(exclude_none=True).encode()
-                future = await send(topic, value, key=(message.id or "").encode())
-            acknowledgements.append(asyncio.create_task(self._acknowledged(message, future)))
+                future = await send(topic, value, key=(message.id or "").encode(), timestamp_ms=at_ms)
+            acknowledgements.append(asyncio.create_task(self._acknowledged(message, future, at_ms)))
         await asyncio.gather(*acknowledgements)
 
-    async def _acknowledged(self, message: GenerationRequest | Malformed, future: "asyncio.Future[Any]") -> None:
+    async def _acknowledged(
+        self, message: GenerationRequest | Malformed, future: "asyncio.Future[Any]", at_ms: int
+    ) -> None:
         try:
             metadata = await future
         except KafkaError:
@@ -138,6 +142,7 @@ class Traffic:
         elif message.id is not None:
             self._acknowledged_at[message.id] = time.monotonic()
             self.messages.sent.add(message.id)
+            self.messages.records[message.id] = str(RecordId(REQUESTS.name, metadata.partition, metadata.offset, at_ms))
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         while True:
@@ -157,6 +162,7 @@ class Traffic:
         if name not in self.messages.answers and name in self._acknowledged_at:
             self.longest_s = max(self.longest_s, self._last_answer - self._acknowledged_at[name])
         self.messages.answers[name] += 1
+        self.messages.answered_records.setdefault(name, set()).add(str(answer["record"]))
         if answer["status"] != "ok":
             self.messages.errors[name] = str((answer.get("error") or {}).get("code"))
 

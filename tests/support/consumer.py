@@ -8,10 +8,12 @@ from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 from prometheus_client import CollectorRegistry
 
-from services.router.consumer import Handle, RequestConsumer, Suspects
+from services.router.consumer import Handle, RequestConsumer
 from services.router.metrics import RouterMetrics
 from services.router.offsets import RecoveredOffsets
 from services.router.settings import RouterSettings
+from shared.kafka.unreadable import UnreadableRecords
+from shared.runtime.settings import KafkaSettings
 
 KNOWN, NEW = TopicPartition("requests", 0), TopicPartition("requests", 1)
 
@@ -91,7 +93,7 @@ def request_consumer(
     handle: Handle,
     progress: GroupProgressStandIn,
     consumer: KafkaConsumerStandIn,
-    suspects: Suspects | None = None,
+    unreadable: UnreadableRecords | None = None,
     **settings: float,
 ) -> RequestConsumer:
     given = {"session_timeout_s": 10.0, "max_in_flight": 4, "rebalance_grace_s": 0.0, "drain_grace_s": 0.0, **settings}
@@ -101,7 +103,7 @@ def request_consumer(
         settings=RouterSettings.model_validate(given),
         metrics=RouterMetrics(CollectorRegistry()),
         capacity=UnlimitedCapacity(),
-        suspects=suspects,
+        unreadable=unreadable or UnreadableRecords(KafkaSettings()),
     )
     requests.set_consumer(lambda: consumer)
     return requests

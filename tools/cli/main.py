@@ -6,6 +6,7 @@ from importlib import import_module
 import typer
 
 from tools.cli.dead_letters import app as dead_letters
+from tools.cli.erase import erase
 from tools.cli.report import report
 from tools.cli.send import send
 from tools.cli.topics import app as topics
@@ -49,6 +50,7 @@ with suppress(ModuleNotFoundError):
 
 app.command()(send)
 app.command()(report)
+app.command()(erase)
 app.add_typer(topics, name="topics")
 app.add_typer(dead_letters, name="dead-letters")
 

@@ -5,16 +5,19 @@ import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import asyncpg
 import typer
 from pydantic import ValidationError
 
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.kafka.dead_letters import describe
+from shared.kafka.parsing import describe
 from shared.runtime.settings import DatabaseSettings
 from tools.cli.console import Exit, fail, local_state, out, say
+
+if TYPE_CHECKING:
+    from tools.reporting import Report
 
 DATABASE_VARIABLE = "SPROUT_DATABASE_URL"
 FLEET_VARIABLE = "SPROUT_FLEET_FILE"
@@ -80,12 +83,11 @@ def report(
         render_metrics,
         render_tables,
         to_csv,
-        to_json,
     )
 
     if since is not None and until is not None and since >= until:
         raise typer.BadParameter("--since must be before --until")
-    url = database or _default_database()
+    url = database or default_database()
     try:
         fleet = _fleet(fleet_file, local=database is None and not os.environ.get(DATABASE_VARIABLE))
         found = asyncio.run(collect_report(url, since=since, until=until, model=model, zone=zone, fleet=fleet))
@@ -110,7 +112,7 @@ def report(
     render_tables(found, out, hours=hours)
     files = [
         (html, render_html),
-        (json_file, lambda one: json.dumps(to_json(one), indent=2) + "\n"),
+        (json_file, _json_text),
         (metrics_file, render_metrics),
     ]
     for path, render in files:
@@ -136,7 +138,7 @@ def _fleet(path: Path | None, *, local: bool) -> Fleet | None:
     return None if path is None else load_fleet(path)
 
 
-def _default_database() -> str:
+def default_database() -> str:
     """The database of the environment, else the local stack's; exits with an error without either."""
     if os.environ.get(DATABASE_VARIABLE):
         try:
@@ -151,6 +153,12 @@ def _default_database() -> str:
             code=Exit.NOT_RUNNING,
         )
     return state.database_url
+
+
+def _json_text(report: "Report") -> str:
+    from tools.reporting import to_json  # noqa: PLC0415 - see `report`
+
+    return json.dumps(to_json(report), indent=2) + "\n"
 
 
 def _write_tables(folder: Path | None, files: dict[str, str]) -> None:

@@ -41,6 +41,7 @@ class RequestCounts:
         answered: answered by a model server.
         settled: answered, and their energy is attributed.
         unsettled: answered, but their energy is not attributed yet; in no other figure.
+        shared_ids: answered requests whose id another one in the period has; each is counted by its record.
         refused: rejected with an error code.
         refused_by_code: by error code.
         compared: included in the saving.
@@ -54,6 +55,7 @@ class RequestCounts:
     answered: int
     settled: int
     unsettled: int
+    shared_ids: int
     refused: int
     refused_by_code: Mapping[str, int]
     compared: int
@@ -204,11 +206,12 @@ class HourRow:
 
 @dataclass(frozen=True, slots=True)
 class GroupRow:
-    """Requests of one prompt group.
+    """Requests of one prompt group, or of all small ones together.
 
     Attributes:
-        task: the most frequent task label; empty if most requests have none.
+        task: the most frequent task label; empty if most requests have none, or if few requests have it.
         task_pct: share of its requests with that label.
+        groups: number of groups that are counted here.
     """
 
     group: str
@@ -220,6 +223,7 @@ class GroupRow:
     completion_tokens: int
     saving: Saving
     preference_pct: float | None
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from tools.reporting.quality import PolicyHistory
 
 MAX_CELLS = 1_000_000
 """Most cells of the roll-ups in one report: about 500 MB and a minute of computation."""
+MOST_ROWS = 5_000_000
+"""Calls up to which those that share their id are counted."""
 _PREFETCH = 5_000
 
 Connection = asyncpg.Connection | PoolConnectionProxy
@@ -113,6 +115,7 @@ class Snapshot:
         groupings: prompt groups learned in the period, oldest first.
         evaluation_costs: by evaluation id.
         fleet: the fleet file; None if it is not known.
+        shared_ids: answered requests whose id another one has.
         readings: meters, demand and latency of the whole fleet; empty if a model or zone is selected.
     """
 
@@ -134,6 +137,7 @@ class Snapshot:
     evaluation_costs: Mapping[str, EvaluationSums]
     fleet: Fleet | None = None
     readings: FleetReadings = NO_READINGS
+    shared_ids: int = 0
 
 
 # Every statement names its schema, because any connection may be used. $1 is since, $2 until, then model and zone.
@@ -169,6 +173,20 @@ FROM (
     UNION ALL SELECT purpose, model, zone, started_at FROM ledger.calls WHERE NOT settled
 ) AS calls
 WHERE {_PERIOD.format(at="started_at")} AND {_ZONE}
+"""
+
+# Only calls whose rows are kept; a request whose id is its key shares it with nobody.
+_SHARED_IDS = f"""
+SELECT coalesce(sum(requests), 0)::bigint FROM (
+    SELECT count(*) AS requests FROM ledger.settled_calls JOIN ledger.dimensions AS d ON d.id = dimension
+    WHERE request_id IS NOT NULL AND purpose = 'request' AND {_PERIOD.format(at="started_at")} AND {_MODEL} AND {_ZONE}
+    GROUP BY request_id HAVING count(*) > 1
+) AS shared
+"""
+
+_KEPT_ROWS = """
+SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint FROM pg_class
+WHERE oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = 'ledger.settled_calls'::regclass)
 """
 
 _REJECTIONS = f"""
@@ -284,6 +302,9 @@ async def _read(connection: Connection, selection: Selection, fleet: Fleet | Non
     qualities = await connection.fetch(_QUALITY, since, until, model)
     groupings = await connection.fetch(_GROUPINGS, since, until, model)
     costs = await connection.fetch(_EVALUATION_COSTS, since, None)
+    shared_ids = None
+    if await connection.fetchval(_KEPT_ROWS) <= MOST_ROWS:
+        shared_ids = await connection.fetchval(_SHARED_IDS, since, until, model, zone)
     readings = NO_READINGS
     if model is None and zone is None:
         readings = await read_fleet(connection, since=since, until=until, fleet=fleet, stretch=stretch)
@@ -294,6 +315,7 @@ async def _read(connection: Connection, selection: Selection, fleet: Fleet | Non
         distributions=distributions.all,
         unsettled=calls["unsettled"],
         unsettled_calls=calls["unsettled_calls"],
+        shared_ids=shared_ids,
         rejections={row["code"]: row["requests"] for row in rejections},
         metered_j=await connection.fetchval(_METERED, since, until, zone),
         purposes={

@@ -14,14 +14,13 @@ CREATE TABLE removals (
 );
 INSERT INTO removals VALUES ('-infinity');
 
--- Calls by the hour in which they started. With these sums the saving estimator gives what it gives from the calls.
+-- Calls by the hour in which they started; without the tenant, who is forgotten with the rows. With these sums the saving estimator gives what it gives from the calls.
 CREATE TABLE hourly_calls (
     hour timestamptz NOT NULL,
     purpose text NOT NULL,
     model text NOT NULL,
     grp text NOT NULL,
     task text,
-    tenant text,
     pool text NOT NULL,
     level text NOT NULL,
     zone text NOT NULL,
@@ -52,7 +51,7 @@ CREATE TABLE hourly_calls (
     total_intensity float8 NOT NULL,
     -- Energy of the others.
     unpriced_j float8 NOT NULL,
-    UNIQUE NULLS NOT DISTINCT (hour, purpose, model, grp, task, tenant, pool, level, zone, policy_version,
+    UNIQUE NULLS NOT DISTINCT (hour, purpose, model, grp, task, pool, level, zone, policy_version,
                                decision_source, distribution)
 );
 
@@ -149,13 +148,13 @@ WITH sums AS (
     ) AS c
     GROUP BY 1, 2
 )
-SELECT hour, purpose, model, grp, task, tenant, pool, level, zone, policy_version, decision_source, distribution,
+SELECT hour, purpose, model, grp, task, pool, level, zone, policy_version, decision_source, distribution,
        sum(calls)::bigint, min(first_s), max(last_s), sum(prompt_tokens)::bigint, sum(completion_tokens)::bigint,
        sum(processing_s), sum(server_s), sum(energy_j), sum(embodied_g), sum(energy_energy), sum(server_server),
        sum(energy_server), sum(priced)::bigint, sum(intensity), sum(intensity_intensity), sum(energy_intensity),
        sum(operational_g), sum(total_g), sum(total_total), sum(total_intensity), sum(unpriced_j)
 FROM sums JOIN dimensions ON dimensions.id = sums.dimension
-GROUP BY hour, purpose, model, grp, task, tenant, pool, level, zone, policy_version, decision_source, distribution
+GROUP BY hour, purpose, model, grp, task, pool, level, zone, policy_version, decision_source, distribution
 $$;
 
 -- What some chunks add to call_starts.
