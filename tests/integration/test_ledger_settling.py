@@ -1,5 +1,6 @@
 """Intervals are settled in a real PostgreSQL: sums, broken meters, and a learned curve that survives a restart."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -8,18 +9,22 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+from faststream.kafka import KafkaPublishMessage
 from prometheus_client import CollectorRegistry
 
 from services.ledger.attribution import Call
 from services.ledger.calls import Labels, NewCall
+from services.ledger.earlier import EarlierVersions
 from services.ledger.metrics import LedgerMetrics
+from services.ledger.outbox import FootprintOutbox
 from services.ledger.reports import AwakeEndpoints
+from services.ledger.rollup import RollUps
 from services.ledger.settings import LedgerSettings
 from services.ledger.settlement import IntervalSettlement
-from services.ledger.sql import SERVER_SETTINGS, Storage
+from services.ledger.sql import EARLIER_LOCKS, ENDPOINT_LOCK, SERVER_SETTINGS, Storage
 from shared.batch_curve import MEASURED
 from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
-from shared.messages import EndpointCurve
+from shared.messages import EndpointCurve, Footprint
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
 from shared.runtime.settings import DatabaseSettings
@@ -276,3 +281,80 @@ async def test_two_answers_of_one_record_are_one_call_and_two_records_with_one_i
         ("plain", None), ("requests/0/1/9", "same"), ("requests/0/2/9", "same")
     ]  # fmt: skip
     assert await storage.pool.fetchval("SELECT count(*) FROM open_calls") == 0
+
+
+async def test_an_upgrade_takes_over_what_an_earlier_version_wrote_and_keeps_it_from_settling(database):
+    """The earlier version still runs: it writes calls, and tries to settle."""
+    async with ledger_in(database, "ledger") as storage:
+        pool = storage.pool
+        await add_readings(storage, "e0", range(0, 101, 10), range(0, 1_001, 100))
+        for number, (settled, energy_j) in enumerate([(True, 50.0), (False, 20.0), (False, 0.0)]):
+            await pool.execute(
+                "INSERT INTO calls (id, purpose, model, grp, pool, level, zone, endpoint, propensity, started_at, "
+                "first_token_at, finished_at, completion_tokens, energy_j, server_s, accounted_until, settled) "
+                "VALUES ($1, 'request', 'm', 'g', 'p', 'L0', 'Z', 'e0', 1, $2, $2, $3, 20, $4, $5, $6, $7)",
+                f"old{number}", START + timedelta(seconds=5 + 10 * number), START + timedelta(seconds=12 + 10 * number),
+                energy_j, 2.0 if energy_j else None, START + timedelta(seconds=20) if energy_j else None, settled,
+            )  # fmt: skip
+        await pool.execute(
+            "INSERT INTO footprints (request_id, purpose, model, grp, pool, level, zone, endpoint, propensity, "
+            "started_at, finished_at, processing_s, completion_tokens, energy_j, embodied_g) SELECT id, purpose, "
+            "model, grp, pool, level, zone, endpoint, propensity, started_at, finished_at, 7, completion_tokens, "
+            "energy_j, 0.1 FROM calls WHERE settled"
+        )
+        await pool.execute(
+            "INSERT INTO meters (endpoint, metered_from, settled_until) VALUES ('e0', $1, $2)", START,
+            START + timedelta(seconds=20),
+        )  # fmt: skip
+        earlier = EarlierVersions(storage)
+        await earlier.lock(pool)
+        for name in EARLIER_LOCKS:
+            assert not await pool.fetchval("SELECT pg_try_advisory_xact_lock(hashtext($1))", name)
+        # The message of a call that the earlier version has already stored is read again.
+        labels = Labels("request", None, "m", "g", None, None, "p", "L0", "Z", "e0", None, "policy", 1.0, "{}")
+        at = START + timedelta(seconds=25)
+        await storage.add_calls([NewCall("requests/0/7/1", "old2", labels, at, at, at + timedelta(seconds=7), 5, 20)])
+        assert await earlier.adopt_calls() == 2
+        await Settling(storage).until(e0=100)
+        rows = {row["id"]: row["energy_j"] for row in await pool.fetch("SELECT id, energy_j FROM settled_calls")}
+        assert rows.keys() == {"old1", "old2"}
+        assert rows["old1"] > 20.0
+        messages: list[Footprint] = []
+        outbox = FootprintOutbox(Collecting(messages), storage=storage, metrics=LedgerMetrics(CollectorRegistry()))
+        await outbox.publish_pending()
+        await outbox.publish_pending()
+        assert sorted(one.request_id for one in messages) == ["old0", "old1", "old2"]
+        assert await earlier.adopt_footprints() == 1
+        assert await earlier.adopt_footprints() == 0
+        rollups = RollUps(storage)
+        assert await rollups.add_chunks() > 0
+        assert await pool.fetchval("SELECT sum(calls) FROM hourly_calls") == 3
+        assert await pool.fetchval("SELECT count(*) FROM footprints") == 0
+        await earlier.unlock()
+
+
+class Collecting:
+    """Takes the place of a publisher of batches."""
+
+    def __init__(self, messages: list[Footprint]) -> None:
+        self._messages = messages
+
+    async def publish(self, *messages: KafkaPublishMessage, **_: object) -> None:
+        self._messages += [Footprint.model_validate_json(one.body) for one in messages]
+
+
+async def test_two_ledgers_settle_different_endpoints_at_once(storage):
+    for endpoint in ("e0", "e1"):
+        await add_readings(storage, endpoint, range(0, 101, 10), range(0, 1_001, 100))
+        await add_calls(storage, endpoint, [Call(f"{n}", 10.0 * n + 1, None, 10.0 * n + 9, 5, 20) for n in range(10)])
+    until = START + timedelta(seconds=100)
+    async with storage.pool.acquire() as other, other.transaction():
+        assert await other.fetchval(ENDPOINT_LOCK, "e0")
+        await Settling(storage).until(e0=100, e1=100)
+        assert await storage.pool.fetchval("SELECT array_agg(DISTINCT endpoint) FROM intervals") == ["e1"]
+    found = await asyncio.gather(
+        *(Settling(storage).settlement.settle_chunk("e0", until, watermark=until) for _ in range(2))
+    )
+    assert sorted(one.calls for one in found) == [0, 10]
+    (sums,) = await storage.pool.fetch(SUMS)
+    assert sums["calls_j"] + sums["rest_j"] == pytest.approx(2_000)

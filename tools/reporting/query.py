@@ -137,7 +137,7 @@ class Snapshot:
     evaluation_costs: Mapping[str, EvaluationSums]
     fleet: Fleet | None = None
     readings: FleetReadings = NO_READINGS
-    shared_ids: int = 0
+    shared_ids: int | None = 0
 
 
 # Every statement names its schema, because any connection may be used. $1 is since, $2 until, then model and zone.
