@@ -57,7 +57,7 @@ _ROLL_UP = (
     _add(
         "call_starts",
         "start_sums($1)",
-        "at, purpose, pool, level, grp, task, decision_source",
+        "at, purpose, pool, level, decision_source",
         ("calls", "completion_tokens", "processing_s"),
     ),
     _add("histograms", "histogram_sums($1)", "hour, kind, name, in_block, bucket", ("calls",)),

@@ -16,7 +16,7 @@ from deploy.local.services import ServiceEnvironment, service_spec
 from deploy.local.triton import free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.models import stand_in_llm
 from deploy.triton.repository import write_repository
-from shared.inference.base import GenerationParameters, generate
+from shared.inference.base import GenerationError, GenerationParameters, generate
 from shared.inference.triton.client import TritonClient
 from shared.messages import (
     CarbonIntensity,
@@ -180,8 +180,14 @@ async def give_intensity(producer: Producer, clock: Clock) -> None:
     await producer.post(CARBON_INTENSITY, message, ZONE)
 
 
-async def serve(producer: Producer, server: Server, numbers: range, *, purpose: str = "request") -> dict[str, float]:
-    """Generate answers, and publish the messages of router or evaluator; returns the expected energy by id, J."""
+async def serve(
+    producer: Producer, server: Server, numbers: range, *, purpose: str = "request", tolerant: bool = False
+) -> dict[str, float]:
+    """Generate answers, and publish the messages of router or evaluator; returns the expected energy by id, J.
+
+    Args:
+        tolerant: answers may fail; these are not published.
+    """
     expected: dict[str, float] = {}
 
     async def one(number: int) -> None:
@@ -221,7 +227,10 @@ async def serve(producer: Producer, server: Server, numbers: range, *, purpose: 
             await producer.post(USAGE, record, record.id)
 
     async with TritonClient(server.grpc, model="ensemble", clock=server.clock) as client:
-        await asyncio.gather(*(one(number) for number in numbers))
+        done = await asyncio.gather(*(one(number) for number in numbers), return_exceptions=True)
+        failed = [error for error in done if error is not None]
+        if failed and not (tolerant and all(isinstance(error, GenerationError) for error in failed)):
+            raise failed[0]
     return expected
 
 
@@ -298,6 +307,48 @@ async def test_a_killed_ledger_or_two_at_once_lose_and_duplicate_nothing(kafka, 
         "AS g WHERE gap <> interval '0'"
     )
     assert gaps[0] == 0
+
+
+MARKS = """
+WITH hit AS (
+    SELECT c.partial FROM settled_calls AS c JOIN intervals AS i
+    ON c.started_at < i.finished_at AND c.finished_at > i.started_at WHERE i.restarted
+)
+SELECT (SELECT count(*) FROM intervals WHERE restarted) AS restarts,
+       (SELECT count(*) FROM hit WHERE partial) AS marked, (SELECT count(*) FROM hit WHERE NOT partial) AS unmarked,
+       (SELECT count(*) FROM settled_calls WHERE NOT partial AND energy_j = 0) AS without_energy,
+       (SELECT array_agg(id) FROM settled_calls WHERE partial) AS partial,
+       (SELECT count(*) FROM settled_calls WHERE NOT partial) AS complete
+"""
+
+
+async def test_calls_of_a_model_server_that_is_killed_under_load_are_partial_and_never_published(
+    kafka, ledgers, producer, server, supervisor
+):
+    await give_intensity(producer, server.clock)
+    ledgers.start(SPROUT_LEDGER_SCRAPE_INTERVAL_S="1")
+    served = await serve(producer, server, range(30))
+    running = asyncio.create_task(serve(producer, server, range(30, 120), tolerant=True))
+    await asyncio.sleep(1.0)
+    supervisor.kill("ledger-triton")
+    supervisor.respawn("ledger-triton").wait_ready()
+    served |= await running
+    served |= await serve(producer, server, range(120, 150))
+    await ledgers.until("SELECT count(*) FROM settled_calls", len(served))
+    await ledgers.until(PUBLISHED, len(served))
+    (marks,) = await ledgers.fetch(MARKS)
+    (sums,) = await ledgers.fetch(BALANCE)
+    assert marks["restarts"] >= 1
+    assert marks["marked"] > 0
+    assert (marks["unmarked"], marks["without_energy"]) == (0, 0)
+    assert sums["footprints"] == pytest.approx(sums["attributed"], rel=1e-9)
+    assert sums["attributed"] + sums["idle"] + sums["unattributed"] == pytest.approx(sums["metered"], rel=1e-9)
+    assert sums["server_s"] + sums["idle_s"] == pytest.approx(float(sums["length_s"]), abs=1e-4)
+    async with reading(kafka, FOOTPRINTS) as published:
+        await published.read(until=marks["complete"])
+    ids = {Footprint.model_validate_json(one.value).request_id for one in published.records}
+    assert len(ids) == marks["complete"] == len(served) - len(marks["partial"])
+    assert ids.isdisjoint(marks["partial"])
 
 
 class ReportingRouter:

@@ -170,7 +170,8 @@ def _cell(record: Mapping[str, Any], distributions: Distributions) -> dict[str, 
     text = _as_json(tuple(record["propensities"].items()))
     energy_j, embodied_g = record["energy_j"], record["embodied_g"]
     server_s = record.get("server_s") or record["processing_s"]
-    intensity, total_g = record["intensity_g_per_kwh"] or 0.0, record["total_g"] or 0.0
+    intensity, operational_g = record["intensity_g_per_kwh"] or 0.0, record["operational_g"]
+    total_g = 0.0 if operational_g is None else operational_g + embodied_g
     return {
         **{name: record[name] for name in ("model", "task", "pool", "zone", "policy_version")},
         "group": record["grp"],
@@ -186,11 +187,11 @@ def _cell(record: Mapping[str, Any], distributions: Distributions) -> dict[str, 
         "energy_energy": energy_j**2,
         "server_server": server_s**2,
         "energy_server": energy_j * server_s,
-        "priced": int(record["operational_g"] is not None),
+        "priced": int(operational_g is not None),
         "intensity": intensity,
         "intensity_intensity": intensity**2,
         "energy_intensity": energy_j * intensity,
-        "operational_g": record["operational_g"] or 0.0,
+        "operational_g": operational_g or 0.0,
         "total_g": total_g,
         "total_total": total_g**2,
         "total_intensity": total_g * intensity,

@@ -17,7 +17,7 @@ from asyncpg.pool import PoolConnectionProxy
 from numpy.typing import NDArray
 
 from shared.fleet import Fleet, Switchback
-from tools.reporting.demand import Answers, Arrivals
+from tools.reporting.demand import REFERENCE_LEVEL, AnswerLengths, Answers, Arrivals
 from tools.reporting.frame import Flags, Floats
 
 WINDOW_S = 28 * 86_400.0
@@ -27,6 +27,7 @@ INTERVALS_PER_BIN = 2.0
 """Least meter intervals per bin: an interval's energy is spread evenly over its time."""
 CELL_S = 150.0
 """The roll-up sums requests that start within this time."""
+PREFETCH = 5_000
 BUCKET = 1.05
 """Ratio of the bounds of a bucket in the histograms of the roll-up."""
 LONGEST_ANSWER_S = 6 * 3_600.0
@@ -250,18 +251,26 @@ GROUP BY endpoint, pool, zone, bin
 _TIME = "($1::timestamptz IS NULL OR {at} >= $1) AND ($2::timestamptz IS NULL OR {at} < $2)"
 
 _ARRIVALS = f"""
-SELECT extract(epoch FROM at)::float8 + {CELL_S / 2} AS at_s, purpose, pool, level, grp, coalesce(task, '') AS task,
+SELECT extract(epoch FROM at)::float8 + {CELL_S / 2} AS at_s, purpose, pool, level,
        coalesce(decision_source, '') AS source, sum(calls)::bigint AS requests,
        sum(completion_tokens)::bigint AS tokens, sum(processing_s) AS seconds
 FROM (
     SELECT * FROM ledger.all_call_starts WHERE purpose IN ('request', 'evaluation') AND {_TIME.format(at="at")}
     UNION ALL
-    SELECT date_bin('{CELL_S:.0f} seconds', started_at, 'epoch'), purpose, pool, level, grp, task, decision_source,
+    SELECT date_bin('{CELL_S:.0f} seconds', started_at, 'epoch'), purpose, pool, level, decision_source,
            1, completion_tokens, greatest(0, extract(epoch FROM finished_at - started_at)::float8)
     FROM ledger.open_calls JOIN ledger.dimensions AS d ON d.id = dimension
     WHERE purpose IN ('request', 'evaluation') AND {_TIME.format(at="started_at")}
 ) AS starts
-GROUP BY 1, 2, 3, 4, 5, 6, 7 ORDER BY 1
+GROUP BY 1, 2, 3, 4, 5 ORDER BY 1
+"""
+
+# Who asked in an hour: requests by group, task and level, of each pool, level and source.
+_MIX = f"""
+SELECT extract(epoch FROM hour)::float8 AS hour_s, pool, level, coalesce(decision_source, '') AS source, grp,
+       coalesce(task, '') AS task, sum(calls)::bigint AS requests
+FROM ledger.all_hourly_calls
+WHERE purpose = 'request' AND {_TIME.format(at="hour")} GROUP BY 1, 2, 3, 4, 5, 6
 """
 
 _ANSWERS = f"""
@@ -306,42 +315,76 @@ async def read_fleet(
     table = meter_table([*rows, *await connection.fetch(_METER_MINUTES, begin, until, bin_s)], bin_s)
     earlier = None if begin is None else datetime.fromtimestamp(begin.timestamp() - LONGEST_ANSWER_S, UTC)
     starts = await connection.fetch(_ARRIVALS, earlier, until)
-    answers = await connection.fetch(_ANSWERS, earlier, until)
+    found = [
+        Answers(
+            group=row["grp"],
+            task=row["task"],
+            level=row["level"],
+            in_block=bool(row["in_block"]),
+            requests=row["requests"],
+            tokens=row["tokens"],
+            seconds=row["seconds"],
+        )
+        for row in await connection.fetch(_ANSWERS, earlier, until)
+    ]
     quantiles = _relative_lengths(await connection.fetch(_HISTOGRAMS, earlier, until, ["tokens"]))
     return FleetReadings(
         interval_s=interval_s,
         table=table,
-        arrivals=[
-            Arrivals(
-                at_s=row["at_s"],
-                pool=sys.intern(row["pool"]),
-                level=sys.intern(row["level"]),
-                group=sys.intern(row["grp"]),
-                task=sys.intern(row["task"]),
-                source=sys.intern(row["source"]),
-                requests=row["requests"],
-                tokens=row["tokens"],
-            )
-            for row in starts
-            if row["purpose"] == "request"
-        ],
+        arrivals=await _arrivals(connection, starts, found, earlier, until),
         loads=_loads(starts),
-        answers=[
-            Answers(
-                group=row["grp"],
-                task=row["task"],
-                level=row["level"],
-                in_block=bool(row["in_block"]),
-                requests=row["requests"],
-                tokens=row["tokens"],
-                seconds=row["seconds"],
-            )
-            for row in answers
-        ],
+        answers=found,
         quantiles=quantiles,
         latencies=latencies,
         stretch=stretch,
     )
+
+
+async def _arrivals(
+    connection: asyncpg.Connection | PoolConnectionProxy,
+    starts: Sequence[asyncpg.Record],
+    answers: Sequence[Answers],
+    since: datetime | None,
+    until: datetime | None,
+) -> list[Arrivals]:
+    """The requests by the time in which they started. Their mix of groups is that of the hour."""
+    lengths, sums = AnswerLengths(answers), dict[tuple[float, str, str, str], list[float]]()
+    expected: dict[tuple[str, str, str], float] = {}
+
+    def mean(group: str, task: str, level: str) -> float:
+        key = (group, task, level)
+        if key not in expected:
+            expected[key] = lengths.mean(*key)
+        return expected[key]
+
+    async for row in connection.cursor(_MIX, since, until, prefetch=PREFETCH):
+        total = sums.setdefault((row["hour_s"], row["pool"], row["level"], row["source"]), [0.0, 0.0, 0.0])
+        total[0] += row["requests"]
+        total[1] += row["requests"] * mean(row["grp"], row["task"], REFERENCE_LEVEL)
+        total[2] += row["requests"] * mean(row["grp"], row["task"], row["level"])
+    arrivals = []
+    for row in starts:
+        if row["purpose"] != "request":
+            continue
+        key = (row["at_s"] // 3_600 * 3_600, row["pool"], row["level"], row["source"])
+        requests, reference, served = sums.get(key) or (
+            1.0, mean("", "", REFERENCE_LEVEL), mean("", "", row["level"])
+        )  # fmt: skip
+        arrivals.append(
+            Arrivals(
+                at_s=row["at_s"],
+                pool=sys.intern(row["pool"]),
+                level=sys.intern(row["level"]),
+                group="",
+                task="",
+                source=sys.intern(row["source"]),
+                requests=row["requests"],
+                tokens=row["tokens"],
+                reference_tokens=row["requests"] * reference / requests,
+                served_tokens=row["requests"] * served / requests,
+            )
+        )
+    return arrivals
 
 
 def _loads(rows: Sequence[asyncpg.Record]) -> dict[str, Load]:

@@ -61,13 +61,11 @@ CREATE TABLE call_starts (
     purpose text NOT NULL,
     pool text NOT NULL,
     level text NOT NULL,
-    grp text NOT NULL,
-    task text,
     decision_source text,
     calls bigint NOT NULL,
     completion_tokens bigint NOT NULL,
     processing_s float8 NOT NULL,
-    UNIQUE NULLS NOT DISTINCT (at, purpose, pool, level, grp, task, decision_source)
+    UNIQUE NULLS NOT DISTINCT (at, purpose, pool, level, decision_source)
 );
 
 -- How latencies (ms) and lengths of answers (tokens) of requests are distributed: bucket n holds the values from 1.05^n
@@ -167,10 +165,9 @@ WITH sums AS (
            sum(greatest(0, extract(epoch FROM finished_at - started_at)::float8)) AS processing_s
     FROM settled_calls WHERE chunk = ANY(wanted) GROUP BY 1, 2
 )
-SELECT at, purpose, pool, level, grp, task, decision_source, sum(calls)::bigint, sum(completion_tokens)::bigint,
-       sum(processing_s)
+SELECT at, purpose, pool, level, decision_source, sum(calls)::bigint, sum(completion_tokens)::bigint, sum(processing_s)
 FROM sums JOIN dimensions ON dimensions.id = sums.dimension
-GROUP BY at, purpose, pool, level, grp, task, decision_source
+GROUP BY at, purpose, pool, level, decision_source
 $$;
 
 -- What some chunks add to histograms.
