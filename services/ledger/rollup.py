@@ -68,8 +68,8 @@ _ROLL_UP = (
 _OLDEST_INTERVAL = "SELECT min(started_at) FROM intervals"
 _ROLL_UP_INTERVALS = (
     _add(
-        "meter_minutes",
-        "minute_sums($1, $2)",
+        "meter_sums",
+        "interval_sums($1, $2)",
         "endpoint, at, pool, zone",
         ("metered_j", "attributed_j", "idle_j", "unattributed_j", "unused_j", "covered_s", "busy_s", "idle_s"),
         ", lost = old.lost OR EXCLUDED.lost",
@@ -107,7 +107,7 @@ DELETE FROM dimensions WHERE id IN (
 """
 _REMOVE_ROLLUPS = {
     "hourly_calls": "hour", "call_starts": "at", "histograms": "hour", "hourly_evaluations": "hour",
-    "hourly_rejections": "hour", "meter_minutes": "at", "policies": "created_at", "quality": "evaluated_at",
+    "hourly_rejections": "hour", "meter_sums": "at", "policies": "created_at", "quality": "evaluated_at",
     "prompt_groups": "learned_at", "intensity": "at",
 }  # fmt: skip
 """The column of time of the tables that are kept as long as the roll-ups."""

@@ -34,7 +34,7 @@ from shared.kafka.admin import create_topics
 from shared.messages import Decision, GenerationResponse, Timing, Usage
 from shared.runtime.database import migrate, open_pool
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
-from shared.topics import RESPONSES
+from shared.topics import RESPONSES, TOPICS
 from tests.benchmarks.results import record
 from tests.support.environment import Environment
 
@@ -199,9 +199,11 @@ async def run(arguments: argparse.Namespace) -> int:
             options = [part for option in POSTGRES for part in ("-c", option)]
             (server,) = await environment.start(replace(spec, command=(*spec.command, *options)))
             await create_database(url)
-            await create_topics(KafkaSettings(
+            kafka = KafkaSettings(
                 bootstrap_servers=environment.bootstrap_servers, topic_prefix=PREFIX, group_prefix=PREFIX
-            ))  # fmt: skip
+            )
+            # The backlog is written late.
+            await create_topics(kafka, specs=[replace(one, max_age_ms=None) for one in TOPICS])
             return await _measure(arguments, environment, Path(folder), url, psutil.Process(server.pid))
 
 

@@ -67,13 +67,14 @@ SELECT $1::timestamptz + h * interval '1 hour', kind, CASE WHEN kind = 'tokens' 
 FROM generate_series(0, $3::int - 1) AS h, unnest(ARRAY['ttft', 'tpot']) AS kind, generate_series(40, 120) AS b,
      (SELECT '' AS g) AS none
 UNION ALL
-SELECT $1::timestamptz + h * interval '1 hour', 'tokens', g || '.' || n, false, b, 100
-FROM generate_series(0, $3::int - 1) AS h, unnest($4::text[]) AS g, generate_series(1, $5::int) AS n,
+SELECT $1::timestamptz + h * interval '24 hours', 'tokens', g || '.' || n, false, b, 100
+FROM generate_series(0, $3::int / 24 - 1) AS h, unnest($4::text[]) AS g, generate_series(1, $5::int) AS n,
      generate_series(60, 120) AS b
 """
-MINUTES = """
-INSERT INTO meter_minutes
-SELECT $2 || '-' || e, $1::timestamptz + m * interval '1 minute', $2, $3, 24000, 18000, 4800, 1200, 0, 60, 58, 2, false
+METERS = """
+INSERT INTO meter_sums
+SELECT $2 || '-' || e, $1::timestamptz + m * interval '5 minutes', $2, $3, 120000, 90000, 24000, 6000, 0, 300, 290,
+       10, false
 FROM generate_series(0, $4::int - 1) AS m, generate_series(0, $5::int - 1) AS e
 """
 
@@ -95,7 +96,7 @@ async def write_month(url: str, days: int) -> int:
     blocks = [schedule.world(one) == "reference" for one in starts]
     await pool.execute(STARTS, DAY, POOL, calls * cells // 72, hours * 24, blocks)
     await pool.execute(HISTOGRAMS, DAY, POOL, hours, groups, LEARNED)
-    await pool.execute(MINUTES, DAY, POOL, ZONE, hours * 60, ENDPOINTS)
+    await pool.execute(METERS, DAY, POOL, ZONE, hours * 12, ENDPOINTS)
     await pool.execute(
         "INSERT INTO intensity SELECT $1, $2::timestamptz + n * interval '5 minutes', 200, false, 'bench' "
         "FROM generate_series(0, $3::int) AS n",
@@ -146,7 +147,7 @@ def main() -> None:
 
 async def _print_sizes(url: str) -> None:
     connection = await asyncpg.connect(url, server_settings={"search_path": "ledger"})
-    for table in ("hourly_calls", "call_starts", "histograms", "meter_minutes"):
+    for table in ("hourly_calls", "call_starts", "histograms", "meter_sums"):
         size = await connection.fetchval(f"SELECT pg_total_relation_size('{table}')")
         print(f"{table:16} {size / 2**20:8,.0f} MiB")
     await connection.close()

@@ -148,17 +148,11 @@ _ZONE = "($4::text IS NULL OR zone = $4)"
 
 _CALLS = f"""
 SELECT purpose, model, grp AS "group", task, pool || '/' || level AS option, pool, zone, decision_source AS source,
-       policy_version, distribution, sum(calls)::bigint AS count, min(first_s) AS first_s, max(last_s) AS last_s,
-       sum(processing_s) AS processing_s, sum(server_s) AS server_s, sum(prompt_tokens)::bigint AS prompt_tokens,
-       sum(completion_tokens)::bigint AS completion_tokens, sum(energy_j) AS energy_j, sum(embodied_g) AS embodied_g,
-       sum(energy_energy) AS energy_energy, sum(server_server) AS server_server, sum(energy_server) AS energy_server,
-       sum(priced)::bigint AS priced, sum(intensity) AS intensity, sum(intensity_intensity) AS intensity_intensity,
-       sum(energy_intensity) AS energy_intensity, sum(operational_g) AS operational_g, sum(total_g) AS total_g,
-       sum(total_total) AS total_total, sum(total_intensity) AS total_intensity
+       policy_version, distribution, calls AS count, first_s, last_s, processing_s, server_s, prompt_tokens,
+       completion_tokens, energy_j, embodied_g, energy_energy, server_server, energy_server, priced, intensity,
+       intensity_intensity, energy_intensity, operational_g, total_g, total_total, total_intensity
 FROM ledger.all_hourly_calls
 WHERE purpose IN ('request', 'evaluation') AND {_HOURS} AND {_MODEL}
-GROUP BY hour, purpose, model, grp, task, pool, level, zone, decision_source, policy_version, distribution
-ORDER BY hour
 """
 
 _DISTRIBUTIONS = """
@@ -218,7 +212,7 @@ FROM (
     SELECT zone, pool, started_at AS at, attributed_j, idle_j, unattributed_j, coalesce(idle_s, 0) AS idle_s
     FROM ledger.intervals
     UNION ALL
-    SELECT zone, pool, at, attributed_j, idle_j, unattributed_j, idle_s FROM ledger.meter_minutes
+    SELECT zone, pool, at, attributed_j, idle_j, unattributed_j, idle_s FROM ledger.meter_sums
 ) AS intervals
 WHERE {_PERIOD.format(at="at")} AND ($3::text IS NULL OR zone = $3)
 GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
@@ -241,7 +235,7 @@ SELECT (SELECT coalesce(sum(CASE WHEN energy_j >= before THEN energy_j - before 
      + (SELECT coalesce(sum(metered_j), 0) FROM ledger.intervals JOIN kept USING (endpoint)
         WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS NULL OR zone = $3)
           AND (since IS NULL OR started_at < since))::float8
-     + (SELECT coalesce(sum(metered_j), 0) FROM ledger.meter_minutes
+     + (SELECT coalesce(sum(metered_j), 0) FROM ledger.meter_sums
         WHERE {_PERIOD.format(at="at")} AND ($3::text IS NULL OR zone = $3))::float8
 """
 

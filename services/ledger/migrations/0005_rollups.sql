@@ -72,7 +72,7 @@ CREATE TABLE call_starts (
 -- to 1.05^(n+1).
 CREATE TABLE histograms (
     hour timestamptz NOT NULL,
-    -- ttft and tpot by pool, tokens by prompt group: answers without a directive.
+    -- ttft and tpot by pool, tokens by prompt group and day: answers without a directive.
     kind text NOT NULL,
     name text NOT NULL,
     -- In a reference block of the switchback.
@@ -99,8 +99,8 @@ CREATE TABLE hourly_rejections (
     PRIMARY KEY (hour, model, code)
 );
 
--- Intervals by the minute; the energy of an interval is spread evenly over its time.
-CREATE TABLE meter_minutes (
+-- Intervals by five minutes; the energy of an interval is spread evenly over its time.
+CREATE TABLE meter_sums (
     endpoint text NOT NULL,
     at timestamptz NOT NULL,
     pool text NOT NULL,
@@ -117,7 +117,7 @@ CREATE TABLE meter_minutes (
     lost bool NOT NULL,
     PRIMARY KEY (endpoint, at, pool, zone)
 );
-CREATE INDEX meter_minutes_by_time ON meter_minutes (at);
+CREATE INDEX meter_sums_by_time ON meter_sums (at);
 
 CREATE INDEX chunks_unpublished ON chunks (chunk) WHERE NOT published;
 CREATE INDEX chunks_not_rolled_up ON chunks (chunk) WHERE NOT rolled_up;
@@ -191,7 +191,8 @@ WITH wanted_dimensions AS (
     SELECT hour, dimension, kind, floor(ln(greatest(value, 1e-6)) / ln(1.05::float8))::int AS bucket, count(*) AS calls
     FROM sums WHERE value IS NOT NULL GROUP BY 1, 2, 3, 4
 )
-SELECT hour, kind, CASE WHEN kind = 'tokens' THEN grp ELSE pool END AS name, source = 'switchback' AS in_block, bucket,
+SELECT CASE WHEN kind = 'tokens' THEN date_trunc('day', hour, 'UTC') ELSE hour END, kind,
+       CASE WHEN kind = 'tokens' THEN grp ELSE pool END AS name, source = 'switchback' AS in_block, bucket,
        sum(calls)::bigint
 FROM counted JOIN wanted_dimensions ON id = dimension
 WHERE kind <> 'tokens' OR (level = 'L0' AND source <> 'forced')
@@ -209,24 +210,24 @@ WHERE chunk = ANY(wanted) AND purpose <> 'request' AND evaluation_id IS NOT NULL
 GROUP BY 1, 2
 $$;
 
--- Intervals from one time to another, by the minute.
-CREATE FUNCTION minute_sums(since timestamptz, until timestamptz) RETURNS SETOF meter_minutes LANGUAGE sql STABLE
+-- What intervals that start from one time to another add to meter_sums.
+CREATE FUNCTION interval_sums(since timestamptz, until timestamptz) RETURNS SETOF meter_sums LANGUAGE sql STABLE
 SET search_path FROM CURRENT
 AS $$
-SELECT endpoint, to_timestamp(60 * minute), pool, zone, sum(metered_j * share), sum(attributed_j * share),
+SELECT endpoint, to_timestamp(300 * cell), pool, zone, sum(metered_j * share), sum(attributed_j * share),
        sum(idle_j * share), sum(unattributed_j * share),
        coalesce(sum(metered_j * share) FILTER (WHERE calls = 0), 0), sum(length * share),
        sum(share * coalesce(length - idle_s, CASE WHEN calls > 0 THEN length ELSE 0 END)),
        coalesce(sum(idle_s * share), 0), bool_or(restarted OR coalesce(stalled, false))
 FROM (
-    SELECT *, (least(upto, (minute + 1) * 60.0) - greatest(begin, minute * 60.0)) / length AS share
+    SELECT *, (least(upto, (cell + 1) * 300.0) - greatest(begin, cell * 300.0)) / length AS share
     FROM (
         SELECT *, upto - begin AS length FROM (
             SELECT *, extract(epoch FROM started_at)::float8 AS begin, extract(epoch FROM finished_at)::float8 AS upto
             FROM intervals WHERE started_at >= since AND started_at < until
         ) AS one
     ) AS timed
-    CROSS JOIN LATERAL generate_series(floor(begin / 60.0)::bigint, ceil(upto / 60.0)::bigint - 1) AS minute
+    CROSS JOIN LATERAL generate_series(floor(begin / 300.0)::bigint, ceil(upto / 300.0)::bigint - 1) AS cell
     WHERE length > 0
 ) AS part
 GROUP BY 1, 2, 3, 4
