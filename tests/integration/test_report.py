@@ -306,7 +306,8 @@ async def test_the_database_sums_intervals_by_bin_as_they_are(ledger):
     days.intervals[7]["restarted"] = True
     days.intervals[60]["idle_s"] = 25.0
     await write_fleet_days(ledger, days)
-    readings = await read_fleet(ledger, since=None, until=None, fleet=fleet)
+    async with ledger.acquire() as connection, connection.transaction():
+        readings = await read_fleet(connection, since=None, until=None, fleet=fleet)
     table, expected = readings.table, table_of(days)
     assert (table.endpoint, table.pool, table.first) == (expected.endpoint, expected.pool, expected.first)
     for name in ("metered_j", "idle_j", "unused_j", "covered_s", "busy_s"):
@@ -325,7 +326,8 @@ async def test_unsettled_requests_count_in_the_demand(ledger):
     days = fleet_days(fleet, days=0.5, requests=50)
     await write_fleet_days(ledger, replace(days, records=days.records[1:]))
     await write_calls(ledger, days.records[:1], unsettled={days.records[0]["request_id"]})
-    readings = await read_fleet(ledger, since=None, until=None, fleet=fleet)
+    async with ledger.acquire() as connection, connection.transaction():
+        readings = await read_fleet(connection, since=None, until=None, fleet=fleet)
     assert sum(one.requests for one in readings.arrivals) == 50
 
 
