@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shared.runtime.settings import KafkaSettings
@@ -41,7 +41,7 @@ class Access:
         writes: topics that it sends to.
         groups: consumer groups, without the prefix.
         transactions: transactional ids, without the prefix.
-        creates: whether it creates topics.
+        creates: whether it creates and changes topics.
     """
 
     reads: tuple[TopicSpec, ...] = ()
@@ -52,10 +52,17 @@ class Access:
     creates: bool = False
 
 
+def leader_group(service: str) -> str:
+    """The consumer group that elects the leader of a service, without the prefix."""
+    return f"{service}.leader"
+
+
 _LEDGER_STORES: Final = (RESPONSES, USAGE, CARBON_INTENSITY, QUALITY, PROMPT_GROUPS, POLICIES)
 
 ACCESS: Final[dict[str, Access]] = {
-    "carbon_feed": Access(writes=(CARBON_INTENSITY,)),
+    "carbon_feed": Access(
+        rereads=(CARBON_INTENSITY,), writes=(CARBON_INTENSITY, DEAD_LETTERS), groups=(leader_group("carbon_feed"),)
+    ),
     "router": Access(
         reads=(REQUESTS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES, CAPACITY),
         rereads=(RESPONSES, DEAD_LETTERS),  # after a takeover: which requests are answered?
@@ -64,13 +71,14 @@ ACCESS: Final[dict[str, Access]] = {
     ),
     "optimizer": Access(
         reads=(CARBON_INTENSITY, FOOTPRINTS, QUALITY, PROMPT_GROUPS, POWER_CURVES, LOAD_REPORTS),
+        rereads=(POLICIES,),  # after a takeover: what is published?
         writes=(POLICIES, CAPACITY, DEAD_LETTERS),
-        groups=("optimizer",),
+        groups=("optimizer", leader_group("optimizer")),
     ),
     "evaluator": Access(
         reads=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, POWER_CURVES, CAPACITY),
         writes=(USAGE, QUALITY, PROMPT_GROUPS, LOAD_REPORTS, DEAD_LETTERS),
-        groups=("evaluator",),
+        groups=("evaluator", leader_group("evaluator")),
     ),
     "ledger": Access(
         reads=(*_LEDGER_STORES, LOAD_REPORTS, CAPACITY),
@@ -89,14 +97,17 @@ The `sleeper` is the one of the local stack, or an autoscaler that takes its pla
 """
 
 
-def acl_arguments(kafka: KafkaSettings, principals: dict[str, str]) -> Iterator[tuple[str, ...]]:
+def acl_arguments(
+    kafka: KafkaSettings, principals: dict[str, str], *, lanes: tuple[TopicSpec, ...] = ()
+) -> Iterator[tuple[str, ...]]:
     """The arguments of `kafka-acls --add`, one tuple for every command.
 
     Args:
         principals: Kafka's principal, such as `User:sprout-router`, by name in `ACCESS`.
+        lanes: topics of requests besides `requests`.
     """
     for name, principal in principals.items():
-        access = ACCESS[name]
+        access = _with_lanes(ACCESS[name], lanes)
         allow = ("--allow-principal", principal)
         reads = (*access.reads, *access.rereads)
         yield from ((*allow, "--operation", "Read", "--topic", kafka.topic(spec)) for spec in reads)
@@ -107,4 +118,15 @@ def acl_arguments(kafka: KafkaSettings, principals: dict[str, str]) -> Iterator[
             yield (*allow, "--operation", "Write", "--operation", "Describe", *identifier)
         if access.creates:
             prefix = ("--topic", kafka.topic_prefix, "--resource-pattern-type", "prefixed")
-            yield (*allow, "--operation", "Create", "--operation", "Describe", *prefix)
+            operations = ("Create", "Describe", "Alter", "DescribeConfigs", "AlterConfigs")
+            yield (*allow, *(word for one in operations for word in ("--operation", one)), *prefix)
+
+
+def _with_lanes(access: Access, lanes: tuple[TopicSpec, ...]) -> Access:
+    """Access to the topics of all lanes where there is access to `requests`."""
+    return replace(
+        access,
+        reads=access.reads + (lanes if REQUESTS in access.reads else ()),
+        rereads=access.rereads + (lanes if REQUESTS in access.rereads else ()),
+        writes=access.writes + (lanes if REQUESTS in access.writes else ()),
+    )

@@ -7,6 +7,7 @@ model = "llama-2-13b-chat"        # default: the fleet's first
 system = "Answer customers."      # for a conversation without a system message, or with a blank one
 directive = "L1"                  # fixed level; default "optimize": the policy draws one
 deadline_s = 20                   # after the request was received, event seconds; never extended
+max_in_flight = 100               # at once in one router; default: no limit
 sampling = { max_tokens = 256, temperature = 0.2 }
 sampled = false                   # its prompts are never kept for evaluation; default: true
 ```
@@ -48,6 +49,9 @@ class Tenant(BaseModel):
         default=None,
         gt=0,
         description="After the request was received, event; default: SPROUT_ROUTER_DEFAULT_DEADLINE_S",
+    )
+    max_in_flight: int | None = Field(
+        default=None, ge=1, description="Concurrent requests of one router; others wait; absent: unlimited"
     )
     sampling: SamplingDefaults = Field(default_factory=SamplingDefaults)
     sampled: bool = Field(default=True, description="False: no prompt of the tenant is kept for evaluation")

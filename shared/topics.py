@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -191,9 +191,10 @@ QUALITY: Final = TopicSpec(
     name="quality",
     description="Results of evaluations",
     message=Quality,
-    key="model",
-    cleanup=Cleanup.COMPACT,
+    key="evaluation id",
+    cleanup=Cleanup.DELETE,
     partitions=1,
+    retention_ms=365 * DAY_MS,
 )
 PROMPT_GROUPS: Final = TopicSpec(
     name="prompt-groups",
@@ -265,6 +266,12 @@ TOPICS: Final = (
     CAPACITY,
     DEAD_LETTERS,
 )
+
+
+def requests_topic(name: str) -> TopicSpec:
+    """The topic of a lane, which is like `requests`; see `shared.lanes`."""
+    return REQUESTS if name == REQUESTS.name else replace(REQUESTS, name=name)
+
 
 REPLIES: Final = {REQUESTS.name: RESPONSES}
 """Topic of the answers, by topic of the requests."""

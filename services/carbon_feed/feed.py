@@ -1,4 +1,8 @@
-"""The feed of one zone: polls its providers in order and publishes new values with their history."""
+"""The feed of one zone: polls its providers in order and publishes new values with their history.
+
+The topic is the feed's memory: what was published before, by this process or another, is read back before anything is
+published, so that a restart keeps the trailing window even if the providers offer a shorter one.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -110,8 +114,19 @@ class ZoneFeed:
         self._filled_by: set[str] = set()
         self._failures = ""
 
+    def restore(self, message: CarbonIntensity) -> None:
+        """Continue from a message that was published before; one that is no newer than the latest value is ignored.
+
+        Emissions of another scope cannot be compared. A value of the future comes from a replay.
+        """
+        is_comparable = message.zone == self.zone and message.scope == self._scope
+        if is_comparable and message.latest.at <= self._clock.now() and self._window.is_new(message.latest):
+            self._window.add(message.history)
+            self._window.advance(message.latest)
+            self._metrics.intensity.labels(self.zone).set(message.latest.intensity_g_per_kwh)
+
     def problem(self) -> str | None:
-        """The readiness check."""
+        """The readiness check: no value is known, neither asked for nor read back."""
         if self._window.latest is None:
             return f"no carbon intensity of zone {self.zone} yet: {self._failures or 'not asked yet'}"
         return None

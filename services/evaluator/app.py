@@ -1,15 +1,13 @@
 """Wires the evaluator: subscribers, stores, model servers, judge, scheduler."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
-from urllib.parse import parse_qs
 
-from faststream.asgi import AsgiFastStream, AsgiResponse, HttpHandler, post
-from faststream.asgi.types import Scope
+from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
@@ -21,6 +19,7 @@ from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import PlanError, candidates_of
 from services.evaluator.preference import PreferenceMetric
+from services.evaluator.requests import evaluation_endpoint
 from services.evaluator.samples import InputConsumer, SampleStore
 from services.evaluator.scheduler import Scheduler
 from services.evaluator.settings import EvaluatorSettings
@@ -34,10 +33,12 @@ from shared.inference.load_reports import LoadReporter, subscribe_capacity
 from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.leader import join_leadership
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Sample
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
+from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
@@ -57,6 +58,9 @@ from shared.topics import (
 
 NAME = "evaluator"
 DESCRIPTION = SERVICES[NAME].description
+
+STANDBY = "this copy stands by: ask the leader, whose /ready says so, or try again in a moment"
+"""Answer of a standby to a request for an evaluation."""
 
 
 class Evaluator:
@@ -78,6 +82,7 @@ class Evaluator:
         self.metrics = EvaluatorMetrics(registry)
         self.database_status = DatabaseStatus()
         self._database = database
+        self._database_metrics = DatabaseMetrics(registry)
         self._fleet = fleet
         self._clock = clock
         self._candidates = {model.name: candidates_of(fleet, model.name) for model in fleet.models}
@@ -87,7 +92,8 @@ class Evaluator:
                 "the fleet file has no [judge]: name a pool there, or set SPROUT_EVALUATOR_JUDGE=openai with a URL"
             )
         self._intensities = LatestIntensities()
-        self._publishers = Publishers(broker, kafka)
+        self.leadership = join_leadership(broker, kafka, service=NAME, registry=registry)
+        self._publishers = Publishers(broker, kafka, self.leadership)
         self._pools = Pools(
             fleet,
             clock=clock,
@@ -143,7 +149,7 @@ class Evaluator:
     async def running(self, health: Health) -> AsyncIterator[None]:
         """Connect to the database and start background tasks; the broker starts inside this context."""
         async with AsyncExitStack() as stack:
-            pool = await open_pool(self._database, schema=NAME)
+            pool = await open_pool(self._database, schema=NAME, metrics=self._database_metrics)
             stack.push_async_callback(pool.close)
             await migrate(pool, schema=NAME, package="services.evaluator.migrations")
             stack.push_async_callback(self._pools.close)
@@ -178,7 +184,8 @@ class Evaluator:
             )
             health.spawn("check PostgreSQL", status.check_forever(self._database))
             health.spawn("check endpoints", self._pools.watch())
-            health.spawn("evaluate", self._evaluate(runner, health))
+            health.spawn("renew the lease", self.leadership.renew_forever())
+            health.spawn("evaluate", self.leadership.lead(partial(self._evaluate, runner, health)))
             health.spawn("report load", self._report_load())
             # Background tasks use what the stack closes, so they end first.
             stack.push_async_callback(health.cancel_background)
@@ -188,10 +195,19 @@ class Evaluator:
         """Allow evaluations, which publish their calls."""
         self._broker_started.set()
 
+    async def obstacle(self, model: str) -> str | None:  # noqa: ARG002 - one copy evaluates all models
+        """Why this process cannot evaluate a model now: another copy leads. None: it can.
+
+        Raises:
+            DatabaseUnavailableError: PostgreSQL does not answer, or is not connected yet.
+        """
+        if (problem := self.database_status.problem()) is not None:
+            raise DatabaseUnavailableError(problem)
+        return None if self.leadership.is_leader else STANDBY
+
     async def _evaluate(self, runner: EvaluationRunner, health: Health) -> None:
         await self._broker_started.wait()
-        await runner.learner.withdraw_if_disabled(self._candidates, self._clock.now())
-        await runner.publish_unpublished()
+        await runner.status.retry(lambda: runner.learner.withdraw_if_disabled(self._candidates, self._clock.now()))
         await self.scheduler.run(runner, health, is_reachable=self._is_reachable)
 
     async def _report_load(self) -> None:
@@ -248,20 +264,6 @@ class Evaluator:
                 self.scheduler.on_intensity(intensity)
 
 
-def evaluation_endpoint(scheduler: Scheduler) -> HttpHandler:
-    """`POST /evaluations?model=NAME` requests an evaluation now, regardless of the grid."""
-
-    @post(description="Evaluate a model now")
-    async def request_evaluation(scope: Scope) -> AsgiResponse:
-        (model, *_) = parse_qs(scope["query_string"].decode()).get("model", [""])
-        if scheduler.request(model):
-            return AsgiResponse(b'{"status": "requested"}', 202, {"Content-Type": "application/json"})
-        body = json.dumps({"error": "set ?model= to the name of a model of the fleet file"})
-        return AsgiResponse(body.encode(), 404, {"Content-Type": "application/json"})
-
-    return request_evaluation
-
-
 def build_app(
     *,
     kafka: KafkaSettings | None = None,
@@ -293,6 +295,7 @@ def build_app(
         registry=registry,
     )
     health.add_check("database", evaluator.database_status.problem)
+    health.role = evaluator.leadership.role
     app = build_service(
         broker,
         name=NAME,
@@ -318,7 +321,10 @@ def build_app(
     # Before the broker stops: a running evaluation could no longer publish.
     app.on_shutdown(health.cancel_background)
     app.on_shutdown(evaluator.publish_final_load_report)
-    app.mount("/evaluations", evaluation_endpoint(evaluator.scheduler))
+    app.mount(
+        "/evaluations",
+        evaluation_endpoint(evaluator.scheduler, token=settings.http_token, obstacle=evaluator.obstacle),
+    )
     return app
 
 

@@ -1,4 +1,8 @@
-"""One evaluation from its trigger to the published quality: claim, choose prompts, generate, judge, store, publish."""
+"""One evaluation from its trigger to the published quality: choose prompts, generate, judge, store, publish.
+
+Only the leader of the evaluator's copies evaluates. One that lost its lease in the middle, for example because its
+process was suspended, finds its evaluation marked as interrupted by the next leader, and stores and publishes nothing.
+"""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +26,7 @@ from services.evaluator.store import EvaluationStore, GroupStore
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
 from shared.grouping import extract_features, prompt_text
+from shared.kafka.leader import Leadership
 from shared.kafka.publish import declare_publisher, publish_with_retry
 from shared.messages import PromptGrouping, Quality, Sample, UsageRecord, option_key
 from shared.runtime.clock import Clock
@@ -57,7 +62,7 @@ class EvaluationResult:
     """Result of an attempt to evaluate.
 
     Attributes:
-        status: `claimed_by_other`: another process evaluates the model, or has just evaluated it.
+        status: `claimed_by_other`: another process has taken the evaluation over, or has just evaluated the model.
         last: event time of the other process's evaluation, if known.
     """
 
@@ -66,9 +71,14 @@ class EvaluationResult:
 
 
 class Publishers:
-    """The evaluator's publishers. Methods return once Kafka has the message."""
+    """The evaluator's publishers. Methods return once Kafka has the message.
 
-    def __init__(self, broker: KafkaBroker, kafka: KafkaSettings) -> None:
+    Calls have used energy, so every process publishes its own. Results come from the leader only: the other methods
+    raise `NotLeaderError`.
+    """
+
+    def __init__(self, broker: KafkaBroker, kafka: KafkaSettings, leadership: Leadership) -> None:
+        self._leadership = leadership
         self._usage = declare_publisher(broker, kafka, USAGE)
         self._quality = declare_publisher(broker, kafka, QUALITY)
         self._groupings = declare_publisher(broker, kafka, PROMPT_GROUPS)
@@ -79,11 +89,11 @@ class Publishers:
 
     async def quality(self, quality: Quality) -> None:
         """Publish the result of an evaluation."""
-        await publish_with_retry(lambda: self._quality.publish(quality, key=quality.model.encode()))
+        await self._leadership.publish(lambda: self._quality.publish(quality, key=quality.evaluation_id.encode()))
 
     async def grouping(self, grouping: PromptGrouping) -> None:
         """Publish a version of prompt groups."""
-        await publish_with_retry(lambda: self._groupings.publish(grouping, key=grouping.model.encode()))
+        await self._leadership.publish(lambda: self._groupings.publish(grouping, key=grouping.model.encode()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,22 +121,20 @@ class EvaluationRunner:
     metrics: EvaluatorMetrics
 
     async def evaluate(self, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
-        """Evaluate a model, unless another process does so or has done so within the grace period.
+        """Evaluate a model, unless another process has done so within the grace period; this one must be the leader.
 
         Raises:
             DatabaseUnavailableError: before the evaluation was finished.
+            NotLeaderError: it is finished, but another process may be the leader, which then publishes the result.
         """
-        async with self.store.claim(model) as claimed:
-            if not claimed:
-                return EvaluationResult("claimed_by_other")
-            last = await self.store.last_evaluation(model)
-            recent = last is not None and trigger.at - last <= timedelta(hours=self.settings.grace_h)
-            if recent and trigger.reason != "requested":
-                return EvaluationResult("claimed_by_other", last)
-            await self.store.recover_interrupted(model)
-            evaluation_id = uuid4().hex
-            await self.store.start(evaluation_id, model=model, reason=trigger.reason, at=trigger.at)
-            return await self._run(evaluation_id, model, trigger)
+        last = await self.store.last_evaluation(model)
+        recent = last is not None and trigger.at - last <= timedelta(hours=self.settings.grace_h)
+        if recent and trigger.reason != "requested":
+            return EvaluationResult("claimed_by_other", last)
+        await self.store.recover_interrupted(model)
+        evaluation_id = uuid4().hex
+        await self.store.start(evaluation_id, model=model, reason=trigger.reason, at=trigger.at)
+        return await self._run(evaluation_id, model, trigger)
 
     async def publish_unpublished(self) -> None:
         """Publish every result that Kafka may not have, then every version of groups."""
@@ -162,7 +170,12 @@ class EvaluationRunner:
             abstentions=judging.abstentions,
             cost=estimate_cost(judging.work, energy=energy, intensities=self._current_intensities(), fleet=self.fleet),
         )
-        await self.status.retry(lambda: self.store.finish(quality, evaluated=judging.evaluated, judged=judging.judged))
+        finished = await self.status.retry(
+            lambda: self.store.finish(quality, evaluated=judging.evaluated, judged=judging.judged)
+        )
+        if not finished:
+            log.warning("the evaluation is dropped: another copy of the evaluator has taken over")
+            return EvaluationResult("claimed_by_other")
         await self.publish_unpublished()
         await self._learn_groups(model)
         log.info(

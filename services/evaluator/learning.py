@@ -111,33 +111,46 @@ def learning_due(settings: EvaluatorSettings, *, judged: int, unused: int, learn
 
 
 def learn_grouping(
-    model: str, training: TrainingSet, *, traffic: Mapping[str, float], energy: EnergyByPool, learned_at: datetime
+    model: str,
+    judged: TrainingSet,
+    *,
+    learn_from: int,
+    traffic: Mapping[str, float],
+    energy: EnergyByPool,
+    learned_at: datetime,
 ) -> LearnedGrouping:
-    """Learn groups, and re-aggregate all verdicts by them.
+    """Learn groups from the newest verdicts, and re-aggregate all verdicts by them.
+
+    Every verdict counts in the group that a model which has not seen it assigns: those learned from by leave-one-out,
+    the earlier ones by the learned groups themselves.
 
     Args:
+        judged: all judged prompts, the newest last.
+        learn_from: most prompts to learn from; memory grows with their square.
         traffic: frequency of each stratum in any unit.
         energy: gives the energy per token.
 
     Raises:
         TooFewPromptsError: the prompts form no two groups; then task labels are the better groups.
     """
-    prompts = training.prompts
+    training = TrainingSet(judged.prompts[-learn_from:], judged.levels)
+    earlier = judged.prompts[:-learn_from]
     learned = learn_groups_from_features(
-        [one.features for one in prompts],
+        [one.features for one in training.prompts],
         training.preferred(),
         training.energy_kwh(energy),
         training.other_metrics(),
     )
     if len(learned.groups.names) < 2:
-        raise TooFewPromptsError(f"{len(prompts)} judged prompts do not form two groups")
-    names = [learned.groups.names[index] for index in learned.leave_one_out]
-    labelled = list(zip(names, prompts, strict=True))
+        raise TooFewPromptsError(f"{len(training.prompts)} judged prompts do not form two groups")
+    names = [learned.groups.assign_features(one.features) for one in earlier]
+    names += [learned.groups.names[index] for index in learned.leave_one_out]
+    labelled = list(zip(names, judged.prompts, strict=True))
     message = PromptGrouping(
         model=model,
         version=learned.groups.version,
         learned_at=learned_at,
-        prompts=len(prompts),
+        prompts=len(labelled),
         names=learned.groups.names,
         families=learned.families,
         features=FEATURES,
@@ -208,11 +221,17 @@ class GroupLearner:
         learned_from = progress.learned_from if await self._current(model) is not None else None
         if not learning_due(self._settings, judged=progress.judged, unused=progress.unused, learned_from=learned_from):
             return None
-        prompts = await self._store.judged_prompts(model, limit=self._settings.max_judged_to_learn)
+        prompts = await self._store.judged_prompts(model, limit=self._settings.max_judged)
         try:
-            training = TrainingSet.select(prompts, self._levels, minimum=self._settings.min_judged_to_learn)
+            judged = TrainingSet.select(prompts, self._levels, minimum=self._settings.min_judged_to_learn)
             learned = await asyncio.to_thread(
-                learn_grouping, model, training, traffic=traffic, energy=energy, learned_at=now
+                learn_grouping,
+                model,
+                judged,
+                learn_from=self._settings.max_judged_to_learn,
+                traffic=traffic,
+                energy=energy,
+                learned_at=now,
             )
         except TooFewPromptsError as error:
             _log.info("prompt groups not learned yet", model=model, reason=str(error))

@@ -1,11 +1,14 @@
-"""Starts evaluations when carbon intensities and samples call for them, at most one at a time per model."""
+"""Starts evaluations when carbon intensities and samples call for them, at most one at a time per model.
+
+Of several copies of the evaluator all take intensities in, and only the leader starts evaluations.
+"""
 
 import asyncio
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Final
+from typing import Final, Literal
 
 from services.evaluator.evaluation import EvaluationResult, EvaluationRunner, EvaluationTrigger
 from services.evaluator.metrics import EvaluatorMetrics
@@ -15,6 +18,7 @@ from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import EvaluationStore, GroupStore
 from shared.carbon import LatestIntensities, trailing_mean, trailing_points
 from shared.kafka.handling import RetryLaterError
+from shared.kafka.leader import NotLeaderError
 from shared.messages import CarbonIntensity
 from shared.runtime.clock import Clock
 from shared.runtime.health import Health
@@ -34,6 +38,13 @@ REFERENCE_BLOCK: Final = "reference_block"
 """Reason why an evaluation is postponed: the whole fleet serves without Sprout, now or soon."""
 
 MAX_BACKOFF_DOUBLINGS: Final = 7
+
+REQUESTED: Final = "requested"
+"""Trigger of an evaluation that a person requested."""
+
+RequestStatus = Literal[
+    "requested", "requested; begins after the evaluation that is running", "requested before, and not begun yet"
+]
 
 _log = get_logger(__name__)
 
@@ -102,9 +113,18 @@ class Scheduler:
             metrics.postponed.labels(state.model, REFERENCE_BLOCK).set(0)
 
     async def restore(self, store: EvaluationStore) -> None:
-        """Load the times of the last evaluations; must be called before the first intensity arrives."""
+        """Load the times of the last evaluations; must be called before the first intensity arrives.
+
+        A trigger from before the last evaluation is dropped, unless a person requested it: another process has acted
+        on it.
+        """
         for state in self.states.values():
-            state.opportunity.last = await store.last_evaluation(state.model)
+            last = state.opportunity.last = await store.last_evaluation(state.model)
+            trigger = state.pending
+            if trigger is None or last is None or trigger.reason == "requested":
+                continue
+            if trigger.at <= last:
+                state.pending = None
 
     def on_intensity(self, intensity: CarbonIntensity) -> None:
         """Process a new carbon intensity."""
@@ -126,26 +146,42 @@ class Scheduler:
         """New samples have been stored."""
         self._wake.set()
 
-    def request(self, model: str) -> bool:
-        """Evaluate a model as soon as possible, regardless of the grid.
+    def request(self, model: str) -> RequestStatus:
+        """Evaluate a model as soon as possible, regardless of the grid. A request waits until it has begun.
 
         Returns:
-            Whether the model is known.
+            What the requester can expect, for people.
+
+        Raises:
+            KeyError: the model is unknown.
         """
-        state = self.states.get(model)
-        if state is None:
-            return False
-        state.pending = EvaluationTrigger("requested", self._clock.now())
+        state = self.states[model]
+        if state.pending is not None and state.pending.reason == REQUESTED:
+            return "requested before, and not begun yet"
+        state.pending = EvaluationTrigger(REQUESTED, self._clock.now())
         self._wake.set()
-        return True
+        return "requested" if state.running is None else "requested; begins after the evaluation that is running"
 
     async def run(self, runner: EvaluationRunner, health: Health, *, is_reachable: Callable[[str], bool]) -> None:
-        """Start evaluations until cancelled.
+        """Start evaluations until cancelled, which also ends running ones; this process must be the leader.
 
         Args:
             is_reachable: whether the servers that an evaluation of a model needs can be reached.
         """
+        await runner.status.retry(lambda: self.restore(runner.store))
         await self._recover_interrupted(runner)
+        await runner.status.retry(runner.publish_unpublished)
+        try:
+            await self._start_evaluations(runner, health, is_reachable)
+        finally:
+            running = [state.running for state in self.states.values() if state.running is not None]
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    async def _start_evaluations(
+        self, runner: EvaluationRunner, health: Health, is_reachable: Callable[[str], bool]
+    ) -> None:
         while True:
             try:
                 await self._delete_expired(runner.samples, runner.group_store)
@@ -166,8 +202,7 @@ class Scheduler:
         for state in self.states.values():
 
             async def recover(model: str = state.model) -> EvaluationTrigger | None:
-                async with runner.store.claim(model) as claimed:
-                    found = await runner.store.recover_interrupted(model) if claimed else None
+                found = await runner.store.recover_interrupted(model)
                 return None if found is None else EvaluationTrigger(found.reason, found.evaluated_at)
 
             interrupted = await runner.status.retry(recover)
@@ -226,7 +261,7 @@ class Scheduler:
     def _current_trigger(self, state: ModelState, now: datetime) -> EvaluationTrigger | None:
         """The pending trigger; one that is too old is discarded, unless a person requested it."""
         trigger = state.pending
-        if trigger is None or trigger.reason == "requested":
+        if trigger is None or trigger.reason == REQUESTED:
             return trigger
         if (now - trigger.at).total_seconds() > self._settings.max_intensity_age_s:
             state.pending = trigger = None
@@ -242,6 +277,9 @@ class Scheduler:
             result = await runner.evaluate(state.model, trigger)
         except RetryLaterError as error:
             _log.warning("evaluation failed", model=state.model, error=str(error))
+        except NotLeaderError:
+            _log.warning("the next leader publishes the evaluation", model=state.model)
+            result = EvaluationResult("claimed_by_other", trigger.at)
         except Exception as error:  # noqa: BLE001 - a failed evaluation must not stop the service
             # The text of an unexpected error may quote a prompt.
             _log.error(
@@ -256,6 +294,8 @@ class Scheduler:
             self._metrics.evaluations.labels(state.model, trigger.reason, "finished").inc()
         elif result.status == "claimed_by_other":
             state.opportunity.last = result.last or last_before
+            if trigger.reason == REQUESTED:  # it was promised
+                state.pending = state.pending or trigger
             state.not_before_s = now_s + self._settings.retry_pause_s
         else:
             self._metrics.evaluations.labels(state.model, trigger.reason, "failed").inc()

@@ -1,8 +1,7 @@
 """Tables of evaluations, energy, judged prompts and prompt groups. Samples have their own store in samples.py."""
 
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,7 +12,7 @@ from services.evaluator.cost import Energy, EnergyByPool
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt
 from shared.grouping import FEATURES, PromptFeatures
 from shared.messages import PromptGrouping, Quality
-from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
+from shared.runtime.database import DatabaseStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +38,21 @@ class LearningProgress:
     learned_from: int | None
 
 
+def _claim_key(model: str) -> str:
+    return f"sprout.evaluate.{model}"
+
+
 class EvaluationStore:
-    """The tables `evaluations` and `energy`; methods raise `DatabaseUnavailableError`."""
+    """The tables `evaluations` and `energy`; methods raise `DatabaseUnavailableError`.
+
+    Only the leader of the evaluator's copies evaluates. It marks evaluations that others left running as interrupted,
+    which ends them: such an evaluation cannot be finished any more.
+    """
 
     def __init__(self, pool: asyncpg.Pool, status: DatabaseStatus) -> None:
         """Use an open pool whose `search_path` is the evaluator's schema."""
         self._pool = pool
         self._status = status
-
-    @asynccontextmanager
-    async def claim(self, model: str) -> AsyncIterator[bool]:
-        """Lock the evaluation of a model; yields False if another process holds the lock."""
-        with self._status.watch():
-            connection = await self._pool.acquire()
-        try:
-            with self._status.watch():
-                key = f"sprout.evaluate.{model}"
-                claimed: bool = await connection.fetchval("SELECT pg_try_advisory_lock(hashtext($1))", key)
-            yield claimed
-        finally:
-            # Releasing resets the connection, which unlocks. If the server is gone, the lock is gone with it, and the
-            # pool discards the connection.
-            with suppress(DatabaseUnavailableError), self._status.watch():
-                await self._pool.release(connection)
 
     async def last_evaluation(self, model: str) -> datetime | None:
         """Event time of a model's last finished evaluation."""
@@ -72,7 +63,7 @@ class EvaluationStore:
         return found
 
     async def recover_interrupted(self, model: str) -> InterruptedEvaluation | None:
-        """Mark running evaluations of a model as interrupted; the caller must hold the claim.
+        """Mark running evaluations of a model as interrupted; the caller must be the leader.
 
         Returns:
             The newest of them; None if there is none.
@@ -105,7 +96,7 @@ class EvaluationStore:
                 "UPDATE evaluations SET status = 'failed', reason = $2 WHERE evaluation_id = $1", evaluation_id, error
             )
 
-    async def finish(self, quality: Quality, *, evaluated: Iterable[str], judged: Sequence[JudgedPrompt]) -> None:
+    async def finish(self, quality: Quality, *, evaluated: Iterable[str], judged: Sequence[JudgedPrompt]) -> bool:
         """Record the result of an evaluation, which is to be published.
 
         A sample that was deleted meanwhile, perhaps at its tenant's request, leaves no judged prompt behind.
@@ -113,14 +104,24 @@ class EvaluationStore:
         Args:
             evaluated: ids of the samples that took part.
             judged: those with a verdict.
+
+        Returns:
+            False if another process has marked it as interrupted; nothing is recorded then.
         """
         with self._status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
-                await connection.execute(
-                    "UPDATE evaluations SET status = 'finished', quality = $2 WHERE evaluation_id = $1",
+                found = await connection.fetchval(
+                    "UPDATE evaluations SET status = 'finished', quality = $2 "
+                    "WHERE evaluation_id = $1 AND status = 'running' RETURNING true",
                     quality.evaluation_id,
                     quality.model_dump_json(),
                 )
+                if found is None:
+                    # An earlier attempt may have been committed without an answer from PostgreSQL.
+                    status = await connection.fetchval(
+                        "SELECT status FROM evaluations WHERE evaluation_id = $1", quality.evaluation_id
+                    )
+                    return bool(status == "finished")
                 kept = await connection.fetch(
                     "UPDATE reservoir SET evaluations = evaluations + 1 "
                     "WHERE model = $1 AND id = ANY($2::text[]) RETURNING id",
@@ -129,6 +130,7 @@ class EvaluationStore:
                 )
                 ids = {row["id"] for row in kept}
                 await _save_judged(connection, quality.model, [one for one in judged if one.id in ids])
+        return True
 
     async def unpublished(self) -> list[Quality]:
         """Results that may not have reached Kafka, oldest first."""

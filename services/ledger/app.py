@@ -26,6 +26,7 @@ from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.publish import declare_batch_publisher, declare_publisher
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
+from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
@@ -69,6 +70,7 @@ class Ledger:
         self.settings = settings
         self.storage = storage or Storage()
         metrics = LedgerMetrics(registry)
+        self._database_metrics = DatabaseMetrics(registry)
         self.scrapers = scrapers_of(fleet, settings=settings, storage=self.storage, clock=clock, metrics=metrics)
         ingest = Ingest(
             broker,
@@ -101,7 +103,9 @@ class Ledger:
     @asynccontextmanager
     async def running(self, health: Health, database: DatabaseSettings) -> AsyncIterator[None]:
         """Keep the database and the scrapers open while the broker runs."""
-        pool = await open_pool(database, schema=NAME, server_settings=sql.SERVER_SETTINGS)
+        pool = await open_pool(
+            database, schema=NAME, server_settings=sql.SERVER_SETTINGS, metrics=self._database_metrics
+        )
         self.storage.attach(pool)
         try:
             with self.storage.status.watch():

@@ -22,7 +22,8 @@ from services.optimizer.store import Store
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.publish import declare_publisher, publish_with_retry
+from shared.kafka.leader import join_leadership
+from shared.kafka.publish import declare_publisher
 from shared.kafka.subscribe import (
     POLL_MS,
     Subscriber,
@@ -43,6 +44,7 @@ from shared.messages import (
 )
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import build_service, run_service
@@ -76,15 +78,16 @@ def subscribe(
 ) -> tuple[Subscriber, ...]:
     """Register the subscribers.
 
-    Compacted topics are read from their start, footprints by a consumer group, and of load reports only new ones.
+    Footprints are read by a consumer group, of load reports only new ones, and all others from their start.
 
     Returns:
-        Those of the compacted topics.
+        Those of the topics that are read from their start.
     """
     groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS)
     intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
     evaluations = subscribe_compacted(broker, kafka, dead_letters, QUALITY)
     curves = subscribe_compacted(broker, kafka, dead_letters, POWER_CURVES)
+    policies = subscribe_compacted(broker, kafka, dead_letters, POLICIES, is_own=True)
     loads = subscribe_newest(broker, kafka, dead_letters, LOAD_REPORTS)
     footprints = subscribe_batches(
         broker, kafka, dead_letters, FOOTPRINTS, group=NAME, max_records=settings.batch_records, poll_ms=POLL_MS
@@ -106,6 +109,10 @@ def subscribe(
     async def on_curves(messages: list[EndpointCurve]) -> None:
         service.update_curves(messages)
 
+    @policies
+    async def on_policies(messages: list[Policy]) -> None:
+        service.update_policies(messages)
+
     @loads
     async def on_loads(messages: list[LoadReport]) -> None:
         capacity.add_load_reports(messages)
@@ -114,7 +121,7 @@ def subscribe(
     async def on_footprints(messages: list[Footprint]) -> None:
         await service.add_footprints(messages)
 
-    return groupings, intensities, evaluations, curves
+    return groupings, intensities, evaluations, curves, policies
 
 
 def build_app(  # noqa: PLR0915 - it only wires
@@ -143,39 +150,50 @@ def build_app(  # noqa: PLR0915 - it only wires
     plans = declare_publisher(broker, kafka, CAPACITY)
     status = DatabaseStatus()
     prices = PoolPrices(fleet)
+    leadership = join_leadership(broker, kafka, service=NAME, registry=registry)
 
     async def publish_policy(policy: Policy) -> None:
-        await publish_with_retry(lambda: policies.publish(policy, key=policy.model.encode()))
+        await leadership.publish(lambda: policies.publish(policy, key=policy.model.encode()))
 
     async def publish_plan(plan: PoolCapacity) -> None:
-        await publish_with_retry(lambda: plans.publish(plan, key=plan.pool.encode()))
+        await leadership.publish(lambda: plans.publish(plan, key=plan.pool.encode()))
 
     service = PolicyService(
         fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices, publish=publish_policy
     )
     planner = CapacityPlanner(fleet, settings, event_per_wall=clock.rate)
-    capacity = CapacityService(planner, prices, publish_plan, settings=settings, clock=clock, metrics=metrics)
-    compacted = subscribe(broker, dead_letters, service, capacity, kafka=kafka, settings=settings)
+    capacity = CapacityService(
+        planner,
+        prices,
+        publish_plan,
+        is_leader=lambda: leadership.is_leader,
+        settings=settings,
+        clock=clock,
+        metrics=metrics,
+    )
+    read_from_start = subscribe(broker, dead_letters, service, capacity, kafka=kafka, settings=settings)
     _watch_ages(service, metrics, fleet)
 
     broker_started = asyncio.Event()
 
     async def after_reading(work: Callable[[], Awaitable[None]]) -> None:
         await broker_started.wait()  # the work publishes
-        if not await read_to_end(compacted, within_s=settings.state_wait_s):
-            _log.warning("starting before the compacted topics were read completely")
+        if not await read_to_end(read_from_start, within_s=settings.state_wait_s):
+            _log.warning("starting before the topics were read completely")
         await work()
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
-        pool = await open_pool(database, schema=NAME)
+        pool = await open_pool(database, schema=NAME, metrics=DatabaseMetrics(registry))
         try:
             await migrate(pool, schema=NAME, package=migrations.__name__)
             store = Store(pool, status=status, remembered_footprints=settings.remembered_footprints)
             await service.restore(store)
             await capacity.restore_profiles(store)
             health.spawn("check PostgreSQL", status.check_forever(database))
-            health.spawn("make policies", after_reading(service.run))
+            health.spawn("renew the lease", leadership.renew_forever())
+            health.spawn("make policies", service.run())
+            health.spawn("lead", leadership.lead(partial(after_reading, service.lead)))
             health.spawn("plan capacity", after_reading(capacity.run))
             health.spawn("store arrival profiles", capacity.store_profiles(store))
             yield
@@ -189,6 +207,7 @@ def build_app(  # noqa: PLR0915 - it only wires
         broker_started.set()
 
     health.add_check("database", status.problem)
+    health.role = leadership.role
     app = build_service(
         broker,
         name=NAME,
@@ -210,6 +229,8 @@ def build_app(  # noqa: PLR0915 - it only wires
         lifespan=running,
     )
     app.after_startup(on_broker_started)
+    # Before the broker stops: policies could no longer be published.
+    app.on_shutdown(health.cancel_background)
     return app
 
 

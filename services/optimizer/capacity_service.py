@@ -1,6 +1,7 @@
 """The loop of the capacity planner: load reports in, plans on the topic `capacity` out.
 
-It needs no database: without PostgreSQL it goes on, and only the learned arrivals by hour of day are stored later.
+It needs no database: without PostgreSQL it goes on, and only the learned arrivals by hour of day are stored later. Of
+several copies of the optimizer all plan, so that a standby knows the load, and only the leader publishes.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
+from shared.kafka.leader import NotLeaderError
 from shared.messages import LoadReport, PoolCapacity
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
@@ -38,6 +40,7 @@ class CapacityService:
         prices: PoolPrices,
         publish: Publish,
         *,
+        is_leader: Callable[[], bool],
         settings: OptimizerSettings,
         clock: Clock,
         metrics: OptimizerMetrics,
@@ -47,12 +50,15 @@ class CapacityService:
         Args:
             planner: decides how many endpoints are awake.
             prices: the pools' power curves; the present load is stored in it.
-            publish: returns once Kafka has acknowledged the plan, however long that takes.
+            publish: returns once Kafka has acknowledged the plan, however long that takes; raises `NotLeaderError` if
+                another copy of the optimizer may be the leader.
+            is_leader: whether this copy of the optimizer publishes plans and stores arrivals.
             settings: how often to plan, and how long a load report counts.
             clock: event time.
             metrics: Prometheus metrics.
         """
         self._planner, self._prices, self._publish = planner, prices, publish
+        self._is_leader = is_leader
         self._interval_s = settings.capacity_interval_s
         self._reports = LoadReports(settings.load_expiry_s)
         self._clock, self._metrics = clock, metrics
@@ -70,11 +76,18 @@ class CapacityService:
     async def run(self) -> None:
         """Plan until cancelled."""
         while True:
-            await self.plan_once()
+            try:
+                await self.plan_once()
+            except NotLeaderError:
+                _log.info("a plan was not published: another copy of the optimizer may be the leader")
             await asyncio.sleep(self._interval_s)
 
     async def plan_once(self) -> None:
-        """Publish the plans that changed or expire. Without a live router nothing is known, so nothing is published."""
+        """Publish the plans that changed or expire. Without a live router nothing is known, so nothing is published.
+
+        Raises:
+            NotLeaderError: another copy of the optimizer may be the leader.
+        """
         now = self._clock.now()
         demand = self._reports.demand(wall_s=time.monotonic())
         if demand is None:
@@ -88,6 +101,9 @@ class CapacityService:
         self._prices.load = self._planner.loads()
         for plan in plans:
             self._metrics.set_capacity(plan)
+            if not self._is_leader():
+                self._published.clear()  # the leader publishes others
+                continue
             published_before = self._published.get(plan.pool)
             if plan_changed(published_before, plan):
                 await self._publish(plan)
@@ -100,6 +116,8 @@ class CapacityService:
         pause_s = max(self._clock.wall_seconds(_STORE_INTERVAL_S), _SHORTEST_STORE_INTERVAL_S)
         while True:
             await asyncio.sleep(pause_s)
+            if not self._is_leader():
+                continue
             try:
                 await store.put_arrival_profiles(self._planner.profiles())
             except DatabaseUnavailableError as error:

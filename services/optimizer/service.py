@@ -1,7 +1,8 @@
 """The optimizer's loop: takes messages in, solves when a trigger fires, stores and publishes policies that differ.
 
 A model is solved again when carbon intensity, prompt groups, quality or estimates changed, and before its last policy
-expires. A policy is published only if it differs materially from the last one, or renews it.
+expires. A policy is published only if it differs materially from the last one, or renews it. Of several copies of the
+optimizer all take messages in, and only the leader solves and publishes.
 """
 
 import asyncio
@@ -21,9 +22,10 @@ from services.optimizer.prices import PoolPrices
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import OptimizerState
 from services.optimizer.store import Store
-from services.optimizer.triggers import SolveInputs, must_renew, solve_trigger
+from services.optimizer.triggers import SolveInputs, awaits_footprints, estimates_due, must_renew, solve_trigger
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
+from shared.kafka.leader import NotLeaderError
 from shared.messages import CarbonIntensity, EndpointCurve, Footprint, Policy, PromptGrouping, Quality, option_key
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
@@ -65,7 +67,8 @@ class PolicyService:
             settings: of the optimizer.
             metrics: Prometheus metrics.
             prices: what a token costs in each pool.
-            publish: returns once Kafka has acknowledged the policy, however long that takes.
+            publish: returns once Kafka has acknowledged the policy, however long that takes; raises `NotLeaderError`
+                if another copy of the optimizer may be the leader.
         """
         self.intensities = LatestIntensities()
         self._fleet = fleet
@@ -81,6 +84,7 @@ class PolicyService:
         self._last: dict[str, SolveInputs] = {}
         self._new_evaluations: list[Quality] = []
         self._must_recount = False
+        self._leading = False
         self._changed = asyncio.Event()
         self._warned: set[str] = set()
         # One solve at a time, off the event loop.
@@ -95,18 +99,32 @@ class PolicyService:
 
     async def restore(self, store: Store) -> None:
         """Load what the last process stored."""
-        self._state.consumption = await store.consumption()
-        self._published = await store.policies()
         self._store = store
         self._state.recount(await store.evaluations())
-        for policy in self._published.values():
-            self._metrics.set_policy(policy)
 
     def close(self) -> None:
         """Stop the solver's thread."""
         self._solver.shutdown(wait=False, cancel_futures=True)
 
+    async def lead(self) -> None:
+        """Solve and publish, not only take messages in, until cancelled."""
+        self._last.clear()
+        self._must_recount = True  # other copies have stored evaluations, too
+        self._leading = True
+        self._changed.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._leading = False
+
     # Messages
+
+    def update_policies(self, messages: Sequence[Policy]) -> None:
+        """Store the newest policy of every model that Kafka has, whichever copy of the optimizer published it."""
+        for one in messages:
+            known = self._published.get(one.model)
+            if one.model in self._options and (known is None or one.version > known.version):
+                self._set_published(one)
 
     def update_intensities(self, messages: Sequence[CarbonIntensity]) -> None:
         """Store the newest intensity of every zone."""
@@ -127,7 +145,7 @@ class PolicyService:
             self._changed.set()
 
     def add_evaluations(self, messages: Sequence[Quality]) -> None:
-        """Queue evaluations; the loop stores them, and the compacted topic still has them after a crash."""
+        """Queue evaluations; the loop stores them, and the topic still has them after a crash."""
         for one in messages:
             if one.model not in self._options:
                 self._warn_once(f"evaluations of model {one.model!r} are ignored", "name the model in the fleet file")
@@ -148,11 +166,10 @@ class PolicyService:
         counted = [one for one in messages if one.purpose != "judge" and self._is_known(one)]
         if counted:
             try:
-                changed, new = await self.store.count(counted, self._count)
+                new = await self.store.count(counted, self._count)
             except DatabaseUnavailableError:
                 await asyncio.sleep(self._settings.retry_pause_s)
                 raise
-            self._state.consumption |= changed
             self._metrics.footprints.labels("counted").inc(new)
             self._metrics.footprints.labels("known").inc(len(counted) - new)
             self._changed.set()
@@ -163,7 +180,6 @@ class PolicyService:
 
     async def run(self) -> None:
         """Solve and publish until cancelled."""
-        check_s = self._clock.wall_seconds(self._settings.check_interval_min * 60.0)
         while True:
             try:
                 await self.run_once()
@@ -172,18 +188,30 @@ class PolicyService:
                 _log.warning("policies cannot be made now", reason=str(error))
                 self._changed.set()
                 pause_s = self._settings.retry_pause_s
+            except NotLeaderError:
+                _log.info("a policy was not published: another copy of the optimizer may be the leader")
+                pause_s = self._settings.loop_interval_s
             await asyncio.sleep(pause_s)
             try:
-                async with asyncio.timeout(check_s):
+                async with asyncio.timeout(self._longest_wait_s()):
                     await self._changed.wait()
             except TimeoutError:
                 pass
 
+    def _longest_wait_s(self) -> float:
+        """Wall seconds until the next pass if no message arrives here; another copy may count the footprints."""
+        now = self._clock.now()
+        wait_s = self._settings.check_interval_min * 60.0
+        if any(awaits_footprints(last, now, self._settings) for last in self._last.values()):
+            wait_s = min(wait_s, self._settings.evaluation_interval_s)
+        return self._clock.wall_seconds(wait_s)
+
     async def run_once(self) -> None:
-        """Store queued evaluations, and check every model once.
+        """Store queued evaluations, and, as the leader, check every model once.
 
         Raises:
             DatabaseUnavailableError: the database is unavailable; the next call does what is left.
+            NotLeaderError: another copy of the optimizer may be the leader.
         """
         self._changed.clear()
         if self.store.status.problem() is not None:
@@ -194,7 +222,7 @@ class PolicyService:
             self._state.recount(await self.store.evaluations())
             del self._new_evaluations[: len(stored)]
             self._must_recount = False
-        for model in self._options:
+        for model in self._options if self._leading else ():
             await self._check(model)
 
     async def _check(self, model: str) -> None:
@@ -216,13 +244,21 @@ class PolicyService:
             now=now,
             settings=self._settings,
         )
-        if trigger is None and (last is None or now - last.checked_at < self._settings.estimates_interval):
+        if trigger is None and (last is None or not estimates_due(last, now, self._settings)):
             return
+        # All copies of the optimizer count footprints.
+        self._state.consumption = await self.store.consumption()
         estimates = await self._in_solver(lambda: self._estimate(model, now))
         if estimates is None:
             return
+        seen_at = now if last is None or evaluation_id != last.evaluation else last.evaluation_seen_at
         current = SolveInputs(
-            checked_at=now, intensities=intensities, groups=groups, evaluation=evaluation_id, estimates=estimates
+            checked_at=now,
+            intensities=intensities,
+            groups=groups,
+            evaluation=evaluation_id,
+            evaluation_seen_at=seen_at,
+            estimates=estimates,
         )
         if (
             trigger is None
@@ -256,16 +292,14 @@ class PolicyService:
         self._metrics.solve_s.labels(model).observe(time.perf_counter() - started)
         self._metrics.solves.labels(model, trigger, policy.status).inc()
         published = self._published.get(model)
-        # After a start: the last process may have stored a policy without publishing it.
-        if trigger != "start" and published is not None and not must_renew(published, now, self._settings):
+        if published is not None and not must_renew(published, now, self._settings):
             difference = policy_difference(published, policy, self._settings)
             if difference is None:
                 return
-        policy = await self.store.add_policy(policy)
+        policy = await self.store.add_policy(policy, after=0 if published is None else published.version)
         await self._publish(policy)
-        self._published[model] = policy
+        self._set_published(policy)
         self._metrics.policies.labels(model, policy.status).inc()
-        self._metrics.set_policy(policy)
         _log.info("policy", model=model, version=policy.version, status=policy.status, reason=policy.reason)
 
     # Ages, for the metrics
@@ -285,6 +319,10 @@ class PolicyService:
         return self.intensities.age_s(zone, self._clock.now())
 
     # Helpers
+
+    def _set_published(self, policy: Policy) -> None:
+        self._published[policy.model] = policy
+        self._metrics.set_policy(policy)
 
     def _estimate(self, model: str, now: datetime) -> Estimates | None:
         prices = self._prices.of_model(

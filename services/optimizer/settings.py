@@ -121,6 +121,16 @@ class OptimizerSettings(BaseSettings):
     estimates_interval_min: float = Field(
         default=30.0, gt=0, description="Minutes between two checks for changed estimates, event"
     )
+    evaluation_interval_s: float = Field(
+        default=15.0,
+        gt=0,
+        description="Seconds between two such checks while footprints of a new evaluation may still arrive, event",
+    )
+    evaluation_window_min: float = Field(
+        default=15.0,
+        ge=0,
+        description="Minutes after a new evaluation in which its footprints may still arrive, event",
+    )
     estimates_change: float = Field(
         default=0.05,
         gt=0,
@@ -226,6 +236,16 @@ class OptimizerSettings(BaseSettings):
     def estimates_interval(self) -> timedelta:
         """Time between two checks for changed estimates, event time."""
         return timedelta(minutes=self.estimates_interval_min)
+
+    @property
+    def evaluation_interval(self) -> timedelta:
+        """The same while footprints of a new evaluation may still arrive, event time."""
+        return timedelta(seconds=self.evaluation_interval_s)
+
+    @property
+    def evaluation_window(self) -> timedelta:
+        """Time after a new evaluation in which its footprints may still arrive, event time."""
+        return timedelta(minutes=self.evaluation_window_min)
 
     @property
     def footprint_half_life_s(self) -> float:

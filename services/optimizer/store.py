@@ -28,14 +28,14 @@ class Store:
         self._pool = pool
         self._remembered = remembered_footprints
 
-    async def count(self, footprints: Sequence[Footprint], apply: Apply) -> tuple[dict[str, Consumption], int]:
+    async def count(self, footprints: Sequence[Footprint], apply: Apply) -> int:
         """Count footprints that were not counted yet, in one transaction.
 
         Each of the last `remembered_footprints` footprints is counted once, however often and to whichever process it
         is delivered.
 
         Returns:
-            The new consumption of the models concerned, and how many footprints were new.
+            How many footprints were new.
         """
         by_id = {footprint.identity: footprint for footprint in footprints}
         with self.status.watch():
@@ -46,7 +46,6 @@ class Store:
                     sorted(by_id),
                 )
                 fresh = [by_id[row["id"]] for row in new]
-                changed: dict[str, Consumption] = {}
                 for model in sorted({footprint.model for footprint in fresh}):
                     consumption = await self._locked_consumption(connection, model)
                     apply(consumption, [footprint for footprint in fresh if footprint.model == model])
@@ -55,11 +54,10 @@ class Store:
                         model,
                         json.dumps(consumption.to_document()),
                     )
-                    changed[model] = consumption
                 await connection.execute(
                     "DELETE FROM counted WHERE position <= (SELECT max(position) FROM counted) - $1", self._remembered
                 )
-        return changed, len(fresh)
+        return len(fresh)
 
     async def consumption(self) -> dict[str, Consumption]:
         """Consumption of every model."""
@@ -93,20 +91,19 @@ class Store:
             rows = await self._pool.fetch("SELECT message FROM evaluations ORDER BY evaluated_at, evaluation_id")
         return [Quality.model_validate_json(row["message"]) for row in rows]
 
-    async def policies(self) -> dict[str, Policy]:
-        """The last policy of every model."""
-        with self.status.watch():
-            rows = await self._pool.fetch("SELECT model, message FROM policies")
-        return {row["model"]: Policy.model_validate_json(row["message"]) for row in rows}
+    async def add_policy(self, policy: Policy, *, after: int) -> Policy:
+        """Store a policy as its model's last, with the next version; returns it with that version.
 
-    async def add_policy(self, policy: Policy) -> Policy:
-        """Store a policy as its model's last, with the next version; returns it with that version."""
+        Args:
+            after: version of the last policy that Kafka has; 0 if it has none.
+        """
         with self.status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
                 version = await connection.fetchval(
-                    "INSERT INTO policies AS known (model, version, message) VALUES ($1, 1, '{}') "
-                    "ON CONFLICT (model) DO UPDATE SET version = known.version + 1 RETURNING version",
+                    "INSERT INTO policies AS known (model, version, message) VALUES ($1, $2::bigint + 1, '{}') "
+                    "ON CONFLICT (model) DO UPDATE SET version = greatest(known.version, $2) + 1 RETURNING version",
                     policy.model,
+                    after,
                 )
                 numbered = policy.model_copy(update={"version": version})
                 await connection.execute(

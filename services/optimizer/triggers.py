@@ -20,6 +20,7 @@ class SolveInputs:
         intensities: current carbon intensity by zone.
         groups: version of the learned prompt groups; None: task labels.
         evaluation: id of the latest evaluation.
+        evaluation_seen_at: event time at which that evaluation was first considered.
         estimates: those of the last solve.
     """
 
@@ -27,6 +28,7 @@ class SolveInputs:
     intensities: Mapping[str, CurrentIntensity]
     groups: str | None
     evaluation: str | None
+    evaluation_seen_at: datetime
     estimates: Estimates
 
 
@@ -60,6 +62,19 @@ def solve_trigger(
     if published is not None and must_renew(published, now, settings):
         return "validity"
     return None
+
+
+def awaits_footprints(last: SolveInputs, now: datetime, settings: OptimizerSettings) -> bool:
+    """Whether footprints of the latest evaluation may still be on their way: the ledger publishes them later."""
+    return now - last.evaluation_seen_at <= settings.evaluation_window
+
+
+def estimates_due(last: SolveInputs, now: datetime, settings: OptimizerSettings) -> bool:
+    """Whether to look for changed estimates: soon after an evaluation, so that its verdicts and its footprints count
+    together, and otherwise rarely.
+    """
+    soon = awaits_footprints(last, now, settings)
+    return now - last.checked_at >= (settings.evaluation_interval if soon else settings.estimates_interval)
 
 
 def must_renew(published: Policy, now: datetime, settings: OptimizerSettings) -> bool:

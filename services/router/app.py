@@ -21,6 +21,7 @@ from services.router.metrics import Backlog, RouterMetrics
 from services.router.policy import PolicyCache
 from services.router.publisher import RouterPublisher
 from services.router.recovery import KafkaGroupProgress
+from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
 from services.router.tracing import TRACER_NAME, Tracing
 from shared.fleet import Fleet, FleetError, load_fleet
@@ -48,7 +49,6 @@ from shared.topics import (
     POLICIES,
     POWER_CURVES,
     PROMPT_GROUPS,
-    REQUESTS,
     RESPONSE_CHUNKS,
     RESPONSES,
     SAMPLES,
@@ -120,23 +120,25 @@ class Router:
             metrics=metrics,
             tracing=tracing,
         )
+        classes = RequestClasses(fleet=fleet, kafka=kafka, settings=settings)
         unreadable = unreadable_records(broker, kafka)
         progress = KafkaGroupProgress(
             kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS)), unreadable
         )
-        progress.watch(kafka.topic(REQUESTS))
+        progress.watch(classes.lanes)
         self.requests = RequestConsumer(
             handler.handle,
             progress,
             settings=settings,
             metrics=metrics,
             capacity=self.pools,
+            classes=classes,
             unreadable=unreadable,
-            topic_prefix=kafka.topic_prefix,
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
-        self._backlog = Backlog(lambda: subscriber.consumer, finished=self.requests.finished, metrics=metrics)
-        self._broker_started = asyncio.Event()
+        self._backlog = Backlog(
+            lambda: subscriber.consumer, finished=self.requests.finished, lanes=classes.lanes, metrics=metrics
+        )
         self._state_subscribers = (
             *subscribe_state(broker, dead_letters, self.policies, kafka=kafka),
             *subscribe_capacity(broker, dead_letters, self.pools, kafka=kafka),
@@ -159,7 +161,6 @@ class Router:
         health.spawn("load policies", self._load_policies())
         health.spawn("watch endpoints", self.pools.watch())
         health.spawn("watch backlog", self._backlog.watch())
-        health.spawn("report load", self._report_load())
         commits = health.expect_progress("commits", within_s=COMMIT_TIMEOUT_S + self.settings.commit_interval_s)
         health.spawn("commit offsets", self.requests.commit_forever(on_round=commits.made))
         try:
@@ -169,13 +170,9 @@ class Router:
             if self._tracer_provider is not None:
                 await asyncio.to_thread(self._tracer_provider.shutdown)
 
-    async def on_broker_started(self) -> None:
-        """Allow load reports, which need the producer."""
-        self._broker_started.set()
-
-    async def _report_load(self) -> None:
-        await self._broker_started.wait()
-        await self._load_reporter.run()
+    def report_load(self, health: Health) -> None:
+        """Start to publish load reports; call it once the broker has started, because before it cannot publish."""
+        health.spawn("report load", self._load_reporter.run())
 
     async def shut_down(self) -> None:
         """Finish or cancel all requests; Kafka is still connected."""
@@ -192,7 +189,7 @@ class Router:
 def subscribe_requests(
     broker: KafkaBroker, requests: RequestConsumer, *, kafka: KafkaSettings, settings: RouterSettings
 ) -> Subscriber:
-    """Subscribe to the topic `requests`; records go to the consumer as they are, in batches.
+    """Subscribe to the topics of all lanes; records go to the consumer as they are, in batches.
 
     FastStream spends 30 to 80 us on a message, a tenth of what the router needs for a request: under load a batch of
     many records is one message.
@@ -209,7 +206,7 @@ def subscribe_requests(
     subscriber = subscribe_records(
         broker,
         kafka,
-        REQUESTS,
+        *settings.lane_topics,
         group=NAME,
         max_records=settings.fetch_max_records,
         poll_ms=POLL_MS,
@@ -288,6 +285,7 @@ def build_app(
     broker, dead_letters = build_broker(
         kafka, service=NAME, clock=clock, registry=registry, message_metrics=False, linger_ms=settings.linger_ms
     )
+    dead_letters.client_topics.update(map(kafka.topic, settings.lane_topics))
     router = Router(broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("requests", router.requests.problem)
     health.add_check("endpoints", router.pools.unreachable)
@@ -297,7 +295,7 @@ def build_app(
         description=DESCRIPTION,
         kafka=kafka,
         topics=(
-            REQUESTS,
+            *settings.lane_topics,
             RESPONSES,
             RESPONSE_CHUNKS,
             SAMPLES,
@@ -313,7 +311,11 @@ def build_app(
         health=health,
         lifespan=lambda: router.running(health),
     )
-    app.after_startup(router.on_broker_started)
+
+    async def begin() -> None:
+        router.report_load(health)
+
+    app.after_startup(begin)
     app.on_shutdown(router.shut_down)
     return app
 

@@ -17,7 +17,7 @@ from shared.kafka.publish import TOO_LARGE, Publisher, check_size, declare_publi
 from shared.messages import ErrorDetail, GenerationResponse, ResponseChunk, Sample
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
-from shared.topics import REQUESTS, RESPONSE_CHUNKS, RESPONSES, SAMPLES, SOURCE_HEADER, TopicSpec
+from shared.topics import RESPONSE_CHUNKS, RESPONSES, SAMPLES, SOURCE_HEADER, TopicSpec
 
 _log = get_logger(__name__)
 
@@ -39,7 +39,6 @@ class RouterPublisher:
         }
         self._kafka = kafka
         self._dead_letters = dead_letters
-        self._requests = kafka.topic(REQUESTS)
         self._metrics = metrics
         self._tracing = tracing
 
@@ -55,7 +54,7 @@ class RouterPublisher:
             response = _too_large(response)
             await self._publish_traced(RESPONSES, response, response.request_id, fence)
         self._tracing.answered(response)
-        self._dead_letters.note_processed(self._requests)
+        self._dead_letters.note_processed(fence.partition.topic)
         return response
 
     async def publish_chunk(self, chunk: ResponseChunk, fence: RecordFence | None = None) -> None:

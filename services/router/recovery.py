@@ -129,17 +129,17 @@ class KafkaGroupProgress:
     topics: tuple[str, ...]
     unreadable: UnreadableRecords
 
-    def watch(self, requests: str) -> None:
+    def watch(self, lanes: Collection[str]) -> None:
         """Have the output topics inspected before the broker starts.
 
         Args:
-            requests: full name of the topic whose progress this is.
+            lanes: full names of the topics whose progress this is.
         """
         self.unreadable.watch_since(
             Since(
                 topics=list(self.topics),
                 group=self.group,
-                committed=requests,
+                committed=list(lanes),
                 prefix=_METADATA_PREFIX,
                 margin_ms=CLOCK_MARGIN_MS,
             )

@@ -70,7 +70,11 @@ class PromptGroups:
 
     def assign(self, prompt: str) -> str:
         """Name of a prompt's group."""
-        return self.names[self._index(extract_features(prompt))]
+        return self.assign_features(extract_features(prompt))
+
+    def assign_features(self, features: PromptFeatures) -> str:
+        """Name of the group of a prompt with these features."""
+        return self.names[self._index(features)]
 
     def assign_all(self, prompts: Sequence[str]) -> NDArray[np.int64]:
         """Index of every prompt's group in `names`, (prompts,)."""

@@ -49,6 +49,7 @@ class ServiceBroker(KafkaBroker):
             enable_idempotence=True,
             max_request_size=MAX_REQUEST_BYTES,
             linger_ms=linger_ms,
+            compression_type=None if kafka.compression == "none" else kafka.compression,
         )
         super().__init__(
             kafka.bootstrap_servers,

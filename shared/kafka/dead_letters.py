@@ -84,6 +84,9 @@ class DeadLetterPublisher:
     service stops consuming the topic, and is not ready, until it is restarted. The records stay in Kafka. Clients write
     `requests`, so only the service's own errors count there, or a client could stop the service. What is implausible
     does not count anywhere.
+
+    Attributes:
+        client_topics: full names of the topics that clients write.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class DeadLetterPublisher:
         self._kafka = kafka
         self._service = service
         self.clock = clock
+        self.client_topics = {kafka.topic(REQUESTS)}
         self._publisher: Publisher | None = None
         self._fuse = Fuse()
         self._published = Counter(
@@ -135,7 +139,7 @@ class DeadLetterPublisher:
         key = None if record.key is None else record.key[:MAX_KEY_BYTES]
         await self._publisher.publish(letter, key=key, headers=headers)
         self._published.labels(record.topic, error.reason).inc()
-        written_by_clients = record.topic == self._kafka.topic(REQUESTS)
+        written_by_clients = record.topic in self.client_topics
         if error.reason == HANDLER_ERROR or not (written_by_clients or error.reason == IMPLAUSIBLE):
             self._fuse.note_failed(record.topic)
         _log.warning(

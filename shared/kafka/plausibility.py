@@ -6,7 +6,7 @@ clock, or is not what it claims to be. All consumers of `carbon-intensity`, `pol
 becomes a dead letter with the reason `implausible`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import datetime, timedelta
 from math import prod
 from typing import Any, Final
@@ -86,8 +86,9 @@ def check_plausible(message: Message, *, key: bytes | None, clock: Clock) -> Non
             f"schema_version is newer than {SCHEMA_VERSION}, which this release knows: upgrade Sprout"
         )
     latest = clock.now() + max(MAX_AHEAD, timedelta(seconds=MAX_AHEAD_WALL_S * clock.rate))
-    subject = check(message, latest)
-    if key is not None and key != subject.encode("utf-8", errors="surrogatepass"):
+    subjects = check(message, latest)
+    names = (subjects,) if isinstance(subjects, str) else subjects
+    if key is not None and key not in {name.encode("utf-8", errors="surrogatepass") for name in names}:
         raise ImplausibleError("the key is not the name inside the message")
 
 
@@ -115,12 +116,13 @@ def _check_policy(message: Policy, latest: datetime) -> str:
     return message.model
 
 
-def _check_quality(message: Quality, latest: datetime) -> str:
+def _check_quality(message: Quality, latest: datetime) -> tuple[str, ...]:
     _not_after(latest, evaluated_at=message.evaluated_at)
     for count in message.counts:
         if count.successes > count.trials + _ROUNDING or count.trials > MAX_TRIALS:
             raise ImplausibleError("counts: more successes than trials, or too many trials")
-    return message.model
+    # Earlier releases used the model as the key.
+    return message.evaluation_id, message.model
 
 
 def _check_grouping(message: PromptGrouping, latest: datetime) -> str:
@@ -158,7 +160,7 @@ def _check_capacity(message: PoolCapacity, latest: datetime) -> str:
     return message.pool
 
 
-_CHECKS: Final[dict[type[Message], Callable[[Any, datetime], str]]] = {
+_CHECKS: Final[dict[type[Message], Callable[[Any, datetime], str | Collection[str]]]] = {
     CarbonIntensity: _check_intensity,
     Policy: _check_policy,
     Quality: _check_quality,
@@ -167,7 +169,7 @@ _CHECKS: Final[dict[type[Message], Callable[[Any, datetime], str]]] = {
     LoadReport: _check_load,
     PoolCapacity: _check_capacity,
 }
-"""By message: a check that returns the name which the record's key must be."""
+"""By message: a check that returns the name which the record's key must be, or several of which it must be one."""
 
 
 def _not_after(end: datetime, /, **times: datetime) -> None:

@@ -23,8 +23,9 @@ from shared.runtime.settings import KafkaSettings
 MEMORY_BYTES: Final = 64 * 1024 * 1024
 """What reading one record may take: about twice its unpacked size. A service has as much left of 256 MiB."""
 
-WINDOW: Final = 2_000
-"""Records of each partition of a group that are inspected: as many as a service has in hand."""
+WINDOW: Final = 70_000
+"""Records of each partition of a group that are inspected: as many as a service has in hand, most of them the requests
+that a router with the default limits has read ahead."""
 
 QUICK_RECORDS: Final = 500
 """Records read at once while nothing is suspected."""
@@ -59,14 +60,14 @@ class Since(BaseModel):
     Attributes:
         topics: that are read.
         group: whose commits.
-        committed: topic of the commits.
+        committed: topics of the commits.
         prefix: of the metadata; Unix milliseconds follow.
         margin_ms: the topics are read from so much earlier.
     """
 
     topics: list[str]
     group: str
-    committed: str
+    committed: list[str]
     prefix: str
     margin_ms: int
 
@@ -134,7 +135,7 @@ async def _windows_of_groups(
 
 
 async def _windows_since(admin: AIOKafkaAdminClient, consumer: Any, since: Since) -> Windows:  # noqa: ANN401
-    committed = await _committed(admin, since.group, await _partitions(admin, [since.committed]))
+    committed = await _committed(admin, since.group, await _partitions(admin, since.committed))
     metadata = [str(one.metadata or "") for one in committed.values()]
     times = [int(found) for one in metadata if (found := one.removeprefix(since.prefix)).isdecimal()]
     if not times:

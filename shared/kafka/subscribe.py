@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
+from aiokafka import ConsumerRebalanceListener
 from aiokafka.errors import KafkaError
-from faststream.kafka import KafkaBroker
+from faststream.kafka import KafkaBroker, KafkaMessage
 from faststream.middlewares import AckPolicy
 from pydantic import SkipValidation
 
@@ -74,14 +75,25 @@ class BatchSubscriber:
 
 
 def subscribe_compacted(
-    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, spec: TopicSpec
+    broker: KafkaBroker,
+    kafka: KafkaSettings,
+    dead_letters: DeadLetterPublisher,
+    spec: TopicSpec,
+    *,
+    is_own: bool = False,
 ) -> Subscriber:
-    """A subscriber that reads a compacted topic from its beginning at each start and stores no offset.
+    """A subscriber that reads a compacted topic, or a small one, from its beginning at each start; stores no offset.
 
     It belongs to no consumer group: every process reads every message. The handler receives a list of messages. What it
     failed to process is read again at the next start.
+
+    Args:
+        is_own: the service writes the topic, and reads back what it wrote. Its AsyncAPI document does not say so:
+            FastStream cannot describe both directions of a channel.
     """
-    return _subscribe_ungrouped(broker, kafka, dead_letters, spec, auto_offset_reset="earliest")
+    return _subscribe_ungrouped(
+        broker, kafka, dead_letters, spec, auto_offset_reset="earliest", include_in_schema=not is_own
+    )
 
 
 def subscribe_newest(
@@ -101,6 +113,7 @@ def _subscribe_ungrouped(
     spec: TopicSpec,
     *,
     auto_offset_reset: Literal["earliest", "latest"],
+    include_in_schema: bool = True,
 ) -> Subscriber:
     unreadable = unreadable_records(broker, kafka)
     pass_by = PassBy(unreadable, dead_letters, commits=False)
@@ -116,6 +129,7 @@ def _subscribe_ungrouped(
         batch_timeout_ms=POLL_MS,
         max_records=MAX_RECORDS,
         auto_offset_reset=auto_offset_reset,
+        include_in_schema=include_in_schema,
         ack_policy=AckPolicy.ACK_FIRST,
     )
     return BatchSubscriber(subscriber, dead_letters, spec, pass_by)
@@ -182,8 +196,7 @@ def subscribe_messages(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpe
 def subscribe_records(
     broker: KafkaBroker,
     kafka: KafkaSettings,
-    spec: TopicSpec,
-    *,
+    *specs: TopicSpec,
     group: str,
     max_records: int,
     poll_ms: int = POLL_MS,
@@ -194,11 +207,12 @@ def subscribe_records(
     The handler takes a `KafkaMessage`, whose `raw_message` is a tuple of aiokafka records. The service itself passes
     unreadable records by, see `unreadable_records`.
     """
-    unreadable_records(broker, kafka).watch(kafka.topic(spec), group=kafka.group(group))
+    for spec in specs:
+        unreadable_records(broker, kafka).watch(kafka.topic(spec), group=kafka.group(group))
     return _subscribe(
         broker,
         kafka,
-        spec,
+        *specs,
         batch=True,
         batch_timeout_ms=poll_ms,
         max_records=max_records,
@@ -209,11 +223,56 @@ def subscribe_records(
     )
 
 
-def _subscribe(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec, **options: Any) -> Subscriber:  # noqa: ANN401
+def join_group(
+    broker: KafkaBroker,
+    kafka: KafkaSettings,
+    spec: TopicSpec,
+    *,
+    group: str,
+    listener: ConsumerRebalanceListener,
+    **consumer_options: Any,  # noqa: ANN401
+) -> Subscriber:
+    """A member of a consumer group for which only the assignment of partitions matters: it processes no records.
+
+    Args:
+        listener: is told of the assignment, and must pause the partitions, so that nothing is fetched.
+    """
+
+    async def without_content(records: Any) -> KafkaMessage:  # noqa: ANN401 - aiokafka has no types
+        return KafkaMessage(records, b"", consumer=subscriber.consumer, correlation_id=group)
+
+    async def nothing(message: KafkaMessage) -> None:  # noqa: ARG001
+        return
+
+    subscriber = _subscribe(
+        broker,
+        kafka,
+        spec,
+        batch=True,
+        batch_timeout_ms=POLL_MS,
+        max_records=1,
+        group_id=kafka.group(group),
+        auto_offset_reset="latest",
+        ack_policy=AckPolicy.MANUAL,
+        include_in_schema=False,
+        parser=without_content,
+        decoder=nothing,
+        listener=listener,
+        **consumer_options,
+    )
+
+    @subscriber
+    async def ignore(nothing: Annotated[object, SkipValidation]) -> None:  # noqa: ARG001
+        return
+
+    return subscriber
+
+
+def _subscribe(broker: KafkaBroker, kafka: KafkaSettings, *specs: TopicSpec, **options: Any) -> Subscriber:  # noqa: ANN401
     subscriber: Subscriber = broker.subscriber(
-        kafka.topic(spec),
-        title=spec.name,
-        description=spec.description,
+        *map(kafka.topic, specs),
+        title=specs[0].name,
+        description=specs[0].description,
         # Otherwise FastStream sends a handler's result to the topic that a record's header `reply_to` names.
         no_reply=True,
         **{"parser": parse_any_headers, **options},

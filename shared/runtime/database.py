@@ -8,8 +8,10 @@ from typing import Final, TypeVar
 
 import asyncpg
 import stamina
+from asyncpg.pool import PoolConnectionProxy
 
 from shared.kafka.handling import RetryLaterError
+from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import DatabaseSettings
 
@@ -64,6 +66,10 @@ def translate_errors() -> Iterator[None]:
         if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
             raise
         raise DatabaseUnavailableError(f"PostgreSQL is unavailable ({type(error).__name__})") from error
+
+
+class MissingSchemaError(RuntimeError):
+    """The service's schema does not exist, and its role may not create it."""
 
 
 class DatabaseStatus:
@@ -155,6 +161,7 @@ async def open_pool(
     schema: str,
     wait_s: float = 120.0,
     server_settings: Mapping[str, str] | None = None,
+    metrics: DatabaseMetrics | None = None,
 ) -> asyncpg.Pool:
     """Connect, waiting for the server to start; every connection's `search_path` is the service's schema.
 
@@ -162,6 +169,7 @@ async def open_pool(
         schema: the service's own.
         wait_s: how long to wait, wall.
         server_settings: further parameters of every session.
+        metrics: of the pool's queries and connections.
 
     Raises:
         OSError, asyncpg.PostgresError: the server did not answer within `wait_s`, or rejected the login.
@@ -178,17 +186,24 @@ async def open_pool(
                     "application_name": f"sprout.{schema}",
                     **(server_settings or {}),
                 },
+                init=None if metrics is None else metrics.observe_connection,
             )
+    if metrics is not None:
+        metrics.observe_pool(pool)
     return pool
 
 
 async def migrate(pool: asyncpg.Pool, *, schema: str, package: str) -> list[str]:
     """Apply the SQL files of `package` that have not been applied to this schema, in the order of their names.
 
-    Several processes may start at once: an advisory lock lets one migrate while the others wait.
+    Several processes may start at once: an advisory lock lets one migrate while the others wait. A missing schema is
+    created, if the role may; `sprout database create` creates it for a role that may not.
 
     Returns:
         The names of the files applied now.
+
+    Raises:
+        MissingSchemaError: there is no schema, and the role may not create it.
     """
     files = sorted(
         (entry for entry in resources.files(package).iterdir() if entry.name.endswith(".sql")),
@@ -197,7 +212,7 @@ async def migrate(pool: asyncpg.Pool, *, schema: str, package: str) -> list[str]
     applied: list[str] = []
     async with pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock(hashtext($1))", f"sprout.migrate.{schema}")
-        await connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
+        await _create_schema(connection, schema)
         await connection.execute(
             f'CREATE TABLE IF NOT EXISTS "{schema}".migrations '
             "(name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
@@ -213,3 +228,18 @@ async def migrate(pool: asyncpg.Pool, *, schema: str, package: str) -> list[str]
     if applied:
         _log.info("schema migrated", schema=schema, files=applied)
     return applied
+
+
+async def _create_schema(connection: asyncpg.Connection | PoolConnectionProxy, schema: str) -> None:
+    """Create the schema if it is missing.
+
+    Not with `IF NOT EXISTS`: that needs the right to create schemas even if the schema exists.
+    """
+    if await connection.fetchval("SELECT to_regnamespace(quote_ident($1))", schema) is not None:
+        return
+    try:
+        await connection.execute(f'CREATE SCHEMA "{schema}"')
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise MissingSchemaError(
+            f"PostgreSQL has no schema {schema!r}, and this role may not create it: run 'sprout database create'"
+        ) from error

@@ -70,6 +70,8 @@ class Health:
         self._tasks: set[asyncio.Task[None]] = set()
         self.progress: dict[str, Progress] = {}
         self.failure: str | None = None
+        self.role: Callable[[], str] | None = None
+        """What this copy of the service does, for `/ready`: leader or standby; None where all copies do the same."""
 
     def add_check(self, name: str, check: Check) -> None:
         """Register a readiness check."""

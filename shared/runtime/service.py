@@ -15,11 +15,14 @@ from faststream.specification import AsyncAPI
 from prometheus_client import CollectorRegistry, make_asgi_app
 from pydantic import ValidationError
 
+from shared.kafka.admin import warn_of_drift
 from shared.kafka.broker import ServiceBroker, unreadable_records, wait_for_kafka
 from shared.kafka.parsing import describe
 from shared.kafka.status import KafkaStatus
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger
+from shared.runtime.printable import printable
+from shared.runtime.service_metrics import LagMeter, register_build_and_process
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
 from shared.topics import TopicSpec
 
@@ -64,15 +67,18 @@ def build_service(
     @get(description="Readiness")
     async def ready(scope: Scope) -> AsgiResponse:  # noqa: ARG001
         problems = health.problems()
-        return (
-            _json(503, {"status": "not ready", "problems": problems}) if problems else _json(200, {"status": "ready"})
-        )
+        role = {} if health.role is None else {"role": health.role()}
+        if problems:
+            return _json(503, {"status": "not ready", **role, "problems": problems})
+        return _json(200, {"status": "ready", **role})
 
     @asynccontextmanager
     async def service_lifespan() -> AsyncIterator[None]:
         await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
+        await warn_of_drift(kafka, topics)
         await unreadable_records(broker, kafka).inspect()
         async with lifespan() if lifespan is not None else _nothing():
+            health.spawn("measure lag", lag.run())
             try:
                 health.spawn("check Kafka", kafka_status.check_forever())
                 yield
@@ -89,6 +95,8 @@ def build_service(
     kafka_status = KafkaStatus(kafka, kafka.topic(topics[0]))
     health.add_check("kafka", kafka_status.problem)
     registry.register(ProgressCollector(health))
+    register_build_and_process(registry, service=name, version=VERSION)
+    lag = LagMeter(broker, registry)
     if isinstance(broker, ServiceBroker):
         health.add_check("dead letters", broker.dead_letters.problem)
     health.add_check("broker", lambda: None if started else "not started yet")
@@ -119,9 +127,9 @@ def run_service(
         http, logs = HttpSettings(), LogSettings()
         app = build()
     except ValidationError as error:
-        sys.exit(f"{name}: {describe(error, root=error.title)}")
+        sys.exit(printable(f"{name}: {describe(error, root=error.title)}", keep="\n"))
     except configuration_errors as error:
-        sys.exit(f"{name}: {error}")
+        sys.exit(printable(f"{name}: {error}", keep="\n"))
     configure_logging(name, logs)
     server = uvicorn.Server(
         uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)

@@ -89,6 +89,17 @@ class KafkaSettings(BaseSettings):
         description="How long a starting service waits for a broker and its topics, wall",
         validation_alias=AliasChoices("sprout_kafka_connect_timeout_s", "sprout_kafka_connect_attempts_s"),
     )
+    compression: Literal["none", "gzip", "lz4", "zstd"] = Field(
+        default="none",
+        description="How a service compresses what it sends; every reader of its topics must know the codec, and only "
+        "gzip needs no further package in aiokafka",
+    )
+    leader_session_timeout_s: float = Field(
+        default=6.0,
+        ge=1.0,
+        description="A leader that Kafka has not heard of for so long is replaced by a standby, wall; not below the "
+        "broker's group.min.session.timeout.ms",
+    )
 
     security_protocol: SecurityProtocol = Field(default="PLAINTEXT", description="Protocol of the broker's listener")
     sasl_mechanism: SaslMechanism | None = Field(default=None, description="With SASL_*; as the broker is configured")
@@ -300,7 +311,7 @@ class DatabaseSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SPROUT_DATABASE_", extra="ignore", hide_input_in_errors=True)
 
     url: SecretStr = Field(
-        default=SecretStr("postgresql://sprout:sprout@localhost:5432/sprout"),
+        default=SecretStr("postgresql://sprout@localhost:5432/sprout"),
         description="postgresql://user:password@host:port/database, or a socket with ?host=/path",
     )
     password_file: Path | None = Field(default=None, description="File with the password, for a URL without one")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shared.messages import CarbonIntensity
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY
+from tests.support.processes import leader
 from tests.support.router import ZONE, fleet_toml
 
 pytestmark = pytest.mark.integration
@@ -24,9 +26,9 @@ GAP = DAY + 3 * HOUR
 HEADER = "Datetime (UTC),Zone Id,Carbon Intensity gCO₂eq/kWh (direct)\n"
 
 
-def write_trace(path: Path) -> Path:
-    """Two days before and one day from `DAY` on, each hour its own value, one hour without."""
-    hours = [DAY + number * HOUR for number in range(-48, 24)]
+def write_trace(path: Path, *, hours_before: int = 48) -> Path:
+    """Some hours before and one day from `DAY` on, each hour its own value, one hour without."""
+    hours = [DAY + number * HOUR for number in range(-hours_before, 24)]
     rows = [f"{at:%Y-%m-%d %H:%M:%S},{ZONE},{'' if at == GAP else 200 + at.hour}\n" for at in hours]
     path.write_text(HEADER + "".join(rows), encoding="utf-8")
     return path
@@ -38,9 +40,12 @@ class Feeds:
     def __init__(self, supervisor: Supervisor, kafka: KafkaSettings, folder: Path) -> None:
         self.supervisor, self.kafka, self.folder = supervisor, kafka, folder
         self.name = f"{kafka.topic_prefix}carbon_feed"
+        self.copies: list[str] = []
         (folder / "fleet.toml").write_text(fleet_toml(["127.0.0.1:9"]))
 
-    def start(self, chain: list[dict[str, object]], *, clock: Clock, zone: str = ZONE) -> None:
+    def start(self, chain: list[dict[str, object]], *, clock: Clock, zone: str = ZONE, copy: str = "") -> str:
+        name = self.name + copy
+        self.copies.append(name)
         environment = ServiceEnvironment(
             bootstrap_servers=self.kafka.bootstrap_servers,
             topic_prefix=self.kafka.topic_prefix,
@@ -49,36 +54,45 @@ class Feeds:
             clock=clock.environment(),
         )
         settings = {
+            "SPROUT_KAFKA_GROUP_PREFIX": self.kafka.group_prefix,
             "SPROUT_CARBON_FEED_PROVIDERS": json.dumps({zone: chain}),
             "SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN": "secret-token",
             "SPROUT_CARBON_FEED_ELECTRICITY_MAPS_URL": "http://127.0.0.1:9",  # nobody listens there
         }
         (port,) = free_ports(1)
         self.supervisor.start(
-            service_spec("carbon_feed", port=port, environment=environment, settings=settings, name=self.name)
+            service_spec("carbon_feed", port=port, environment=environment, settings=settings, name=name)
         )
+        return name
 
-    async def logged(self, text: str) -> None:
-        for _ in range(100):
-            if text in self.log():
+    async def leader(self, *, other_than: str = "") -> str:
+        """The copy that is the leader, once another one than this is."""
+        return await leader(self.supervisor, [name for name in self.copies if name != other_than])
+
+    async def logged(self, text: str, *, name: str = "") -> None:
+        for _ in range(600):
+            if text in self.log(name):
                 return
             await asyncio.sleep(0.05)
         raise AssertionError(f"the log never says {text!r}")
 
-    def log(self) -> str:
-        return self.supervisor.process(self.name).log.read_text()
+    def log(self, name: str = "") -> str:
+        return self.supervisor.process(name or self.name).log.read_text()
 
 
 @pytest.fixture
 def feeds(supervisor: Supervisor, kafka: KafkaSettings, tmp_path: Path):
     made = Feeds(supervisor, kafka, tmp_path)
     yield made
-    if made.name in supervisor.names:
-        supervisor.stop(made.name)
+    for name in made.copies:
+        if name in supervisor.names:
+            supervisor.stop(name)
 
 
-async def read(kafka: KafkaSettings, *, messages: int) -> list[CarbonIntensity]:
-    """The first messages of the zone; each is keyed by it."""
+async def read(
+    kafka: KafkaSettings, *, messages: int = 0, published_after: datetime | None = None
+) -> list[CarbonIntensity]:
+    """The first messages of the zone, so many or up to one that was published after a time; each is keyed by it."""
     found: list[CarbonIntensity] = []
     async with (
         asyncio.timeout(30),
@@ -89,7 +103,7 @@ async def read(kafka: KafkaSettings, *, messages: int) -> list[CarbonIntensity]:
         async for record in consumer:
             assert record.key == ZONE.encode()
             found.append(CarbonIntensity.model_validate_json(record.value))
-            if len(found) == messages:
+            if len(found) == messages or (published_after and found[-1].published_at > published_after):
                 return found
     raise AssertionError("unreachable")
 
@@ -115,6 +129,41 @@ async def test_if_the_live_provider_cannot_be_reached_the_next_one_is_used_and_n
     assert (message.source, message.latest.intensity_g_per_kwh) == ("constant", 412.5)
     await feeds.logged("electricity_maps cannot be reached")
     assert "secret-token" not in feeds.log()
+
+
+async def test_a_restart_keeps_the_window_although_the_provider_offers_a_shorter_one(feeds, kafka, tmp_path):
+    clock = Clock.starting(DAY, rate=1800.0)
+    name = feeds.start([{"kind": "csv", "path": str(write_trace(tmp_path / "long.csv"))}], clock=clock)
+    (before,) = await read(kafka, messages=1)
+    feeds.supervisor.stop(name)
+    short = write_trace(tmp_path / "short.csv", hours_before=1)
+    feeds.start([{"kind": "csv", "path": str(short)}], clock=clock)
+    after = (await read(kafka, messages=2))[1]
+    assert after.source == "csv:short.csv"
+    assert after.latest.at > before.latest.at
+    assert after.history[0].at == before.history[0].at == DAY - 48 * HOUR
+
+
+async def test_of_two_feeds_one_publishes_and_the_other_takes_over(feeds, kafka, tmp_path):
+    clock = Clock.starting(DAY, rate=1800.0)
+    chain = [{"kind": "csv", "path": str(write_trace(tmp_path / "trace.csv")), "repeat": True}]
+    names = {feeds.start(chain, clock=clock, copy=copy) for copy in ("-a", "-b")}
+    frozen = await feeds.leader()
+    (standby,) = names - {frozen}
+    process = feeds.supervisor.process(frozen)
+    process.signal(signal.SIGSTOP)
+    try:
+        assert await feeds.leader(other_than=frozen) == standby
+        await read(kafka, published_after=clock.now())
+    finally:
+        process.signal(signal.SIGCONT)
+    await feeds.logged("re-joining group", name=frozen)
+    killed = await feeds.leader()
+    feeds.supervisor.kill(killed)
+    await feeds.leader(other_than=killed)
+    messages = await read(kafka, published_after=clock.now())
+    published = [message.latest.at for message in messages]
+    assert published == sorted(set(published))  # none twice, none of them late
 
 
 @pytest.mark.parametrize(

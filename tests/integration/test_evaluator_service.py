@@ -1,6 +1,7 @@
 """The evaluator as a process, on real Kafka, PostgreSQL, and a Triton server with stand-in model and judge."""
 
 import asyncio
+import signal
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -27,6 +28,7 @@ from tests.support.evaluator import (
     shares,
     start_judged_triton,
 )
+from tests.support.processes import leader
 from tests.support.router import MODEL, ZONE, Producer, TritonServer, producing, question, reading
 
 pytestmark = pytest.mark.integration
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.integration
 BIAS = 0.5
 PROMPTS = 240
 RATE = 60.0
+TOKEN = "token-of-these-tests"
 DEADLINE_S = 120.0
 """Bounds the waits of the test that stops PostgreSQL; it passes as soon as the event occurs."""
 CLOCK = Clock.starting(datetime(2023, 2, 10, 12, tzinfo=UTC), rate=RATE)
@@ -59,6 +62,7 @@ def evaluators(
         "SPROUT_EVALUATOR_MIN_SAMPLES": "30",
         "SPROUT_EVALUATOR_GRACE_H": "0",
         "SPROUT_EVALUATOR_RETRY_PAUSE_S": "0.5",
+        "SPROUT_EVALUATOR_HTTP_TOKEN": TOKEN,
     }
     running = EvaluatorProcess(supervisor, kafka, database, fleet, CLOCK, settings)
     yield running
@@ -99,7 +103,7 @@ async def test_published_shares_follow_the_preferences_although_the_judge_is_bia
     async with reading(kafka, QUALITY) as found, reading(kafka, USAGE) as used:
         await found.read(until=1)
         (quality,) = qualities(found)
-        assert found.records[0].key == MODEL.encode()
+        assert found.records[0].key == quality.evaluation_id.encode()
         assert (quality.model, quality.trigger, quality.prompts) == (MODEL, "first", PROMPTS)
         measured = shares(quality.counts, group="qa")
         # Abstentions do not depend on the preferred level; three standard deviations of 180 prompts.
@@ -243,6 +247,29 @@ async def test_an_evaluation_interrupted_by_a_kill_is_repeated(kafka, database, 
     assert (kept[0]["n"], kept[0]["used"]) == (60, 60)
 
 
+async def test_a_frozen_leader_is_replaced_and_publishes_nothing_when_it_wakes(kafka, database, evaluators, producer):
+    await send_samples(producer, range(60))
+    names = [evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1") for _ in range(2)]
+    async with reading(kafka, USAGE) as used, reading(kafka, QUALITY) as found:
+        await used.read(until=5)
+        frozen = await leader(evaluators.supervisor, names)
+        (standby,) = set(names) - {frozen}
+        evaluators.supervisor.process(frozen).signal(signal.SIGSTOP)
+        try:
+            assert await leader(evaluators.supervisor, [standby]) == standby
+            await used.read(until=10)
+        finally:
+            evaluators.supervisor.process(frozen).signal(signal.SIGCONT)
+        await found.read(until=1)
+        await found.read(settle_s=0.5)
+        (quality,) = qualities(found)
+        assert quality.prompts == 60
+        rows = await stored(database, "SELECT status FROM evaluator.evaluations")
+        assert Counter(row["status"] for row in rows)["finished"] == 1
+    kept = await stored(database, "SELECT sum(evaluations) AS used FROM evaluator.reservoir")
+    assert kept[0]["used"] == 60
+
+
 async def test_it_waits_while_postgresql_is_unavailable_and_then_continues(
     kafka, database, evaluators, producer, supervisor
 ):
@@ -264,9 +291,33 @@ async def test_it_waits_while_postgresql_is_unavailable_and_then_continues(
     assert supervisor.process(name).alive
 
 
+async def test_a_request_is_accepted_only_with_the_token_and_by_the_leader(kafka, evaluators, producer):
+    await send_samples(producer, range(40))
+    names = [evaluators.start() for _ in range(2)]
+    leading = await leader(evaluators.supervisor, names)
+    (standby,) = set(names) - {leading}
+    url = evaluators.url(leading)
+    async with reading(kafka, QUALITY) as found:
+        await found.read(until=1)
+        assert (await request_evaluation(url, token="wrong"))[0] == 401
+        status, body = await request_evaluation(evaluators.url(standby))
+        assert (status, "stands by" in body) == (409, True)
+        await ask_for_evaluation(url)
+        await found.read(until=2)
+        assert [one.trigger for one in qualities(found)] == ["first", "requested"]
+
+
 async def ask_for_evaluation(url: str) -> None:
-    request = urllib.request.Request(f"{url}/evaluations?model={MODEL}", method="POST")
-    assert (await asyncio.to_thread(urllib.request.urlopen, request)).status == 202
+    await wait_until_ready_is(url + "/ready", 200, mentions="leader")
+    response = await request_evaluation(url)
+    assert response[0] == 202, response
+
+
+async def request_evaluation(url: str, token: str = TOKEN) -> tuple[int, str]:
+    request = urllib.request.Request(
+        f"{url}/evaluations?model={MODEL}", method="POST", headers={"Authorization": f"Bearer {token}"}
+    )
+    return await asyncio.to_thread(answer, request)
 
 
 async def wait_until_ready_is(url: str, status: int, *, mentions: str = "") -> None:
@@ -281,7 +332,7 @@ async def wait_until_ready_is(url: str, status: int, *, mentions: str = "") -> N
         raise AssertionError(f"{url} responds {found}, not {status} with {mentions!r}, after {DEADLINE_S} s") from None
 
 
-def answer(url: str) -> tuple[int, str]:
+def answer(url: str | urllib.request.Request) -> tuple[int, str]:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return response.status, response.read().decode()

@@ -1,6 +1,9 @@
 """The local Kafka and PostgreSQL have the properties that the services need."""
 
 import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import asyncpg
 import pytest
@@ -8,10 +11,13 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
+from click.testing import Result
+from typer.testing import CliRunner
 
-from shared.kafka.admin import create_topics
+from shared.kafka.admin import create_topics, plan_topics, read_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
-from shared.topics import DEAD_LETTERS, POLICIES, REQUESTS, TOPICS
+from shared.topics import DEAD_LETTERS, POLICIES, QUALITY, REQUESTS, TOPICS, TopicSpec
+from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
 
@@ -20,7 +26,65 @@ async def test_every_declared_topic_exists_and_a_second_creation_changes_nothing
     again = await create_topics(kafka)
     assert {one.topic for one in again} == {kafka.topic(spec) for spec in TOPICS}
     assert not any(one.created for one in again)
-    assert all(not one.note for one in again)
+    assert not any(one.changed or one.drift for one in again)
+    assert await plan_topics(kafka) == []
+
+
+async def test_existing_topics_are_changed_as_far_as_nothing_is_lost_and_the_rest_is_reported(kafka, monkeypatch):
+    def sprout(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["topics", *arguments, "--bootstrap", kafka.bootstrap_servers])
+
+    async def differ(expected: set[tuple[str, str, str]]) -> None:
+        """Wait for these differences: the broker learns of a change after the controller."""
+        found: set[tuple[str, str, str]] = set()
+        try:
+            async with asyncio.timeout(20):
+                while found != expected:
+                    plan = await plan_topics(kafka)
+                    found = {(one.topic.removeprefix(kafka.topic_prefix), one.setting, one.how) for one in plan}
+        except TimeoutError:
+            raise AssertionError(found) from None
+
+    monkeypatch.setenv("SPROUT_KAFKA_TOPIC_PREFIX", kafka.topic_prefix)
+    overrides = {"requests": {"partitions": 14, "retention_h": 200}, "samples": {"partitions": 2, "retention_h": 1}}
+    monkeypatch.setenv("SPROUT_TOPICS_OVERRIDES", json.dumps(overrides))
+    # As an earlier release had it, with a value that an operator has set.
+    earlier = {**QUALITY.configuration(), "cleanup.policy": "compact", "segment.bytes": "2000000"}
+    await configure(kafka, QUALITY, earlier)
+    harmless = {("requests", "partitions", "apply"), ("requests", "retention.ms", "apply")}
+    harmful = {("samples", "retention.ms", "loses"), ("quality", "cleanup.policy", "loses")}
+    impossible = {("samples", "partitions", "manual")}
+    await differ(harmless | harmful | impossible)
+    planned = await asyncio.to_thread(sprout, "plan")
+    assert planned.exit_code == 1
+    assert "requests: partitions 12 -> 14" in planned.output
+    created = await asyncio.to_thread(sprout, "create")
+    assert created.exit_code == 0, created.output
+    await differ(harmful | impossible)
+    await asyncio.to_thread(sprout, "create", "--allow-loss")
+    await differ(impossible)
+    async with administering(kafka) as admin:
+        topic = kafka.topic(QUALITY)
+        found = (await read_topics(admin, [topic]))[topic]
+    assert found.overridden["segment.bytes"] == "2000000"
+    assert (found.configuration["retention.ms"], found.configuration["cleanup.policy"]) == ("31536000000", "delete")
+
+
+@asynccontextmanager
+async def administering(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    await admin.start()
+    try:
+        yield admin
+    finally:
+        await admin.close()
+
+
+async def configure(kafka: KafkaSettings, spec: TopicSpec, values: dict[str, str]) -> None:
+    """Set these values on a topic, and no others."""
+    async with administering(kafka) as admin:
+        (answer,) = await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, kafka.topic(spec), values)])
+        assert [code for code, *_ in answer.resources] == [0], answer
 
 
 @pytest.mark.parametrize("spec", [POLICIES, DEAD_LETTERS], ids=lambda spec: spec.name)

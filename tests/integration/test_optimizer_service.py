@@ -47,6 +47,7 @@ from shared.topics import (
     QUALITY,
     TopicSpec,
 )
+from tests.support.processes import leader
 from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
@@ -146,6 +147,17 @@ class Peers:
                 if wanted(found):
                     return found
         raise AssertionError("unreachable")
+
+    async def versions(self) -> list[int]:
+        """The versions of all policies so far."""
+        (partition,) = self.consumer.assignment()
+        (end,) = (await self.consumer.end_offsets([partition])).values()
+        await self.consumer.seek_to_beginning(partition)
+        found: list[int] = []
+        async with asyncio.timeout(30):
+            while await self.consumer.position(partition) < end:
+                found.append(Policy.model_validate_json((await self.consumer.getone()).value).version)
+        return found
 
     async def plan(self, wanted, *, within_s: float = 30.0) -> PoolCapacity:
         async with asyncio.timeout(within_s):
@@ -270,12 +282,10 @@ async def test_evidence_becomes_a_policy_and_a_restart_continues_where_it_was(su
             supervisor.kill(name)
             await around.send(FOOTPRINTS, "f", *(footprint(n, "L0") for n in range(40)))  # redelivered
             name = start(supervisor, kafka, database, fleet)
-            again = await around.policy(lambda one: one.version > bold.version)
-            assert again.version == bold.version + 1
-            assert again.row("qa") == pytest.approx(bold.row("qa"), abs=0.01)
-
             await around.send(CARBON_INTENSITY, "GB", intensity(100.0))
-            clean = await around.policy(lambda one: one.inputs.k0_g_per_kwh == 100.0)
+            clean = await around.policy(lambda one: one.version > bold.version)
+            assert clean.version == bold.version + 1
+            assert clean.inputs.k0_g_per_kwh == 100.0  # the last policy was published, so it was not repeated
             assert clean.bounds["preference"] == 1.0
             assert clean.row("qa") == {"p/L0": 1.0}
             assert clean.inputs.estimates["qa"]["p/L0"].requests == pytest.approx(40.0, rel=0.01)
@@ -289,10 +299,58 @@ async def test_evidence_becomes_a_policy_and_a_restart_continues_where_it_was(su
 
             supervisor.kill(name)
             name = start(supervisor, kafka, database, fleet)
+            await around.send(CARBON_INTENSITY, "GB", intensity(250.0))
             again = await around.policy(lambda one: one.version > grouped.version)
             assert again.group_version == "v"  # it waited for the topic of prompt groups to be read
     finally:
         supervisor.stop(name)
+
+
+async def test_footprints_that_follow_an_evaluation_make_a_policy_at_once(supervisor, kafka, database, tmp_path):
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(FLEET)
+    settings = {"SPROUT_OPTIMIZER_ESTIMATES_INTERVAL_MIN": "600", "SPROUT_OPTIMIZER_EVALUATION_INTERVAL_S": "1"}
+    name = start(supervisor, kafka, database, fleet, **settings)
+    try:
+        async with peers(kafka) as around:
+            await around.send(CARBON_INTENSITY, "GB", intensity(292.0))
+            await around.send(FOOTPRINTS, "f", *(footprint(n, "L0") for n in range(40)))
+            # While the optimizer was away, two evaluations of the model came in: both count.
+            await around.send(QUALITY, "e1", quality("e1", successes={"L0": 60, "L1": 40}))
+            await around.send(QUALITY, "e2", quality("e2", successes={"L0": 60, "L1": 40}))
+            first = await around.policy(lambda one: one.inputs.weights.get("qa") == 1.0)
+            assert "footprints" in first.reason
+            await around.send(FOOTPRINTS, "f", *(footprint(n, "L1") for n in range(40)))
+            useful = await around.policy(lambda one: one.row("qa").get("p/L1", 0.0) > 0)
+            assert useful.inputs.estimates["qa"]["p/L1"].trials == pytest.approx(200.0, rel=0.01)
+    finally:
+        supervisor.stop(name)
+
+
+async def test_of_two_optimizers_one_publishes_and_the_other_takes_over(supervisor, kafka, database, tmp_path):
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(FLEET)
+    names = [start(supervisor, kafka, database, fleet) for _ in range(2)]
+    try:
+        async with peers(kafka) as around:
+            await around.send(CARBON_INTENSITY, "GB", intensity(292.0))
+            for level in ("L0", "L1"):  # both copies count them
+                await around.send(FOOTPRINTS, level, *(footprint(n, level) for n in range(40)))
+            await around.send(QUALITY, "e1", quality("e1", successes={"L0": 60, "L1": 40}))
+            before = await around.policy(lambda one: one.row("qa").get("p/L1", 0.0) > 0.1)
+            killed = await leader(supervisor, names)
+            supervisor.kill(killed)
+            (left,) = set(names) - {killed}
+            assert await leader(supervisor, [left]) == left
+            await around.send(CARBON_INTENSITY, "GB", intensity(100.0))
+            after = await around.policy(lambda one: one.inputs.k0_g_per_kwh == 100.0)
+            assert after.inputs.estimates["qa"]["p/L1"].requests == pytest.approx(40.0, rel=0.01)
+            assert after.version > before.version
+            versions = await around.versions()
+            assert versions == list(range(1, after.version + 1))  # none twice
+    finally:
+        for name in set(names) & set(supervisor.names):
+            supervisor.stop(name)
 
 
 async def test_curves_and_load_reports_become_prices_and_awake_endpoints(supervisor, kafka, database, tmp_path):

@@ -13,8 +13,6 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
 from deploy.local.processes import Supervisor
-from services.evaluator.store import EvaluationStore
-from shared.runtime.database import DatabaseStatus, open_pool
 from shared.runtime.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, RESPONSES, SAMPLES, TopicSpec
 from tests.support.contract import EXAMPLES
@@ -78,22 +76,6 @@ async def test_outages_of_postgresql_and_kafka(services, supervisor, kafka):
     async with asyncio.timeout(60):
         while not all([await consumed(kafka, group, spec) for group, spec in GROUPS]):  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.2)
-
-
-async def test_a_claimed_evaluation_ends_although_postgresql_was_shut_down(database, supervisor):
-    pool = await open_pool(database, schema="evaluator")
-    status = DatabaseStatus()
-    try:
-        async with EvaluationStore(pool, status).claim("m") as claimed:
-            assert claimed
-            spec = supervisor.process("postgres").spec
-            supervisor.stop("postgres")
-        assert "PostgreSQL is unavailable" in (status.problem() or "")
-    finally:
-        await asyncio.to_thread(supervisor.spawn(spec).wait_ready)
-    async with EvaluationStore(pool, status).claim("m") as claimed:
-        assert claimed
-    await pool.close()
 
 
 @contextmanager

@@ -36,8 +36,7 @@ async def test_the_optimizer_counts_the_footprints_of_requests_under_one_id(data
         counted = []
 
         async def count(*footprints: Footprint) -> int:
-            _, number = await store.count(footprints, lambda _, fresh: counted.extend(fresh))
-            return number
+            return await store.count(footprints, lambda _, fresh: counted.extend(fresh))
 
         records = [f"requests/0/{offset}/1" for offset in range(60)]
         assert await count(*(footprint(record) for record in records)) == 60
@@ -70,7 +69,9 @@ async def test_the_evaluator_keeps_samples_under_one_id_and_those_of_an_earlier_
             earlier.model_dump_json(),
         )
         await migrate(pool, schema=schema, package=evaluator_migrations.__name__)
-        store = SampleStore(pool, status, samples_per_group=100, max_age=timedelta(days=1), draw_key=b"k" * 16)
+        store = SampleStore(
+            pool, status, samples_per_group=100, samples_per_model=100, max_age=timedelta(days=1), draw_key=b"k" * 16
+        )
         samples = [
             earlier.model_copy(update={"request_id": "the same", "record": f"requests/0/{offset}/1"})
             for offset in range(60)

@@ -46,7 +46,10 @@ def learned_grouping(
     *,
     traffic: Mapping[str, float] | None = None,
     energy: EnergyByPool | None = None,
+    learn_from: int = 3_000,
 ) -> LearnedGrouping:
     """Groups learned from prompts that were judged at L0 and L1."""
-    training = TrainingSet.select(prompts, ("L0", "L1"), minimum=0)
-    return learn_grouping(model, training, traffic=traffic or {}, energy=energy or {}, learned_at=NOW)
+    judged = TrainingSet.select(prompts, ("L0", "L1"), minimum=0)
+    return learn_grouping(
+        model, judged, learn_from=learn_from, traffic=traffic or {}, energy=energy or {}, learned_at=NOW
+    )

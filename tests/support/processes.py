@@ -1,7 +1,10 @@
-"""Triton servers and routers as processes, and the restart of exited processes."""
+"""Triton servers and routers as processes, the restart of exited processes, and which copy of a service leads."""
 
+import asyncio
+import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import urllib.request
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +65,29 @@ def restart_exited(supervisor: Supervisor, names: Iterable[str]) -> list[Process
             exits.append(ProcessExit(name, time.monotonic(), str(error)))
             supervisor.respawn(name)
     return exits
+
+
+async def leader(supervisor: Supervisor, names: Collection[str], *, within_s: float = 60.0) -> str:
+    """The one of some copies of a service that says that it is the leader; waits for that.
+
+    Raises:
+        TimeoutError: none does within `within_s` (wall).
+    """
+    async with asyncio.timeout(within_s):
+        while True:
+            for name in names:
+                if await asyncio.to_thread(_role, supervisor, name) == "leader":
+                    return name
+            await asyncio.sleep(0.1)
+
+
+def _role(supervisor: Supervisor, name: str) -> str | None:
+    """What a copy of a service says it is; None while it does not answer, or is not ready."""
+    try:
+        with urllib.request.urlopen(f"{supervisor.process(name).spec.url}/ready", timeout=1) as response:
+            return str(json.load(response).get("role"))
+    except OSError:
+        return None
 
 
 def triton_spec(

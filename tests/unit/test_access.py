@@ -45,10 +45,13 @@ def test_every_command_names_one_principal_and_one_resource() -> None:
 def test_the_command_prints_what_a_shell_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPROUT_KAFKA_BOOTSTRAP_SERVERS", "k:9092")
     result = CliRunner().invoke(app, ["topics", "acls", "carbon-feed"])
-    assert result.output == (
-        "kafka-acls.sh --bootstrap-server k:9092 --add --allow-principal User:sprout-carbon-feed --operation Write "
-        "--topic sprout.carbon-intensity\n"
-    )
+    start = "kafka-acls.sh --bootstrap-server k:9092 --add --allow-principal User:sprout-carbon-feed --operation"
+    assert result.output.splitlines() == [
+        f"{start} Read --topic sprout.carbon-intensity",
+        f"{start} Write --topic sprout.carbon-intensity",
+        f"{start} Write --topic sprout.dead-letters",
+        f"{start} Read --group sprout.carbon_feed.leader",
+    ]
     assert CliRunner().invoke(app, ["topics", "acls", "nobody"]).exit_code == 1
 
 

@@ -32,7 +32,7 @@ RECEIVED = {
     },
 }
 SENT = {
-    "carbon_feed": {"carbon-intensity"},
+    "carbon_feed": {"carbon-intensity", "dead-letters"},
     "router": {"responses", "response-chunks", "samples", "load-reports", "dead-letters"},
     "optimizer": {"policies", "capacity", "dead-letters"},
     "evaluator": {"quality", "usage", "prompt-groups", "load-reports", "dead-letters"},

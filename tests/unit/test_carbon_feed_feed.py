@@ -107,6 +107,36 @@ async def test_between_two_values_only_the_latest_is_asked_for() -> None:
     assert len(fixture.published) == 1
 
 
+async def test_what_was_published_before_is_continued_unless_it_cannot_be_compared() -> None:
+    def earlier(at: datetime, **changes: object) -> CarbonIntensity:
+        latest = IntensityPoint(at=at, intensity_g_per_kwh=90.0)
+        history = [IntensityPoint(at=at - n * HOUR, intensity_g_per_kwh=80.0 + n) for n in range(30, 0, -1)]
+        message = CarbonIntensity(zone="DE", latest=latest, history=history, source="x", published_at=at)
+        return message.model_copy(update=changes)
+
+    provider = Faulty(history=NoDataError("no history"))
+    fixture = Fixture(provider)
+    before = NOW.replace(minute=0) - HOUR
+    for useless in (
+        earlier(before, zone="FR"),
+        earlier(before, scope="life-cycle"),
+        earlier(NOW + HOUR),  # from a replay
+    ):
+        fixture.feed.restore(useless)
+        assert fixture.feed.problem() is not None
+    fixture.feed.restore(earlier(before))
+    assert fixture.feed.problem() is None
+    await fixture.poll()
+    (message,) = fixture.published
+    assert [point.intensity_g_per_kwh for point in message.history] == [
+        *(float(80 + n) for n in range(23, 0, -1)),
+        90.0,
+    ]
+    fixture.feed.restore(message)
+    await fixture.poll()
+    assert len(fixture.published) == 1
+
+
 async def test_without_an_answer_it_is_not_ready_says_why_and_waits_as_long_as_the_provider_says() -> None:
     fixture = Fixture(Faulty(latest=RateLimitedError("asked too often", retry_after_s=90.0)))
     assert await fixture.poll() == 90.0

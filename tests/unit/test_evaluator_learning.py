@@ -156,3 +156,19 @@ async def test_without_learned_groups_a_published_version_is_withdrawn():
     assert store.current.version is not None
     await GroupLearner(store, EvaluatorSettings(prompt_groups="task"), levels=LEVELS).withdraw_if_disabled(["m"], later)
     assert (store.current.version, store.current.learned_at) == (None, later)
+
+
+def test_every_verdict_counts_whatever_the_groups_are_learned_from():
+    prompts = judged_kinds(400, seed=3)
+    learned = learned_grouping("m", prompts, learn_from=200)
+    counted = sum(
+        count.trials
+        for evidence in learned.message.evidence
+        for count in evidence.counts
+        if count.option == prompts[0].answers[0].options[0]
+    )
+    assert counted == len(prompts) == learned.message.prompts == len(learned.group_of)
+    # An earlier verdict, which nothing was learned from, counts in the group that a request like it gets.
+    groups = unpack(learned.message)
+    assert all(learned.group_of[one.id] == groups.assign_features(one.features) for one in prompts[:200])
+    assert learned.message.version == learned_grouping("m", prompts[200:]).message.version

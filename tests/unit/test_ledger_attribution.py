@@ -222,7 +222,8 @@ def test_the_work_is_proportional_to_the_number_of_calls_and_intervals():
             found = attribute(metered, running, idle_power_w=10, prefill_weight=0, curve=SHARED)
         finally:
             sys.settrace(before)
-        assert sum(one.attributed_j for one in found) == pytest.approx(90.0 * (0.5 * count + 10.0), rel=1e-3)
+        assert sum(one.attributed_j for one in found) == pytest.approx(90.0 * min(count, 0.5 * count + 10.0), rel=0.02)
         return run
 
+    lines_run(1)  # what is done once in a process does not count
     assert lines_run(800) < 2.2 * lines_run(400)

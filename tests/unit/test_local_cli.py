@@ -35,7 +35,21 @@ def sprout(*arguments: str):
 def test_the_help_lists_every_subcommand_with_a_summary():
     result = sprout("--help")
     assert result.exit_code == 0
-    for name in ("demo", "up", "down", "status", "logs", "send", "report", "simulate", "topics", "asyncapi", "policy"):
+    for name in (
+        "demo",
+        "up",
+        "down",
+        "status",
+        "logs",
+        "send",
+        "report",
+        "simulate",
+        "topics",
+        "asyncapi",
+        "policy",
+        "evaluate",
+        "database",
+    ):
         assert f" {name} " in result.stdout
     assert "Send a prompt over Kafka" in result.stdout
 
@@ -55,6 +69,52 @@ def test_without_a_stack_the_error_says_how_to_start_one(command):
     assert result.exit_code == 3
     assert "no local stack is running" in result.stderr
     assert "sprout up" in result.stderr
+
+
+class EvaluatorStub(BaseHTTPRequestHandler):
+    """Answers as the evaluator does, with hostile text in an error."""
+
+    def do_POST(self) -> None:
+        right = self.headers["Authorization"] == "Bearer right-token-of-it"
+        status, body = (202, {"status": "requested"}) if right else (401, {"error": "\x1b]0;owned\x07"})
+        assert self.path == "/evaluations?model=m+1"
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def test_evaluate_says_what_the_evaluator_answers(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), EvaluatorStub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/"
+    token = tmp_path / "token"
+    try:
+        token.write_text("right-token-of-it\n")
+        result = sprout("evaluate", "m 1", "--url", url, "--token-file", str(token))
+        assert (result.exit_code, result.stdout) == (0, "m 1: requested\n")
+        token.write_text("wrong")
+        result = sprout("evaluate", "m 1", "--url", url, "--token-file", str(token))
+        assert result.exit_code == 1
+        assert "the evaluator answers 401: �]0;owned�" in result.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+    result = sprout("evaluate", "m 1", "--url", url, "--token-file", str(token))
+    assert (result.exit_code, "no evaluator answers" in result.stderr) == (3, True)
+    result = sprout("evaluate", "m 1", "--url", "file:///etc/passwd", "--token-file", str(token))
+    assert (result.exit_code, "must begin with http" in result.stderr) == (2, True)
+
+
+def test_evaluate_without_a_stack_or_a_token_file_says_what_to_do(tmp_path):
+    result = sprout("evaluate")
+    assert (result.exit_code, "sprout up" in result.stderr) == (3, True)
+    result = sprout("evaluate", "m", "--url", "http://127.0.0.1:1")
+    assert (result.exit_code, "--token-file" in result.stderr) == (2, True)
+    result = sprout("evaluate", "m", "--url", "http://127.0.0.1:1", "--token-file", str(tmp_path / "none"))
+    assert (result.exit_code, "cannot be read" in result.stderr) == (1, True)
 
 
 def test_stopping_no_stack_is_no_error():

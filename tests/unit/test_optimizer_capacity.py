@@ -348,6 +348,7 @@ def service():
         CapacityPlanner(of, settings),
         prices,
         publish,
+        is_leader=lambda: True,
         settings=settings,
         clock=clock,
         metrics=OptimizerMetrics(registry),

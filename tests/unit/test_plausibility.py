@@ -100,6 +100,12 @@ def test_a_good_message_is_believed(topic: str) -> None:
     check_plausible(message, key=key.encode(), clock=CLOCK)
 
 
+def test_an_evaluation_may_have_the_key_of_an_earlier_release():
+    _, message = GOOD["quality"]
+    for name in ("evaluation_id", "model"):
+        check_plausible(message, key=getattr(message, name).encode(), clock=CLOCK)
+
+
 @pytest.mark.parametrize(("topic", "key", "change", "why"), ATTACKS, ids=lambda value: str(value)[:40])
 def test_an_implausible_message_is_rejected(topic: str, key: str, change: dict[str, object], why: str) -> None:
     message = GOOD[topic][1]

@@ -1,6 +1,5 @@
 """Admission: parsing, defaults, deadlines and rejections; retries; chunks; settings."""
 
-import asyncio
 import json
 import tomllib
 from datetime import UTC, datetime, timedelta
@@ -13,11 +12,12 @@ from pydantic import ValidationError
 
 from services.evaluator.settings import EvaluatorSettings
 from services.router.admission import (
-    ByteBudget,
     IncomingRequest,
     default_deadline,
     error_of_unparsed,
+    held_bytes,
     parse_request,
+    parsed_bytes,
     rejection,
 )
 from services.router.handler import sample_of
@@ -184,20 +184,13 @@ def test_a_draw_key_is_a_secret_that_is_neither_short_nor_shown(tmp_path, monkey
         assert wrong not in str(caught.value)
 
 
-async def test_requests_in_flight_are_bounded_by_their_estimated_memory():
+def test_the_memory_of_a_request_is_estimated_without_parsing_it():
     small, turns = record_of(b'{"prompt": "Why?"}'), record_of(b'{"role":"user","content":""},' * 1_000)
-    assert ByteBudget.cost(small) < 1_000
-    assert ByteBudget.cost(turns) > 500_000
-    budget = ByteBudget(1_000)
-    await budget.acquire(600)
-    waiting = [asyncio.create_task(budget.acquire(cost)) for cost in (500, 2_000)]
-    await asyncio.sleep(0)
-    assert not any(task.done() for task in waiting)
-    budget.release(600)
-    await waiting[0]
-    assert not waiting[1].done()
-    budget.release(500)
-    await waiting[1]  # more than the whole budget: alone
+    assert held_bytes(small) + parsed_bytes(small.value) < 2_000
+    assert held_bytes(turns) < 50_000
+    assert parsed_bytes(turns.value) > 500_000
+    assert held_bytes(record_of(None)) < 1_000
+    assert parsed_bytes(None) == 0
 
 
 def test_a_tenant_can_keep_its_prompts_out_of_the_samples():

@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 from services import SERVICES, Service
 from shared.messages import Message
 from shared.runtime.settings import KafkaSettings
-from shared.topics import DEAD_LETTERS, REPLIES, TOPICS, HeaderSpec, TopicSpec
+from shared.topics import REPLIES, TOPICS, HeaderSpec, TopicSpec
 from tools.cli.console import fail, needs_extra, say
 
 KAFKA_BINDING_VERSION = "0.5.0"
@@ -84,8 +84,6 @@ def describe_service(service: Service) -> dict[str, Any]:
         specification = service.load().build_app().schema.to_specification().to_jsonable()
     received, sent = _topics(specification, kafka)
     http_channels, http_operations = _http(specification)
-    if not received:
-        sent.remove(DEAD_LETTERS)  # every broker declares them, but only a consumer publishes any
     used = [spec for spec in TOPICS if spec in (*received, *sent)]
     return {
         "asyncapi": "3.0.0",

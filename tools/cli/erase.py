@@ -42,7 +42,7 @@ def erase(
     """Erase prompts, samples and verdicts of tenants or requests, and unlink their energy records from them.
 
     Joules and grams stay, so sums still equal the meters. Kafka removes no single record: the command says, topic by
-    topic, when the last one goes. It can be repeated. The database's user must own all schemas.
+    topic, when the last one goes. It can be repeated. The database's user must be the operator's, or own all schemas.
 
     Exit codes: 0 done, 1 failed or to be repeated, 2 wrong usage, 3 no Kafka or no database.
     """
@@ -93,7 +93,7 @@ def _run(
     except asyncpg.InsufficientPrivilegeError as error:
         fail(
             f"the database denies it: {error}",
-            remedy="use a login that owns the schemas of evaluator, optimizer and ledger (--database)",
+            remedy="use the operator's login (sprout database create), or one that owns the services' schemas",
         )
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         fail(

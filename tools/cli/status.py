@@ -1,8 +1,9 @@
-"""`sprout status`: the local stack's processes, their health and consumer lag, and the endpoints of the fleet."""
+"""`sprout status`: the local stack's processes, their health, role and consumer lag, and the fleet's endpoints."""
 
 import asyncio
 import json
 import time
+import urllib.request
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from rich.table import Table
 from deploy.local.processes import http_probe
 from deploy.local.services import SERVICE_TIER
 from deploy.local.state import ProcessRecord, StackState
+from shared.access import ACCESS, leader_group
 from shared.runtime.printable import printable
 from shared.runtime.settings import KafkaSettings
 from tools.cli.console import Exit, Target, out, quiet_clients, running_stack
@@ -26,7 +28,9 @@ MODEL_SERVERS = "triton"
 
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
-    """Show every process of the local stack: pid, port, health, uptime, and the lag of its consumer group.
+    """Show every process of the local stack: pid, port, health, role, uptime, and the lag of its consumer groups.
+
+    The lag is the number of records that the service has not processed yet, over all topics that it reads in a group.
 
     Also shows the endpoints of the fleet, and whether each is awake: whether its model is loaded.
 
@@ -63,6 +67,7 @@ def _row(process: ProcessRecord, lags: dict[str, int]) -> dict[str, Any]:
         "pid": process.pid if alive else None,
         "port": process.port,
         "health": _health(process) if alive else "ended",
+        "role": _role(process) if alive else None,
         "uptime_s": round(time.time() - process.started_at_s, 1) if alive else None,
         "lag": lags.get(process.name),
     }
@@ -73,6 +78,18 @@ def _health(process: ProcessRecord) -> str:
         return "ready"
     path = "/v2/health/ready" if process.name.startswith(MODEL_SERVERS) else "/ready"
     return http_probe(process.url + path)() or "ready"
+
+
+def _role(process: ProcessRecord) -> str | None:
+    """Leader or standby; None for a process whose copies all do the same, or that is not ready."""
+    if process.url is None or process.tier != SERVICE_TIER:
+        return None
+    try:
+        with urllib.request.urlopen(f"{process.url}/ready", timeout=2.0) as response:
+            role = json.load(response).get("role")
+    except (OSError, ValueError):
+        return None
+    return None if role is None else str(role)
 
 
 def _endpoints(state: StackState) -> list[dict[str, str]]:
@@ -100,7 +117,7 @@ def _endpoint_state(process: ProcessRecord, model: str) -> str:
 
 
 async def _lags(state: StackState) -> dict[str, int]:
-    """The lag of each service's consumer group, in records; services without a group are left out."""
+    """The lag of each service's consumer groups, in records; services without a group are left out."""
     services = [process.name for process in state.running if process.tier == SERVICE_TIER and "-" not in process.name]
     try:
         async with asyncio.timeout(LAG_TIMEOUT_S):
@@ -119,20 +136,27 @@ async def _lags(state: StackState) -> dict[str, int]:
 
 
 async def _committed(kafka: KafkaSettings, services: list[str]) -> dict[str, dict[TopicPartition, int]]:
-    """The committed offsets of each service's consumer group."""
+    """The committed offsets of each service's consumer groups; no two of its groups read the same topic."""
     admin = AIOKafkaAdminClient(**kafka.client_options(), request_timeout_ms=3_000)
     try:
         await admin.start()
         return {
             service: {
                 partition: entry.offset
-                for partition, entry in (await admin.list_consumer_group_offsets(kafka.group(service))).items()
+                for group in groups_of(service)
+                for partition, entry in (await admin.list_consumer_group_offsets(kafka.group(group))).items()
                 if entry.offset >= 0
             }
             for service in services
         }
     finally:
         await admin.close()
+
+
+def groups_of(service: str) -> list[str]:
+    """The consumer groups in which a service processes records, without the prefix."""
+    access = ACCESS.get(service)
+    return [] if access is None else [group for group in access.groups if group != leader_group(service)]
 
 
 async def _ends(kafka: KafkaSettings, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
@@ -147,12 +171,12 @@ async def _ends(kafka: KafkaSettings, partitions: list[TopicPartition]) -> dict[
 
 
 def _print(state: StackState, rows: list[dict[str, Any]]) -> None:
-    out.print(f"Kafka      {state.bootstrap_servers}", markup=False)
-    out.print(f"model      {state.model}, zone {state.zone}", markup=False)
+    out.print(printable(f"Kafka      {state.bootstrap_servers}"), markup=False)
+    out.print(printable(f"model      {state.model}, zone {state.zone}"), markup=False)
     clock = state.event_clock
     speed = "real time" if not state.clock else f"{clock.rate:g} times real time"
     out.print(f"event time {clock.now():%Y-%m-%d %H:%M} UTC, {speed}", markup=False)
-    table = Table("process", "pid", "port", "health", "uptime", "lag")
+    table = Table("process", "pid", "port", "health", "role", "uptime", "lag")
     for row in rows:
         health = str(row["health"])
         style = "green" if health == "ready" else "red"
@@ -161,6 +185,7 @@ def _print(state: StackState, rows: list[dict[str, Any]]) -> None:
             "" if row["pid"] is None else str(row["pid"]),
             "" if row["port"] is None else str(row["port"]),
             f"[{style}]{_short(health)}[/]",
+            "" if row["role"] is None else _short(str(row["role"])),
             "" if row["uptime_s"] is None else _duration(row["uptime_s"]),
             "" if row["lag"] is None else str(row["lag"]),
         )
@@ -176,7 +201,8 @@ def _print_endpoints(endpoints: list[dict[str, str]]) -> None:
     for endpoint in endpoints:
         style = {"awake": "green", "asleep": "blue"}.get(endpoint["state"], "red")
         table.add_row(
-            *(endpoint[column] for column in ("name", "pool", "grpc", "process")), f"[{style}]{endpoint['state']}[/]"
+            *(escape(printable(endpoint[column])) for column in ("name", "pool", "grpc", "process")),
+            f"[{style}]{endpoint['state']}[/]",
         )
     if endpoints:
         out.print(table)

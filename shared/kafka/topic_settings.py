@@ -1,0 +1,137 @@
+"""How the topics of a deployment differ from their declarations: `SPROUT_TOPICS_*`."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.kafka.parsing import describe
+from shared.lanes import LaneSettings
+from shared.topics import TOPICS, Cleanup, TopicSpec
+
+HOUR_MS = 3_600_000
+
+
+class TopicOverride(BaseModel):
+    """What one topic has instead of its declaration; None: as declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    partitions: int | None = Field(default=None, ge=1)
+    retention_h: float | None = Field(default=None, gt=0, description="Hours; only where records expire")
+    replication_factor: int | None = Field(default=None, ge=1)
+    min_insync_replicas: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class TopicTarget:
+    """What a topic of this deployment is to be.
+
+    Attributes:
+        configuration: of the broker, at the level of the topic.
+    """
+
+    partitions: int
+    replication_factor: int
+    configuration: Mapping[str, str]
+
+
+class TopicSettings(BaseSettings):
+    """Durability and size of the topics.
+
+    The file is TOML with the same names: `replication_factor = 3`, and `partitions = 48` under `[topics.requests]`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SPROUT_TOPICS_", extra="ignore")
+
+    file: Path | None = Field(default=None, description="TOML file with these settings, instead of the variables")
+    replication_factor: int = Field(default=1, ge=1, description="Copies of every partition; 3 in production")
+    min_insync_replicas: int = Field(
+        default=1,
+        ge=1,
+        description="Copies that must have a message before Kafka acknowledges it; 2 in production, so that none is "
+        "lost with a broker",
+    )
+    topics: dict[str, TopicOverride] = Field(
+        default={},
+        validation_alias="sprout_topics_overrides",
+        description='By topic, without prefix, JSON: {"requests": {"partitions": 48, "retention_h": 72}}',
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_file(cls, values: dict[str, object]) -> dict[str, object]:
+        """Use the content of the file.
+
+        Raises:
+            ValueError: it cannot be read, or variables are set beside it.
+        """
+        path = values.get("file")
+        if path is None:
+            return values
+        if others := sorted(values.keys() - {"file"}):
+            raise ValueError(f"give SPROUT_TOPICS_FILE or the other variables, not both: {', '.join(others)}")
+        try:
+            content = tomllib.loads(Path(str(path)).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"SPROUT_TOPICS_FILE {path} cannot be read: {error}") from error
+        if unknown := sorted(content.keys() - {"replication_factor", "min_insync_replicas", "topics"}):
+            raise ValueError(f"SPROUT_TOPICS_FILE {path} has unknown settings: {', '.join(unknown)}")
+        if "topics" in content:
+            content["sprout_topics_overrides"] = content.pop("topics")
+        return {**values, **content}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        declared = {spec.name: spec for spec in (*TOPICS, *LaneSettings().lane_topics)}
+        for name, override in self.topics.items():
+            spec = declared.get(name)
+            if spec is None:
+                raise ValueError(f"no topic {name!r} is declared; declared: {', '.join(declared)}")
+            if override.partitions is not None and spec.partitions == 1 and override.partitions > 1:
+                raise ValueError(f"{name} must have one partition: its readers rely on the order of its messages")
+            if override.retention_h is not None and spec.cleanup is Cleanup.COMPACT:
+                raise ValueError(f"{name} has no retention: its newest message of every key stays")
+        for spec in declared.values():
+            target = self.target(spec)
+            if int(target.configuration["min.insync.replicas"]) > target.replication_factor:
+                raise ValueError(
+                    f"{spec.name}: min_insync_replicas is larger than replication_factor: nobody could write"
+                )
+        return self
+
+    def target(self, spec: TopicSpec) -> TopicTarget:
+        """What a topic of this deployment is to be."""
+        override = self.topics.get(spec.name, TopicOverride())
+        configuration = spec.configuration()
+        if override.retention_h is not None:
+            configuration["retention.ms"] = str(int(override.retention_h * HOUR_MS))
+        configuration["min.insync.replicas"] = str(override.min_insync_replicas or self.min_insync_replicas)
+        return TopicTarget(
+            partitions=override.partitions or spec.partitions,
+            replication_factor=override.replication_factor or self.replication_factor,
+            configuration=configuration,
+        )
+
+
+class TopicSettingsError(ValueError):
+    """The settings of topics cannot be used; the message says why."""
+
+
+def load_topic_settings(**given: object) -> TopicSettings:
+    """The settings from the environment.
+
+    Args:
+        given: replace those of the environment.
+
+    Raises:
+        TopicSettingsError: they cannot be used.
+    """
+    try:
+        return TopicSettings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise TopicSettingsError(describe(error, root="SPROUT_TOPICS_*")) from error
