@@ -170,10 +170,14 @@ class CallsBuilder:
         return len(self._texts["model"])
 
     def build(self) -> Calls:
-        """All rows added so far."""
-        columns: dict[str, Any] = {name: _text_column(values) for name, values in self._texts.items()}
+        """All rows added so far; the builder is empty then, so that they are in memory once."""
+        columns: dict[str, Any] = {}
+        for name, values in self._texts.items():
+            columns[name] = _text_column(values)
+            values.clear()
         for name, parts in self._numbers.items():
             columns[name] = np.concatenate(parts) if parts else np.zeros(0, dtype=_number_type(name))
+            parts.clear()
         return Calls(**columns)
 
 
