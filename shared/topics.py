@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Final
 
 from shared.messages import (
+    Cancellation,
     CarbonIntensity,
     DeadLetter,
     EndpointCurve,
@@ -21,6 +22,7 @@ from shared.messages import (
     PoolCapacity,
     PromptGrouping,
     Quality,
+    Reply,
     ResponseChunk,
     Sample,
     UsageRecord,
@@ -140,6 +142,26 @@ RESPONSE_CHUNKS: Final = TopicSpec(
     headers=PUBLISHED_HEADERS | TRACE_HEADERS,
     correlation="request_id",
 )
+REPLIES: Final = TopicSpec(
+    name="replies",
+    description="Answers to the requests of gateways; every gateway reads the partition that its requests name",
+    message=Reply,
+    key="request id",
+    cleanup=Cleanup.DELETE,
+    partitions=32,
+    retention_ms=HOUR_MS,
+    headers=PUBLISHED_HEADERS | TRACE_HEADERS,
+    correlation="request_id",
+)
+CANCELLATIONS: Final = TopicSpec(
+    name="cancellations",
+    description="Requests whose answers nobody waits for any more",
+    message=Cancellation,
+    key="request id",
+    cleanup=Cleanup.DELETE,
+    partitions=1,
+    retention_ms=HOUR_MS,
+)
 SAMPLES: Final = TopicSpec(
     name="samples",
     description="Prompts kept for evaluation",
@@ -244,6 +266,8 @@ TOPICS: Final = (
     REQUESTS,
     RESPONSES,
     RESPONSE_CHUNKS,
+    REPLIES,
+    CANCELLATIONS,
     SAMPLES,
     USAGE,
     CARBON_INTENSITY,
@@ -257,5 +281,5 @@ TOPICS: Final = (
     DEAD_LETTERS,
 )
 
-REPLIES: Final = {REQUESTS.name: RESPONSES}
+ANSWERS: Final = {REQUESTS.name: RESPONSES}
 """Topic of the answers, by topic of the requests."""

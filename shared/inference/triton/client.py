@@ -8,6 +8,7 @@ tensor. Each generation has its own stream on one shared connection, because gRP
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import grpc
@@ -169,25 +170,34 @@ class TritonClient(InferenceClient):
             parts = self._single_part(request, timeout_s)
         last_s = self._clock.now_s()
         responded = False
-        async with aclosing(parts):
-            async for part in parts:
-                if part.text and assembler.stopped:
-                    break  # closing the stream stops the server
-                responded = True
-                last_s = self._clock.now_s()
-                try:
-                    added = assembler.add(part, now_s=last_s)
-                except BrokenStreamError as error:
-                    raise EndpointUnavailable(f"{self.name}: {error}") from error
-                if added:
-                    yield Chunk(added)
-                if assembler.stopped and contract.stop is None:
-                    break  # the server does not know the stop sequence at which the answer ended
+        cancelled = False
+        try:
+            async with aclosing(parts):
+                async for part in parts:
+                    if part.text and assembler.stopped:
+                        break  # closing the stream stops the server
+                    responded = True
+                    last_s = self._clock.now_s()
+                    try:
+                        added = assembler.add(part, now_s=last_s)
+                    except BrokenStreamError as error:
+                        raise EndpointUnavailable(f"{self.name}: {error}") from error
+                    if added:
+                        yield Chunk(added)
+                    if assembler.stopped and contract.stop is None:
+                        break  # the server does not know the stop sequence at which the answer ended
+        except GenerationCancelled:
+            if not responded:
+                raise
+            cancelled = True
         if not responded:
             raise EndpointUnavailable(f"{self.name}: the stream ended without an answer")
         rest = assembler.flush()
         counts = await self._counts(request.prompt, assembler)
-        yield Chunk(rest, assembler.result(now_s=last_s, counts=counts))
+        generation = assembler.result(now_s=last_s, counts=counts)
+        if cancelled:
+            generation = replace(generation, finish_reason="cancelled")
+        yield Chunk(rest, generation)
 
     def cancel(self, request: PreparedRequest) -> None:
         """See `InferenceClient.cancel`."""
