@@ -196,6 +196,7 @@ class Reply(Message):
 
     request_id: Identifier
     chunk: ResponseChunk | None = None
+    decision: Decision | None = Field(default=None, description="With the first chunk of an answer")
     response: GenerationResponse | None = Field(default=None, description="The last reply to the request")
 
     @model_validator(mode="after")
