@@ -34,7 +34,7 @@ MEBIBYTE: Final = 1024 * 1024
 
 
 SOURCE_HEADER: Final = "sprout-request"
-"""Header of the router's answers and dead letters: the record of `requests` that they are for."""
+"""Header of the router's answers and dead letters: the record that they are for, see `shared.kafka.records`."""
 
 REDRIVEN_HEADER: Final = "sprout-redriven"
 """Header of a message that `sprout dead-letters redrive` has sent: position of its dead letter, partition:offset."""
@@ -59,8 +59,9 @@ PUBLISHED_HEADERS: Final = {
 }
 SOURCE_HEADERS: Final = {
     SOURCE_HEADER: HeaderSpec(
-        "From the router: record of the topic `requests` that this is for, partition:offset:timestamp",
-        pattern="^[0-9]+:[0-9]+:-?[0-9]+$",
+        "From the router: record that this is for, partition:offset:timestamp in `requests`, in another topic "
+        "topic:partition:offset:timestamp",
+        pattern="^([^:]+:)?[0-9]+:[0-9]+:-?[0-9]+$",
     )
 }
 
@@ -82,6 +83,7 @@ class TopicSpec:
         key: of the messages, in words.
         headers: Kafka headers, by name; default: those of every message that a service publishes.
         correlation: field by which an answer is matched to its request.
+        max_age_ms: the broker rejects messages whose timestamp is older when they arrive; None: it accepts any.
         partitions: upper limit of the members of a consumer group; only the request path needs many.
         retention_ms: `None`: messages are removed by compaction only.
         max_message_bytes: largest record batch that the broker accepts.
@@ -97,12 +99,15 @@ class TopicSpec:
     max_message_bytes: int = MEBIBYTE
     headers: Mapping[str, HeaderSpec] = field(default_factory=lambda: PUBLISHED_HEADERS)
     correlation: str | None = None
+    max_age_ms: int | None = None
 
     def configuration(self) -> dict[str, str]:
         """The topic-level configuration of the broker."""
         settings = {"cleanup.policy": self.cleanup.value, "max.message.bytes": str(self.max_message_bytes)}
         if self.retention_ms is not None:
             settings["retention.ms"] = str(self.retention_ms)
+        if self.max_age_ms is not None:
+            settings["message.timestamp.before.max.ms"] = str(self.max_age_ms)
         if self.cleanup is not Cleanup.DELETE:
             # Consumers read these topics from the beginning: compact them often.
             settings |= {"segment.ms": str(HOUR_MS), "min.cleanable.dirty.ratio": "0.1"}
@@ -130,6 +135,7 @@ RESPONSES: Final = TopicSpec(
     retention_ms=7 * DAY_MS,
     headers=PUBLISHED_HEADERS | SOURCE_HEADERS | TRACE_HEADERS,
     correlation="request_id",
+    max_age_ms=3_000,  # shorter than the time for which a router that could still send owns its requests: fencing.py
 )
 RESPONSE_CHUNKS: Final = TopicSpec(
     name="response-chunks",

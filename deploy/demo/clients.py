@@ -78,7 +78,7 @@ class Tally:
     """Counts of the observed messages."""
 
     answers: Counter[str] = field(default_factory=Counter)
-    """Number of answers by request id."""
+    """Number of answers by request."""
     levels: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     dead_letters: int = 0
@@ -107,7 +107,7 @@ class Tally:
             return
         match message:
             case GenerationResponse():
-                self.answers[message.request_id] += 1
+                self.answers[message.identity] += 1
                 if message.error is not None:
                     self.errors[message.error.code] += 1
                 elif message.decision is not None:

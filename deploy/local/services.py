@@ -1,6 +1,7 @@
 """The services of a local stack as processes: command, environment and settings."""
 
 import json
+import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class ServiceEnvironment:
 
     Attributes:
         clock: `SPROUT_CLOCK_*` variables; empty: real time.
+        draw_key_file: key of random draws; None: none.
     """
 
     bootstrap_servers: str
@@ -38,12 +40,15 @@ class ServiceEnvironment:
     database_url: str
     fleet_file: Path
     clock: Mapping[str, str]
+    draw_key_file: Path | None = None
     log_level: str = "INFO"
 
     def variables(self) -> dict[str, str]:
         """The environment variables, without those of the database."""
+        drawing = () if self.draw_key_file is None else ("ROUTER", "EVALUATOR")
         return {
             **self.clock,
+            **{f"SPROUT_{service}_DRAW_KEY_FILE": str(self.draw_key_file) for service in drawing},
             "SPROUT_KAFKA_BOOTSTRAP_SERVERS": self.bootstrap_servers,
             "SPROUT_KAFKA_TOPIC_PREFIX": self.topic_prefix,
             "SPROUT_FLEET_FILE": str(self.fleet_file),
@@ -94,6 +99,17 @@ def sleeper_spec(environment: ServiceEnvironment) -> ProcessSpec:
         stop_grace_s=15.0,
         tier=SERVICE_TIER,
     )
+
+
+def draw_key_file(state_dir: Path) -> Path:
+    """The file with the key of random draws, which is made at the first start."""
+    file = state_dir / "draw-key"
+    if not file.exists():
+        made = file.with_suffix(".new")
+        made.touch(mode=0o600)
+        made.write_text(f"{secrets.token_hex(32)}\n", encoding="utf-8")
+        made.rename(file)
+    return file
 
 
 def service_settings(config: StackConfig) -> dict[str, dict[str, str]]:

@@ -21,7 +21,7 @@ from deploy.local.kafka import KafkaInstallation, install_kafka, kafka_spec
 from deploy.local.model_servers import ModelServers
 from deploy.local.postgres import PostgresError, create_database, postgres_spec
 from deploy.local.processes import ManagedProcess, ProcessFailedError, ProcessSpec, Supervisor, free_ports
-from deploy.local.services import ServiceEnvironment, service_settings, service_spec, sleeper_spec
+from deploy.local.services import ServiceEnvironment, draw_key_file, service_settings, service_spec, sleeper_spec
 from deploy.local.signals import signals_as_exit, uninterrupted
 from deploy.local.state import StackState, StateError, refuse_second_stack, remove_state
 from deploy.local.triton import ModelServerError
@@ -279,6 +279,7 @@ class LocalStack:
             topic_prefix=state.topic_prefix,
             database_url=state.database_url,
             fleet_file=state.fleet_file,
+            draw_key_file=draw_key_file(state.state_dir),
             clock=state.clock,
         )
 

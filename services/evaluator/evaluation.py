@@ -184,7 +184,7 @@ class EvaluationRunner:
             minimum=self.settings.min_prompts_per_group,
         )
         chosen = {group: available[group][:number] for group, number in numbers.items()}
-        return await self.samples.load(model, [request_id for _, request_id in interleave(chosen)])
+        return await self.samples.load(model, [one for _, one in interleave(chosen)])
 
     def _current_intensities(self) -> dict[str, float]:
         """gCO2eq/kWh by zone; without zones whose latest value is too old."""
@@ -282,7 +282,7 @@ class PromptJudging:
             self._drop(error)
             return
         self._consecutive_failures = 0
-        self.evaluated.append(sample.request_id)
+        self.evaluated.append(sample.identity)
         outcomes = {name: found for name, found in scores.items() if found is not None}
         if not outcomes:
             self.abstentions += 1
@@ -315,6 +315,7 @@ class PromptJudging:
         self, sample: Sample, group: str, answers: Sequence[Answer], outcomes: Mapping[str, Sequence[float]]
     ) -> JudgedPrompt:
         return JudgedPrompt(
+            id=sample.identity,
             request_id=sample.request_id,
             stratum=sample.group,
             group=group,

@@ -90,7 +90,7 @@ class LearnedGrouping:
 
     Attributes:
         message: to be published.
-        group_of: group in which each judged prompt is counted from now on, by request id.
+        group_of: group in which each judged prompt is counted from now on, by its id.
     """
 
     message: PromptGrouping
@@ -147,7 +147,7 @@ def learn_grouping(
         evidence=tuple(_evidence(labelled)),
         taken=tuple(_resource_use(labelled, energy)),
     )
-    return LearnedGrouping(message, {prompt.request_id: name for name, prompt in labelled})
+    return LearnedGrouping(message, {prompt.id: name for name, prompt in labelled})
 
 
 class GroupLearner:
@@ -184,11 +184,11 @@ class GroupLearner:
         if groups is None:
             return lambda sample: sample.group
         # Prompts of the training set keep their leave-one-out group.
-        earlier = await self._store.groups_of(model, [sample.request_id for sample in samples])
+        earlier = await self._store.groups_of(model, [sample.identity for sample in samples])
         names = set(groups.names)
 
         def group_of(sample: Sample) -> str:
-            known = earlier.get(sample.request_id)
+            known = earlier.get(sample.identity)
             return known if known in names else groups.assign(prompt_text(sample.messages))
 
         return group_of

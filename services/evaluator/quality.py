@@ -81,6 +81,7 @@ class JudgedPrompt:
     """A prompt with the outcomes of its answers. It contains the prompt's features, never its text.
 
     Attributes:
+        id: identifies the request, see `Sample.identity`.
         request_id: of the sample.
         stratum: task label under which the prompt was sampled.
         group: group in which it is counted.
@@ -88,6 +89,7 @@ class JudgedPrompt:
         answers: of every candidate, the reference first.
     """
 
+    id: str
     request_id: str
     stratum: str
     group: str

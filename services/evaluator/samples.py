@@ -1,9 +1,10 @@
 """Samples: which ones are kept, their table, and the consumer that fills it.
 
-For every model and prompt group the reservoir is a uniform sample of bounded size. Each request id hashes to a number,
-and the smallest numbers stay. The result does not depend on the order of arrival, and a redelivered sample changes
-nothing. (Algorithm R draws by position in the stream, so it would have to remember every id that it rejected.) Prompts
-that were already evaluated are replaced first, because a second verdict on the same prompt adds little evidence.
+For every model and prompt group the reservoir is a uniform sample of bounded size. Each request's record hashes to a
+number, with the deployment's key, and the smallest numbers stay. The result does not depend on the order of arrival,
+and a redelivered sample changes nothing. (Algorithm R draws by position in the stream, so it would have to remember
+every id that it rejected.) Prompts that were already evaluated are replaced first, because a second verdict on the same
+prompt adds little evidence.
 """
 
 import asyncio
@@ -37,25 +38,26 @@ class ReservoirEntry:
     """A sample in the reservoir, without its prompt.
 
     Attributes:
+        id: identifies the request.
         sampled_at: event time.
         draw: in [0, 1); smaller numbers stay longer.
         evaluations: in which the sample took part.
     """
 
-    request_id: str
+    id: str
     sampled_at: datetime
     draw: float
     evaluations: int = 0
 
     @classmethod
-    def new(cls, request_id: str, sampled_at: datetime) -> "ReservoirEntry":
-        """A new sample with the number of its request id."""
-        return cls(request_id, sampled_at, uniform(_SALT, request_id))
+    def new(cls, identity: str, sampled_at: datetime, draw_key: bytes = b"") -> "ReservoirEntry":
+        """A new sample with the number of its identity."""
+        return cls(identity, sampled_at, uniform(_SALT, identity, draw_key))
 
     @property
     def rank(self) -> tuple[int, float, str]:
         """Lower ranks stay; the id breaks ties."""
-        return (self.evaluations, self.draw, self.request_id)
+        return (self.evaluations, self.draw, self.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +85,10 @@ def admit(
         capacity: maximum number of samples.
         oldest: event time; older samples are evicted.
     """
-    stored_ids = {one.request_id for one in stored}
-    unseen = {one.request_id: one for one in offered if one.request_id not in stored_ids}
+    stored_ids = {one.id for one in stored}
+    unseen = {one.id: one for one in offered if one.id not in stored_ids}
     candidates = [one for one in (*stored, *unseen.values()) if one.sampled_at >= oldest]
-    kept = {one.request_id for one in sorted(candidates, key=lambda one: one.rank)[:capacity]}
+    kept = {one.id for one in sorted(candidates, key=lambda one: one.rank)[:capacity]}
     return ReservoirUpdate(frozenset(kept - stored_ids), frozenset(stored_ids - kept), len(unseen))
 
 
@@ -94,24 +96,32 @@ class SampleStore:
     """The tables `reservoir` and `arrivals`; methods raise `DatabaseUnavailableError`."""
 
     def __init__(
-        self, pool: asyncpg.Pool, status: DatabaseStatus, *, samples_per_group: int, max_age: timedelta
+        self,
+        pool: asyncpg.Pool,
+        status: DatabaseStatus,
+        *,
+        samples_per_group: int,
+        max_age: timedelta,
+        draw_key: bytes = b"",
     ) -> None:
         """Use an open pool whose `search_path` is the evaluator's schema.
 
         Args:
             samples_per_group: capacity of each stratum.
             max_age: retention of samples, event time.
+            draw_key: secret of the deployment; empty: none.
         """
         self._pool = pool
         self._status = status
         self._samples_per_group = samples_per_group
         self._max_age = max_age
+        self._draw_key = draw_key
 
     async def add(self, samples: Sequence[Sample], *, now: datetime) -> None:
         """Offer samples to the reservoir, and delete those that they displace."""
         strata: dict[Stratum, dict[str, Sample]] = defaultdict(dict)
         for sample in samples:
-            strata[sample.model, sample.group][sample.request_id] = sample
+            strata[sample.model, sample.group][sample.identity] = sample
         with self._status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
                 stored = await _lock_strata(connection, list(strata))
@@ -135,13 +145,12 @@ class SampleStore:
         """Ids of a model's samples by group, in the order in which evaluations take them."""
         with self._status.watch():
             rows = await self._pool.fetch(
-                "SELECT prompt_group, request_id FROM reservoir WHERE model = $1 "
-                "ORDER BY evaluations, draw, request_id",
+                "SELECT prompt_group, id FROM reservoir WHERE model = $1 ORDER BY evaluations, draw, id",
                 model,
             )
         found: dict[str, list[str]] = defaultdict(list)
         for row in rows:
-            found[row["prompt_group"]].append(row["request_id"])
+            found[row["prompt_group"]].append(row["id"])
         return dict(found)
 
     async def traffic(self, model: str) -> dict[str, float]:
@@ -157,11 +166,11 @@ class SampleStore:
         """The samples with these ids, in this order; samples that were deleted meanwhile are missing."""
         with self._status.watch():
             rows = await self._pool.fetch(
-                "SELECT request_id, sample FROM reservoir WHERE model = $1 AND request_id = ANY($2::text[])",
+                "SELECT id, sample FROM reservoir WHERE model = $1 AND id = ANY($2::text[])",
                 model,
                 list(ids),
             )
-        found = {row["request_id"]: Sample.model_validate_json(row["sample"]) for row in rows}
+        found = {row["id"]: Sample.model_validate_json(row["sample"]) for row in rows}
         return [found[one] for one in ids if one in found]
 
     async def _update(
@@ -176,22 +185,30 @@ class SampleStore:
         admitted: list[tuple[object, ...]] = []
         counted: list[tuple[object, ...]] = []
         for (model, group), samples in strata.items():
-            offered = {name: ReservoirEntry.new(name, one.sampled_at) for name, one in samples.items()}
+            offered = {name: ReservoirEntry.new(name, one.sampled_at, self._draw_key) for name, one in samples.items()}
             update = admit(
                 stored.get((model, group), ()), offered.values(), capacity=self._samples_per_group, oldest=oldest
             )
-            evicted += [(model, request_id) for request_id in update.evicted]
+            evicted += [(model, name) for name in update.evicted]
             admitted += [
-                (model, name, group, samples[name].sampled_at, offered[name].draw, samples[name].model_dump_json())
+                (
+                    model,
+                    name,
+                    samples[name].request_id,
+                    group,
+                    samples[name].sampled_at,
+                    offered[name].draw,
+                    samples[name].model_dump_json(),
+                )
                 for name in update.admitted
             ]
             if update.unseen:
                 newest = max(one.sampled_at for one in samples.values())
                 counted.append((model, group, _hour(newest), update.unseen))
-        await connection.executemany("DELETE FROM reservoir WHERE model = $1 AND request_id = $2", evicted)
+        await connection.executemany("DELETE FROM reservoir WHERE model = $1 AND id = $2", evicted)
         await connection.executemany(
-            "INSERT INTO reservoir (model, request_id, prompt_group, sampled_at, draw, sample) "
-            "VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
+            "INSERT INTO reservoir (model, id, request_id, prompt_group, sampled_at, draw, sample) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
             admitted,
         )
         await connection.executemany(
@@ -238,7 +255,11 @@ class InputConsumer:
     async def add_samples(self, samples: Sequence[Sample]) -> None:
         """Offer samples to the reservoir."""
         # PostgreSQL's text cannot contain NUL.
-        usable = [one for one in samples if one.model in self._models and "\0" not in one.request_id + one.group]
+        usable = [
+            one
+            for one in samples
+            if one.model in self._models and "\0" not in one.identity + one.request_id + one.group
+        ]
         if usable:
             async with self._pause_on_failure():
                 await _connected(self._samples).add(usable, now=self._clock.now())
@@ -275,14 +296,14 @@ async def _lock_strata(
 ) -> dict[Stratum, list[ReservoirEntry]]:
     """The stored entries of the strata, locked until the end of the transaction."""
     rows = await connection.fetch(
-        "SELECT model, prompt_group, request_id, sampled_at, draw, evaluations FROM reservoir "
+        "SELECT model, prompt_group, id, sampled_at, draw, evaluations FROM reservoir "
         "WHERE (model, prompt_group) IN (SELECT * FROM unnest($1::text[], $2::text[])) FOR UPDATE",
         [model for model, _ in strata],
         [group for _, group in strata],
     )
     found: dict[Stratum, list[ReservoirEntry]] = defaultdict(list)
     for row in rows:
-        entry = ReservoirEntry(row["request_id"], row["sampled_at"], row["draw"], row["evaluations"])
+        entry = ReservoirEntry(row["id"], row["sampled_at"], row["draw"], row["evaluations"])
         found[row["model"], row["prompt_group"]].append(entry)
     return found
 

@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import AliasChoices, Field, HttpUrl, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from services.evaluator.opportunity import OpportunityRules, Variant
 from shared.inference.attempts import RetrySettings
 from shared.inference.balancer import CircuitBreakerSettings
 from shared.runtime.database import RETRY_PAUSE_S
-from shared.runtime.settings import read_secret
+from shared.runtime.settings import DrawKeySettings, read_secret
 
 
-class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings, BaseSettings):
+class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings, DrawKeySettings):
     """When and how answers are judged. "Wall" means real seconds, "event" those of the clock."""
 
     model_config = SettingsConfigDict(

@@ -118,8 +118,7 @@ class EvaluationStore:
                     quality.model_dump_json(),
                 )
                 await connection.execute(
-                    "UPDATE reservoir SET evaluations = evaluations + 1 "
-                    "WHERE model = $1 AND request_id = ANY($2::text[])",
+                    "UPDATE reservoir SET evaluations = evaluations + 1 WHERE model = $1 AND id = ANY($2::text[])",
                     quality.model,
                     list(evaluated),
                 )
@@ -189,8 +188,7 @@ class GroupStore:
         """The newest judged prompts, oldest first."""
         with self._status.watch():
             rows = await self._pool.fetch(
-                "SELECT * FROM judged WHERE model = $1 AND features = $2 "
-                "ORDER BY evaluated_at DESC, request_id LIMIT $3",
+                "SELECT * FROM judged WHERE model = $1 AND features = $2 ORDER BY evaluated_at DESC, id LIMIT $3",
                 model,
                 FEATURES,
                 limit,
@@ -198,14 +196,14 @@ class GroupStore:
         return [_judged_prompt(row) for row in reversed(rows)]
 
     async def groups_of(self, model: str, ids: Sequence[str]) -> dict[str, str]:
-        """Groups of prompts that were judged before, by request id."""
+        """Groups of prompts that were judged before, by their ids."""
         with self._status.watch():
             rows = await self._pool.fetch(
-                "SELECT request_id, prompt_group FROM judged WHERE model = $1 AND request_id = ANY($2::text[])",
+                "SELECT id, prompt_group FROM judged WHERE model = $1 AND id = ANY($2::text[])",
                 model,
                 list(ids),
             )
-        return {row["request_id"]: row["prompt_group"] for row in rows}
+        return {row["id"]: row["prompt_group"] for row in rows}
 
     async def version(self, model: str) -> str | None:
         """The current version of a model's groups; None if there is none."""
@@ -223,7 +221,7 @@ class GroupStore:
         """Store a new version, which is to be published, and re-label the judged prompts.
 
         Args:
-            group_of: new group of judged prompts, by request id.
+            group_of: new group of judged prompts, by their ids.
         """
         with self._status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
@@ -240,7 +238,7 @@ class GroupStore:
                 )
                 await connection.execute(
                     "UPDATE judged SET prompt_group = new.name FROM unnest($2::text[], $3::text[]) AS new(id, name) "
-                    "WHERE model = $1 AND request_id = new.id",
+                    "WHERE model = $1 AND judged.id = new.id",
                     grouping.model,
                     list(group_of.keys()),
                     list(group_of.values()),
@@ -269,13 +267,14 @@ async def _save_judged(
 ) -> None:
     """Store judged prompts in the caller's transaction; a newer verdict replaces an older one on the same prompt."""
     await connection.executemany(
-        "INSERT INTO judged (model, request_id, stratum, prompt_group, evaluated_at, features, looks, answers) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (model, request_id) DO UPDATE SET "
+        "INSERT INTO judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, looks, answers) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (model, id) DO UPDATE SET "
         "stratum = excluded.stratum, prompt_group = excluded.prompt_group, evaluated_at = excluded.evaluated_at, "
         "features = excluded.features, looks = excluded.looks, answers = excluded.answers",
         [
             (
                 model,
+                one.id,
                 one.request_id,
                 one.stratum,
                 one.group,
@@ -291,6 +290,7 @@ async def _save_judged(
 
 def _judged_prompt(row: asyncpg.Record) -> JudgedPrompt:
     return JudgedPrompt(
+        id=row["id"],
         request_id=row["request_id"],
         stratum=row["stratum"],
         group=row["prompt_group"],

@@ -37,16 +37,15 @@ class Store:
         Returns:
             The new consumption of the models concerned, and how many footprints were new.
         """
-        by_id = {footprint.request_id: footprint for footprint in footprints}
+        by_id = {footprint.identity: footprint for footprint in footprints}
         with self.status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
                 # Sorted, so that two processes lock the rows in the same order and cannot deadlock.
                 new = await connection.fetch(
-                    "INSERT INTO counted (request_id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING "
-                    "RETURNING request_id",
+                    "INSERT INTO counted (id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING RETURNING id",
                     sorted(by_id),
                 )
-                fresh = [by_id[row["request_id"]] for row in new]
+                fresh = [by_id[row["id"]] for row in new]
                 changed: dict[str, Consumption] = {}
                 for model in sorted({footprint.model for footprint in fresh}):
                     consumption = await self._locked_consumption(connection, model)

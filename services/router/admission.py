@@ -62,13 +62,15 @@ class IncomingRequest:
     """A valid request; it is answered, with an error if necessary.
 
     Attributes:
-        request_id: the client's, or derived from the position of the record.
+        request_id: the client's, or derived from the position of the record; several requests may have the same.
+        record: identifies the request, see `shared.kafka.records`.
         model: the requested model, or the default of the tenant or the fleet.
         request: with the defaults of its tenant.
         requested_at, received_at, deadline: event time.
     """
 
     request_id: str
+    record: str
     model: str
     request: GenerationRequest
     requested_at: datetime
@@ -79,6 +81,7 @@ class IncomingRequest:
 def parse_request(
     record: "ConsumerRecord[bytes, bytes]",
     *,
+    record_id: str,
     received_at: datetime,
     clock: Clock,
     fleet: Fleet,
@@ -87,6 +90,7 @@ def parse_request(
     """Parse a record of the topic `requests`.
 
     Args:
+        record_id: identifies the record.
         received_at: event time.
 
     Raises:
@@ -101,6 +105,7 @@ def parse_request(
     requested_deadline = request.deadline or (tenant.deadline(received_at) if tenant is not None else None)
     return IncomingRequest(
         request_id=request.id or f"{record.topic}-{record.partition}-{record.offset}",
+        record=record_id,
         model=request.model or fleet.default_model,
         request=request,
         requested_at=request.requested_at or _event_time(record.timestamp, clock, received_at),
@@ -113,6 +118,7 @@ def error_of_unparsed(
     record: "ConsumerRecord[bytes, bytes]",
     error: PoisonMessageError,
     *,
+    record_id: str,
     received_at: datetime,
     clock: Clock,
     fleet: Fleet,
@@ -137,6 +143,7 @@ def error_of_unparsed(
         )
         return GenerationResponse(
             request_id=request_id,
+            record=record_id,
             # Clients choose the name of an unknown model: it must not become a time series.
             model=model if isinstance(model, str) and fleet.pools_of(model) else fleet.default_model,
             status="error",
@@ -194,15 +201,15 @@ def rejection(incoming: IncomingRequest, *, fleet: Fleet, settings: RouterSettin
     return None
 
 
-def should_sample(request_id: str, request: GenerationRequest, decision: Decision, *, share: float) -> bool:
+def should_sample(incoming: IncomingRequest, decision: Decision, settings: RouterSettings) -> bool:
     """Whether a request becomes a sample for the evaluator.
 
-    The draw depends on the request id, so a redelivered request has the same result. Clients can opt out. Requests
-    with a forced level are excluded: their clients may prefer some kind of prompt.
+    The draw depends on the record and the deployment's key, so a redelivered request has the same result. Clients can
+    opt out. Requests with a forced level are excluded: their clients may prefer some kind of prompt.
     """
-    if not request.evaluation_allowed or decision.source == "forced":
+    if not incoming.request.evaluation_allowed or decision.source == "forced":
         return False
-    return uniform(_SAMPLE_SALT, request_id) < share
+    return uniform(_SAMPLE_SALT, incoming.record, settings.draw_key_bytes) < settings.sample_share
 
 
 def _event_time(timestamp_ms: int | None, clock: Clock, received_at: datetime) -> datetime:

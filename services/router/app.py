@@ -131,6 +131,7 @@ class Router:
             metrics=metrics,
             capacity=self.pools,
             suspects=KafkaSuspects(kafka, kafka.topic(REQUESTS), kafka.group(NAME)) if inspect else None,
+            topic_prefix=kafka.topic_prefix,
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
         self._backlog = Backlog(lambda: subscriber.consumer, finished=self.requests.finished, metrics=metrics)
@@ -150,6 +151,8 @@ class Router:
     @asynccontextmanager
     async def running(self, health: Health) -> AsyncIterator[None]:
         """Background tasks beside the subscribers."""
+        if not self.settings.draw_key_bytes:
+            _log.warning("draws have no key, so clients can steer them: set SPROUT_ROUTER_DRAW_KEY_FILE on all routers")
         self.requests.pause()
         health.spawn("load policies", self._load_policies())
         health.spawn("watch endpoints", self.pools.watch())

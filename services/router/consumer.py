@@ -21,9 +21,10 @@ from services.router.fencing import PublishFence, RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.offsets import Claim
 from services.router.partitions import Partitions
-from services.router.recovery import GroupProgress, Source, recover, to_kafka
+from services.router.recovery import GroupProgress, recover, to_kafka
 from services.router.settings import RouterSettings
 from shared.kafka.inspection import find_unreadable, read_range, stand_in
+from shared.kafka.records import RecordId
 from shared.runtime.logs import get_logger, where
 from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS
@@ -102,12 +103,14 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         metrics: RouterMetrics,
         capacity: Capacity,
         suspects: Suspects | None = None,
+        topic_prefix: str = "",
     ) -> None:
         """Create a consumer; it starts requests when `receive` is called.
 
         Args:
             capacity: of the model servers.
             suspects: finds records that would end this process.
+            topic_prefix: of the names of all topics.
         """
         self._handle = handle
         self._progress = progress
@@ -115,6 +118,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         self._metrics = metrics
         self._capacity = capacity
         self._suspects = suspects or Suspects()
+        self._topic_prefix = topic_prefix
         self._fence = PublishFence(session_timeout_s=settings.session_timeout_s)
         self._fence.on_unknown_outcome(self._on_unknown_outcome)
         self._partitions = Partitions(self._fence)
@@ -348,7 +352,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             _log.warning("sends are still under way; the next owner of the partitions may not see them")
 
     async def _process(self, record: Any, claim: Claim[TopicPartition]) -> None:  # noqa: ANN401
-        await self._handle(record, RecordFence(self._fence, claim.partition, str(Source.of(record))))
+        await self._handle(record, RecordFence(self._fence, claim.partition, RecordId.of(record, self._topic_prefix)))
         self._partitions.tracker.finish(claim)
 
     def _on_task_done(self, cost: int, task: asyncio.Task[None]) -> None:

@@ -8,6 +8,11 @@ never one that arrives later.
 
 A response is not sent again while it is unknown whether Kafka has it. The fence then closes for all partitions until
 the consumer has read back what was published.
+
+A process can also be suspended after the check, with responses that are not sent yet. Therefore each response carries
+the time of its check as timestamp, and the broker rejects it if it is older than `max_age_ms` of the topic `responses`
+when it arrives. Nobody else can own the partition before: the lease leaves more of the session than that (with a
+session timeout of at least 6 s, and clocks of router and broker that differ by less than the rest, 0.6 s).
 """
 
 import asyncio
@@ -18,23 +23,36 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import InvalidTimestampError, KafkaError
 
 from shared.kafka.publish import TOO_LARGE
+from shared.kafka.records import RecordId
+from shared.runtime.logs import get_logger
 
 T = TypeVar("T")
 
-LEASE_SHARE: Final = 0.7
+Send = Callable[[int], Awaitable[T]]
+"""Sends a message with a timestamp, milliseconds since the Unix epoch."""
+
+LEASE_SHARE: Final = 0.4
 """Duration of the lease as a share of the session timeout."""
 
 RENEWAL_SHARE: Final = 0.3
 """Age of the last renewal, as a share of the lease, at which the next one is due."""
 
+_log = get_logger(__name__)
+
 
 class PublishFence:
     """Open for some partitions, closed for all others."""
 
-    def __init__(self, *, session_timeout_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        session_timeout_s: float,
+        now_s: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
         """Create a closed fence.
 
         Args:
@@ -42,6 +60,7 @@ class PublishFence:
         """
         self.lease_s = session_timeout_s * LEASE_SHARE
         self._now_s = now_s
+        self._wall_s = wall_s
         self._renewed_at_s: float | None = None
         self._open: set[TopicPartition] = set()
         self._sending: Counter[TopicPartition] = Counter()
@@ -96,20 +115,31 @@ class PublishFence:
             return False
         return True
 
-    async def publish(self, partition: TopicPartition, send: Callable[[], Awaitable[T]]) -> T:
+    async def publish(self, partition: TopicPartition, send: Send[T]) -> T:
         """Send once the fence is open for the partition and the lease is valid.
+
+        Args:
+            send: gets the time of the check, the timestamp of the message.
 
         Raises:
             KafkaError: of `send`; unless it is one of `TOO_LARGE`, Kafka may have the message nevertheless.
         """
+        # The time first: the process can be suspended between any two statements.
+        at_s = self._wall_s()
         while partition not in self._open or not self._renewed_within(self.lease_s):
             await self._change()
+            at_s = self._wall_s()
         self._sending[partition] += 1
         try:
-            return await send()
+            return await send(int(at_s * 1_000))
         except TOO_LARGE:
             raise
-        except KafkaError:
+        except KafkaError as error:
+            if isinstance(error, InvalidTimestampError):
+                _log.warning(
+                    "Kafka rejected a response as too old: this process was suspended, Kafka is slow, or its clock and "
+                    "this one differ by seconds"
+                )
             self.close()
             self._on_unknown_outcome()
             raise
@@ -136,13 +166,13 @@ class RecordFence:
     """The fence for the messages that may be published only once for a record.
 
     Attributes:
-        source: identifies the record in message headers; see `services.router.recovery`.
+        source: identifies the record in messages and their headers.
     """
 
     fence: PublishFence
     partition: TopicPartition
-    source: str
+    source: RecordId
 
-    async def publish(self, send: Callable[[], Awaitable[T]]) -> T:
+    async def publish(self, send: Send[T]) -> T:
         """Send once no other router can answer this record."""
         return await self.fence.publish(self.partition, send)

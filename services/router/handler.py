@@ -53,7 +53,12 @@ class RequestHandler:
         incoming = None
         try:
             incoming = parse_request(
-                record, received_at=self.clock.now(), clock=self.clock, fleet=self.fleet, settings=self.settings
+                record,
+                record_id=str(fence.source),
+                received_at=self.clock.now(),
+                clock=self.clock,
+                fleet=self.fleet,
+                settings=self.settings,
             )
             await self._answer(incoming, fence, started_s)
         except PoisonMessageError as error:
@@ -85,6 +90,7 @@ class RequestHandler:
         response = error_of_unparsed(
             record,
             error,
+            record_id=str(fence.source),
             received_at=self.clock.now(),
             clock=self.clock,
             fleet=self.fleet,
@@ -138,7 +144,8 @@ class RequestHandler:
         if assignment.unknown_version:
             self.metrics.unknown_group_versions.labels(incoming.model).inc()
         decision = select_option(
-            request_id=incoming.request_id,
+            record=incoming.record,
+            draw_key=self.settings.draw_key_bytes,
             model=incoming.model,
             assignment=assignment,
             policy=active.policy,
@@ -161,7 +168,7 @@ class RequestHandler:
             control_sequences=self.settings.control_sequences,
         )
         return GenerationJob(
-            request_id=incoming.request_id,
+            request_id=incoming.record,  # unlike the client's id, unique on the model server
             prompt=prompt,
             parameters=GenerationParameters.of(incoming.request.sampling, stop=template.stop),
             deadline=incoming.deadline,
@@ -180,11 +187,7 @@ class RequestHandler:
             # Before the response: a client that reads the stream does not wait for the whole response.
             await chunks.end(fence, finish_reason=response.finish_reason, error=response.error)
         decision = response.decision
-        if (
-            response.status == "ok"
-            and decision is not None
-            and should_sample(incoming.request_id, incoming.request, decision, share=self.settings.sample_share)
-        ):
+        if response.status == "ok" and decision is not None and should_sample(incoming, decision, self.settings):
             published, _ = await asyncio.gather(
                 self.publisher.publish_response(response, fence),
                 self.publisher.publish_sample(sample_of(incoming, clock=self.clock)),
@@ -211,6 +214,7 @@ def response_of(incoming: IncomingRequest, decision: Decision, result: AttemptRe
         )
     return GenerationResponse(
         request_id=incoming.request_id,
+        record=incoming.record,
         model=incoming.model,
         status="ok",
         text=generation.text,
@@ -253,6 +257,7 @@ def error_response(
     """
     return GenerationResponse(
         request_id=incoming.request_id,
+        record=incoming.record,
         model=incoming.model,
         status="error",
         error=error,
@@ -271,6 +276,7 @@ def sample_of(incoming: IncomingRequest, *, clock: Clock) -> Sample:
     """The sample of a request for the evaluator."""
     return Sample(
         request_id=incoming.request_id,
+        record=incoming.record,
         model=incoming.model,
         group=incoming.request.task or DEFAULT_GROUP,
         task=incoming.request.task,

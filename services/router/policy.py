@@ -1,7 +1,8 @@
 """Decides how a request is served: the current policy, the prompt group of the request, and the draw of an option.
 
-The draw depends only on the request id and the model, so a redelivered request draws the same option. The response
-states the drawn option, its probability and the distribution it was drawn from: savings are estimated from them.
+The draw depends only on the request's record, the model and a secret key of the deployment, so a redelivered request
+draws the same option, and no client can choose its draw. The response states the drawn option, its probability and the
+distribution it was drawn from: savings are estimated from them.
 Without a usable policy, requests are served by the reference (baseline, no directive), so quality is never at risk.
 """
 
@@ -222,7 +223,8 @@ def draw(probabilities: Mapping[str, float], point: float) -> str:
 
 def select_option(
     *,
-    request_id: str,
+    record: str,
+    draw_key: bytes = b"",
     model: str,
     assignment: GroupAssignment,
     policy: Policy | None,
@@ -233,6 +235,8 @@ def select_option(
     """Decide how a request is served.
 
     Args:
+        record: identifies the request.
+        draw_key: secret of the deployment; empty: none.
         model: a model that the fleet serves.
         assignment: the request's prompt group, with the policy's probabilities.
         policy: the usable policy of the model; None: the reference serves the request.
@@ -251,7 +255,7 @@ def select_option(
         probabilities = {fleet.reference_of(model): 1.0}
     if requested_directive is not None:
         probabilities = _restrict(probabilities, requested_directive, fleet.levels)
-    option = draw(probabilities, uniform(_OPTION_SALT + model, request_id))
+    option = draw(probabilities, uniform(_OPTION_SALT + model, record, draw_key))
     pool, level = split_option(option)
     return Decision(
         source=source if requested_directive is None else "forced",

@@ -10,14 +10,13 @@ from faststream.kafka import KafkaBroker
 
 from services.router.fencing import RecordFence
 from services.router.metrics import RouterMetrics
-from services.router.recovery import SOURCE_HEADER
 from services.router.tracing import Tracing
 from shared.kafka.dead_letters import DeadLetterPublisher, PoisonMessageError
 from shared.kafka.publish import TOO_LARGE, Publisher, check_size, declare_publisher, publish_with_retry
 from shared.messages import ErrorDetail, GenerationResponse, ResponseChunk, Sample
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
-from shared.topics import REQUESTS, RESPONSE_CHUNKS, RESPONSES, SAMPLES, TopicSpec
+from shared.topics import REQUESTS, RESPONSE_CHUNKS, RESPONSES, SAMPLES, SOURCE_HEADER, TopicSpec
 
 _log = get_logger(__name__)
 
@@ -83,9 +82,9 @@ class RouterPublisher:
     ) -> None:
         """Publish a record that is not a valid request, unchanged, as a dead letter."""
         self._tracing.dead_lettered(error.reason)
-        headers = {SOURCE_HEADER: fence.source}
+        headers = {SOURCE_HEADER: fence.source.header}
         await publish_with_retry(
-            lambda: fence.publish(lambda: self._dead_letters.publish(record, error, headers=headers))
+            lambda: fence.publish(lambda _: self._dead_letters.publish(record, error, headers=headers))
         )
         self._metrics.dead_letters.labels(error.reason).inc()
 
@@ -95,7 +94,7 @@ class RouterPublisher:
         with self._tracing.sending(self._kafka.topic(spec)):
             headers = self._tracing.headers()
             if fence is not None:
-                headers[SOURCE_HEADER] = fence.source
+                headers[SOURCE_HEADER] = fence.source.header
             await self._publish(spec, message, key, headers, fence)
 
     async def _publish(
@@ -113,9 +112,9 @@ class RouterPublisher:
         )
         headers = {"content-type": "application/json", **headers}
 
-        async def send() -> None:
+        async def send(at_ms: int | None = None) -> None:
             await self._publishers[spec.name].publish(
-                value, key=encoded_key, headers=headers, correlation_id=message.request_id
+                value, key=encoded_key, headers=headers, correlation_id=message.request_id, timestamp_ms=at_ms
             )
 
         # Every retry passes the fence again: the partition may have been lost since the last attempt.

@@ -8,16 +8,15 @@ partition reads the output topics from that time to their end, so it knows which
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, Self
+from typing import Final, Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
 from services.router.offsets import Commit, RecoveredOffsets
+from shared.kafka.records import RecordId
 from shared.runtime.settings import KafkaSettings
-
-SOURCE_HEADER: Final = "sprout-request"
-"""Header of a response or dead letter: the record it belongs to, in the format of `Source`."""
+from shared.topics import SOURCE_HEADER
 
 CLOCK_MARGIN_MS: Final = 10_000
 """Tolerated step back of a machine's clock between a commit and a response."""
@@ -25,31 +24,8 @@ CLOCK_MARGIN_MS: Final = 10_000
 _POLL_MS: Final = 200
 _METADATA_PREFIX: Final = "since-ms="
 
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A record of the topic `requests`; the timestamp distinguishes it from one with its offset in an earlier log."""
-
-    partition: int
-    offset: int
-    timestamp_ms: int
-
-    @classmethod
-    def of(cls, record: Any) -> Self:  # noqa: ANN401 - aiokafka has no types
-        """The source of a record."""
-        return cls(record.partition, record.offset, record.timestamp)
-
-    @classmethod
-    def parse(cls, header: bytes) -> Self | None:
-        """Parse a header; None if it is not in this format."""
-        try:
-            partition, offset, timestamp_ms = map(int, header.decode("ascii").split(":"))
-        except ValueError:
-            return None
-        return cls(partition, offset, timestamp_ms)
-
-    def __str__(self) -> str:
-        return f"{self.partition}:{self.offset}:{self.timestamp_ms}"
+Place = tuple[str, int]
+"""A partition of requests: topic without prefix, number."""
 
 
 def to_kafka(commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
@@ -69,20 +45,24 @@ def from_kafka(stored: OffsetAndMetadata) -> Commit | None:
 
 
 def collect_answered(
-    records: Collection["ConsumerRecord[bytes, bytes]"], commits: Mapping[int, Commit], found: dict[int, dict[int, int]]
+    records: Collection["ConsumerRecord[bytes, bytes]"],
+    commits: Mapping[Place, Commit],
+    found: dict[Place, dict[int, int]],
 ) -> None:
-    """Collect the sources of responses and dead letters, if they are at or beyond the committed offset.
+    """Collect the records of responses and dead letters, if they are at or beyond the committed offset.
 
     Args:
-        commits: by partition number of the topic `requests`.
-        found: output: timestamps of answered records, by partition number and offset.
+        found: output: timestamps of answered records, by offset.
     """
     for record in records:
         for name, value in record.headers:
-            source = Source.parse(value) if name == SOURCE_HEADER and value is not None else None
-            commit = commits.get(source.partition) if source is not None else None
-            if source is not None and commit is not None and source.offset >= commit.offset:
-                found.setdefault(source.partition, {})[source.offset] = source.timestamp_ms
+            source = RecordId.parse_header(value) if name == SOURCE_HEADER and value is not None else None
+            if source is None:
+                continue
+            place = source.topic, source.partition
+            commit = commits.get(place)
+            if commit is not None and source.offset >= commit.offset:
+                found.setdefault(place, {})[source.offset] = source.timestamp_ms
 
 
 class GroupProgress(Protocol):
@@ -149,9 +129,10 @@ class KafkaGroupProgress:
         Raises:
             KafkaError: the output topics could not be read.
         """
-        by_number = {partition.partition: commit for partition, commit in commits.items()}
+        places = {one: (one.topic.removeprefix(self.kafka.topic_prefix), one.partition) for one in commits}
+        by_place = {places[one]: commit for one, commit in commits.items()}
         since_ms = max(0, min(commit.since_ms for commit in commits.values()) - CLOCK_MARGIN_MS)
-        found: dict[int, dict[int, int]] = {}
+        found: dict[Place, dict[int, int]] = {}
         consumer = AIOKafkaConsumer(
             *self.topics,
             **self.kafka.client_options(),
@@ -162,11 +143,11 @@ class KafkaGroupProgress:
         try:
             await consumer.start()
             async for records in _records_since(consumer, since_ms):
-                collect_answered(records, by_number, found)
+                collect_answered(records, by_place, found)
         finally:
             await consumer.stop()
         return {
-            partition: RecoveredOffsets(commit, found.get(partition.partition, {}))
+            partition: RecoveredOffsets(commit, found.get(places[partition], {}))
             for partition, commit in commits.items()
         }
 

@@ -1,15 +1,16 @@
 """Settings of the router, from `SPROUT_ROUTER_*`."""
 
 from pydantic import AliasChoices, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from shared.inference.attempts import RetrySettings
 from shared.inference.balancer import CircuitBreakerSettings
 from shared.inference.base import StreamTimeouts
 from shared.inference.chat import ControlSequencePolicy
+from shared.runtime.settings import DrawKeySettings
 
 
-class RouterSettings(RetrySettings, CircuitBreakerSettings, BaseSettings):
+class RouterSettings(RetrySettings, CircuitBreakerSettings, DrawKeySettings):
     """How requests are consumed, served and answered. "Wall" is wall-clock time, "event" the deployment's clock."""
 
     model_config = SettingsConfigDict(

@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
     InvalidProducerEpoch,
     InvalidProducerIdMapping,
+    InvalidTimestampError,
     KafkaError,
     MessageSizeTooLargeError,
     OutOfOrderSequenceNumber,
@@ -37,6 +38,7 @@ TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError, RecordToo
 
 UNRECOVERABLE: Final = (
     *TOO_LARGE,
+    InvalidTimestampError,
     OutOfOrderSequenceNumber,
     UnknownProducerId,
     InvalidProducerEpoch,
@@ -65,6 +67,7 @@ class Publisher(Protocol):
         key: bytes | None = None,
         headers: dict[str, str] | None = None,
         correlation_id: str | None = None,
+        timestamp_ms: int | None = None,
     ) -> object:
         """Publish a message; returns once Kafka has it.
 

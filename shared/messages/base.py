@@ -59,6 +59,18 @@ class Message(Value):
     )
 
 
+class RequestMessage(Message):
+    """A message about one request."""
+
+    request_id: Identifier
+    record: Identifier | None = Field(default=None, description=RECORD)
+
+    @property
+    def identity(self) -> str:
+        """What identifies the request: its record; in messages of an earlier router its id."""
+        return self.record or self.request_id
+
+
 class DeadLetter(Message):
     """A message that could not be processed, with its original bytes and the reason."""
 

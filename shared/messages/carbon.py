@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from shared.messages.base import RECORD, Identifier, Level, Message, Probability, UtcDatetime, Value, Zone
+from shared.messages.base import Identifier, Level, Message, Probability, RequestMessage, UtcDatetime, Value, Zone
 
 
 class IntensityPoint(Value):
@@ -36,14 +36,13 @@ class CarbonIntensity(Message):
     published_at: UtcDatetime
 
 
-class Footprint(Message):
+class Footprint(RequestMessage):
     """Energy and carbon attributed to one call.
 
     total_g = energy_kwh * pue * intensity_g_per_kwh + embodied_g_per_s * server_s
     """
 
     request_id: Identifier = Field(description="The request's id, or the usage record's")
-    record: Identifier | None = Field(default=None, description=RECORD)
     purpose: Literal["request", "evaluation", "judge"]
     evaluation_id: str | None = None
     model: Identifier

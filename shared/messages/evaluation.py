@@ -4,15 +4,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from shared.messages.base import RECORD, Identifier, Level, Message, UtcDatetime, Value, Zone
+from shared.messages.base import Identifier, Level, Message, RequestMessage, UtcDatetime, Value, Zone
 from shared.messages.generation import ChatMessage, SamplingParameters
 
 
-class Sample(Message):
+class Sample(RequestMessage):
     """A prompt kept for evaluation."""
 
-    request_id: Identifier
-    record: Identifier | None = Field(default=None, description=RECORD)
     model: Identifier
     group: Identifier
     task: str | None = None

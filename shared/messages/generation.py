@@ -5,12 +5,12 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from shared.messages.base import (
-    RECORD,
     Identifier,
     Level,
     Message,
     Probability,
     RequestedDirective,
+    RequestMessage,
     UtcDatetime,
     Value,
     Zone,
@@ -143,11 +143,9 @@ class Timing(Value):
     finished_at: UtcDatetime = Field(description="The last token was received")
 
 
-class GenerationResponse(Message):
+class GenerationResponse(RequestMessage):
     """The answer to one request, or the error in its place."""
 
-    request_id: Identifier
-    record: Identifier | None = Field(default=None, description=RECORD)
     model: str = Field(description="Logical model requested")
     status: Literal["ok", "error"]
     text: str | None = Field(default=None, description="The answer; null on error")

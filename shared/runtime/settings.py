@@ -2,18 +2,22 @@
 
 import ssl
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import quote, urlsplit
 
 from faststream.security import BaseSecurity, SASLOAuthBearer, SASLPlaintext, SASLScram256, SASLScram512
 from pydantic import AliasChoices, Field, PrivateAttr, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.hashing import MAX_KEY_BYTES
 from shared.runtime.oauth import ClientCredentials
 from shared.topics import TopicSpec
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"]
+
+MIN_KEY_BYTES: Final = 16
+"""Shorter secrets can be guessed."""
 
 _FASTSTREAM = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
 
@@ -34,6 +38,35 @@ def read_secret(file: Path, variable: str) -> str:
     if not secret:
         raise ValueError(f"{variable} {file} is empty")
     return secret
+
+
+class DrawKeySettings(BaseSettings):
+    """The key of random draws, in services that draw; all services of a deployment have the same."""
+
+    model_config = SettingsConfigDict(hide_input_in_errors=True)
+
+    draw_key: SecretStr | None = Field(
+        default=None, description="Secret of 16 to 64 bytes: without it clients can steer random draws"
+    )
+    draw_key_file: Path | None = Field(default=None, description="File with the secret, instead of it")
+
+    @property
+    def draw_key_bytes(self) -> bytes:
+        """The key; empty if there is none."""
+        return b"" if self.draw_key is None else self.draw_key.get_secret_value().encode()
+
+    @model_validator(mode="after")
+    def _check_draw_key(self) -> Self:
+        variable = f"{self.model_config.get('env_prefix', '')}DRAW_KEY"
+        if self.draw_key is not None and self.draw_key_file is not None:
+            raise ValueError(f"give either {variable} or {variable}_FILE")
+        if self.draw_key_file is not None:
+            self.draw_key = SecretStr(read_secret(self.draw_key_file, f"{variable}_FILE"))
+        if self.draw_key is not None and not MIN_KEY_BYTES <= len(self.draw_key_bytes) <= MAX_KEY_BYTES:
+            raise ValueError(
+                f"{variable} must have {MIN_KEY_BYTES} to {MAX_KEY_BYTES} bytes, for example from: openssl rand -hex 32"
+            )
+        return self
 
 
 class KafkaSettings(BaseSettings):

@@ -34,6 +34,8 @@ class Messages:
         unsent: ids of the valid requests that Kafka did not acknowledge.
         answers: number of records on the topic `responses`, by request id.
         errors: error code by request id, for error responses.
+        records: the record of every acknowledged request, by its id.
+        answered_records: the records that the answers name, by request id.
         malformed: bytes and expected reason of every malformed message, by its position.
         letters: dead letters in the order of their topic.
     """
@@ -42,6 +44,8 @@ class Messages:
     unsent: set[str] = field(default_factory=set)
     answers: Counter[str] = field(default_factory=Counter)
     errors: dict[str, str] = field(default_factory=dict)
+    records: dict[str, str] = field(default_factory=dict)
+    answered_records: dict[str, set[str]] = field(default_factory=dict)
     malformed: dict[Position, tuple[bytes, str]] = field(default_factory=dict)
     letters: list[Letter] = field(default_factory=list)
 
@@ -61,6 +65,7 @@ class Counts:
         errors: number of error responses by code.
         lost: valid requests without an answer.
         answered_twice: valid requests with more than one answer.
+        misattributed: valid requests with an answer that names another record.
         strays: orphan answers, to requests that were not sent; not those to malformed ones with a readable id.
         dead_lettered: malformed messages with a correct dead letter (bytes and reason).
         dead_lettered_wrong: dead letters with wrong bytes or reason, or of valid requests.
@@ -74,6 +79,7 @@ class Counts:
     errors: dict[str, int]
     lost: int
     answered_twice: int
+    misattributed: int
     strays: int
     malformed_sent: int
     dead_lettered: int
@@ -87,6 +93,7 @@ class Counts:
             (self.unsent, "requests were not acknowledged by Kafka"),
             (self.lost, "requests lost"),
             (self.answered_twice, "requests answered twice"),
+            (self.misattributed, "requests with an answer that names another record"),
             (self.strays, "orphan answers, to requests that were not sent"),
             (undelivered, "malformed messages without a correct dead letter"),
             (self.dead_lettered_wrong, "dead letters that are wrong or unexpected"),
@@ -110,6 +117,9 @@ def count(messages: Messages) -> Counts:
         errors=dict(sorted(errors.items())),
         lost=len(messages.sent - answered),
         answered_twice=sum(messages.answers[name] > 1 for name in answered),
+        misattributed=sum(
+            messages.answered_records.get(name, {record}) != {record} for name, record in messages.records.items()
+        ),
         strays=sum(
             times
             for name, times in messages.answers.items()

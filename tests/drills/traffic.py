@@ -9,6 +9,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from shared.kafka.records import RecordId
 from shared.messages import DeadLetter, GenerationRequest
 from shared.runtime.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS, REQUESTS, RESPONSES, TopicSpec
@@ -138,6 +139,7 @@ class Traffic:
         elif message.id is not None:
             self._acknowledged_at[message.id] = time.monotonic()
             self.messages.sent.add(message.id)
+            self.messages.records[message.id] = str(RecordId.of(metadata, self._kafka.topic_prefix))
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         while True:
@@ -157,6 +159,7 @@ class Traffic:
         if name not in self.messages.answers and name in self._acknowledged_at:
             self.longest_s = max(self.longest_s, self._last_answer - self._acknowledged_at[name])
         self.messages.answers[name] += 1
+        self.messages.answered_records.setdefault(name, set()).add(str(answer["record"]))
         if answer["status"] != "ok":
             self.messages.errors[name] = str((answer.get("error") or {}).get("code"))
 

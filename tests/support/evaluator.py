@@ -177,7 +177,7 @@ def judged_prompt(
     stratum: str = "qa",
     at: datetime = datetime(2023, 2, 10, 12, tzinfo=UTC),
 ) -> JudgedPrompt:
-    return JudgedPrompt(name, stratum, stratum, at, extract_features(text), tuple(answers))
+    return JudgedPrompt(name, name, stratum, stratum, at, extract_features(text), tuple(answers))
 
 
 def shares(counts: Sequence[Any], *, group: str) -> dict[str, float]:

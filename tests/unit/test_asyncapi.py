@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from services import SERVICES
-from services.router.recovery import SOURCE_HEADER
 from shared import topics
 from shared.topics import TOPICS, TopicSpec
 from tests.support.contract import EXAMPLES, check_record, documents, official_validator
@@ -113,8 +112,7 @@ def test_requests_are_answered_on_responses(described):
     messages = described["router"]["components"]["messages"]
     assert messages["GenerationRequest"]["correlationId"] == {"location": "$message.payload#/id"}
     assert messages["GenerationResponse"]["correlationId"] == {"location": "$message.payload#/request_id"}
-    assert topics.SOURCE_HEADER == SOURCE_HEADER
-    assert {SOURCE_HEADER, "traceparent", "content-type"} <= set(
+    assert {topics.SOURCE_HEADER, "traceparent", "content-type"} <= set(
         messages["GenerationResponse"]["headers"]["properties"]
     )
 

@@ -50,6 +50,11 @@ def test_lost_and_duplicate_answers_are_counted_once_per_request():
     assert counts.problems() == ("1 requests lost", "1 requests answered twice")
 
 
+def test_an_answer_that_names_another_record_is_a_problem():
+    counts = count(messages(records={"a": "0", "b": "1"}, answered_records={"a": {"0"}, "b": {"1", "2"}}))
+    assert counts.problems() == ("1 requests with an answer that names another record",)
+
+
 def test_an_error_response_is_an_answer_and_counted_separately():
     counts = count(messages(errors={"b": "upstream_error", "c": "upstream_error", "orphan": "unknown_model"}))
     assert (counts.answered, counts.answered_error, counts.errors) == (3, 2, {"upstream_error": 2})

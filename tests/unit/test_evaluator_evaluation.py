@@ -71,7 +71,7 @@ async def test_every_metric_adds_outcomes_and_a_prompt_without_any_is_an_abstent
     correctness = FixedMetric("correctness", (1.0, 1.0), without=frozenset({"r0", "r2"}))
     run = judging(preference, correctness)
     await run.run([sample(number) for number in range(3)])
-    assert {one.request_id: [answer.outcomes for answer in one.answers] for one in run.judged} == {
+    assert {one.id: [answer.outcomes for answer in one.answers] for one in run.judged} == {
         "r0": [{"preference": 1.0}, {"preference": 0.0}],
         "r1": [{"correctness": 1.0}, {"correctness": 1.0}],
     }
@@ -84,7 +84,7 @@ async def test_a_failed_call_drops_the_prompt_but_its_other_answers_are_charged(
     failing = sample(1).messages[-1].content
     run = judging(FixedMetric("preference", (1.0, 0.0)), calls=FakeCalls(failing=frozenset({failing})))
     await run.run([sample(0), sample(1)])
-    assert ([one.request_id for one in run.judged], run.evaluated, run.dropped) == (["r0"], ["r0"], 1)
+    assert ([one.id for one in run.judged], run.evaluated, run.dropped) == (["r0"], ["r0"], 1)
     assert len(run.work.calls) == 3
 
 

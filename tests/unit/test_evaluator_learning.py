@@ -73,7 +73,7 @@ def test_every_verdict_is_counted_once_on_its_day(learned):
 
 
 def test_traffic_shares_are_those_of_the_strata(learned):
-    kinds = {prompt.request_id: prompt.stratum for prompt in judged_kinds(400, seed=1)}
+    kinds = {prompt.id: prompt.stratum for prompt in judged_kinds(400, seed=1)}
     by_kind = {"question": 0.0, "sum": 0.0}
     judged = {"question": 200, "sum": 200}
     for name, share in learned.message.traffic.items():

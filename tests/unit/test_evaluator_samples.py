@@ -24,7 +24,7 @@ def fill(names, *, capacity, batch=1):
     for start in range(0, len(names), batch):
         arrivals = [sample(name) for name in names[start : start + batch]]
         update = admit(list(content.values()), arrivals, capacity=capacity, oldest=LONG_AGO)
-        content |= {one.request_id: one for one in arrivals if one.request_id in update.admitted}
+        content |= {one.id: one for one in arrivals if one.id in update.admitted}
         content = {name: one for name, one in content.items() if name not in update.evicted}
         assert len(content) <= capacity
     return set(content)

@@ -34,6 +34,7 @@ FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
 SETTINGS = RouterSettings(
     max_request_bytes=2_000, max_prompt_chars=100, default_deadline_s=600, default_deadline_wall_s=30
 )
+RECORD = "requests/3/17/1001000"
 REPLAY = Clock(rate=720.0, origin_wall_s=1_000.0, origin_event_s=NOON.timestamp())
 
 
@@ -48,7 +49,12 @@ def parsed(
 ) -> IncomingRequest:
     value = json.dumps({"prompt": "Why?", **fields}).encode() if value is None else value
     return parse_request(
-        record_of(value, timestamp), received_at=NOON + timedelta(hours=1), clock=clock, fleet=fleet, settings=SETTINGS
+        record_of(value, timestamp),
+        record_id=RECORD,
+        received_at=NOON + timedelta(hours=1),
+        clock=clock,
+        fleet=fleet,
+        settings=SETTINGS,
     )
 
 
@@ -67,7 +73,7 @@ def test_id_model_and_time_default_to_those_of_the_record_and_the_fleet():
 
 def test_id_and_time_of_the_client_take_precedence():
     incoming = parsed(id="mine", requested_at=NOON.isoformat())
-    assert (incoming.request_id, incoming.requested_at) == ("mine", NOON)
+    assert (incoming.request_id, incoming.record, incoming.requested_at) == ("mine", RECORD, NOON)
 
 
 def test_a_record_without_a_timestamp_was_requested_when_it_was_received():
@@ -134,11 +140,12 @@ UNPARSED = [
 @pytest.mark.parametrize(("value", "wanted"), UNPARSED, ids=lambda value: str(value)[:40])
 def test_whatever_has_a_readable_id_gets_an_error_response(value, wanted):
     received_at = NOON + timedelta(hours=1)
-    options = {"received_at": received_at, "clock": REPLAY, "fleet": FLEET, "settings": SETTINGS}
+    options = {"record_id": RECORD, "received_at": received_at, "clock": REPLAY, "fleet": FLEET, "settings": SETTINGS}
     with pytest.raises(PoisonMessageError) as caught:
         parse_request(record_of(value), **options)
     response = error_of_unparsed(record_of(value), caught.value, **options)
     assert wanted == (None if response is None else (response.request_id, response.model, response.error.code))
+    assert response is None or response.record == RECORD
 
 
 async def test_requests_in_flight_are_bounded_by_their_estimated_memory():

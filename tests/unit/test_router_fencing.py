@@ -6,6 +6,9 @@ import pytest
 from aiokafka import TopicPartition
 
 from services.router.fencing import LEASE_SHARE, PublishFence, RecordFence
+from services.router.settings import RouterSettings
+from shared.kafka.records import RecordId
+from shared.topics import RESPONSES
 
 HERE, THERE = TopicPartition("requests", 0), TopicPartition("requests", 1)
 
@@ -24,12 +27,14 @@ class Sending:
 
     def __init__(self) -> None:
         self.sent = 0
+        self.sent_at_ms: int | None = None
         self.go = asyncio.Event()
         self.go.set()
 
-    async def __call__(self) -> None:
+    async def __call__(self, at_ms: int) -> None:
         await self.go.wait()
         self.sent += 1
+        self.sent_at_ms = at_ms
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def fence(clock: Clock) -> PublishFence:
-    made = PublishFence(session_timeout_s=10.0, now_s=clock)
+    made = PublishFence(session_timeout_s=10.0, now_s=clock, wall_s=clock)
     made.open({HERE})
     made.renew_lease(clock())
     return made
@@ -52,7 +57,7 @@ def sending() -> Sending:
 
 async def start(fence: PublishFence, sending: Sending, partition: TopicPartition = HERE) -> asyncio.Task[None]:
     """Start to publish, and continue as far as the fence allows."""
-    task = asyncio.create_task(RecordFence(fence, partition, "").publish(sending))
+    task = asyncio.create_task(RecordFence(fence, partition, RecordId("requests", 0, 0, 0)).publish(sending))
     for _ in range(3):
         await asyncio.sleep(0)
     return task
@@ -68,7 +73,7 @@ async def test_a_response_is_published_if_its_partition_is_open(fence, sending):
 
 
 async def test_nothing_is_published_before_the_first_commit(clock, sending):
-    fence = PublishFence(session_timeout_s=10.0, now_s=clock)
+    fence = PublishFence(session_timeout_s=10.0, now_s=clock, wall_s=clock)
     fence.open({HERE})
     assert fence.renewal_due
     waiting = await start(fence, sending)
@@ -87,6 +92,27 @@ async def test_after_the_lease_has_expired_only_a_later_commit_renews_it(fence, 
     fence.renew_lease(clock())
     await waiting
     assert sending.sent == 1
+
+
+async def test_a_message_gets_the_time_of_the_check_that_let_it_through(fence, clock, sending):
+    fence.close()
+    await start(fence, sending)
+    clock.now_s += 1.5
+    fence.open({HERE})
+    await asyncio.sleep(0)
+    sending.go.clear()
+    clock.now_s += 1.0
+    waiting = await start(fence, sending)
+    clock.now_s += 60.0  # the process is suspended after the check
+    sending.go.set()
+    await waiting
+    assert sending.sent_at_ms == 102_500
+
+
+def test_kafka_rejects_a_message_before_another_router_can_own_its_partition():
+    session_s = RouterSettings().session_timeout_s
+    assert RESPONSES.max_age_ms is not None
+    assert PublishFence(session_timeout_s=session_s).lease_s + RESPONSES.max_age_ms / 1_000 + 0.5 < session_s
 
 
 async def test_renewal_is_due_long_before_the_lease_expires(fence, clock):

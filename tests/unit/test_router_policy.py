@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.admission import should_sample
+from services.router.admission import IncomingRequest, should_sample
 from services.router.policy import PolicyCache, PromptGroupCache, UnknownLevelError, draw, select_option
+from services.router.settings import RouterSettings
 from shared.fleet import Fleet
 from shared.hashing import uniform
 from shared.messages import Decision
@@ -27,10 +28,10 @@ TWO_POOLS = Fleet.model_validate(
 ROW = {"L0": 0.2, "L1": 0.5, "L2": 0.3}
 
 
-def decide(request_id: str = "r", *, fleet: Fleet = FLEET, task: str | None = None, **changes) -> Decision:
+def decide(record: str = "requests/0/1/2", *, fleet: Fleet = FLEET, task: str | None = None, **changes) -> Decision:
     given = {"policy": policy(ROW), **changes}
     assignment = PromptGroupCache().assign(request(1, task=task), model=MODEL, policy=given["policy"])
-    return select_option(request_id=request_id, model=MODEL, assignment=assignment, fleet=fleet, **given)
+    return select_option(record=record, model=MODEL, assignment=assignment, fleet=fleet, **given)
 
 
 def test_the_drawn_number_is_the_documented_one():
@@ -38,6 +39,8 @@ def test_the_drawn_number_is_the_documented_one():
     assert uniform("salt", "request-1") == (int.from_bytes(digest, "big") >> 11) / 2**53
     assert uniform("option:m", "r1") == 0.7357524318363831
     assert 0 <= uniform("salt", "\ud800 ü") < 1
+    keyed = hashlib.blake2b(b"salt\0request-1", digest_size=8, key=b"secret").digest()
+    assert uniform("salt", "request-1", b"secret") == (int.from_bytes(keyed, "big") >> 11) / 2**53
 
 
 @given(st.text())
@@ -133,7 +136,7 @@ def test_in_a_reference_block_the_reference_serves_whatever_the_policy_says():
         assert (decision.source, decision.group, decision.pool, decision.level) == ("switchback", "qa", "p", "L0")
         assert (decision.propensity, decision.propensities) == (1.0, {"p/L0": 1.0})
         assert decision.policy_version is None
-        assert should_sample("r", request(1), decision, share=1.0)
+        assert samples(decision, share=1.0)
 
 
 @pytest.mark.parametrize(("directive", "level"), [("L2", "L2"), ("!L0", "L1"), ("!L2", "L0")])
@@ -195,10 +198,39 @@ def test_the_policy_created_last_is_the_newest_even_if_versions_restart():
 
 def test_samples_are_a_share_of_the_requests_that_allow_them():
     decision, forced = decide(), decide(requested_directive="L1")
-    kept = [number for number in range(5_000) if should_sample(f"r{number}", request(number), decision, share=0.1)]
+    kept = [number for number in range(5_000) if samples(decision, number, share=0.1)]
     assert len(kept) == pytest.approx(500, abs=70)
-    assert kept == [n for n in range(5_000) if should_sample(f"r{n}", request(n), decision, share=0.1)]
-    assert should_sample("r", request(1), decision, share=1.0)
-    assert not should_sample("r", request(1), decision, share=0.0)
-    assert not should_sample("r", request(1), forced, share=1.0)
-    assert not should_sample("r", request(1, evaluation_allowed=False), decision, share=1.0)
+    assert kept == [number for number in range(5_000) if samples(decision, number, share=0.1)]
+    assert kept != [number for number in range(5_000) if samples(decision, number, share=0.1, key="another secret!!")]
+    assert samples(decision, share=1.0)
+    assert not samples(decision, share=0.0)
+    assert not samples(forced, share=1.0)
+    assert not samples(decision, share=1.0, evaluation_allowed=False)
+
+
+def samples(decision: Decision, number: int = 1, *, share: float, key: str | None = None, **changes) -> bool:
+    asked = request(number, **changes)
+    incoming = IncomingRequest(
+        request_id="r", record=f"requests/0/{number}/1", model=MODEL, request=asked,
+        requested_at=NOW, received_at=NOW, deadline=NOW,
+    )  # fmt: skip
+    return should_sample(incoming, decision, RouterSettings(sample_share=share, draw_key=key))
+
+
+def test_the_draw_depends_on_the_record_and_the_key_and_not_on_the_producers_id():
+    records = [f"requests/0/{offset}/1" for offset in range(2_000)]
+    without = [decide(record).level for record in records]
+    first, second = ([decide(one, draw_key=key * 16).level for one in records] for key in (b"a", b"b"))
+    assert first == [decide(one, draw_key=b"a" * 16).level for one in records]
+    for one, other in ((without, first), (without, second), (first, second)):
+        agreeing = sum(a == b for a, b in zip(one, other, strict=True))
+        assert agreeing / 2_000 == pytest.approx(0.2**2 + 0.5**2 + 0.3**2, abs=0.04)  # as independent draws
+
+
+def test_records_that_draw_the_cheapest_level_without_the_key_draw_as_the_policy_says_with_it():
+    """Timestamps, which a producer may set, are ground until they draw L2."""
+    ground = [one for time in range(40_000) if decide(one := f"requests/0/7/{time}").level == "L2"]
+    drawn = Counter(decide(one, draw_key=b"a secret of the deployment").level for one in ground)
+    assert len(ground) > 10_000
+    for level, probability in ROW.items():
+        assert drawn[level] / len(ground) == pytest.approx(probability, abs=0.015)

@@ -1,5 +1,6 @@
 """What recovery reads: commits with a time, and the records that messages were published for."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,9 @@ from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
 from services.router.offsets import Commit
-from services.router.recovery import SOURCE_HEADER, Source, collect_answered, from_kafka, to_kafka
+from services.router.recovery import collect_answered, from_kafka, to_kafka
+from shared.kafka.records import RecordId
+from shared.topics import SOURCE_HEADER, SOURCE_HEADERS
 
 PARTITION = TopicPartition("requests", 3)
 
@@ -26,21 +29,31 @@ def test_a_commit_that_no_router_made_has_no_time(metadata):
     assert from_kafka(OffsetAndMetadata(7, metadata)) is None
 
 
-def test_a_source_round_trips():
-    record = SimpleNamespace(partition=3, offset=7, timestamp=1_700_000_000_000)
-    assert Source.parse(str(Source.of(record)).encode()) == Source(3, 7, 1_700_000_000_000)
+@pytest.mark.parametrize(
+    ("topic", "header", "text"),
+    [
+        ("requests", "3:7:-1", "requests/3/7/-1"),  # as earlier routers write and read it
+        ("requests-batch", "requests-batch:3:7:-1", "requests-batch/3/7/-1"),
+    ],
+)
+def test_the_identity_of_a_record_round_trips(topic, header, text):
+    record = SimpleNamespace(topic=f"sprout.{topic}", partition=3, offset=7, timestamp=-1)
+    identity = RecordId.of(record, "sprout.")
+    assert (identity.header, str(identity)) == (header, text)
+    assert RecordId.parse_header(header.encode()) == identity == RecordId(topic, 3, 7, -1)
+    assert re.match(SOURCE_HEADERS[SOURCE_HEADER].pattern, header)
 
 
-@pytest.mark.parametrize("header", [b"", b"1:2", b"1:2:x", b"1:2:3:4", b"\xff:1:2"])
+@pytest.mark.parametrize("header", [b"", b"1:2", b"1:2:x", b"requests:x:1:2:3", b"a:1:2:x", b"\xff:1:2"])
 def test_headers_in_another_format_are_ignored(header):
-    found: dict[int, dict[int, int]] = {}
-    collect_answered([message((SOURCE_HEADER, header), (SOURCE_HEADER, None))], {1: Commit(0, 0)}, found)
+    found: dict[tuple[str, int], dict[int, int]] = {}
+    collect_answered([message((SOURCE_HEADER, header), (SOURCE_HEADER, None))], {("requests", 1): Commit(0, 0)}, found)
     assert found == {}
 
 
 def test_only_responses_to_records_at_or_beyond_the_commit_count():
-    found: dict[int, dict[int, int]] = {}
-    messages = [message(("traceparent", b"00"), (SOURCE_HEADER, str(Source(*place)).encode()))
-                for place in ((3, 6, 60), (3, 7, 70), (3, 9, 90), (4, 9, 90))]  # fmt: skip
-    collect_answered(messages, {3: Commit(7, 0)}, found)
-    assert found == {3: {7: 70, 9: 90}}
+    found: dict[tuple[str, int], dict[int, int]] = {}
+    messages = [message(("traceparent", b"00"), (SOURCE_HEADER, header))
+                for header in (b"3:6:60", b"3:7:70", b"3:9:90", b"4:9:90", b"lane:3:9:91", b"new:3:9:9")]  # fmt: skip
+    collect_answered(messages, {("requests", 3): Commit(7, 0), ("lane", 3): Commit(0, 0)}, found)
+    assert found == {("requests", 3): {7: 70, 9: 90}, ("lane", 3): {9: 91}}

@@ -29,6 +29,7 @@ DECISION = Decision(
 )  # fmt: skip
 INCOMING = IncomingRequest(
     request_id="r1",
+    record="requests/0/0/0",
     model="m",
     request=GenerationRequest.model_validate(
         {"prompt": SECRET, "sampling": {"max_tokens": 32, "temperature": 0.5, "stop": [SECRET]}}

@@ -17,6 +17,7 @@ from rich.status import Status
 
 from shared.fleet import Fleet
 from shared.kafka.dead_letters import PoisonMessageError, describe, parse
+from shared.kafka.records import RecordId
 from shared.messages import Footprint, GenerationRequest, GenerationResponse, ResponseChunk
 from shared.runtime.clock import Clock
 from shared.runtime.printable import printable
@@ -85,6 +86,7 @@ class Conversation:
         self._response: GenerationResponse | None = None
         self._footprint: Footprint | None = None
         self._stream: str | None = None
+        self._record = ""
 
     async def run(self, *, timeout_s: float, footprint_wait_s: float) -> Answer:
         """Publish the request, wait for the response, then for its footprint.
@@ -138,11 +140,12 @@ class Conversation:
         )
         await producer.start()
         try:
-            await producer.send_and_wait(
+            sent = await producer.send_and_wait(
                 self._kafka.topic(REQUESTS),
                 self._request.model_dump_json(exclude_none=True).encode(),
                 key=self._id.encode(),
             )
+            self._record = str(RecordId.of(sent, self._kafka.topic_prefix))
         finally:
             await producer.stop()
 
@@ -165,9 +168,9 @@ class Conversation:
                 self._stream = message.stream
                 self._on_chunk(message.text)
                 self._streaming = not message.final
-            case GenerationResponse() if message.request_id == self._id:
+            case GenerationResponse() if message.identity in (self._record, self._id):
                 self._response = self._response or message
-            case Footprint() if message.request_id == self._id and message.purpose == "request":
+            case Footprint() if message.identity in (self._record, self._id) and message.purpose == "request":
                 self._footprint = message
             case _:
                 return

@@ -206,6 +206,7 @@ def _counts(snapshot: Snapshot, comparable: ComparableRequests, comparison: Comp
         answered=len(calls) + snapshot.unsettled,
         settled=len(calls),
         unsettled=snapshot.unsettled,
+        shared_ids=snapshot.shared_ids,
         refused=sum(snapshot.rejections.values()),
         refused_by_code=dict(snapshot.rejections),
         compared=int(comparison.in_subset.sum()),

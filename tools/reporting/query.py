@@ -113,6 +113,7 @@ class Snapshot:
         groupings: prompt groups learned in the period, oldest first.
         evaluation_costs: by evaluation id.
         fleet: the fleet file; None if it is not known.
+        shared_ids: answered requests whose id another one has.
         readings: meters, demand and latency of the whole fleet; empty if a model or zone is selected.
     """
 
@@ -134,6 +135,7 @@ class Snapshot:
     evaluation_costs: Mapping[str, EvaluationSums]
     fleet: Fleet | None = None
     readings: FleetReadings = NO_READINGS
+    shared_ids: int = 0
 
 
 # Every statement names its schema, because any connection may be used. $1 is since, $2 until, then model and zone.
@@ -162,6 +164,15 @@ WHERE purpose IN ('request', 'evaluation') AND {_PERIOD.format(at="started_at")}
 _UNSETTLED = f"""
 SELECT count(*) FILTER (WHERE purpose = 'request' AND {_MODEL}) AS unsettled, count(*) AS unsettled_calls
 FROM ledger.calls WHERE NOT settled AND {_PERIOD.format(at="started_at")} AND {_ZONE}
+"""
+
+# In the tables of an earlier ledger a request is identified by its id, and no two calls have the same.
+_SHARED_IDS = f"""
+SELECT coalesce(sum(requests), 0)::bigint FROM (
+    SELECT count(*) AS requests FROM ledger.footprints
+    WHERE purpose = 'request' AND {_PERIOD.format(at="started_at")} AND {_MODEL} AND {_ZONE}
+    GROUP BY request_id HAVING count(*) > 1
+) AS shared
 """
 
 _REJECTIONS = f"""
@@ -281,6 +292,7 @@ async def _read(connection: Connection, selection: Selection, fleet: Fleet | Non
         distributions=distributions.all,
         unsettled=calls["unsettled"],
         unsettled_calls=calls["unsettled_calls"],
+        shared_ids=await connection.fetchval(_SHARED_IDS, since, until, model, zone),
         rejections={row["code"]: row["requests"] for row in rejections},
         metered_j=await connection.fetchval(_METERED, since, until, zone),
         purposes={

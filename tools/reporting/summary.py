@@ -91,6 +91,8 @@ def _requests_line(report: Report) -> str:
         codes = ", ".join(f"{code} {count:,}" for code, count in requests.refused_by_code.items())
         parts.append(f"{requests.refused:,} rejected ({codes})")
     parts.append(f"{requests.unsettled:,} not settled yet" if requests.unsettled else "all settled")
+    if requests.shared_ids:
+        parts.append(f"{requests.shared_ids:,} share their id with another, each counted by its record")
     return ", ".join(parts)
 
 
