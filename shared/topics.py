@@ -156,6 +156,7 @@ REPLIES: Final = TopicSpec(
     cleanup=Cleanup.DELETE,
     partitions=32,
     retention_ms=HOUR_MS,
+    max_message_bytes=2 * MEBIBYTE,  # a response of the largest size, and what is around it
     headers=PUBLISHED_HEADERS | TRACE_HEADERS,
     correlation="request_id",
 )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 from shared.messages import Decision, GenerationResponse, Reply, ResponseChunk
 from shared.runtime.database import translate_errors
@@ -111,7 +112,9 @@ class ReplyInbox:
                 pending.add(reply)
 
 
-async def claim_partition(connection: asyncpg.Connection, topic: str, partitions: Iterable[int]) -> int | None:
+async def claim_partition(
+    connection: "PoolConnectionProxy[asyncpg.Record]", topic: str, partitions: Iterable[int]
+) -> int | None:
     """Lock one of the partitions for as long as the connection lives; None if others hold all of them.
 
     Raises:

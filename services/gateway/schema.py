@@ -1,7 +1,7 @@
 """The part of the OpenAI API that the gateway offers, as models of requests and responses.
 
-A field that OpenAI knows and Sprout cannot honour is declared with the only values that change nothing; any other value,
-and any unknown field, is an error that names it. Source: OpenAI API reference, chat completions and completions.
+A field that OpenAI knows and Sprout cannot honour is declared with the only values that change nothing. Any other
+value, and any unknown field, is an error that names it. Source: OpenAI API reference, chat completions and completions.
 """
 
 import json

@@ -25,14 +25,22 @@ from services.gateway.schema import (
     OpenAIUsage,
     SproutUsage,
 )
-from shared.messages import ChatMessage, Decision, FinishReason, GenerationRequest, GenerationResponse, SamplingParameters
+from shared.messages import (
+    ChatMessage,
+    Decision,
+    FinishReason,
+    GenerationRequest,
+    GenerationResponse,
+    SamplingParameters,
+)
 
 OPTIONS: Final = ("directive", "task", "complete_by")
 """What a client may ask of Sprout, in headers `x-sprout-NAME` or in the entries `sprout_NAME` of `metadata`."""
 
 _OPENAI_METADATA: Final = "sprout_"
 _SAMPLING: Final = (
-    "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_tokens", "repetition_penalty",
+    "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_tokens",
+    "repetition_penalty",
 )  # fmt: skip
 _FINISH_REASONS: Final[Mapping[FinishReason, OpenAIFinishReason]] = {"stop": "stop", "length": "length"}
 
@@ -61,18 +69,21 @@ def to_request(
         raise ApiError(
             400, "'complete_by' is only possible in a batch", param="complete_by", code="unsupported_parameter"
         )
-    chat = isinstance(body, ChatRequest)
-    limit = (body.max_completion_tokens or body.max_tokens) if chat else body.max_tokens
+    conversation = _conversation(body) if isinstance(body, ChatRequest) else None
+    prompt = body.text() if isinstance(body, CompletionRequest) else None
+    limit = body.max_tokens
+    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
+        limit = body.max_completion_tokens
     sampling = {name: getattr(body, name) for name in _SAMPLING if getattr(body, name) is not None}
     if limit is not None:
         sampling["max_tokens"] = limit
     metadata = {name: text for name, text in (body.metadata or {}).items() if not name.startswith(_OPENAI_METADATA)}
     try:
         return GenerationRequest(
-            id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}",
+            id=f"{'cmpl' if conversation is None else 'chatcmpl'}-{uuid4().hex}",
             model=body.model,
-            prompt=None if chat else body.text(),
-            messages=_conversation(body) if chat else None,
+            prompt=prompt,
+            messages=conversation,
             tenant=tenant,
             task=options.get("task"),
             directive=options.get("directive"),

@@ -4,9 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from typing import Annotated, Any, Literal, Protocol
 
-from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
-from faststream.kafka import KafkaBroker
+from faststream.kafka import KafkaBroker, TopicPartition
 from faststream.middlewares import AckPolicy
 from pydantic import SkipValidation
 

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from shared.messages.base import (
+    RECORD,
     Identifier,
     Level,
     Message,
@@ -71,7 +72,9 @@ class GenerationRequest(Message):
     sampling: SamplingParameters = Field(default_factory=SamplingParameters)
     stream: bool = Field(default=False, description="Publish the answer in chunks as well")
     reply_partition: int | None = Field(
-        default=None, ge=0, description="Partition of the topic `replies` that gets a copy of the answer, and its chunks"
+        default=None,
+        ge=0,
+        description="Partition of the topic `replies` that gets the answer's chunks and the answer",
     )
     evaluation_allowed: bool = Field(default=True, description="False: the prompt is never sampled for evaluation")
     requested_at: UtcDatetime | None = Field(
@@ -208,7 +211,5 @@ class Cancellation(Message):
     """Ends a request: a running generation is stopped, and what was generated until then is the answer."""
 
     request_id: Identifier
-    record: Identifier | None = Field(
-        default=None, description=f"null: every request with this id. {RECORD}"
-    )
+    record: Identifier | None = Field(default=None, description=f"null: every request with this id. {RECORD}")
     cancelled_at: UtcDatetime

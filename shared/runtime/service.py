@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import uvicorn
 import uvloop
 from faststream.asgi import AsgiFastStream, AsgiResponse, get
-from faststream.asgi.types import Scope
+from faststream.asgi.types import ASGIApp, Receive, Scope, Send
 from faststream.kafka import KafkaBroker
 from faststream.specification import AsyncAPI
 from prometheus_client import CollectorRegistry, make_asgi_app
@@ -34,6 +34,23 @@ Lifespan = Callable[[], AbstractAsyncContextManager[None]]
 """Opens what must be open while the broker runs (pools, clients), and closes it."""
 
 
+class Service(AsgiFastStream):
+    """A FastStream application that may have an HTTP API beside health, readiness and metrics.
+
+    Attributes:
+        api: gets every request that no route of FastStream takes.
+    """
+
+    api: ASGIApp | None = None
+
+    async def not_found(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a request to the API; see FastStream."""
+        if self.api is None or scope["type"] != "http":
+            await super().not_found(scope, receive, send)
+        else:
+            await self.api(scope, receive, send)
+
+
 def build_service(
     broker: KafkaBroker,
     *,
@@ -44,7 +61,7 @@ def build_service(
     registry: CollectorRegistry,
     health: Health,
     lifespan: Lifespan | None = None,
-) -> AsgiFastStream:
+) -> Service:
     """Build a service; connects to nothing.
 
     It serves `/health` (liveness), `/ready` (200, or 503 with the reasons) and `/metrics` (Prometheus).
@@ -87,7 +104,7 @@ def build_service(
     if isinstance(broker, ServiceBroker):
         health.add_check("dead letters", broker.dead_letters.problem)
     health.add_check("broker", lambda: None if started else "not started yet")
-    return AsgiFastStream(
+    return Service(
         broker,
         logger=None,
         specification=AsyncAPI(title=f"Sprout {name}", version=VERSION, description=description),

@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 from services import SERVICES, Service
 from shared.messages import Message
 from shared.runtime.settings import KafkaSettings
-from shared.topics import DEAD_LETTERS, ANSWERS, TOPICS, HeaderSpec, TopicSpec
+from shared.topics import ANSWERS, DEAD_LETTERS, TOPICS, HeaderSpec, TopicSpec
 from tools.cli.console import fail, needs_extra, say
 
 KAFKA_BINDING_VERSION = "0.5.0"

@@ -1,0 +1,165 @@
+"""Wires the gateway: HTTP API, publishers, replies, policies and keys."""
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+from aiokafka import TopicPartition
+from asyncpg.pool import PoolConnectionProxy
+from faststream.asgi import AsgiFastStream
+from faststream.kafka import KafkaBroker
+from prometheus_client import CollectorRegistry
+
+from services import SERVICES
+from services.gateway.api import Gateway, build_api
+from services.gateway.estimates import Estimates
+from services.gateway.http import HttpLimits
+from services.gateway.keys import KeyStore
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.replies import ReplyInbox, claim_partition
+from services.gateway.settings import GatewaySettings
+from shared.fleet import Fleet, FleetError, load_fleet
+from shared.kafka.broker import build_broker
+from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.publish import check_size, declare_publisher
+from shared.kafka.subscribe import subscribe_compacted, subscribe_partition
+from shared.messages import Cancellation, GenerationRequest, Policy, Reply
+from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from shared.runtime.health import Health
+from shared.runtime.logs import get_logger
+from shared.runtime.service import VERSION, build_service, run_service
+from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
+from shared.topics import CANCELLATIONS, DEAD_LETTERS, POLICIES, REPLIES, REQUESTS
+
+NAME = "gateway"
+DESCRIPTION = SERVICES[NAME].description
+
+_log = get_logger(__name__)
+
+
+class Replies:
+    """The subscription to this gateway's replies, and the partition that it reads."""
+
+    def __init__(
+        self, broker: KafkaBroker, dead_letters: DeadLetterPublisher, gateway: Gateway, *, kafka: KafkaSettings
+    ) -> None:
+        self._topic = kafka.topic(REPLIES)
+        self._gateway = gateway
+        self._connection: PoolConnectionProxy[asyncpg.Record] | None = None
+        self._subscriber = subscribe_partition(broker, kafka, dead_letters, REPLIES, poll_ms=gateway.settings.poll_ms)
+
+        @self._subscriber
+        async def on_replies(replies: list[Reply]) -> None:
+            gateway.inbox.deliver(replies)
+
+    async def start(self, pool: asyncpg.Pool) -> None:
+        """Claim a partition, and read it from its present end on; the broker has started."""
+        consumer = self._subscriber.consumer
+        await consumer.position(TopicPartition(self._topic, 0))  # loads the topic's metadata
+        numbers = list(consumer.partitions_for_topic(self._topic) or (0,))
+        random.shuffle(numbers)
+        self._connection = connection = await pool.acquire()  # its lock lives as long as it does
+        number = await claim_partition(connection, self._topic, numbers)
+        if number is None:
+            number = numbers[0]
+            _log.warning("all reply partitions are read by other gateways; this one is shared", partition=number)
+        partition = TopicPartition(self._topic, number)
+        consumer.assign([partition])
+        await consumer.seek_to_end(partition)
+        await consumer.position(partition)
+        self._gateway.reply_partition = number
+        _log.info("reading replies", partition=number)
+
+
+def build_app(
+    *,
+    kafka: KafkaSettings | None = None,
+    database: DatabaseSettings | None = None,
+    settings: GatewaySettings | None = None,
+    fleet: Fleet | None = None,
+    clock: Clock | None = None,
+) -> AsgiFastStream:
+    """Build the gateway without connecting; arguments that are None are read from the environment.
+
+    Raises:
+        FleetError, ValidationError: the configuration is not valid.
+    """
+    kafka = kafka or KafkaSettings()
+    database = database or DatabaseSettings()
+    settings = settings or GatewaySettings()
+    fleet = fleet or load_fleet(FleetSettings().file)
+    clock = clock or Clock.from_environment()
+    registry = CollectorRegistry()
+    health = Health()
+    status = DatabaseStatus()
+    metrics = GatewayMetrics(registry)
+    broker, dead_letters = build_broker(
+        kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms
+    )
+    requests, cancellations = (
+        declare_publisher(broker, kafka, REQUESTS),
+        declare_publisher(broker, kafka, CANCELLATIONS),
+    )
+
+    async def publish(request: GenerationRequest) -> None:
+        value, key = request.model_dump_json(exclude_defaults=True).encode(), str(request.id).encode()
+        check_size(REQUESTS, value, key)
+        await requests.publish(value, key=key, headers={"content-type": "application/json"}, correlation_id=request.id)
+
+    async def cancel(message: Cancellation) -> None:
+        await cancellations.publish(message, key=message.request_id.encode())
+
+    gateway = Gateway(
+        fleet=fleet,
+        settings=settings,
+        clock=clock,
+        inbox=ReplyInbox(),
+        estimates=Estimates(),
+        metrics=metrics,
+        publish=publish,
+        cancel=cancel,
+    )
+    metrics.watch_open(lambda: len(gateway.inbox))
+    replies = Replies(broker, dead_letters, gateway, kafka=kafka)
+
+    @subscribe_compacted(broker, kafka, dead_letters, POLICIES)
+    async def on_policies(policies: list[Policy]) -> None:
+        gateway.estimates.update(policies)
+
+    pools: list[asyncpg.Pool] = []
+
+    @asynccontextmanager
+    async def running() -> AsyncIterator[None]:
+        async with await open_pool(database, schema=NAME) as pool:
+            with status.watch():
+                await migrate(pool, schema=NAME, package="services.gateway.migrations")
+            gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s)
+            pools.append(pool)
+            yield
+
+    async def begin() -> None:
+        await replies.start(pools[0])
+
+    health.add_check("postgresql", status.problem)
+    health.add_check("replies", lambda: "no reply partition yet" if gateway.reply_partition is None else None)
+    app = build_service(
+        broker,
+        name=NAME,
+        description=DESCRIPTION,
+        kafka=kafka,
+        topics=(REQUESTS, CANCELLATIONS, REPLIES, POLICIES, DEAD_LETTERS),
+        registry=registry,
+        health=health,
+        lifespan=running,
+    )
+    app.after_startup(begin)
+    api = build_api(gateway, version=VERSION, started_at=clock.now())
+    app.api = HttpLimits(api, settings=settings, metrics=metrics)
+    return app
+
+
+def main() -> None:
+    """Run until SIGINT or SIGTERM."""
+    run_service(build_app, name=NAME, configuration_errors=(FleetError,))
