@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from services import SERVICES
 from services.optimizer import migrations
+from services.optimizer.capacity import CapacityPlanner
 from services.optimizer.capacity_service import CapacityService
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
@@ -151,9 +152,8 @@ def build_app(
     service = PolicyService(
         fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices, publish=publish_policy
     )
-    capacity = CapacityService(
-        fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices, publish=publish_plan
-    )
+    planner = CapacityPlanner(fleet, settings, event_per_wall=clock.rate)
+    capacity = CapacityService(planner, prices, publish_plan, settings=settings, clock=clock, metrics=metrics)
     compacted = subscribe(broker, dead_letters, service, capacity, kafka=kafka, settings=settings)
     _watch_ages(service, metrics, fleet)
 

@@ -13,7 +13,6 @@ from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
-from shared.fleet import Fleet
 from shared.messages import LoadReport, PoolCapacity
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
@@ -35,32 +34,28 @@ class CapacityService:
 
     def __init__(
         self,
-        *,
-        fleet: Fleet,
-        clock: Clock,
-        settings: OptimizerSettings,
-        metrics: OptimizerMetrics,
+        planner: CapacityPlanner,
         prices: PoolPrices,
         publish: Publish,
+        *,
+        settings: OptimizerSettings,
+        clock: Clock,
+        metrics: OptimizerMetrics,
     ) -> None:
         """Start without reports.
 
         Args:
-            fleet: pools, and the switchback schedule.
-            clock: event time.
-            settings: of the optimizer.
-            metrics: Prometheus metrics.
+            planner: decides how many endpoints are awake.
             prices: the pools' power curves; the present load is stored in it.
             publish: returns once Kafka has acknowledged the plan, however long that takes.
+            settings: how often to plan, and how long a load report counts.
+            clock: event time.
+            metrics: Prometheus metrics.
         """
-        self._fleet = fleet
-        self._clock = clock
-        self._settings = settings
-        self._metrics = metrics
-        self._prices = prices
-        self._publish = publish
+        self._planner, self._prices, self._publish = planner, prices, publish
+        self._interval_s = settings.capacity_interval_s
         self._reports = LoadReports(settings.load_expiry_s)
-        self._planner = CapacityPlanner(fleet, settings, event_per_wall=clock.rate)
+        self._clock, self._metrics = clock, metrics
         self._published: dict[str, PoolCapacity] = {}
 
     def add_load_reports(self, messages: Sequence[LoadReport]) -> None:
@@ -76,7 +71,7 @@ class CapacityService:
         """Plan until cancelled."""
         while True:
             await self.plan_once()
-            await asyncio.sleep(self._settings.capacity_interval_s)
+            await asyncio.sleep(self._interval_s)
 
     async def plan_once(self) -> None:
         """Publish the plans that changed or expire. Without a live router nothing is known, so nothing is published."""

@@ -60,20 +60,19 @@ async def rebalance_storm(run: ScenarioRun) -> None:
 
 
 async def router_frozen(run: ScenarioRun) -> None:
-    """A router is frozen for longer than its session, with answers past its fence that are not sent yet, twice.
+    """A router is frozen with answers that it has released but not sent, until the other one has answered in its place.
 
     The routers wait a second for more messages before they send, so that there are always such answers.
     """
     await run.serve(routers=2, settings={"SPROUT_ROUTER_LINGER_MS": "1000"})
-    moments = faults(run.rng, number=run.number(2), victims=2, hold_s=(1.5, 4.0), within=(0.05, 0.75))
-    # Not scaled: between two faults the router must rejoin.
-    run.send(run.requests(round(2_200 * len(moments) / run.scale)), rate=STORM_RATE)
-    for fault in moments:
-        await run.traffic.until(fault.after)
-        frozen = await run.busy_router(fault.victim)
-        await run.inject("SIGSTOP", frozen, signal.SIGSTOP)
-        await asyncio.sleep(SESSION_TIMEOUT_S + fault.hold_s)
-        await run.inject("SIGCONT", frozen, signal.SIGCONT)
+    (fault,) = faults(run.rng, number=1, victims=2, hold_s=(12.0, 16.0), within=(0.05, 0.2))
+    # Not scaled: the traffic must last longer than the takeover.
+    run.send(run.requests(round(3_000 / run.scale)), rate=STORM_RATE)
+    await run.traffic.until(fault.after)
+    frozen = await run.busy_router(fault.victim)
+    await run.inject("SIGSTOP", frozen, signal.SIGSTOP)
+    await asyncio.sleep(SESSION_TIMEOUT_S + fault.hold_s)
+    await run.inject("SIGCONT", frozen, signal.SIGCONT)
 
 
 async def triton_killed(run: ScenarioRun) -> None:

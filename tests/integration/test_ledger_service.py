@@ -199,7 +199,8 @@ async def serve(producer: Producer, server: Server, numbers: range, *, purpose: 
         }  # fmt: skip
         if purpose == "request":
             response = GenerationResponse(
-                request_id=f"r{number}", model=MODEL, status="ok", text="...", finish_reason="stop", endpoint="e0",
+                request_id=f"r{number}", record=f"requests/0/{number}/1", model=MODEL, status="ok", text="...",
+                finish_reason="stop", endpoint="e0",
                 decision=Decision(
                     source="policy", group="qa", pool="p", level=level, zone=ZONE, policy_version=3, propensity=0.25,
                     propensities={"p/L0": 0.75, f"p/{level}": 0.25},
@@ -210,7 +211,8 @@ async def serve(producer: Producer, server: Server, numbers: range, *, purpose: 
                 timing=Timing(received_at=made.started_at, **timing),
                 requested_at=made.started_at, task="qa\x00", tenant="acme",
             )  # fmt: skip
-            await producer.post(RESPONSES, response, response.request_id)
+            for _ in range(2):  # as after a double answer, which counts once
+                await producer.post(RESPONSES, response, response.request_id)
         else:
             record = UsageRecord(
                 id=f"r{number}", purpose="evaluation", evaluation_id="ev", model=MODEL, pool="p", level=level,

@@ -29,6 +29,7 @@ from tests.support.report import (
 from tools.cli.main import app
 from tools.reporting import NoLedgerError, collect_report
 from tools.reporting.meters import read_fleet
+from tools.reporting.summary import summary_lines
 
 pytestmark = pytest.mark.integration
 
@@ -211,6 +212,16 @@ async def test_unsettled_calls_are_counted_separately(ledger):
     await write_calls(ledger, records, unsettled={"r3"})
     report = await collect_report(ledger)
     assert (report.requests.answered, report.requests.settled, report.requests.unsettled) == (4, 3, 1)
+
+
+async def test_requests_that_share_an_id_are_counted(ledger):
+    await write_calls(ledger, [record_of(f"r{number}") for number in range(5)])
+    # As a ledger stores them that identifies requests by their records.
+    await ledger.execute("ALTER TABLE ledger.footprints DROP CONSTRAINT footprints_pkey")
+    await ledger.execute("UPDATE ledger.footprints SET request_id = 'r0' WHERE request_id IN ('r1', 'r2')")
+    report = await collect_report(ledger)
+    assert (report.requests.answered, report.requests.shared_ids) == (5, 3)
+    assert dict(summary_lines(report))["requests"].startswith("5 answered, all settled, 3 share their id with another")
 
 
 async def test_another_model_has_no_requests(ledger):

@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import os
+import stat
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,9 +18,10 @@ from deploy.local.fleet import LocalFleet, LocalServer
 from deploy.local.grid import TraceError, default_day, shipped_trace, zone_of
 from deploy.local.java import NoJavaError, ensure_java, find_java
 from deploy.local.processes import free_ports, tail
-from deploy.local.services import service_settings
+from deploy.local.services import ServiceEnvironment, draw_key_file, service_settings
 from deploy.local.state import ProcessRecord, StackState, StateError, read_state, remove_state
 from deploy.triton.serve import DEFAULT_CURVE, RECORDED
+from services.router.settings import RouterSettings
 from shared.batch_curve import MEASURED
 from shared.fleet import FleetError, Switchback, load_fleet
 
@@ -257,6 +259,18 @@ class TestServiceSettings:
             "SAMPLE-SOLAR": [{"kind": "csv", "path": str(shipped_trace("SAMPLE-SOLAR")), "repeat": False}]
         }
         assert service_settings(config)["ledger"]["SPROUT_LEDGER_SETTLE_DELAY_S"] == "600"
+
+    def test_the_key_of_draws_is_made_once_and_only_its_owner_may_read_it(self, tmp_path):
+        file = draw_key_file(tmp_path)
+        made = file.read_text()
+        assert draw_key_file(tmp_path).read_text() == made
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert RouterSettings(draw_key_file=file).draw_key_bytes == made.strip().encode()
+        environment = ServiceEnvironment(
+            bootstrap_servers="", topic_prefix="", database_url="", fleet_file=file, clock={}, draw_key_file=file
+        )
+        names = {name for name, value in environment.variables().items() if value == str(file)}
+        assert {"SPROUT_ROUTER_DRAW_KEY_FILE", "SPROUT_EVALUATOR_DRAW_KEY_FILE"} < names
 
     def test_settings_of_the_configuration_override_the_defaults(self, tmp_path):
         config = StackConfig(

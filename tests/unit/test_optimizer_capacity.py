@@ -343,11 +343,15 @@ def service():
         sent.append(plan)
 
     registry, of, clock = CollectorRegistry(), fleet(), ManualClock(NOON)
-    prices = PoolPrices(of)
+    settings, prices = OptimizerSettings(load_expiry_s=0.05), PoolPrices(of)
     made = CapacityService(
-        fleet=of, clock=clock, settings=OptimizerSettings(load_expiry_s=0.05), metrics=OptimizerMetrics(registry),
-        prices=prices, publish=publish,
-    )  # fmt: skip
+        CapacityPlanner(of, settings),
+        prices,
+        publish,
+        settings=settings,
+        clock=clock,
+        metrics=OptimizerMetrics(registry),
+    )
     return made, sent, prices, clock, registry
 
 

@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from services.optimizer.bounds import current_intensity, joint_confidence_z, quality_bounds, trailing_range
-from services.optimizer.costs import Consumption, fit_multiplicative_model
+from services.optimizer.costs import Consumption
 from services.optimizer.estimates import Estimates, estimate, estimates_changed
+from services.optimizer.multiplicative_model import fit_multiplicative_model
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import QualityCounts
 from shared.messages import CarbonIntensity, EvaluationCost, Footprint, IntensityPoint, Quality, QualityCount

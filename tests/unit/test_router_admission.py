@@ -148,6 +148,24 @@ def test_whatever_has_a_readable_id_gets_an_error_response(value, wanted):
     assert response is None or response.record == RECORD
 
 
+def test_a_draw_key_is_a_secret_that_is_neither_short_nor_shown(tmp_path, monkeypatch):
+    file = tmp_path / "key"
+    file.write_text("x" * 16 + "\n")
+    monkeypatch.setenv("SPROUT_ROUTER_DRAW_KEY_FILE", str(file))
+    monkeypatch.setenv("SPROUT_EVALUATOR_DRAW_KEY_FILE", str(file))
+    assert RouterSettings().draw_key_bytes == EvaluatorSettings().draw_key_bytes == b"x" * 16
+    assert "xxxx" not in repr(RouterSettings())
+    monkeypatch.setenv("SPROUT_ROUTER_DRAW_KEY", "y" * 16)
+    with pytest.raises(ValidationError, match="either SPROUT_ROUTER_DRAW_KEY or SPROUT_ROUTER_DRAW_KEY_FILE"):
+        RouterSettings()
+    monkeypatch.delenv("SPROUT_ROUTER_DRAW_KEY_FILE")
+    for wrong in ("too short", "x" * 65):
+        monkeypatch.setenv("SPROUT_ROUTER_DRAW_KEY", wrong)
+        with pytest.raises(ValidationError, match="SPROUT_ROUTER_DRAW_KEY must have 16 to 64 bytes") as caught:
+            RouterSettings()
+        assert wrong not in str(caught.value)
+
+
 async def test_requests_in_flight_are_bounded_by_their_estimated_memory():
     small, turns = record_of(b'{"prompt": "Why?"}'), record_of(b'{"role":"user","content":""},' * 1_000)
     assert ByteBudget.cost(small) < 1_000

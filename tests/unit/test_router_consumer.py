@@ -7,7 +7,7 @@ from contextvars import ContextVar
 
 import pytest
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord
-from aiokafka.errors import IllegalStateError, KafkaTimeoutError, MessageSizeTooLargeError
+from aiokafka.errors import IllegalStateError, InvalidTimestampError, KafkaTimeoutError, MessageSizeTooLargeError
 from aiokafka.structs import OffsetAndMetadata
 from faststream.kafka import KafkaBroker, TestKafkaBroker
 
@@ -89,7 +89,7 @@ def answering(progress: GroupProgressStandIn, consumer: KafkaConsumerStandIn, re
     """A request consumer whose records are answered through the fence."""
 
     async def handle(record, fence):
-        await publish_with_retry(lambda: fence.publish(lambda: responses.send(record.offset)))
+        await publish_with_retry(lambda: fence.publish(lambda _: responses.send(record.offset)))
 
     return request_consumer(handle, progress, consumer)
 
@@ -333,10 +333,11 @@ async def test_a_response_that_kafka_has_after_an_unknown_outcome_is_not_sent_ag
     assert answering.finished(KNOWN) == 2
 
 
-async def test_a_response_that_kafka_does_not_have_is_sent_again(answering, progress, consumer, responses):
+@pytest.mark.parametrize("error", [KafkaTimeoutError, InvalidTimestampError])
+async def test_a_response_that_kafka_does_not_have_is_sent_again(answering, progress, consumer, responses, error):
     await assigned(answering, KNOWN)
     progress.stored = dict(consumer.committed)
-    responses.failures = [KafkaTimeoutError()]
+    responses.failures = [error()]
     await receive(answering, record(KNOWN, 0), record(KNOWN, 1))
     await until(lambda: answering.in_flight == 0 and not consumer.paused)
     assert sorted(responses.sent) == [0, 1]

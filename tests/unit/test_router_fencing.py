@@ -147,7 +147,7 @@ async def test_other_partitions_are_not_waited_for(fence, sending):
 
 
 async def test_a_failed_send_is_no_longer_under_way(fence):
-    async def fail() -> None:
+    async def fail(_: int) -> None:
         raise OSError("unreachable")
 
     with pytest.raises(OSError, match="unreachable"):

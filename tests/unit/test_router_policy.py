@@ -136,7 +136,7 @@ def test_in_a_reference_block_the_reference_serves_whatever_the_policy_says():
         assert (decision.source, decision.group, decision.pool, decision.level) == ("switchback", "qa", "p", "L0")
         assert (decision.propensity, decision.propensities) == (1.0, {"p/L0": 1.0})
         assert decision.policy_version is None
-        assert samples(decision, share=1.0)
+        assert should_sample(incoming_request(1), decision, RouterSettings(sample_share=1.0))
 
 
 @pytest.mark.parametrize(("directive", "level"), [("L2", "L2"), ("!L0", "L1"), ("!L2", "L0")])
@@ -198,23 +198,25 @@ def test_the_policy_created_last_is_the_newest_even_if_versions_restart():
 
 def test_samples_are_a_share_of_the_requests_that_allow_them():
     decision, forced = decide(), decide(requested_directive="L1")
-    kept = [number for number in range(5_000) if samples(decision, number, share=0.1)]
+    incoming = [incoming_request(number) for number in range(5_000)]
+    tenth, keyed = (RouterSettings(sample_share=0.1, draw_key=key) for key in (None, "a secret of 20 bytes"))
+    kept, again, other = (
+        [one.record for one in incoming if should_sample(one, decision, each)] for each in (tenth, tenth, keyed)
+    )
     assert len(kept) == pytest.approx(500, abs=70)
-    assert kept == [number for number in range(5_000) if samples(decision, number, share=0.1)]
-    assert kept != [number for number in range(5_000) if samples(decision, number, share=0.1, key="another secret!!")]
-    assert samples(decision, share=1.0)
-    assert not samples(decision, share=0.0)
-    assert not samples(forced, share=1.0)
-    assert not samples(decision, share=1.0, evaluation_allowed=False)
+    assert kept == again != other
+    everything, nothing = RouterSettings(sample_share=1.0), RouterSettings(sample_share=0.0)
+    assert should_sample(incoming[0], decision, everything)
+    assert not should_sample(incoming[0], decision, nothing)
+    assert not should_sample(incoming[0], forced, everything)
+    assert not should_sample(incoming_request(1, evaluation_allowed=False), decision, everything)
 
 
-def samples(decision: Decision, number: int = 1, *, share: float, key: str | None = None, **changes) -> bool:
-    asked = request(number, **changes)
-    incoming = IncomingRequest(
-        request_id="r", record=f"requests/0/{number}/1", model=MODEL, request=asked,
+def incoming_request(number: int, **changes) -> IncomingRequest:
+    return IncomingRequest(
+        request_id="r", record=f"requests/0/{number}/1", model=MODEL, request=request(number, **changes),
         requested_at=NOW, received_at=NOW, deadline=NOW,
     )  # fmt: skip
-    return should_sample(incoming, decision, RouterSettings(sample_share=share, draw_key=key))
 
 
 def test_the_draw_depends_on_the_record_and_the_key_and_not_on_the_producers_id():
@@ -229,8 +231,8 @@ def test_the_draw_depends_on_the_record_and_the_key_and_not_on_the_producers_id(
 
 def test_records_that_draw_the_cheapest_level_without_the_key_draw_as_the_policy_says_with_it():
     """Timestamps, which a producer may set, are ground until they draw L2."""
-    ground = [one for time in range(40_000) if decide(one := f"requests/0/7/{time}").level == "L2"]
+    ground = [one for time in range(8_000) if decide(one := f"requests/0/7/{time}").level == "L2"]
     drawn = Counter(decide(one, draw_key=b"a secret of the deployment").level for one in ground)
-    assert len(ground) > 10_000
+    assert len(ground) > 2_000
     for level, probability in ROW.items():
-        assert drawn[level] / len(ground) == pytest.approx(probability, abs=0.015)
+        assert drawn[level] / len(ground) == pytest.approx(probability, abs=0.03)
