@@ -80,9 +80,8 @@ ACCESS: Final[dict[str, Access]] = {
         groups=tuple(f"ledger.{spec.name}" for spec in _LEDGER_STORES),
     ),
     "gateway": Access(
-        reads=(REPLIES, FOOTPRINTS, POLICIES, CARBON_INTENSITY),
+        reads=(REPLIES, POLICIES),
         writes=(REQUESTS, CANCELLATIONS, DEAD_LETTERS),
-        groups=("gateway",),
     ),
     "sleeper": Access(rereads=(CAPACITY, LOAD_REPORTS)),
     "client": Access(rereads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS, CANCELLATIONS)),
