@@ -80,7 +80,7 @@ ACCESS: Final[dict[str, Access]] = {
         groups=tuple(f"ledger.{spec.name}" for spec in _LEDGER_STORES),
     ),
     "gateway": Access(
-        reads=(REPLIES, POLICIES),
+        reads=(REPLIES, POLICIES, CARBON_INTENSITY, CAPACITY),
         writes=(REQUESTS, CANCELLATIONS, DEAD_LETTERS),
     ),
     "sleeper": Access(rereads=(CAPACITY, LOAD_REPORTS)),

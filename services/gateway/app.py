@@ -17,21 +17,23 @@ from services.gateway.estimates import Estimates
 from services.gateway.http import HttpLimits
 from services.gateway.keys import KeyStore
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.page import add_page
 from services.gateway.replies import ReplyInbox, claim_partition
 from services.gateway.settings import GatewaySettings
+from services.gateway.status import Monitor
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.publish import check_size, declare_publisher
 from shared.kafka.subscribe import subscribe_compacted, subscribe_partition
-from shared.messages import Cancellation, GenerationRequest, Policy, Reply
+from shared.messages import Cancellation, CarbonIntensity, GenerationRequest, Policy, PoolCapacity, Reply
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import VERSION, build_service, run_service
-from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
-from shared.topics import CANCELLATIONS, DEAD_LETTERS, POLICIES, REPLIES, REQUESTS
+from shared.runtime.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings
+from shared.topics import CANCELLATIONS, CAPACITY, CARBON_INTENSITY, DEAD_LETTERS, POLICIES, REPLIES, REQUESTS
 
 NAME = "gateway"
 DESCRIPTION = SERVICES[NAME].description
@@ -43,7 +45,13 @@ class Replies:
     """The subscription to this gateway's replies, and the partition that it reads."""
 
     def __init__(
-        self, broker: KafkaBroker, dead_letters: DeadLetterPublisher, gateway: Gateway, *, kafka: KafkaSettings
+        self,
+        broker: KafkaBroker,
+        dead_letters: DeadLetterPublisher,
+        gateway: Gateway,
+        monitor: Monitor,
+        *,
+        kafka: KafkaSettings,
     ) -> None:
         self._topic = kafka.topic(REPLIES)
         self._gateway = gateway
@@ -52,7 +60,11 @@ class Replies:
 
         @self._subscriber
         async def on_replies(replies: list[Reply]) -> None:
+            own = [one.response for one in replies if one.response is not None and one.request_id in gateway.inbox]
             gateway.inbox.deliver(replies)
+            for response in own:
+                estimate = gateway.estimates.of(response.model, response.decision, response.usage)
+                monitor.note(response, grams=estimate.grams, now=gateway.clock.now())
 
     async def start(self, pool: asyncpg.Pool) -> None:
         """Claim a partition, and read it from its present end on; the broker has started."""
@@ -122,11 +134,21 @@ def build_app(
         cancel=cancel,
     )
     metrics.watch_open(lambda: len(gateway.inbox))
-    replies = Replies(broker, dead_letters, gateway, kafka=kafka)
+    monitor = Monitor(fleet, started_at=clock.now())
+    replies = Replies(broker, dead_letters, gateway, monitor, kafka=kafka)
 
     @subscribe_compacted(broker, kafka, dead_letters, POLICIES)
     async def on_policies(policies: list[Policy]) -> None:
         gateway.estimates.update(policies)
+        monitor.update_policies(policies)
+
+    @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
+    async def on_intensities(intensities: list[CarbonIntensity]) -> None:
+        monitor.update_intensities(intensities)
+
+    @subscribe_compacted(broker, kafka, dead_letters, CAPACITY)
+    async def on_capacities(capacities: list[PoolCapacity]) -> None:
+        monitor.update_capacities(capacities)
 
     pools: list[asyncpg.Pool] = []
 
@@ -149,13 +171,14 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(REQUESTS, CANCELLATIONS, REPLIES, POLICIES, DEAD_LETTERS),
+        topics=(REQUESTS, CANCELLATIONS, REPLIES, POLICIES, CARBON_INTENSITY, CAPACITY, DEAD_LETTERS),
         registry=registry,
         health=health,
         lifespan=running,
     )
     app.after_startup(begin)
     api = build_api(gateway, version=VERSION, started_at=clock.now())
+    add_page(api, monitor, clock=clock, authenticate=gateway.authenticate, host=HttpSettings().host)
     app.api = HttpLimits(api, settings=settings, metrics=metrics)
     return app
 

@@ -95,3 +95,25 @@ class KeyStore:
                 now,
             )
         return key, secret
+
+
+async def store_key(
+    connection: "asyncpg.Connection[asyncpg.Record]", secret: str, *, name: str, tenant: str | None, now: datetime
+) -> None:
+    """Store a key whose secret is known; one that is stored already stays as it is.
+
+    Args:
+        connection: whose `search_path` is the gateway's schema.
+
+    Raises:
+        asyncpg.PostgresError: the server refused.
+    """
+    await connection.execute(
+        "INSERT INTO api_keys (id, hash, name, tenant, created_at) VALUES ($1, $2, $3, $4, $5) "
+        "ON CONFLICT (hash) DO NOTHING",
+        f"key_{secrets.token_hex(8)}",
+        hash_of(secret),
+        name,
+        tenant,
+        now,
+    )

@@ -94,6 +94,9 @@ class ReplyInbox:
     def __len__(self) -> int:
         return len(self._pending)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._pending
+
     @contextmanager
     def expect(self, request_id: str) -> Iterator[PendingAnswer]:
         """Receive the replies to a request as long as the context is open."""

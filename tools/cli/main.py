@@ -18,6 +18,7 @@ LOCAL_COMMANDS = {
     "up": "stack",
     "down": "stack",
     "status": "status",
+    "endpoint": "endpoint",
     "logs": "stack",
     "simulate": "simulate",
     "asyncapi": "asyncapi",
