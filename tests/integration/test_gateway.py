@@ -1,46 +1,17 @@
 """The gateway with OpenAI's client, on real Kafka, PostgreSQL, routers and a Triton server with the stand-in model."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 
 import httpx
 import openai
 import pytest
-from pydantic import SecretStr
 
-from deploy.local.postgres import create_database
-from deploy.local.processes import Supervisor
-from shared.kafka.admin import create_topics
-from shared.runtime.settings import DatabaseSettings, KafkaSettings
+from shared.runtime.settings import KafkaSettings
 from tests.support.gateway import GatewayProcess
-from tests.support.router import LEVELS, LONG_PROMPT, MODEL, RouterProcess, fleet_toml, producing, question, reading
+from tests.support.router import LEVELS, LONG_PROMPT, MODEL, question, reading
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory) -> GatewayProcess:
-    """A gateway and a router whose policy draws L1, for all tests of this module."""
-    folder = tmp_path_factory.mktemp("gateway")
-    kafka = KafkaSettings(
-        bootstrap_servers=kafka_server.bootstrap_servers, topic_prefix="gateway.", group_prefix="gateway."
-    )
-    database = DatabaseSettings(url=SecretStr(postgres_server + "gateway"))
-    fleet = folder / "fleet.toml"
-    fleet.write_text(fleet_toml([triton.address]))
-
-    async def prepare() -> None:
-        await create_topics(kafka)
-        await create_database(postgres_server + "gateway")
-        async with producing(kafka) as producer:
-            await producer.prepare({"L1": 1.0})
-
-    asyncio.run(prepare())
-    running = GatewayProcess(supervisor, kafka, database, fleet, [], [])
-    RouterProcess(supervisor, kafka, fleet).start()
-    running.start()
-    return running
 
 
 @pytest.fixture
