@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 from aiokafka.errors import KafkaError
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
+from pydantic_core import PydanticSerializationError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 
@@ -39,6 +40,9 @@ from shared.runtime.logs import get_logger
 
 DEADLINE_GRACE_S: Final = 15.0
 """Wall seconds after a request's deadline in which the router's answer may still arrive."""
+
+SEND_GRACE_S: Final = 10.0
+"""Wall seconds after `send_timeout_s` in which the kernel ends the connection itself."""
 
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 502, 503, 504)
@@ -173,6 +177,8 @@ class _Exchange:
         try:
             async with asyncio.timeout(self.gateway.settings.publish_timeout_s):
                 await self.gateway.publish(self.message)
+        except PydanticSerializationError:
+            raise ApiError(400, "a text is not valid Unicode: it has lone surrogates", code="invalid_value") from None
         except TOO_LARGE:
             raise ApiError(
                 413, "the request is too large: shorten the prompt", param="messages", code="context_length_exceeded"
@@ -224,7 +230,8 @@ class _Exchange:
             # Before the first part of the answer the events themselves contain comments.
             ping=int(max(1, settings.keep_alive_s)),
             ping_message_factory=lambda: ServerSentEvent(comment="waiting"),
-            send_timeout=settings.send_timeout_s,
+            # For systems whose kernel does not end such connections, see `run_service`.
+            send_timeout=settings.send_timeout_s + SEND_GRACE_S,
         )
 
     async def _events(self, *, include_usage: bool) -> AsyncIterator[str | dict[str, str]]:

@@ -177,6 +177,7 @@ def build_app(
         lifespan=running,
     )
     app.after_startup(begin)
+    app.send_timeout_s = settings.send_timeout_s
     api = build_api(gateway, version=VERSION, started_at=clock.now())
     add_page(api, monitor, clock=clock, authenticate=gateway.authenticate, host=HttpSettings().host)
     app.api = HttpLimits(api, settings=settings, metrics=metrics)

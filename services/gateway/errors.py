@@ -14,6 +14,9 @@ from shared.messages import ErrorDetail
 RETRY_AFTER_S: Final = 2
 """What `retry-after` advises where nothing better is known."""
 
+MAX_TEXT: Final = 1_000
+"""Characters of a message or a parameter's name."""
+
 _OF_RESPONSE: Final[Mapping[str, tuple[int, str, str | None]]] = {
     "deadline_exceeded": (504, "timeout_error", None),
     "unknown_model": (404, "invalid_request_error", "model"),
@@ -51,7 +54,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = dict(headers or {})
-        self.body = ErrorBody(message=message, type=kind, param=param, code=code)
+        self.body = ErrorBody(message=_text(message), type=kind, param=param and _text(param), code=code)
 
     @classmethod
     def of_response(cls, error: ErrorDetail) -> "ApiError":
@@ -104,6 +107,11 @@ def of_validation(error: RequestValidationError) -> ApiError:
     if message == "is not supported":
         return ApiError(400, f"parameter {name} is not supported", param=param, code="unsupported_parameter")
     return ApiError(400, f"parameter {name}: {message}", param=param, code="invalid_value")
+
+
+def _text(text: str) -> str:
+    """A text that names what the client sent: not too long, and valid Unicode."""
+    return text[:MAX_TEXT].encode("utf-8", "replace").decode()
 
 
 def _is_variant(part: object) -> bool:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -41,9 +42,11 @@ class Service(AsgiFastStream):
 
     Attributes:
         api: gets every request that no route of FastStream takes.
+        send_timeout_s: a client that takes nothing for this long is disconnected, wall; None: never.
     """
 
     api: ASGIApp | None = None
+    send_timeout_s: float | None = None
 
     async def not_found(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request to the API; see FastStream."""
@@ -141,16 +144,29 @@ def run_service(
     except configuration_errors as error:
         sys.exit(printable(f"{name}: {error}", keep="\n"))
     configure_logging(name, logs)
-    server = uvicorn.Server(
-        uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)
-    )
+    config = uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    send_timeout_s = app.send_timeout_s if isinstance(app, Service) else None
+    sockets = None if send_timeout_s is None else [_bind(config, send_timeout_s)]
     gc.collect()
     gc.freeze()  # modules and settings live as long as the process
     gc.set_threshold(*GC_THRESHOLDS)
-    uvloop.run(server.serve())
+    uvloop.run(server.serve(sockets))
     if not server.started:
         _log.critical("could not start; see the error above", service=name)
         sys.exit(1)
+
+
+def _bind(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
+    """The listening socket, whose connections the kernel ends when sent data is not taken in time.
+
+    An application cannot: asyncio closes a connection only after what was written has been sent.
+    """
+    listening = config.bind_socket()
+    listening.set_inheritable(False)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1_000 * send_timeout_s))
+    return listening
 
 
 def _json(status: int, body: dict[str, object]) -> AsgiResponse:
