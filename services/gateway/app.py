@@ -1,5 +1,6 @@
 """Wires the gateway: HTTP API, publishers, replies, policies and keys."""
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
 from services import SERVICES
+from services.gateway.accounts import Accounts
 from services.gateway.api import Gateway, build_api
 from services.gateway.estimates import Estimates
 from services.gateway.http import HttpLimits
@@ -23,18 +25,20 @@ from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.publish import check_size, declare_publisher
-from shared.kafka.subscribe import subscribe_compacted, subscribe_partition
-from shared.messages import Cancellation, GenerationRequest, Policy, Reply
+from shared.kafka.subscribe import subscribe_batches, subscribe_compacted, subscribe_partition
+from shared.messages import Cancellation, Footprint, GenerationRequest, Policy, Reply
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from shared.runtime.database import RETRY_PAUSE_S, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import VERSION, build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
-from shared.topics import CANCELLATIONS, DEAD_LETTERS, POLICIES, REPLIES, REQUESTS
+from shared.topics import CANCELLATIONS, DEAD_LETTERS, FOOTPRINTS, POLICIES, REPLIES, REQUESTS
 
 NAME = "gateway"
 DESCRIPTION = SERVICES[NAME].description
+
+FOOTPRINT_BATCH = 500
 
 _log = get_logger(__name__)
 
@@ -71,6 +75,20 @@ class Replies:
         await consumer.position(partition)
         self._gateway.reply_partition = number
         _log.info("reading replies", partition=number)
+
+
+def _subscribe_footprints(
+    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, gateway: Gateway
+) -> None:
+    """Book footprints as they are published; of several gateways one books each."""
+
+    @subscribe_batches(broker, kafka, dead_letters, FOOTPRINTS, group=NAME, max_records=FOOTPRINT_BATCH)
+    async def on_footprints(footprints: list[Footprint]) -> None:
+        try:
+            await gateway.ready_accounts().book(footprints)
+        except DatabaseUnavailableError:
+            await asyncio.sleep(RETRY_PAUSE_S)
+            raise
 
 
 def build_app(
@@ -128,6 +146,7 @@ def build_app(
     async def on_policies(policies: list[Policy]) -> None:
         gateway.estimates.update(policies)
 
+    _subscribe_footprints(broker, kafka, dead_letters, gateway)
     pools: list[asyncpg.Pool] = []
 
     @asynccontextmanager
@@ -136,10 +155,20 @@ def build_app(
             with status.watch():
                 await migrate(pool, schema=NAME, package="services.gateway.migrations")
             gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s)
+            accounts = Accounts(pool, status, levels=fleet.levels, settings=settings, clock=clock, metrics=metrics)
+            await accounts.renew()
+            gateway.accounts = accounts
             pools.append(pool)
-            yield
+            try:
+                yield
+            finally:
+                await health.cancel_background()
 
     async def begin() -> None:
+        accounts = gateway.ready_accounts()
+        health.spawn("write requests", accounts.run())
+        health.spawn("renew the lease", accounts.keep_lease())
+        health.spawn("remove old requests", accounts.remove_old())
         await replies.start(pools[0])
 
     health.add_check("postgresql", status.problem)
@@ -149,7 +178,7 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(REQUESTS, CANCELLATIONS, REPLIES, POLICIES, DEAD_LETTERS),
+        topics=(REQUESTS, CANCELLATIONS, REPLIES, POLICIES, FOOTPRINTS, DEAD_LETTERS),
         registry=registry,
         health=health,
         lifespan=running,

@@ -17,7 +17,7 @@ from tools.cli.main import app
 
 RECEIVED = {
     "carbon_feed": set(),
-    "gateway": {"replies", "policies"},
+    "gateway": {"replies", "policies", "footprints"},
     "router": {
         "requests",
         "cancellations",

@@ -46,6 +46,10 @@ with suppress(ModuleNotFoundError):
     from tools.cli.policy import app as policy
 
     app.add_typer(policy, name="policy")
+with suppress(ModuleNotFoundError):
+    from tools.cli.keys import app as keys
+
+    app.add_typer(keys, name="keys")
 
 app.command()(send)
 app.command()(report)
