@@ -77,10 +77,12 @@ class Replies:
         _log.info("reading replies", partition=number)
 
 
-def _subscribe_footprints(
-    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, gateway: Gateway
-) -> None:
-    """Book footprints as they are published; of several gateways one books each."""
+def _subscribe(broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, gateway: Gateway) -> None:
+    """Subscribe to policies, which every gateway reads, and to footprints, of which each is booked by one gateway."""
+
+    @subscribe_compacted(broker, kafka, dead_letters, POLICIES)
+    async def on_policies(policies: list[Policy]) -> None:
+        gateway.estimates.update(policies)
 
     @subscribe_batches(broker, kafka, dead_letters, FOOTPRINTS, group=NAME, max_records=FOOTPRINT_BATCH)
     async def on_footprints(footprints: list[Footprint]) -> None:
@@ -142,11 +144,7 @@ def build_app(
     metrics.watch_open(lambda: len(gateway.inbox))
     replies = Replies(broker, dead_letters, gateway, kafka=kafka)
 
-    @subscribe_compacted(broker, kafka, dead_letters, POLICIES)
-    async def on_policies(policies: list[Policy]) -> None:
-        gateway.estimates.update(policies)
-
-    _subscribe_footprints(broker, kafka, dead_letters, gateway)
+    _subscribe(broker, kafka, dead_letters, gateway)
     pools: list[asyncpg.Pool] = []
 
     @asynccontextmanager

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from services.gateway.keys import Connection, Limits, create_key, list_keys, revoke_key, set_limits
 from shared.messages import Identifier, Level
 from tools.cli.console import Exit, fail, out, print_text, say
-from tools.cli.report import DATABASE_VARIABLE, database_url
+from tools.cli.report import DATABASE_VARIABLE, default_database
 
 T = TypeVar("T")
 
@@ -208,7 +208,7 @@ def _run(work: Callable[[Connection], Awaitable[T]], database: str | None) -> T:
         finally:
             await connection.close()
 
-    url = database or database_url()
+    url = database or default_database()
     try:
         return asyncio.run(connected())
     except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
