@@ -171,10 +171,10 @@ def forced_level(accounts: Iterable[AccountState], levels: Sequence[str], now: d
         if budget is None or spent is None or account.most_level not in levels:
             continue
         path, steps = path_grams(budget, now), levels.index(account.most_level)
-        if spent <= path:
-            continue
-        share = 1.0 if spent >= budget else (spent - path) / (budget - path)
-        strictest = max(strictest, min(steps, math.ceil(share * steps)))
+        if spent >= budget:
+            strictest = max(strictest, steps)
+        elif spent > path:
+            strictest = max(strictest, math.ceil((spent - path) / (budget - path) * steps))
     return levels[strictest] if strictest else None
 
 

@@ -92,7 +92,7 @@ class UsageList(BaseModel):
     data: tuple[UsageRow, ...]
 
 
-def usage_router(authenticate: Callable[..., Any], accounts: Callable[[], Accounts | None], clock: Clock) -> APIRouter:
+def usage_router(authenticate: Callable[..., Any], accounts: Callable[[], Accounts], clock: Clock) -> APIRouter:
     """The endpoints.
 
     Args:
