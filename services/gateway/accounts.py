@@ -264,9 +264,10 @@ class Accounts:
         """
         while self._finished:
             batch = [self._finished[number] for number in range(min(BATCH, len(self._finished)))]
+            rows = {row["id"]: row for row in reversed(batch)}  # of several with one id the first counts
             with self._status.watch():
                 try:
-                    await self._pool.execute("SELECT finish($1)", json.dumps(batch))
+                    await self._pool.execute("SELECT finish($1)", json.dumps(list(rows.values())))
                 except asyncpg.DataError as error:
                     _log.error("finished requests cannot be stored", error=type(error).__name__, requests=len(batch))
                 except asyncpg.TransactionRollbackError as error:

@@ -152,7 +152,7 @@ def build_app(
         async with await open_pool(database, schema=NAME) as pool:
             with status.watch():
                 await migrate(pool, schema=NAME, package="services.gateway.migrations")
-            gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s)
+            gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s, timeout_s=settings.admission_timeout_s)
             accounts = Accounts(pool, status, levels=fleet.levels, settings=settings, clock=clock, metrics=metrics)
             await accounts.renew()
             gateway.accounts = accounts

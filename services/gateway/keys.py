@@ -1,5 +1,6 @@
 """API keys: stored as hashes in PostgreSQL, each with the tenant that its requests belong to."""
 
+import asyncio
 import hashlib
 import secrets
 import time
@@ -67,15 +68,17 @@ def hash_of(secret: str) -> bytes:
 class KeyStore:
     """The table `api_keys`, with a cache."""
 
-    def __init__(self, pool: asyncpg.Pool, status: DatabaseStatus, *, cache_s: float) -> None:
+    def __init__(self, pool: asyncpg.Pool, status: DatabaseStatus, *, cache_s: float, timeout_s: float = 2.0) -> None:
         """Use an open pool whose `search_path` is the gateway's schema.
 
         Args:
             cache_s: how long a key is believed without asking PostgreSQL; while PostgreSQL is away for longer.
+            timeout_s: how long PostgreSQL may take.
         """
         self._pool = pool
         self._status = status
         self._cache_s = cache_s
+        self._timeout_s = timeout_s
         self._cache: OrderedDict[bytes, tuple[float, ApiKey | None]] = OrderedDict()
 
     async def find(self, secret: str) -> ApiKey | None:
@@ -90,9 +93,10 @@ class KeyStore:
             return remembered[1]
         try:
             with self._status.watch():
-                row = await self._pool.fetchrow(
-                    "SELECT id, name, tenant FROM api_keys WHERE hash = $1 AND revoked_at IS NULL", digest
-                )
+                async with asyncio.timeout(self._timeout_s):
+                    row = await self._pool.fetchrow(
+                        "SELECT id, name, tenant FROM api_keys WHERE hash = $1 AND revoked_at IS NULL", digest
+                    )
         except DatabaseUnavailableError:
             if remembered is None or remembered[1] is None:
                 raise

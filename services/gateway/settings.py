@@ -54,5 +54,5 @@ class GatewaySettings(BaseSettings):
         default=20_000, ge=1, description="Finished requests that are kept until PostgreSQL takes them"
     )
     footprint_days: float = Field(
-        default=35.0, gt=0, description="How long the footprint of a single request is kept, event days"
+        default=7.0, gt=0, description="How long the footprint of a single request is kept, event days"
     )

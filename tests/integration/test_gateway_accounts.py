@@ -179,6 +179,17 @@ async def test_places_of_a_gateway_that_died_are_free_after_its_lease(bench: Ben
     await living.admit(key, bench.request())
 
 
+async def test_places_of_a_tenant_are_shared_by_its_keys(bench: Bench):
+    first, second = [await bench.key(tenant="t") for _ in range(2)]
+    async with bench.pool.acquire() as connection:
+        await set_limits(connection, "tenant/t", Limits(concurrent_requests=1))
+    held = await bench.accounts[0].admit(first, bench.request())
+    assert held.holds_place
+    assert "at once" in await refusal(bench.accounts[1].admit(second, bench.request()))
+    anonymous = ApiKey("anonymous", "anonymous", None)
+    assert not (await bench.accounts[1].admit(anonymous, bench.request())).holds_place
+
+
 async def test_a_revoked_key_is_refused_although_it_is_remembered(bench: Bench):
     key = await bench.key()
     await bench.accounts[0].admit(key, bench.request())
