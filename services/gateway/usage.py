@@ -131,8 +131,11 @@ def usage_router(authenticate: Callable[..., Any], accounts: Callable[[], Accoun
     ) -> UsageList:
         """Requests, tokens, energy and carbon of the tenant's keys."""
         now = clock.now()
-        start = _hour(since or now.replace(day=1, hour=0))
-        end = _hour((until or now) + timedelta(hours=1) - timedelta(microseconds=1))
+        try:
+            start = _hour(since or now.replace(day=1, hour=0))
+            end = _hour((until or now) + timedelta(hours=1) - timedelta(microseconds=1))
+        except OverflowError:
+            raise ApiError(400, "the times are outside of the calendar", param="from", code="invalid_value") from None
         periods = [one for one in group_by if one != "key"]
         if len(set(periods)) > 1:
             raise ApiError(400, "group by one of hour, day and month", param="group_by", code="invalid_value")

@@ -196,7 +196,14 @@ async def test_a_footprint_is_null_until_the_ledger_has_attributed_it(gateways: 
         assert (day["key"], day["grams"], day["outstanding_grams"]) == (None, 0.5, pytest.approx(1.0))
         assert await usage_of(client, **{"from": "2020-01-01", "to": "2020-02-01"}) == []
         assert len(await usage_of(client, group_by="key")) == 2
-        for wrong in ({"from": "2030-01-01"}, {"group_by": ["day", "hour"]}, {"group_by": "colour"}, {"to": "x"}):
+        for wrong in (
+            {"from": "2100-01-01"},
+            {"group_by": ["day", "hour"]},
+            {"group_by": "colour"},
+            {"to": "x"},
+            {"to": "9999-12-31T23:59:59"},
+            {"from": "0001-01-01T00:00:00+12:00"},
+        ):
             refused = await client.get("/v1/usage", params=wrong)
             assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value"), wrong
     async with client_of(gateways, stranger) as client:
