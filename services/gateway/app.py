@@ -157,10 +157,7 @@ def build_app(
             await accounts.renew()
             gateway.accounts = accounts
             pools.append(pool)
-            try:
-                yield
-            finally:
-                await health.cancel_background()
+            yield
 
     async def begin() -> None:
         accounts = gateway.ready_accounts()

@@ -312,3 +312,17 @@ async def test_requests_admitted_while_postgresql_was_away_are_booked_later(benc
         bench.accounts[1].finish(one, response(one.request), Estimate(1.0, 2.0, "option_mean"))
     await bench.accounts[1].written()
     assert (await bench.sums(key))["requests"] == 2
+
+
+async def test_what_waits_for_postgresql_is_bounded_and_a_footprint_replaces_what_is_lost(bench: Bench):
+    key, accounts = await bench.key(), bench.accounts[0]
+    admissions = [await accounts.admit(key, bench.request()) for _ in range(2)]
+    accounts._settings = GatewaySettings(max_unwritten_requests=1)
+    for one in admissions:  # the background task cannot run in between
+        accounts.finish(one, response(one.request), Estimate(1.0, 2.0, "option_mean"))
+    await accounts.written()
+    assert accounts._metrics.unwritten._value.get() == 1
+    assert (await bench.sums(key))["requests"] == 1
+    await accounts.book([footprint(one.request) for one in admissions])
+    sums = await bench.sums(key)
+    assert (sums["requests"], sums["grams"], sums["estimated_grams"]) == (2, 4.0, 0.0)

@@ -231,6 +231,8 @@ async def test_keys_are_listed_without_secrets_and_end_when_they_are_revoked(gat
     sprout(gateways, "create", "--most-level", "L1", code=2)
     sprout(gateways, "create", "--carbon-budget", "1", "--most-level", "1", code=2)
     sprout(gateways, "create", "--tenant", "", code=2)
+    sprout(gateways, "create", "--carbon-budget", "nan", code=2)
+    sprout(gateways, "create", "--concurrent", str(10**12), code=2)
 
 
 async def usage_of(client: httpx.AsyncClient, **parameters: Any) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 SCHEMA = "gateway"
 CONNECT_S = 10.0
+MOST = 2**31 - 1
 
 app = typer.Typer(no_args_is_help=True, help="Create, list, limit and revoke API keys of the gateway.")
 
@@ -28,11 +30,12 @@ Database = Annotated[
 ]
 Tenant = Annotated[str | None, typer.Option(help="Tenant of the key's requests", metavar="NAME")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
-RequestsPerMinute = Annotated[int | None, typer.Option(min=0, help="Most requests in a minute")]
+RequestsPerMinute = Annotated[int | None, typer.Option(min=0, max=MOST, help="Most requests in a minute")]
 TokensPerMinute = Annotated[
-    int | None, typer.Option(min=0, help="Most tokens in a minute: prompts, and max_tokens until the answer is there")
+    int | None,
+    typer.Option(min=0, max=MOST, help="Most tokens in a minute: prompts, and max_tokens until the answer is there"),
 ]
-Concurrent = Annotated[int | None, typer.Option(min=0, help="Most requests at once")]
+Concurrent = Annotated[int | None, typer.Option(min=0, max=MOST, help="Most requests at once")]
 CarbonBudget = Annotated[float | None, typer.Option(min=0, metavar="GRAMS", help="gCO2eq in a calendar month, UTC")]
 MostLevel = Annotated[
     str | None,
@@ -165,6 +168,8 @@ def _limits(  # noqa: PLR0917 - one for each option
     serve_when_spent: bool,
 ) -> Limits:
     """The limits that the options say."""
+    if carbon_budget is not None and not math.isfinite(carbon_budget):
+        raise typer.BadParameter("--carbon-budget must be a number")
     if carbon_budget is None and (most_level is not None or serve_when_spent):
         raise typer.BadParameter("--most-level and --serve-when-spent need --carbon-budget")
     if serve_when_spent and most_level is None:
