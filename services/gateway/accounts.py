@@ -24,7 +24,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.settings import GatewaySettings
 from shared.messages import Footprint, GenerationRequest, GenerationResponse
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, within
 from shared.runtime.logs import get_logger
 
 BATCH: Final = 500
@@ -116,8 +116,9 @@ class Accounts:
         now, tokens = self._clock.now(), counted_tokens(request)
         try:
             with self._status.watch():
-                async with asyncio.timeout(self._settings.admission_timeout_s):
-                    found = await self._pool.fetchval(
+                found = await within(
+                    self._settings.admission_timeout_s,
+                    self._pool.fetchval(
                         "SELECT admit($1, $2, $3, $4, $5, $6, $7, $8)",
                         key.id,
                         key.tenant,
@@ -127,7 +128,8 @@ class Accounts:
                         now,
                         self._instance,
                         self._settings.deadline_s + LEASE_MARGIN_S,
-                    )
+                    ),
+                )
         except DatabaseUnavailableError as error:
             if isinstance(error.__cause__, TimeoutError):
                 self.finish(Admission(request, key, now, {}), None)  # it may have been counted

@@ -1,6 +1,5 @@
 """API keys: stored as hashes in PostgreSQL, each with the tenant that its requests belong to."""
 
-import asyncio
 import hashlib
 import secrets
 import time
@@ -11,7 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import asyncpg
 
-from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, within
 
 PREFIX: Final = "sk-sprout-"
 KEY_BYTES: Final = 32
@@ -93,10 +92,12 @@ class KeyStore:
             return remembered[1]
         try:
             with self._status.watch():
-                async with asyncio.timeout(self._timeout_s):
-                    row = await self._pool.fetchrow(
+                row = await within(
+                    self._timeout_s,
+                    self._pool.fetchrow(
                         "SELECT id, name, tenant FROM api_keys WHERE hash = $1 AND revoked_at IS NULL", digest
-                    )
+                    ),
+                )
         except DatabaseUnavailableError:
             if remembered is None or remembered[1] is None:
                 raise

@@ -1,19 +1,24 @@
 """Limits, footprints and usage of the gateway's keys, in PostgreSQL."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import asyncpg
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
 
+from deploy.local.postgres import create_database, postgres_spec
+from deploy.local.processes import Supervisor
 from services.gateway.accounts import Accounts
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimate
-from services.gateway.keys import ApiKey, Limits, create_key, revoke_key, set_limits
+from services.gateway.keys import ApiKey, KeyStore, Limits, create_key, revoke_key, set_limits
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.settings import GatewaySettings
 from services.gateway.usage import footprint_of
@@ -28,7 +33,7 @@ from shared.messages import (
     Usage,
 )
 from shared.runtime.clock import ManualClock
-from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.settings import DatabaseSettings
 
 pytestmark = pytest.mark.integration
@@ -312,6 +317,44 @@ async def test_requests_admitted_while_postgresql_was_away_are_booked_later(benc
         bench.accounts[1].finish(one, response(one.request), Estimate(1.0, 2.0, "option_mean"))
     await bench.accounts[1].written()
     assert (await bench.sums(key))["requests"] == 2
+
+
+@pytest.fixture
+def own_server(supervisor: Supervisor, tmp_path: Path) -> Iterator[tuple[psutil.Process, str]]:
+    """A PostgreSQL of this test, and the URL of its database."""
+    spec, url = postgres_spec(tmp_path, name="own-postgres")
+    yield psutil.Process(supervisor.start(spec).pid), url
+    supervisor.stop(spec.name)
+
+
+async def test_requests_are_refused_in_time_while_postgresql_hangs(own_server: tuple[psutil.Process, str]):
+    server, url = own_server
+    await create_database(url)
+    pool = await open_pool(DatabaseSettings(url=SecretStr(url), command_timeout_s=600), schema="gateway")
+    await migrate(pool, schema="gateway", package="services.gateway.migrations")
+    settings, metrics = GatewaySettings(admission_timeout_s=0.2), GatewayMetrics(CollectorRegistry())
+    accounts = Accounts(
+        pool, DatabaseStatus(), levels=("L0",), settings=settings, clock=ManualClock(NOON), metrics=metrics
+    )
+    keys = KeyStore(pool, DatabaseStatus(), cache_s=0.0, timeout_s=0.2)
+    key, secret = await keys.create(name="test", tenant=None, now=NOON)
+    assert await keys.find(secret) == key
+    processes = [server, *server.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        async with asyncio.timeout(60):
+            for _ in range(8):  # more than connections
+                with pytest.raises(ApiError) as caught:
+                    await accounts.admit(key, GenerationRequest(id="r", model="m", prompt="hey"))
+                assert (caught.value.status, "retry-after" in caught.value.headers) == (503, True)
+            with pytest.raises(DatabaseUnavailableError):
+                await keys.find("unknown")
+            assert await keys.find(secret) == key
+    finally:
+        for process in processes:
+            process.resume()
+        pool.terminate()
 
 
 async def test_what_waits_for_postgresql_is_bounded_and_a_footprint_replaces_what_is_lost(bench: Bench):
