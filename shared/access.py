@@ -80,8 +80,9 @@ ACCESS: Final[dict[str, Access]] = {
         groups=tuple(f"ledger.{spec.name}" for spec in _LEDGER_STORES),
     ),
     "gateway": Access(
-        reads=(REPLIES, POLICIES, CARBON_INTENSITY, CAPACITY),
+        reads=(REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY),
         writes=(REQUESTS, CANCELLATIONS, DEAD_LETTERS),
+        groups=("gateway",),
     ),
     "sleeper": Access(rereads=(CAPACITY, LOAD_REPORTS)),
     "client": Access(rereads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS, CANCELLATIONS)),

@@ -15,6 +15,7 @@ from pydantic_core import PydanticSerializationError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 
+from services.gateway.accounts import Accounts, Admission
 from services.gateway.errors import ApiError, add_handlers
 from services.gateway.estimates import Estimates
 from services.gateway.keys import ApiKey, KeyStore
@@ -31,6 +32,7 @@ from services.gateway.schema import (
 )
 from services.gateway.settings import GatewaySettings
 from services.gateway.translate import Answers, sprout_headers, sprout_usage, to_request, usage_of, wants_usage
+from services.gateway.usage import usage_router
 from shared.fleet import Fleet
 from shared.kafka.publish import TOO_LARGE
 from shared.messages import Cancellation, GenerationRequest, GenerationResponse
@@ -69,8 +71,19 @@ class Gateway:
     publish: Callable[[GenerationRequest], Awaitable[None]]
     cancel: Callable[[Cancellation], Awaitable[None]]
     keys: KeyStore | None = None
+    accounts: Accounts | None = None
     reply_partition: int | None = None
     background: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def ready_accounts(self) -> Accounts:
+        """The accounts.
+
+        Raises:
+            DatabaseUnavailableError: the gateway is not connected yet.
+        """
+        if self.accounts is None:
+            raise DatabaseUnavailableError("the gateway is starting")
+        return self.accounts
 
     async def authenticate(self, request: Request) -> ApiKey:
         """The key of a request.
@@ -102,7 +115,7 @@ class Gateway:
 
     async def answer(self, body: ChatRequest | CompletionRequest, request: Request, key: ApiKey) -> Response:
         """Publish a request, and respond with its answer, whole or as a stream."""
-        if self.reply_partition is None:
+        if self.reply_partition is None or self.accounts is None:
             raise ApiError.unavailable("the gateway is starting")
         if not self.fleet.pools_of(body.model):
             served = ", ".join(model.name for model in self.fleet.models)
@@ -123,20 +136,27 @@ class Gateway:
             reply_partition=self.reply_partition,
             deadline=now + timedelta(seconds=self.settings.deadline_s * self.clock.rate),
         )
+        admission = await self.accounts.admit(key, message)
         answers = Answers(
             request_id=str(message.id),
             model=body.model,
             created=int(now.timestamp()),
             chat=isinstance(body, ChatRequest),
         )
-        with ExitStack() as stack:
-            exchange = _Exchange(self, message, stack.enter_context(self.inbox.expect(str(message.id))), answers)
-            await exchange.publish()
-            if not body.stream:
-                return await exchange.whole(request)
-            # From here on the stream closes the exchange.
-            exchange.keep = stack.pop_all()
-        return await exchange.stream(include_usage=wants_usage(body))
+        try:
+            with ExitStack() as stack:
+                pending = stack.enter_context(self.inbox.expect(str(message.id)))
+                exchange = _Exchange(self, self.accounts, admission, pending, answers)
+                stack.callback(exchange.finish)
+                await exchange.publish()
+                if not body.stream:
+                    return await exchange.whole(request)
+                # From here on the stream closes the exchange.
+                exchange.keep = stack.pop_all()
+            return await exchange.stream(include_usage=wants_usage(body))
+        except ApiError as error:
+            error.headers = admission.headers | error.headers
+            raise
 
     def cancel_soon(self, message: GenerationRequest) -> None:
         """Publish a cancellation in the background: the client has left."""
@@ -163,10 +183,40 @@ class _Exchange:
     """
 
     gateway: Gateway
-    message: GenerationRequest
+    accounts: Accounts
+    admission: Admission
     pending: PendingAnswer
     answers: Answers
     keep: ExitStack = field(default_factory=ExitStack)
+    finished: bool = False
+
+    @property
+    def message(self) -> GenerationRequest:
+        """The request, as it is published."""
+        return self.admission.request
+
+    def finish(self) -> None:
+        """Note that the request is over."""
+        if self.finished:
+            return
+        self.finished = True
+        response = self.pending.response
+        if response is None:
+            self.accounts.finish(self.admission, None)
+            return
+        estimates = self.gateway.estimates
+        self.accounts.finish(
+            self.admission,
+            response,
+            estimates.of(response.model, response.decision, response.usage) if response.usage else None,
+            reference_g=estimates.reference_grams(response.model, response.decision),
+        )
+
+    async def free_place(self) -> None:
+        """Finish the request before its client can know, so that its next request does not find its place taken."""
+        self.finish()
+        if self.admission.holds_place:
+            await self.accounts.written()
 
     async def publish(self) -> None:
         """Publish the request.
@@ -204,11 +254,12 @@ class _Exchange:
         finally:
             gone.cancel()
             arrived.cancel()
+        await self.free_place()
         if response.error is not None:
             raise ApiError.of_response(response.error)
         estimate = self.gateway.estimates.of(response.model, response.decision, response.usage)
         content = self.answers.whole(response, estimate)
-        headers = sprout_headers(usage_of(response, estimate).sprout)
+        headers = sprout_headers(usage_of(response, estimate).sprout) | self.admission.headers
         return JSONResponse(content.model_dump(mode="json"), headers=headers)
 
     async def stream(self, *, include_usage: bool) -> Response:
@@ -226,7 +277,7 @@ class _Exchange:
         estimate = self.gateway.estimates.of(self.answers.model, pending.decision, None)
         return EventSourceResponse(
             self._events(include_usage=include_usage),
-            headers=sprout_headers(sprout_usage(pending.decision, estimate)),
+            headers=sprout_headers(sprout_usage(pending.decision, estimate)) | self.admission.headers,
             # Before the first part of the answer the events themselves contain comments.
             ping=int(max(1, settings.keep_alive_s)),
             ping_message_factory=lambda: ServerSentEvent(comment="waiting"),
@@ -240,6 +291,7 @@ class _Exchange:
             async for data in self._data(include_usage=include_usage):
                 yield {"data": data}
             finished = True
+            await self.free_place()
             yield {"data": "[DONE]"}
         finally:
             if not finished:
@@ -340,6 +392,7 @@ def build_api(gateway: Gateway, *, version: str, started_at: datetime) -> FastAP
             raise ApiError(404, f"the model {model!r} does not exist", param="model", code="model_not_found")
         return _card(model, started_at)
 
+    api.include_router(usage_router(gateway.authenticate, gateway.ready_accounts, gateway.clock))
     return api
 
 

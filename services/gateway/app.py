@@ -1,5 +1,6 @@
 """Wires the gateway: HTTP API, publishers, replies, policies and keys."""
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
 from services import SERVICES
+from services.gateway.accounts import Accounts
 from services.gateway.api import Gateway, build_api
 from services.gateway.estimates import Estimates
 from services.gateway.http import HttpLimits
@@ -25,18 +27,29 @@ from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.publish import check_size, declare_publisher
-from shared.kafka.subscribe import subscribe_compacted, subscribe_partition
-from shared.messages import Cancellation, CarbonIntensity, GenerationRequest, Policy, PoolCapacity, Reply
+from shared.kafka.subscribe import subscribe_batches, subscribe_compacted, subscribe_partition
+from shared.messages import Cancellation, CarbonIntensity, Footprint, GenerationRequest, Policy, PoolCapacity, Reply
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from shared.runtime.database import RETRY_PAUSE_S, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import VERSION, build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings
-from shared.topics import CANCELLATIONS, CAPACITY, CARBON_INTENSITY, DEAD_LETTERS, POLICIES, REPLIES, REQUESTS
+from shared.topics import (
+    CANCELLATIONS,
+    CAPACITY,
+    CARBON_INTENSITY,
+    DEAD_LETTERS,
+    FOOTPRINTS,
+    POLICIES,
+    REPLIES,
+    REQUESTS,
+)
 
 NAME = "gateway"
 DESCRIPTION = SERVICES[NAME].description
+
+FOOTPRINT_BATCH = 500
 
 _log = get_logger(__name__)
 
@@ -83,6 +96,33 @@ class Replies:
         await consumer.position(partition)
         self._gateway.reply_partition = number
         _log.info("reading replies", partition=number)
+
+
+def _subscribe(
+    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, gateway: Gateway, monitor: Monitor
+) -> None:
+    """Subscribe to what every gateway reads, and to footprints, of which each is booked by one gateway."""
+
+    @subscribe_compacted(broker, kafka, dead_letters, POLICIES)
+    async def on_policies(policies: list[Policy]) -> None:
+        gateway.estimates.update(policies)
+        monitor.update_policies(policies)
+
+    @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
+    async def on_intensities(intensities: list[CarbonIntensity]) -> None:
+        monitor.update_intensities(intensities)
+
+    @subscribe_compacted(broker, kafka, dead_letters, CAPACITY)
+    async def on_capacities(capacities: list[PoolCapacity]) -> None:
+        monitor.update_capacities(capacities)
+
+    @subscribe_batches(broker, kafka, dead_letters, FOOTPRINTS, group=NAME, max_records=FOOTPRINT_BATCH)
+    async def on_footprints(footprints: list[Footprint]) -> None:
+        try:
+            await gateway.ready_accounts().book(footprints)
+        except DatabaseUnavailableError:
+            await asyncio.sleep(RETRY_PAUSE_S)
+            raise
 
 
 def build_app(
@@ -137,19 +177,7 @@ def build_app(
     monitor = Monitor(fleet, started_at=clock.now())
     replies = Replies(broker, dead_letters, gateway, monitor, kafka=kafka)
 
-    @subscribe_compacted(broker, kafka, dead_letters, POLICIES)
-    async def on_policies(policies: list[Policy]) -> None:
-        gateway.estimates.update(policies)
-        monitor.update_policies(policies)
-
-    @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
-    async def on_intensities(intensities: list[CarbonIntensity]) -> None:
-        monitor.update_intensities(intensities)
-
-    @subscribe_compacted(broker, kafka, dead_letters, CAPACITY)
-    async def on_capacities(capacities: list[PoolCapacity]) -> None:
-        monitor.update_capacities(capacities)
-
+    _subscribe(broker, kafka, dead_letters, gateway, monitor)
     pools: list[asyncpg.Pool] = []
 
     @asynccontextmanager
@@ -157,11 +185,18 @@ def build_app(
         async with await open_pool(database, schema=NAME) as pool:
             with status.watch():
                 await migrate(pool, schema=NAME, package="services.gateway.migrations")
-            gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s)
+            gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s, timeout_s=settings.admission_timeout_s)
+            accounts = Accounts(pool, status, levels=fleet.levels, settings=settings, clock=clock, metrics=metrics)
+            await accounts.renew()
+            gateway.accounts = accounts
             pools.append(pool)
             yield
 
     async def begin() -> None:
+        accounts = gateway.ready_accounts()
+        health.spawn("write requests", accounts.run())
+        health.spawn("renew the lease", accounts.keep_lease())
+        health.spawn("remove old requests", accounts.remove_old())
         await replies.start(pools[0])
 
     health.add_check("postgresql", status.problem)
@@ -171,7 +206,7 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(REQUESTS, CANCELLATIONS, REPLIES, POLICIES, CARBON_INTENSITY, CAPACITY, DEAD_LETTERS),
+        topics=(REQUESTS, CANCELLATIONS, REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY, DEAD_LETTERS),
         registry=registry,
         health=health,
         lifespan=running,

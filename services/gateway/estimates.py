@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.messages import Decision, Policy, Usage, option_key
+from shared.messages import Decision, OptionEstimate, Policy, Usage, option_key
+from shared.messages.policies import OptionInputs
 from shared.units import JOULES_PER_KWH
 
 
@@ -56,14 +57,30 @@ class Estimates:
             server_s = usage.completion_tokens * (price.server_token_s or 0.0) + prompt_tokens * (
                 price.server_prompt_token_s or 0.0
             )
-            source: Literal["token_price", "option_mean"] = "token_price"
         else:
             row = policy.inputs.estimates.get(decision.group, {})
             mean = row.get(option)
             if mean is None:
                 return Estimate()
-            joules = mean.energy_kwh * JOULES_PER_KWH
-            server_s = mean.processing_s if mean.server_s is None else mean.server_s
-            source = "option_mean"
+            return Estimate(mean.energy_kwh * JOULES_PER_KWH, _mean_grams(mean, inputs), "option_mean")
         grams = joules / JOULES_PER_KWH * inputs.g_per_kwh + server_s * inputs.embodied_g_per_s
-        return Estimate(joules, grams, source)
+        return Estimate(joules, grams, "token_price")
+
+    def reference_grams(self, model: str, decision: Decision | None) -> float | None:
+        """What the reference option would have taken for a usual request of the same group; None if no policy says.
+
+        Args:
+            model: logical model.
+            decision: of the request.
+        """
+        policy = self._policies.get(model)
+        if policy is None or decision is None:
+            return None
+        mean = policy.inputs.estimates.get(decision.group, {}).get(policy.reference)
+        inputs = policy.inputs.options.get(policy.reference)
+        return None if mean is None or inputs is None else _mean_grams(mean, inputs)
+
+
+def _mean_grams(mean: OptionEstimate, inputs: OptionInputs) -> float:
+    server_s = mean.processing_s if mean.server_s is None else mean.server_s
+    return mean.energy_kwh * inputs.g_per_kwh + server_s * inputs.embodied_g_per_s

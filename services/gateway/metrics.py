@@ -27,6 +27,18 @@ class GatewayMetrics:
         self.cancelled = Counter(
             "sprout_gateway_cancelled", "Requests that were cancelled because nobody waits for them", registry=registry
         )
+        self.refused = Counter(
+            "sprout_gateway_refused", "Requests that a limit of their key or tenant refuses", ("limit",),
+            registry=registry,
+        )  # fmt: skip
+        self.forced = Counter(
+            "sprout_gateway_forced", "Requests that a carbon budget forces to another directive", registry=registry
+        )
+        self.unwritten = Counter(
+            "sprout_gateway_unwritten",
+            "Finished requests that are not stored because PostgreSQL is away for too long; footprints replace them",
+            registry=registry,
+        )
         self._open = Gauge("sprout_gateway_open_requests", "Requests that wait for an answer", registry=registry)
 
     def watch_open(self, number: Callable[[], int]) -> None:

@@ -40,3 +40,19 @@ class GatewaySettings(BaseSettings):
     key_cache_s: float = Field(
         default=5.0, ge=0, description="How long a key is believed without asking PostgreSQL, wall"
     )
+    admission_timeout_s: float = Field(
+        default=2.0, gt=0, description="Longest wait for PostgreSQL to admit a request, wall"
+    )
+    serve_without_database: bool = Field(
+        default=False,
+        description="While PostgreSQL is away: true: known keys are served without limits, false: they get 503",
+    )
+    lease_s: float = Field(
+        default=15.0, gt=0, description="A gateway that dies has its requests counted as open for this long, wall"
+    )
+    max_unwritten_requests: int = Field(
+        default=20_000, ge=1, description="Finished requests that are kept until PostgreSQL takes them"
+    )
+    footprint_days: float = Field(
+        default=7.0, gt=0, description="How long the footprint of a single request is kept, event days"
+    )

@@ -17,7 +17,7 @@ from tools.cli.main import app
 
 RECEIVED = {
     "carbon_feed": set(),
-    "gateway": {"replies", "policies", "carbon-intensity", "capacity"},
+    "gateway": {"replies", "policies", "footprints", "carbon-intensity", "capacity"},
     "router": {
         "requests",
         "cancellations",

@@ -14,8 +14,10 @@ from aiokafka.errors import KafkaError
 
 from shared.runtime.settings import KafkaSettings
 from shared.topics import (
+    CANCELLATIONS,
     DEAD_LETTERS,
     FOOTPRINTS,
+    REPLIES,
     REQUESTS,
     RESPONSE_CHUNKS,
     RESPONSES,
@@ -25,10 +27,19 @@ from shared.topics import (
 from tools.cli.offsets import existing_partitions
 from tools.erasure.subjects import Subjects
 
-PERSONAL_TOPICS: Final = (REQUESTS, RESPONSES, SAMPLES, FOOTPRINTS, DEAD_LETTERS, RESPONSE_CHUNKS)
-"""Topics whose messages belong to a tenant or a request. Chunks name no tenant, so they come after the others."""
+PERSONAL_TOPICS: Final = (
+    REQUESTS,
+    RESPONSES,
+    SAMPLES,
+    FOOTPRINTS,
+    DEAD_LETTERS,
+    RESPONSE_CHUNKS,
+    REPLIES,
+    CANCELLATIONS,
+)
+"""Topics whose messages belong to a tenant or a request. Chunks and what follows name no tenant: they come last."""
 
-READERS: Final = ("ledger.responses", "evaluator", "optimizer")
+READERS: Final = ("ledger.responses", "evaluator", "optimizer", "gateway")
 """Consumer groups that copy messages of a topic into a table."""
 
 SEGMENT_MS: Final = 7 * 24 * 3_600_000
