@@ -28,15 +28,16 @@ class GatewayProcess:
     Attributes:
         names: of their processes.
         urls: of their HTTP interfaces.
+        routers: those of `prepare_gateways`.
     """
 
     supervisor: Supervisor
     kafka: KafkaSettings
     database: DatabaseSettings
     fleet: Path
-    routers: RouterProcess
     names: list[str] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
+    routers: RouterProcess | None = None
 
     def start(self, **changes: str) -> str:
         """Start a gateway, and wait until it is ready; returns its URL."""
@@ -101,7 +102,7 @@ async def prepare_gateways(
     async with producing(kafka) as producer:
         await producer.prepare({"L1": 1.0}, valid_s=86_400.0)
     routers = RouterProcess(supervisor, kafka, fleet, settings=router or {})
-    return GatewayProcess(supervisor, kafka, DatabaseSettings(url=SecretStr(database_url)), fleet, routers)
+    return GatewayProcess(supervisor, kafka, DatabaseSettings(url=SecretStr(database_url)), fleet, routers=routers)
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +122,7 @@ def gateways(
                 prefix="gateway.",
             )
         )
+        assert made.routers is not None
         made.routers.start()
         made.start()
         yield made
