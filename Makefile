@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCK := requirements/dev.lock
-SERVICES := carbon-feed router optimizer evaluator ledger cli
+SERVICES := carbon-feed router optimizer evaluator ledger gateway cli
 
 # For `make demo` and `make up`; empty: the default. `make demo WORKLOAD=... CARBON=... ZONE=... MODEL=smollm2`
 # `make demo COMPARE=1` plays the day a second time without Sprout.

@@ -54,6 +54,11 @@ SERVICES: Final[Mapping[str, Service]] = {
             needs_database=True,
         ),
         Service(
+            name="gateway",
+            description="Answers HTTP requests in OpenAI's format, and says how much carbon each answer took.",
+            needs_database=True,
+        ),
+        Service(
             name="ledger",
             description="Attributes metered energy and carbon to every call on a model server.",
             needs_database=True,

@@ -9,6 +9,7 @@ from typing import Final
 
 from shared.runtime.settings import KafkaSettings
 from shared.topics import (
+    CANCELLATIONS,
     CAPACITY,
     CARBON_INTENSITY,
     DEAD_LETTERS,
@@ -18,6 +19,7 @@ from shared.topics import (
     POWER_CURVES,
     PROMPT_GROUPS,
     QUALITY,
+    REPLIES,
     REQUESTS,
     RESPONSE_CHUNKS,
     RESPONSES,
@@ -64,9 +66,9 @@ ACCESS: Final[dict[str, Access]] = {
         rereads=(CARBON_INTENSITY,), writes=(CARBON_INTENSITY, DEAD_LETTERS), groups=(leader_group("carbon_feed"),)
     ),
     "router": Access(
-        reads=(REQUESTS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES, CAPACITY),
+        reads=(REQUESTS, CANCELLATIONS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES, CAPACITY),
         rereads=(RESPONSES, DEAD_LETTERS),  # after a takeover: which requests are answered?
-        writes=(RESPONSES, RESPONSE_CHUNKS, SAMPLES, LOAD_REPORTS, DEAD_LETTERS),
+        writes=(RESPONSES, RESPONSE_CHUNKS, REPLIES, SAMPLES, LOAD_REPORTS, DEAD_LETTERS),
         groups=("router",),
     ),
     "optimizer": Access(
@@ -85,8 +87,13 @@ ACCESS: Final[dict[str, Access]] = {
         writes=(FOOTPRINTS, POWER_CURVES, DEAD_LETTERS),
         groups=tuple(f"ledger.{spec.name}" for spec in _LEDGER_STORES),
     ),
+    "gateway": Access(
+        reads=(REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY),
+        writes=(REQUESTS, CANCELLATIONS, DEAD_LETTERS),
+        groups=("gateway",),
+    ),
     "sleeper": Access(rereads=(CAPACITY, LOAD_REPORTS)),
-    "client": Access(rereads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS,)),
+    "client": Access(rereads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS, CANCELLATIONS)),
     "operator": Access(
         rereads=TOPICS, writes=(REQUESTS, DEAD_LETTERS), groups=("router",), transactions=(REDRIVE_ID,), creates=True
     ),

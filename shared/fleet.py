@@ -82,6 +82,12 @@ FleetTemplate = Annotated[Identifier, AfterValidator(_resolve_template)]
 relative one is looked for in the folder of the fleet file, then in the working directory."""
 
 
+def _of_a_model(name: str) -> str:
+    if name == "server":
+        raise ValueError("'server' is a chat template of pools of kind openai: name it there")
+    return name
+
+
 class FleetPart(BaseModel):
     """A table of the fleet file: immutable; an unknown field is an error."""
 
@@ -133,12 +139,17 @@ class Directive(FleetPart):
 
 
 class Endpoint(TlsFields):
-    """One Triton server."""
+    """One inference server."""
 
     name: Identifier
-    grpc: str = Field(pattern=r"^[^/\s]+:[0-9]+$", description="host:port of Triton's gRPC service")
+    grpc: str = Field(
+        default="", pattern=r"^([^/\s]+:[0-9]+)?$", description="Kind triton: host:port of Triton's gRPC service"
+    )
+    url: HttpUrl | None = Field(default=None, description="Kind openai: base URL of the server, without /v1")
     metrics: HttpUrl | None = Field(
-        default=None, description="Triton's Prometheus metrics; absent: energy is not metered"
+        default=None,
+        description="Prometheus metrics with the energy of its GPUs, of Triton or DCGM's exporter; absent: energy is "
+        "not metered",
     )
     gpus: tuple[str, ...] = Field(default=(), description="UUIDs of this endpoint's GPUs; empty: all that it reports")
     max_in_flight: int | None = Field(
@@ -152,7 +163,17 @@ class Pool(TlsFields):
     name: Identifier
     model: Identifier | None = Field(default=None, description="Logical model served; absent for the judge's pool")
     variant: Identifier | None = Field(default=None, description="Weights served; default: the model's name")
+    kind: Literal["triton", "openai"] = Field(
+        default="triton", description="Inference server: Triton, or one with an OpenAI-compatible API"
+    )
     triton_model: Identifier = Field(default="ensemble", description="Model name in Triton's repository")
+    upstream_model: Identifier | None = Field(
+        default=None, description="Kind openai: the model's name on the server; default: the weights served"
+    )
+    api_key_file: FleetPath | None = Field(default=None, description="Kind openai: file with the server's API key")
+    sampling_extensions: tuple[Literal["top_k", "min_tokens", "repetition_penalty"], ...] = Field(
+        default=(), description="Kind openai: sampling parameters beyond OpenAI's that the server honours"
+    )
     zone: Zone
     chat_template: FleetTemplate | None = Field(default=None, description="Default: the model's")
     tokenizer: FleetPath | None = Field(default=None, description="Default: the model's")
@@ -207,6 +228,43 @@ class Pool(TlsFields):
         limits = [endpoint.max_in_flight for endpoint in self.endpoints if endpoint.max_in_flight is not None]
         return max(1, min([curve.largest_batch(tpot_s=tpot_s, ttft_s=ttft_s, prompt_tokens=prompt_tokens), *limits]))
 
+    @property
+    def served_model(self) -> str:
+        """The model's name on servers of kind openai."""
+        return self.upstream_model or self.weights or self.name
+
+    @model_validator(mode="after")
+    def _endpoints_of_kind(self) -> Self:
+        for endpoint in self.endpoints:
+            if self.kind == "triton" and (not endpoint.grpc or endpoint.url is not None):
+                raise ValueError(
+                    f"endpoint {endpoint.name!r} needs 'grpc' (host:port of Triton's gRPC service) and no 'url'; for a "
+                    'server with an OpenAI-compatible API set kind = "openai" in its pool'
+                )
+            if self.kind == "openai" and (endpoint.url is None or endpoint.grpc):
+                raise ValueError(
+                    f"endpoint {endpoint.name!r} of a pool of kind openai needs 'url' (base URL, without /v1) and no "
+                    "'grpc'"
+                )
+        if self.kind == "triton" and self.chat_template == "server":
+            raise ValueError(f"pool {self.name!r}: Triton applies no chat template: name that of the model")
+        if self.kind == "openai" and self.sleep:
+            raise ValueError(f"pool {self.name!r}: only Triton servers can be put to sleep")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_is_used(self) -> Self:
+        for endpoint in self.endpoints:
+            security = endpoint.over(self)
+            addresses = [one for one in (endpoint.url, endpoint.metrics) if one is not None]
+            encrypted = security.tls or any(one.scheme == "https" for one in addresses)
+            if not encrypted and (unused := security.tls_files_named()):
+                raise ValueError(
+                    f"endpoint {endpoint.name!r}: {', '.join(unused)} would not be used: set tls = true, give "
+                    "'metrics' an https address, or leave them out"
+                )
+        return self
+
     @model_validator(mode="after")
     def _consistent_dispatch(self) -> Self:
         objectives = (self.target_batch, self.tpot_objective_ms, self.ttft_objective_ms)
@@ -257,7 +315,7 @@ class Model(FleetPart):
     """A logical model, as requests name it."""
 
     name: Identifier
-    chat_template: FleetTemplate = Field(
+    chat_template: Annotated[FleetTemplate, AfterValidator(_of_a_model)] = Field(
         description="Built-in name, or path of a Jinja file, of a tokenizer_config.json, or of a model's folder"
     )
     tokenizer: FleetPath | None = Field(
@@ -301,14 +359,6 @@ class Fleet(FleetPart):
                     f"pool {pool.name!r} serves model {pool.model!r}, which 'models' does not list "
                     f"(listed: {', '.join(sorted(known))})"
                 )
-            for endpoint in pool.endpoints:
-                security = endpoint.over(pool)
-                encrypted = security.tls or (endpoint.metrics is not None and endpoint.metrics.scheme == "https")
-                if not encrypted and (unused := security.tls_files_named()):
-                    raise ValueError(
-                        f"endpoint {endpoint.name!r}: {', '.join(unused)} would not be used: set tls = true, give "
-                        "'metrics' an https address, or leave them out"
-                    )
         for model in self.models:
             if not any(pool.model == model.name for pool in self.pools):
                 raise ValueError(f"model {model.name!r} has no pool: add one to 'pools' with model = {model.name!r}")

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Final
 
 from shared.messages import (
+    Cancellation,
     CarbonIntensity,
     DeadLetter,
     EndpointCurve,
@@ -21,6 +22,7 @@ from shared.messages import (
     PoolCapacity,
     PromptGrouping,
     Quality,
+    Reply,
     ResponseChunk,
     Sample,
     UsageRecord,
@@ -149,6 +151,27 @@ RESPONSE_CHUNKS: Final = TopicSpec(
     headers=PUBLISHED_HEADERS | TRACE_HEADERS,
     correlation="request_id",
 )
+REPLIES: Final = TopicSpec(
+    name="replies",
+    description="Answers to the requests of gateways; every gateway reads the partition that its requests name",
+    message=Reply,
+    key="request id",
+    cleanup=Cleanup.DELETE,
+    partitions=32,
+    retention_ms=HOUR_MS,
+    max_message_bytes=2 * MEBIBYTE,  # a response of the largest size, and what is around it
+    headers=PUBLISHED_HEADERS | TRACE_HEADERS,
+    correlation="request_id",
+)
+CANCELLATIONS: Final = TopicSpec(
+    name="cancellations",
+    description="Requests whose answers nobody waits for any more",
+    message=Cancellation,
+    key="request id",
+    cleanup=Cleanup.DELETE,
+    partitions=1,
+    retention_ms=HOUR_MS,
+)
 SAMPLES: Final = TopicSpec(
     name="samples",
     description="Prompts kept for evaluation",
@@ -254,6 +277,8 @@ TOPICS: Final = (
     REQUESTS,
     RESPONSES,
     RESPONSE_CHUNKS,
+    REPLIES,
+    CANCELLATIONS,
     SAMPLES,
     USAGE,
     CARBON_INTENSITY,
@@ -273,5 +298,5 @@ def requests_topic(name: str) -> TopicSpec:
     return REQUESTS if name == REQUESTS.name else replace(REQUESTS, name=name)
 
 
-REPLIES: Final = {REQUESTS.name: RESPONSES}
+ANSWERS: Final = {REQUESTS.name: RESPONSES}
 """Topic of the answers, by topic of the requests."""

@@ -13,7 +13,7 @@ make() { # VOLUME FILE
   echo "made $1/$2"
 }
 
-for name in postgres optimizer evaluator ledger operator; do make "$name" database-password; done
+for name in postgres optimizer evaluator ledger gateway operator; do make "$name" database-password; done
 make evaluator evaluations-token
 make router draw-key
 # The same key in every service that draws, and the token also where `sprout evaluate` sends it from.

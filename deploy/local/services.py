@@ -3,16 +3,20 @@
 import json
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Final
+
+import asyncpg
 
 from deploy.local.config import REPOSITORY, StackConfig
 from deploy.local.grid import shipped_trace
 from deploy.local.processes import LOOPBACK, ProcessSpec, http_probe
 from deploy.local.state import TOKEN_FILE, write_private
 from services import SERVICES
+from services.gateway.keys import store_key
 
 READY_TIMEOUT_S: Final = 180.0
 SERVICE_TIER: Final = 2
@@ -86,7 +90,7 @@ def service_spec(
         tier=SERVICE_TIER,
         port=port,
         url=url,
-        niceness=0 if service == "router" else BACKGROUND_NICENESS,
+        niceness=0 if service in {"router", "gateway"} else BACKGROUND_NICENESS,
     )
 
 
@@ -103,11 +107,28 @@ def sleeper_spec(environment: ServiceEnvironment) -> ProcessSpec:
     )
 
 
-def secret_file(file: Path) -> Path:
+def secret_file(file: Path, make: Callable[[], str] = lambda: secrets.token_hex(32)) -> Path:
     """A file with a random secret, which is made if there is none."""
     if not file.exists():
-        write_private(file, f"{secrets.token_hex(32)}\n")
+        write_private(file, f"{make()}\n")
     return file
+
+
+async def add_api_key(database_url: str, secret: str, *, now: datetime) -> None:
+    """Make the development key valid at the gateway, which has made its tables.
+
+    Args:
+        database_url: with the gateway's role.
+        now: event time.
+
+    Raises:
+        asyncpg.PostgresError: the server refused.
+    """
+    connection = await asyncpg.connect(database_url, server_settings={"search_path": "gateway"})
+    try:
+        await store_key(connection, secret, name="development", tenant=None, now=now)
+    finally:
+        await connection.close()
 
 
 def service_settings(config: StackConfig) -> dict[str, dict[str, str]]:

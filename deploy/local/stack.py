@@ -21,9 +21,18 @@ from deploy.local.kafka import KafkaInstallation, install_kafka, kafka_spec
 from deploy.local.model_servers import ModelServers
 from deploy.local.postgres import PostgresError, create_database, create_service_roles, postgres_spec
 from deploy.local.processes import ManagedProcess, ProcessFailedError, ProcessSpec, Supervisor, free_ports
-from deploy.local.services import ServiceEnvironment, secret_file, service_settings, service_spec, sleeper_spec
+from deploy.local.services import (
+    ServiceEnvironment,
+    add_api_key,
+    secret_file,
+    service_settings,
+    service_spec,
+    sleeper_spec,
+)
 from deploy.local.signals import signals_as_exit, uninterrupted
 from deploy.local.state import (
+    API_KEY_FILE,
+    GATEWAY,
     TOKEN_FILE,
     StackState,
     StateError,
@@ -32,6 +41,7 @@ from deploy.local.state import (
 )
 from deploy.local.triton import ModelServerError
 from services import SERVICES
+from services.gateway.keys import new_secret
 from shared.fleet import FleetError
 from shared.kafka.admin import ProvisioningError, create_topics
 from shared.lanes import all_topics
@@ -289,6 +299,9 @@ class LocalStack:
         started = [self._launch(spec) for spec in specs]
         for process in started:
             process.wait_ready()
+        if GATEWAY in self.config.services:
+            key = secret_file(self.config.state_dir / API_KEY_FILE, new_secret).read_text(encoding="ascii").strip()
+            asyncio.run(add_api_key(self._database_urls[GATEWAY], key, now=self.clock.now()))
 
     def _service_environment(self, service: str = "") -> ServiceEnvironment:
         state = self.state

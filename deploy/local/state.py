@@ -22,6 +22,12 @@ FILE_NAME = "stack.json"
 TOKEN_FILE = "evaluations-token"
 """Name of the file, in the state folder, with the token of the evaluator's `POST /evaluations`."""
 
+API_KEY_FILE = "api-key"
+"""Name of the file, in the state folder, with the development key of the gateway; it is kept from start to start."""
+
+GATEWAY = "gateway"
+"""Name of the gateway's process."""
+
 START_TIME_TOLERANCE_S = 1.0
 
 
@@ -141,6 +147,18 @@ class StackState(BaseModel):
             if process.name == name:
                 return process
         raise StateError(f"no process {name!r}; this stack has {', '.join(one.name for one in self.processes)}")
+
+    @property
+    def api(self) -> tuple[str, str] | None:
+        """Base URL of the OpenAI-compatible API, and an API key; None if this stack has no gateway.
+
+        Raises:
+            OSError: the file with the key cannot be read.
+        """
+        urls = [process.url for process in self.processes if process.name == GATEWAY and process.url is not None]
+        if not urls:
+            return None
+        return f"{urls[0]}/v1", (self.state_dir / API_KEY_FILE).read_text(encoding="ascii").strip()
 
     def save(self) -> None:
         """Write the state file atomically; only its owner may read it."""

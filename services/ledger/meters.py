@@ -1,6 +1,7 @@
 """Meters: scrapes the energy counters of model servers, and computes the energy between two readings.
 
-The counters are Prometheus text, as Triton reports them (docs/user_guide/metrics.md, "GPU metrics").
+The counters are Prometheus text, as Triton reports them (docs/user_guide/metrics.md, "GPU metrics"), or NVIDIA's DCGM
+exporter (etc/default-counters.csv), for servers that report no energy themselves.
 """
 
 import asyncio
@@ -27,6 +28,12 @@ ENERGY = "nv_energy_consumption"
 POWER = "nv_gpu_power_usage"
 """Current power, W, by GPU."""
 GPU_LABEL = "gpu_uuid"
+DCGM = {
+    "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION": (ENERGY, 1e-3),  # mJ since the driver was loaded
+    "DCGM_FI_DEV_POWER_USAGE": (POWER, 1.0),  # W
+}
+"""Metrics of DCGM's exporter: the metric of Triton with the same meaning, and the factor to its unit."""
+DCGM_GPU_LABEL = "UUID"
 
 _log = get_logger(__name__)
 
@@ -89,13 +96,15 @@ def parse_meters(text: str) -> ServerMeters:
     Raises:
         MeteringError: the text is not in that format, or a counter is negative or not a number.
     """
-    wanted = "\n".join(line for line in text.splitlines() if line.startswith((ENERGY, POWER))) + "\n"
+    wanted = "\n".join(line for line in text.splitlines() if line.startswith((ENERGY, POWER, *DCGM))) + "\n"
     found: dict[str, dict[str, float]] = {ENERGY: {}, POWER: {}}
     try:
         for family in text_string_to_metric_families(wanted):
             for sample in family.samples:
-                if sample.name in found and GPU_LABEL in sample.labels:
-                    found[sample.name][sample.labels[GPU_LABEL]] = float(sample.value)
+                name, factor = DCGM.get(sample.name, (sample.name, 1.0))
+                gpu = sample.labels.get(GPU_LABEL) or sample.labels.get(DCGM_GPU_LABEL)
+                if name in found and gpu:
+                    found[name][gpu] = factor * float(sample.value)
     except ValueError as error:
         raise MeteringError(f"the metrics are not in Prometheus' text format: {error}") from error
     for gpu, energy_j in found[ENERGY].items():

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import SkipValidation
 
 from services import SERVICES
+from services.router.cancellation import Cancellations
 from services.router.consumer import RequestConsumer
 from services.router.handler import RequestHandler
 from services.router.metrics import Backlog, RouterMetrics
@@ -33,8 +34,14 @@ from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker, unreadable_records
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.parsing import IMPLAUSIBLE, PoisonMessageError
-from shared.kafka.subscribe import Subscriber, read_to_end, subscribe_compacted, subscribe_records
-from shared.messages import CarbonIntensity, GenerationRequest, Policy, PromptGrouping
+from shared.kafka.subscribe import (
+    Subscriber,
+    read_to_end,
+    subscribe_compacted,
+    subscribe_newest,
+    subscribe_records,
+)
+from shared.messages import Cancellation, CarbonIntensity, GenerationRequest, Policy, PromptGrouping
 from shared.runtime.clock import Clock
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
@@ -42,6 +49,7 @@ from shared.runtime.service import VERSION, build_service, run_service
 from shared.runtime.settings import FleetSettings, KafkaSettings
 from shared.runtime.tracing import TelemetryError, tracer_provider
 from shared.topics import (
+    CANCELLATIONS,
     CAPACITY,
     CARBON_INTENSITY,
     DEAD_LETTERS,
@@ -49,6 +57,7 @@ from shared.topics import (
     POLICIES,
     POWER_CURVES,
     PROMPT_GROUPS,
+    REPLIES,
     RESPONSE_CHUNKS,
     RESPONSES,
     SAMPLES,
@@ -109,6 +118,7 @@ class Router:
             stream_timeouts=settings.stream_timeouts,
             stream_always=settings.stream_always,
         )
+        cancellations = Cancellations()
         handler = RequestHandler(
             fleet=fleet,
             clock=clock,
@@ -116,6 +126,7 @@ class Router:
             policies=self.policies,
             pools=self.pools,
             attempts=attempts,
+            cancellations=cancellations,
             publisher=RouterPublisher(broker, dead_letters, kafka=kafka, metrics=metrics, tracing=tracing),
             metrics=metrics,
             tracing=tracing,
@@ -143,6 +154,7 @@ class Router:
             *subscribe_state(broker, dead_letters, self.policies, kafka=kafka),
             *subscribe_capacity(broker, dead_letters, self.pools, kafka=kafka),
         )
+        subscribe_cancellations(broker, dead_letters, cancellations, kafka=kafka)
         self._load_reporter = LoadReporter(
             broker,
             self.pools,
@@ -230,6 +242,17 @@ def subscribe_requests(
     return subscriber
 
 
+def subscribe_cancellations(
+    broker: KafkaBroker, dead_letters: DeadLetterPublisher, cancellations: Cancellations, *, kafka: KafkaSettings
+) -> None:
+    """Subscribe to cancellations; every router reads all of them."""
+
+    @subscribe_newest(broker, kafka, dead_letters, CANCELLATIONS)
+    async def on_cancellations(messages: list[Cancellation]) -> None:
+        for message in messages:
+            cancellations.cancel(message)
+
+
 def subscribe_state(
     broker: KafkaBroker, dead_letters: DeadLetterPublisher, policies: PolicyCache, *, kafka: KafkaSettings
 ) -> tuple[Subscriber, ...]:
@@ -298,6 +321,8 @@ def build_app(
             *settings.lane_topics,
             RESPONSES,
             RESPONSE_CHUNKS,
+            REPLIES,
+            CANCELLATIONS,
             SAMPLES,
             POLICIES,
             PROMPT_GROUPS,

@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Any
 
 from services.router.admission import IncomingRequest, error_of_unparsed, parse_request, rejection, should_sample
+from services.router.cancellation import Cancellations
 from services.router.fencing import RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.policy import DEFAULT_GROUP, PolicyCache, UnknownLevelError, select_option
@@ -14,12 +15,12 @@ from services.router.settings import RouterSettings
 from services.router.streaming import ChunkStream
 from services.router.tracing import Tracing
 from shared.fleet import Fleet
-from shared.inference.attempts import AttemptResult, Attempts, GenerationJob
+from shared.inference.attempts import AttemptResult, Attempts, CancelSignal, GenerationJob
 from shared.inference.base import GenerationParameters
 from shared.inference.chat import ConversationError
 from shared.inference.pools import Pools
 from shared.kafka.parsing import PoisonMessageError
-from shared.messages import Decision, ErrorDetail, GenerationResponse, Sample, Timing, Usage
+from shared.messages import Decision, ErrorDetail, GenerationResponse, Reply, Sample, Timing, Usage
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger, where
 
@@ -36,6 +37,7 @@ class RequestHandler:
     policies: PolicyCache
     pools: Pools
     attempts: Attempts
+    cancellations: Cancellations
     publisher: RouterPublisher
     metrics: RouterMetrics
     tracing: Tracing
@@ -80,7 +82,7 @@ class RequestHandler:
                     code="upstream_error",
                     message="internal error in the router; the request was saved to the dead-letter topic",
                 )
-                await self.publisher.publish_response(limit_size(error_response(incoming, detail)), fence)
+                await self._publish_response(incoming, limit_size(error_response(incoming, detail)), fence)
 
     async def _reject(self, record: Any, error: PoisonMessageError, fence: RecordFence, started_s: float) -> None:  # noqa: ANN401
         """Publish the dead letter of a record that is no request, and an error response if its id can be read.
@@ -106,9 +108,15 @@ class RequestHandler:
         chunks = None
         if incoming.request.stream:
             interval_s = self.settings.chunk_interval_ms / 1_000
-            chunks = ChunkStream(incoming.request_id, self.publisher, interval_s=interval_s)
+            chunks = ChunkStream(
+                incoming.request_id,
+                self.publisher,
+                interval_s=interval_s,
+                reply_partition=incoming.request.reply_partition,
+            )
         try:
-            response, model_s = await self._respond(incoming, chunks)
+            with self.cancellations.watch(incoming.request_id, incoming.record) as signal:
+                response, model_s = await self._respond(incoming, chunks, signal)
             response = await self._publish(incoming, limit_size(response), chunks, fence)
         except BaseException:
             if chunks is not None:
@@ -116,7 +124,9 @@ class RequestHandler:
             raise
         self.metrics.answered(response, overhead_s=max(0.0, perf_counter() - started_s - model_s))
 
-    async def _respond(self, incoming: IncomingRequest, chunks: ChunkStream | None) -> tuple[GenerationResponse, float]:
+    async def _respond(
+        self, incoming: IncomingRequest, chunks: ChunkStream | None, signal: CancelSignal
+    ) -> tuple[GenerationResponse, float]:
         """The response, and the wall seconds spent on model servers."""
         rejected = rejection(incoming, fleet=self.fleet, settings=self.settings)
         if rejected is not None:
@@ -125,8 +135,10 @@ class RequestHandler:
             decision = self._decide(incoming)
         except UnknownLevelError as error:
             return error_response(incoming, ErrorDetail(code="unknown_level", message=str(error))), 0.0
+        if chunks is not None:
+            chunks.decision = decision
         try:
-            job = self._job(incoming, decision, chunks)
+            job = self._job(incoming, decision, chunks, signal)
         except ConversationError as error:
             detail = ErrorDetail(code="invalid_request", message=str(error))
             return error_response(incoming, detail, decision=decision), 0.0
@@ -157,7 +169,9 @@ class RequestHandler:
             self.metrics.fallbacks.labels(incoming.model, active.fallback).inc()
         return decision
 
-    def _job(self, incoming: IncomingRequest, decision: Decision, chunks: ChunkStream | None) -> GenerationJob:
+    def _job(
+        self, incoming: IncomingRequest, decision: Decision, chunks: ChunkStream | None, signal: CancelSignal
+    ) -> GenerationJob:
         template = self.pools[decision.pool].template
         conversation = incoming.request.conversation()
         if template.control_sequences(conversation):
@@ -173,6 +187,7 @@ class RequestHandler:
             parameters=GenerationParameters.of(incoming.request.sampling, stop=template.stop),
             deadline=incoming.deadline,
             sink=chunks,
+            signal=signal,
         )
 
     async def _publish(
@@ -189,10 +204,19 @@ class RequestHandler:
         decision = response.decision
         if response.status == "ok" and decision is not None and should_sample(incoming, decision, self.settings):
             published, _ = await asyncio.gather(
-                self.publisher.publish_response(response, fence),
+                self._publish_response(incoming, response, fence),
                 self.publisher.publish_sample(sample_of(incoming, clock=self.clock)),
             )
             return published
+        return await self._publish_response(incoming, response, fence)
+
+    async def _publish_response(
+        self, incoming: IncomingRequest, response: GenerationResponse, fence: RecordFence
+    ) -> GenerationResponse:
+        """Publish a response, and before it the reply: without the response, another router would answer again."""
+        if incoming.request.reply_partition is not None:
+            reply = Reply(request_id=response.request_id, response=response)
+            await self.publisher.publish_reply(reply, incoming.request.reply_partition)
         return await self.publisher.publish_response(response, fence)
 
 

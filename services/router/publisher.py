@@ -14,10 +14,10 @@ from services.router.tracing import Tracing
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.parsing import PoisonMessageError
 from shared.kafka.publish import TOO_LARGE, Publisher, check_size, declare_publisher, publish_with_retry
-from shared.messages import ErrorDetail, GenerationResponse, ResponseChunk, Sample
+from shared.messages import ErrorDetail, GenerationResponse, Reply, ResponseChunk, Sample
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
-from shared.topics import RESPONSE_CHUNKS, RESPONSES, SAMPLES, SOURCE_HEADER, TopicSpec
+from shared.topics import REPLIES, RESPONSE_CHUNKS, RESPONSES, SAMPLES, SOURCE_HEADER, TopicSpec
 
 _log = get_logger(__name__)
 
@@ -35,7 +35,7 @@ class RouterPublisher:
         tracing: Tracing,
     ) -> None:
         self._publishers: dict[str, Publisher] = {
-            spec.name: declare_publisher(broker, kafka, spec) for spec in (RESPONSES, RESPONSE_CHUNKS, SAMPLES)
+            spec.name: declare_publisher(broker, kafka, spec) for spec in (RESPONSES, RESPONSE_CHUNKS, REPLIES, SAMPLES)
         }
         self._kafka = kafka
         self._dead_letters = dead_letters
@@ -64,6 +64,16 @@ class RouterPublisher:
             fence: for the final chunk, which no other router may publish as well.
         """
         await self._publish(RESPONSE_CHUNKS, chunk, chunk.request_id, self._tracing.headers(), fence)
+
+    async def publish_reply(self, reply: Reply, partition: int) -> None:
+        """Publish a part of an answer to the partition that its request names; without a span, as a chunk.
+
+        No fence: whoever reads it drops a second answer.
+        """
+        try:
+            await self._publish(REPLIES, reply, reply.request_id, self._tracing.headers(), None, partition=partition)
+        except (*TOO_LARGE, AssertionError) as error:  # aiokafka asserts that the partition exists
+            _log.warning("reply dropped", partition=partition, error=type(error).__name__)
 
     async def publish_sample(self, sample: Sample) -> None:
         """Publish a sample for the evaluator; a sample that is too large is dropped."""
@@ -100,10 +110,12 @@ class RouterPublisher:
     async def _publish(
         self,
         spec: TopicSpec,
-        message: GenerationResponse | ResponseChunk | Sample,
+        message: GenerationResponse | ResponseChunk | Reply | Sample,
         key: str,
         headers: dict[str, str],
         fence: RecordFence | None,
+        *,
+        partition: int | None = None,
     ) -> None:
         value, encoded_key = message.model_dump_json().encode(), key.encode("utf-8", errors="surrogatepass")
         correlation_id = message.request_id.encode("utf-8", errors="surrogatepass")
@@ -114,7 +126,12 @@ class RouterPublisher:
 
         async def send(at_ms: int | None = None) -> None:
             await self._publishers[spec.name].publish(
-                value, key=encoded_key, headers=headers, correlation_id=message.request_id, timestamp_ms=at_ms
+                value,
+                key=encoded_key,
+                headers=headers,
+                correlation_id=message.request_id,
+                timestamp_ms=at_ms,
+                partition=partition,
             )
 
         # Every retry passes the fence again: the partition may have been lost since the last attempt.

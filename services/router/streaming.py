@@ -6,7 +6,7 @@ from uuid import uuid4
 
 from services.router.fencing import RecordFence
 from services.router.publisher import RouterPublisher
-from shared.messages import ErrorDetail, FinishReason, ResponseChunk
+from shared.messages import Decision, ErrorDetail, FinishReason, Reply, ResponseChunk
 
 
 class Chunker:
@@ -74,12 +74,18 @@ class Chunker:
 class ChunkStream:
     """The chunks of one request: accepts text without waiting, publishes in order."""
 
-    def __init__(self, request_id: str, publisher: RouterPublisher, *, interval_s: float) -> None:
+    def __init__(
+        self, request_id: str, publisher: RouterPublisher, *, interval_s: float, reply_partition: int | None = None
+    ) -> None:
         """Create a stream.
 
         Args:
             interval_s: wall seconds between two chunks.
+            reply_partition: publish the chunks as replies to this partition instead.
         """
+        self.decision: Decision | None = None
+        """Which option serves the request; published with the first chunk of the replies."""
+        self._reply_partition = reply_partition
         self._chunker = Chunker(request_id, interval_s=interval_s)
         self._publisher = publisher
         self._wake = asyncio.Event()
@@ -107,7 +113,7 @@ class ChunkStream:
         if self._task is not None:
             await self._task
         for chunk in self._chunker.finish(finish_reason=finish_reason, error=error):
-            await self._publisher.publish_chunk(chunk, fence if chunk.final else None)
+            await self._publish(chunk, fence if chunk.final else None)
 
     async def cancel(self) -> None:
         """Stop without a final chunk; the request will be redelivered."""
@@ -125,7 +131,15 @@ class ChunkStream:
             elif wait_s > 0:
                 await self._pause(wait_s)
             else:
-                await self._publisher.publish_chunk(self._chunker.cut(now()))
+                await self._publish(self._chunker.cut(now()))
+
+    async def _publish(self, chunk: ResponseChunk, fence: RecordFence | None = None) -> None:
+        if self._reply_partition is None:
+            await self._publisher.publish_chunk(chunk, fence)
+            return
+        decision = self.decision if chunk.sequence == 0 else None
+        reply = Reply(request_id=chunk.request_id, chunk=chunk, decision=decision)
+        await self._publisher.publish_reply(reply, self._reply_partition)
 
     async def _pause(self, seconds: float) -> None:
         """Wait, at most until the end of the answer."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from time import perf_counter
 from typing import Final, Literal, Protocol, Self
 
@@ -15,6 +16,7 @@ from shared.inference.base import (
     DeadlineExceeded,
     EndpointUnavailable,
     Generation,
+    GenerationCancelled,
     GenerationError,
     GenerationParameters,
     InferenceClient,
@@ -33,6 +35,8 @@ _EXPLANATIONS: Final[dict[GiveUpCode, str]] = {
     "no_endpoint": "no model server could be reached before the deadline: try again later",
     "upstream_error": "the model server failed: try again later",
 }
+
+CANCELLED: Final = ErrorDetail(code="cancelled", message="the request was cancelled before the answer began")
 
 SUSPICIOUS_SILENCE_S: Final = 5.0
 """Wall seconds without a response until the deadline that count as a failure of the endpoint; after a shorter time the
@@ -85,6 +89,26 @@ class TextSink(Protocol):
         """Take new text, without waiting."""
 
 
+class CancelSignal:
+    """Tells a job that it is cancelled, from another task."""
+
+    __slots__ = ("_on_cancel", "cancelled")
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._on_cancel: Callable[[], None] | None = None
+
+    def cancel(self) -> None:
+        """Cancel the job: its generation is stopped, and no further attempt is made."""
+        self.cancelled = True
+        if self._on_cancel is not None:
+            self._on_cancel()
+
+    def on_cancel(self, action: Callable[[], None] | None) -> None:
+        """Set what `cancel` calls; None for nothing."""
+        self._on_cancel = action
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationJob:
     """One generation that a pool is asked for.
@@ -93,6 +117,7 @@ class GenerationJob:
         prompt: with the chat template and the directive applied.
         deadline: event time.
         sink: receives the answer's text as it arrives; None: the text is returned only at the end.
+        signal: cancels the job from another task.
     """
 
     request_id: str
@@ -100,6 +125,7 @@ class GenerationJob:
     parameters: GenerationParameters
     deadline: datetime
     sink: TextSink | None = None
+    signal: CancelSignal | None = None
 
 
 @dataclass(slots=True)
@@ -158,6 +184,9 @@ class Attempts:
         pool.arrived()
         tried: set[str] = set()
         while (remaining_s := self._remaining_s(job)) > 0:
+            if job.signal is not None and job.signal.cancelled:
+                result.error = CANCELLED
+                return result
             endpoint = pool.choose(avoid=tried)
             if endpoint is None:
                 await pool.wait_for_endpoint(remaining_s)
@@ -198,6 +227,8 @@ class Attempts:
             if not result.responded and perf_counter() - began >= SUSPICIOUS_SILENCE_S:
                 pool.failed(endpoint, str(error))
             result.fail("deadline_exceeded")
+        except GenerationCancelled:
+            result.error = CANCELLED
         except InvalidRequest as error:
             pool.succeeded(endpoint)
             result.error = ErrorDetail(
@@ -223,13 +254,19 @@ class Attempts:
         chunks = client.stream(
             request, timeout_s=self._remaining_s(job), stream_timeouts=self.stream_timeouts if streamed else None
         )
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                result.responded = True
-                if job.sink is not None and chunk.text:
-                    job.sink.offer(chunk.text)
-                if chunk.generation is not None:
-                    return chunk.generation
+        if job.signal is not None:
+            job.signal.on_cancel(partial(client.cancel, request))
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    result.responded = True
+                    if job.sink is not None and chunk.text:
+                        job.sink.offer(chunk.text)
+                    if chunk.generation is not None:
+                        return chunk.generation
+        finally:
+            if job.signal is not None:
+                job.signal.on_cancel(None)
         raise EndpointUnavailable(f"{client.name}: the stream ended without an answer")
 
     def _remaining_s(self, job: GenerationJob) -> float:

@@ -230,7 +230,8 @@ class InferenceClient(Protocol):
             EndpointUnavailable: a retry on another endpoint may succeed.
             InvalidRequest: every endpoint would reject the request.
             DeadlineExceeded: `timeout_s` has passed.
-            GenerationCancelled: `cancel` was called.
+            GenerationCancelled: `cancel` was called before any text arrived. Afterwards the last chunk has the
+                generation until then, with finish reason `cancelled`.
         """
         ...
 

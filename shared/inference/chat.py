@@ -32,6 +32,9 @@ from shared.messages import ChatMessage
 
 ControlSequencePolicy = Literal["break", "refuse"]
 
+SERVER_TEMPLATE: Final = "server"
+"""Name of the template of inference servers that apply their own one."""
+
 SYSTEM_SEPARATOR: Final = "\n\n"
 """Joins system messages, and precedes the user's text where a template has no system role."""
 
@@ -182,6 +185,21 @@ class ChatTemplate:
             return _PROBE_SYSTEM in self._render([{"role": "system", "content": _PROBE_SYSTEM}, user])
         except TemplateError:
             return False
+
+
+class ServerTemplate(ChatTemplate):
+    """For inference servers that apply their own template: the "prompt" is the conversation as JSON.
+
+    The directive is a system message as elsewhere. The server keeps text and control tokens apart.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(SERVER_TEMPLATE, "{{ messages | tojson }}")
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        if not messages:
+            raise ConversationError("'messages' is empty: there is nothing to answer")
+        return json.dumps(messages)
 
 
 class _Generation(Extension):

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from shared.inference.chat import ChatTemplate, ChatTemplateError
+from shared.inference.chat import SERVER_TEMPLATE, ChatTemplate, ChatTemplateError, ServerTemplate
 
 LARGEST_TEMPLATE_BYTES: Final = 256 * 1024
 
@@ -103,8 +103,14 @@ class ChatTemplates:
             ChatTemplateError: there is no such template, or it is unusable.
         """
         if name not in self._loaded:
-            self._loaded[name] = _built_in(name) if name in _FAMILIES else _from_path(name)
+            self._loaded[name] = _load(name)
         return self._loaded[name]
+
+
+def _load(name: str) -> ChatTemplate:
+    if name == SERVER_TEMPLATE:
+        return ServerTemplate()
+    return _built_in(name) if name in _FAMILIES else _from_path(name)
 
 
 def _built_in(name: str) -> ChatTemplate:

@@ -11,6 +11,7 @@ from shared.fleet import Dispatch, Endpoint, Pool
 from shared.inference.balancer import Balancer, CircuitBreakerSettings, PowerState
 from shared.inference.base import EndpointUnavailable, InferenceClient
 from shared.inference.chat import ChatTemplate
+from shared.inference.openai import OpenAIClient
 from shared.inference.targets import TargetBatches
 from shared.inference.tokens import Tokenizer
 from shared.inference.triton.client import TritonClient
@@ -25,30 +26,18 @@ _log = get_logger(__name__)
 
 
 class ClientFactory(Protocol):
-    """Creates the client of an endpoint; see `create_client`."""
+    """Creates the client of an endpoint, which does not connect yet; the tokenizer counts where the server does not."""
 
     def __call__(  # noqa: D102
         self, pool: Pool, endpoint: Endpoint, *, clock: Clock, tokenizer: Tokenizer | None
     ) -> InferenceClient: ...
 
 
-CLIENTS: Final[Mapping[str, ClientFactory]] = {"triton": TritonClient.of_endpoint}
+CLIENTS: Final[Mapping[str, ClientFactory]] = {
+    "triton": TritonClient.of_endpoint,
+    "openai": OpenAIClient.of_endpoint,
+}
 """The client of each kind of inference server. A new kind is one module, and one entry here."""
-
-
-def create_client(
-    pool: Pool, endpoint: Endpoint, *, clock: Clock, tokenizer: Tokenizer | None, kind: str = "triton"
-) -> InferenceClient:
-    """Create the client of an endpoint; nothing connects yet.
-
-    Args:
-        tokenizer: counts tokens where the server does not.
-        kind: of inference server, a key of `CLIENTS`. The fleet file has no field for it while there is only one.
-
-    Raises:
-        FleetError: a file for TLS cannot be used.
-    """
-    return CLIENTS[kind](pool, endpoint, clock=clock, tokenizer=tokenizer)
 
 
 class Lease:
@@ -110,7 +99,7 @@ class ServingPool:
         self.targets = TargetBatches(pool)
         self.arrivals = 0
         self.clients = {
-            endpoint.name: create_client(pool, endpoint, clock=clock, tokenizer=tokenizer)
+            endpoint.name: CLIENTS[pool.kind](pool, endpoint, clock=clock, tokenizer=tokenizer)
             for endpoint in pool.endpoints
         }
         self.running: dict[str, dict[Lease, None]] = {name: {} for name in self.clients}

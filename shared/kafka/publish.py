@@ -68,10 +68,12 @@ class Publisher(Protocol):
         headers: dict[str, str] | None = None,
         correlation_id: str | None = None,
         timestamp_ms: int | None = None,
+        partition: int | None = None,
     ) -> object:
         """Publish a message; returns once Kafka has it.
 
         Args:
+            partition: None: the key decides.
             correlation_id: sent as a header; None: FastStream draws a UUID, a system call for every message.
 
         Raises:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from aiokafka import ConsumerRebalanceListener
 from aiokafka.errors import KafkaError
-from faststream.kafka import KafkaBroker, KafkaMessage
+from faststream.kafka import KafkaBroker, KafkaMessage, TopicPartition
 from faststream.middlewares import AckPolicy
 from pydantic import SkipValidation
 
@@ -104,6 +104,33 @@ def subscribe_newest(
     It belongs to no consumer group: every process reads every message. The handler receives a list of messages.
     """
     return _subscribe_ungrouped(broker, kafka, dead_letters, spec, auto_offset_reset="latest")
+
+
+def subscribe_partition(
+    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, spec: TopicSpec, *, poll_ms: int
+) -> Subscriber:
+    """A subscriber that reads what is published to one partition after it started, and stores no offset.
+
+    It reads partition 0 until its `consumer` is assigned another one. The handler receives a list of messages.
+
+    Args:
+        poll_ms: wall milliseconds that the consumer waits for messages.
+    """
+    subscriber = broker.subscriber(
+        partitions=[TopicPartition(kafka.topic(spec), 0)],
+        title=spec.name,
+        description=spec.description,
+        no_reply=True,
+        parser=parse_any_headers,
+        decoder=batch_decoder(spec, dead_letters),
+        batch=True,
+        batch_timeout_ms=poll_ms,
+        max_records=MAX_RECORDS,
+        auto_offset_reset="latest",
+        ack_policy=AckPolicy.ACK_FIRST,
+    )
+    pass_by = PassBy(unreadable_records(broker, kafka), dead_letters, commits=False)
+    return BatchSubscriber(subscriber, dead_letters, spec, pass_by)
 
 
 def _subscribe_ungrouped(

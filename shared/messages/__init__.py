@@ -18,12 +18,14 @@ from shared.messages.capacity import CapacityForecast, EndpointCurve, EndpointLo
 from shared.messages.carbon import CarbonIntensity, Footprint, IntensityPoint
 from shared.messages.evaluation import EvaluationCost, Paired, Quality, QualityCount, Sample, UsageRecord
 from shared.messages.generation import (
+    Cancellation,
     ChatMessage,
     Decision,
     ErrorDetail,
     FinishReason,
     GenerationRequest,
     GenerationResponse,
+    Reply,
     ResponseChunk,
     SamplingParameters,
     Timing,
@@ -45,6 +47,7 @@ from shared.messages.policies import (
 
 __all__ = [
     "FORBIDDEN",
+    "Cancellation",
     "CapacityForecast",
     "CarbonIntensity",
     "ChatMessage",
@@ -80,6 +83,7 @@ __all__ = [
     "PromptGrouping",
     "Quality",
     "QualityCount",
+    "Reply",
     "RequestedDirective",
     "ResponseChunk",
     "Sample",

@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from shared.messages.base import (
+    RECORD,
     Identifier,
     Level,
     Message,
@@ -21,7 +22,7 @@ DecisionSource = Literal["policy", "forced", "fallback", "switchback"]
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 ErrorCode = Literal[
     "deadline_exceeded", "unknown_model", "unknown_level", "prompt_too_large", "no_endpoint", "upstream_error",
-    "invalid_request",
+    "invalid_request", "cancelled",
 ]  # fmt: skip
 
 MAX_REFERENCE_CHARS: Final = 8_000
@@ -83,6 +84,11 @@ class GenerationRequest(Message):
     )
     sampling: SamplingParameters = Field(default_factory=SamplingParameters)
     stream: bool = Field(default=False, description="Publish the answer in chunks as well")
+    reply_partition: int | None = Field(
+        default=None,
+        ge=0,
+        description="Partition of the topic `replies` that gets the answer's chunks and the answer",
+    )
     evaluation_allowed: bool = Field(default=True, description="False: the prompt is never sampled for evaluation")
     reference: ReferenceAnswer = None
     requested_at: UtcDatetime | None = Field(
@@ -198,3 +204,26 @@ class ResponseChunk(Message):
     final: bool = False
     finish_reason: FinishReason | None = None
     error: ErrorDetail | None = None
+
+
+class Reply(Message):
+    """A part of the answer to a request that names a `reply_partition`: a chunk, or last the response."""
+
+    request_id: Identifier
+    chunk: ResponseChunk | None = None
+    decision: Decision | None = Field(default=None, description="With the first chunk of an answer")
+    response: GenerationResponse | None = Field(default=None, description="The last reply to the request")
+
+    @model_validator(mode="after")
+    def _one_of_chunk_and_response(self) -> Self:
+        if (self.chunk is None) == (self.response is None):
+            raise ValueError("give either 'chunk' or 'response'")
+        return self
+
+
+class Cancellation(Message):
+    """Ends a request: a running generation is stopped, and what was generated until then is the answer."""
+
+    request_id: Identifier
+    record: Identifier | None = Field(default=None, description=f"null: every request with this id. {RECORD}")
+    cancelled_at: UtcDatetime

@@ -1,7 +1,8 @@
 """Roles of PostgreSQL: one per service, which owns only its own schema, and one for the operator's command line.
 
 A service's role may not read another service's schema, create schemas, or change roles. The operator's role reads all
-schemas and deletes from them (`sprout report`, `sprout erase`); it creates nothing. None is a superuser.
+schemas and deletes from them (`sprout report`, `sprout erase`), and adds rows to the gateway's (`sprout keys`); it
+creates no tables. None is a superuser.
 """
 
 import base64
@@ -15,6 +16,9 @@ import asyncpg
 
 OPERATOR: Final = "operator"
 """Name of the operator's role, without the prefix."""
+
+KEYS_SCHEMA: Final = "gateway"
+"""Schema with API keys, which the operator creates."""
 
 SCRAM_ITERATIONS: Final = 4_096
 """PostgreSQL's own default."""
@@ -98,6 +102,8 @@ async def _create_schema(connection: asyncpg.Connection, service: str, *, operat
         changes.append(f"handed {len(relations)} tables of schema {service} to role {role}")
     if operator:
         reader, rights = role_name(OPERATOR), "SELECT, UPDATE, DELETE"
+        if service == KEYS_SCHEMA:
+            rights += ", INSERT"
         await connection.execute(f'GRANT USAGE ON SCHEMA "{service}" TO "{reader}"')
         await connection.execute(f'GRANT {rights} ON ALL TABLES IN SCHEMA "{service}" TO "{reader}"')
         await connection.execute(

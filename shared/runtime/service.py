@@ -2,6 +2,7 @@
 
 import gc
 import json
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -9,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import uvicorn
 import uvloop
 from faststream.asgi import AsgiFastStream, AsgiResponse, get
-from faststream.asgi.types import Scope
+from faststream.asgi.types import ASGIApp, Receive, Scope, Send
 from faststream.kafka import KafkaBroker
 from faststream.specification import AsyncAPI
 from prometheus_client import CollectorRegistry, make_asgi_app
@@ -38,6 +39,25 @@ Lifespan = Callable[[], AbstractAsyncContextManager[None]]
 """Opens what must be open while the broker runs (pools, clients), and closes it."""
 
 
+class Service(AsgiFastStream):
+    """A FastStream application that may have an HTTP API beside health, readiness and metrics.
+
+    Attributes:
+        api: gets every request that no route of FastStream takes.
+        send_timeout_s: a client that takes nothing for this long is disconnected, wall; None: never.
+    """
+
+    api: ASGIApp | None = None
+    send_timeout_s: float | None = None
+
+    async def not_found(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a request to the API; see FastStream."""
+        if self.api is None or scope["type"] != "http":
+            await super().not_found(scope, receive, send)
+        else:
+            await self.api(scope, receive, send)
+
+
 def build_service(
     broker: KafkaBroker,
     *,
@@ -48,7 +68,7 @@ def build_service(
     registry: CollectorRegistry,
     health: Health,
     lifespan: Lifespan | None = None,
-) -> AsgiFastStream:
+) -> Service:
     """Build a service; connects to nothing.
 
     It serves `/health` (liveness), `/ready` (200, or 503 with the reasons) and `/metrics` (Prometheus).
@@ -100,7 +120,7 @@ def build_service(
     if isinstance(broker, ServiceBroker):
         health.add_check("dead letters", broker.dead_letters.problem)
     health.add_check("broker", lambda: None if started else "not started yet")
-    return AsgiFastStream(
+    return Service(
         broker,
         logger=None,
         specification=AsyncAPI(title=f"Sprout {name}", version=VERSION, description=description),
@@ -131,16 +151,29 @@ def run_service(
     except configuration_errors as error:
         sys.exit(printable(f"{name}: {error}", keep="\n"))
     configure_logging(name, logs)
-    server = uvicorn.Server(
-        uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)
-    )
+    config = uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    send_timeout_s = app.send_timeout_s if isinstance(app, Service) else None
+    sockets = None if send_timeout_s is None else [_bind(config, send_timeout_s)]
     gc.collect()
     gc.freeze()  # modules and settings live as long as the process
     gc.set_threshold(*GC_THRESHOLDS)
-    uvloop.run(server.serve())
+    uvloop.run(server.serve(sockets))
     if not server.started:
         _log.critical("could not start; see the error above", service=name)
         sys.exit(1)
+
+
+def _bind(config: uvicorn.Config, send_timeout_s: float) -> socket.socket:
+    """The listening socket, whose connections the kernel ends when sent data is not taken in time.
+
+    An application cannot: asyncio closes a connection only after what was written has been sent.
+    """
+    listening = config.bind_socket()
+    listening.set_inheritable(False)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1_000 * send_timeout_s))
+    return listening
 
 
 def _json(status: int, body: dict[str, object]) -> AsgiResponse:

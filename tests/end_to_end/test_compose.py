@@ -94,7 +94,7 @@ def test_the_example_env_file_states_the_defaults() -> None:
 
 def test_ports_are_published_on_loopback_only(services: dict[str, Any]) -> None:
     published = {name: port for name, service in services.items() for port in service.get("ports", [])}
-    assert set(published) == {"kafka"}
+    assert set(published) == {"gateway", "kafka"}
     assert {port["host_ip"] for port in published.values()} == {"127.0.0.1"}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from deploy.local.postgres import create_service_roles
 from services import SERVICES
+from services.gateway.keys import Limits, create_key, revoke_key, set_limits
 from shared.runtime.database import MissingSchemaError, migrate, open_pool
 from shared.runtime.database_roles import OPERATOR, create_roles, role_name
 from shared.runtime.settings import DatabaseSettings
@@ -93,6 +95,16 @@ async def test_the_operator_reads_and_deletes_and_creates_nothing(urls: Mapping[
         for statement in ("CREATE TABLE ledger.mine ()", "CREATE SCHEMA mine", "DROP TABLE ledger.made_later"):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await connection.execute(statement)
+
+
+async def test_the_operator_manages_api_keys(urls: Mapping[str, str]) -> None:
+    now = datetime.now(UTC)
+    async with connected(urls[OPERATOR]) as connection:
+        await connection.execute("SET search_path TO gateway")
+        key, _ = await create_key(connection, name="test", tenant="t", now=now)
+        for limits in (Limits(requests_per_minute=1), Limits()):
+            await set_limits(connection, f"key/{key.id}", limits)
+        assert await revoke_key(connection, key.id, now=now)
 
 
 async def test_the_operator_can_compute_the_report(urls: Mapping[str, str]) -> None:

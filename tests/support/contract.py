@@ -15,6 +15,7 @@ from faststream.kafka import KafkaBroker, TestKafkaBroker
 
 from services import SERVICES
 from shared.messages import (
+    Cancellation,
     CapacityForecast,
     CarbonIntensity,
     ChatMessage,
@@ -41,6 +42,7 @@ from shared.messages import (
     PromptGrouping,
     Quality,
     QualityCount,
+    Reply,
     ResponseChunk,
     Sample,
     Timing,
@@ -130,6 +132,8 @@ EXAMPLES: dict[str, Message] = {
         timing=Timing(received_at=NOW, started_at=NOW, first_token_at=NOW, finished_at=NOW), requested_at=NOW,
     ),
     "response-chunks": ResponseChunk(request_id="r1", stream="s", sequence=0, text="Be"),
+    "replies": Reply(request_id="r1", chunk=ResponseChunk(request_id="r1", stream="s", sequence=0, text="Be")),
+    "cancellations": Cancellation(request_id="r1", record="requests/0/1/2", cancelled_at=NOW),
     "samples": Sample(
         request_id="r1", model="m", group="g1", messages=(ChatMessage(role="user", content="Why?"),), sampled_at=NOW
     ),

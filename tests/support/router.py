@@ -1,10 +1,12 @@
 """Builders and helpers of the router's tests: recorded answers, requests, readers of topics, waiting for progress."""
 
 import asyncio
+import threading
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from tests.support.traffic import Producer, committed, producing
 
 __all__ = [
     "DIRECTIVES",
+    "LARGE_PROMPT",
     "LEVELS",
     "LONG_PROMPT",
     "MODEL",
@@ -43,6 +46,7 @@ __all__ = [
     "question",
     "reading",
     "request",
+    "restarted_triton",
     "start_triton",
     "until_committed",
     "until_page",
@@ -53,12 +57,15 @@ LEVELS = {"L0": (100, 1.0), "L1": (30, 0.3), "L2": (10, 0.1)}
 """Tokens and seconds of the recorded answers."""
 LONG_PROMPT = "A question that takes long."
 """Its answers take four seconds at every level."""
+LARGE_PROMPT = "A question with a large answer."
+"""Its answers have 20,000 tokens at every level, in two seconds."""
 
 
 def write_workload(path: Path, *, prompts: int = 40) -> Path:
-    """Recorded answers of `MODEL` to "Question number N?" and to `LONG_PROMPT`."""
+    """Recorded answers of `MODEL` to "Question number N?", to `LONG_PROMPT` and to `LARGE_PROMPT`."""
     answers = {question(number): LEVELS for number in range(prompts)}
-    return fleets.write_workload(path, {**answers, LONG_PROMPT: dict.fromkeys(LEVELS, (40, 4.0))})
+    answers |= {LONG_PROMPT: dict.fromkeys(LEVELS, (40, 4.0)), LARGE_PROMPT: dict.fromkeys(LEVELS, (20_000, 2.0))}
+    return fleets.write_workload(path, answers)
 
 
 def question(number: int) -> str:
@@ -96,6 +103,27 @@ def start_triton(
     """Start one; needs its environment, which is made once."""
     models = [stand_in_llm(write_workload(folder / "w.jsonl"), model=MODEL, contract=contract)]
     return processes.start_triton(supervisor, folder, models, name=name, clock=clock)
+
+
+@contextmanager
+def restarted_triton(supervisor: Supervisor, folder: Path, *, name: str) -> Iterator[TritonServer]:
+    """A model server that is started again after a crash."""
+    leaving = threading.Event()
+    # Processes end with the thread that started them, so one thread starts them all.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="triton") as thread:
+        server = thread.submit(start_triton, supervisor, folder, name=name).result()
+
+        def restart_until_leaving() -> None:
+            while not leaving.wait(0.25):
+                processes.restart_exited(supervisor, [server.name])
+
+        restarting = thread.submit(restart_until_leaving)
+        try:
+            yield server
+        finally:
+            leaving.set()
+            restarting.result()
+            supervisor.stop(server.name)
 
 
 @dataclass

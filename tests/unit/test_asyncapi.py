@@ -17,7 +17,16 @@ from tools.cli.main import app
 
 RECEIVED = {
     "carbon_feed": set(),
-    "router": {"requests", "policies", "prompt-groups", "carbon-intensity", "power-curves", "capacity"},
+    "gateway": {"replies", "policies", "footprints", "carbon-intensity", "capacity"},
+    "router": {
+        "requests",
+        "cancellations",
+        "policies",
+        "prompt-groups",
+        "carbon-intensity",
+        "power-curves",
+        "capacity",
+    },
     "optimizer": {"carbon-intensity", "footprints", "quality", "prompt-groups", "power-curves", "load-reports"},
     "evaluator": {"samples", "carbon-intensity", "footprints", "policies", "power-curves", "capacity"},
     "ledger": {
@@ -33,7 +42,8 @@ RECEIVED = {
 }
 SENT = {
     "carbon_feed": {"carbon-intensity", "dead-letters"},
-    "router": {"responses", "response-chunks", "samples", "load-reports", "dead-letters"},
+    "gateway": {"requests", "cancellations", "dead-letters"},
+    "router": {"responses", "response-chunks", "replies", "samples", "load-reports", "dead-letters"},
     "optimizer": {"policies", "capacity", "dead-letters"},
     "evaluator": {"quality", "usage", "prompt-groups", "load-reports", "dead-letters"},
     "ledger": {"footprints", "power-curves", "dead-letters"},
@@ -136,7 +146,7 @@ def test_every_message_has_a_channel_with_its_address_and_retention(described):
 
 
 def test_an_unknown_service_is_answered_with_the_known_ones():
-    result = CliRunner().invoke(app, ["asyncapi", "gateway"])
+    result = CliRunner().invoke(app, ["asyncapi", "unknown"])
     assert result.exit_code == 1
     assert "router" in result.stderr
 

@@ -154,3 +154,38 @@ def test_a_chat_templates_path_is_relative_to_the_fleet_file_or_the_working_dire
     for name, found in (("mine.jinja", str(tmp_path / "mine.jinja")), ("./llama-2", "./llama-2"), ("gemma", "gemma")):
         fleet = load_fleet(written(tmp_path, GOOD.replace('"llama-2"', f'"{name}"', 1)))
         assert fleet.chat_template_of(fleet.pool("texas")) == found
+
+
+OPENAI_POOL = """
+[[pools]]
+name = "v"
+model = "m"
+zone = "GB"
+kind = "openai"
+chat_template = "server"
+{more}
+[[pools.endpoints]]
+name = "vllm"
+{endpoint}
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "endpoint", "complaint"),
+    [
+        ("", 'url = "http://vllm:8000"', None),
+        ("", 'grpc = "vllm:8001"', "needs 'url'"),
+        ('kind2 = "x"', 'url = "http://vllm:8000"', "kind2"),
+        ("sleep = true", 'url = "http://vllm:8000"', "only Triton servers can be put to sleep"),
+    ],
+)
+def test_pools_of_openai_compatible_servers_have_addresses_of_their_own(tmp_path, more, endpoint, complaint):
+    file = tmp_path / "fleet.toml"
+    head = '[[directives]]\nlevel = "L0"\n[[models]]\nname = "m"\nchat_template = "chatml"\n'
+    file.write_text(head + OPENAI_POOL.format(more=more, endpoint=endpoint))
+    if complaint is None:
+        (pool,) = load_fleet(file).pools
+        assert (pool.kind, pool.served_model) == ("openai", "m")
+        return
+    with pytest.raises(FleetError, match=complaint):
+        load_fleet(file)

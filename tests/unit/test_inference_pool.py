@@ -17,7 +17,6 @@ from shared.inference.base import (
     PreparedRequest,
     StreamTimeouts,
 )
-from shared.inference.pool import CLIENTS, create_client
 from shared.runtime.clock import Clock
 
 SETTINGS = CircuitBreakerSettings(circuit_failures=3, circuit_open_s=1.0, circuit_open_max_s=4.0)
@@ -236,12 +235,6 @@ async def test_a_successful_attempt_passes_text_on_and_returns_the_whole_answer(
     assert (result.generation, result.error, result.attempts, result.endpoint) == (GENERATION, None, 1, "e")
     assert sink.texts == ["a", " b"]
     assert pool.successes == ["e"]
-
-
-def test_another_kind_of_inference_server_is_one_entry_in_the_registry(monkeypatch):
-    monkeypatch.setitem(CLIENTS, "fake", lambda *_, **__: FakeClient())
-    client = create_client(None, None, clock=Clock(), tokenizer=None, kind="fake")
-    assert isinstance(client, FakeClient)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from prometheus_client import CollectorRegistry
 
 from shared.batch_curve import MEASURED, BatchCurve
 from shared.fleet import Fleet
-from shared.inference import pool as pool_module
 from shared.inference.balancer import CircuitBreakerSettings
 from shared.inference.base import EndpointUnavailable
 from shared.inference.load_reports import LoadReporter
+from shared.inference.pool import CLIENTS
 from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker
 from shared.messages import EndpointCurve, LoadReport, PoolCapacity
@@ -70,9 +70,8 @@ class Fixture:
         self.fleet = Fleet.model_validate(document)
         self.clock = ManualClock(NOW)
         self.failures: list[str] = []
-        monkeypatch.setattr(
-            pool_module, "create_client", lambda _, endpoint, **__: FakeClient(endpoint.name, self.down)
-        )
+        # Another kind of inference server is one entry.
+        monkeypatch.setitem(CLIENTS, "triton", lambda _, endpoint, **__: FakeClient(endpoint.name, self.down))
         self.pools = Pools(
             self.fleet,
             clock=self.clock,

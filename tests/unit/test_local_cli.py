@@ -40,6 +40,7 @@ def test_the_help_lists_every_subcommand_with_a_summary():
         "up",
         "down",
         "status",
+        "endpoint",
         "logs",
         "send",
         "report",
@@ -63,7 +64,7 @@ def test_every_subcommand_has_help(command):
     assert "Usage:" in result.stdout
 
 
-@pytest.mark.parametrize("command", [["status"], ["send", "hello"], ["topics", "list"]])
+@pytest.mark.parametrize("command", [["status"], ["endpoint", "--json"], ["send", "hello"], ["topics", "list"]])
 def test_without_a_stack_the_error_says_how_to_start_one(command):
     result = sprout(*command)
     assert result.exit_code == 3
@@ -236,7 +237,7 @@ def test_the_subcommands_of_the_image(tmp_path):
     ).stdout  # fmt: skip
     commands = {words[1] for line in shown.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
     assert {"send", "report", "topics"} <= commands
-    assert not {"demo", "simulate", "up", "status", "policy"} & commands
+    assert not {"demo", "simulate", "up", "status", "endpoint", "policy"} & commands
 
 
 def sprout_without(modules: set[str], *commands: list[str]) -> list[tuple[int, str, set[str]]]:

@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 from services import SERVICES, Service
 from shared.messages import Message
 from shared.runtime.settings import KafkaSettings
-from shared.topics import REPLIES, TOPICS, HeaderSpec, TopicSpec
+from shared.topics import ANSWERS, TOPICS, HeaderSpec, TopicSpec
 from tools.cli.console import fail, needs_extra, say
 
 KAFKA_BINDING_VERSION = "0.5.0"
@@ -177,8 +177,8 @@ def _channel(spec: TopicSpec, kafka: KafkaSettings) -> dict[str, Any]:
 
 def _operation(action: str, spec: TopicSpec) -> dict[str, Any]:
     operation = {"action": action, **_messages_of(spec)}
-    if action == "receive" and spec.name in REPLIES:
-        operation["reply"] = _messages_of(REPLIES[spec.name])
+    if action == "receive" and spec.name in ANSWERS:
+        operation["reply"] = _messages_of(ANSWERS[spec.name])
     return operation
 
 

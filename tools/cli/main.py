@@ -9,6 +9,7 @@ from tools.cli.database import app as database
 from tools.cli.dead_letters import app as dead_letters
 from tools.cli.erase import erase
 from tools.cli.evaluate import evaluate
+from tools.cli.keys import app as keys
 from tools.cli.report import report
 from tools.cli.send import send
 from tools.cli.topics import app as topics
@@ -18,6 +19,7 @@ LOCAL_COMMANDS = {
     "up": "stack",
     "down": "stack",
     "status": "status",
+    "endpoint": "endpoint",
     "logs": "stack",
     "simulate": "simulate",
     "asyncapi": "asyncapi",
@@ -56,6 +58,7 @@ app.command()(evaluate)
 app.command()(erase)
 app.add_typer(topics, name="topics")
 app.add_typer(database, name="database")
+app.add_typer(keys, name="keys")
 app.add_typer(dead_letters, name="dead-letters")
 
 if __name__ == "__main__":

@@ -103,10 +103,13 @@ def up(
         fail("interrupted; every started process was stopped")
     state = stack.state
     out.print(f"Kafka      {state.bootstrap_servers}")
+    if (api := state.api) is not None:
+        out.print(f"API        {api[0]}, page {api[0].removesuffix('v1')}")
     if servers > 1:
         out.print(f"servers    {servers}, dispatch {dispatch}{', may sleep' if sleep else ''}")
     out.print(f"event time {state.event_clock.now():%Y-%m-%d %H:%M} UTC")
     out.print('try        sprout send "Why is the sky blue?"')
+    out.print('or         eval "$(sprout endpoint)", then any OpenAI client')
     out.print("see        sprout status, sprout logs router -f")
     out.print("stop       sprout down")
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from deploy.local.processes import http_probe
 from deploy.local.services import SERVICE_TIER
-from deploy.local.state import ProcessRecord, StackState
+from deploy.local.state import GATEWAY, ProcessRecord, StackState
 from shared.access import ACCESS, leader_group
 from shared.runtime.printable import printable
 from shared.runtime.settings import KafkaSettings
@@ -45,6 +45,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")
         document = {
             "broker": "kafka",
             "bootstrap_servers": state.bootstrap_servers,
+            "api": _api(state),
             "model": state.model,
             "zone": state.zone,
             "event_time": state.event_clock.now().isoformat(),
@@ -58,6 +59,11 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")
         _print_endpoints(endpoints)
     if not state.ready or any(row["health"] != "ready" for row in rows):
         raise typer.Exit(Exit.FAILED)
+
+
+def _api(state: StackState) -> str | None:
+    """Base URL of the OpenAI-compatible API; `sprout endpoint` prints it with a key."""
+    return next((f"{process.url}/v1" for process in state.processes if process.name == GATEWAY), None)
 
 
 def _row(process: ProcessRecord, lags: dict[str, int]) -> dict[str, Any]:
@@ -172,6 +178,8 @@ async def _ends(kafka: KafkaSettings, partitions: list[TopicPartition]) -> dict[
 
 def _print(state: StackState, rows: list[dict[str, Any]]) -> None:
     out.print(printable(f"Kafka      {state.bootstrap_servers}"), markup=False)
+    if (api := _api(state)) is not None:
+        out.print(printable(f"API        {api}, page {api.removesuffix('v1')}; key: sprout endpoint"), markup=False)
     out.print(printable(f"model      {state.model}, zone {state.zone}"), markup=False)
     clock = state.event_clock
     speed = "real time" if not state.clock else f"{clock.rate:g} times real time"

@@ -16,8 +16,10 @@ from shared.lanes import LaneSettings
 from shared.messages import GenerationRequest
 from shared.runtime.settings import KafkaSettings
 from shared.topics import (
+    CANCELLATIONS,
     DEAD_LETTERS,
     FOOTPRINTS,
+    REPLIES,
     REQUESTS,
     RESPONSE_CHUNKS,
     RESPONSES,
@@ -27,11 +29,20 @@ from shared.topics import (
 from tools.cli.offsets import existing_partitions
 from tools.erasure.subjects import Subjects
 
-PERSONAL_TOPICS: Final = (REQUESTS, RESPONSES, SAMPLES, FOOTPRINTS, DEAD_LETTERS, RESPONSE_CHUNKS)
-"""Topics whose messages belong to a tenant or a request. Chunks name no tenant, so they come after the others. The
+PERSONAL_TOPICS: Final = (
+    REQUESTS,
+    RESPONSES,
+    SAMPLES,
+    FOOTPRINTS,
+    DEAD_LETTERS,
+    RESPONSE_CHUNKS,
+    REPLIES,
+    CANCELLATIONS,
+)
+"""Topics whose messages belong to a tenant or a request. Chunks and what follows name no tenant: they come last. The
 topics of further lanes belong to them, too."""
 
-READERS: Final = ("ledger.responses", "evaluator", "optimizer")
+READERS: Final = ("ledger.responses", "evaluator", "optimizer", "gateway")
 """Consumer groups that copy messages of a topic into a table."""
 
 SEGMENT_MS: Final = 7 * 24 * 3_600_000

@@ -8,6 +8,7 @@ tensor. Each generation has its own stream on one shared connection, because gRP
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import grpc
@@ -167,27 +168,28 @@ class TritonClient(InferenceClient):
         parts = self._parts(request, timeout_s, stream_timeouts)
         if not contract.decoupled:
             parts = self._single_part(request, timeout_s)
-        last_s = self._clock.now_s()
-        responded = False
-        async with aclosing(parts):
-            async for part in parts:
-                if part.text and assembler.stopped:
-                    break  # closing the stream stops the server
-                responded = True
-                last_s = self._clock.now_s()
-                try:
-                    added = assembler.add(part, now_s=last_s)
-                except BrokenStreamError as error:
-                    raise EndpointUnavailable(f"{self.name}: {error}") from error
-                if added:
-                    yield Chunk(added)
-                if assembler.stopped and contract.stop is None:
-                    break  # the server does not know the stop sequence at which the answer ended
-        if not responded:
+        last_s: float | None = None
+        cancelled = False
+        try:
+            async with aclosing(parts):
+                async for part in parts:
+                    if part.text and assembler.stopped:
+                        break  # closing the stream stops the server
+                    last_s = self._clock.now_s()
+                    if added := self._add(assembler, part, last_s):
+                        yield Chunk(added)
+                    if assembler.stopped and contract.stop is None:
+                        break  # the server does not know the stop sequence at which the answer ended
+        except GenerationCancelled:
+            if last_s is None:
+                raise
+            cancelled = True
+        if last_s is None:
             raise EndpointUnavailable(f"{self.name}: the stream ended without an answer")
         rest = assembler.flush()
         counts = await self._counts(request.prompt, assembler)
-        yield Chunk(rest, assembler.result(now_s=last_s, counts=counts))
+        generation = assembler.result(now_s=last_s, counts=counts)
+        yield Chunk(rest, replace(generation, finish_reason="cancelled") if cancelled else generation)
 
     def cancel(self, request: PreparedRequest) -> None:
         """See `InferenceClient.cancel`."""
@@ -199,6 +201,13 @@ class TritonClient(InferenceClient):
     async def close(self) -> None:
         """Cancel what is running and disconnect."""
         await self._connection.close()
+
+    def _add(self, assembler: AnswerAssembler, part: Part, now_s: float) -> str:
+        """Add a part to the answer; returns the new text."""
+        try:
+            return assembler.add(part, now_s=now_s)
+        except BrokenStreamError as error:
+            raise EndpointUnavailable(f"{self.name}: {error}") from error
 
     async def _read_contract(self, timeout_s: float) -> ModelContract:
         try:

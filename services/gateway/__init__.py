@@ -1,0 +1,1 @@
+"""The gateway: an OpenAI-compatible HTTP API on the same topics."""

@@ -1,0 +1,224 @@
+"""Wires the gateway: HTTP API, publishers, replies, policies and keys."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+from aiokafka import TopicPartition
+from asyncpg.pool import PoolConnectionProxy
+from faststream.asgi import AsgiFastStream
+from faststream.kafka import KafkaBroker
+from prometheus_client import CollectorRegistry
+
+from services import SERVICES
+from services.gateway.accounts import Accounts
+from services.gateway.api import Gateway, build_api
+from services.gateway.estimates import Estimates
+from services.gateway.http import HttpLimits
+from services.gateway.keys import KeyStore
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.page import add_page
+from services.gateway.replies import ReplyInbox, claim_partition
+from services.gateway.settings import GatewaySettings
+from services.gateway.status import Monitor
+from shared.fleet import Fleet, FleetError, load_fleet
+from shared.kafka.broker import build_broker
+from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.publish import check_size, declare_publisher
+from shared.kafka.subscribe import subscribe_batches, subscribe_compacted, subscribe_partition
+from shared.messages import Cancellation, CarbonIntensity, Footprint, GenerationRequest, Policy, PoolCapacity, Reply
+from shared.runtime.clock import Clock
+from shared.runtime.database import RETRY_PAUSE_S, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
+from shared.runtime.health import Health
+from shared.runtime.logs import get_logger
+from shared.runtime.service import VERSION, build_service, run_service
+from shared.runtime.settings import DatabaseSettings, FleetSettings, HttpSettings, KafkaSettings
+from shared.topics import (
+    CANCELLATIONS,
+    CAPACITY,
+    CARBON_INTENSITY,
+    DEAD_LETTERS,
+    FOOTPRINTS,
+    POLICIES,
+    REPLIES,
+    REQUESTS,
+)
+
+NAME = "gateway"
+DESCRIPTION = SERVICES[NAME].description
+
+FOOTPRINT_BATCH = 500
+
+_log = get_logger(__name__)
+
+
+class Replies:
+    """The subscription to this gateway's replies, and the partition that it reads."""
+
+    def __init__(
+        self,
+        broker: KafkaBroker,
+        dead_letters: DeadLetterPublisher,
+        gateway: Gateway,
+        monitor: Monitor,
+        *,
+        kafka: KafkaSettings,
+    ) -> None:
+        self._topic = kafka.topic(REPLIES)
+        self._gateway = gateway
+        self._connection: PoolConnectionProxy[asyncpg.Record] | None = None
+        self._subscriber = subscribe_partition(broker, kafka, dead_letters, REPLIES, poll_ms=gateway.settings.poll_ms)
+
+        @self._subscriber
+        async def on_replies(replies: list[Reply]) -> None:
+            own = [one.response for one in replies if one.response is not None and one.request_id in gateway.inbox]
+            gateway.inbox.deliver(replies)
+            for response in own:
+                estimate = gateway.estimates.of(response.model, response.decision, response.usage)
+                monitor.note(response, grams=estimate.grams, now=gateway.clock.now())
+
+    async def start(self, pool: asyncpg.Pool) -> None:
+        """Claim a partition, and read it from its present end on; the broker has started."""
+        consumer = self._subscriber.consumer
+        await consumer.position(TopicPartition(self._topic, 0))  # loads the topic's metadata
+        numbers = list(consumer.partitions_for_topic(self._topic) or (0,))
+        random.shuffle(numbers)
+        self._connection = connection = await pool.acquire()  # its lock lives as long as it does
+        number = await claim_partition(connection, self._topic, numbers)
+        if number is None:
+            number = numbers[0]
+            _log.warning("all reply partitions are read by other gateways; this one is shared", partition=number)
+        partition = TopicPartition(self._topic, number)
+        consumer.assign([partition])
+        await consumer.seek_to_end(partition)
+        await consumer.position(partition)
+        self._gateway.reply_partition = number
+        _log.info("reading replies", partition=number)
+
+
+def _subscribe(
+    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, gateway: Gateway, monitor: Monitor
+) -> None:
+    """Subscribe to what every gateway reads, and to footprints, of which each is booked by one gateway."""
+
+    @subscribe_compacted(broker, kafka, dead_letters, POLICIES)
+    async def on_policies(policies: list[Policy]) -> None:
+        gateway.estimates.update(policies)
+        monitor.update_policies(policies)
+
+    @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
+    async def on_intensities(intensities: list[CarbonIntensity]) -> None:
+        monitor.update_intensities(intensities)
+
+    @subscribe_compacted(broker, kafka, dead_letters, CAPACITY)
+    async def on_capacities(capacities: list[PoolCapacity]) -> None:
+        monitor.update_capacities(capacities)
+
+    @subscribe_batches(broker, kafka, dead_letters, FOOTPRINTS, group=NAME, max_records=FOOTPRINT_BATCH)
+    async def on_footprints(footprints: list[Footprint]) -> None:
+        try:
+            await gateway.ready_accounts().book(footprints)
+        except DatabaseUnavailableError:
+            await asyncio.sleep(RETRY_PAUSE_S)
+            raise
+
+
+def build_app(
+    *,
+    kafka: KafkaSettings | None = None,
+    database: DatabaseSettings | None = None,
+    settings: GatewaySettings | None = None,
+    fleet: Fleet | None = None,
+    clock: Clock | None = None,
+) -> AsgiFastStream:
+    """Build the gateway without connecting; arguments that are None are read from the environment.
+
+    Raises:
+        FleetError, ValidationError: the configuration is not valid.
+    """
+    kafka = kafka or KafkaSettings()
+    database = database or DatabaseSettings()
+    settings = settings or GatewaySettings()
+    fleet = fleet or load_fleet(FleetSettings().file)
+    clock = clock or Clock.from_environment()
+    registry = CollectorRegistry()
+    health = Health()
+    status = DatabaseStatus()
+    metrics = GatewayMetrics(registry)
+    broker, dead_letters = build_broker(
+        kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms
+    )
+    requests, cancellations = (
+        declare_publisher(broker, kafka, REQUESTS),
+        declare_publisher(broker, kafka, CANCELLATIONS),
+    )
+
+    async def publish(request: GenerationRequest) -> None:
+        value, key = request.model_dump_json(exclude_defaults=True).encode(), str(request.id).encode()
+        check_size(REQUESTS, value, key)
+        await requests.publish(value, key=key, headers={"content-type": "application/json"}, correlation_id=request.id)
+
+    async def cancel(message: Cancellation) -> None:
+        await cancellations.publish(message, key=message.request_id.encode())
+
+    gateway = Gateway(
+        fleet=fleet,
+        settings=settings,
+        clock=clock,
+        inbox=ReplyInbox(),
+        estimates=Estimates(),
+        metrics=metrics,
+        publish=publish,
+        cancel=cancel,
+    )
+    metrics.watch_open(lambda: len(gateway.inbox))
+    monitor = Monitor(fleet, started_at=clock.now())
+    replies = Replies(broker, dead_letters, gateway, monitor, kafka=kafka)
+
+    _subscribe(broker, kafka, dead_letters, gateway, monitor)
+    pools: list[asyncpg.Pool] = []
+
+    @asynccontextmanager
+    async def running() -> AsyncIterator[None]:
+        async with await open_pool(database, schema=NAME) as pool:
+            with status.watch():
+                await migrate(pool, schema=NAME, package="services.gateway.migrations")
+            gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s, timeout_s=settings.admission_timeout_s)
+            accounts = Accounts(pool, status, levels=fleet.levels, settings=settings, clock=clock, metrics=metrics)
+            await accounts.renew()
+            gateway.accounts = accounts
+            pools.append(pool)
+            yield
+
+    async def begin() -> None:
+        accounts = gateway.ready_accounts()
+        health.spawn("write requests", accounts.run())
+        health.spawn("renew the lease", accounts.keep_lease())
+        health.spawn("remove old requests", accounts.remove_old())
+        await replies.start(pools[0])
+
+    health.add_check("postgresql", status.problem)
+    health.add_check("replies", lambda: "no reply partition yet" if gateway.reply_partition is None else None)
+    app = build_service(
+        broker,
+        name=NAME,
+        description=DESCRIPTION,
+        kafka=kafka,
+        topics=(REQUESTS, CANCELLATIONS, REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY, DEAD_LETTERS),
+        registry=registry,
+        health=health,
+        lifespan=running,
+    )
+    app.after_startup(begin)
+    app.send_timeout_s = settings.send_timeout_s
+    api = build_api(gateway, version=VERSION, started_at=clock.now())
+    add_page(api, monitor, clock=clock, authenticate=gateway.authenticate, host=HttpSettings().host)
+    app.api = HttpLimits(api, settings=settings, metrics=metrics)
+    return app
+
+
+def main() -> None:
+    """Run until SIGINT or SIGTERM."""
+    run_service(build_app, name=NAME, configuration_errors=(FleetError,))

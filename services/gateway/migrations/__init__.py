@@ -1,0 +1,1 @@
+"""Tables of the gateway, as SQL files in the order of their names."""

@@ -1,0 +1,324 @@
+"""The gateway against producers that speak Kafka: `python -m tests.benchmarks.bench_gateway`.
+
+Both use the same Kafka, router and Triton with the stand-in model, which streams answers 720 times as fast as recorded.
+Three measurements, in alternating order, by medians of the rounds:
+
+- time to first token of evenly spaced requests with streams, at the rate at which the machine's cores are half busy:
+  through the gateway until the event with the first text, over Kafka until the first chunk;
+- throughput of whole answers, with the same number of requests open all the time;
+- memory of a gateway with 1,000 open streams that wait for their first token.
+
+Clients run in this process: what they cost counts as the gateway's or Kafka's, as in an application.
+"""
+
+import asyncio
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from pydantic import SecretStr
+
+from deploy.local.postgres import create_database, postgres_spec
+from deploy.local.processes import free_ports
+from deploy.local.services import ServiceEnvironment, service_spec
+from services.gateway.keys import KeyStore
+from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseStatus, open_pool
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
+from tests.benchmarks.results import record
+from tests.support.environment import Environment
+from tests.support.fleets import LEVELS, MODEL
+from tests.support.processes import memory_mib
+
+RATE = 720.0
+ROUNDS = 3
+REQUESTS = 600
+"""Whole answers of a round."""
+OPEN = 64
+"""Requests open at once while throughput is measured."""
+PACED_S = 6.0
+TRIAL_S = 2.0
+TRIALS = 5
+STREAMS = 1_000
+PROMPTS = 100
+SLOW = "A question that takes ten minutes."
+TIMEOUT_S = 120.0
+
+
+@dataclass
+class Figures:
+    """What one way of asking has shown.
+
+    Attributes:
+        first_ms: times to first token of the evenly spaced requests, by round.
+        throughputs: whole answers per second, by round.
+        busy: share of busy cores while requests were evenly spaced, by round.
+    """
+
+    first_ms: list[list[float]] = field(default_factory=list)
+    throughputs: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+
+
+Ask = Callable[[int, bool], Awaitable[float]]
+"""Asks one question, as a stream or not; returns the seconds until the first text, or until the whole answer."""
+
+
+class Http:
+    """A client of the gateway on kept connections; reads only what it needs, so that it costs little."""
+
+    def __init__(self, port: int, key: str) -> None:
+        self._port = port
+        self._key = key
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, number: int, stream: bool) -> float:
+        """See `Ask`."""
+        began = time.perf_counter()
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        writer.write(self.request(prompt(number), stream=stream))
+        head = await reader.readuntil(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(head.decode(errors="replace"))
+        first_s = None
+        if stream:
+            while True:
+                line = await reader.readline()
+                if first_s is None and b'"content":"' in line and b'"content":""' not in line:
+                    first_s = time.perf_counter() - began
+                if line == b"0\r\n":
+                    await reader.readline()
+                    break
+        else:
+            length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+            await reader.readexactly(length)
+        self._idle.append((reader, writer))
+        return time.perf_counter() - began if first_s is None else first_s
+
+    def request(self, text: str, *, stream: bool) -> bytes:
+        """The bytes of a request."""
+        body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "stream": stream, "max_tokens": 512}
+        content = json.dumps(body).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\nauthorization: Bearer {self._key}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        )
+        return head.encode() + content
+
+    def close(self) -> None:
+        """Close the connections."""
+        for _, writer in self._idle:
+            writer.close()
+
+
+class Direct:
+    """A producer of requests that reads responses and chunks itself."""
+
+    def __init__(self, kafka: KafkaSettings, producer: AIOKafkaProducer, consumer: AIOKafkaConsumer) -> None:
+        self._kafka = kafka
+        self._producer = producer
+        self._consumer = consumer
+        self._waiting: dict[str, asyncio.Future[float]] = {}
+        self._sent = 0
+
+    async def ask(self, number: int, stream: bool) -> float:
+        """See `Ask`."""
+        began = time.perf_counter()
+        self._sent += 1
+        name = f"direct-{self._sent}"
+        waiting = self._waiting[name] = asyncio.get_running_loop().create_future()
+        messages = [{"role": "user", "content": prompt(number)}]
+        request = {"id": name, "messages": messages, "stream": stream, "sampling": {"max_tokens": 512}}
+        await self._producer.send(
+            f"{self._kafka.topic_prefix}requests", json.dumps(request).encode(), key=name.encode()
+        )
+        return await waiting - began
+
+    async def read(self) -> None:
+        """Read answers until cancelled; the first record of a request counts."""
+        while True:
+            batches = await self._consumer.getmany(timeout_ms=5)
+            for batch in batches.values():
+                for answer in batch:
+                    json.loads(answer.value)  # as every client does
+                    waiting = self._waiting.pop(answer.key.decode(), None)
+                    if waiting is not None:
+                        waiting.set_result(time.perf_counter())
+
+
+@asynccontextmanager
+async def direct(kafka: KafkaSettings) -> AsyncIterator[Direct]:
+    """A connected client that starts at the end of the answers."""
+    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, linger_ms=2)
+    consumer = AIOKafkaConsumer(
+        f"{kafka.topic_prefix}responses", f"{kafka.topic_prefix}response-chunks",
+        bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="latest",
+    )  # fmt: skip
+    await producer.start()
+    await consumer.start()
+    await consumer.seek_to_end()
+    client = Direct(kafka, producer, consumer)
+    reading = asyncio.create_task(client.read())
+    try:
+        yield client
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await producer.stop()
+        await consumer.stop()
+
+
+async def paced(ask: Ask, rate: float, *, seconds: float) -> tuple[list[float], float]:
+    """Evenly spaced streams: times to first token, ms, and the share of busy cores."""
+    psutil.cpu_percent()
+    begin = time.perf_counter()
+    asked = []
+    for number in range(round(seconds * rate)):
+        await asyncio.sleep(max(0.0, begin + number / rate - time.perf_counter()))
+        asked.append(asyncio.create_task(ask(number, True)))
+    async with asyncio.timeout(TIMEOUT_S):
+        found = await asyncio.gather(*asked)
+    return [1e3 * one for one in found], psutil.cpu_percent() / 100.0
+
+
+async def throughput(ask: Ask) -> float:
+    """Whole answers per second with `OPEN` requests at once."""
+    numbers = iter(range(REQUESTS))
+
+    async def work() -> None:
+        for number in numbers:
+            await ask(number, False)
+
+    began = time.perf_counter()
+    async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
+        for _ in range(OPEN):
+            group.create_task(work())
+    return REQUESTS / (time.perf_counter() - began)
+
+
+async def half_busy(ask: Ask, most: float) -> float:
+    """The rate of streams at which the cores are half busy."""
+    rate = most / 8
+    for _ in range(TRIALS):
+        _, busy = await paced(ask, rate, seconds=TRIAL_S)
+        rate = min(most, rate * min(2.0, max(0.5, (0.5 / max(busy, 0.01)) ** 1.2)))
+    return rate
+
+
+async def memory(client: Http, port: int, pid: int) -> int:
+    """Resident memory of the gateway with open streams, MiB."""
+    opened = []
+    for _ in range(STREAMS):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(client.request(SLOW, stream=True))
+        opened.append((reader, writer))
+    async with asyncio.timeout(TIMEOUT_S):
+        # The headers are sent once the gateway no longer waits for the first part of the answer.
+        heads = await asyncio.gather(*(reader.readuntil(b"\r\n\r\n") for reader, _ in opened))
+    answered = sum(head.startswith(b"HTTP/1.1 200") for head in heads)
+    if answered != STREAMS:
+        raise RuntimeError(f"{answered} of {STREAMS} streams are open")
+    used = memory_mib(pid, "VmHWM")
+    for _, writer in opened:
+        writer.close()
+    return used
+
+
+async def run(folder: Path) -> None:
+    """Start the environment, measure, print and record."""
+    clock = Clock.starting(datetime(2024, 2, 8, tzinfo=UTC), rate=RATE)
+    answers = {prompt(number): dict.fromkeys(LEVELS, (40, 30.0)) for number in range(PROMPTS)}
+    answers[SLOW] = dict.fromkeys(LEVELS, (40, 600.0 * RATE))
+    async with Environment(folder, answers=answers, clock=clock) as environment:
+        kafka = await environment.topics("bench.")
+        router = environment.routers(kafka, {"SPROUT_LOG_LEVEL": "WARNING"}).spec({})
+        postgres, url = await asyncio.to_thread(postgres_spec, folder / "postgres")
+        await environment.start(postgres)
+        await create_database(url)
+        (port,) = free_ports(1)
+        services = ServiceEnvironment(
+            bootstrap_servers=kafka.bootstrap_servers, topic_prefix=kafka.topic_prefix, database_url=url,
+            fleet_file=folder / f"{kafka.topic_prefix}toml", clock=clock.environment(), log_level="WARNING",
+        )  # fmt: skip
+        spec = service_spec("gateway", port=port, environment=services, settings={})
+        _, gateway = await environment.start(router, spec)
+        database = DatabaseSettings(url=SecretStr(url))
+        async with await open_pool(database, schema="gateway") as pool:
+            store = KeyStore(pool, DatabaseStatus(), cache_s=0.0)
+            _, key = await store.create(name="bench", tenant=None, now=datetime.now(UTC))
+        http = Http(port, key)
+        async with direct(kafka) as client:
+            figures = await measure(http.ask, client.ask)
+        http.close()
+        used = await memory(http, port, gateway.pid)
+        await environment.check()
+    report(figures, used)
+
+
+async def measure(over_http: Ask, over_kafka: Ask) -> dict[str, Figures]:
+    """All rounds; the order alternates."""
+    asks = {"gateway": over_http, "kafka": over_kafka}
+    found = {name: Figures() for name in asks}
+    for ask in asks.values():  # warm up, not counted
+        await throughput(ask)
+    for number in range(ROUNDS):
+        for name in asks if number % 2 == 0 else reversed(asks):
+            found[name].throughputs.append(await throughput(asks[name]))
+    rate = await half_busy(over_http, statistics.median(found["gateway"].throughputs))
+    print(f"evenly spaced: {rate:.0f} streams/s")
+    for number in range(ROUNDS):
+        for name in asks if number % 2 == 0 else reversed(asks):
+            first_ms, busy = await paced(asks[name], rate, seconds=PACED_S)
+            found[name].first_ms.append(first_ms)
+            found[name].busy.append(busy)
+    return found
+
+
+def report(figures: dict[str, Figures], used_mib: int) -> None:
+    """Print and record the figures."""
+    cuts = {}
+    for name, one in figures.items():
+        quantiles = [statistics.quantiles(values, n=100) for values in one.first_ms]
+        cuts[name] = [statistics.median(cut[at] for cut in quantiles) for at in (49, 98)]
+        print(
+            f"{name}: {statistics.median(one.throughputs):.0f} answers/s; first token p50 {cuts[name][0]:.1f} ms, "
+            f"p99 {cuts[name][1]:.1f} ms with {statistics.median(one.busy):.0%} of the cores busy"
+        )
+    gateway, kafka = figures["gateway"], figures["kafka"]
+    found = {
+        "gateway_added_first_token_p50_ms": cuts["gateway"][0] - cuts["kafka"][0],
+        "gateway_added_first_token_p99_ms": cuts["gateway"][1] - cuts["kafka"][1],
+        "gateway_throughput_ratio": statistics.median(
+            a / b for a, b in zip(gateway.throughputs, kafka.throughputs, strict=True)
+        ),
+        "gateway_1000_streams_mib": float(used_mib),
+    }
+    for name, value in found.items():
+        print(f"{name:38} {value:.3f}")
+        record(name, value)
+
+
+def prompt(number: int) -> str:
+    """A prompt with recorded answers."""
+    return f"Question {number % PROMPTS}?"
+
+
+def main() -> None:
+    """Run the benchmark."""
+    print(f"gateway and Kafka: {ROUNDS} rounds of {REQUESTS} answers with {OPEN} open, then {PACED_S:g} s of streams")
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it logs retries for new topics
+    with tempfile.TemporaryDirectory(prefix="sprout-bench-") as folder:
+        asyncio.run(run(Path(folder)))
+
+
+if __name__ == "__main__":
+    main()
