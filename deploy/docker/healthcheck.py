@@ -6,7 +6,7 @@ It uses `http.client` only, because the images have no curl and the check runs e
 import http.client
 import sys
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 15.0
 
 
 def check(port: int, path: str) -> str | None:

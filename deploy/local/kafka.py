@@ -211,6 +211,8 @@ def _properties(port: int, controller_port: int, log_dir: Path, listeners: Seque
         "transaction.state.log.min.isr": "1",
         "share.coordinator.state.topic.replication.factor": "1",
         "share.coordinator.state.topic.min.isr": "1",
+        # No other broker could take over from one that is late because the machine is busy; the default is 9,000.
+        "broker.session.timeout.ms": "60000",
         # The first consumer waits until they are created; the default is 50.
         "offsets.topic.num.partitions": "4",
         "transaction.state.log.num.partitions": "2",
