@@ -41,7 +41,7 @@ class RequestCounts:
         answered: answered by a model server.
         settled: answered, and their energy is attributed.
         unsettled: answered, but their energy is not attributed yet; in no other figure.
-        shared_ids: answered requests whose id another one in the period has; each is counted by its record.
+        shared_ids: answered requests of the last days whose id another one has; None: too many to count.
         refused: rejected with an error code.
         refused_by_code: by error code.
         compared: included in the saving.
@@ -55,7 +55,7 @@ class RequestCounts:
     answered: int
     settled: int
     unsettled: int
-    shared_ids: int
+    shared_ids: int | None
     refused: int
     refused_by_code: Mapping[str, int]
     compared: int
