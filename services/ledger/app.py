@@ -9,6 +9,8 @@ from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
 from services import SERVICES
+from services.ledger import sql
+from services.ledger.earlier import EarlierVersions
 from services.ledger.ingest import Backlog, Ingest, subscribe_reports
 from services.ledger.loop import AttributionLoop
 from services.ledger.meters import scrapers_of
@@ -21,7 +23,7 @@ from services.ledger.sql import Storage
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.publish import declare_publisher
+from shared.kafka.publish import declare_batch_publisher, declare_publisher
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
 from shared.runtime.database_metrics import DatabaseMetrics
@@ -70,18 +72,28 @@ class Ledger:
         metrics = LedgerMetrics(registry)
         self._database_metrics = DatabaseMetrics(registry)
         self.scrapers = scrapers_of(fleet, settings=settings, storage=self.storage, clock=clock, metrics=metrics)
-        ingest = Ingest(broker, dead_letters, kafka=kafka, settings=settings, storage=self.storage, service=NAME)
+        ingest = Ingest(
+            broker,
+            dead_letters,
+            kafka=kafka,
+            settings=settings,
+            storage=self.storage,
+            metrics=metrics,
+            service=NAME,
+        )
         running, awake = RunningCalls(fleet, settings=settings, clock=clock), AwakeEndpoints()
         subscribe_reports(broker, dead_letters, kafka=kafka, running=running, awake=awake)
         self.settlement = IntervalSettlement(
             fleet, settings=settings, storage=self.storage, metrics=metrics, awake=awake, clock=clock
         )
+        self.earlier = EarlierVersions(self.storage)
         self.loop = AttributionLoop(
             Backlog(ingest.call_subscribers, clock=clock),
             self.settlement,
-            FootprintOutbox(declare_publisher(broker, kafka, FOOTPRINTS), storage=self.storage, metrics=metrics),
+            FootprintOutbox(declare_batch_publisher(broker, kafka, FOOTPRINTS), storage=self.storage, metrics=metrics),
             CurvePublisher(declare_publisher(broker, kafka, POWER_CURVES)),
             running=running,
+            earlier=self.earlier,
             storage=self.storage,
             settings=settings,
             metrics=metrics,
@@ -91,17 +103,23 @@ class Ledger:
     @asynccontextmanager
     async def running(self, health: Health, database: DatabaseSettings) -> AsyncIterator[None]:
         """Keep the database and the scrapers open while the broker runs."""
-        pool = await open_pool(database, schema=NAME, metrics=self._database_metrics)
+        pool = await open_pool(
+            database, schema=NAME, server_settings=sql.SERVER_SETTINGS, metrics=self._database_metrics
+        )
+        self.storage.attach(pool)
         try:
             with self.storage.status.watch():
+                # Before the tables change: an earlier version must not settle with them.
+                await self.earlier.lock(pool)
                 await migrate(pool, schema=NAME, package="services.ledger.migrations")
-            self.storage.attach(pool)
+            health.spawn("keep earlier versions from settling", self.earlier.keep_locked())
             health.spawn("check PostgreSQL", self.storage.status.check_forever(database))
             for number, scraper in enumerate(self.scrapers):
                 health.spawn(f"read meters {number}", scraper.run())
             yield
         finally:
             await health.cancel_background()
+            await self.earlier.unlock()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.settings.stop_grace_s):
                     await pool.close()
@@ -132,6 +150,7 @@ def build_app(
     health.add_check("postgresql", ledger.storage.status.problem)
     health.add_check("settlement", ledger.loop.settlement_problem)
     health.add_check("backlog", ledger.loop.backlog_problem)
+    health.add_check("unsettled calls", ledger.loop.age_problem)
     health.add_check("energy counters", ledger.settlement.meter_problem)
     for number, scraper in enumerate(ledger.scrapers):
         health.add_check(f"meters {number}", scraper.problem)
@@ -139,6 +158,8 @@ def build_app(
     async def begin() -> None:
         rounds = health.expect_progress("settling", within_s=LONGEST_ROUND_S + settings.settle_interval_s)
         health.spawn("settle", ledger.loop.run(on_round=rounds.made))
+        health.spawn("publish", ledger.loop.run_publishing())
+        health.spawn("roll up", ledger.loop.run_rolling_up())
         health.spawn("remove old rows", ledger.loop.remove_old_rows())
 
     app = build_service(

@@ -170,15 +170,7 @@ def attribute(
         timeline.between(name, starts - timeline.base_s, ends - timeline.base_s) for name in ("steps", "batch_tokens")
     )
     tokens += pairs.by_interval(pairs.single_tokens)
-    if curve is None:
-        weights = pairs.tokens + prefill_weight * pairs.prompt_tokens
-    else:
-        weights = (
-            curve.step_j * pairs.shared_steps
-            + curve.token_j * pairs.tokens
-            + curve.prompt_token_j * pairs.prompt_tokens
-        )
-    shares = pairs.shares(weights)
+    shares = pairs.shares(_weights(pairs, prefill_weight, curve))
     prompt_tokens = pairs.by_interval(pairs.prompt_tokens)
     busy_s = pairs.by_interval(pairs.server_s)
     uses: list[dict[str, CallUse]] = [{} for _ in intervals]
@@ -200,6 +192,35 @@ def attribute(
     ]
 
 
+def work_between(
+    calls: Sequence[Call],
+    since_s: float,
+    until_s: float,
+    *,
+    prefill_weight: float,
+    curve: BatchCurve | None = None,
+    speed: Speed | None = None,
+) -> tuple[float, float]:
+    """What the calls used of a span, in the unit of their shares: by work, and by running time where there is none.
+
+    An interval's energy can be divided over its parts in these proportions; each call then gets the same as from the
+    whole.
+
+    Args:
+        since_s, until_s: seconds since the Unix epoch.
+        prefill_weight, curve, speed: see `attribute`.
+    """
+    pairs = _Pairs(_Timeline(calls, speed), np.array([since_s]), np.array([until_s]))
+    return float(_weights(pairs, prefill_weight, curve).sum()), float(pairs.running_s.sum())
+
+
+def _weights(pairs: "_Pairs", prefill_weight: float, curve: BatchCurve | None) -> Floats:
+    """The weight of every call in every interval: its share is this divided by the interval's sum."""
+    if curve is None:
+        return pairs.tokens + prefill_weight * pairs.prompt_tokens
+    return curve.step_j * pairs.shared_steps + curve.token_j * pairs.tokens + curve.prompt_token_j * pairs.prompt_tokens
+
+
 _SHORTEST_DECODE_S = 1e-6
 """A call that decodes for a shorter time has no speed: times are exact to the microsecond."""
 
@@ -212,12 +233,19 @@ class _Timeline:
 
     def __init__(self, calls: Sequence[Call], speed: Speed | None) -> None:
         self.base_s = min((call.started_s for call in calls), default=0.0)
-        self.started_s = self._times([call.started_s for call in calls])
-        self.decodes_from_s = self._times([call.decodes_from_s for call in calls])
-        self.reads_until_s = self._times([call.reads_until_s for call in calls])
-        self.finished_s = self._times([call.finished_s for call in calls])
+        started = np.array([call.started_s for call in calls], dtype=np.float64)
+        finished = np.array([call.finished_s for call in calls], dtype=np.float64)
+        first = np.array([call.first_token_s for call in calls], dtype=np.float64)  # None becomes NaN
         self.tokens = np.array([call.completion_tokens for call in calls], dtype=np.float64)
         self.prompt_tokens = np.array([call.prompt_tokens for call in calls], dtype=np.float64)
+        # As the properties of `Call`.
+        reads_until = np.where(np.isnan(first), finished, np.maximum(started, np.minimum(first, finished)))
+        timed = ~np.isnan(first) & (self.tokens >= 2) & (reads_until < finished)
+        token_time = (finished - reads_until) / np.maximum(self.tokens - 1, 1.0)
+        untimed = np.where((self.tokens > 1) | np.isnan(first), started, finished)
+        decodes_from = np.where(timed, np.maximum(started, reads_until - token_time), untimed)
+        self.started_s, self.finished_s = started - self.base_s, finished - self.base_s
+        self.reads_until_s, self.decodes_from_s = reads_until - self.base_s, decodes_from - self.base_s
         decoding_s = self.finished_s - self.decodes_from_s
         decodes = (decoding_s >= _SHORTEST_DECODE_S) & (self.tokens > 0)
         rates = np.divide(self.tokens, decoding_s, out=np.zeros_like(self.tokens), where=decodes)
@@ -238,9 +266,6 @@ class _Timeline:
             "shared_steps": self._integral(lengths, steps_per_s / size),
             "batch_tokens": self._integral(lengths, steps_per_s * batch),
         }
-
-    def _times(self, values: Sequence[float]) -> Floats:
-        return np.array(values, dtype=np.float64) - self.base_s
 
     def _level(self, since: Floats, until: Floats, heights: Floats) -> Floats:
         """Sum of the heights of the spans that cover each piece of time."""

@@ -13,6 +13,7 @@ from services.ledger.attribution import Attribution, Call, CallUse, attribute
 from services.ledger.curve import CallSample, CurveState, Estimate, IntervalSample
 from services.ledger.meters import Interval, Reading, intervals_between
 from services.ledger.settings import LedgerSettings
+from shared.batch_curve import BatchCurve
 
 DAY_S = 86_400.0
 
@@ -99,6 +100,7 @@ class EndpointState:
         readings: in order of time, up to the watermark; the first one ends the last settled interval.
         calls: all open calls that started before the last reading.
         settled: settled intervals in which late calls ran.
+        settled_from_s: time from which these are known; calls that are later than that are partial.
         metered_from_s: time of the first reading ever.
         idle_power_w: configured idle power; None: use the learned one.
         pool_idle_w: idle power of the pool's other endpoints; used for the curve if this one never idles.
@@ -112,6 +114,7 @@ class EndpointState:
     readings: Sequence[Reading]
     calls: Sequence[OpenCall]
     settled: Sequence[SettledInterval] = ()
+    settled_from_s: float = -math.inf
     metered_from_s: float = -math.inf
     idle_power_w: float | None = None
     pool_idle_w: float | None = None
@@ -127,6 +130,18 @@ class EndpointState:
             return found
         borrowed = self.curve.estimate(idle_power_w=self.pool_idle_w)
         return borrowed if borrowed is not None and borrowed.identifiable else found
+
+    def attribution_curve(self) -> BatchCurve | None:
+        """The curve by which energy is attributed; None until it is identifiable."""
+        estimate = self.estimate()
+        return estimate.curve if estimate is not None and estimate.identifiable else None
+
+    def attribution_idle_w(self) -> float | None:
+        """The idle power by which energy is attributed; None while it is unknown."""
+        if self.idle_power_w is not None:
+            return self.idle_power_w
+        curve = None if self.learned.power_w is not None else self.attribution_curve()
+        return self.learned.power_w if curve is None else curve.idle_w
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +207,7 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
     if not state.readings:
         raise ValueError("'readings' must hold at least the reading that ends the last settled interval")
     settled_until_s, until_s = state.readings[0].at_s, state.readings[-1].at_s
-    estimate = state.estimate()
-    curve = estimate.curve if estimate is not None and estimate.identifiable else None
-    idle_w = state.idle_power_w if state.idle_power_w is not None else state.learned.power_w
-    if idle_w is None and curve is not None:
-        idle_w = curve.idle_w
+    curve, idle_w = state.attribution_curve(), state.attribution_idle_w()
     new = attribute(
         intervals_between(state.readings),
         [opened.call for opened in state.calls],
@@ -217,7 +228,7 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
     results = []
     for opened in state.calls:
         call = opened.call
-        used = _sum([opened.used, *uses[call.id]])
+        used = _sum(opened.used, uses.get(call.id, ()))
         # The meter did not move in all of its time: its energy is missing, not 0.
         unread = call.completion_tokens > 0 and used.energy_j == 0 and call.id not in with_energy
         results.append(
@@ -227,7 +238,10 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
                 partial=opened.partial
                 or call.id in flawed
                 or call.started_s < state.metered_from_s
-                or (call.id in late and _charged_to_others(call, state.settled))
+                or (
+                    call.id in late
+                    and (call.started_s < state.settled_from_s or _charged_to_others(call, state.settled))
+                )
                 or (unread and call.finished_s <= until_s),
                 finished=call.finished_s <= until_s,
                 metered=call.finished_s > state.metered_from_s,
@@ -253,16 +267,26 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
         settled_until_s=until_s,
         learned=update_idle_power(
             state.learned,
-            ((one.interval, len(one.uses) or not idles) for one, idles in zip(new, idle_seen, strict=True)),
+            (
+                (one.interval, len(one.uses) or not idles or one.interval.divided)
+                for one, idles in zip(new, idle_seen, strict=True)
+            ),
             window_s=settings.idle_window_s,
         ),
         curve=learned.model_copy(update={"awake": awake, "still_s": still_s}),
     )
 
 
-def _sum(uses: Iterable[CallUse]) -> CallUse:
-    columns = zip(*((one.energy_j, one.server_s, one.steps, one.batch_tokens) for one in uses), strict=True)
-    return CallUse(*(math.fsum(column) for column in columns))
+def _sum(first: CallUse, others: Sequence[CallUse]) -> CallUse:
+    if not others:
+        return first
+    energy_j, server_s, steps, batch_tokens = first.energy_j, first.server_s, first.steps, first.batch_tokens
+    for one in others:
+        energy_j += one.energy_j
+        server_s += one.server_s
+        steps += one.steps
+        batch_tokens += one.batch_tokens
+    return CallUse(energy_j, server_s, steps, batch_tokens)
 
 
 def _charged_to_others(call: Call, settled: Sequence[SettledInterval]) -> bool:
@@ -286,6 +310,7 @@ def _interval_samples(
         IntervalSample(one.interval.length_s, one.idle_s, one.interval.metered_j, one.work)
         for one, idles in zip(intervals, idle_seen, strict=True)
         if not one.interval.restarted
+        and not one.interval.divided
         and one.interval.started_s not in stalled
         and unknown.isdisjoint(one.uses)
         and (idles or one.idle_s < 1e-6 * one.interval.length_s)

@@ -12,7 +12,7 @@ from typing import Any
 
 from shared.carbon import embodied_g, operational_g
 from shared.fleet import Pool
-from shared.messages import Footprint
+from shared.messages.base import SCHEMA_VERSION
 
 
 class IntensitySteps:
@@ -76,45 +76,44 @@ def footprint_grams(
     return {"operational_g": operational, "embodied_g": embodied, "total_g": operational + embodied}
 
 
-def footprint_row(
-    *,
-    request_id: str,
-    started_s: float,
-    finished_s: float,
-    energy_j: float,
-    server_s: float | None,
-    partial: bool,
-    pool: Pool,
-    intensity: IntensitySteps,
-) -> dict[str, Any]:
-    """The computed columns of a row of `footprints`; the others are copied from the call's row.
+def footprint_head(dimension: Mapping[str, Any]) -> str:
+    """The beginning of the messages of all calls with a dimension: JSON without its end.
 
     Args:
-        started_s, finished_s: of the call, seconds since the Unix epoch.
-        energy_j: attributed energy.
-        server_s: the call's share of the server's time; None: unknown, then it is charged for all of its time.
-        partial: some of the energy is missing.
-        pool: the pool that served the call; its PUE and embodied rate apply.
-        intensity: of the pool's zone.
+        dimension: row of `dimensions`, with the propensities as JSON text in `distribution`.
     """
-    processing_s = max(0.0, finished_s - started_s)
-    intensity_g_per_kwh = intensity.mean(started_s, finished_s)
-    return {
-        "request_id": request_id,
-        "processing_s": processing_s,
-        "server_s": server_s,
-        "energy_j": energy_j,
-        "intensity_g_per_kwh": intensity_g_per_kwh,
-        **footprint_grams(
-            energy_j=energy_j,
-            server_s=processing_s if server_s is None else server_s,
-            pool=pool,
-            intensity_g_per_kwh=intensity_g_per_kwh,
-        ),
-        "partial": partial,
-    }
+    names = ("purpose", "evaluation_id", "model", "task", "tenant", "pool", "level", "zone", "endpoint",
+             "policy_version", "propensity")  # fmt: skip
+    content = {"schema_version": SCHEMA_VERSION, **{name: dimension[name] for name in names}}
+    content["group"] = dimension["grp"]
+    content["propensities"] = json.loads(dimension["distribution"])
+    return json.dumps(content, separators=(",", ":"))[:-1]
 
 
-def footprint_message(row: Mapping[str, Any]) -> Footprint:
-    """The message of a row of `footprints`, with `propensities` as JSON text."""
-    return Footprint.model_validate({**row, "group": row["grp"], "propensities": json.loads(row["propensities"])})
+def footprint_json(head: str, row: Mapping[str, Any]) -> bytes:
+    """The message `Footprint` of a row of `settled_calls`.
+
+    The text is put together from its parts, which takes a tenth of the time of a validated message. A test compares
+    both.
+
+    Args:
+        head: of the row's dimension, see `footprint_head`.
+    """
+    started, finished, server_s = row["started_at"], row["finished_at"], row["server_s"]
+    key, request_id = row["id"], row["request_id"]
+    operational, embodied, intensity = row["operational_g"], row["embodied_g"], row["intensity_g_per_kwh"]
+    prompt_tokens = row["prompt_tokens"]
+    return (
+        f'{head},"request_id":{json.dumps(key if request_id is None else request_id)},'
+        f'"record":{"null" if request_id is None else json.dumps(key)},'
+        f'"started_at":"{started.isoformat()}","finished_at":"{finished.isoformat()}",'
+        f'"processing_s":{max(0.0, (finished - started).total_seconds())!r},"server_s":{_number(server_s)},'
+        f'"prompt_tokens":{"null" if prompt_tokens is None else prompt_tokens},'
+        f'"completion_tokens":{row["completion_tokens"]},"energy_j":{row["energy_j"]!r},'
+        f'"intensity_g_per_kwh":{_number(intensity)},"operational_g":{_number(operational)},'
+        f'"embodied_g":{embodied!r},"total_g":{_number(None if operational is None else operational + embodied)}}}'
+    ).encode()
+
+
+def _number(value: float | None) -> str:
+    return "null" if value is None else repr(value)

@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import TypeVar
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from faststream.kafka import KafkaBroker
 
+from services.ledger.calls import NewCall, request_call, storable_row, usage_call
+from services.ledger.metrics import LedgerMetrics
 from services.ledger.reports import AwakeEndpoints, RunningCalls
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Row, Storage
@@ -41,7 +43,8 @@ from shared.topics import (
 
 FETCH_MIN_BYTES = 1_000_000
 """Kafka holds back a fetch until it has this many bytes or the poll time is over: few, large batches."""
-LARGEST_INTEGER = 2**31 - 1
+
+T = TypeVar("T")
 
 Offsets = Mapping[TopicPartition, int]
 
@@ -57,9 +60,12 @@ class Ingest:
         kafka: KafkaSettings,
         settings: LedgerSettings,
         storage: Storage,
+        metrics: LedgerMetrics,
         service: str,
     ) -> None:
         self._retry_s = settings.retry_s
+        self._storage = storage
+        self._metrics = metrics
 
         def subscribe(spec: TopicSpec) -> Subscriber:
             return subscribe_batches(
@@ -85,14 +91,13 @@ class Ingest:
 
         @responses
         async def on_responses(batch: list[GenerationResponse]) -> None:
-            answered = [request_row(one) for one in batch if one.status == "ok"]
             rejected = [rejection_row(one) for one in batch if one.status == "error"]
-            await self._write(storage.add, "calls", answered)
-            await self._write(storage.add, "refusals", rejected)
+            await self._add_calls([request_call(one) for one in batch if one.status == "ok"])
+            await self._write(storage.add, "rejections", rejected)
 
         @usage
         async def on_usage(batch: list[UsageRecord]) -> None:
-            await self._write(storage.add, "calls", [usage_row(one) for one in batch])
+            await self._add_calls([usage_call(one) for one in batch])
 
         @intensities
         async def on_intensities(batch: list[CarbonIntensity]) -> None:
@@ -111,7 +116,12 @@ class Ingest:
             learned = [grouping_row(one) for one in batch if one.version is not None]
             await self._write(storage.put, "prompt_groups", learned)
 
-    async def _write(self, write: Callable[[str, list[Row]], Awaitable[None]], table: str, rows: list[Row]) -> None:
+    async def _add_calls(self, calls: list[NewCall]) -> None:
+        """Add calls; raises as `_write` does."""
+        await self._write(lambda _, rows: self._storage.add_calls(rows), "open_calls", calls)
+        self._metrics.read_calls.inc(len(calls))
+
+    async def _write(self, write: Callable[[str, list[T]], Awaitable[None]], table: str, rows: list[T]) -> None:
         """Write rows.
 
         Raises:
@@ -219,56 +229,17 @@ def _reached(ends: Offsets, committed: Offsets) -> bool:
 
 
 def rejection_row(response: GenerationResponse) -> Row:
-    """The row in `refusals` of a response with an error."""
+    """The row in `rejections` of a response with an error."""
     at = response.timing.finished_at if response.timing is not None else response.requested_at
-    return _storable_row(
+    return storable_row(
         {
-            "request_id": response.request_id,
+            "id": response.record or response.request_id,
+            "request_id": None if response.record is None else response.request_id,
             "model": response.model,
             "code": response.error.code if response.error is not None else "upstream_error",
             "at": at.isoformat(),
         }
     )
-
-
-def request_row(response: GenerationResponse) -> Row:
-    """The row in `calls` of a request that was answered.
-
-    Raises:
-        ValueError: the response is not complete.
-    """
-    decision, usage, timing = response.decision, response.usage, response.timing
-    if decision is None or usage is None or timing is None or response.endpoint is None:
-        raise ValueError("a response with status 'ok' must carry decision, usage, timing and endpoint")
-    return _storable_row(
-        {
-            "id": response.request_id,
-            "purpose": "request",
-            "model": response.model,
-            "grp": decision.group,
-            "task": response.task,
-            "tenant": response.tenant,
-            "pool": decision.pool,
-            "level": decision.level,
-            "zone": decision.zone,
-            "endpoint": response.endpoint,
-            "policy_version": decision.policy_version,
-            "decision_source": decision.source,
-            "propensity": decision.propensity,
-            "propensities": decision.propensities,
-            "started_at": timing.started_at.isoformat(),
-            "first_token_at": timing.first_token_at.isoformat() if timing.first_token_at is not None else None,
-            "finished_at": timing.finished_at.isoformat(),
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-        }
-    )
-
-
-def usage_row(record: UsageRecord) -> Row:
-    """The row in `calls` of a call by the evaluator."""
-    row = record.model_dump(mode="json", exclude={"schema_version", "group"})
-    return _storable_row({**row, "grp": record.group, "propensity": 1.0, "propensities": {}})
 
 
 def intensity_rows(intensity: CarbonIntensity) -> list[Row]:
@@ -288,34 +259,17 @@ def intensity_rows(intensity: CarbonIntensity) -> list[Row]:
 def policy_row(policy: Policy) -> Row:
     """The row in `policies`, with the whole message as JSON."""
     content = policy.model_dump(mode="json")
-    return _storable_row({**{name: content[name] for name in ("model", "version", "created_at")}, "policy": content})
+    return storable_row({**{name: content[name] for name in ("model", "version", "created_at")}, "policy": content})
 
 
 def quality_row(quality: Quality) -> Row:
     """The row in `quality`, with the whole message as JSON."""
     content = quality.model_dump(mode="json")
     names = ("evaluation_id", "model", "evaluated_at")
-    return _storable_row({**{name: content[name] for name in names}, "quality": content})
+    return storable_row({**{name: content[name] for name in names}, "quality": content})
 
 
 def grouping_row(grouping: PromptGrouping) -> Row:
     """The row in `prompt_groups` of learned prompt groups, with the counts of earlier judgments by these groups."""
     content = grouping.model_dump(mode="json", include={"model", "version", "learned_at", "prompts", "evidence"})
-    return _storable_row({**{name: content[name] for name in ("model", "version", "learned_at")}, "grouping": content})
-
-
-def _storable_row(row: Row) -> Row:
-    """Replace what PostgreSQL cannot store: NUL in a text by U+FFFD, a larger integer by the largest of 32 bits."""
-    return {name: _storable(content) for name, content in row.items()}
-
-
-def _storable(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    if isinstance(value, str):
-        return value.replace("\x00", "\ufffd")
-    if isinstance(value, dict):
-        return {_storable(name): _storable(content) for name, content in value.items()}
-    if isinstance(value, list | tuple):
-        return [_storable(one) for one in value]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return min(value, LARGEST_INTEGER)
-    return value
+    return storable_row({**{name: content[name] for name in ("model", "version", "learned_at")}, "grouping": content})

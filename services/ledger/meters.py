@@ -45,10 +45,19 @@ class ServerMeters:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """An endpoint's counters at one time: seconds since the Unix epoch, joules by GPU uuid."""
+    """An endpoint's counters at one time.
+
+    Attributes:
+        at_s: seconds since the Unix epoch.
+        energy_j: by GPU uuid.
+        divided: not read but computed, to divide an interval with very many calls.
+        restarted: a counter was reset in the interval that this one divides.
+    """
 
     at_s: float
     energy_j: Mapping[str, float]
+    divided: bool = False
+    restarted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +68,14 @@ class Interval:
         started_s, finished_s: seconds since the Unix epoch.
         metered_j: energy, J.
         restarted: a counter was reset; its energy between the first reading and the reset is lost.
+        divided: a part of the time between two readings, with the energy that its work suggests.
     """
 
     started_s: float
     finished_s: float
     metered_j: float
     restarted: bool = False
+    divided: bool = False
 
     @property
     def length_s(self) -> float:
@@ -122,18 +133,19 @@ def intervals_between(readings: Iterable[Reading]) -> list[Interval]:
     """
     intervals: list[Interval] = []
     known: dict[str, float] = {}
-    previous_s: float | None = None
+    previous: Reading | None = None
     for reading in readings:
-        if previous_s is not None and reading.at_s > previous_s:
+        if previous is not None and reading.at_s > previous.at_s:
             used_j: list[float] = []
-            restarted = False
+            restarted = previous.restarted or reading.restarted
             for gpu, energy_j in reading.energy_j.items():
                 before_j = known.get(gpu, energy_j)
                 restarted |= energy_j < before_j
                 used_j.append(energy_j if energy_j < before_j else energy_j - before_j)
-            intervals.append(Interval(previous_s, reading.at_s, math.fsum(used_j), restarted))
+            divided = previous.divided or reading.divided
+            intervals.append(Interval(previous.at_s, reading.at_s, math.fsum(used_j), restarted, divided))
         known |= reading.energy_j
-        previous_s = reading.at_s
+        previous = reading
     return intervals
 
 

@@ -1,6 +1,6 @@
 """Prometheus metrics of the ledger."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class LedgerMetrics:
@@ -60,6 +60,25 @@ class LedgerMetrics:
         )
         self.published = Counter("sprout_ledger_footprints_published", "Footprints published", registry=registry)
         self.unsettled_calls = Gauge("sprout_ledger_unsettled_calls", "Calls not settled yet", registry=registry)
+        self.unsettled_age_s = Gauge(
+            "sprout_ledger_unsettled_age_seconds",
+            "Event time since the end of the oldest call that is not settled; 0 without one",
+            registry=registry,
+        )
+        self.chunk_calls = Histogram(
+            "sprout_ledger_chunk_calls",
+            "Calls in one transaction of the settlement",
+            buckets=(1, 10, 100, 500, 1_000, 2_000, 4_000, 8_000, 16_000, 64_000),
+            registry=registry,
+        )
+        self.unpublished_chunks = Gauge(
+            "sprout_ledger_unpublished_chunks", "Settled chunks whose footprints are not published", registry=registry
+        )
+        self.read_calls = Counter(
+            "sprout_ledger_calls_read",
+            "Calls read from Kafka and stored, those known already included",
+            registry=registry,
+        )
         self.lag_records = Gauge(
             "sprout_ledger_lag_records", "Records with calls that are not read from Kafka yet", registry=registry
         )

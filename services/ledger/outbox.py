@@ -1,20 +1,23 @@
 """Publishes to Kafka: footprints from PostgreSQL, each at least once (transactional outbox pattern), and curves."""
 
-import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from typing import Any
 
 from aiokafka.errors import KafkaError
+from faststream.kafka import KafkaPublishMessage
 
-from services.ledger.footprint import footprint_message
+from services.ledger import sql
+from services.ledger.footprint import footprint_head, footprint_json
 from services.ledger.metrics import LedgerMetrics
-from services.ledger.sql import MARK_PUBLISHED, PUBLICATION_LOCK, UNPUBLISHED_FOOTPRINTS, Storage
-from shared.kafka.publish import Publisher
-from shared.messages import EndpointCurve, Footprint
+from services.ledger.sql import Connection, Storage
+from shared.kafka.publish import BatchPublisher, Publisher
+from shared.messages import EndpointCurve
 from shared.runtime.database import translate_errors
 from shared.runtime.logs import get_logger
 
-BATCH = 500
+EARLIER_BATCH = 500
+CACHED_HEADS = 20_000
 
 CURVE_INTERVAL = timedelta(hours=1)
 """Event time after which a curve is published although it has hardly changed."""
@@ -25,12 +28,16 @@ _log = get_logger(__name__)
 
 
 class FootprintOutbox:
-    """Publishes every complete footprint that is not marked as published; the mark follows Kafka's acknowledgement."""
+    """Publishes the complete footprints of every settled chunk, and marks the chunk once Kafka has acknowledged them.
 
-    def __init__(self, publisher: Publisher, *, storage: Storage, metrics: LedgerMetrics) -> None:
+    Several ledgers publish different chunks at once.
+    """
+
+    def __init__(self, publisher: BatchPublisher, *, storage: Storage, metrics: LedgerMetrics) -> None:
         self._publisher = publisher
         self._storage = storage
         self._metrics = metrics
+        self._heads: dict[int, str] = {}
 
     async def publish_pending(self) -> None:
         """Publish all unpublished footprints. What Kafka does not acknowledge stays for the next call.
@@ -39,26 +46,62 @@ class FootprintOutbox:
             DatabaseUnavailableError: what was not marked as published is published again later.
         """
         with translate_errors():
-            while await self._publish_batch() == BATCH:
+            while await self._publish_chunk():
                 pass
+            while await self._publish_earlier() == EARLIER_BATCH:
+                pass
+            self._metrics.unpublished_chunks.set(await self._storage.pool.fetchval(sql.UNPUBLISHED))
 
-    async def _publish_batch(self) -> int:
+    async def _publish_chunk(self) -> bool:
+        """Publish a chunk; false if there is none, or Kafka did not take it."""
         async with self._storage.pool.acquire() as connection, connection.transaction():
-            if not await connection.fetchval(PUBLICATION_LOCK):
-                return 0
-            rows = await connection.fetch(UNPUBLISHED_FOOTPRINTS, BATCH)
-            footprints = [footprint_message(dict(row)) for row in rows]
-            try:
-                await asyncio.gather(*(self._publish(footprint) for footprint in footprints))
-            except KafkaError as error:
-                _log.warning("could not publish footprints; retrying later", error=type(error).__name__)
-                return 0
-            await connection.execute(MARK_PUBLISHED, [footprint.request_id for footprint in footprints])
-        self._metrics.published.inc(len(footprints))
-        return len(footprints)
+            await connection.execute(sql.ERASURE_LOCK)
+            chunk = await connection.fetchrow(sql.NEXT_CHUNK)
+            if chunk is None:
+                return False
+            rows = await connection.fetch(sql.CHUNK_CALLS, *chunk)
+            await self._read_heads(connection, {row["dimension"] for row in rows})
+            if not await self._publish((dict(row), self._heads[row["dimension"]]) for row in rows):
+                return False
+            await connection.execute(sql.MARK_PUBLISHED, chunk["chunk"])
+        self._metrics.published.inc(len(rows))
+        return True
 
-    async def _publish(self, footprint: Footprint) -> None:
-        await self._publisher.publish(footprint, key=footprint.request_id.encode())
+    async def _publish_earlier(self) -> int:
+        """Publish footprints that an earlier version of the ledger computed."""
+        async with self._storage.pool.acquire() as connection, connection.transaction():
+            rows = await connection.fetch(sql.EARLIER_FOOTPRINTS, EARLIER_BATCH)
+            known = [({**row, "request_id": None}, footprint_head(dict(row))) for row in rows]
+            if not await self._publish(known):
+                return 0
+            await connection.execute(sql.MARK_EARLIER_PUBLISHED, [row["id"] for row in rows])
+        self._metrics.published.inc(len(rows))
+        return len(rows)
+
+    async def _read_heads(self, connection: Connection, dimensions: set[int]) -> None:
+        """Make sure that the beginnings of the messages are known."""
+        if len(self._heads) > CACHED_HEADS:
+            self._heads.clear()
+        new = dimensions - self._heads.keys()
+        if new:
+            self._heads |= {
+                row["id"]: footprint_head(dict(row)) for row in await connection.fetch(sql.DIMENSIONS, list(new))
+            }
+
+    async def _publish(self, footprints: Iterable[tuple[Mapping[str, Any], str]]) -> bool:
+        """Publish footprints, each with the beginning of its message; false if Kafka did not take them all."""
+        messages = [
+            KafkaPublishMessage(footprint_json(head, row), key=(row["request_id"] or row["id"]).encode())
+            for row, head in footprints
+        ]
+        if not messages:
+            return True
+        try:
+            await self._publisher.publish(*messages, headers={"content-type": "application/json"})
+        except KafkaError as error:
+            _log.warning("could not publish footprints; retrying later", error=type(error).__name__)
+            return False
+        return True
 
 
 class CurvePublisher:

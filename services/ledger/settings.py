@@ -20,11 +20,20 @@ class LedgerSettings(BaseSettings):
 
     # Settlement
     settle_interval_s: float = Field(default=2.0, ge=0.2, description="Between two settlements, wall")
+    publish_interval_s: float = Field(default=0.5, gt=0, description="Between two publications of footprints, wall")
+    backlog_age_s: float = Field(
+        default=1_800.0, gt=0, description="Age of the oldest unsettled call at which the ledger is not ready, wall"
+    )
     settle_delay_s: float = Field(
         default=120.0,
         ge=0,
         description="Age at which an interval is settled where not all routers report their running calls, event; must "
         "exceed the longest call plus its message's delay",
+    )
+    chunk_calls: int = Field(
+        default=4_000,
+        ge=100,
+        description="Calls of an endpoint that are settled in one transaction: bounds the memory that settlement takes",
     )
     settle_margin_s: float = Field(
         default=2.0,
@@ -59,6 +68,14 @@ class LedgerSettings(BaseSettings):
 
     # Retention
     retention_days: float = Field(
-        default=90.0, gt=0, description="Retention of raw readings and settled calls, event days"
+        default=2.0,
+        gt=0,
+        description="Retention of single calls, meter readings, intervals and rejections, event days; the roll-ups "
+        "by hour stay",
+    )
+    rollup_days: float = Field(
+        default=750.0,
+        gt=0,
+        description="Retention of roll-ups, and of policies, qualities, prompt groups and intensities, event days",
     )
     cleaning_interval_s: float = Field(default=600.0, gt=0, description="Between two removals of old rows, wall")

@@ -3,30 +3,54 @@
 To settle an interval means to attribute its energy finally: the attribution, the calls' energy and the footprints of
 calls that ended are written to PostgreSQL in one transaction, and are not recomputed. An interval is settled when the
 calls that ran in it are known (`services.ledger.reports`; docs/decisions/0006).
+
+A transaction settles a chunk of one endpoint, with a bounded number of calls. Several ledgers settle different
+endpoints at once; a lock in PostgreSQL keeps them from the same one (docs/decisions/0030).
 """
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 
 import asyncpg
 
 from services.ledger import sql
-from services.ledger.endpoint import EndpointSettlement, EndpointState, settle_endpoint
-from services.ledger.footprint import footprint_row
+from services.ledger.division import divide
+from services.ledger.endpoint import CallResult, EndpointSettlement, EndpointState, settle_endpoint
+from services.ledger.footprint import IntensitySteps, footprint_grams
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.reports import AwakeEndpoints
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Connection, Row, Storage, execute_rows, to_datetime, to_iso
-from services.ledger.states import read_intensity, read_states
+from services.ledger.states import Chunk, read_chunk, read_intensity
 from shared.fleet import Fleet, Pool
 from shared.messages import EndpointCurve
 from shared.runtime.clock import Clock
 from shared.runtime.database import translate_errors
 from shared.runtime.logs import get_logger
 
+Footprint = tuple[str, float, float | None, float | None, float | None, float, bool]
+"""Of a settled call: id, energy, server time, intensity, operational and embodied grams, partial."""
+
 _log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one transaction did.
+
+    Attributes:
+        calls: number of calls that were settled.
+        more: there may be more to settle for this endpoint.
+        curve: the endpoint's curve; None if nothing is known of it.
+    """
+
+    calls: int = 0
+    more: bool = False
+    curve: EndpointCurve | None = None
 
 
 class IntervalSettlement:
@@ -56,6 +80,12 @@ class IntervalSettlement:
         self._awake = awake
         self._still_after_s = settings.meter_stall_s * clock.rate
         self._problems: dict[str, str] = {}
+        self._days: set[datetime] = set()
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The endpoints that have a meter."""
+        return tuple(self._pools)
 
     def meter_problem(self) -> str | None:
         """Readiness check: which meters are broken; None if none is."""
@@ -63,139 +93,172 @@ class IntervalSettlement:
         return "; ".join(found) or None
 
     async def run_once(
-        self, watermark: datetime, *, limits: Mapping[str, datetime], unmetered_until: datetime
+        self, watermark: datetime, *, limits: Mapping[str, datetime], on_chunk: Callable[[], None] = lambda: None
     ) -> tuple[EndpointCurve, ...]:
-        """Settle all intervals whose calls are known, in one transaction.
+        """Settle all intervals whose calls are known, chunk by chunk.
 
         Args:
             watermark: time up to which every published call is in PostgreSQL.
             limits: time up to which each endpoint is settled; the others are not.
-            unmetered_until: time up to which calls on endpoints without a meter are finished.
+            on_chunk: called after each chunk.
 
         Returns:
-            The learned curves of the endpoints; nothing if another ledger holds the lock.
+            The learned curves of the endpoints that this ledger settled.
+
+        Raises:
+            DatabaseUnavailableError: the current chunk was not written.
+        """
+        curves = {}
+        for endpoint in self._pools:
+            if endpoint not in limits:
+                continue
+            progress = Progress(more=True)
+            while progress.more:
+                progress = await self.settle_chunk(endpoint, limits[endpoint], watermark=watermark)
+                on_chunk()
+                if progress.curve is not None:
+                    curves[endpoint] = progress.curve
+        return tuple(curves.values())
+
+    async def settle_chunk(self, endpoint: str, limit: datetime, *, watermark: datetime) -> Progress:
+        """Settle the next chunk of an endpoint in one transaction; nothing if another ledger does.
 
         Raises:
             DatabaseUnavailableError: nothing was written.
         """
+        pool, settings = self._pools[endpoint], self._settings
         with translate_errors():
             async with self._storage.pool.acquire() as connection, connection.transaction():
-                if not await connection.fetchval(sql.SETTLEMENT_LOCK):
-                    return ()
-                states, rows = await read_states(
-                    connection, self._pools, limits, awake=self._awake, still_after_s=self._still_after_s
+                if not await connection.fetchval(sql.ENDPOINT_LOCK, endpoint):
+                    return Progress()
+                await connection.execute(sql.ERASURE_LOCK)
+                read = partial(
+                    read_chunk,
+                    connection,
+                    pool,
+                    endpoint,
+                    limit,
+                    calls=settings.chunk_calls,
+                    awake=self._awake,
+                    still_after_s=self._still_after_s,
                 )
-                results = await asyncio.to_thread(
-                    lambda: {endpoint: settle_endpoint(one, self._settings) for endpoint, one in states.items()}
-                )
-                await self._write(connection, states, results)
-                footprints = await self._footprints(connection, results, rows)
-                await execute_rows(connection, sql.ADD_FOOTPRINTS, footprints)
-                unmetered: int = await connection.fetchval(sql.SETTLE_UNMETERED, list(self._pools), unmetered_until)
-                unsettled: int = await connection.fetchval(sql.UNSETTLED_CALLS)
-        for endpoint, result in results.items():
-            unmetered += self._report_endpoint(endpoint, result)
-            self._metrics.settled_age_s.labels(endpoint).set(watermark.timestamp() - result.settled_until_s)
-        for footprint in footprints:
-            row = rows[footprint["request_id"]]
-            self._metrics.calls.labels("partial" if footprint["partial"] else "complete").inc()
-            if footprint["total_g"] is not None:
-                self._metrics.grams.labels(row["purpose"], row["pool"], row["level"]).inc(footprint["total_g"])
-        self._metrics.calls.labels("unmetered").inc(unmetered)
-        self._metrics.unsettled_calls.set(unsettled)
-        return self._curves(states, results)
+                chunk = await read()
+                if chunk is not None and chunk.divisible:
+                    if await divide(connection, endpoint, chunk.state, settings) > 1:
+                        return Progress(more=True)
+                    chunk = await read(divide=False)
+                if chunk is None:
+                    return Progress()
+                result = await asyncio.to_thread(settle_endpoint, chunk.state, settings)
+                finished, days = sum(one.finished for one in result.calls), set[datetime]()
+                if result.intervals or finished:
+                    await self._write(connection, endpoint, chunk, result)
+                    days = await self._write_calls(connection, pool, chunk, result)
+        self._days |= days
+        self._report_endpoint(endpoint, result)
+        self._metrics.settled_age_s.labels(endpoint).set(watermark.timestamp() - result.settled_until_s)
+        if result.calls:
+            self._metrics.chunk_calls.observe(len(result.calls))
+        return Progress(
+            calls=finished,
+            more=bool(finished or result.intervals),
+            curve=self._curve(endpoint, chunk.state, result),
+        )
 
-    async def _write(
-        self, connection: Connection, states: Mapping[str, EndpointState], results: Mapping[str, EndpointSettlement]
-    ) -> None:
-        intervals: list[Row] = []
-        reallocated: list[Row] = []
-        calls: list[Row] = []
-        meters: list[Row] = []
-        curves: list[Row] = []
-        reallocated_time: list[Row] = []
-        for endpoint, result in results.items():
-            pool = self._pools[endpoint]
-            until = to_iso(result.settled_until_s)
-            intervals += [
-                {
-                    "endpoint": endpoint,
-                    "started_at": to_iso(one.interval.started_s),
-                    "finished_at": to_iso(one.interval.finished_s),
-                    "zone": pool.zone,
-                    "pool": pool.name,
-                    "metered_j": one.interval.metered_j,
-                    "attributed_j": one.attributed_j,
-                    "idle_j": one.idle_j,
-                    "unattributed_j": one.unattributed_j,
-                    "restarted": one.interval.restarted,
-                    "calls": len(one.uses),
-                    "idle_s": one.idle_s,
-                    "stalled": one.interval.started_s in result.stalled,
-                }
-                for one in result.intervals
-            ]
-            reallocated += [{"endpoint": endpoint, "started_at": to_iso(start)} for start, _ in result.reallocated_j]
-            reallocated_time += [
-                {"endpoint": endpoint, "started_at": to_iso(start), "idle_s": idle_s}
-                for start, idle_s in result.reallocated_s
-            ]
-            calls += [
-                {
-                    "id": one.id,
-                    "energy_j": one.used.energy_j,
-                    "server_s": one.server_s,
-                    "steps": one.used.steps,
-                    "batch_tokens": one.used.batch_tokens,
-                    "accounted_until": until,
-                    "partial": one.partial,
-                    "settled": one.finished,
-                }
-                for one in result.calls
-            ]
-            meters.append(
-                {
-                    "endpoint": endpoint,
-                    "metered_from": to_iso(states[endpoint].metered_from_s),
-                    "settled_until": until,
-                    "idle_power_w": result.learned.power_w,
-                    "quiet_s": result.learned.idle_s,
-                    "quiet_j": result.learned.idle_j,
-                }
-            )
-            curves.append({"endpoint": endpoint, "state": result.curve.model_dump(mode="json")})
+    async def _write(self, connection: Connection, endpoint: str, chunk: Chunk, result: EndpointSettlement) -> None:
+        """Write everything but the calls."""
+        pool, until = self._pools[endpoint], to_iso(result.settled_until_s)
+        intervals: list[Row] = [
+            {
+                "endpoint": endpoint,
+                "started_at": to_iso(one.interval.started_s),
+                "finished_at": to_iso(one.interval.finished_s),
+                "zone": pool.zone,
+                "pool": pool.name,
+                "metered_j": one.interval.metered_j,
+                "attributed_j": one.attributed_j,
+                "idle_j": one.idle_j,
+                "unattributed_j": one.unattributed_j,
+                "restarted": one.interval.restarted,
+                "calls": len(one.uses),
+                "idle_s": one.idle_s,
+                "stalled": one.interval.started_s in result.stalled,
+            }
+            for one in result.intervals
+        ]
+        reallocated = [{"endpoint": endpoint, "started_at": to_iso(start)} for start, _ in result.reallocated_j]
+        reallocated_time = [
+            {"endpoint": endpoint, "started_at": to_iso(start), "idle_s": idle_s}
+            for start, idle_s in result.reallocated_s
+        ]
+        meter = {
+            "endpoint": endpoint,
+            "metered_from": to_iso(chunk.state.metered_from_s),
+            "settled_until": until,
+            "idle_power_w": result.learned.power_w,
+            "quiet_s": result.learned.idle_s,
+            "quiet_j": result.learned.idle_j,
+        }
         await execute_rows(connection, sql.ADD_INTERVALS, intervals)
         await execute_rows(connection, sql.REALLOCATE, reallocated)
         await execute_rows(connection, sql.REALLOCATE_TIME, reallocated_time)
-        await execute_rows(connection, sql.UPDATE_CALLS, calls)
-        await execute_rows(connection, sql.PUT_METERS, meters)
-        await execute_rows(connection, sql.PUT_CURVES, curves)
+        await execute_rows(connection, sql.PUT_METERS, [meter])
+        await execute_rows(
+            connection, sql.PUT_CURVES, [{"endpoint": endpoint, "state": result.curve.model_dump(mode="json")}]
+        )
 
-    async def _footprints(
-        self, connection: Connection, results: Mapping[str, EndpointSettlement], rows: Mapping[str, asyncpg.Record]
-    ) -> list[Row]:
-        """The computed columns of the footprints of all calls that are finished and metered."""
-        done = [one for result in results.values() for one in result.calls if one.finished and one.metered]
-        if not done:
-            return []
-        max_age_s = self._settings.max_intensity_age_s
-        steps = await read_intensity(connection, [rows[one.id] for one in done], max_age_s=max_age_s)
-        return [
-            footprint_row(
-                request_id=one.id,
-                started_s=rows[one.id]["started_at"].timestamp(),
-                finished_s=rows[one.id]["finished_at"].timestamp(),
-                energy_j=one.used.energy_j,
-                server_s=one.server_s,
-                partial=one.partial,
-                pool=self._pools[rows[one.id]["endpoint"]],
-                intensity=steps[rows[one.id]["zone"]],
+    async def _write_calls(
+        self, connection: Connection, pool: Pool, chunk: Chunk, result: EndpointSettlement
+    ) -> set[datetime]:
+        """Move the finished calls to the settled ones, and note what the others have got so far.
+
+        Returns:
+            The days whose partitions exist.
+        """
+        going_on = [one for one in result.calls if not one.finished]
+        if going_on:
+            columns = zip(
+                *(
+                    (one.id, one.used.energy_j, one.server_s, one.used.steps, one.used.batch_tokens, one.partial)
+                    for one in going_on
+                ),
+                strict=True,
             )
-            for one in done
-        ]
+            await connection.execute(sql.UPDATE_CALLS, *map(list, columns), to_datetime(result.settled_until_s))
+        unmetered = [one.id for one in result.calls if one.finished and not one.metered]
+        if unmetered:
+            await connection.execute(sql.REMOVE_CALLS, unmetered)
+        done = [one for one in result.calls if one.finished and one.metered]
+        if not done:
+            return set()
+        rows = [chunk.rows[one.id] for one in done]
+        ends = [row["finished_at"] for row in rows]
+        days = {sql.day_of(one) for one in ends}
+        for day in sorted(days - self._days):
+            await sql.add_partition(connection, day)
+        number = await connection.fetchval(sql.ADD_CHUNK, len(done), min(ends), max(ends))
+        steps = await read_intensity(connection, rows, max_age_s=self._settings.max_intensity_age_s)
+        footprints = [_footprint(one, row, pool, steps) for one, row in zip(done, rows, strict=True)]
+        await connection.execute(sql.MOVE_CALLS, number, *map(list, zip(*footprints, strict=True)))
+        self._count(done, rows, footprints)
+        return days
 
-    def _report_endpoint(self, endpoint: str, result: EndpointSettlement) -> int:
-        """Update metrics and log; returns the number of finished calls without a footprint."""
+    def _count(
+        self, calls: Sequence[CallResult], rows: Sequence[asyncpg.Record], footprints: Sequence[Footprint]
+    ) -> None:
+        """Add settled calls to the metrics."""
+        partial = sum(one.partial for one in calls)
+        self._metrics.calls.labels("partial").inc(partial)
+        self._metrics.calls.labels("complete").inc(len(calls) - partial)
+        grams: dict[tuple[str, str, str], float] = defaultdict(float)
+        for row, (_, _, _, _, operational_g, embodied_g, _) in zip(rows, footprints, strict=True):
+            if operational_g is not None:
+                grams[row["purpose"], row["pool"], row["level"]] += operational_g + embodied_g
+        for labels, total in grams.items():
+            self._metrics.grams.labels(*labels).inc(total)
+
+    def _report_endpoint(self, endpoint: str, result: EndpointSettlement) -> None:
+        """Update metrics and log."""
         metrics = self._metrics
         for one in result.intervals:
             for part, joules in (
@@ -219,37 +282,30 @@ class IntervalSettlement:
         if late:
             metrics.late_calls.inc(late)
             _log.warning("calls arrived after their intervals were settled", endpoint=endpoint, calls=late)
-        return sum(one.finished and not one.metered for one in result.calls)
+        self._metrics.calls.labels("unmetered").inc(sum(one.finished and not one.metered for one in result.calls))
 
-    def _curves(
-        self, states: Mapping[str, EndpointState], results: Mapping[str, EndpointSettlement]
-    ) -> tuple[EndpointCurve, ...]:
-        """The messages of all endpoints whose curve is known at all."""
-        found = []
-        for endpoint, result in results.items():
-            estimate = replace(states[endpoint], curve=result.curve).estimate()
-            if estimate is None:
-                continue
-            self._metrics.curve_identifiable.labels(endpoint).set(estimate.identifiable)
-            coefficients = asdict(estimate.curve)
-            del coefficients["asleep_w"]
-            for name, value in coefficients.items():
-                self._metrics.curve.labels(endpoint, name).set(value)
-            found.append(
-                EndpointCurve(
-                    endpoint=endpoint,
-                    pool=self._pools[endpoint].name,
-                    at=to_datetime(result.settled_until_s),
-                    **coefficients,
-                    standard_errors=dict(estimate.standard_errors),
-                    identifiable=estimate.identifiable,
-                    reason=estimate.reason,
-                    intervals=estimate.intervals,
-                    mean_batch=estimate.mean_batch,
-                    mean_prompt_tokens=estimate.mean_prompt_tokens,
-                )
-            )
-        return tuple(found)
+    def _curve(self, endpoint: str, state: EndpointState, result: EndpointSettlement) -> EndpointCurve | None:
+        """The message of an endpoint whose curve is known at all."""
+        estimate = replace(state, curve=result.curve).estimate()
+        if estimate is None:
+            return None
+        self._metrics.curve_identifiable.labels(endpoint).set(estimate.identifiable)
+        coefficients = asdict(estimate.curve)
+        del coefficients["asleep_w"]
+        for name, value in coefficients.items():
+            self._metrics.curve.labels(endpoint, name).set(value)
+        return EndpointCurve(
+            endpoint=endpoint,
+            pool=self._pools[endpoint].name,
+            at=to_datetime(result.settled_until_s),
+            **coefficients,
+            standard_errors=dict(estimate.standard_errors),
+            identifiable=estimate.identifiable,
+            reason=estimate.reason,
+            intervals=estimate.intervals,
+            mean_batch=estimate.mean_batch,
+            mean_prompt_tokens=estimate.mean_prompt_tokens,
+        )
 
     def _report_meter(self, endpoint: str, result: EndpointSettlement) -> None:
         """Say in readiness, metric and log whether the endpoint's meter works."""
@@ -267,3 +323,20 @@ class IntervalSettlement:
             _log.warning("energy counter stands still while tokens are generated", endpoint=endpoint)
         elif "stands still" in before and not problem:
             _log.info("energy counter moves again", endpoint=endpoint)
+
+
+def _footprint(call: CallResult, row: asyncpg.Record, pool: Pool, steps: Mapping[str, IntensitySteps]) -> Footprint:
+    """The computed columns of a settled call, in the order in which `sql.MOVE_CALLS` takes them."""
+    started_s, finished_s = row["started_at"].timestamp(), row["finished_at"].timestamp()
+    intensity = steps[row["zone"]].mean(started_s, finished_s)
+    grams = footprint_grams(
+        energy_j=call.used.energy_j,
+        # Unknown in calls that an earlier version has partly settled: these are charged for all of their time.
+        server_s=max(0.0, finished_s - started_s) if call.server_s is None else call.server_s,
+        pool=pool,
+        intensity_g_per_kwh=intensity,
+    )
+    return (
+        call.id, call.used.energy_j, call.server_s, intensity, grams["operational_g"],
+        grams["embodied_g"] or 0.0, call.partial
+    )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import asyncpg
 
+from services.ledger.calls import Dimensions, NewCall, columns_of
 from shared.runtime.database import DatabaseStatus
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
@@ -17,8 +18,7 @@ Row = dict[str, Any]
 """Column name to value; times as ISO 8601 text."""
 
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "calls": ("id",),
-    "refusals": ("request_id",),
+    "rejections": ("id",),
     "intensity": ("zone", "at"),
     "policies": ("model", "version", "created_at"),
     "quality": ("evaluation_id",),
@@ -35,39 +35,123 @@ FROM jsonb_populate_recordset(NULL::readings, $1) AS new
 WHERE NOT EXISTS (SELECT FROM readings AS old WHERE old.endpoint = new.endpoint AND old.at > $3)
 """
 
-# Settlement: $1 lists endpoints, $2 the time up to which each can be settled.
-SETTLEMENT_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('sprout.ledger.settlement'))"
-READINGS = """
-SELECT r.endpoint, r.at, r.gpu, r.energy_j
-FROM unnest($1::text[], $2::timestamptz[]) AS e (endpoint, until)
-LEFT JOIN meters AS m USING (endpoint)
-CROSS JOIN LATERAL (
-    SELECT * FROM readings
-    WHERE readings.endpoint = e.endpoint AND at >= coalesce(m.settled_until, '-infinity') AND at <= e.until
-) AS r
-ORDER BY r.endpoint, r.at
+SERVER_SETTINGS: Mapping[str, str] = {"plan_cache_mode": "force_custom_plan", "jit": "off"}
+"""Tables grow from nothing to millions of rows within a connection's life: no plan may be kept."""
+
+# Intake. Columns as arrays, which asyncpg sends in binary. A call that another version of the ledger booked under its
+# request id is the same call if it started at the same time.
+ADD_CALLS = """
+INSERT INTO open_calls (id, request_id, dimension, endpoint, started_at, first_token_at, finished_at, prompt_tokens,
+                        completion_tokens)
+SELECT new.* FROM unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::timestamptz[], $6::timestamptz[],
+                         $7::timestamptz[], $8::int[], $9::int[])
+    AS new (id, request_id, dimension, endpoint, started_at, first_token_at, finished_at, prompt_tokens,
+            completion_tokens)
+WHERE NOT EXISTS (SELECT FROM settled_calls AS old WHERE old.id = new.id)
+  AND NOT EXISTS (SELECT FROM calls AS old
+                  WHERE old.id = coalesce(new.request_id, new.id) AND old.started_at = new.started_at)
+  AND new.finished_at >= (SELECT kept_from FROM removals)
+ON CONFLICT (id) DO NOTHING
 """
-METERS = "SELECT * FROM meters WHERE endpoint = ANY($1)"
+
+# Calls of an earlier version. Its propensities as JSON text; the key is the request id.
+EARLIER_CALLS = """
+SELECT id, purpose, evaluation_id, model, grp, task, tenant, pool, level, zone, endpoint, policy_version,
+       decision_source, propensity, propensities::text AS propensities, started_at, first_token_at, finished_at,
+       prompt_tokens, completion_tokens
+FROM calls WHERE NOT settled ORDER BY endpoint, started_at LIMIT $1 FOR UPDATE
+"""
+# A call that this version has already is left out: the earlier one read its message again.
+ADOPT_CALLS = """
+WITH moved AS (
+    UPDATE calls SET settled = true FROM unnest($1::text[], $2::int[]) AS new (id, dimension)
+    WHERE calls.id = new.id RETURNING calls.*, new.dimension
+)
+INSERT INTO open_calls (id, dimension, endpoint, started_at, first_token_at, finished_at, prompt_tokens,
+                        completion_tokens, energy_j, server_s, steps, batch_tokens, accounted_until, partial)
+SELECT id, dimension, endpoint, started_at, first_token_at, finished_at, prompt_tokens, completion_tokens,
+       energy_j, server_s, steps, batch_tokens, accounted_until, partial
+FROM moved
+WHERE NOT EXISTS (SELECT FROM open_calls AS own WHERE own.endpoint = moved.endpoint
+                  AND own.started_at = moved.started_at AND own.request_id = moved.id)
+ON CONFLICT (id) DO NOTHING
+"""
+
+# Footprints of an earlier version: published ones and partial ones, which are not published, are moved as they are.
+EARLIER_ROWS = """
+SELECT f.*, f.propensities::text AS propensities_text, c.first_token_at
+FROM (SELECT * FROM footprints WHERE published OR partial ORDER BY finished_at LIMIT $1 FOR UPDATE SKIP LOCKED) AS f
+LEFT JOIN calls AS c ON c.id = f.request_id
+"""
+ADOPT_FOOTPRINTS = """
+WITH moved AS (
+    DELETE FROM footprints AS f USING unnest($2::text[], $3::int[], $4::timestamptz[]) AS new (id, dimension, first)
+    WHERE f.request_id = new.id RETURNING f.*, new.dimension, new.first
+)
+INSERT INTO settled_calls
+SELECT request_id, NULL, $1, dimension, started_at, first, finished_at, prompt_tokens, completion_tokens, energy_j,
+       server_s, intensity_g_per_kwh, operational_g, embodied_g, partial
+FROM moved
+"""
+MARK_PUBLISHED = "UPDATE chunks SET published = true WHERE chunk = $1"
+
+# Settlement of one endpoint; $1 is its name.
+# Ledgers of earlier versions take the first lock for all endpoints; this version only keeps them from it.
+EARLIER_LOCKS = ("sprout.ledger.settlement", "sprout.ledger.publication")
+HOLD_SHARED = "SELECT pg_advisory_lock_shared(hashtext($1))"
+ENDPOINT_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('sprout.ledger.endpoint'), hashtext($1))"
+# `sprout erase` takes it exclusively, so that no id changes in the middle of a transaction.
+ERASURE_LOCK = "SELECT pg_advisory_xact_lock_shared(hashtext('sprout.ledger.erasure'))"
+READINGS = """
+SELECT at, gpu, energy_j, coalesce(divided, false) AS divided, coalesce(restarted, false) AS restarted
+FROM readings
+WHERE endpoint = $1 AND at >= coalesce((SELECT settled_until FROM meters WHERE endpoint = $1), '-infinity')
+  AND at <= $2
+ORDER BY at LIMIT $3
+"""
+METER = "SELECT * FROM meters WHERE endpoint = $1"
 CURVES = "SELECT endpoint, state FROM curves WHERE endpoint = ANY($1)"
+# The start of the open call after $3 others and after those that started by $2; null if there are not so many.
+CHUNK_END = """
+SELECT started_at FROM open_calls WHERE endpoint = $1 AND started_at > $2 ORDER BY started_at OFFSET $3 LIMIT 1
+"""
+# All calls of the chunk that ends at $2 and begins at $3, and at most $4 late ones, which had ended before it.
 OPEN_CALLS = """
-SELECT c.*
-FROM unnest($1::text[], $2::timestamptz[]) AS e (endpoint, until)
-CROSS JOIN LATERAL (
-    SELECT id, purpose, endpoint, zone, pool, level, started_at, first_token_at, finished_at, prompt_tokens,
-           completion_tokens, energy_j, server_s, steps, batch_tokens, accounted_until, partial
-    FROM calls WHERE calls.endpoint = e.endpoint AND NOT settled AND started_at <= e.until
-) AS c
+SELECT o.*, d.zone, d.purpose, d.pool, d.level FROM (
+    (SELECT * FROM open_calls WHERE endpoint = $1 AND started_at <= $2 AND finished_at > $3)
+    UNION ALL
+    (SELECT * FROM open_calls WHERE endpoint = $1 AND started_at <= $2 AND finished_at <= $3
+     ORDER BY started_at LIMIT $4)
+) AS o JOIN dimensions AS d ON d.id = o.dimension
+"""
+# A message that was read again while its call was being settled.
+REMOVE_DUPLICATES = """
+DELETE FROM open_calls AS o
+WHERE endpoint = $1 AND finished_at <= $2 AND accounted_until IS NULL
+  AND EXISTS (SELECT FROM settled_calls AS old WHERE old.id = o.id)
+RETURNING id
+"""
+# All that a division of an interval needs of the calls that started by $2.
+CALLS_BY_START = """
+SELECT extract(epoch FROM started_at)::float8 AS started_s, extract(epoch FROM first_token_at)::float8 AS first_s,
+       extract(epoch FROM finished_at)::float8 AS finished_s, coalesce(prompt_tokens, 0) AS prompt_tokens,
+       completion_tokens
+FROM open_calls WHERE endpoint = $1 AND started_at <= $2 AND finished_at >= $3 ORDER BY started_at
+"""
+ADD_DIVIDED = """
+INSERT INTO readings (endpoint, at, gpu, energy_j, divided, restarted)
+SELECT $1, new.at, new.gpu, new.energy_j, true, new.restarted
+FROM unnest($2::timestamptz[], $3::text[], $4::float8[], $5::bool[]) AS new (at, gpu, energy_j, restarted)
+ON CONFLICT (endpoint, gpu, at) DO NOTHING
 """
 SETTLED_INTERVALS = """
-SELECT i.endpoint, i.started_at, i.finished_at, i.attributed_j, i.unattributed_j, coalesce(i.idle_s, 0) AS idle_s,
-       i.restarted OR coalesce(i.stalled, false) AS flawed
-FROM unnest($1::text[], $2::timestamptz[], $3::timestamptz[]) AS e (endpoint, since, until)
-CROSS JOIN LATERAL (
-    SELECT * FROM intervals
-    WHERE intervals.endpoint = e.endpoint AND finished_at >= e.since AND started_at <= e.until
-) AS i
+SELECT started_at, finished_at, attributed_j, unattributed_j, coalesce(idle_s, 0) AS idle_s,
+       restarted OR coalesce(stalled, false) AS flawed
+FROM intervals WHERE endpoint = $1 AND finished_at >= $2 AND started_at <= $3
 """
-INTENSITY = "SELECT zone, at, intensity_g_per_kwh FROM intensity WHERE zone = ANY($1) AND at >= $2 AND at <= $3"
+INTENSITY = """
+SELECT zone, at, intensity_g_per_kwh FROM intensity WHERE zone = ANY($1) AND at >= $2 AND at <= $3
+"""
 ADD_INTERVALS = """
 INSERT INTO intervals SELECT * FROM jsonb_populate_recordset(NULL::intervals, $1)
 """
@@ -81,12 +165,6 @@ UPDATE intervals SET idle_s = greatest(0, intervals.idle_s - late.idle_s)
 FROM jsonb_populate_recordset(NULL::intervals, $1) AS late
 WHERE intervals.endpoint = late.endpoint AND intervals.started_at = late.started_at
 """
-UPDATE_CALLS = """
-UPDATE calls SET energy_j = new.energy_j, server_s = new.server_s, steps = new.steps, batch_tokens = new.batch_tokens,
-                 accounted_until = new.accounted_until, partial = new.partial, settled = new.settled
-FROM jsonb_populate_recordset(NULL::calls, $1) AS new
-WHERE calls.id = new.id
-"""
 PUT_METERS = """
 INSERT INTO meters SELECT * FROM jsonb_populate_recordset(NULL::meters, $1)
 ON CONFLICT (endpoint) DO UPDATE SET settled_until = EXCLUDED.settled_until, idle_power_w = EXCLUDED.idle_power_w,
@@ -96,40 +174,68 @@ PUT_CURVES = """
 INSERT INTO curves SELECT * FROM jsonb_populate_recordset(NULL::curves, $1)
 ON CONFLICT (endpoint) DO UPDATE SET state = EXCLUDED.state
 """
-ADD_FOOTPRINTS = """
-INSERT INTO footprints (
-    request_id, purpose, evaluation_id, model, grp, task, tenant, pool, level, zone, endpoint, policy_version,
-    decision_source, propensity, propensities, started_at, finished_at, processing_s, server_s, prompt_tokens,
-    completion_tokens, energy_j, intensity_g_per_kwh, operational_g, embodied_g, total_g, partial
-)
-SELECT c.id, c.purpose, c.evaluation_id, c.model, c.grp, c.task, c.tenant, c.pool, c.level, c.zone, c.endpoint,
-       c.policy_version, c.decision_source, c.propensity, c.propensities, c.started_at, c.finished_at,
-       f.processing_s, f.server_s, c.prompt_tokens, c.completion_tokens, f.energy_j, f.intensity_g_per_kwh,
-       f.operational_g, f.embodied_g, f.total_g, f.partial
-FROM jsonb_populate_recordset(NULL::footprints, $1) AS f JOIN calls AS c ON c.id = f.request_id
-ON CONFLICT (request_id) DO NOTHING
+# Calls that go on after the last settled interval.
+UPDATE_CALLS = """
+UPDATE open_calls AS o
+SET energy_j = new.energy_j, server_s = new.server_s, steps = new.steps, batch_tokens = new.batch_tokens,
+    partial = new.partial, accounted_until = $7
+FROM unnest($1::text[], $2::float8[], $3::float8[], $4::float8[], $5::float8[], $6::bool[])
+    AS new (id, energy_j, server_s, steps, batch_tokens, partial)
+WHERE o.id = new.id
 """
-SETTLE_UNMETERED = """
+REMOVE_CALLS = "DELETE FROM open_calls WHERE id = ANY($1)"
+ADD_CHUNK = """
+INSERT INTO chunks (calls, first_finished_at, last_finished_at) VALUES ($1, $2, $3) RETURNING chunk
+"""
+MOVE_CALLS = """
+WITH done AS (
+    DELETE FROM open_calls AS o
+    USING unnest($2::text[], $3::float8[], $4::float8[], $5::float8[], $6::float8[], $7::float8[], $8::bool[])
+        AS new (id, energy_j, server_s, intensity_g_per_kwh, operational_g, embodied_g, partial)
+    WHERE o.id = new.id
+    RETURNING o.id, o.request_id, $1::bigint, o.dimension, o.started_at, o.first_token_at, o.finished_at,
+              o.prompt_tokens, o.completion_tokens, new.energy_j, new.server_s, new.intensity_g_per_kwh,
+              new.operational_g, new.embodied_g, new.partial
+)
+INSERT INTO settled_calls SELECT * FROM done
+WHERE NOT EXISTS (SELECT FROM settled_calls AS old WHERE old.id = done.id)
+"""
+REMOVE_UNMETERED = """
 WITH closed AS (
-    UPDATE calls SET settled = true WHERE NOT settled AND finished_at <= $2 AND endpoint <> ALL($1) RETURNING 1
+    DELETE FROM open_calls WHERE id IN (
+        SELECT id FROM open_calls WHERE endpoint = $1 AND finished_at <= $2 LIMIT $3
+    ) RETURNING 1
 )
 SELECT count(*) FROM closed
 """
-UNSETTLED_CALLS = "SELECT count(*) FROM calls WHERE NOT settled"
+UNSETTLED = """
+SELECT endpoint, count(*) AS calls, min(finished_at) AS oldest FROM open_calls GROUP BY endpoint
+"""
+
+# Partitions of settled_calls
+PARTITION_LOCK = "SELECT pg_advisory_xact_lock(hashtext('sprout.ledger.partition'))"
 
 # Outbox
-PUBLICATION_LOCK = "SELECT pg_try_advisory_xact_lock(hashtext('sprout.ledger.publication'))"
-UNPUBLISHED_FOOTPRINTS = "SELECT * FROM footprints WHERE NOT published AND NOT partial ORDER BY finished_at LIMIT $1"
-MARK_PUBLISHED = "UPDATE footprints SET published = true WHERE request_id = ANY($1)"
+NEXT_CHUNK = """
+SELECT chunk, first_finished_at, last_finished_at FROM chunks WHERE NOT published ORDER BY chunk
+LIMIT 1 FOR UPDATE SKIP LOCKED
+"""
+CHUNK_CALLS = """
+SELECT id, request_id, dimension, started_at, finished_at, prompt_tokens, completion_tokens, energy_j, server_s,
+       intensity_g_per_kwh, operational_g, embodied_g
+FROM settled_calls
+WHERE chunk = $1 AND finished_at >= $2 AND finished_at <= $3 AND NOT partial
+"""
+DIMENSIONS = "SELECT *, propensities::text AS distribution FROM dimensions WHERE id = ANY($1)"
+EARLIER_FOOTPRINTS = """
+SELECT *, propensities::text AS distribution, request_id AS id FROM footprints
+WHERE NOT published AND NOT partial ORDER BY finished_at LIMIT $1 FOR UPDATE SKIP LOCKED
+"""
+MARK_EARLIER_PUBLISHED = "UPDATE footprints SET published = true WHERE request_id = ANY($1)"
+UNPUBLISHED = "SELECT count(*) FROM chunks WHERE NOT published"
 
-# Retention
-REMOVE_OLD = (
-    """
-    DELETE FROM readings USING meters
-    WHERE readings.endpoint = meters.endpoint AND readings.at < least($1, meters.settled_until)
-    """,
-    "DELETE FROM calls WHERE settled AND finished_at < $1",
-)
+REMOVED_AT_ONCE = 10_000
+"""Rows that one statement removes."""
 
 
 class Storage:
@@ -141,6 +247,7 @@ class Storage:
     def __init__(self) -> None:
         self.status = DatabaseStatus()
         self._pool: asyncpg.Pool | None = None
+        self.dimensions = Dimensions()
 
     def attach(self, pool: asyncpg.Pool) -> None:
         """Set the pool; the search path of its connections is the ledger's schema."""
@@ -171,6 +278,14 @@ class Storage:
         latest = {tuple(row[name] for name in KEYS[table]): row for row in rows}
         await self._write(table, list(latest.values()), f"UPDATE SET {changes} WHERE {differs}")
 
+    async def add_calls(self, calls: Sequence[NewCall]) -> None:
+        """Add the calls whose keys are new."""
+        if not calls:
+            return
+        with self.status.watch():
+            dimensions = await self.dimensions.ids(self.pool, calls)
+            await self.pool.execute(ADD_CALLS, *columns_of(calls, dimensions))
+
     async def add_readings(
         self, counters: Mapping[str, Mapping[str, float]], *, at: datetime, spacing: timedelta
     ) -> None:
@@ -192,11 +307,18 @@ class Storage:
                 await connection.execute(READINGS_LOCK)
                 await connection.execute(ADD_READINGS, json.dumps(rows), at, at - spacing)
 
-    async def remove_old(self, before: datetime) -> None:
-        """Remove raw readings and settled calls from before a time; footprints and intervals stay."""
+    async def unsettled(self) -> list[tuple[str, int, datetime]]:
+        """The open calls by endpoint: number, and end of the oldest."""
         with self.status.watch():
-            for statement in REMOVE_OLD:
-                await self.pool.execute(statement, before)
+            return [tuple(row) for row in await self.pool.fetch(UNSETTLED)]
+
+    async def remove_unmetered(self, endpoint: str, until: datetime) -> int:
+        """Remove the open calls of an endpoint without a meter that ended by a time; returns their number."""
+        removed = 0
+        with self.status.watch():
+            while count := await self.pool.fetchval(REMOVE_UNMETERED, endpoint, until, REMOVED_AT_ONCE):
+                removed += count
+        return removed
 
     async def _write(self, table: str, rows: Sequence[Row], on_conflict: str) -> None:
         if rows:
@@ -208,6 +330,43 @@ async def execute_rows(connection: Connection, statement: str, rows: Sequence[Ma
     """Run a statement over many rows, passed as one JSON array; does nothing without rows."""
     if rows:
         await connection.execute(statement, json.dumps(rows))
+
+
+async def add_partition(connection: Connection, day: datetime) -> None:
+    """Create the partition of `settled_calls` for a day, if there is none yet.
+
+    Args:
+        day: its first moment, UTC.
+    """
+    name = partition_name(day)
+    exists = f"SELECT to_regclass('{name}') IS NOT NULL"
+    if await connection.fetchval(exists):
+        return
+    await connection.execute(PARTITION_LOCK)
+    if await connection.fetchval(exists):
+        return
+    # Attaching locks less than creating a partition: others go on reading and writing.
+    await connection.execute(f"CREATE TABLE {name} (LIKE settled_calls INCLUDING ALL)")
+    following = day + timedelta(days=1)
+    await connection.execute(
+        f"ALTER TABLE settled_calls ATTACH PARTITION {name} "
+        f"FOR VALUES FROM ('{day.isoformat()}') TO ('{following.isoformat()}')"
+    )
+
+
+def day_of(at: datetime) -> datetime:
+    """The first moment of a time's day, UTC."""
+    return at.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+
+
+def partition_name(day: datetime) -> str:
+    """The table with the settled calls that ended on a day."""
+    return f"settled_calls_{day:%Y%m%d}"
+
+
+def partition_day(name: str) -> datetime:
+    """The day of a partition."""
+    return datetime.strptime(name, "settled_calls_%Y%m%d").replace(tzinfo=UTC)
 
 
 def to_datetime(seconds: float) -> datetime:

@@ -1,9 +1,9 @@
-"""Reads what a settlement needs from PostgreSQL: the state of every endpoint, and the carbon intensity of its calls."""
+"""Reads what the settlement of a chunk needs from PostgreSQL: the endpoint's state, and the intensity of its calls."""
 
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from functools import partial
 
 import asyncpg
@@ -18,94 +18,149 @@ from services.ledger.reports import AwakeEndpoints
 from services.ledger.sql import Connection, to_datetime
 from shared.fleet import Pool
 
+CHUNK_INTERVALS = 60
+"""Most intervals of a chunk: a call that is as long as all of them has a share of each."""
+MOST_READINGS = 2_000
+"""Most readings of single GPUs that are read at once."""
+LATE_SPAN = timedelta(days=1)
+"""Late calls get what intervals up to this long before left unattributed."""
 
-async def read_states(
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one transaction settles of an endpoint.
+
+    Attributes:
+        state: the endpoint's; its readings end where the chunk ends.
+        rows: of its open calls, by id.
+        divisible: too many calls ran between its two readings; the interval is to be divided first.
+    """
+
+    state: EndpointState
+    rows: Mapping[str, asyncpg.Record]
+    divisible: bool = False
+
+
+async def read_chunk(
     connection: Connection,
-    pools: Mapping[str, Pool],
-    limits: Mapping[str, datetime],
+    pool: Pool,
+    endpoint: str,
+    limit: datetime,
+    *,
+    calls: int,
+    awake: AwakeEndpoints,
+    still_after_s: float,
+    divide: bool = True,
+) -> Chunk | None:
+    """Read what is to be settled next of an endpoint; None without a reading.
+
+    Args:
+        pool: the endpoint's.
+        limit: time up to which it can be settled.
+        calls: most calls that start within the chunk, unless more start at one moment.
+        awake: which endpoints were needed.
+        still_after_s: see `EndpointState`.
+        divide: whether an interval with more calls is to be divided; otherwise it is a chunk, whatever its size.
+    """
+    readings = await _readings(connection, endpoint, limit)
+    if not readings:
+        return None
+    state = await _endpoint_state(connection, pool, endpoint, readings, awake=awake, still_after_s=still_after_s)
+    if len(readings) > 1:
+        end = await connection.fetchval(sql.CHUNK_END, endpoint, to_datetime(readings[0].at_s), calls)
+        within = [one for one in readings if end is None or to_datetime(one.at_s) <= end]
+        if len(within) < 2:
+            # A call that starts with the second reading takes no part in the interval.
+            if divide and end is not None and to_datetime(readings[0].at_s) < end < to_datetime(readings[1].at_s):
+                return Chunk(replace(state, readings=readings[:2]), {}, divisible=True)
+            within = readings[:2]
+        state = replace(state, readings=within)
+    first, last = to_datetime(state.readings[0].at_s), to_datetime(state.readings[-1].at_s)
+    rows = {row["id"]: row for row in await connection.fetch(sql.OPEN_CALLS, endpoint, last, first, calls)}
+    opened = [_open_call(row) for row in rows.values()]
+    if any(one.is_late(state.readings[0].at_s) for one in opened):
+        removed = await connection.fetch(sql.REMOVE_DUPLICATES, endpoint, first)
+        rows = {name: row for name, row in rows.items() if name not in {one["id"] for one in removed}}
+        opened = [_open_call(row) for row in rows.values()]
+    settled, settled_from_s = await _settled_intervals(connection, endpoint, state.readings[0].at_s, opened)
+    return Chunk(replace(state, calls=opened, settled=settled, settled_from_s=settled_from_s), rows)
+
+
+async def _readings(connection: Connection, endpoint: str, limit: datetime) -> list[Reading]:
+    """The readings from the end of the last settled interval up to a limit, at most those of a chunk."""
+    found: list[Reading] = []
+    rows = await connection.fetch(sql.READINGS, endpoint, limit, MOST_READINGS)
+    for row in rows:
+        at_s = row["at"].timestamp()
+        if found and found[-1].at_s == at_s:
+            before = found.pop()
+            energy_j = {**before.energy_j, row["gpu"]: row["energy_j"]}
+            found.append(
+                Reading(at_s, energy_j, before.divided or row["divided"], before.restarted or row["restarted"])
+            )
+        else:
+            found.append(Reading(at_s, {row["gpu"]: row["energy_j"]}, row["divided"], row["restarted"]))
+    if len(rows) == MOST_READINGS:
+        found.pop()  # it may lack a GPU
+    return found[: CHUNK_INTERVALS + 1]
+
+
+async def _endpoint_state(
+    connection: Connection,
+    pool: Pool,
+    endpoint: str,
+    readings: Sequence[Reading],
     *,
     awake: AwakeEndpoints,
     still_after_s: float,
-) -> tuple[dict[str, EndpointState], dict[str, asyncpg.Record]]:
-    """Read the state of every endpoint with readings, by name, and the rows of its open calls, by id.
-
-    Args:
-        pools: by name of the endpoints that have a meter.
-        limits: time up to which each endpoint is settled; the others are left out.
-        awake: which endpoints were needed.
-        still_after_s: see `EndpointState`.
-    """
-    limited = {name: limits[name] for name in pools if name in limits}
-    readings = _readings_by_endpoint(await connection.fetch(sql.READINGS, list(limited), list(limited.values())))
-    names = list(readings)
-    meters = {row["endpoint"]: row for row in await connection.fetch(sql.METERS, names)}
+) -> EndpointState:
+    """The state without calls."""
+    meter = await connection.fetchrow(sql.METER, endpoint)
+    names = [one.name for one in pool.endpoints]
     curves = {
         row["endpoint"]: CurveState.model_validate_json(row["state"])
-        for row in await connection.fetch(sql.CURVES, list(pools))
+        for row in await connection.fetch(sql.CURVES, names)
     }
-    pool_idle_w = _pool_idle_w(pools, curves)
-    untils = [to_datetime(readings[name][-1].at_s) for name in names]
-    rows = {row["id"]: row for row in await connection.fetch(sql.OPEN_CALLS, names, untils)}
-    calls: dict[str, list[OpenCall]] = defaultdict(list)
-    for row in rows.values():
-        calls[row["endpoint"]].append(_open_call(row))
-    settled = await _read_settled_intervals(connection, readings, calls)
-    states = {}
-    for name in names:
-        meter, pool = meters.get(name), pools[name]
-        states[name] = EndpointState(
-            readings=readings[name],
-            calls=calls[name],
-            settled=settled[name],
-            metered_from_s=readings[name][0].at_s if meter is None else meter["metered_from"].timestamp(),
-            idle_power_w=pool.idle_power_w,
-            pool_idle_w=pool_idle_w.get(pool.name),
-            learned=IdlePower()
-            if meter is None
-            else IdlePower(meter["idle_power_w"], meter["quiet_s"], meter["quiet_j"]),
-            curve=curves.get(name, CurveState()),
-            kept_awake=partial(awake.kept, pool.name, name) if pool.sleep else None,
-            still_after_s=still_after_s,
+    return EndpointState(
+        readings=readings,
+        calls=(),
+        metered_from_s=readings[0].at_s if meter is None else meter["metered_from"].timestamp(),
+        idle_power_w=pool.idle_power_w,
+        pool_idle_w=_pool_idle_w(pool, curves),
+        learned=IdlePower() if meter is None else IdlePower(meter["idle_power_w"], meter["quiet_s"], meter["quiet_j"]),
+        curve=curves.get(endpoint, CurveState()),
+        kept_awake=partial(awake.kept, pool.name, endpoint) if pool.sleep else None,
+        still_after_s=still_after_s,
+    )
+
+
+def _pool_idle_w(pool: Pool, curves: Mapping[str, CurveState]) -> float | None:
+    """Median idle power of the pool's endpoints that have learned it."""
+    estimates = [curve.estimate(idle_power_w=pool.idle_power_w) for curve in curves.values()]
+    found = [one.curve.idle_w for one in estimates if one is not None and one.identifiable]
+    return statistics.median(found) if found else None
+
+
+async def _settled_intervals(
+    connection: Connection, endpoint: str, settled_until_s: float, calls: Sequence[OpenCall]
+) -> tuple[list[SettledInterval], float]:
+    """The settled intervals in which late calls ran, and the time from which they are all there."""
+    starts = [one.call.started_s for one in calls if one.is_late(settled_until_s)]
+    if not starts:
+        return [], settled_until_s
+    since_s = max(min(starts), settled_until_s - LATE_SPAN.total_seconds())
+    rows = await connection.fetch(sql.SETTLED_INTERVALS, endpoint, to_datetime(since_s), to_datetime(settled_until_s))
+    return [
+        SettledInterval(
+            row["started_at"].timestamp(),
+            row["finished_at"].timestamp(),
+            row["attributed_j"],
+            row["unattributed_j"],
+            row["idle_s"],
+            row["flawed"],
         )
-    return states, rows
-
-
-def _pool_idle_w(pools: Mapping[str, Pool], curves: Mapping[str, CurveState]) -> dict[str, float]:
-    """Median idle power of the endpoints that have learned it, by pool."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for name, curve in curves.items():
-        estimate = curve.estimate(idle_power_w=pools[name].idle_power_w)
-        if estimate is not None and estimate.identifiable:
-            found[pools[name].name].append(estimate.curve.idle_w)
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
-async def _read_settled_intervals(
-    connection: Connection, readings: Mapping[str, Sequence[Reading]], calls: Mapping[str, Sequence[OpenCall]]
-) -> dict[str, list[SettledInterval]]:
-    """The settled intervals in which late calls ran, by endpoint."""
-    found: dict[str, list[SettledInterval]] = defaultdict(list)
-    since: dict[str, float] = {}
-    for name, opened in calls.items():
-        starts = [one.call.started_s for one in opened if one.is_late(readings[name][0].at_s)]
-        if starts:
-            since[name] = min(starts)
-    if not since:
-        return found
-    sinces = [to_datetime(since_s) for since_s in since.values()]
-    ends = [to_datetime(readings[name][0].at_s) for name in since]
-    for row in await connection.fetch(sql.SETTLED_INTERVALS, list(since), sinces, ends):
-        found[row["endpoint"]].append(
-            SettledInterval(
-                row["started_at"].timestamp(),
-                row["finished_at"].timestamp(),
-                row["attributed_j"],
-                row["unattributed_j"],
-                row["idle_s"],
-                row["flawed"],
-            )
-        )
-    return found
+        for row in rows
+    ], since_s
 
 
 async def read_intensity(
@@ -121,17 +176,6 @@ async def read_intensity(
     return {zone: IntensitySteps(found, max_age_s=max_age_s) for zone, found in points.items()}
 
 
-def _readings_by_endpoint(rows: Sequence[asyncpg.Record]) -> dict[str, list[Reading]]:
-    """Readings by endpoint, from rows ordered by endpoint and time."""
-    grouped: dict[str, dict[datetime, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        grouped[row["endpoint"]][row["at"]][row["gpu"]] = row["energy_j"]
-    return {
-        endpoint: [Reading(at.timestamp(), energy_j) for at, energy_j in by_time.items()]
-        for endpoint, by_time in grouped.items()
-    }
-
-
 def _open_call(row: asyncpg.Record) -> OpenCall:
     first = row["first_token_at"]
     call = Call(
@@ -142,10 +186,13 @@ def _open_call(row: asyncpg.Record) -> OpenCall:
         prompt_tokens=row["prompt_tokens"] or 0,
         completion_tokens=row["completion_tokens"],
     )
+    accounted = row["accounted_until"] is not None
+    if not accounted:
+        return OpenCall(call)
     return OpenCall(
         call,
-        used=CallUse(row["energy_j"], row["server_s"] or 0.0, row["steps"], row["batch_tokens"]),
-        accounted=row["accounted_until"] is not None,
+        used=CallUse(row["energy_j"] or 0.0, row["server_s"] or 0.0, row["steps"] or 0.0, row["batch_tokens"] or 0.0),
+        accounted=True,
         partial=row["partial"],
-        timed=row["server_s"] is not None or row["accounted_until"] is None,
+        timed=row["server_s"] is not None,
     )

@@ -5,7 +5,7 @@ Services declare FastStream publishers (`broker.publisher(topic, ...)`) and call
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import stamina
@@ -77,6 +77,29 @@ class Publisher(Protocol):
         Raises:
             KafkaError: it could not be published, or Kafka did not say whether it was.
         """
+
+
+class BatchPublisher(Protocol):
+    """The part of a FastStream publisher of batches that services use."""
+
+    async def publish(
+        self,
+        *messages: Any,  # noqa: ANN401 - messages, or `KafkaPublishMessage` with a key each
+        headers: dict[str, str] | None = None,
+        correlation_id: str | None = None,
+    ) -> object:
+        """Publish messages; returns once Kafka has them all.
+
+        Raises:
+            KafkaError: some could not be published, or Kafka did not say whether they were.
+        """
+
+
+def declare_batch_publisher(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec) -> BatchPublisher:
+    """The FastStream publisher of batches of a topic's messages, described in the service's AsyncAPI document."""
+    return broker.publisher(
+        kafka.topic(spec), batch=True, schema=spec.message, title=spec.name, description=spec.description
+    )
 
 
 def declare_publisher(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec) -> Publisher:
@@ -171,9 +194,7 @@ class RecoveringProducer:
             IncorrectState: the producer is not started, or stopped.
         """
         while True:
-            producer = self._producer
-            if producer is None:
-                raise IncorrectState("the Kafka producer is not running")
+            producer = self._running()
             numbered = False
             try:
                 sent = await producer.send(topic, value, **options)
@@ -184,13 +205,52 @@ class RecoveringProducer:
                 if producer is self._producer:
                     raise
             except KafkaError as error:
-                # A sender task that has ended fails every message with a plain KafkaError. A message that is too large
-                # for the producer itself never gets a sequence number.
-                if type(error) is KafkaError or (
-                    isinstance(error, UNRECOVERABLE) and (numbered or not isinstance(error, TOO_LARGE))
-                ):
-                    await self._replace(producer, error)
+                await self._recover(producer, error, numbered=numbered)
                 raise
+
+    async def send_all(self, topic: str, messages: Sequence[tuple[bytes | None, Mapping[str, Any]]]) -> list[Any]:
+        """Send many messages, without a task for each; returns once Kafka has them all.
+
+        Args:
+            messages: values, each with the options of `send`.
+
+        Raises:
+            KafkaError, IncorrectState: as `send`; some of the messages may have been published.
+        """
+        producer = self._running()
+        sent: list[asyncio.Future[Any]] = []
+        try:
+            for value, options in messages:
+                sent.append(await producer.send(topic, value, **options))
+            return await asyncio.gather(*sent)
+        except KafkaError as error:
+            for future in sent:
+                future.add_done_callback(_ignore_result)
+            await self._recover(producer, error, numbered=len(sent) == len(messages))
+            raise
+
+    def _running(self) -> AIOKafkaProducer:
+        """The current producer.
+
+        Raises:
+            IncorrectState: not started, or stopped.
+        """
+        if self._producer is None:
+            raise IncorrectState("the Kafka producer is not running")
+        return self._producer
+
+    async def _recover(self, producer: AIOKafkaProducer, error: KafkaError, *, numbered: bool) -> None:
+        """Replace a producer after an error that it cannot recover from.
+
+        Args:
+            numbered: whether the message had got a sequence number.
+        """
+        # A sender task that has ended fails every message with a plain KafkaError. A message that is too large for the
+        # producer itself never gets a sequence number.
+        if type(error) is KafkaError or (
+            isinstance(error, UNRECOVERABLE) and (numbered or not isinstance(error, TOO_LARGE))
+        ):
+            await self._replace(producer, error)
 
     async def _replace(self, broken: AIOKafkaProducer, reason: KafkaError) -> None:
         """Let a new producer take over from `broken`, unless another call has already done so."""
@@ -224,6 +284,12 @@ class RecoveringProducer:
         task.add_done_callback(self._stopping.discard)
 
 
+def _ignore_result(future: "asyncio.Future[Any]") -> None:
+    """Note the error of a message whose sender has given up."""
+    if not future.cancelled():
+        future.exception()
+
+
 async def _stop(producer: AIOKafkaProducer) -> None:
     try:
         await producer.stop()
@@ -245,14 +311,17 @@ class ProducerMiddleware(BaseMiddleware[KafkaPublishCommand, Any]):
         if not self._producer.is_started:
             # FastStream's in-memory test broker is not started; otherwise this raises that the broker is not connected.
             return await call_next(cmd)
-        sending = (
-            self._send(cmd, cmd.body, cmd.key_for(0))
-            if len(cmd.batch_bodies) <= 1
-            else asyncio.gather(*(self._send(cmd, body, cmd.key_for(i)) for i, body in enumerate(cmd.batch_bodies)))
-        )
+        if len(cmd.batch_bodies) <= 1:
+            value, options = self._record(cmd, cmd.body, cmd.key_for(0))
+            sending = self._producer.send(cmd.destination, value, **options)
+        else:
+            records = [self._record(cmd, body, cmd.key_for(number)) for number, body in enumerate(cmd.batch_bodies)]
+            sending = self._producer.send_all(cmd.destination, records)
         return asyncio.ensure_future(sending) if cmd.no_confirm else await sending
 
-    async def _send(self, cmd: KafkaPublishCommand, body: Any, key: bytes | None) -> Any:  # noqa: ANN401
+    @staticmethod
+    def _record(cmd: KafkaPublishCommand, body: Any, key: bytes | None) -> tuple[bytes | None, dict[str, Any]]:  # noqa: ANN401
+        """The value of a message, and the options of `RecoveringProducer.send`."""
         value: bytes | None
         if body is None and key is not None:
             value, content_type = None, None
@@ -261,11 +330,9 @@ class ProducerMiddleware(BaseMiddleware[KafkaPublishCommand, Any]):
         else:
             value, content_type = encode_message(body, None)
         headers = {"content-type": content_type or "", **cmd.headers_to_publish()}
-        return await self._producer.send(
-            cmd.destination,
-            value,
-            key=key,
-            partition=cmd.partition,
-            timestamp_ms=cmd.timestamp_ms,
-            headers=[(name, (content or "").encode()) for name, content in headers.items()],
-        )
+        return value, {
+            "key": key,
+            "partition": cmd.partition,
+            "timestamp_ms": cmd.timestamp_ms,
+            "headers": [(name, (content or "").encode()) for name, content in headers.items()],
+        }

@@ -1,7 +1,7 @@
 """PostgreSQL: a pool per service, one schema per service, migrations as ordered SQL files."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from typing import Final, TypeVar
@@ -156,13 +156,19 @@ class DatabaseStatus:
 
 
 async def open_pool(
-    settings: DatabaseSettings, *, schema: str, wait_s: float = 120.0, metrics: DatabaseMetrics | None = None
+    settings: DatabaseSettings,
+    *,
+    schema: str,
+    wait_s: float = 120.0,
+    server_settings: Mapping[str, str] | None = None,
+    metrics: DatabaseMetrics | None = None,
 ) -> asyncpg.Pool:
     """Connect, waiting for the server to start; every connection's `search_path` is the service's schema.
 
     Args:
         schema: the service's own.
         wait_s: how long to wait, wall.
+        server_settings: further parameters of every session.
         metrics: of the pool's queries and connections.
 
     Raises:
@@ -175,7 +181,11 @@ async def open_pool(
                 min_size=1,
                 max_size=settings.pool_size,
                 command_timeout=settings.command_timeout_s,
-                server_settings={"search_path": schema, "application_name": f"sprout.{schema}"},
+                server_settings={
+                    "search_path": schema,
+                    "application_name": f"sprout.{schema}",
+                    **(server_settings or {}),
+                },
                 init=None if metrics is None else metrics.observe_connection,
             )
     if metrics is not None:

@@ -1,5 +1,6 @@
 """How the ledger stores the messages of other services; a fake takes the place of its database."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -8,6 +9,7 @@ from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
 from services.ledger.app import Ledger
+from services.ledger.calls import NewCall, storable
 from services.ledger.settings import LedgerSettings
 from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
 from shared.kafka.broker import build_broker
@@ -42,6 +44,9 @@ class MemoryStorage:
         self.tables.setdefault(table, []).extend(rows)
 
     put = add
+
+    async def add_calls(self, calls: list[NewCall]) -> None:
+        await self.add("open_calls", [asdict(call) for call in calls])
 
 
 @pytest.fixture
@@ -78,17 +83,17 @@ async def test_an_invalid_record_becomes_a_dead_letter_and_the_others_are_stored
 
     async with medium.running(broker):
         await broker.publish_batch(usage("a"), b"{broken", usage("b"), topic=medium.kafka.topic(USAGE))
-        await medium.until(lambda: len(memory.tables.get("calls", [])) == 2 and bool(letters))
-    assert {row["id"] for row in memory.tables["calls"]} == {"a", "b"}
+        await medium.until(lambda: len(memory.tables.get("open_calls", [])) == 2 and bool(letters))
+    assert {row["id"] for row in memory.tables["open_calls"]} == {"a", "b"}
     assert [letter.reason for letter in letters] == ["invalid_json"]
 
 
 async def test_values_that_postgresql_cannot_store_are_replaced_by_the_nearest(broker, memory, medium):
     async with medium.running(broker):
         await broker.publish_batch(usage("a"), topic=medium.kafka.topic(USAGE))
-        await medium.until(lambda: "calls" in memory.tables)
-    (row,) = memory.tables["calls"]
-    assert (row["grp"], row["prompt_tokens"], row["propensity"]) == ("qa\ufffd", 2**31 - 1, 1.0)
+        await medium.until(lambda: "open_calls" in memory.tables)
+    (row,) = memory.tables["open_calls"]
+    assert (storable(row["labels"].grp), row["prompt_tokens"], row["labels"].propensity) == ("qa\ufffd", 2**31 - 1, 1.0)
 
 
 @pytest.mark.parametrize("medium", ["memory"], indirect=True)
@@ -108,8 +113,8 @@ async def test_a_batch_that_arrived_while_postgresql_was_unavailable_is_redelive
         await broker.publish_batch(usage("a"), usage("b"), topic=medium.kafka.topic(USAGE))
         await medium.until(lambda: memory.failed_writes >= 2)
         memory.available = True
-        await medium.until(lambda: "calls" in memory.tables)
-    assert {row["id"] for row in memory.tables["calls"]} == {"a", "b"}
+        await medium.until(lambda: "open_calls" in memory.tables)
+    assert {row["id"] for row in memory.tables["open_calls"]} == {"a", "b"}
 
 
 async def test_policies_and_intensities_are_stored_completely(broker, memory, medium):

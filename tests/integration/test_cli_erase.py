@@ -23,6 +23,7 @@ from tools.erasure.topics import PERSONAL_TOPICS
 
 pytestmark = pytest.mark.integration
 
+REJECTED = ("ledger.refusals", "ledger.rejections")
 SCHEMAS = ("evaluator", "optimizer", "ledger")
 SUMS = "SELECT count(*), sum(energy_j), sum(total_g), sum(completion_tokens) FROM ledger.footprints"
 
@@ -52,6 +53,19 @@ async def stores(database):
             name,
         )
         await connection.execute("INSERT INTO ledger.refusals VALUES ($1, 'm', 'no_endpoint', $2)", f"{name}-x", DAY)
+        await connection.execute(f"CREATE TABLE ledger.day{number} PARTITION OF ledger.settled_calls FOR VALUES FROM "
+                                 f"('2024-02-{8 + number:02}') TO ('2024-02-{9 + number:02}')")  # fmt: skip
+        await connection.execute(
+            "WITH d AS (INSERT INTO ledger.dimensions (digest, purpose, model, grp, tenant, pool, level, zone, "
+            "endpoint, propensity, used_at) SELECT gen_random_uuid(), 'request', 'm', 'g', $2, 'p', 'L0', 'Z', 'e', 1, "
+            "$3 RETURNING id), o AS (INSERT INTO ledger.open_calls SELECT 'requests/0/' || $1, $1, id, 'e', $3, $3, "
+            "$3, 1, 1 FROM d) INSERT INTO ledger.settled_calls SELECT 'requests/1/' || $1, $1, 1, id, $3, $3, $3, 1, "
+            "1, 1.0, 1.0, NULL, NULL, 0.0, false FROM d",
+            name, tenant, row["started_at"],
+        )  # fmt: skip
+        await connection.execute(
+            "INSERT INTO ledger.rejections VALUES ('requests/2/' || $1, $1 || '-x', 'm', 'no_endpoint', $2)", name, DAY
+        )
         await connection.execute("INSERT INTO optimizer.counted (id) VALUES ($1)", name)
         await connection.execute(
             "INSERT INTO evaluator.reservoir (model, id, request_id, prompt_group, sampled_at, draw, sample, tenant) "
@@ -108,7 +122,7 @@ async def test_a_tenant_is_erased_and_the_sums_stay(kafka, stores, command):
     tables, topics, unknown = await document(command, "--tenant", "desk", "--dry-run")
     assert tables["evaluator.reservoir"] == (2, 2)
     tables, topics, unknown = await document(command, "--tenant", "desk", "--yes")
-    assert tables == {table.name: (0 if table.name == "ledger.refusals" else 2, 0) for table in TABLES}
+    assert tables == {table.name: (0 if table.name in REJECTED else 2, 0) for table in TABLES}
     assert unknown == []
     assert {name: one["records"] for name, one in topics.items() if one["records"]} == {
         "requests": 2, "samples": 1, "dead-letters": 1,
@@ -120,7 +134,7 @@ async def test_a_tenant_is_erased_and_the_sums_stay(kafka, stores, command):
     for table in TABLES:
         ids = [row[0] for row in await stores.fetch(f"SELECT {table.key} FROM {table.name}")]
         assert not {"r0", "r1"} & set(ids), table.name
-        assert {"r2", "r3"} <= set(ids) or table.name == "ledger.refusals"
+        assert {"r2", "r3"} <= set(ids) or table.name in (*REJECTED, "ledger.dimensions")
     # Again: the tables have nothing left.
     tables, _, unknown = await document(command, "--tenant", "desk", "--yes")
     assert set(tables.values()) == {(0, 0)}
@@ -128,7 +142,9 @@ async def test_a_tenant_is_erased_and_the_sums_stay(kafka, stores, command):
 
 async def test_requests_are_erased_by_id_and_unknown_ones_are_named(kafka, stores, command):
     tables, _, unknown = await document(command, "--request", "r2", "--request", "r3-x", "--request", "r9", "--yes")
-    assert {name: before for name, (before, after) in tables.items()} == {table.name: 1 for table in TABLES}
+    assert {name: before for name, (before, after) in tables.items()} == {
+        table.name: int(table.name != "ledger.dimensions") for table in TABLES
+    }
     assert {after for _, after in tables.values()} == {0}
     assert unknown == [{"kind": "request", "name": "r9"}]
     assert await stores.fetchval("SELECT tenant FROM ledger.calls WHERE id LIKE 'erased-%'") is None
@@ -165,7 +181,8 @@ async def test_every_table_with_a_persons_data_is_erased(stores):
         "WHERE table_schema = ANY($1) AND column_name IN ('tenant', 'request_id', 'record', 'sample')",
         list(SCHEMAS),
     )
-    assert {row["name"] for row in rows} - {table.name for table in TABLES} == set()
+    partitions = {f"ledger.day{number}" for number in range(4)}
+    assert {row["name"] for row in rows} - {table.name for table in TABLES} - partitions == set()
 
 
 def test_every_topic_with_a_persons_data_is_searched():

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.ledger.ingest import Ingest
+from services.ledger.metrics import LedgerMetrics
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Storage
 from shared.kafka.broker import build_broker
@@ -46,12 +47,16 @@ ATTACKS: dict[str, tuple[dict[str, Any] | bytes, str | None]] = {
 
 @pytest.fixture
 async def storage(kafka, database) -> AsyncIterator[Storage]:
-    broker, dead_letters = build_broker(kafka, service="ledger", clock=Clock(), registry=CollectorRegistry())
+    registry = CollectorRegistry()
+    broker, dead_letters = build_broker(kafka, service="ledger", clock=Clock(), registry=registry)
     pool = await open_pool(database, schema="ledger")
     await migrate(pool, schema="ledger", package="services.ledger.migrations")
     made = Storage()
     made.attach(pool)
-    Ingest(broker, dead_letters, kafka=kafka, settings=LedgerSettings(), storage=made, service="ledger")
+    Ingest(
+        broker, dead_letters, kafka=kafka, settings=LedgerSettings(), storage=made, metrics=LedgerMetrics(registry),
+        service="ledger",
+    )  # fmt: skip
     await broker.start()
     try:
         yield pool
@@ -78,4 +83,4 @@ async def test_one_bad_response_costs_only_itself(name, kafka, storage):
 
 
 async def stored(pool: Any) -> list[str]:
-    return [row["id"] for row in await pool.fetch("SELECT id FROM calls")]
+    return [row["id"] for row in await pool.fetch("SELECT id FROM open_calls")]

@@ -16,7 +16,7 @@ from deploy.local.services import ServiceEnvironment, service_spec
 from deploy.local.triton import free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.models import stand_in_llm
 from deploy.triton.repository import write_repository
-from shared.inference.base import GenerationParameters, generate
+from shared.inference.base import GenerationError, GenerationParameters, generate
 from shared.inference.triton.client import TritonClient
 from shared.messages import (
     CarbonIntensity,
@@ -181,8 +181,14 @@ async def give_intensity(producer: Producer, clock: Clock) -> None:
     await producer.post(CARBON_INTENSITY, message, ZONE)
 
 
-async def serve(producer: Producer, server: Server, numbers: range, *, purpose: str = "request") -> dict[str, float]:
-    """Generate answers, and publish the messages of router or evaluator; returns the expected energy by id, J."""
+async def serve(
+    producer: Producer, server: Server, numbers: range, *, purpose: str = "request", tolerant: bool = False
+) -> dict[str, float]:
+    """Generate answers, and publish the messages of router or evaluator; returns the expected energy by id, J.
+
+    Args:
+        tolerant: answers may fail; these are not published.
+    """
     expected: dict[str, float] = {}
 
     async def one(number: int) -> None:
@@ -222,14 +228,18 @@ async def serve(producer: Producer, server: Server, numbers: range, *, purpose: 
             await producer.post(USAGE, record, record.id)
 
     async with TritonClient(server.grpc, model="ensemble", clock=server.clock) as client:
-        await asyncio.gather(*(one(number) for number in numbers))
+        done = await asyncio.gather(*(one(number) for number in numbers), return_exceptions=True)
+        failed = [error for error in done if error is not None]
+        if failed and not (tolerant and all(isinstance(error, GenerationError) for error in failed)):
+            raise failed[0]
     return expected
 
 
+PUBLISHED = "SELECT coalesce(sum(calls), 0)::int FROM chunks WHERE published"
 BALANCE = """
-SELECT (SELECT sum(server_s) FROM footprints) AS server_s, (SELECT sum(idle_s) FROM intervals) AS idle_s,
+SELECT (SELECT sum(server_s) FROM settled_calls) AS server_s, (SELECT sum(idle_s) FROM intervals) AS idle_s,
        (SELECT extract(epoch FROM max(finished_at) - min(started_at)) FROM intervals) AS length_s,
-       (SELECT sum(metered_j) FROM intervals) AS metered, (SELECT sum(energy_j) FROM footprints) AS footprints,
+       (SELECT sum(metered_j) FROM intervals) AS metered, (SELECT sum(energy_j) FROM settled_calls) AS footprints,
        (SELECT sum(attributed_j) FROM intervals) AS attributed, (SELECT sum(idle_j) FROM intervals) AS idle,
        (SELECT sum(unattributed_j) FROM intervals) AS unattributed,
        (SELECT max(energy_j) FROM readings WHERE at <= (SELECT settled_until FROM meters))
@@ -248,7 +258,7 @@ async def test_every_metered_joule_is_accounted_and_each_call_gets_its_own_energ
     )  # fmt: skip
     await producer.post(RESPONSES, refused, "no")
     await producer.producer.send_and_wait(kafka.topic(RESPONSES), b"{broken", key=b"k")
-    await ledgers.until("SELECT count(*) FROM footprints WHERE published", 90)
+    await ledgers.until(PUBLISHED, 90)
     (sums,) = await ledgers.fetch(BALANCE)
     assert sums["metered"] == pytest.approx(sums["counter"], rel=1e-9)
     assert sums["footprints"] == pytest.approx(sums["attributed"], rel=1e-9)
@@ -273,9 +283,7 @@ async def test_every_metered_joule_is_accounted_and_each_call_gets_its_own_energ
     first, last = found["r1"], found["r61"]
     assert (first.purpose, first.policy_version, first.propensity, first.tenant) == ("request", 3, 0.25, "acme")
     assert (last.purpose, last.evaluation_id) == ("evaluation", "ev")
-    assert [tuple(row) for row in await ledgers.fetch("SELECT request_id, code FROM refusals")] == [
-        ("no", "unknown_model")
-    ]
+    assert [tuple(row) for row in await ledgers.fetch("SELECT id, code FROM rejections")] == [("no", "unknown_model")]
     async with reading(kafka, DEAD_LETTERS) as letters:
         await letters.read(until=1)
 
@@ -289,8 +297,8 @@ async def test_a_killed_ledger_or_two_at_once_lose_and_duplicate_nothing(kafka, 
     ledgers.start()
     ledgers.start()
     await serve(producer, server, range(60, 90))
-    await ledgers.until("SELECT count(*) FROM footprints WHERE published", 90)
-    await ledgers.until("SELECT count(*) FROM calls WHERE NOT settled", 0)
+    await ledgers.until(PUBLISHED, 90)
+    await ledgers.until("SELECT count(*) FROM open_calls", 0)
     (sums,) = await ledgers.fetch(BALANCE)
     assert sums["metered"] == pytest.approx(sums["counter"], rel=1e-9)
     assert sums["footprints"] + sums["idle"] + sums["unattributed"] == pytest.approx(sums["counter"], rel=1e-9)
@@ -300,6 +308,48 @@ async def test_a_killed_ledger_or_two_at_once_lose_and_duplicate_nothing(kafka, 
         "AS g WHERE gap <> interval '0'"
     )
     assert gaps[0] == 0
+
+
+MARKS = """
+WITH hit AS (
+    SELECT c.partial FROM settled_calls AS c JOIN intervals AS i
+    ON c.started_at < i.finished_at AND c.finished_at > i.started_at WHERE i.restarted
+)
+SELECT (SELECT count(*) FROM intervals WHERE restarted) AS restarts,
+       (SELECT count(*) FROM hit WHERE partial) AS marked, (SELECT count(*) FROM hit WHERE NOT partial) AS unmarked,
+       (SELECT count(*) FROM settled_calls WHERE NOT partial AND energy_j = 0) AS without_energy,
+       (SELECT array_agg(id) FROM settled_calls WHERE partial) AS partial,
+       (SELECT count(*) FROM settled_calls WHERE NOT partial) AS complete
+"""
+
+
+async def test_calls_of_a_model_server_that_is_killed_under_load_are_partial_and_never_published(
+    kafka, ledgers, producer, server, supervisor
+):
+    await give_intensity(producer, server.clock)
+    ledgers.start(SPROUT_LEDGER_SCRAPE_INTERVAL_S="1")
+    served = await serve(producer, server, range(30))
+    running = asyncio.create_task(serve(producer, server, range(30, 120), tolerant=True))
+    await asyncio.sleep(1.0)
+    supervisor.kill("ledger-triton")
+    supervisor.respawn("ledger-triton").wait_ready()
+    served |= await running
+    served |= await serve(producer, server, range(120, 150))
+    await ledgers.until("SELECT count(*) FROM settled_calls", len(served))
+    await ledgers.until(PUBLISHED, len(served))
+    (marks,) = await ledgers.fetch(MARKS)
+    (sums,) = await ledgers.fetch(BALANCE)
+    assert marks["restarts"] >= 1
+    assert marks["marked"] > 0
+    assert (marks["unmarked"], marks["without_energy"]) == (0, 0)
+    assert sums["footprints"] == pytest.approx(sums["attributed"], rel=1e-9)
+    assert sums["attributed"] + sums["idle"] + sums["unattributed"] == pytest.approx(sums["metered"], rel=1e-9)
+    assert sums["server_s"] + sums["idle_s"] == pytest.approx(float(sums["length_s"]), abs=1e-4)
+    async with reading(kafka, FOOTPRINTS) as published:
+        await published.read(until=marks["complete"])
+    ids = {Footprint.model_validate_json(one.value).request_id for one in published.records}
+    assert len(ids) == marks["complete"] == len(served) - len(marks["partial"])
+    assert ids.isdisjoint(marks["partial"])
 
 
 class ReportingRouter:
@@ -342,12 +392,12 @@ async def test_an_endpoint_is_settled_up_to_the_oldest_running_call_and_its_curv
         router.oldest_started_at = server.clock.now()
         await router.report()
         await serve(producer, server, range(60))
-        await ledgers.until("SELECT count(*) FROM calls", 60)
+        await ledgers.until("SELECT count(*) FROM open_calls", 60)
         await asyncio.sleep(4.0)
         (until,) = await ledgers.fetch("SELECT settled_until FROM meters")
         assert until["settled_until"] <= router.oldest_started_at
-        assert (await ledgers.fetch("SELECT count(*) FROM footprints"))[0][0] == 0
-    await ledgers.until("SELECT count(*) FROM footprints WHERE published", 60)
+        assert (await ledgers.fetch("SELECT count(*) FROM settled_calls"))[0][0] == 0
+    await ledgers.until(PUBLISHED, 60)
     (sums,) = await ledgers.fetch(BALANCE)
     assert sums["server_s"] + sums["idle_s"] == pytest.approx(float(sums["length_s"]), abs=1e-4)
     async with reading(kafka, POWER_CURVES) as curves:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy, PolicyInputs, Quality, QualityCount
 from shared.messages.evaluation import EvaluationCost
-from tools.reporting.frame import Calls, CallsBuilder, Distributions, IntensitySeries
+from tools.reporting.frame import TEXT_COLUMNS, Calls, CallsBuilder, Distributions, IntensitySeries, partition
 from tools.reporting.meters import NO_READINGS, FleetReadings
 from tools.reporting.quality import PolicyHistory
 from tools.reporting.query import CallSums, EvaluationSums, IntervalSums, LearnedGroups, Selection, Snapshot
@@ -158,29 +158,66 @@ def record_of(
     }
 
 
-def calls_of(records: list[dict[str, object]]) -> tuple[Calls, list[Mapping[str, float]]]:
-    """The records as columns, and their distributions of options."""
+def calls_of(records: list[dict[str, Any]]) -> tuple[Calls, list[Mapping[str, float]]]:
+    """The records as columns, one cell each, and their distributions of options."""
     distributions = Distributions()
-    builder = CallsBuilder(distributions)
-    for record in records:
-        started, propensities = record["started_at"], record["propensities"]
-        assert isinstance(started, datetime)
-        assert isinstance(propensities, dict)
-        builder.add(
-            {
-                **record,
-                "server_s": record.get("server_s") or record["processing_s"],
-                "started_s": started.timestamp(),
-                "propensities": _as_json(tuple(propensities.items())),
-            }
-        )
+    builder = CallsBuilder()
+    builder.add([_cell(record, distributions) for record in records])
     return builder.build(), distributions.all
+
+
+def _cell(record: Mapping[str, Any], distributions: Distributions) -> dict[str, Any]:
+    text = _as_json(tuple(record["propensities"].items()))
+    energy_j, embodied_g = record["energy_j"], record["embodied_g"]
+    server_s = record.get("server_s") or record["processing_s"]
+    intensity, operational_g = record["intensity_g_per_kwh"] or 0.0, record["operational_g"]
+    total_g = 0.0 if operational_g is None else operational_g + embodied_g
+    return {
+        **{name: record[name] for name in ("model", "task", "pool", "zone", "policy_version")},
+        "group": record["grp"],
+        "option": f"{record['pool']}/{record['level']}",
+        "source": record["decision_source"],
+        "distribution": distributions.index(text, text),
+        "count": 1,
+        "first_s": record["started_at"].timestamp(),
+        "last_s": record["started_at"].timestamp(),
+        **{name: record[name] for name in ("processing_s", "prompt_tokens", "completion_tokens", "energy_j")},
+        "server_s": server_s,
+        "embodied_g": embodied_g,
+        "energy_energy": energy_j**2,
+        "server_server": server_s**2,
+        "energy_server": energy_j * server_s,
+        "priced": int(operational_g is not None),
+        "intensity": intensity,
+        "intensity_intensity": intensity**2,
+        "energy_intensity": energy_j * intensity,
+        "operational_g": operational_g or 0.0,
+        "total_g": total_g,
+        "total_total": total_g**2,
+        "total_intensity": total_g * intensity,
+    }
 
 
 @cache
 def _as_json(distribution: tuple[tuple[str, float], ...]) -> str:
     """All requests of an hour have the same distribution."""
     return json.dumps(dict(distribution))
+
+
+def merged(calls: Calls) -> Calls:
+    """The same calls with one cell for each hour and combination of labels, as the roll-up has them."""
+    hours = np.floor(calls.started_s / 3600).astype(int).astype(object)
+    labels = [getattr(calls, name) for name in TEXT_COLUMNS]
+    keys = (*labels, calls.policy_version.astype(object), calls.distribution.astype(object), hours)
+    cells = list(partition(*keys).values())
+    same = {*TEXT_COLUMNS, "policy_version", "distribution"}
+    columns: dict[str, Any] = {}
+    for name in (one.name for one in fields(Calls)):
+        column = getattr(calls, name)
+        combine = {"first_s": np.min, "last_s": np.max}.get(name, np.sum)
+        values = [column[where[0]] if name in same else combine(column[where]) for where in cells]
+        columns[name] = np.array(values, dtype=column.dtype)
+    return Calls(**columns)
 
 
 CONSTANT_DAY = IntensitySeries(

@@ -1,11 +1,14 @@
 """The mean carbon intensity during a call, and its energy and time in grams."""
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ledger.footprint import IntensitySteps, footprint_grams, footprint_row
+from services.ledger.footprint import IntensitySteps, footprint_grams, footprint_head, footprint_json
 from shared.fleet import Endpoint, Pool
+from shared.messages import Footprint
 
 HOUR = 3600.0
 STEPS = IntensitySteps([(HOUR, 300.0), (0.0, 100.0), (2 * HOUR, 200.0)], max_age_s=3 * HOUR)
@@ -56,19 +59,32 @@ def test_an_unknown_intensity_stays_unknown():
     assert grams == {"operational_g": None, "embodied_g": 5.0, "total_g": None}
 
 
-def test_a_footprint_is_priced_at_the_mean_intensity_of_the_call():
-    row = footprint_row(
-        request_id="r", started_s=HOUR - 30, finished_s=HOUR + 10, energy_j=3.6e6, server_s=8.0, partial=True,
-        pool=POOL, intensity=STEPS,
-    )  # fmt: skip
-    assert (row["request_id"], row["processing_s"], row["server_s"], row["partial"]) == ("r", 40.0, 8.0, True)
-    assert row["intensity_g_per_kwh"] == pytest.approx(150)
-    assert row["total_g"] == pytest.approx(1.2 * 150 + 8 * 0.5)
+DIMENSION = {
+    "purpose": "request", "evaluation_id": None, "model": "m", "grp": 'g "1"', "task": "qa", "tenant": None,
+    "pool": "p", "level": "L1", "zone": "GB", "endpoint": "e", "policy_version": 3, "propensity": 0.25,
+    "distribution": '{"p/L0": 0.75, "p/L1": 0.25}',
+}  # fmt: skip
+AT = datetime(2024, 2, 1, 12, 0, 0, 250_000, tzinfo=UTC)
+ROW = {
+    "id": "requests/0/1/2", "request_id": 'my "id"', "started_at": AT, "finished_at": AT + timedelta(seconds=2.5),
+    "prompt_tokens": 12, "completion_tokens": 40, "energy_j": 1e-07, "server_s": 1.25, "intensity_g_per_kwh": 150.0,
+    "operational_g": 0.5, "embodied_g": 0.25,
+}  # fmt: skip
 
 
-def test_a_call_whose_share_of_the_server_is_unknown_is_charged_for_all_of_its_time():
-    row = footprint_row(
-        request_id="r", started_s=HOUR - 30, finished_s=HOUR + 10, energy_j=0.0, server_s=None, partial=False,
-        pool=POOL, intensity=STEPS,
+def test_the_message_of_a_footprint_has_all_that_is_known_of_the_call():
+    found = Footprint.model_validate_json(footprint_json(footprint_head(DIMENSION), ROW))
+    assert found == Footprint(
+        request_id='my "id"', record="requests/0/1/2", purpose="request", model="m", group='g "1"', task="qa",
+        pool="p", level="L1", zone="GB", endpoint="e", policy_version=3, propensity=0.25,
+        propensities={"p/L0": 0.75, "p/L1": 0.25}, started_at=AT, finished_at=AT + timedelta(seconds=2.5),
+        processing_s=2.5, server_s=1.25, prompt_tokens=12, completion_tokens=40, energy_j=1e-07,
+        intensity_g_per_kwh=150.0, operational_g=0.5, embodied_g=0.25, total_g=0.75,
     )  # fmt: skip
-    assert (row["server_s"], row["embodied_g"]) == (None, 40 * 0.5)
+
+
+def test_what_is_unknown_of_a_call_is_null_in_its_footprint():
+    unknown = dict.fromkeys(("request_id", "prompt_tokens", "server_s", "intensity_g_per_kwh", "operational_g"), None)
+    found = Footprint.model_validate_json(footprint_json(footprint_head(DIMENSION), {**ROW, **unknown}))
+    assert (found.request_id, found.record, found.server_s, found.total_g) == ("requests/0/1/2", None, None, None)
+    assert (found.prompt_tokens, found.intensity_g_per_kwh, found.embodied_g) == (None, None, 0.25)

@@ -1,5 +1,7 @@
 """The report's figures: accounts balance, breakdowns sum to the total, quality follows the judged shares."""
 
+import json
+import re
 from dataclasses import replace
 from datetime import timedelta
 
@@ -17,15 +19,19 @@ from tests.support.report import (
     REFERENCE,
     ZONE,
     calls_of,
+    intensity_at,
     interval_sums,
     made_day,
+    merged,
     policy_at,
     quality_at,
     record_of,
     snapshot_of,
 )
+from tools.reporting import to_json
 from tools.reporting.accounts import Site, carbon_account, energy_account, prices_at, sites_of
 from tools.reporting.collect import compute_report
+from tools.reporting.frame import IntensitySeries
 from tools.reporting.quality import JudgedShares, relative_pct
 from tools.reporting.query import CallSums
 
@@ -195,7 +201,7 @@ def test_an_option_never_judged_is_excluded_from_the_preference_and_counted():
 def test_a_group_never_judged_uses_the_overall_share():
     judged = JudgedShares([quality_at(1)])
     assert judged.share("preference", "unseen", REFERENCE) == pytest.approx(0.36)
-    assert relative_pct(np.array([np.nan]), np.array([np.nan])) is None
+    assert relative_pct(np.array([np.nan]), np.array([np.nan]), np.ones(1, dtype=np.int64)) is None
 
 
 def test_a_policy_that_expected_less_than_its_bound_is_counted():
@@ -212,3 +218,31 @@ def test_the_hour_shows_expected_quality_and_bound_of_its_policy():
     assert hour.expected_quality == pytest.approx(0.97)
     assert hour.quality_bound == pytest.approx(policy_at(0).bounds["preference"])
     assert hour.intensity_g_per_kwh == {ZONE: pytest.approx(200.0)}
+
+
+def test_the_report_is_the_same_from_the_roll_up_as_from_single_calls():
+    day = made_day(requests=3_000, seed=5, zones={"NORTH": 0.5})
+    for number, record in enumerate(day.records):
+        if number % 50 == 0:  # some intensities are unknown, some requests were served without a policy
+            record.update(intensity_g_per_kwh=None, operational_g=None, total_g=None)
+        elif number % 31 == 0 and record["level"] == "L0":
+            record.update(decision_source="switchback" if number % 2 else "fallback")
+    hours = np.arange(24.0)
+    grid = {
+        zone: IntensitySeries(
+            DAY.timestamp() + hours * 3600,
+            np.array([intensity_at(hour) * share for hour in hours]),
+            np.zeros(24, dtype=bool),
+        )
+        for zone, share in {ZONE: 1.0, "NORTH": 0.5}.items()
+    }
+    policies = [policy_at(hour) for hour in range(24)]
+    single = snapshot_of(day.records, grid=grid, policies=policies, qualities=[quality_at(1.0)])
+    cells = replace(single, requests=merged(single.requests), evaluations=merged(single.evaluations))
+    assert len(cells.requests) < 0.7 * len(single.requests)
+    expected, found = (json.dumps(to_json(compute_report(one))) for one in (single, cells))
+    numbers = re.compile(r"-?\d+\.\d+(?:e[-+]?\d+)?")
+    assert numbers.sub("#", found) == numbers.sub("#", expected)
+    np.testing.assert_allclose(
+        [float(one) for one in numbers.findall(found)], [float(one) for one in numbers.findall(expected)], rtol=1e-6
+    )

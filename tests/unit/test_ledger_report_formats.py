@@ -1,5 +1,7 @@
 """The report on a terminal, as an HTML page and as JSON; an unknown value is a dash, never a zero."""
 
+import csv
+import io
 import json
 import re
 from dataclasses import replace
@@ -23,7 +25,7 @@ from tests.support.report import (
     record_of,
     snapshot_of,
 )
-from tools.reporting import render_html, render_metrics, render_tables, to_json
+from tools.reporting import render_html, render_metrics, render_tables, to_csv, to_json
 from tools.reporting.collect import compute_report
 from tools.reporting.format import energy, grams, percent, relative_difference
 from tools.reporting.frame import IntensitySeries
@@ -208,3 +210,17 @@ def test_the_figures_as_metrics_leave_out_what_is_unknown(report):
     assert f"sprout_attributed_saved_grams {net.saved_g}" in text
     assert "sprout_saving_on_meter_ratio{bound=" not in text
     assert "sprout_saved_on_meter_grams" not in text
+
+
+def test_every_table_is_a_csv_file_and_no_label_becomes_a_formula():
+    records = made_day(requests=50).records
+    for record in records:
+        record["grp"] = "=1+1"
+    files = to_csv(compute_report(snapshot_of(records, policies=[policy_at(hour) for hour in range(24)])))
+    assert {"summary.csv", "hours.csv", "groups.csv", "zones.csv"} <= files.keys()
+    (group,) = csv.DictReader(io.StringIO(files["groups.csv"]))
+    assert (group["group"], group["requests"]) == ("'=1+1", "50")
+    assert float(group["saving.emitted_g"]) > 0
+    summary = {row["figure"]: row["value"] for row in csv.DictReader(io.StringIO(files["summary.csv"]))}
+    assert summary["saving_on_meter_pct"] == ""
+    assert float(summary["carbon_saving_pct"]) > 0

@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from services.ledger.attribution import Call
 from services.ledger.curve import CurveState
+from services.ledger.earlier import EarlierVersions
 from services.ledger.endpoint import EndpointState, OpenCall, SettledInterval, settle_endpoint
 from services.ledger.loop import AttributionLoop
 from services.ledger.meters import Reading
@@ -249,6 +250,12 @@ class SlowPool:
     async def fetchval(self, *arguments: object) -> bool:
         return False  # another ledger holds the lock
 
+    async def fetch(self, *arguments: object) -> list[object]:
+        return []
+
+    async def fetchrow(self, *arguments: object) -> None:
+        return None
+
 
 @pytest.fixture
 def loop_and_pool() -> tuple[AttributionLoop, Storage, SlowPool]:
@@ -266,6 +273,7 @@ def loop_and_pool() -> tuple[AttributionLoop, Storage, SlowPool]:
         ),
         FootprintOutbox(None, storage=storage, metrics=metrics),
         CurvePublisher(None),
+        earlier=EarlierVersions(storage),
         running=SimpleNamespace(limits=lambda watermark: {"e": watermark}),
         storage=storage,
         settings=SETTINGS,
@@ -277,20 +285,21 @@ def loop_and_pool() -> tuple[AttributionLoop, Storage, SlowPool]:
 
 async def test_a_failed_settlement_is_reported_until_one_succeeds_whatever_other_operations_do(loop_and_pool):
     loop, storage, pool = loop_and_pool
-    await storage.add("calls", [{"id": "a"}])
+    await storage.add("rejections", [{"id": "a"}])
     pool.error = TimeoutError()
     with capture_logs() as logs:
         for _ in range(3):
             await loop.run_once()
-            await storage.add("calls", [{"id": "a"}])
+            await storage.add("rejections", [{"id": "a"}])
             assert storage.status.problem() is None
-            assert loop.settlement_problem() == "PostgreSQL is unavailable (TimeoutError)"
+            assert "settlement: PostgreSQL is unavailable (TimeoutError)" in loop.settlement_problem()
         pool.error = None
         await loop.run_once()
     assert loop.settlement_problem() is None
-    assert [one["event"] for one in logs] == [
-        "settlement failed; the next round tries again",
-        "settlement succeeded again",
+    assert [(one["event"], one["work"]) for one in logs] == [
+        (event, work)
+        for event in ("the database did not answer; the next round tries again", "works again")
+        for work in ("settlement", "publication", "roll-up")
     ]
 
 

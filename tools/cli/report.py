@@ -5,7 +5,7 @@ import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import asyncpg
 import typer
@@ -15,6 +15,9 @@ from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.parsing import describe
 from shared.runtime.settings import DatabaseSettings
 from tools.cli.console import Exit, fail, local_state, out, say
+
+if TYPE_CHECKING:
+    from tools.reporting import Report
 
 DATABASE_VARIABLE = "SPROUT_DATABASE_URL"
 FLEET_VARIABLE = "SPROUT_FLEET_FILE"
@@ -45,6 +48,9 @@ def report(
     hours: Annotated[bool, typer.Option("--hours/--no-hours", help="Print a row for every hour")] = True,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures")] = None,
+    csv_folder: Annotated[
+        Path | None, typer.Option("--csv", metavar="FOLDER", help="Write each table as a CSV file into a folder")
+    ] = None,
     metrics_file: Annotated[
         Path | None,
         typer.Option("--metrics", metavar="FILE", help="Write key figures for Prometheus' textfile collector"),
@@ -76,7 +82,7 @@ def report(
         render_html,
         render_metrics,
         render_tables,
-        to_json,
+        to_csv,
     )
 
     if since is not None and until is not None and since >= until:
@@ -85,12 +91,10 @@ def report(
     try:
         fleet = _fleet(fleet_file, local=database is None and not os.environ.get(DATABASE_VARIABLE))
         found = asyncio.run(collect_report(url, since=since, until=until, model=model, zone=zone, fleet=fleet))
-    except FleetError as error:
+    except (FleetError, TooManyCallsError) as error:
         fail(str(error))
     except NoLedgerError as error:
         fail(str(error), remedy="for the local stack: sprout up", code=Exit.NOT_RUNNING)
-    except TooManyCallsError as error:
-        fail(str(error))
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         fail(
             f"cannot read from the database ({type(error).__name__}: {error})",
@@ -106,12 +110,15 @@ def report(
             code=Exit.NOT_RUNNING,
         )
     render_tables(found, out, hours=hours)
-    if html is not None:
-        _write(html, render_html(found))
-    if json_file is not None:
-        _write(json_file, json.dumps(to_json(found), indent=2) + "\n")
-    if metrics_file is not None:
-        _write(metrics_file, render_metrics(found))
+    files = [
+        (html, render_html),
+        (json_file, _json_text),
+        (metrics_file, render_metrics),
+    ]
+    for path, render in files:
+        if path is not None:
+            _write(path, render(found))
+    _write_tables(csv_folder, {} if csv_folder is None else to_csv(found))
 
 
 def _fleet(path: Path | None, *, local: bool) -> Fleet | None:
@@ -146,6 +153,17 @@ def default_database() -> str:
             code=Exit.NOT_RUNNING,
         )
     return state.database_url
+
+
+def _json_text(report: "Report") -> str:
+    from tools.reporting import to_json  # noqa: PLC0415 - see `report`
+
+    return json.dumps(to_json(report), indent=2) + "\n"
+
+
+def _write_tables(folder: Path | None, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        _write((folder or Path()) / name, text)
 
 
 def _write(path: Path, text: str) -> None:

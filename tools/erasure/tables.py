@@ -17,10 +17,7 @@ Action = Literal["deleted", "unlinked"]
 STEP: Final = timedelta(days=1)
 """Time of the records that one transaction changes: the ledger's settlement waits for it."""
 
-LEDGER_LOCKS: Final = (
-    "SELECT pg_advisory_xact_lock(hashtext('sprout.ledger.settlement'))",
-    "SELECT pg_advisory_xact_lock(hashtext('sprout.ledger.publication'))",
-)
+LEDGER_LOCKS: Final = ("SELECT pg_advisory_xact_lock(hashtext('sprout.ledger.erasure'))",)
 """The ledger must not hold a row under its old id meanwhile."""
 
 
@@ -30,15 +27,17 @@ class PersonalTable:
 
     Attributes:
         name: with its schema.
-        key: column with the request id.
-        tenant: column with the tenant; None: the table has none.
-        time: indexed column by which rows are unlinked step by step; None: rows are deleted.
+        key: the request id, SQL.
+        tenant: the tenant, SQL; None: the table has none.
+        time: column by which rows are unlinked step by step; None: rows are deleted.
+        changes: what unlinks a row; None: `key` and `tenant` are columns, which are changed.
     """
 
     name: str
     key: str
     tenant: str | None = "tenant"
     time: str | None = None
+    changes: str | None = None
 
     @property
     def action(self) -> Action:
@@ -53,6 +52,18 @@ class PersonalTable:
         return f"({by_id} OR {self.tenant or 'NULL'} = ANY($1::text[]))"
 
 
+_KEY = "coalesce(request_id, id)"
+_TENANT = "(SELECT d.tenant FROM ledger.dimensions AS d WHERE d.id = dimension)"
+_NEW_ID = "'erased-' || gen_random_uuid()"
+"""A new random id, and no hash of the old one: whoever knows an id could compute its hash."""
+_UNLINK = f"id = {_NEW_ID}, request_id = NULL"
+_KNOWN = """
+SELECT request_id FROM ledger.footprints WHERE tenant = ANY($1::text[])
+UNION
+SELECT coalesce(c.request_id, c.id) FROM ledger.settled_calls AS c JOIN ledger.dimensions AS d ON d.id = c.dimension
+WHERE d.tenant = ANY($1::text[])
+"""
+
 TABLES: Final = (
     PersonalTable(name="evaluator.reservoir", key="request_id"),
     PersonalTable(name="evaluator.judged", key="request_id"),
@@ -60,6 +71,11 @@ TABLES: Final = (
     PersonalTable(name="ledger.refusals", key="request_id", tenant=None, time="at"),
     PersonalTable(name="ledger.calls", key="id", time="finished_at"),
     PersonalTable(name="ledger.footprints", key="request_id", time="started_at"),
+    PersonalTable(name="ledger.rejections", key=_KEY, tenant=None, time="at", changes=_UNLINK),
+    PersonalTable(name="ledger.open_calls", key=_KEY, tenant=_TENANT, time="finished_at", changes=_UNLINK),
+    PersonalTable(name="ledger.settled_calls", key=_KEY, tenant=_TENANT, time="finished_at", changes=_UNLINK),
+    # After the tables whose tenant it holds.
+    PersonalTable(name="ledger.dimensions", key="NULL::text", time="used_at", changes="tenant = NULL"),
 )
 """All tables with data of persons; those whose rows of a tenant are found through the ledger come before it."""
 
@@ -104,15 +120,13 @@ async def erase_from_tables(
 async def _find_requests(connection: asyncpg.Connection, subjects: Subjects, tables: Sequence[PersonalTable]) -> None:
     """Find requests of the tenants in tables that do not say whose they are, by what the ledger knows."""
     names = {table.name for table in tables}
-    if "ledger.footprints" not in names:
+    if "ledger.settled_calls" not in names:
         return
     for table in tables:
         if not table.name.startswith("ledger."):
             unknown = "" if table.tenant is None else f"AND one.{table.tenant} IS NULL"
             rows = await connection.fetch(
-                f"SELECT one.{table.key} AS id FROM {table.name} AS one "
-                f"JOIN ledger.footprints AS known ON known.request_id = one.{table.key} "
-                f"WHERE known.tenant = ANY($1::text[]) {unknown}",
+                f"SELECT one.{table.key} AS id FROM {table.name} AS one WHERE one.{table.key} IN ({_KNOWN}) {unknown}",
                 list(subjects.tenants),
             )
             subjects.found.update(row["id"] for row in rows)
@@ -144,9 +158,10 @@ async def _erase(connection: asyncpg.Connection, table: PersonalTable, subjects:
                 *_parameters(subjects),
             )
         return
-    # A new random id, and no hash of the old one: whoever knows an id could compute its hash.
-    changes = [f"{table.key} = 'erased-' || gen_random_uuid()"] + ([f"{table.tenant} = NULL"] if table.tenant else [])
-    unlink = f"UPDATE {table.name} SET {', '.join(changes)} WHERE"
+    changes = table.changes
+    if changes is None:
+        changes = f"{table.key} = {_NEW_ID}" + (f", {table.tenant} = NULL" if table.tenant else "")
+    unlink = f"UPDATE {table.name} SET {changes} WHERE"
     await _locked(connection, f"{unlink} {table.key} = ANY($1::text[])", subjects.request_ids)
     if table.tenant is not None and subjects.tenants:
         ((first, last),) = await connection.fetch(f"SELECT min({table.time}), max({table.time}) FROM {table.name}")

@@ -1,6 +1,7 @@
-"""Reports from the ledger's tables: on a terminal, as one self-contained HTML page with plots, and as JSON."""
+"""Reports from the ledger's tables: on a terminal, as one self-contained HTML page with plots, as JSON and CSV."""
 
 from tools.reporting.collect import collect_report
+from tools.reporting.csv_files import to_csv
 from tools.reporting.metrics import render_metrics
 from tools.reporting.model import Report, to_json
 from tools.reporting.page import render_html
@@ -15,5 +16,6 @@ __all__ = [
     "render_html",
     "render_metrics",
     "render_tables",
+    "to_csv",
     "to_json",
 ]

@@ -5,7 +5,8 @@ the counterfactual are priced alike.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 
@@ -33,13 +34,13 @@ class Site:
 
 
 def sites_of(*tables: Calls) -> dict[str, Site]:
-    """The site of every pool: zone, and the medians of the PUE and k1 with which its footprints were computed."""
+    """The site of every pool: zone, and the PUE and k1 with which its footprints were computed."""
     sites: dict[str, Site] = {}
     for calls in tables:
         for (pool, zone), where in partition(calls.pool, calls.zone).items():
             if pool in sites:
                 continue
-            unit_g = calls.energy_j[where] / JOULES_PER_KWH * calls.intensity_g_per_kwh[where]
+            unit_g = calls.energy_intensity[where] / JOULES_PER_KWH
             priced = unit_g > 0
             timed = calls.server_s[where] > 0
             sites[pool] = Site(
@@ -54,31 +55,59 @@ def sites_of(*tables: Calls) -> dict[str, Site]:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """gCO2eq per joule and per second of server time of each call at one pool; shape `(calls,)`, NaN if unknown."""
+    """Sums over the priced calls of each cell of their prices at one pool, and of products of these.
+
+    A call's prices are a, gCO2eq per joule, and b, gCO2eq per second of server time; Y are the grams that it emitted.
+    Shapes `(cells,)`, NaN if unknown.
+
+    Attributes:
+        g_per_j, g_per_s: a and b.
+        j_j, j_s, s_s: products of a and b.
+        grams_j, grams_s: Y x a and Y x b.
+    """
 
     g_per_j: Floats
     g_per_s: Floats
+    j_j: Floats
+    j_s: Floats
+    s_s: Floats
+    grams_j: Floats
+    grams_s: Floats
 
-    def grams(self, energy_j: Floats | float, server_s: Floats | float) -> Floats:
-        """gCO2eq of that energy and server time; shape `(calls,)`."""
+    @classmethod
+    def unknown(cls, cells: int) -> Self:
+        """Prices of which nothing is known."""
+        return cls(*(np.full(cells, np.nan) for _ in fields(cls)))
+
+    def grams(self, energy_j: float, server_s: float) -> Floats:
+        """gCO2eq if each call used that energy and server time."""
         return self.g_per_j * energy_j + self.g_per_s * server_s
 
 
 def prices_at(calls: Calls, pool: str, sites: Mapping[str, Site], grid: Mapping[str, IntensitySeries]) -> Prices:
-    """The prices of `pool` for each call, at the call's own time.
+    """The prices of `pool` for the calls of each cell, at their own time.
 
-    A call in the pool's own zone keeps the intensity of its footprint, so the variation of the grid cancels out of the
-    comparison. For another zone it is the zone's intensity when the call started.
+    Calls in the pool's own zone keep the intensity of their footprints, so the variation of the grid cancels out of the
+    comparison. For another zone it is the zone's intensity in the middle of the cell.
     """
     site = sites.get(pool)
     if site is None:
-        unknown = np.full(len(calls), np.nan)
-        return Prices(unknown, unknown)
+        return Prices.unknown(len(calls))
     series = grid.get(site.zone)
+    count = calls.priced.astype(float)
     elsewhere = np.full(len(calls), np.nan) if series is None else series.at(calls.started_s)
-    own = (calls.zone == site.zone) & ~np.isnan(calls.intensity_g_per_kwh)
-    intensity = np.where(own, calls.intensity_g_per_kwh, elsewhere)
-    return Prices(site.pue * intensity / JOULES_PER_KWH, np.full(len(calls), site.embodied_g_per_s))
+    own = (calls.zone == site.zone) & (calls.priced > 0)
+    unit, rate = site.pue / JOULES_PER_KWH, site.embodied_g_per_s
+    per_j = unit * np.where(own, calls.intensity, count * elsewhere)
+    return Prices(
+        g_per_j=per_j,
+        g_per_s=count * rate,
+        j_j=unit**2 * np.where(own, calls.intensity_intensity, count * elsewhere**2),
+        j_s=per_j * rate,
+        s_s=count * rate**2,
+        grams_j=unit * np.where(own, calls.total_intensity, calls.total_g * elsewhere),
+        grams_s=calls.total_g * rate,
+    )
 
 
 def grams_per_joule(interval: IntervalSums, grid: Mapping[str, IntensitySeries], sites: Mapping[str, Site]) -> float:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.messages import Quality
 from tools.reporting.accounts import Site, grams_per_joule
 from tools.reporting.folding import FEWEST_REQUESTS, FoldedGroups
-from tools.reporting.frame import Calls, Flags, Floats, IntensitySeries, Texts, partition
+from tools.reporting.frame import Calls, Flags, Floats, Indices, IntensitySeries, Texts, partition
 from tools.reporting.model import EvaluationRow, GroupRow, HourRow, ZoneRow
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policy_expectation, relative_pct
 from tools.reporting.query import EvaluationSums, IntervalSums
@@ -51,8 +52,8 @@ def zone_row(
     idle_g = [interval.idle_j * grams_per_joule(interval, grid, sites) for interval in intervals]
     return ZoneRow(
         zone=zone,
-        requests=int(here.sum()),
-        intensity_g_per_kwh=known_mean(served.calls.intensity_g_per_kwh[here]),
+        requests=int(served.calls.count[here].sum()),
+        intensity_g_per_kwh=mean_intensity(served.calls, here),
         energy_j=float(served.calls.energy_j[here].sum()),
         saving=saving,
         idle_j=sum(interval.idle_j for interval in intervals),
@@ -67,17 +68,17 @@ def group_rows(served: Served, compared: Calls, comparison: Comparison, folded: 
         GroupRow(
             group=group,
             task=task if named else "",
-            task_pct=100.0 * count / len(where) if named else 0.0,
-            requests=len(where),
-            mix=_mix(calls.option[where]),
+            task_pct=100.0 * count / int(calls.count[where].sum()) if named else 0.0,
+            requests=int(calls.count[where].sum()),
+            mix=_mix(calls.option[where], calls.count[where]),
             energy_j=float(calls.energy_j[where].sum()),
             completion_tokens=int(calls.completion_tokens[where].sum()),
             saving=estimate_saving(comparison.select(compared.group == group)),
-            preference_pct=relative_pct(served.quality[where], served.reference_quality[where]),
+            preference_pct=relative_pct(served.quality[where], served.reference_quality[where], calls.count[where]),
             groups=len(folded.names) if group == folded.label else 1,
         )
         for (group,), where in partition(calls.group).items()
-        for task, count in Counter(calls.task[where].tolist()).most_common(1)
+        for task, count in Counter(_mix(calls.task[where], calls.count[where])).most_common(1)
         for named in (task == group or count >= FEWEST_REQUESTS,)
     )
     return tuple(sorted(rows, key=lambda row: row.groups > 1))
@@ -85,19 +86,20 @@ def group_rows(served: Served, compared: Calls, comparison: Comparison, folded: 
 
 def hour_rows(served: Served, compared: Calls, comparison: Comparison, policies: PolicyHistory) -> tuple[HourRow, ...]:
     """One row per hour with requests, in order of time. `compared` are the calls of `comparison`."""
-    hours, compared_hours = _hours(served.calls), _hours(compared)
+    compared_in = _by_hour(compared)
     allocation = allocate_total(comparison)
+    nothing = np.zeros(0, dtype=np.intp)
     return tuple(
         _hour_row(
-            float(hour),
+            hour,
             served,
-            here=hours == hour,
+            here=here,
             comparison=comparison,
-            compared=compared_hours == hour,
+            compared=compared_in.get(hour, nothing),
             allocation=allocation,
             policies=policies,
         )
-        for hour in np.unique(hours)
+        for hour, here in _by_hour(served.calls).items()
     )
 
 
@@ -105,36 +107,36 @@ def _hour_row(
     hour: float,
     served: Served,
     *,
-    here: Flags,
+    here: Indices,
     comparison: Comparison,
-    compared: Flags,
+    compared: Indices,
     allocation: Allocation,
     policies: PolicyHistory,
 ) -> HourRow:
     calls = served.calls.select(here)
     quality = policy_expectation(calls, policies, PREFERENCE)
-    judged = relative_pct(served.quality[here], served.reference_quality[here])
+    judged = relative_pct(served.quality[here], served.reference_quality[here], calls.count)
     reference = float(allocation.reference_g[compared].sum())
     half = None if allocation.half_width_g is None else float(allocation.half_width_g[compared].sum())
-    counted = compared & comparison.in_subset
+    counted = compared[comparison.in_subset[compared]]
     return HourRow(
         start=to_datetime(hour * HOUR_S),
-        requests=len(calls),
+        requests=calls.requests,
         intensity_g_per_kwh={
             zone: mean
             for (zone,), where in partition(calls.zone).items()
-            if (mean := known_mean(calls.intensity_g_per_kwh[where])) is not None
+            if (mean := mean_intensity(calls, where)) is not None
         },
-        mix=_mix(calls.option),
+        mix=_mix(calls.option, calls.count),
         energy_j=float(calls.energy_j.sum()),
         completion_tokens=int(calls.completion_tokens.sum()),
-        compared=int(counted.sum()),
+        compared=int(comparison.requests[counted].sum()),
         emitted_g=float(comparison.emitted_g[counted].sum()),
         reference_g=reference,
         reference_interval=None if half is None else Interval(max(0.0, reference - half), reference + half),
         saving=estimate_saving(comparison.select(compared)),
-        expected_quality=known_mean(quality.expected),
-        quality_bound=known_mean(quality.bound),
+        expected_quality=known_mean(quality.expected, calls.count),
+        quality_bound=known_mean(quality.bound, calls.count),
         judged_quality=None if judged is None else judged / 100.0,
     )
 
@@ -165,10 +167,16 @@ def evaluation_rows(qualities: Sequence[Quality], costs: Mapping[str, Evaluation
     return tuple(rows)
 
 
-def known_mean(values: Floats) -> float | None:
-    """Mean of the values that are not NaN; None if all are."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else None
+def known_mean(values: Floats, count: NDArray[np.int64]) -> float | None:
+    """Mean over the calls of the cells whose value is not NaN; None if all are."""
+    known = ~np.isnan(values) & (count > 0)
+    return float(values[known] @ count[known] / count[known].sum()) if known.any() else None
+
+
+def mean_intensity(calls: Calls, where: Flags | Indices) -> float | None:
+    """Mean carbon intensity of the priced calls of some cells; None without one."""
+    priced = int(calls.priced[where].sum())
+    return float(calls.intensity[where].sum()) / priced if priced else None
 
 
 def to_datetime(seconds: float) -> datetime:
@@ -176,10 +184,13 @@ def to_datetime(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def _hours(calls: Calls) -> Floats:
-    hours: Floats = np.floor(calls.started_s / HOUR_S)
-    return hours
+def _by_hour(calls: Calls) -> dict[float, Indices]:
+    """Indices of the cells by hour since the Unix epoch, in order of time."""
+    hours = np.floor(calls.started_s / HOUR_S)
+    order = np.argsort(hours, kind="stable")
+    found, starts = np.unique(hours[order], return_index=True)
+    return dict(zip(found.tolist(), np.split(order, starts[1:]), strict=True)) if len(hours) else {}
 
 
-def _mix(option: Texts) -> dict[str, int]:
-    return {name: len(where) for (name,), where in partition(option).items()}
+def _mix(option: Texts, count: NDArray[np.int64]) -> dict[str, int]:
+    return {name: int(count[where].sum()) for (name,), where in partition(option).items()}

@@ -10,9 +10,10 @@ from shared.fleet import Fleet, Pool
 from shared.messages import Policy
 from shared.messages.policies import PoolPrice
 from tools.reporting.demand import AnswerLengths
-from tools.reporting.frame import Calls, Flags, Floats
-from tools.reporting.meters import FleetReadings, Latency, MeterTable
+from tools.reporting.frame import Flags, Floats
+from tools.reporting.meters import CELL_S, FleetReadings, Latency, Load, MeterTable
 
+NO_LOAD = Load(np.zeros(0), np.zeros(0), np.zeros(0))
 NO_LATENCY = Latency(None, False, 0, None, None, None, None)
 
 
@@ -65,7 +66,6 @@ def pool_row(
     name: str,
     *,
     fleet: Fleet | None,
-    calls: Sequence[Calls],
     readings: FleetReadings,
     bins: Flags,
     price: PoolPrice | None,
@@ -73,7 +73,6 @@ def pool_row(
     """The row of one pool.
 
     Args:
-        calls: of all pools: requests, and the evaluator's generations.
         bins: those of the period; shape `(bins,)` of the meter table.
     """
     pool = next((one for one in fleet.pools if one.name == name), None) if fleet is not None else None
@@ -83,10 +82,8 @@ def pool_row(
     target = _target_batch(pool, price)
     share = None
     if table is not None and bins.any() and endpoints and target is not None:
-        here = [one.select(one.pool == name) for one in calls]
         share = needed_share(
-            np.concatenate([one.started_s for one in here]),
-            np.concatenate([one.started_s + one.processing_s for one in here]),
+            readings.loads.get(name, NO_LOAD),
             since_s=float(table.start_s[bins].min()),
             until_s=float(table.start_s[bins].max()) + table.bin_s,
             target_batch=target,
@@ -135,28 +132,29 @@ def endpoints_in_use(table: MeterTable, where: Sequence[int] | np.ndarray, bins:
 
 
 def needed_share(
-    started_s: Floats,
-    finished_s: Floats,
-    *,
-    since_s: float,
-    until_s: float,
-    target_batch: float,
-    endpoints: int,
-    least: int,
+    load: Load, *, since_s: float, until_s: float, target_batch: float, endpoints: int, least: int
 ) -> Floats:
     """Share of the time in which 0, 1, ... endpoints were needed; shape `(endpoints + 1,)`, sums to 1.
+
+    In steps of `CELL_S`: calls that start in a cell run evenly from its begin until their mean duration after its end.
 
     Args:
         target_batch: requests at once on one endpoint.
         endpoints: more than these are not counted.
         least: endpoints that are needed without load, too.
     """
-    times = np.concatenate([[since_s], np.clip(started_s, since_s, until_s), np.clip(finished_s, since_s, until_s)])
-    change = np.concatenate([[0], np.ones(len(started_s)), -np.ones(len(finished_s))])
+    edges = np.append(np.arange(since_s, until_s, CELL_S), until_s)
+    spread_s = CELL_S + np.divide(load.seconds, load.calls, out=np.zeros_like(load.seconds), where=load.calls > 0)
+    # Integral over time of the calls that run at once, at the edges: each cell's seconds grow from 0 to all.
+    times = np.concatenate([load.started_s, load.started_s + spread_s])
+    slopes = np.concatenate([load.seconds / spread_s, -load.seconds / spread_s])
     order = np.argsort(times, kind="stable")
-    in_flight = np.cumsum(change[order])
-    lasting = np.diff(np.append(times[order], until_s))
-    needed = np.clip(np.ceil(in_flight / target_batch), min(least, endpoints), endpoints).astype(np.int64)
+    times, rate = times[order], np.cumsum(slopes[order])
+    done = np.concatenate([[0.0], np.cumsum(np.diff(times) * rate[:-1])]) if len(times) else np.zeros(0)
+    at_edges = np.interp(edges, times, done) if len(times) else np.zeros(len(edges))
+    lasting = np.diff(edges)
+    needed = np.ceil(np.diff(at_edges) / lasting / target_batch - 1e-9)
+    needed = np.clip(needed, min(least, endpoints), endpoints).astype(np.int64)
     seconds = np.bincount(needed, weights=lasting, minlength=endpoints + 1)
     return np.asarray(seconds / seconds.sum(), dtype=float)
 

@@ -15,7 +15,7 @@ from tools.reporting.breakdown import (
     evaluation_rows,
     group_rows,
     hour_rows,
-    known_mean,
+    mean_intensity,
     to_datetime,
     zone_row,
 )
@@ -23,6 +23,7 @@ from tools.reporting.counterfactual import NO_REFERENCE, ComparableRequests, Cou
 from tools.reporting.fleet_report import metered_report
 from tools.reporting.folding import fold_small_groups
 from tools.reporting.frame import Calls, Floats, partition
+from tools.reporting.judging import judge_report
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policies_below_bound, relative_pct
 from tools.reporting.query import Selection, Snapshot, read_snapshot
@@ -98,8 +99,8 @@ def compute_report(snapshot: Snapshot) -> Report:
         energy=energy_account(snapshot),
         carbon=carbon_account(snapshot, sites),
         quality=QualitySummary(
-            preference_pct=relative_pct(served.quality, served.reference_quality),
-            unjudged=int(np.count_nonzero(np.isnan(served.quality) | np.isnan(served.reference_quality))),
+            preference_pct=relative_pct(served.quality, served.reference_quality, served.calls.count),
+            unjudged=int(served.calls.count[np.isnan(served.quality) | np.isnan(served.reference_quality)].sum()),
             abstentions=sum(quality.abstentions for quality in snapshot.qualities),
             prompts=sum(quality.prompts for quality in snapshot.qualities),
             judged=_judged_shares(snapshot).by_group(),
@@ -126,6 +127,7 @@ def compute_report(snapshot: Snapshot) -> Report:
         groupings=tuple(GroupingRow(one.version, one.learned_at, one.prompts) for one in snapshot.groupings),
         grid=_grid(snapshot),
         policies=Counter(policy.status for policy in published),
+        judge=judge_report(snapshot.qualities),
     )
 
 
@@ -172,8 +174,8 @@ def _predicted_saving_pct(
     for (model, version), where in partition(calls.model, calls.policy_version.astype(object)).items():
         policy = policies.get(model, int(version))
         if policy is not None:
-            expected[where] = policy.expected_g_per_request
-            reference[where] = policy.reference_g_per_request
+            expected[where] = policy.expected_g_per_request * calls.priced[where]
+            reference[where] = policy.reference_g_per_request * calls.priced[where]
     certain = calls.reference_certain
     expected[certain] = reference[certain] = calls.total_g[certain]
     return _saving_pct(expected, reference)
@@ -193,11 +195,11 @@ def _scope(snapshot: Snapshot, calls: Calls) -> Scope:
         until=selection.until,
         model=selection.model,
         zone=selection.zone,
-        first=to_datetime(float(calls.started_s.min())) if some else None,
-        last=to_datetime(float(calls.started_s.max())) if some else None,
+        first=to_datetime(float(calls.first_s.min())) if some else None,
+        last=to_datetime(float(calls.last_s.max())) if some else None,
         models=tuple(sorted(set(calls.model.tolist()))),
         zones=tuple(sorted(set(calls.zone.tolist()))),
-        intensity_g_per_kwh=known_mean(calls.intensity_g_per_kwh),
+        intensity_g_per_kwh=mean_intensity(calls, np.ones(len(calls), dtype=bool)),
     )
 
 
@@ -205,18 +207,18 @@ def _counts(snapshot: Snapshot, comparable: ComparableRequests, comparison: Comp
     zone = snapshot.selection.zone
     shown = np.ones(len(snapshot.requests), dtype=bool) if zone is None else snapshot.requests.zone == zone
     return RequestCounts(
-        answered=len(calls) + snapshot.unsettled,
-        settled=len(calls),
+        answered=calls.requests + snapshot.unsettled,
+        settled=calls.requests,
         unsettled=snapshot.unsettled,
         shared_ids=snapshot.shared_ids,
         refused=sum(snapshot.rejections.values()),
         refused_by_code=dict(snapshot.rejections),
-        compared=int(comparison.in_subset.sum()),
-        forced=int((comparable.forced & shown).sum()),
-        unidentified=int((comparable.unidentified & shown).sum()),
-        without_intensity=int((comparable.without_intensity & shown).sum()),
-        fallback=int(np.count_nonzero(calls.source == "fallback")),
-        switchback=int(np.count_nonzero(calls.source == "switchback")),
+        compared=int(comparison.requests[comparison.in_subset].sum()),
+        forced=int(comparable.forced[shown].sum()),
+        unidentified=int(comparable.unidentified[shown].sum()),
+        without_intensity=int(comparable.without_intensity[shown].sum()),
+        fallback=int(calls.count[calls.source == "fallback"].sum()),
+        switchback=int(calls.count[calls.source == "switchback"].sum()),
         prompt_tokens=int(calls.prompt_tokens.sum()),
         completion_tokens=int(calls.completion_tokens.sum()),
     )
@@ -225,7 +227,8 @@ def _counts(snapshot: Snapshot, comparable: ComparableRequests, comparison: Comp
 def _grid(snapshot: Snapshot) -> tuple[GridPoint, ...]:
     """The carbon intensity of all zones during the report's time."""
     times_s = [
-        *snapshot.requests.started_s.tolist(),
+        *snapshot.requests.first_s.tolist(),
+        *snapshot.requests.last_s.tolist(),
         *(quality.evaluated_at.timestamp() for quality in snapshot.qualities),
     ]
     if not times_s:

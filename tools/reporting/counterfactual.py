@@ -1,9 +1,10 @@
 """The counterfactual: what every request would have emitted at the reference, and on average under its policy."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tools.reporting.accounts import Prices, Site, prices_at
 from tools.reporting.frame import Calls, Flags, Floats, Indices, IntensitySeries, Texts, partition
@@ -61,14 +62,19 @@ class MeanTable:
 
 
 def call_statistics(calls: Calls, where: Indices) -> CallStatistics:
-    """Mean and covariance of the energy and server time of some calls."""
-    pairs = np.stack([calls.energy_j[where], calls.server_s[where]])
-    covariance = np.cov(pairs) if len(where) > 1 else np.zeros((2, 2))
+    """Mean and covariance of the energy and server time of the calls of some cells."""
+    count = int(calls.count[where].sum())
+    sums = np.array([calls.energy_j[where].sum(), calls.server_s[where].sum()])
+    both = calls.energy_server[where].sum()
+    products = np.array([[calls.energy_energy[where].sum(), both], [both, calls.server_server[where].sum()]])
+    covariance = np.zeros((2, 2))
+    if count > 1:
+        covariance = (products - np.outer(sums, sums) / count) / (count - 1)
     return CallStatistics(
-        calls=len(where),
-        mean=pairs.mean(axis=1),
+        calls=count,
+        mean=sums / max(1, count),
         covariance=covariance,
-        processing_s=float(calls.processing_s[where].mean()),
+        processing_s=float(calls.processing_s[where].sum()) / max(1, count),
     )
 
 
@@ -77,20 +83,20 @@ class ComparableRequests:
     """The requests that can be compared with the reference, and the reasons why others cannot.
 
     Attributes:
-        calls: the comparable requests; shape `(comparable,)`.
+        calls: the cells with comparable requests; shape `(comparable,)`. Of a cell, only priced calls are comparable.
         comparison: their emitted and counterfactual grams; shape `(comparable,)`.
         reference: the reference option of each; shape `(comparable,)`.
-        forced: excluded because the client chose the directive; shape `(requests,)`.
-        unidentified: excluded because the reference could not have been chosen; shape `(requests,)`.
-        without_intensity: excluded because an intensity is unknown; shape `(requests,)`.
+        forced: number excluded because the client chose the directive; shape `(cells,)`.
+        unidentified: number excluded because the reference could not have been chosen; shape `(cells,)`.
+        without_intensity: number excluded because an intensity is unknown; shape `(cells,)`.
     """
 
     calls: Calls
     comparison: Comparison
     reference: Texts
-    forced: Flags
-    unidentified: Flags
-    without_intensity: Flags
+    forced: NDArray[np.int64]
+    unidentified: NDArray[np.int64]
+    without_intensity: NDArray[np.int64]
 
 
 class Counterfactual:
@@ -111,22 +117,25 @@ class Counterfactual:
         propensity = propensities_of(requests, distributions, reference)
         identified = ~forced & (propensity > 0.0)
         prices = self._prices_by(requests, reference)
-        priced = ~np.isnan(requests.total_g) & ~np.isnan(prices.g_per_j)
-        mask = identified & priced
-        predicted, variance = self._predict(requests, reference, prices)
+        known = (requests.priced > 0) & ~np.isnan(prices.g_per_j)
+        mask = identified & known
+        served = requests.option == reference
+        predicted, variance, squared = self._predict(requests, reference, prices, served)
         return ComparableRequests(
             calls=requests.select(mask),
             comparison=Comparison.of_all(
                 emitted_g=requests.total_g[mask],
+                requests=requests.priced[mask].astype(float),
                 propensity=propensity[mask],
-                served_by_baseline=(requests.option == reference)[mask],
+                served_by_baseline=served[mask],
                 predicted_g=predicted[mask],
                 variance=variance[mask],
+                residual_squared=squared[mask],
             ),
             reference=reference[mask],
-            forced=forced,
-            unidentified=~forced & ~identified,
-            without_intensity=identified & ~priced,
+            forced=np.where(forced, requests.count, 0),
+            unidentified=np.where(~forced & ~identified, requests.count, 0),
+            without_intensity=np.where(identified, requests.count - np.where(known, requests.priced, 0), 0),
         )
 
     def in_zone(self, requests: ComparableRequests, distributions: DistributionList, zone: str) -> Comparison:
@@ -145,7 +154,7 @@ class Counterfactual:
     def expected_under_policy(
         self, requests: Calls, distributions: DistributionList, zone: str | None = None
     ) -> Floats:
-        """Expected gCO2eq of each request over its distribution of options; shape `(requests,)`, NaN if unknown.
+        """Expected gCO2eq of the priced calls over their distribution of options; shape `(cells,)`, NaN if unknown.
 
         Args:
             zone: count only the options in this zone.
@@ -162,7 +171,7 @@ class Counterfactual:
         return expected
 
     def expected_at_reference(self, requests: Calls, reference: Texts) -> Floats:
-        """Expected gCO2eq of each request at its reference, from the measured means; shape `(requests,)`."""
+        """Expected gCO2eq of the priced calls at their reference, from the measured means; shape `(cells,)`."""
         prices = self._prices_by(requests, reference)
         expected = np.zeros(len(requests))
         for (group, option), where in partition(requests.group, reference).items():
@@ -177,53 +186,52 @@ class Counterfactual:
         statistics = self.means.get(group, option)
         if statistics is None:
             return np.full(len(where), np.nan)
-        grams: Floats = prices.g_per_j[where] * statistics.mean[0] + prices.g_per_s[where] * statistics.mean[1]
-        return grams
+        return prices.grams(statistics.mean[0], statistics.mean[1])[where]
 
     def _prices_by(self, requests: Calls, option: Texts) -> Prices:
-        """The prices of each request at its own `option`."""
-        g_per_j = np.full(len(requests), np.nan)
-        g_per_s = np.full(len(requests), np.nan)
+        """The prices of each cell at its own `option`."""
+        found = Prices.unknown(len(requests))
         for (name,), where in partition(option).items():
             if name == NO_REFERENCE:
                 continue
             prices = prices_at(requests, _pool_of(name), self._sites, self._grid)
-            g_per_j[where], g_per_s[where] = prices.g_per_j[where], prices.g_per_s[where]
-        return Prices(g_per_j, g_per_s)
+            for column in fields(Prices):
+                getattr(found, column.name)[where] = getattr(prices, column.name)[where]
+        return found
 
-    def _predict(self, requests: Calls, reference: Texts, prices: Prices) -> tuple[Floats, Floats]:
-        """Grams at the reference predicted from *other* calls, and the variance around it; shapes `(requests,)`.
+    def _predict(
+        self, requests: Calls, reference: Texts, prices: Prices, served: Flags
+    ) -> tuple[Floats, Floats, Floats]:
+        """Grams at the reference predicted from *other* calls, the variance around it, and the squared residuals.
 
         The prediction of a request served by the reference leaves that request out; only then is the estimate unbiased
-        with few reference calls.
+        with few reference calls. With a = grams per joule, b = grams per second and T the sums of a group's n calls,
+        it is m = (a T_energy + b T_time - Y) / (n - 1). So the residual is Y - m = factor Y - (a x + b y) for all
+        calls of the group, and its sum and square are sums of products that every cell has.
+
+        Returns:
+            Sums over the priced calls of each cell; shapes `(cells,)`. The squared residuals are those of calls that
+            the reference served.
         """
-        energy_j, server_s = np.zeros(len(requests)), np.zeros(len(requests))
-        variance = np.zeros(len(requests))
-        served = (requests.option == reference) & (requests.source != "forced") & (requests.source != "switchback")
+        predicted, variance, squared = (np.zeros(len(requests)) for _ in range(3))
+        learned = served & (requests.source != "forced") & (requests.source != "switchback")
         for (group, option), where in partition(requests.group, reference).items():
             statistics = self.means.get(group, option)
             if option == NO_REFERENCE or statistics is None:
                 continue
-            energy_j[where], server_s[where] = statistics.mean
             covariance = statistics.covariance if statistics.calls > 1 else self._covariance(option)
-            a, b = prices.g_per_j[where], prices.g_per_s[where]
             variance[where] = np.maximum(
-                0.0, a * a * covariance[0, 0] + 2 * a * b * covariance[0, 1] + b * b * covariance[1, 1]
+                0.0,
+                prices.j_j[where] * covariance[0, 0]
+                + 2 * prices.j_s[where] * covariance[0, 1]
+                + prices.s_s[where] * covariance[1, 1],
             )
-            own = where[served[where]]
+            predicted[where], squared[where] = _residuals(requests, prices, where, 1.0, statistics.mean)
+            own = where[learned[where]]
             if len(own):
-                energy_j[own] = self._leave_one_out(requests.energy_j, own, served & (reference == option))
-                server_s[own] = self._leave_one_out(requests.server_s, own, served & (reference == option))
-        return prices.grams(energy_j, server_s), variance
-
-    @staticmethod
-    def _leave_one_out(values: Floats, own: Indices, all_groups: Flags) -> Floats:
-        """Mean of the group's other calls; of the other groups' calls if there is no other; else 0."""
-        if len(own) > 1:
-            means: Floats = (values[own].sum() - values[own]) / (len(own) - 1)
-            return means
-        others = int(all_groups.sum()) - 1
-        return np.array([(values[all_groups].sum() - values[own[0]]) / others if others else 0.0])
+                factor, mean = _leave_one_out(requests, own, learned & (reference == option))
+                predicted[own], squared[own] = _residuals(requests, prices, own, factor, mean)
+        return predicted, variance, squared
 
     def _covariance(self, option: str) -> Floats:
         """Covariance over all groups, for a group with a single call."""
@@ -233,6 +241,37 @@ class Counterfactual:
             if len(calls)
             else np.zeros((2, 2))
         )
+
+
+def _residuals(requests: Calls, prices: Prices, where: Indices, factor: float, mean: Floats) -> tuple[Floats, Floats]:
+    """Predictions and squared residuals, where a residual is factor x grams - (a x mean energy + b x mean time)."""
+    x, y = mean
+    grams, per_j, per_s = requests.total_g[where], prices.g_per_j[where], prices.g_per_s[where]
+    residual = factor * grams - (per_j * x + per_s * y)
+    squared = (
+        factor**2 * requests.total_total[where]
+        - 2 * factor * (prices.grams_j[where] * x + prices.grams_s[where] * y)
+        + prices.j_j[where] * x * x
+        + 2 * prices.j_s[where] * x * y
+        + prices.s_s[where] * y * y
+    )
+    return grams - residual, np.maximum(squared, 0.0)
+
+
+def _leave_one_out(requests: Calls, own: Indices, all_groups: Flags) -> tuple[float, Floats]:
+    """The factor and the means with which `_residuals` leaves each call out of its group's mean.
+
+    With a single call, the mean is that of the other groups' calls, or 0.
+    """
+    count = int(requests.count[own].sum())
+    sums = np.array([requests.energy_j[own].sum(), requests.server_s[own].sum()])
+    if count > 1:
+        return count / (count - 1), sums / (count - 1)
+    others = int(requests.count[all_groups].sum()) - 1
+    if others < 1:
+        return 1.0, np.zeros(2)
+    everything = np.array([requests.energy_j[all_groups].sum(), requests.server_s[all_groups].sum()])
+    return 1.0, (everything - sums) / others
 
 
 def references_of(requests: Calls, policies: PolicyHistory) -> Texts:

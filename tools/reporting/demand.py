@@ -16,11 +16,13 @@ MIN_REQUESTS = 5
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Requests that started in the same minute, and agree in everything else here.
+    """Requests that started at about the same time, and agree in everything else here.
 
     Attributes:
-        at_s: middle of the minute, seconds since the Unix epoch.
+        at_s: middle of that time, seconds since the Unix epoch.
         tokens: generated, of all these requests.
+        reference_tokens, served_tokens: expected of all these requests at the reference level and at the level that
+            served them; None: to be computed from their group and task. NaN if unknown.
     """
 
     at_s: float
@@ -31,6 +33,8 @@ class Arrivals:
     source: str
     requests: int
     tokens: int
+    reference_tokens: float | None = None
+    served_tokens: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +80,15 @@ class AnswerLengths:
         """Expected tokens of all these requests. Where the client chose the level, the answer would be the same."""
         if arrivals.source == "forced":
             return float(arrivals.tokens)
+        if arrivals.reference_tokens is not None:
+            return arrivals.reference_tokens
         return arrivals.requests * self.mean(arrivals.group, arrivals.task, REFERENCE_LEVEL)
 
     def as_served(self, arrivals: Arrivals) -> float:
         """Expected tokens of all these requests at the level that served them."""
         mean = self.mean(arrivals.group, arrivals.task, arrivals.level)
+        if arrivals.served_tokens is not None:
+            mean = arrivals.served_tokens / arrivals.requests
         return float(arrivals.tokens) if arrivals.source == "forced" or np.isnan(mean) else arrivals.requests * mean
 
     def seconds_per_token(self, level: str, *, in_block: bool) -> float:

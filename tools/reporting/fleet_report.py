@@ -39,7 +39,6 @@ def metered_report(snapshot: Snapshot, sites: Mapping[str, Site]) -> Metered:
         pool_row(
             name,
             fleet=fleet,
-            calls=(snapshot.requests, snapshot.evaluations),
             readings=readings,
             bins=period,
             price=prices.get(name),

@@ -43,7 +43,9 @@ def fold_small_groups(snapshot: Snapshot) -> tuple[Snapshot, FoldedGroups]:
     A single small group keeps its name: without another one nothing would be hidden. Learned groups keep theirs too:
     they are few, and no client chooses them.
     """
-    requests = Counter(snapshot.requests.group.tolist())
+    requests = Counter[str]()
+    for group, count in zip(snapshot.requests.group.tolist(), snapshot.requests.count.tolist(), strict=True):
+        requests[group] += count
     every = {*requests, *snapshot.evaluations.group.tolist()}
     by_size = sorted(every, key=lambda group: (-requests[group], group))
     learned = tuple(f"{one.version}." for one in snapshot.groupings)

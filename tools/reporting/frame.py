@@ -1,19 +1,17 @@
-"""Settled calls as numpy columns, and the carbon intensity of the grid as a step function.
+"""Sums over settled calls as numpy columns, and the carbon intensity of the grid as a step function.
 
 Plain numpy: every figure is a masked or grouped sum of a few columns, which a data-frame library would not shorten.
 """
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import asyncpg
 import numpy as np
 from numpy.typing import NDArray
-
-from shared.messages import option_key
 
 Floats = NDArray[np.float64]
 Texts = NDArray[np.object_]
@@ -27,28 +25,36 @@ MAX_AGE_S = 6 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """Footprints as columns; every array has shape `(calls,)`.
+    """Settled calls as columns of sums; every array has shape `(cells,)`.
+
+    A cell holds the calls that started in one hour and agree in all labels. So a month has as many cells as a busy or a
+    quiet fleet. "Priced" calls are those whose carbon intensity is known.
 
     Attributes:
         model: logical model.
         group: prompt group.
         task: the client's task label; empty without one.
         option: `<pool>/<level>`.
-        pool: pool that served the call.
+        pool: pool that served the calls.
         zone: the pool's grid zone.
         source: `policy`, `fallback`, `forced` or `switchback`; empty for calls of the evaluator.
         policy_version: -1 without a policy.
         distribution: index into `Distributions.all` of the probabilities from which the option was drawn.
-        started_s: seconds since the Unix epoch, event time.
+        count: number of calls.
+        first_s, last_s: earliest and latest start, seconds since the Unix epoch, event time.
         processing_s: seconds from sending to the last token.
         server_s: share of the server's time, which calls that run at once divide; seconds. Footprints of an earlier
             version were charged for `processing_s`.
-        prompt_tokens: 0 if unknown.
+        prompt_tokens: unknown ones count 0.
         completion_tokens: generated tokens.
         energy_j: attributed energy, J.
-        intensity_g_per_kwh: gCO2eq/kWh; NaN if unknown.
-        operational_g: gCO2eq of the energy; NaN if the intensity is unknown.
         embodied_g: gCO2eq of the server's manufacture.
+        energy_energy, server_server, energy_server: sums of products of a call's energy and server time.
+        priced: number of priced calls; the following are of these.
+        intensity, intensity_intensity: gCO2eq/kWh of each call, and its square.
+        energy_intensity: product of energy and intensity.
+        operational_g: gCO2eq of the energy.
+        total_g, total_total, total_intensity: gCO2eq in all, its square, and its product with the intensity.
     """
 
     model: Texts
@@ -60,23 +66,39 @@ class Calls:
     source: Texts
     policy_version: NDArray[np.int64]
     distribution: Indices
-    started_s: Floats
+    count: NDArray[np.int64]
+    first_s: Floats
+    last_s: Floats
     processing_s: Floats
     server_s: Floats
     prompt_tokens: NDArray[np.int64]
     completion_tokens: NDArray[np.int64]
     energy_j: Floats
-    intensity_g_per_kwh: Floats
-    operational_g: Floats
     embodied_g: Floats
+    energy_energy: Floats
+    server_server: Floats
+    energy_server: Floats
+    priced: NDArray[np.int64]
+    intensity: Floats
+    intensity_intensity: Floats
+    energy_intensity: Floats
+    operational_g: Floats
+    total_g: Floats
+    total_total: Floats
+    total_intensity: Floats
 
     def __len__(self) -> int:
-        return len(self.started_s)
+        return len(self.count)
 
     @property
-    def total_g(self) -> Floats:
-        """gCO2eq of each call; NaN if the intensity is unknown."""
-        return self.operational_g + self.embodied_g
+    def started_s(self) -> Floats:
+        """A time that stands for the starts of the cell's calls, seconds since the Unix epoch."""
+        return (self.first_s + self.last_s) / 2
+
+    @property
+    def requests(self) -> int:
+        """Number of calls in all cells."""
+        return int(self.count.sum())
 
     @property
     def reference_certain(self) -> Flags:
@@ -84,8 +106,10 @@ class Calls:
         certain: Flags = (self.source == "fallback") | (self.source == "switchback")
         return certain
 
-    def select(self, mask: Flags) -> Self:
-        """The calls for which `mask`, of shape `(calls,)`, is true."""
+    def select(self, mask: Flags | Indices) -> Self:
+        """The cells for which `mask`, of shape `(cells,)`, is true; or those with these indices."""
+        if mask.dtype == np.bool_ and mask.all():
+            return self  # a month of calls is not copied
         return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
@@ -108,68 +132,61 @@ class Distributions:
 
     def __init__(self) -> None:
         self.all: list[Mapping[str, float]] = []
-        self._indices: dict[str, int] = {}
+        self._indices: dict[Hashable, int] = {}
 
-    def index(self, text: str | None) -> int:
-        """The index of a distribution, given as JSON; None counts as empty."""
-        key = text or "{}"
+    def index(self, key: Hashable, text: str | None) -> int:
+        """The index of a distribution.
+
+        Args:
+            key: its identity.
+            text: as JSON; None counts as empty.
+        """
         if key not in self._indices:
             self._indices[key] = len(self.all)
-            self.all.append({option: float(probability) for option, probability in json.loads(key).items()})
+            found = json.loads(text or "{}")
+            self.all.append({option: float(probability) for option, probability in found.items()})
         return self._indices[key]
 
 
-_MEASURED = (
-    "started_s",
-    "processing_s",
-    "server_s",
-    "prompt_tokens",
-    "completion_tokens",
-    "energy_j",
-    "intensity_g_per_kwh",
-    "operational_g",
-    "embodied_g",
-)
-_NUMBERS: dict[str, type] = {
-    **dict.fromkeys(_MEASURED, np.float64),
-    **dict.fromkeys(("policy_version", "prompt_tokens", "completion_tokens"), np.int64),
-    "distribution": np.intp,
-}
+TEXT_COLUMNS = ("model", "group", "task", "option", "pool", "zone", "source")
+NUMBER_COLUMNS = tuple(field.name for field in fields(Calls) if field.name not in TEXT_COLUMNS)
+_INTEGERS = ("policy_version", "count", "prompt_tokens", "completion_tokens", "priced")
 
 
 class CallsBuilder:
-    """Collects records of `ledger.footprints` into columns; equal texts are stored once."""
+    """Collects rows of cells into columns; equal texts are stored once."""
 
-    def __init__(self, distributions: Distributions) -> None:
-        self._distributions = distributions
-        self._texts: dict[str, list[str]] = {
-            name: [] for name in ("model", "group", "task", "option", "pool", "zone", "source")
-        }
-        self._numbers: dict[str, list[float]] = {name: [] for name in _NUMBERS}
+    def __init__(self) -> None:
+        self._texts: dict[str, list[str]] = {name: [] for name in TEXT_COLUMNS}
+        self._numbers: dict[str, list[NDArray[Any]]] = {name: [] for name in NUMBER_COLUMNS}
 
-    def add(self, record: asyncpg.Record | Mapping[str, Any]) -> None:
-        """Add a record; SQL NULL becomes NaN, or -1 for the policy's version."""
-        texts, numbers = self._texts, self._numbers
-        texts["model"].append(sys.intern(record["model"]))
-        texts["group"].append(sys.intern(record["grp"]))
-        texts["task"].append(sys.intern(record["task"] or ""))
-        texts["option"].append(sys.intern(option_key(record["pool"], record["level"])))
-        texts["pool"].append(sys.intern(record["pool"]))
-        texts["zone"].append(sys.intern(record["zone"]))
-        texts["source"].append(sys.intern(record["decision_source"] or ""))
-        version = record["policy_version"]
-        numbers["policy_version"].append(NO_POLICY if version is None else version)
-        numbers["distribution"].append(self._distributions.index(record["propensities"]))
-        for name in _MEASURED:
-            value = record[name]
-            numbers[name].append(float("nan") if value is None else value)
+    def add(self, rows: Sequence[Mapping[str, Any] | asyncpg.Record]) -> None:
+        """Add rows with the columns of `Calls`; None becomes an empty text, or -1 for the policy's version."""
+        for name, texts in self._texts.items():
+            texts.extend(sys.intern(row[name] or "") for row in rows)
+        for name, parts in self._numbers.items():
+            values = (NO_POLICY if row[name] is None else row[name] for row in rows)
+            parts.append(np.fromiter(values, dtype=_number_type(name), count=len(rows)))
+
+    def __len__(self) -> int:
+        return len(self._texts["model"])
 
     def build(self) -> Calls:
-        """All calls added so far."""
-        columns: dict[str, Any] = {name: _text_column(values) for name, values in self._texts.items()}
-        for name, values in self._numbers.items():
-            columns[name] = np.array(values, dtype=_NUMBERS[name])
+        """All rows added so far; the builder is empty then, so that they are in memory once."""
+        columns: dict[str, Any] = {}
+        for name, values in self._texts.items():
+            columns[name] = _text_column(values)
+            values.clear()
+        for name, parts in self._numbers.items():
+            columns[name] = np.concatenate(parts) if parts else np.zeros(0, dtype=_number_type(name))
+            parts.clear()
         return Calls(**columns)
+
+
+def _number_type(name: str) -> type:
+    if name == "distribution":
+        return np.intp
+    return np.int64 if name in _INTEGERS else np.float64
 
 
 def _text_column(values: list[str]) -> Texts:

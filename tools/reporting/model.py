@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tools.reporting.judging import JudgeReport
 from tools.reporting.meter_model import Metered
 from tools.reporting.quality import JudgedShare
 from tools.reporting.savings import Interval, NetSaving, Saving
@@ -41,7 +42,7 @@ class RequestCounts:
         answered: answered by a model server.
         settled: answered, and their energy is attributed.
         unsettled: answered, but their energy is not attributed yet; in no other figure.
-        shared_ids: answered requests whose id another one in the period has; each is counted by its record.
+        shared_ids: answered requests of the last days whose id another one has; None: too many to count.
         refused: rejected with an error code.
         refused_by_code: by error code.
         compared: included in the saving.
@@ -55,7 +56,7 @@ class RequestCounts:
     answered: int
     settled: int
     unsettled: int
-    shared_ids: int
+    shared_ids: int | None
     refused: int
     refused_by_code: Mapping[str, int]
     compared: int
@@ -287,6 +288,7 @@ class Report:
         promised_saving_pct: predicted by the policies when they were solved.
         measured: mean energy and time by group and option.
         policies: number of policies published in the period, by status.
+        judge: what is known of the judge; None: no evaluation says it.
     """
 
     scope: Scope
@@ -309,6 +311,7 @@ class Report:
     groupings: tuple[GroupingRow, ...]
     grid: tuple[GridPoint, ...]
     policies: Mapping[str, int]
+    judge: JudgeReport | None = None
 
     @property
     def empty(self) -> bool:

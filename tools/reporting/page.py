@@ -7,15 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from tools.reporting.format import energy, grams, percent, percent_range, relative_difference
 from tools.reporting.model import Report
-from tools.reporting.plots import Plot, plots
 from tools.reporting.summary import (
     ATTRIBUTED,
     BASELINE,
@@ -26,6 +24,9 @@ from tools.reporting.summary import (
     summary_lines,
 )
 from tools.reporting.tables import TextTable, tables
+
+if TYPE_CHECKING:
+    from tools.reporting.plots import Plot
 
 TITLE = "Sprout: carbon report"
 
@@ -43,6 +44,8 @@ class Tile:
 
 def render_html(report: Report, *, title: str = TITLE) -> str:
     """The page of a report, about 5 MB, nearly all of it the plotting library; it loads nothing else."""
+    from tools.reporting.plots import plots  # noqa: PLC0415 - it loads plotly, which takes 80 MB and a second
+
     return _render(
         "report.html.jinja",
         title=title,
@@ -54,7 +57,7 @@ def render_html(report: Report, *, title: str = TITLE) -> str:
     )
 
 
-def render_page(title: str, *, intro: Sequence[str], sections: Sequence[TextTable | Sequence[Plot]]) -> str:
+def render_page(title: str, *, intro: Sequence[str], sections: Sequence["TextTable | Sequence[Plot]"]) -> str:
     """A self-contained page of tables and plots, for other tools.
 
     Args:
@@ -64,12 +67,14 @@ def render_page(title: str, *, intro: Sequence[str], sections: Sequence[TextTabl
     return _render("page.html.jinja", title=title, intro=intro, sections=sections)
 
 
-def _render(template: str, *, sections: Sequence[TextTable | Sequence[Plot]], **context: Any) -> str:  # noqa: ANN401
+def _render(template: str, *, sections: Sequence["TextTable | Sequence[Plot]"], **context: Any) -> str:  # noqa: ANN401
     shown: list[dict[str, Any]] = [
         {"table": one} if isinstance(one, TextTable) else {"plots": [_embedded(plot) for plot in one]}
         for one in sections
         if isinstance(one, TextTable) or one
     ]
+    from plotly.offline import get_plotlyjs  # noqa: PLC0415 - see `render_html`
+
     with_plots = any("plots" in section for section in shown)
     return _templates.get_template(template).render(
         sections=shown,
@@ -80,7 +85,7 @@ def _render(template: str, *, sections: Sequence[TextTable | Sequence[Plot]], **
     )
 
 
-def _embedded(plot: Plot) -> dict[str, Any]:
+def _embedded(plot: "Plot") -> dict[str, Any]:
     return {"title": plot.title, "note": plot.note, "figure": json.loads(plot.figure.to_json())}
 
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.messages import Policy, Quality, QualityCount
 from tools.reporting.frame import Calls, Floats, Texts, partition
 
 PREFERENCE = "preference"
+CORRECTNESS = "correctness"
 BOUND_TOLERANCE = 2e-5
 """A quality below its bound by less than this meets it within the solver's tolerance."""
 
@@ -159,12 +161,13 @@ class JudgedShares:
         return shares
 
 
-def relative_pct(served: Floats, reference: Floats) -> float | None:
+def relative_pct(served: Floats, reference: Floats, count: NDArray[np.int64]) -> float | None:
     """Expected quality of the served options relative to the reference, %; None if nothing was judged.
 
     Args:
-        served, reference: expected shares; shape `(calls,)`, NaN if unknown.
+        served, reference: expected shares; shape `(cells,)`, NaN if unknown.
+        count: number of calls.
     """
     known = ~np.isnan(served) & ~np.isnan(reference)
-    base = float(reference[known].sum())
-    return 100.0 * float(served[known].sum()) / base if base > 0 else None
+    base = float(reference[known] @ count[known])
+    return 100.0 * float(served[known] @ count[known]) / base if base > 0 else None

@@ -18,9 +18,11 @@ from tools.reporting.frame import MAX_AGE_S, Calls, CallsBuilder, Distributions,
 from tools.reporting.meters import NO_READINGS, FleetReadings, read_fleet
 from tools.reporting.quality import PolicyHistory
 
-MAX_CALLS = 2_000_000
-"""Most calls in one report: about 600 MB and a minute of computation."""
-_PREFETCH = 20_000
+MAX_CELLS = 1_000_000
+"""Most cells of the roll-ups in one report: about 500 MB and a minute of computation."""
+MOST_ROWS = 5_000_000
+"""Calls up to which those that share their id are counted."""
+_PREFETCH = 2_000
 
 Connection = asyncpg.Connection | PoolConnectionProxy
 
@@ -30,7 +32,7 @@ class NoLedgerError(RuntimeError):
 
 
 class TooManyCallsError(RuntimeError):
-    """The period holds more calls than one report can process; the message names the remedy."""
+    """The period holds more cells of calls than one report can process; the message names the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,73 +137,89 @@ class Snapshot:
     evaluation_costs: Mapping[str, EvaluationSums]
     fleet: Fleet | None = None
     readings: FleetReadings = NO_READINGS
-    shared_ids: int = 0
+    shared_ids: int | None = 0
 
 
 # Every statement names its schema, because any connection may be used. $1 is since, $2 until, then model and zone.
 _PERIOD = "($1::timestamptz IS NULL OR {at} >= $1) AND ($2::timestamptz IS NULL OR {at} < $2)"
+_HOURS = _PERIOD.format(at="hour").replace(">= $1", ">= date_trunc('hour', $1::timestamptz, 'UTC')")
 _MODEL = "($3::text IS NULL OR model = $3)"
 _ZONE = "($4::text IS NULL OR zone = $4)"
 
-_FOOTPRINTS = f"""
-SELECT purpose, model, grp, task, pool, level, zone, decision_source, policy_version,
-       propensities::text AS propensities,
-       extract(epoch FROM started_at)::float8 AS started_s, processing_s::float8 AS processing_s,
-       coalesce(server_s, processing_s)::float8 AS server_s,
-       coalesce(prompt_tokens, 0) AS prompt_tokens, completion_tokens, energy_j::float8 AS energy_j,
-       intensity_g_per_kwh::float8 AS intensity_g_per_kwh, operational_g::float8 AS operational_g,
-       embodied_g::float8 AS embodied_g
-FROM ledger.footprints
-WHERE purpose IN ('request', 'evaluation') AND {_PERIOD.format(at="started_at")} AND {_MODEL}
-ORDER BY started_at, request_id
+_CALLS = f"""
+SELECT purpose, model, grp AS "group", task, pool || '/' || level AS option, pool, zone, decision_source AS source,
+       policy_version, distribution, calls AS count, first_s, last_s, processing_s, server_s, prompt_tokens,
+       completion_tokens, energy_j, embodied_g, energy_energy, server_server, energy_server, priced, intensity,
+       intensity_intensity, energy_intensity, operational_g, total_g, total_total, total_intensity
+FROM ledger.all_hourly_calls
+WHERE purpose IN ('request', 'evaluation') AND {_HOURS} AND {_MODEL}
 """
 
-_COUNT = f"""
-SELECT count(*) FROM ledger.footprints
-WHERE purpose IN ('request', 'evaluation') AND {_PERIOD.format(at="started_at")} AND {_MODEL}
+_DISTRIBUTIONS = """
+SELECT id, propensities::text AS propensities FROM ledger.distributions
+UNION SELECT distribution, propensities::text FROM ledger.dimensions
 """
 
 _UNSETTLED = f"""
 SELECT count(*) FILTER (WHERE purpose = 'request' AND {_MODEL}) AS unsettled, count(*) AS unsettled_calls
-FROM ledger.calls WHERE NOT settled AND {_PERIOD.format(at="started_at")} AND {_ZONE}
+FROM (
+    SELECT purpose, model, zone, started_at FROM ledger.open_calls JOIN ledger.dimensions AS d ON d.id = dimension
+    UNION ALL SELECT purpose, model, zone, started_at FROM ledger.calls WHERE NOT settled
+) AS calls
+WHERE {_PERIOD.format(at="started_at")} AND {_ZONE}
 """
 
-# In the tables of an earlier ledger a request is identified by its id, and no two calls have the same.
+# Only calls whose rows are kept; a request whose id is its key shares it with nobody.
 _SHARED_IDS = f"""
 SELECT coalesce(sum(requests), 0)::bigint FROM (
-    SELECT count(*) AS requests FROM ledger.footprints
-    WHERE purpose = 'request' AND {_PERIOD.format(at="started_at")} AND {_MODEL} AND {_ZONE}
+    SELECT count(*) AS requests FROM ledger.settled_calls JOIN ledger.dimensions AS d ON d.id = dimension
+    WHERE request_id IS NOT NULL AND purpose = 'request' AND {_PERIOD.format(at="started_at")} AND {_MODEL} AND {_ZONE}
     GROUP BY request_id HAVING count(*) > 1
 ) AS shared
 """
 
+_KEPT_ROWS = """
+SELECT coalesce(sum(greatest(reltuples, 0)), 0)::bigint FROM pg_class
+WHERE oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = 'ledger.settled_calls'::regclass)
+"""
+
 _REJECTIONS = f"""
-SELECT code, count(DISTINCT request_id) AS requests FROM ledger.refusals
-WHERE {_PERIOD.format(at="at")} AND {_MODEL} GROUP BY code ORDER BY code
+SELECT code, sum(requests)::bigint AS requests FROM (
+    SELECT code, count(*) AS requests FROM ledger.rejections WHERE {_PERIOD.format(at="at")} AND {_MODEL} GROUP BY code
+    UNION ALL
+    SELECT code, count(*) FROM ledger.refusals WHERE {_PERIOD.format(at="at")} AND {_MODEL} GROUP BY code
+    UNION ALL
+    SELECT code, sum(requests) FROM ledger.hourly_rejections WHERE {_HOURS} AND {_MODEL} GROUP BY code
+) AS found GROUP BY code ORDER BY code
 """
 
 _PURPOSES = f"""
-SELECT purpose, sum(energy_j)::float8 AS energy_j, coalesce(sum(total_g), 0)::float8 AS grams,
-       coalesce(sum(embodied_g), 0)::float8 AS embodied_g,
-       coalesce(sum(energy_j) FILTER (WHERE total_g IS NULL), 0)::float8 AS unpriced_j
-FROM ledger.footprints WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS NULL OR zone = $3) GROUP BY purpose
+SELECT purpose, sum(energy_j) AS energy_j, sum(total_g) AS grams, sum(embodied_g) AS embodied_g,
+       sum(unpriced_j) AS unpriced_j
+FROM ledger.all_hourly_calls WHERE {_HOURS} AND ($3::text IS NULL OR zone = $3) GROUP BY purpose
 """
 
 _EVALUATOR = f"""
-SELECT coalesce(sum(total_g), 0)::float8 FROM ledger.footprints
-WHERE purpose <> 'request' AND {_PERIOD.format(at="started_at")} AND {_MODEL} AND {_ZONE}
+SELECT coalesce(sum(total_g), 0) FROM ledger.all_hourly_calls
+WHERE purpose <> 'request' AND {_HOURS} AND {_MODEL} AND {_ZONE}
 """
 
 _INTERVALS = f"""
-SELECT zone, pool, extract(epoch FROM date_trunc('hour', started_at, 'UTC'))::float8 + 1800 AS middle_s,
+SELECT zone, pool, extract(epoch FROM date_trunc('hour', at, 'UTC'))::float8 + 1800 AS middle_s,
        sum(attributed_j)::float8 AS attributed_j, sum(idle_j)::float8 AS idle_j,
-       sum(unattributed_j)::float8 AS unattributed_j, coalesce(sum(idle_s), 0)::float8 AS idle_s
-FROM ledger.intervals WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS NULL OR zone = $3)
+       sum(unattributed_j)::float8 AS unattributed_j, sum(idle_s)::float8 AS idle_s
+FROM (
+    SELECT zone, pool, started_at AS at, attributed_j, idle_j, unattributed_j, coalesce(idle_s, 0) AS idle_s
+    FROM ledger.intervals
+    UNION ALL
+    SELECT zone, pool, at, attributed_j, idle_j, unattributed_j, idle_s FROM ledger.meter_sums
+) AS intervals
+WHERE {_PERIOD.format(at="at")} AND ($3::text IS NULL OR zone = $3)
 GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
 """
 
 # Metered energy comes from the raw readings, independently of the intervals. A counter that decreased was reset and
-# counts from 0. Readings have a limited retention: intervals older than an endpoint's first reading use `metered_j`.
+# counts from 0. Readings have a limited retention: older intervals, and those that were rolled up, use `metered_j`.
 _METERED = f"""
 WITH span AS (
     SELECT endpoint, min(started_at) AS first, max(finished_at) AS last FROM ledger.intervals
@@ -217,6 +235,8 @@ SELECT (SELECT coalesce(sum(CASE WHEN energy_j >= before THEN energy_j - before 
      + (SELECT coalesce(sum(metered_j), 0) FROM ledger.intervals JOIN kept USING (endpoint)
         WHERE {_PERIOD.format(at="started_at")} AND ($3::text IS NULL OR zone = $3)
           AND (since IS NULL OR started_at < since))::float8
+     + (SELECT coalesce(sum(metered_j), 0) FROM ledger.meter_sums
+        WHERE {_PERIOD.format(at="at")} AND ($3::text IS NULL OR zone = $3))::float8
 """
 
 _INTENSITY = f"""
@@ -240,10 +260,8 @@ WHERE {_PERIOD.format(at="learned_at")} AND {_MODEL} ORDER BY learned_at, versio
 """
 
 _EVALUATION_COSTS = f"""
-SELECT evaluation_id, count(*) AS calls, sum(energy_j)::float8 AS energy_j,
-       coalesce(sum(total_g), 0)::float8 AS grams
-FROM ledger.footprints
-WHERE purpose <> 'request' AND evaluation_id IS NOT NULL AND {_PERIOD.format(at="started_at")} GROUP BY evaluation_id
+SELECT evaluation_id, sum(calls)::bigint AS calls, sum(energy_j) AS energy_j, sum(total_g) AS grams
+FROM ledger.all_hourly_evaluations WHERE {_HOURS} GROUP BY evaluation_id
 """
 
 
@@ -257,22 +275,18 @@ async def read_snapshot(
         TooManyCallsError: the period is too long for one report.
         asyncpg.PostgresError: the database rejected a statement.
     """
-    if await connection.fetchval("SELECT to_regclass('ledger.footprints')") is None:
-        raise NoLedgerError("this database has no tables of the ledger: start the ledger on it first")
+    if await connection.fetchval("SELECT to_regclass('ledger.all_hourly_calls')") is None:
+        raise NoLedgerError(
+            "this database has no tables of the ledger, or those of an earlier version: start the ledger on it first"
+        )
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         return await _read(connection, selection, fleet, stretch)
 
 
 async def _read(connection: Connection, selection: Selection, fleet: Fleet | None, stretch: float) -> Snapshot:
     since, until, model, zone = selection.since, selection.until, selection.model, selection.zone
-    count = await connection.fetchval(_COUNT, since, until, model)
-    if count > MAX_CALLS:
-        raise TooManyCallsError(
-            f"the period holds {count:,} calls, and one report can process {MAX_CALLS:,}: "
-            "narrow it with --since and --until"
-        )
     distributions = Distributions()
-    requests, evaluations = await _footprints(connection, selection, distributions)
+    requests, evaluations = await _read_calls(connection, selection, distributions)
     (calls,) = await connection.fetch(_UNSETTLED, since, until, model, zone)
     # A rejected request has no zone: rejections are counted for all zones.
     rejections = await connection.fetch(_REJECTIONS, since, until, model)
@@ -282,6 +296,9 @@ async def _read(connection: Connection, selection: Selection, fleet: Fleet | Non
     qualities = await connection.fetch(_QUALITY, since, until, model)
     groupings = await connection.fetch(_GROUPINGS, since, until, model)
     costs = await connection.fetch(_EVALUATION_COSTS, since, None)
+    shared_ids = None
+    if await connection.fetchval(_KEPT_ROWS) <= MOST_ROWS:
+        shared_ids = await connection.fetchval(_SHARED_IDS, since, until, model, zone)
     readings = NO_READINGS
     if model is None and zone is None:
         readings = await read_fleet(connection, since=since, until=until, fleet=fleet, stretch=stretch)
@@ -292,7 +309,7 @@ async def _read(connection: Connection, selection: Selection, fleet: Fleet | Non
         distributions=distributions.all,
         unsettled=calls["unsettled"],
         unsettled_calls=calls["unsettled_calls"],
-        shared_ids=await connection.fetchval(_SHARED_IDS, since, until, model, zone),
+        shared_ids=shared_ids,
         rejections={row["code"]: row["requests"] for row in rejections},
         metered_j=await connection.fetchval(_METERED, since, until, zone),
         purposes={
@@ -320,14 +337,31 @@ def _learned_groups(row: asyncpg.Record) -> LearnedGroups:
     return LearnedGroups(row["version"], row["learned_at"], grouping["prompts"], counts)
 
 
-async def _footprints(
+async def _read_calls(
     connection: Connection, selection: Selection, distributions: Distributions
 ) -> tuple[Calls, Calls]:
-    """Requests, and calls of the evaluator, of all zones: the reference may run in another zone than the selected."""
-    columns = {"request": CallsBuilder(distributions), "evaluation": CallsBuilder(distributions)}
-    cursor = connection.cursor(_FOOTPRINTS, selection.since, selection.until, selection.model, prefetch=_PREFETCH)
-    async for record in cursor:
-        columns[record["purpose"]].add(record)
+    """Requests, and calls of the evaluator, of all zones: the reference may run in another zone than the selected.
+
+    Raises:
+        TooManyCallsError: there are more cells than one report can process.
+    """
+    texts = {row["id"]: row["propensities"] for row in await connection.fetch(_DISTRIBUTIONS)}
+    columns = {"request": CallsBuilder(), "evaluation": CallsBuilder()}
+    cursor = await connection.cursor(_CALLS, selection.since, selection.until, selection.model)
+    while rows := await cursor.fetch(_PREFETCH):
+        for purpose, builder in columns.items():
+            builder.add(
+                [
+                    {**row, "distribution": distributions.index(row["distribution"], texts.get(row["distribution"]))}
+                    for row in rows
+                    if row["purpose"] == purpose
+                ]
+            )
+        if sum(map(len, columns.values())) > MAX_CELLS:
+            raise TooManyCallsError(
+                f"the period has more than {MAX_CELLS:,} combinations of hour, prompt group, option and policy, "
+                "the most that one report can process: narrow it with --since and --until, or choose a --model"
+            )
     return columns["request"].build(), columns["evaluation"].build()
 
 
@@ -335,7 +369,7 @@ async def _grid(
     connection: Connection, selection: Selection, readings: FleetReadings, *tables: Calls
 ) -> Mapping[str, IntensitySeries]:
     """Carbon intensity by zone, from `MAX_AGE_S` before the first call or reading."""
-    starts = [float(calls.started_s.min()) for calls in tables if len(calls)]
+    starts = [float(calls.first_s.min()) for calls in tables if len(calls)]
     if selection.since is not None:
         starts = [selection.since.timestamp()]
     if readings.table is not None:

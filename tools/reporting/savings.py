@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from tools.reporting.frame import Flags, Floats
+from tools.reporting.frame import Flags, Floats, Indices
 
 CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
@@ -21,18 +21,23 @@ _Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Requests whose counterfactual is identified; every array has shape `(requests,)`.
+    """Requests whose counterfactual is identified, in cells of sums; every array has shape `(cells,)`.
+
+    The requests of a cell agree in everything but their own use. A cell may hold a single request.
 
     A subset can depend on the random choice, for example the requests served in one zone. Such a comparison keeps every
     request, because the requests served by the baseline also estimate what the subset would have emitted there.
 
     Attributes:
         emitted_g: emitted gCO2eq.
+        requests: number of requests.
         propensity: probability with which the baseline was chosen, > 0; 1 in fallback and in reference blocks of the
             switchback.
         served_by_baseline: whether the baseline served the request.
         predicted_g: gCO2eq expected at the baseline, from other requests' energy and time at this request's prices.
         variance: variance of the grams at the baseline around `predicted_g`, g².
+        residual_g, residual_squared: emitted grams less the predicted ones, and their squares; of requests that the
+            baseline served, else 0.
         in_subset: whether the request belongs to the subset.
         p_subset: probability with which the random choice put the request into the subset.
         baseline_in_subset: whether the request would belong to the subset if the baseline had served it.
@@ -43,24 +48,50 @@ class Comparison:
     served_by_baseline: Flags
     predicted_g: Floats
     variance: Floats
+    requests: Floats
+    residual_g: Floats
+    residual_squared: Floats
     in_subset: Flags
     p_subset: Floats
     baseline_in_subset: Flags
 
     @classmethod
     def of_all(
-        cls, *, emitted_g: Floats, propensity: Floats, served_by_baseline: Flags, predicted_g: Floats, variance: Floats
+        cls,
+        *,
+        emitted_g: Floats,
+        propensity: Floats,
+        served_by_baseline: Flags,
+        predicted_g: Floats,
+        variance: Floats,
+        requests: Floats | None = None,
+        residual_squared: Floats | None = None,
     ) -> Self:
         """A comparison of all these requests.
+
+        Args:
+            requests, residual_squared: None: every cell is one request.
 
         Raises:
             ValueError: a propensity is 0; the counterfactual of such a request is not identified.
         """
         if np.any(propensity <= 0):
             raise ValueError("propensity must be greater than 0: a baseline that is never chosen identifies nothing")
-        every = np.ones(len(emitted_g), dtype=bool)
+        every, ones = np.ones(len(emitted_g), dtype=bool), np.ones(len(emitted_g))
+        residual = np.where(served_by_baseline, emitted_g - predicted_g, 0.0)
+        squared = residual**2 if residual_squared is None else np.where(served_by_baseline, residual_squared, 0.0)
         return cls(
-            emitted_g, propensity, served_by_baseline, predicted_g, variance, every, np.ones(len(emitted_g)), every
+            emitted_g=emitted_g,
+            propensity=propensity,
+            served_by_baseline=served_by_baseline,
+            predicted_g=predicted_g,
+            variance=variance,
+            requests=ones if requests is None else requests,
+            residual_g=residual,
+            residual_squared=squared,
+            in_subset=every,
+            p_subset=ones,
+            baseline_in_subset=every,
         )
 
     def __len__(self) -> int:
@@ -70,8 +101,8 @@ class Comparison:
         """The same requests, compared over a subset that depends on the random choice."""
         return replace(self, in_subset=in_subset, p_subset=p_subset, baseline_in_subset=baseline_in_subset)
 
-    def select(self, mask: Flags) -> Self:
-        """The requests for which `mask`, of shape `(requests,)`, is true; it must not depend on the random choice."""
+    def select(self, mask: Flags | Indices) -> Self:
+        """The cells for which `mask` is true, or with these indices; it must not depend on the random choice."""
         return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
@@ -119,12 +150,11 @@ def estimate_saving(requests: Comparison) -> Saving:
     for any prediction m, because the router chose the baseline at random with the logged probability pi_i.
     """
     emitted = float(requests.emitted_g[requests.in_subset].sum())
-    residual = np.where(requests.served_by_baseline, requests.emitted_g - requests.predicted_g, 0.0)
     weight = requests.p_subset / requests.propensity
-    reference = float(requests.predicted_g[requests.in_subset].sum() + (weight * residual).sum())
-    half = _half_width(requests, residual)
-    references = int(np.count_nonzero(requests.served_by_baseline & (requests.propensity < 1.0)))
-    compared = int(np.count_nonzero(requests.in_subset))
+    reference = float(requests.predicted_g[requests.in_subset].sum() + (weight * requests.residual_g).sum())
+    half = _half_width(requests)
+    references = int(requests.requests[requests.served_by_baseline & (requests.propensity < 1.0)].sum())
+    compared = int(requests.requests[requests.in_subset].sum())
     if reference <= 0.0:
         return Saving(compared, references, emitted, reference, None, None, None)
     interval = None if half is None else Interval(max(0.0, reference - half), reference + half)
@@ -189,7 +219,7 @@ def net_of_evaluator(saving: Saving, evaluator_g: float) -> NetSaving:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """An estimate for all requests, allocated to the single requests; arrays of shape `(requests,)`.
+    """An estimate for all requests, allocated to the cells; arrays of shape `(cells,)`.
 
     Attributes:
         reference_g: sums to the `reference_g` of all requests.
@@ -219,14 +249,11 @@ def allocate_total(requests: Comparison) -> Allocation:
     return Allocation(known + share * ((total.reference_g - float(known.sum())) / shares), half)
 
 
-def _half_width(requests: Comparison, residual: Floats) -> float | None:
+def _half_width(requests: Comparison) -> float | None:
     """Half the width of the interval of the counterfactual, g; None without evidence of its variance.
 
     The variance is estimated from the residuals of these requests, and from the spread within their groups. The larger
     one is used: a few hours hold only a handful of baseline requests, whose residuals may be small by chance.
-
-    Args:
-        residual: emitted minus predicted grams of requests served by the baseline, else 0; shape `(requests,)`.
     """
     propensity, p_subset = requests.propensity, requests.p_subset
     # E (1[baseline] p_subset / propensity - 1[in subset])^2: variance of the random choice per squared gram.
@@ -234,6 +261,6 @@ def _half_width(requests: Comparison, residual: Floats) -> float | None:
     if not (factor > 0.0).any():
         return 0.0
     expected = float((factor * requests.variance).sum())
-    empirical = float((factor / propensity * residual**2).sum())
+    empirical = float((factor / propensity * requests.residual_squared).sum())
     variance = max(expected, empirical)
     return _Z * math.sqrt(variance) if variance > 0.0 else None
