@@ -249,7 +249,9 @@ async def run(folder: Path) -> None:
             bootstrap_servers=kafka.bootstrap_servers, topic_prefix=kafka.topic_prefix, database_url=url,
             fleet_file=folder / f"{kafka.topic_prefix}toml", clock=clock.environment(), log_level="WARNING",
         )  # fmt: skip
-        spec = service_spec("gateway", port=port, environment=services, settings={})
+        # On a busy machine a slow answer is a figure, not an error.
+        patient = {"SPROUT_GATEWAY_PUBLISH_TIMEOUT_S": "60", "SPROUT_GATEWAY_ADMISSION_TIMEOUT_S": "60"}
+        spec = service_spec("gateway", port=port, environment=services, settings=patient)
         _, gateway = await environment.start(router, spec)
         database = DatabaseSettings(url=SecretStr(url))
         async with await open_pool(database, schema="gateway") as pool:
