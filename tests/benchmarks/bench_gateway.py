@@ -84,7 +84,7 @@ class Http:
     async def ask(self, number: int, stream: bool) -> float:
         """See `Ask`."""
         began = time.perf_counter()
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = await self._connection()
         writer.write(self.request(prompt(number), stream=stream))
         head = await reader.readuntil(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 200"):
@@ -103,6 +103,14 @@ class Http:
             await reader.readexactly(length)
         self._idle.append((reader, writer))
         return time.perf_counter() - began if first_s is None else first_s
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():  # the server ends idle connections
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection("127.0.0.1", self._port)
 
     def request(self, text: str, *, stream: bool) -> bytes:
         """The bytes of a request."""
@@ -249,7 +257,9 @@ async def run(folder: Path) -> None:
             bootstrap_servers=kafka.bootstrap_servers, topic_prefix=kafka.topic_prefix, database_url=url,
             fleet_file=folder / f"{kafka.topic_prefix}toml", clock=clock.environment(), log_level="WARNING",
         )  # fmt: skip
-        spec = service_spec("gateway", port=port, environment=services, settings={})
+        # On a busy machine a slow answer is a figure, not an error.
+        patient = {"SPROUT_GATEWAY_PUBLISH_TIMEOUT_S": "60", "SPROUT_GATEWAY_ADMISSION_TIMEOUT_S": "60"}
+        spec = service_spec("gateway", port=port, environment=services, settings=patient)
         _, gateway = await environment.start(router, spec)
         database = DatabaseSettings(url=SecretStr(url))
         async with await open_pool(database, schema="gateway") as pool:
