@@ -3,6 +3,7 @@
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import asyncpg
 from aiokafka import TopicPartition
@@ -13,7 +14,10 @@ from prometheus_client import CollectorRegistry
 
 from services import SERVICES
 from services.gateway.api import Gateway, build_api
+from services.gateway.batch_runner import BatchRunner
+from services.gateway.batch_store import BatchStore
 from services.gateway.estimates import Estimates
+from services.gateway.file_store import FileStore
 from services.gateway.http import HttpLimits
 from services.gateway.keys import KeyStore
 from services.gateway.metrics import GatewayMetrics
@@ -22,7 +26,7 @@ from services.gateway.settings import GatewaySettings
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.publish import check_size, declare_publisher
+from shared.kafka.publish import Publisher, check_size, declare_publisher
 from shared.kafka.subscribe import subscribe_compacted, subscribe_partition
 from shared.messages import Cancellation, GenerationRequest, Policy, Reply
 from shared.runtime.clock import Clock
@@ -73,6 +77,12 @@ class Replies:
         _log.info("reading replies", partition=number)
 
 
+async def _send(publisher: Publisher, request: GenerationRequest) -> None:
+    value, key = request.model_dump_json(exclude_defaults=True).encode(), str(request.id).encode()
+    check_size(REQUESTS, value, key)
+    await publisher.publish(value, key=key, headers={"content-type": "application/json"}, correlation_id=request.id)
+
+
 def build_app(
     *,
     kafka: KafkaSettings | None = None,
@@ -103,10 +113,14 @@ def build_app(
         declare_publisher(broker, kafka, CANCELLATIONS),
     )
 
+    lane = REQUESTS if settings.batch_lane == REQUESTS.name else replace(REQUESTS, name=settings.batch_lane)
+    lane_requests = requests if lane is REQUESTS else declare_publisher(broker, kafka, lane)
+
     async def publish(request: GenerationRequest) -> None:
-        value, key = request.model_dump_json(exclude_defaults=True).encode(), str(request.id).encode()
-        check_size(REQUESTS, value, key)
-        await requests.publish(value, key=key, headers={"content-type": "application/json"}, correlation_id=request.id)
+        await _send(requests, request)
+
+    async def publish_to_lane(request: GenerationRequest) -> None:
+        await _send(lane_requests, request)
 
     async def cancel(message: Cancellation) -> None:
         await cancellations.publish(message, key=message.request_id.encode())
@@ -136,11 +150,29 @@ def build_app(
             with status.watch():
                 await migrate(pool, schema=NAME, package="services.gateway.migrations")
             gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s)
+            gateway.files = FileStore(pool, status, clock)
+            gateway.batches = BatchStore(pool, status, clock, retention_days=settings.file_retention_days)
             pools.append(pool)
             yield
 
     async def begin() -> None:
         await replies.start(pools[0])
+        files, batches = gateway.opened_batches()
+        gateway.batch_runner = runner = BatchRunner(
+            files=files,
+            batches=batches,
+            inbox=gateway.inbox,
+            estimates=gateway.estimates,
+            fleet=fleet,
+            settings=settings,
+            clock=clock,
+            metrics=metrics,
+            publish=publish_to_lane,
+            cancel=cancel,
+            reply_partition=gateway.reply_partition or 0,
+        )
+        health.spawn("batches", runner.run())
+        health.spawn("expired files", runner.clean())
 
     health.add_check("postgresql", status.problem)
     health.add_check("replies", lambda: "no reply partition yet" if gateway.reply_partition is None else None)
@@ -149,7 +181,7 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(REQUESTS, CANCELLATIONS, REPLIES, POLICIES, DEAD_LETTERS),
+        topics=tuple(dict.fromkeys((REQUESTS, lane, CANCELLATIONS, REPLIES, POLICIES, DEAD_LETTERS))),
         registry=registry,
         health=health,
         lifespan=running,

@@ -27,6 +27,13 @@ class GatewayMetrics:
         self.cancelled = Counter(
             "sprout_gateway_cancelled", "Requests that were cancelled because nobody waits for them", registry=registry
         )
+        self.batch_lines = Counter(
+            "sprout_gateway_batch_lines",
+            "Lines of batches that got a result, by outcome: completed, failed, unfinished",
+            ("outcome",),
+            registry=registry,
+        )
+        self.batches = Gauge("sprout_gateway_batches", "Batches that this gateway works on", registry=registry)
         self._open = Gauge("sprout_gateway_open_requests", "Requests that wait for an answer", registry=registry)
 
     def watch_open(self, number: Callable[[], int]) -> None:
