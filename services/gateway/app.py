@@ -151,7 +151,9 @@ def build_app(
                 await migrate(pool, schema=NAME, package="services.gateway.migrations")
             gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s)
             gateway.files = FileStore(pool, status, clock)
-            gateway.batches = BatchStore(pool, status, clock, retention_days=settings.file_retention_days)
+            gateway.batches = BatchStore(
+                pool, status, clock, retention_days=settings.file_retention_days, lease_s=settings.batch_lease_s
+            )
             pools.append(pool)
             yield
 
@@ -181,7 +183,7 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=tuple(dict.fromkeys((REQUESTS, lane, CANCELLATIONS, REPLIES, POLICIES, DEAD_LETTERS))),
+        topics=(REQUESTS, lane, CANCELLATIONS, REPLIES, POLICIES, DEAD_LETTERS),
         registry=registry,
         health=health,
         lifespan=running,

@@ -16,7 +16,7 @@ from faststream.exceptions import IncorrectState
 
 from services.gateway.batch_lines import InputLine, LineReader, LineSplitter, Result, Task
 from services.gateway.batch_state import Event, Status
-from services.gateway.batch_store import LEASE_S, Batch, BatchStore, LeaseLostError
+from services.gateway.batch_store import Batch, BatchStore, LeaseLostError
 from services.gateway.batches import BatchError
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimates
@@ -34,7 +34,7 @@ from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.logs import get_logger, where
 
 RENEW_S: Final = 2.0
-"""Between two renewals of a lease, which also show that the batch was cancelled, wall."""
+"""Longest time between two renewals of a lease, which also show that the batch was cancelled, wall."""
 
 POLL_S: Final = 1.0
 """How long a new batch, or one whose gateway died, is not noticed, wall."""
@@ -131,7 +131,7 @@ class BatchRunner:
         except Exception as error:  # noqa: BLE001 - a defect that one batch shows must not stop the others
             _log.error("a batch failed; it is tried again", batch=batch.id, error=type(error).__name__,
                        where=where(error))  # fmt: skip
-            await asyncio.sleep(LEASE_S)
+            await asyncio.sleep(self.settings.batch_lease_s)
         finally:
             self._running.discard(batch.id)
             self.metrics.batches.dec()
@@ -167,8 +167,9 @@ class _Run:
             await asyncio.gather(steps, renewing, return_exceptions=True)
 
     async def _renew(self) -> None:
+        pause_s = min(RENEW_S, self._runner.settings.batch_lease_s / 4)
         while True:
-            await asyncio.sleep(RENEW_S)
+            await asyncio.sleep(pause_s)
             batch = await self._retry(lambda: self._runner.batches.renew(self._batch.id))
             self._cancelled = self._cancelled or batch.status is Status.CANCELLING
 

@@ -15,9 +15,6 @@ from services.gateway.file_store import OUTPUT_PURPOSE, FileWriter
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus
 
-LEASE_S: Final = 20.0
-"""How long a batch waits for a gateway that died, wall."""
-
 PREFETCHED_RESULTS: Final = 20
 """Results in memory while files are written: each can be a few MiB."""
 
@@ -77,16 +74,20 @@ class Batch:
 class BatchStore:
     """The batches of all owners; works on some of them as their holder."""
 
-    def __init__(self, pool: asyncpg.Pool, status: DatabaseStatus, clock: Clock, *, retention_days: float) -> None:
+    def __init__(
+        self, pool: asyncpg.Pool, status: DatabaseStatus, clock: Clock, *, retention_days: float, lease_s: float
+    ) -> None:
         """Use an open pool whose `search_path` is the gateway's schema.
 
         Args:
             retention_days: of output files, event time.
+            lease_s: how long a batch waits for a gateway that died, wall.
         """
         self.status = status
         self.clock = clock
         self._pool = pool
         self._retention = timedelta(days=retention_days)
+        self._lease_s = lease_s
         self._holder = uuid4().hex
 
     async def create(
@@ -172,7 +173,7 @@ class BatchStore:
                 "SELECT id FROM batches WHERE status = ANY($3) AND id <> ALL($4) "
                 "AND (holder IS NULL OR holder = $1 OR lease_until < now()) "
                 f"ORDER BY created_at LIMIT 1 FOR UPDATE SKIP LOCKED) RETURNING {_COLUMNS}",
-                self._holder, LEASE_S, _ACTIVE, list(except_ids),
+                self._holder, self._lease_s, _ACTIVE, list(except_ids),
             )  # fmt: skip
         return None if row is None else _batch(row)
 
@@ -186,7 +187,7 @@ class BatchStore:
             row = await self._pool.fetchrow(
                 "UPDATE batches SET lease_until = now() + make_interval(secs => $3) WHERE id = $1 AND holder = $2 "
                 f"RETURNING {_COLUMNS}",
-                batch_id, self._holder, LEASE_S,
+                batch_id, self._holder, self._lease_s,
             )  # fmt: skip
         if row is None:
             raise LeaseLostError

@@ -7,7 +7,7 @@ connection or memory.
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, Union
 from uuid import uuid4
 
 import asyncpg
@@ -29,7 +29,7 @@ REMOVED_AT_ONCE: Final = 20
 
 _COLUMNS: Final = "id, filename, purpose, bytes, created_at, expires_at"
 
-Executor = asyncpg.Pool | PoolConnectionProxy[asyncpg.Record]
+Executor = Union[asyncpg.Pool, "PoolConnectionProxy[asyncpg.Record]"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,9 @@ class GatewaySettings(BaseSettings):
         le=86_400,
         description="Time limit of one request of a batch, after which it is published again, wall",
     )
+    batch_lease_s: float = Field(
+        default=20.0, ge=1, le=600, description="How long a batch waits for a gateway that died, wall"
+    )
     batch_lane: str = Field(
         default="requests",
         pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$",
