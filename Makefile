@@ -54,8 +54,13 @@ $(STAMP): $(LOCK) pyproject.toml
 demo: install  ## Replay a day through the real services in four minutes; see demo-report.html
 	$(BIN)/sprout demo $(OPTIONS) $(DEMO_OPTIONS)
 
+# The unit tests run in two processes; the others start servers that need both cores, so one after the other, unless
+# `make test JOBS=2` says how many files at once.
+JOBS ?=
+
 test: install lint types  ## Lint, types and every test
-	$(BIN)/pytest
+	$(BIN)/pytest tests/unit -n 2 --dist worksteal
+	$(BIN)/pytest tests/contract tests/integration tests/end_to_end $(if $(JOBS),-n $(JOBS) --dist loadfile)
 
 # One BLAS thread per test process: with more, the processes wait for each other.
 test test-unit: export OPENBLAS_NUM_THREADS = 1

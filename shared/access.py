@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shared.runtime.settings import KafkaSettings
@@ -95,14 +95,17 @@ The `sleeper` is the one of the local stack, or an autoscaler that takes its pla
 """
 
 
-def acl_arguments(kafka: KafkaSettings, principals: dict[str, str]) -> Iterator[tuple[str, ...]]:
+def acl_arguments(
+    kafka: KafkaSettings, principals: dict[str, str], *, lanes: tuple[TopicSpec, ...] = ()
+) -> Iterator[tuple[str, ...]]:
     """The arguments of `kafka-acls --add`, one tuple for every command.
 
     Args:
         principals: Kafka's principal, such as `User:sprout-router`, by name in `ACCESS`.
+        lanes: topics of requests besides `requests`.
     """
     for name, principal in principals.items():
-        access = ACCESS[name]
+        access = _with_lanes(ACCESS[name], lanes)
         allow = ("--allow-principal", principal)
         reads = (*access.reads, *access.rereads)
         yield from ((*allow, "--operation", "Read", "--topic", kafka.topic(spec)) for spec in reads)
@@ -114,3 +117,13 @@ def acl_arguments(kafka: KafkaSettings, principals: dict[str, str]) -> Iterator[
         if access.creates:
             prefix = ("--topic", kafka.topic_prefix, "--resource-pattern-type", "prefixed")
             yield (*allow, "--operation", "Create", "--operation", "Describe", *prefix)
+
+
+def _with_lanes(access: Access, lanes: tuple[TopicSpec, ...]) -> Access:
+    """Access to the topics of all lanes where there is access to `requests`."""
+    return replace(
+        access,
+        reads=access.reads + (lanes if REQUESTS in access.reads else ()),
+        rereads=access.rereads + (lanes if REQUESTS in access.rereads else ()),
+        writes=access.writes + (lanes if REQUESTS in access.writes else ()),
+    )

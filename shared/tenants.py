@@ -7,11 +7,13 @@ model = "llama-2-13b-chat"        # default: the fleet's first
 system = "Answer customers."      # for a conversation without a system message, or with a blank one
 directive = "L1"                  # fixed level; default "optimize": the policy draws one
 deadline_s = 20                   # after the request was received, event seconds; never extended
+max_in_flight = 100               # at once in one router; default: no limit
 sampling = { max_tokens = 256, temperature = 0.2 }
+sampled = false                   # its prompts are never kept for evaluation; default: true
 ```
 
-A value in the request takes precedence. `null`, and an empty `stop`, count as not set; `max_tokens` counts as set
-whenever the request contains it.
+A value in the request takes precedence, except over `sampled = false`. `null`, and an empty `stop`, count as not set;
+`max_tokens` counts as set whenever the request contains it.
 """
 
 from datetime import datetime, timedelta
@@ -48,7 +50,11 @@ class Tenant(BaseModel):
         gt=0,
         description="After the request was received, event; default: SPROUT_ROUTER_DEFAULT_DEADLINE_S",
     )
+    max_in_flight: int | None = Field(
+        default=None, ge=1, description="Concurrent requests of one router; others wait; absent: unlimited"
+    )
     sampling: SamplingDefaults = Field(default_factory=SamplingDefaults)
+    sampled: bool = Field(default=True, description="False: no prompt of the tenant is kept for evaluation")
 
     def deadline(self, received_at: datetime) -> datetime | None:
         """The deadline of a request without one, event time; `None`: the router's default."""
@@ -68,6 +74,8 @@ def with_defaults(request: GenerationRequest, tenant: Tenant | None) -> Generati
         changes["model"] = tenant.model
     if request.directive is None and tenant.directive != OPTIMIZE:
         changes["directive"] = tenant.directive
+    if not tenant.sampled:
+        changes["evaluation_allowed"] = False
     turns = request.conversation()
     if tenant.system is not None and not any(turn.role == "system" and _is_visible(turn.content) for turn in turns):
         others = (turn for turn in turns if turn.role != "system")

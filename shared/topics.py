@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -28,7 +28,8 @@ from shared.messages import (
     UsageRecord,
 )
 
-HOUR_MS: Final = 3_600_000
+MINUTE_MS: Final = 60_000
+HOUR_MS: Final = 60 * MINUTE_MS
 DAY_MS: Final = 24 * HOUR_MS
 MEBIBYTE: Final = 1024 * 1024
 
@@ -105,7 +106,9 @@ class TopicSpec:
         """The topic-level configuration of the broker."""
         settings = {"cleanup.policy": self.cleanup.value, "max.message.bytes": str(self.max_message_bytes)}
         if self.retention_ms is not None:
-            settings["retention.ms"] = str(self.retention_ms)
+            # Kafka removes whole segments: a record stays until the newest one of its segment is as old.
+            segment_ms = min(DAY_MS, max(self.retention_ms // 7, 10 * MINUTE_MS))
+            settings |= {"retention.ms": str(self.retention_ms), "segment.ms": str(segment_ms)}
         if self.max_age_ms is not None:
             settings["message.timestamp.before.max.ms"] = str(self.max_age_ms)
         if self.cleanup is not Cleanup.DELETE:
@@ -287,6 +290,12 @@ TOPICS: Final = (
     CAPACITY,
     DEAD_LETTERS,
 )
+
+
+def requests_topic(name: str) -> TopicSpec:
+    """The topic of a lane, which is like `requests`; see `shared.lanes`."""
+    return REQUESTS if name == REQUESTS.name else replace(REQUESTS, name=name)
+
 
 ANSWERS: Final = {REQUESTS.name: RESPONSES}
 """Topic of the answers, by topic of the requests."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from deploy.demo.traffic import PlannedRequest
-from shared.kafka.dead_letters import PoisonMessageError, parse
+from shared.kafka.parsing import PoisonMessageError, parse
 from shared.messages import (
     CarbonIntensity,
     DeadLetter,

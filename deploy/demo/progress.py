@@ -14,6 +14,7 @@ from deploy.demo.clients import Producer, Tally
 from deploy.demo.day import DemoDay
 from shared.messages import Policy
 from shared.runtime.clock import Clock
+from shared.runtime.printable import printable
 
 REFRESH_S = 0.25
 PLAIN_INTERVAL = timedelta(hours=2)
@@ -48,9 +49,9 @@ class Progress:
         table.add_row("grid", self._grid(now))
         table.add_row("requests", self._requests())
         table.add_row("directives", mix_bar(self._tally))
-        table.add_row("policy", describe_policy(self._tally.policies.get(self._day.model)))
-        table.add_row("evaluator", describe_evaluations(self._tally))
-        title = f"{self._day.hours:g} hours in {self._day.zone}, {self._day.rate:,.0f} times real time"
+        table.add_row("policy", _plain(describe_policy(self._tally.policies.get(self._day.model))))
+        table.add_row("evaluator", _plain(describe_evaluations(self._tally)))
+        title = _plain(f"{self._day.hours:g} hours in {self._day.zone}, {self._day.rate:,.0f} times real time")
         return Panel(table, title=title, title_align="left", border_style="green")
 
     def line(self, now: datetime) -> str:
@@ -58,7 +59,7 @@ class Progress:
         grid = self._tally.intensities.get(self._day.zone)
         intensity = f"{grid.latest.intensity_g_per_kwh:.0f} g/kWh" if grid else "no intensity yet"
         levels = ", ".join(f"{level} {count}" for level, count in sorted(self._tally.levels.items()))
-        return (
+        return printable(
             f"{now:%d %b %H:%M}  {intensity}  sent {self._producer.sent}, answered {self._tally.answered}"
             f"  ({levels or 'none yet'})  policies {self._tally.policies_published}"
             f"  evaluations {self._tally.evaluations}"
@@ -102,6 +103,11 @@ class Progress:
         )
 
 
+def _plain(text: str) -> Text:
+    """Text of messages for the terminal: without control characters, and not read as markup."""
+    return Text(printable(text))
+
+
 def sparkline(values: list[float]) -> str:
     """Bars scaled from the minimum to the maximum of the values."""
     if not values:
@@ -120,7 +126,7 @@ def mix_bar(tally: Tally) -> Text:
     for number, (level, count) in enumerate(sorted(tally.levels.items())):
         style = LEVEL_STYLES[number % len(LEVEL_STYLES)]
         bar.append("█" * round(MIX_WIDTH * count / total), style=style)
-        legend.append(f"{level} {100 * count / total:.0f} %  ", style=style)
+        legend.append(printable(f"{level} {100 * count / total:.0f} %  "), style=style)
     return bar + legend
 
 

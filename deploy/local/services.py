@@ -11,6 +11,7 @@ from typing import Final
 from deploy.local.config import REPOSITORY, StackConfig
 from deploy.local.grid import shipped_trace
 from deploy.local.processes import LOOPBACK, ProcessSpec, http_probe
+from deploy.local.state import TOKEN_FILE, write_private
 from services import SERVICES
 
 READY_TIMEOUT_S: Final = 90.0
@@ -28,9 +29,10 @@ counts as unattributed."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceEnvironment:
-    """The settings that all services of a stack share.
+    """The settings that all services of a stack have.
 
     Attributes:
+        database_url: with the role of the service that the environment is for; empty: none.
         clock: `SPROUT_CLOCK_*` variables; empty: real time.
         draw_key_file: key of random draws; None: none.
     """
@@ -101,14 +103,10 @@ def sleeper_spec(environment: ServiceEnvironment) -> ProcessSpec:
     )
 
 
-def draw_key_file(state_dir: Path) -> Path:
-    """The file with the key of random draws, which is made at the first start."""
-    file = state_dir / "draw-key"
+def secret_file(file: Path) -> Path:
+    """A file with a random secret, which is made if there is none."""
     if not file.exists():
-        made = file.with_suffix(".new")
-        made.touch(mode=0o600)
-        made.write_text(f"{secrets.token_hex(32)}\n", encoding="utf-8")
-        made.rename(file)
+        write_private(file, f"{secrets.token_hex(32)}\n")
     return file
 
 
@@ -121,7 +119,10 @@ def service_settings(config: StackConfig) -> dict[str, dict[str, str]]:
     defaults = {
         # Every request is a sample, and an evaluation needs few of them.
         "router": {"SPROUT_ROUTER_SAMPLE_SHARE": "1"},
-        "evaluator": {"SPROUT_EVALUATOR_MIN_SAMPLES": "20"},
+        "evaluator": {
+            "SPROUT_EVALUATOR_MIN_SAMPLES": "20",
+            "SPROUT_EVALUATOR_HTTP_TOKEN_FILE": str(config.state_dir / TOKEN_FILE),
+        },
         "ledger": {
             "SPROUT_LEDGER_SCRAPE_INTERVAL_S": "1",
             "SPROUT_LEDGER_SETTLE_DELAY_S": f"{SETTLE_DELAY_WALL_S * config.rate:g}",

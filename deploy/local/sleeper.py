@@ -25,10 +25,11 @@ from tritonclient.utils import InferenceServerException
 
 from shared.fleet import Endpoint, Fleet, FleetError, Pool, load_fleet
 from shared.inference.triton.channel import CHANNEL_OPTIONS
-from shared.kafka.dead_letters import PoisonMessageError, describe, parse_record
+from shared.kafka.parsing import PoisonMessageError, describe, parse_record
 from shared.messages import LoadReport, PoolCapacity
 from shared.runtime.clock import Clock, ClockConfigurationError
 from shared.runtime.logs import configure_logging, get_logger
+from shared.runtime.printable import printable
 from shared.runtime.settings import FleetSettings, KafkaSettings, LogSettings
 from shared.topics import CAPACITY, LOAD_REPORTS
 
@@ -351,9 +352,9 @@ def main() -> None:
         logs, kafka, clock = LogSettings(), KafkaSettings(), Clock.from_environment()
         fleet = load_fleet(FleetSettings().file)
     except ValidationError as error:
-        sys.exit(f"sleeper: {describe(error, root=error.title)}")
+        sys.exit(printable(f"sleeper: {describe(error, root=error.title)}", keep="\n"))
     except (ClockConfigurationError, FleetError) as error:
-        sys.exit(f"sleeper: {error}")
+        sys.exit(printable(f"sleeper: {error}", keep="\n"))
     configure_logging("sleeper", logs)
 
     async def until_signal() -> None:

@@ -19,15 +19,24 @@ from deploy.local.grid import TraceError
 from deploy.local.java import KafkaInstallationError, Say
 from deploy.local.kafka import KafkaInstallation, install_kafka, kafka_spec
 from deploy.local.model_servers import ModelServers
-from deploy.local.postgres import PostgresError, create_database, postgres_spec
+from deploy.local.postgres import PostgresError, create_database, create_service_roles, postgres_spec
 from deploy.local.processes import ManagedProcess, ProcessFailedError, ProcessSpec, Supervisor, free_ports
-from deploy.local.services import ServiceEnvironment, draw_key_file, service_settings, service_spec, sleeper_spec
+from deploy.local.services import ServiceEnvironment, secret_file, service_settings, service_spec, sleeper_spec
 from deploy.local.signals import signals_as_exit, uninterrupted
-from deploy.local.state import StackState, StateError, refuse_second_stack, remove_state
+from deploy.local.state import (
+    TOKEN_FILE,
+    StackState,
+    StateError,
+    refuse_second_stack,
+    remove_state,
+)
 from deploy.local.triton import ModelServerError
+from services import SERVICES
 from shared.fleet import FleetError
 from shared.kafka.admin import ProvisioningError, create_topics
+from shared.lanes import all_topics
 from shared.runtime.clock import Clock
+from shared.runtime.database_roles import OPERATOR
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 
 TOPIC_PREFIX = "sprout."
@@ -63,6 +72,8 @@ class LocalStack:
         self._supervisor = Supervisor(config.state_dir / "logs", detached=detached)
         self._handlers = ExitStack()
         self._thread: ThreadPoolExecutor | None = None
+        self._database_urls: dict[str, str] = {}
+        """By service, each with the service's own role and password."""
 
     @property
     def state(self) -> StackState:
@@ -87,7 +98,7 @@ class LocalStack:
 
     @property
     def database(self) -> DatabaseSettings:
-        """Settings to connect to PostgreSQL."""
+        """Settings to connect to PostgreSQL, as the operator: reads all schemas, and creates nothing."""
         return self.state.database
 
     def start(self) -> None:
@@ -231,9 +242,12 @@ class LocalStack:
         kafka = self._launch(spec)
         self._launch(postgres).wait_ready()
         kafka.wait_ready()
-        asyncio.run(create_topics(KafkaSettings(bootstrap_servers=bootstrap_servers, topic_prefix=TOPIC_PREFIX)))
+        settings = KafkaSettings(bootstrap_servers=bootstrap_servers, topic_prefix=TOPIC_PREFIX)
+        asyncio.run(create_topics(settings, specs=all_topics()))
         asyncio.run(create_database(url))
-        self._save(bootstrap_servers=bootstrap_servers, database_url=url)
+        needing = [name for name, service in SERVICES.items() if service.needs_database]
+        self._database_urls = asyncio.run(create_service_roles(url, [*needing, OPERATOR]))
+        self._save(bootstrap_servers=bootstrap_servers, database_url=self._database_urls[OPERATOR])
 
     def _start_models(self) -> None:
         if self.config.event_start is not None:
@@ -254,14 +268,20 @@ class LocalStack:
             process.wait_ready()
 
     def _start_services(self) -> None:
-        environment = self._service_environment()
         names = [(service, service) for service in self.config.services]
         if "router" in self.config.services:
             names += [("router", f"router-{number}") for number in range(2, self.config.routers + 1)]
-        specs = [sleeper_spec(environment)] if self.config.sleep else []
+        specs = [sleeper_spec(self._service_environment())] if self.config.sleep else []
         settings = service_settings(self.config) if names else {}
+        secret_file(self.config.state_dir / TOKEN_FILE)
         specs += [
-            service_spec(service, port=port, environment=environment, settings=settings.get(service, {}), name=name)
+            service_spec(
+                service,
+                port=port,
+                environment=self._service_environment(service),
+                settings=settings.get(service, {}),
+                name=name,
+            )
             for (service, name), port in zip(names, free_ports(len(names)), strict=True)
         ]
         if specs:
@@ -270,16 +290,16 @@ class LocalStack:
         for process in started:
             process.wait_ready()
 
-    def _service_environment(self) -> ServiceEnvironment:
+    def _service_environment(self, service: str = "") -> ServiceEnvironment:
         state = self.state
         if state.fleet_file is None:
             raise StateError("services are started after the model servers")
         return ServiceEnvironment(
             bootstrap_servers=state.bootstrap_servers,
             topic_prefix=state.topic_prefix,
-            database_url=state.database_url,
+            database_url=self._database_urls.get(service, ""),
             fleet_file=state.fleet_file,
-            draw_key_file=draw_key_file(state.state_dir),
+            draw_key_file=secret_file(state.state_dir / "draw-key"),
             clock=state.clock,
         )
 

@@ -19,6 +19,9 @@ from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 
 FILE_NAME = "stack.json"
+TOKEN_FILE = "evaluations-token"
+"""Name of the file, in the state folder, with the token of the evaluator's `POST /evaluations`."""
+
 START_TIME_TOLERANCE_S = 1.0
 
 
@@ -101,7 +104,9 @@ class StackState(BaseModel):
     zone: str
     topic_prefix: str
     bootstrap_servers: str = Field(default="", description="Empty until Kafka is ready")
-    database_url: str = Field(default="", description="Empty until PostgreSQL is ready")
+    database_url: str = Field(
+        default="", description="As the operator's role, with its password; empty until PostgreSQL is ready"
+    )
     fleet_file: Path | None = None
     clock: dict[str, str] = Field(default_factory=dict, description="SPROUT_CLOCK_* of every process; empty: real time")
     processes: tuple[ProcessRecord, ...] = Field(default=(), description="In order of starting")
@@ -139,11 +144,16 @@ class StackState(BaseModel):
 
     def save(self) -> None:
         """Write the state file atomically; only its owner may read it."""
-        path = self.state_dir / FILE_NAME
-        partial = path.with_suffix(".partial")
-        partial.write_text(self.model_dump_json(indent=2), encoding="utf-8")
-        partial.chmod(0o600)
-        partial.replace(path)
+        write_private(self.state_dir / FILE_NAME, self.model_dump_json(indent=2))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file atomically; at no time may anyone but its owner read it."""
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    partial.touch(mode=0o600, exist_ok=False)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def read_state(state_dir: Path) -> StackState | None:

@@ -1,15 +1,12 @@
 """Wires the evaluator: subscribers, stores, model servers, judge, scheduler."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any
-from urllib.parse import parse_qs
 
-from faststream.asgi import AsgiFastStream, AsgiResponse, HttpHandler, post
-from faststream.asgi.types import Scope
+from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
@@ -21,6 +18,7 @@ from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import PlanError, candidates_of
 from services.evaluator.preference import PreferenceMetric
+from services.evaluator.requests import evaluation_endpoint
 from services.evaluator.samples import InputConsumer, SampleStore
 from services.evaluator.scheduler import Scheduler
 from services.evaluator.settings import EvaluatorSettings
@@ -37,7 +35,7 @@ from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Sample
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
@@ -135,6 +133,7 @@ class Evaluator:
             on_new_samples=self.scheduler.on_new_samples,
             retry_pause_s=settings.database_retry_pause_s,
         )
+        self._store: EvaluationStore | None = None
         self._broker_started = asyncio.Event()
         self._subscribe(broker, dead_letters, kafka)
         subscribe_capacity(broker, dead_letters, self._pools, kafka=kafka)
@@ -152,10 +151,11 @@ class Evaluator:
                 pool,
                 status,
                 samples_per_group=settings.samples_per_group,
+                samples_per_model=settings.samples_per_model,
                 max_age=timedelta(hours=settings.max_sample_age_h),
                 draw_key=settings.draw_key_bytes,
             )
-            store = EvaluationStore(pool, status)
+            self._store = store = EvaluationStore(pool, status)
             group_store = GroupStore(pool, status, max_judged_age=timedelta(hours=settings.max_judged_age_h))
             self.inputs.connect(samples, store)
             await self.scheduler.restore(store)
@@ -175,6 +175,7 @@ class Evaluator:
                 settings=settings,
                 metrics=self.metrics,
             )
+            health.spawn("check PostgreSQL", status.check_forever(self._database))
             health.spawn("check endpoints", self._pools.watch())
             health.spawn("evaluate", self._evaluate(runner, health))
             health.spawn("report load", self._report_load())
@@ -182,9 +183,21 @@ class Evaluator:
             stack.push_async_callback(health.cancel_background)
             yield
 
-    def on_broker_started(self) -> None:
+    async def on_broker_started(self) -> None:
         """Allow evaluations, which publish their calls."""
         self._broker_started.set()
+
+    async def obstacle(self, model: str) -> str | None:
+        """Why this process cannot evaluate a model now: another one does. None: it can.
+
+        Raises:
+            DatabaseUnavailableError: PostgreSQL does not answer, or is not connected yet.
+        """
+        if self._store is None:
+            raise DatabaseUnavailableError("PostgreSQL is not connected yet")
+        if self.scheduler.states[model].running is not None or not await self._store.is_claimed(model):
+            return None
+        return "another evaluator evaluates this model now; try again when it has finished"
 
     async def _evaluate(self, runner: EvaluationRunner, health: Health) -> None:
         await self._broker_started.wait()
@@ -246,20 +259,6 @@ class Evaluator:
                 self.scheduler.on_intensity(intensity)
 
 
-def evaluation_endpoint(scheduler: Scheduler) -> HttpHandler:
-    """`POST /evaluations?model=NAME` requests an evaluation now, regardless of the grid."""
-
-    @post(description="Evaluate a model now")
-    async def request_evaluation(scope: Scope) -> AsgiResponse:
-        (model, *_) = parse_qs(scope["query_string"].decode()).get("model", [""])
-        if scheduler.request(model):
-            return AsgiResponse(b'{"status": "requested"}', 202, {"Content-Type": "application/json"})
-        body = json.dumps({"error": "set ?model= to the name of a model of the fleet file"})
-        return AsgiResponse(body.encode(), 404, {"Content-Type": "application/json"})
-
-    return request_evaluation
-
-
 def build_app(
     *,
     kafka: KafkaSettings | None = None,
@@ -316,7 +315,10 @@ def build_app(
     # Before the broker stops: a running evaluation could no longer publish.
     app.on_shutdown(health.cancel_background)
     app.on_shutdown(evaluator.publish_final_load_report)
-    app.mount("/evaluations", evaluation_endpoint(evaluator.scheduler))
+    app.mount(
+        "/evaluations",
+        evaluation_endpoint(evaluator.scheduler, token=settings.http_token, obstacle=evaluator.obstacle),
+    )
     return app
 
 

@@ -321,6 +321,7 @@ class PromptJudging:
             group=group,
             evaluated_at=self._at,
             features=extract_features(prompt_text(sample.messages)),
+            tenant=sample.tenant,
             answers=tuple(
                 JudgedAnswer(
                     level=candidate.level,

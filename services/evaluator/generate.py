@@ -96,7 +96,8 @@ class ModelCalls:
             )
         generation = result.generation
         if generation is None or result.endpoint is None:
-            raise CallError(result.error.message if result.error else f"pool {pool}: no answer")
+            # The error's message is for a requester: it may quote the prompt.
+            raise CallError(f"pool {pool}: {result.error.code if result.error else 'no answer'}")
         await self._publish_usage(
             UsageRecord(
                 id=record_id,

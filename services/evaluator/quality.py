@@ -87,6 +87,7 @@ class JudgedPrompt:
         group: group in which it is counted.
         evaluated_at: event time.
         answers: of every candidate, the reference first.
+        tenant: None: none, or stored by an earlier release.
     """
 
     id: str
@@ -96,6 +97,7 @@ class JudgedPrompt:
     evaluated_at: datetime
     features: PromptFeatures
     answers: tuple[JudgedAnswer, ...]
+    tenant: str | None = None
 
 
 class _Outcome(NamedTuple):

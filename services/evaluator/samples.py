@@ -5,6 +5,11 @@ number, with the deployment's key, and the smallest numbers stay. The result doe
 and a redelivered sample changes nothing. (Algorithm R draws by position in the stream, so it would have to remember
 every id that it rejected.) Prompts that were already evaluated are replaced first, because a second verdict on the same
 prompt adds little evidence.
+
+A model keeps a bounded number of samples, however many task labels its clients invent. Beyond that number the places
+are divided by the groups' traffic with the highest-averages (D'Hondt) method: the n-th sample of a group with t
+arrivals has the quotient n / t, and the largest quotients leave. A flood of labels that occur once so displaces no
+group that is used. What is known of a group's traffic goes with its last sample.
 """
 
 import asyncio
@@ -28,6 +33,30 @@ from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 T = TypeVar("T")
 
 _SALT: Final = "reservoir"
+
+_SAMPLES_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtext('sprout.evaluator.samples'))"
+"""Evaluators change the reservoir one after the other: each sees what the others have kept."""
+
+_EVICT_BEYOND: Final = """
+DELETE FROM reservoir USING (
+    SELECT id FROM (
+        SELECT id, draw,
+               row_number() OVER (PARTITION BY prompt_group ORDER BY evaluations, draw, id)
+                   / greatest(1, coalesce(traffic.samples, 1))::float8 AS quotient
+        FROM reservoir LEFT JOIN (
+            SELECT prompt_group, sum(samples) AS samples FROM arrivals WHERE model = $1 GROUP BY prompt_group
+        ) AS traffic USING (prompt_group)
+        WHERE model = $1
+    ) AS ranked
+    ORDER BY quotient, draw, id OFFSET $2
+) AS beyond
+WHERE reservoir.model = $1 AND reservoir.id = beyond.id
+"""
+_FORGET_TRAFFIC: Final = """
+DELETE FROM arrivals WHERE model = $1 AND NOT EXISTS (
+    SELECT FROM reservoir WHERE reservoir.model = $1 AND reservoir.prompt_group = arrivals.prompt_group
+)
+"""
 
 Stratum = tuple[str, str]
 """(model, group)"""
@@ -101,6 +130,7 @@ class SampleStore:
         status: DatabaseStatus,
         *,
         samples_per_group: int,
+        samples_per_model: int,
         max_age: timedelta,
         draw_key: bytes = b"",
     ) -> None:
@@ -108,12 +138,14 @@ class SampleStore:
 
         Args:
             samples_per_group: capacity of each stratum.
+            samples_per_model: capacity of all strata of a model together.
             max_age: retention of samples, event time.
             draw_key: secret of the deployment; empty: none.
         """
         self._pool = pool
         self._status = status
         self._samples_per_group = samples_per_group
+        self._samples_per_model = samples_per_model
         self._max_age = max_age
         self._draw_key = draw_key
 
@@ -124,8 +156,11 @@ class SampleStore:
             strata[sample.model, sample.group][sample.identity] = sample
         with self._status.watch():
             async with self._pool.acquire() as connection, connection.transaction():
+                await connection.execute(_SAMPLES_LOCK)
                 stored = await _lock_strata(connection, list(strata))
                 await self._update(connection, strata, stored, oldest=now - self._max_age)
+                for model in sorted({model for model, _ in strata}):
+                    await self._limit(connection, model)
 
     async def delete_expired(self, *, now: datetime) -> None:
         """Delete samples and traffic counts that are older than the retention."""
@@ -173,6 +208,17 @@ class SampleStore:
         found = {row["id"]: Sample.model_validate_json(row["sample"]) for row in rows}
         return [found[one] for one in ids if one in found]
 
+    async def _limit(
+        self,
+        connection: Any,  # noqa: ANN401 - asyncpg's proxy has no common base with a connection
+        model: str,
+    ) -> None:
+        """Keep at most `samples_per_model` samples of a model."""
+        samples = await connection.fetchval("SELECT count(*) FROM reservoir WHERE model = $1", model)
+        if samples > self._samples_per_model:
+            await connection.execute(_EVICT_BEYOND, model, self._samples_per_model)
+            await connection.execute(_FORGET_TRAFFIC, model)
+
     async def _update(
         self,
         connection: Any,  # noqa: ANN401 - asyncpg's proxy has no common base with a connection
@@ -192,12 +238,8 @@ class SampleStore:
             evicted += [(model, name) for name in update.evicted]
             admitted += [
                 (
-                    model,
-                    name,
-                    samples[name].request_id,
-                    group,
-                    samples[name].sampled_at,
-                    offered[name].draw,
+                    *(model, name, samples[name].request_id, group, samples[name].tenant),
+                    *(samples[name].sampled_at, offered[name].draw),
                     samples[name].model_dump_json(),
                 )
                 for name in update.admitted
@@ -207,8 +249,8 @@ class SampleStore:
                 counted.append((model, group, _hour(newest), update.unseen))
         await connection.executemany("DELETE FROM reservoir WHERE model = $1 AND id = $2", evicted)
         await connection.executemany(
-            "INSERT INTO reservoir (model, id, request_id, prompt_group, sampled_at, draw, sample) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
+            "INSERT INTO reservoir (model, id, request_id, prompt_group, tenant, sampled_at, draw, sample) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING",
             admitted,
         )
         await connection.executemany(
@@ -258,7 +300,7 @@ class InputConsumer:
         usable = [
             one
             for one in samples
-            if one.model in self._models and "\0" not in one.identity + one.request_id + one.group
+            if one.model in self._models and "\0" not in one.identity + one.request_id + one.group + (one.tenant or "")
         ]
         if usable:
             async with self._pause_on_failure():

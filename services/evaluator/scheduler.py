@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Final
+from typing import Final, Literal
 
 from services.evaluator.evaluation import EvaluationResult, EvaluationRunner, EvaluationTrigger
 from services.evaluator.metrics import EvaluatorMetrics
@@ -14,7 +14,7 @@ from services.evaluator.samples import SampleStore
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import EvaluationStore, GroupStore
 from shared.carbon import LatestIntensities, trailing_mean, trailing_points
-from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.handling import RetryLaterError
 from shared.messages import CarbonIntensity
 from shared.runtime.clock import Clock
 from shared.runtime.health import Health
@@ -34,6 +34,13 @@ REFERENCE_BLOCK: Final = "reference_block"
 """Reason why an evaluation is postponed: the whole fleet serves without Sprout, now or soon."""
 
 MAX_BACKOFF_DOUBLINGS: Final = 7
+
+REQUESTED: Final = "requested"
+"""Trigger of an evaluation that a person requested."""
+
+RequestStatus = Literal[
+    "requested", "requested; begins after the evaluation that is running", "requested before, and not begun yet"
+]
 
 _log = get_logger(__name__)
 
@@ -126,18 +133,21 @@ class Scheduler:
         """New samples have been stored."""
         self._wake.set()
 
-    def request(self, model: str) -> bool:
-        """Evaluate a model as soon as possible, regardless of the grid.
+    def request(self, model: str) -> RequestStatus:
+        """Evaluate a model as soon as possible, regardless of the grid. A request waits until it has begun.
 
         Returns:
-            Whether the model is known.
+            What the requester can expect, for people.
+
+        Raises:
+            KeyError: the model is unknown.
         """
-        state = self.states.get(model)
-        if state is None:
-            return False
-        state.pending = EvaluationTrigger("requested", self._clock.now())
+        state = self.states[model]
+        if state.pending is not None and state.pending.reason == REQUESTED:
+            return "requested before, and not begun yet"
+        state.pending = EvaluationTrigger(REQUESTED, self._clock.now())
         self._wake.set()
-        return True
+        return "requested" if state.running is None else "requested; begins after the evaluation that is running"
 
     async def run(self, runner: EvaluationRunner, health: Health, *, is_reachable: Callable[[str], bool]) -> None:
         """Start evaluations until cancelled.
@@ -226,7 +236,7 @@ class Scheduler:
     def _current_trigger(self, state: ModelState, now: datetime) -> EvaluationTrigger | None:
         """The pending trigger; one that is too old is discarded, unless a person requested it."""
         trigger = state.pending
-        if trigger is None or trigger.reason == "requested":
+        if trigger is None or trigger.reason == REQUESTED:
             return trigger
         if (now - trigger.at).total_seconds() > self._settings.max_intensity_age_s:
             state.pending = trigger = None
@@ -256,6 +266,8 @@ class Scheduler:
             self._metrics.evaluations.labels(state.model, trigger.reason, "finished").inc()
         elif result.status == "claimed_by_other":
             state.opportunity.last = result.last or last_before
+            if trigger.reason == REQUESTED:  # it was promised
+                state.pending = state.pending or trigger
             state.not_before_s = now_s + self._settings.retry_pause_s
         else:
             self._metrics.evaluations.labels(state.model, trigger.reason, "failed").inc()

@@ -1,7 +1,7 @@
 """Configuration of the evaluator, from `SPROUT_EVALUATOR_*`."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import AliasChoices, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -12,6 +12,9 @@ from shared.inference.balancer import CircuitBreakerSettings
 from shared.runtime.database import RETRY_PAUSE_S
 from shared.runtime.settings import DrawKeySettings, read_secret
 
+MIN_TOKEN_CHARS: Final = 16
+"""Minimum length of a token, which somebody could otherwise guess."""
+
 
 class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings, DrawKeySettings):
     """When and how answers are judged. "Wall" means real seconds, "event" those of the clock."""
@@ -19,6 +22,7 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     model_config = SettingsConfigDict(
         env_prefix="SPROUT_EVALUATOR_",
         extra="ignore",
+        env_ignore_empty=True,
         env_parse_none_str="null",
         populate_by_name=True,
         hide_input_in_errors=True,
@@ -54,6 +58,9 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
 
     # Samples
     samples_per_group: int = Field(default=200, ge=1, description="Samples kept per model and prompt group")
+    samples_per_model: int = Field(
+        default=5_000, ge=1, description="Samples kept per model over all groups, divided by the groups' traffic"
+    )
     max_sample_age_h: float = Field(
         default=7 * 24.0, gt=0, description="Retention of prompts: samples are deleted at this age, event hours"
     )
@@ -124,6 +131,12 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     judge_api_key_file: Path | None = Field(default=None, description="File that contains the token")
     judge_timeout_s: float = Field(default=30.0, gt=0, description="Timeout of one request to that server, wall")
 
+    # POST /evaluations
+    http_token: SecretStr | None = Field(
+        default=None, min_length=MIN_TOKEN_CHARS, description="Bearer token of POST /evaluations; null: it is off"
+    )
+    http_token_file: Path | None = Field(default=None, description="File that contains the token")
+
     # Kafka and PostgreSQL
     fetch_max_records: int = Field(default=500, ge=1, description="Maximum samples or footprints per batch")
     session_timeout_s: float = Field(default=6.0, ge=1.0, description="Session timeout of the consumer group, wall")
@@ -138,6 +151,8 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
             raise ValueError("SPROUT_EVALUATOR_JUDGE=openai needs SPROUT_EVALUATOR_JUDGE_URL and _JUDGE_MODEL")
         if self.judge_api_key is not None and self.judge_api_key_file is not None:
             raise ValueError("set SPROUT_EVALUATOR_JUDGE_API_KEY or _JUDGE_API_KEY_FILE, not both")
+        if self.http_token is not None and self.http_token_file is not None:
+            raise ValueError("set SPROUT_EVALUATOR_HTTP_TOKEN or SPROUT_EVALUATOR_HTTP_TOKEN_FILE, not both")
         if self.max_judged_to_learn < self.min_judged_to_learn:
             raise ValueError("max_judged_to_learn must not be below min_judged_to_learn")
         if self.overdue_h <= self.grace_h:
@@ -145,4 +160,9 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
         if self.judge_api_key_file is not None:
             key = read_secret(self.judge_api_key_file, "SPROUT_EVALUATOR_JUDGE_API_KEY_FILE")
             self.judge_api_key = SecretStr(key)
+        if self.http_token_file is not None:
+            token = read_secret(self.http_token_file, "SPROUT_EVALUATOR_HTTP_TOKEN_FILE")
+            if len(token) < MIN_TOKEN_CHARS:
+                raise ValueError(f"SPROUT_EVALUATOR_HTTP_TOKEN_FILE needs {MIN_TOKEN_CHARS} characters or more")
+            self.http_token = SecretStr(token)
         return self

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,7 +13,7 @@ from services.evaluator.cost import Energy, EnergyByPool
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt
 from shared.grouping import FEATURES, PromptFeatures
 from shared.messages import PromptGrouping, Quality
-from shared.runtime.database import DatabaseStatus
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,10 @@ class LearningProgress:
     learned_from: int | None
 
 
+def _claim_key(model: str) -> str:
+    return f"sprout.evaluate.{model}"
+
+
 class EvaluationStore:
     """The tables `evaluations` and `energy`; methods raise `DatabaseUnavailableError`."""
 
@@ -54,12 +58,26 @@ class EvaluationStore:
             connection = await self._pool.acquire()
         try:
             with self._status.watch():
-                key = f"sprout.evaluate.{model}"
-                claimed: bool = await connection.fetchval("SELECT pg_try_advisory_lock(hashtext($1))", key)
+                claimed: bool = await connection.fetchval(
+                    "SELECT pg_try_advisory_lock(hashtext($1))", _claim_key(model)
+                )
             yield claimed
         finally:
-            # Releasing resets the connection, which unlocks.
-            await self._pool.release(connection)
+            # Releasing resets the connection, which unlocks. If the server is gone, the lock is gone with it, and the
+            # pool discards the connection.
+            with suppress(DatabaseUnavailableError), self._status.watch():
+                await self._pool.release(connection)
+
+    async def is_claimed(self, model: str) -> bool:
+        """Whether a process, this one or another, holds the claim of a model."""
+        with self._status.watch():
+            found: bool = await self._pool.fetchval(
+                "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
+                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+                "AND (classid::bigint << 32 | objid::bigint) = hashtext($1)::bigint)",
+                _claim_key(model),
+            )
+        return found
 
     async def last_evaluation(self, model: str) -> datetime | None:
         """Event time of a model's last finished evaluation."""
@@ -106,6 +124,8 @@ class EvaluationStore:
     async def finish(self, quality: Quality, *, evaluated: Iterable[str], judged: Sequence[JudgedPrompt]) -> None:
         """Record the result of an evaluation, which is to be published.
 
+        A sample that was deleted meanwhile, perhaps at its tenant's request, leaves no judged prompt behind.
+
         Args:
             evaluated: ids of the samples that took part.
             judged: those with a verdict.
@@ -117,12 +137,14 @@ class EvaluationStore:
                     quality.evaluation_id,
                     quality.model_dump_json(),
                 )
-                await connection.execute(
-                    "UPDATE reservoir SET evaluations = evaluations + 1 WHERE model = $1 AND id = ANY($2::text[])",
+                kept = await connection.fetch(
+                    "UPDATE reservoir SET evaluations = evaluations + 1 "
+                    "WHERE model = $1 AND id = ANY($2::text[]) RETURNING id",
                     quality.model,
                     list(evaluated),
                 )
-                await _save_judged(connection, quality.model, judged)
+                ids = {row["id"] for row in kept}
+                await _save_judged(connection, quality.model, [one for one in judged if one.id in ids])
 
     async def unpublished(self) -> list[Quality]:
         """Results that may not have reached Kafka, oldest first."""
@@ -267,10 +289,10 @@ async def _save_judged(
 ) -> None:
     """Store judged prompts in the caller's transaction; a newer verdict replaces an older one on the same prompt."""
     await connection.executemany(
-        "INSERT INTO judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, looks, answers) "
-        "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (model, id) DO UPDATE SET "
+        "INSERT INTO judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, looks, answers, "
+        "tenant) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (model, id) DO UPDATE SET "
         "stratum = excluded.stratum, prompt_group = excluded.prompt_group, evaluated_at = excluded.evaluated_at, "
-        "features = excluded.features, looks = excluded.looks, answers = excluded.answers",
+        "features = excluded.features, looks = excluded.looks, answers = excluded.answers, tenant = excluded.tenant",
         [
             (
                 model,
@@ -282,6 +304,7 @@ async def _save_judged(
                 FEATURES,
                 one.features.to_bytes(),
                 json.dumps([answer.to_json() for answer in one.answers]),
+                one.tenant,
             )
             for one in prompts
         ],
@@ -297,4 +320,5 @@ def _judged_prompt(row: asyncpg.Record) -> JudgedPrompt:
         evaluated_at=row["evaluated_at"],
         features=PromptFeatures.from_bytes(row["looks"]),
         answers=tuple(JudgedAnswer.from_json(one) for one in json.loads(row["answers"])),
+        tenant=row["tenant"],
     )

@@ -94,6 +94,7 @@ class Ledger:
             with self.storage.status.watch():
                 await migrate(pool, schema=NAME, package="services.ledger.migrations")
             self.storage.attach(pool)
+            health.spawn("check PostgreSQL", self.storage.status.check_forever(database))
             for number, scraper in enumerate(self.scrapers):
                 health.spawn(f"read meters {number}", scraper.run())
             yield

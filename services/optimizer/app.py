@@ -1,5 +1,6 @@
 """Wires the optimizer together."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -116,7 +117,7 @@ def subscribe(
     return groupings, intensities, evaluations, curves
 
 
-def build_app(
+def build_app(  # noqa: PLR0915 - it only wires
     *,
     kafka: KafkaSettings | None = None,
     settings: OptimizerSettings | None = None,
@@ -157,7 +158,10 @@ def build_app(
     compacted = subscribe(broker, dead_letters, service, capacity, kafka=kafka, settings=settings)
     _watch_ages(service, metrics, fleet)
 
+    broker_started = asyncio.Event()
+
     async def after_reading(work: Callable[[], Awaitable[None]]) -> None:
+        await broker_started.wait()  # the work publishes
         if not await read_to_end(compacted, within_s=settings.state_wait_s):
             _log.warning("starting before the compacted topics were read completely")
         await work()
@@ -170,6 +174,7 @@ def build_app(
             store = Store(pool, status=status, remembered_footprints=settings.remembered_footprints)
             await service.restore(store)
             await capacity.restore_profiles(store)
+            health.spawn("check PostgreSQL", status.check_forever(database))
             health.spawn("make policies", after_reading(service.run))
             health.spawn("plan capacity", after_reading(capacity.run))
             health.spawn("store arrival profiles", capacity.store_profiles(store))
@@ -179,8 +184,12 @@ def build_app(
             service.close()
             await pool.close()
 
+    # FastStream calls functions that are not asynchronous in a thread.
+    async def on_broker_started() -> None:
+        broker_started.set()
+
     health.add_check("database", status.problem)
-    return build_service(
+    app = build_service(
         broker,
         name=NAME,
         description=DESCRIPTION,
@@ -200,6 +209,8 @@ def build_app(
         health=health,
         lifespan=running,
     )
+    app.after_startup(on_broker_started)
+    return app
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Admits a request: parses its record, applies defaults and limits, and decides whether it becomes a sample."""
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,8 +12,9 @@ from pydantic_core import from_json
 from services.router.settings import RouterSettings
 from shared.fleet import Fleet
 from shared.hashing import uniform
-from shared.kafka.dead_letters import UNREADABLE, PoisonMessageError, check_size, parse
-from shared.kafka.inspection import UNREADABLE_HEADER
+from shared.kafka.dead_letters import UNREADABLE
+from shared.kafka.parsing import PoisonMessageError, check_size, parse
+from shared.kafka.unreadable import UNREADABLE_DETAIL, UNREADABLE_HEADER
 from shared.messages import Decision, ErrorDetail, GenerationRequest, GenerationResponse, Identifier
 from shared.runtime.clock import Clock
 from shared.tenants import with_defaults
@@ -25,36 +25,24 @@ TURN_CHARS: Final = 64
 OBJECT_BYTES: Final = 512
 """Memory of a small JSON object, such as an empty turn, once it is parsed; and of a Kafka header."""
 
+RECORD_BYTES: Final = 640
+"""Memory of a record besides its content."""
+
 _SAMPLE_SALT = "sample"
 _IDENTIFIER: Final = TypeAdapter[str](Identifier)
 
 
-class ByteBudget:
-    """Bounds the memory of the requests in flight, by an estimate that needs no parsing."""
+def held_bytes(record: "ConsumerRecord[bytes, bytes]") -> int:
+    """The memory that a record takes while it waits."""
+    size = RECORD_BYTES + len(record.value or b"") + len(record.key or b"")
+    if record.headers:
+        size += sum(len(name) + len(content or b"") + OBJECT_BYTES for name, content in record.headers)
+    return size
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-        self._released = asyncio.Event()
 
-    @staticmethod
-    def cost(record: "ConsumerRecord[bytes, bytes]") -> int:
-        """The estimated bytes of a request: its size, and a surcharge for everything that becomes an object."""
-        value = record.value or b""
-        headers = sum(len(name) + len(content or b"") + OBJECT_BYTES for name, content in record.headers)
-        return len(value) + OBJECT_BYTES * value.count(b"{") + len(record.key or b"") + headers
-
-    async def acquire(self, cost: int) -> None:
-        """Wait until the budget has `cost` bytes left; a request that exceeds it waits until it is the only one."""
-        while self._used and self._used + cost > self._limit:
-            self._released.clear()
-            await self._released.wait()
-        self._used += cost
-
-    def release(self, cost: int) -> None:
-        """Return what `acquire` took."""
-        self._used -= cost
-        self._released.set()
+def parsed_bytes(value: bytes | None) -> int:
+    """Estimate, without parsing, of what parsing a record's value adds: for everything that becomes an object."""
+    return OBJECT_BYTES * (value or b"").count(b"{")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +85,7 @@ def parse_request(
         PoisonMessageError: the value is too large, which is seen before it is parsed, or not a valid request.
     """
     if record.value is None and any(name == UNREADABLE_HEADER for name, _ in record.headers):
-        raise PoisonMessageError(UNREADABLE, "the record takes too much memory to unpack; its content was not kept")
+        raise PoisonMessageError(UNREADABLE, UNREADABLE_DETAIL)
     check_size(record, settings.max_request_bytes)
     sent = parse(GenerationRequest, record.value)
     tenant = fleet.tenant(sent.tenant)

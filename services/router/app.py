@@ -16,21 +16,24 @@ from pydantic import SkipValidation
 
 from services import SERVICES
 from services.router.cancellation import Cancellations
-from services.router.consumer import KafkaSuspects, RequestConsumer
+from services.router.consumer import RequestConsumer
 from services.router.handler import RequestHandler
 from services.router.metrics import Backlog, RouterMetrics
 from services.router.policy import PolicyCache
 from services.router.publisher import RouterPublisher
 from services.router.recovery import KafkaGroupProgress
+from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
 from services.router.tracing import TRACER_NAME, Tracing
 from shared.fleet import Fleet, FleetError, load_fleet
+from shared.grouping import GroupingError
 from shared.inference.attempts import Attempts
 from shared.inference.chat import ChatTemplateError
 from shared.inference.load_reports import LoadReporter, subscribe_capacity
 from shared.inference.pools import Pools
-from shared.kafka.broker import build_broker
+from shared.kafka.broker import build_broker, unreadable_records
 from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.parsing import IMPLAUSIBLE, PoisonMessageError
 from shared.kafka.subscribe import (
     Subscriber,
     read_to_end,
@@ -55,7 +58,6 @@ from shared.topics import (
     POWER_CURVES,
     PROMPT_GROUPS,
     REPLIES,
-    REQUESTS,
     RESPONSE_CHUNKS,
     RESPONSES,
     SAMPLES,
@@ -90,13 +92,7 @@ class Router:
         fleet: Fleet,
         clock: Clock,
         registry: CollectorRegistry,
-        inspect: bool = False,
     ) -> None:
-        """Assemble a router.
-
-        Args:
-            inspect: before requests are read, find those that would end this process; needs `SPROUT_KAFKA_*`.
-        """
         self.settings = settings
         self._tracer_provider = tracer_provider(NAME, version=VERSION)
         tracer = (self._tracer_provider or NoOpTracerProvider()).get_tracer(TRACER_NAME, VERSION)
@@ -135,17 +131,25 @@ class Router:
             metrics=metrics,
             tracing=tracing,
         )
+        classes = RequestClasses(fleet=fleet, kafka=kafka, settings=settings)
+        unreadable = unreadable_records(broker, kafka)
+        progress = KafkaGroupProgress(
+            kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS)), unreadable
+        )
+        progress.watch(classes.lanes)
         self.requests = RequestConsumer(
             handler.handle,
-            KafkaGroupProgress(kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS))),
+            progress,
             settings=settings,
             metrics=metrics,
             capacity=self.pools,
-            suspects=KafkaSuspects(kafka, kafka.topic(REQUESTS), kafka.group(NAME)) if inspect else None,
-            topic_prefix=kafka.topic_prefix,
+            classes=classes,
+            unreadable=unreadable,
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
-        self._backlog = Backlog(lambda: subscriber.consumer, finished=self.requests.finished, metrics=metrics)
+        self._backlog = Backlog(
+            lambda: subscriber.consumer, finished=self.requests.finished, lanes=classes.lanes, metrics=metrics
+        )
         self._state_subscribers = (
             *subscribe_state(broker, dead_letters, self.policies, kafka=kafka),
             *subscribe_capacity(broker, dead_letters, self.pools, kafka=kafka),
@@ -169,7 +173,6 @@ class Router:
         health.spawn("load policies", self._load_policies())
         health.spawn("watch endpoints", self.pools.watch())
         health.spawn("watch backlog", self._backlog.watch())
-        health.spawn("report load", self._load_reporter.run())
         commits = health.expect_progress("commits", within_s=COMMIT_TIMEOUT_S + self.settings.commit_interval_s)
         health.spawn("commit offsets", self.requests.commit_forever(on_round=commits.made))
         try:
@@ -178,6 +181,10 @@ class Router:
             await self.pools.close()
             if self._tracer_provider is not None:
                 await asyncio.to_thread(self._tracer_provider.shutdown)
+
+    def report_load(self, health: Health) -> None:
+        """Start to publish load reports; call it once the broker has started, because before it cannot publish."""
+        health.spawn("report load", self._load_reporter.run())
 
     async def shut_down(self) -> None:
         """Finish or cancel all requests; Kafka is still connected."""
@@ -194,7 +201,7 @@ class Router:
 def subscribe_requests(
     broker: KafkaBroker, requests: RequestConsumer, *, kafka: KafkaSettings, settings: RouterSettings
 ) -> Subscriber:
-    """Subscribe to the topic `requests`; records go to the consumer as they are, in batches.
+    """Subscribe to the topics of all lanes; records go to the consumer as they are, in batches.
 
     FastStream spends 30 to 80 us on a message, a tenth of what the router needs for a request: under load a batch of
     many records is one message.
@@ -211,7 +218,7 @@ def subscribe_requests(
     subscriber = subscribe_records(
         broker,
         kafka,
-        REQUESTS,
+        *settings.lane_topics,
         group=NAME,
         max_records=settings.fetch_max_records,
         poll_ms=POLL_MS,
@@ -257,7 +264,11 @@ def subscribe_state(
     @groupings
     async def on_groupings(updates: list[PromptGrouping]) -> None:
         for grouping in updates:
-            if policies.groups.update(grouping):
+            try:
+                stored = policies.groups.update(grouping)
+            except GroupingError as error:
+                raise PoisonMessageError(IMPLAUSIBLE, str(error)) from error
+            if stored:
                 _log.info("new prompt groups", model=grouping.model, version=grouping.version)
 
     @newest_policies
@@ -287,7 +298,6 @@ def build_app(
         FleetError, ChatTemplateError, TelemetryError, ValidationError: the configuration is invalid; the message says
             why.
     """
-    inspect = kafka is None
     kafka = kafka or KafkaSettings()
     settings = settings or RouterSettings()
     fleet = fleet or load_fleet(FleetSettings().file)
@@ -298,16 +308,8 @@ def build_app(
     broker, dead_letters = build_broker(
         kafka, service=NAME, clock=clock, registry=registry, message_metrics=False, linger_ms=settings.linger_ms
     )
-    router = Router(
-        broker,
-        dead_letters,
-        kafka=kafka,
-        settings=settings,
-        fleet=fleet,
-        clock=clock,
-        registry=registry,
-        inspect=inspect,
-    )
+    dead_letters.client_topics.update(map(kafka.topic, settings.lane_topics))
+    router = Router(broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("requests", router.requests.problem)
     health.add_check("endpoints", router.pools.unreachable)
     app = build_service(
@@ -316,7 +318,7 @@ def build_app(
         description=DESCRIPTION,
         kafka=kafka,
         topics=(
-            REQUESTS,
+            *settings.lane_topics,
             RESPONSES,
             RESPONSE_CHUNKS,
             REPLIES,
@@ -334,6 +336,11 @@ def build_app(
         health=health,
         lifespan=lambda: router.running(health),
     )
+
+    async def begin() -> None:
+        router.report_load(health)
+
+    app.after_startup(begin)
     app.on_shutdown(router.shut_down)
     return app
 

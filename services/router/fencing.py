@@ -135,7 +135,7 @@ class PublishFence:
         except TOO_LARGE:
             raise
         except KafkaError as error:
-            if isinstance(error, InvalidTimestampError):
+            if isinstance(error, InvalidTimestampError) and self._open:  # once for all that are rejected together
                 _log.warning(
                     "Kafka rejected a response as too old: this process was suspended, Kafka is slow, or its clock and "
                     "this one differ by seconds"

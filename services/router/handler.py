@@ -19,7 +19,7 @@ from shared.inference.attempts import AttemptResult, Attempts, CancelSignal, Gen
 from shared.inference.base import GenerationParameters
 from shared.inference.chat import ConversationError
 from shared.inference.pools import Pools
-from shared.kafka.dead_letters import PoisonMessageError
+from shared.kafka.parsing import PoisonMessageError
 from shared.messages import Decision, ErrorDetail, GenerationResponse, Reply, Sample, Timing, Usage
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger, where
@@ -304,6 +304,7 @@ def sample_of(incoming: IncomingRequest, *, clock: Clock) -> Sample:
         model=incoming.model,
         group=incoming.request.task or DEFAULT_GROUP,
         task=incoming.request.task,
+        tenant=incoming.request.tenant,
         messages=incoming.request.conversation(),
         sampling=incoming.request.sampling,
         sampled_at=clock.now(),

@@ -2,19 +2,23 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from functools import cache
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import IllegalStateError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.router.fair_queue import FairQueue
 from services.router.policy import PolicyCache
+from services.router.request_class import RequestClasses
 from shared.fleet import Fleet
 from shared.inference.pool import ServingPool
 from shared.inference.pools import Pools
 from shared.messages import GenerationResponse
 from shared.runtime.clock import Clock
+from shared.topics import REQUESTS
 
 BACKLOG_INTERVAL_S = 1.0
 """Wall seconds between two updates of the backlog."""
@@ -39,17 +43,27 @@ class RouterMetrics:
             ("model", "pool", "level", "kind"),
             registry=registry,
         )
-        self.in_flight = Gauge("sprout_router_in_flight", "Requests being processed", registry=registry)
+        self._in_flight = Gauge("sprout_router_in_flight", "Requests being processed", registry=registry)
         self.lag_records = Gauge(
             "sprout_router_lag_records",
-            "Unfinished records of an assigned partition, up to the end that the last fetch reported",
+            "Unfinished records of an assigned partition, up to the end that the last fetch reported; a partition of "
+            "another lane than requests is named LANE/PARTITION",
             ("partition",),
             registry=registry,
         )
         self._waiting_age_s = Gauge(
             "sprout_router_waiting_age_seconds",
-            "Wall time since the record that waits for capacity was sent; 0 if none waits",
+            "Wall time since the oldest of the requests that wait in this router was sent; 0 if none waits",
             registry=registry,
+        )
+        self._waiting_records = Gauge(
+            "sprout_router_waiting_records",
+            "Requests read ahead that wait in this router, by lane and tenant; tenant '': not in the fleet file",
+            ("lane", "tenant"),
+            registry=registry,
+        )
+        self._waiting_bytes = Gauge(
+            "sprout_router_waiting_bytes", "Memory of the requests that wait in this router", registry=registry
         )
         self.overhead_s = Histogram(
             "sprout_router_overhead_seconds",
@@ -164,9 +178,22 @@ class RouterMetrics:
         self._generation_s_of = cache(self.generation_s.labels)
         self._first_token_s_of = cache(self.first_token_s.labels)
 
-    def watch_waiting(self, age_s: Callable[[], float]) -> None:
-        """Report the age of the waiting record at every scrape."""
+    def watch_requests(self, queue: FairQueue, classes: RequestClasses, *, in_flight: Callable[[], int]) -> None:
+        """Report the requests that wait and those in flight at every scrape."""
+
+        def watch_waiting(lane: str, tenant: str) -> None:
+            self._waiting_records.labels(lane, tenant).set_function(lambda: queue.waiting_of(lane, tenant))
+
+        def age_s() -> float:
+            oldest_ms = queue.oldest_ms()
+            return 0.0 if oldest_ms is None else max(0.0, time.time() - oldest_ms / 1_000)
+
+        for lane in classes.lanes.values():
+            for tenant in classes.tenants():
+                watch_waiting(lane, tenant)
+        self._waiting_bytes.set_function(lambda: queue.wait_bytes)
         self._waiting_age_s.set_function(age_s)
+        self._in_flight.set_function(in_flight)
 
     def watch_pools(self, pools: Pools) -> None:
         """Report the load of the endpoints at every scrape."""
@@ -243,13 +270,16 @@ class Backlog:
         get_consumer: Callable[[], AIOKafkaConsumer | None],
         *,
         finished: Callable[[TopicPartition], int | None],
+        lanes: Mapping[str, str],
         metrics: RouterMetrics,
     ) -> None:
         """Set up.
 
         Args:
             finished: the offset of a partition before which all records are finished; None if none was started here.
+            lanes: names, by full name of the topic.
         """
+        self._lanes = lanes
         self._get_consumer = get_consumer
         self._finished = finished
         self._metrics = metrics
@@ -276,7 +306,8 @@ class Backlog:
                     finished = self._finished(partition)
                     if finished is None:
                         finished = await consumer.position(partition)
-                    lags[str(partition.partition)] = max(0, end - finished)
+                    lane, number = self._lanes[partition.topic], partition.partition
+                    lags[str(number) if lane == REQUESTS.name else f"{lane}/{number}"] = max(0, end - finished)
         except (IllegalStateError, TimeoutError):  # a rebalance is under way
             return {}
         return lags

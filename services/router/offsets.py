@@ -8,7 +8,7 @@ later. The next owner of the partition reads the responses from that time on (`s
 no record twice. No library does this: Kafka clients commit a position, which is not a finished prefix.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,8 +20,6 @@ P = TypeVar("P", bound=Hashable)
 SINCE_REFRESH_MS: Final = 30_000
 """Age of a committed time after which a partition is committed again although its offset has not moved: the next
 owner then has fewer responses to read."""
-
-_FINISHED: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +52,14 @@ class RecoveredOffsets:
 class _Window:
     """One partition: its offsets from the first unfinished one on, in order."""
 
-    __slots__ = ("answered", "committed", "delivered", "inherited_ms", "last_answered", "next", "offsets")
+    __slots__ = ("answered", "committed", "delivered", "inherited_ms", "last_answered", "next", "offsets", "started")
 
     def __init__(self, first: int, since_ms: int) -> None:
         self.next = first  # all records before it are finished
         self.committed = Commit(first, since_ms)
         self.delivered = first - 1  # the last one delivered in this epoch
-        # By offset: the time at which it was started here, or _FINISHED. Running records were started in offset order.
-        self.offsets: OrderedDict[int, int] = OrderedDict()
+        self.offsets: OrderedDict[int, bool] = OrderedDict()  # whether it is finished, by offset
+        self.started: deque[tuple[int, int]] = deque()  # time and offset of started records, in order of time
         self.answered: Mapping[int, int] = {}
         self.last_answered = -1
         self.inherited_ms = since_ms
@@ -69,8 +67,8 @@ class _Window:
     def advance(self) -> None:
         """Move past the finished prefix."""
         while self.offsets:
-            offset, state = next(iter(self.offsets.items()))
-            if state != _FINISHED:
+            offset, finished = next(iter(self.offsets.items()))
+            if not finished:
                 break
             del self.offsets[offset]
             self.next = offset + 1
@@ -84,7 +82,7 @@ class _Window:
             if offset < floor:
                 del self.offsets[offset]
             elif offset in recovered.answered:
-                self.offsets[offset] = _FINISHED
+                self.offsets[offset] = True
         self.next = max(self.next, floor)
         self.committed = recovered.commit
         self.delivered = floor - 1
@@ -97,12 +95,15 @@ class _Window:
         """Lower bound of the publish time of responses to records at or beyond `next`."""
         if self.next <= self.last_answered:
             return self.inherited_ms
-        return min(next(iter(self.offsets.values())), now_ms) if self.offsets else now_ms
+        # Only started records have responses; the finished prefix does not count.
+        while self.started and self.started[0][1] < self.next:
+            self.started.popleft()
+        return min(self.started[0][0], now_ms) if self.started else now_ms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim(Generic[P]):
-    """A record that is being processed here; passed to `finish` at its end.
+    """A record that waits or is being processed here; passed to `start` and `finish`.
 
     Attributes:
         log_restarted: the partition's offsets went backwards, for example because the topic was deleted and created
@@ -154,24 +155,29 @@ class OffsetTracker(Generic[P]):
         if offset < window.next or offset in window.offsets:
             return None
         if window.answered.get(offset) == timestamp_ms:
-            window.offsets[offset] = _FINISHED
+            window.offsets[offset] = True
             window.advance()
             return None
-        window.offsets[offset] = now_ms
+        window.offsets[offset] = False
         return Claim(partition, offset, window, log_restarted)
+
+    def start(self, claim: Claim[P], *, now_ms: int) -> None:
+        """Note that a record is processed from now on: before this there is no response to it.
+
+        Args:
+            now_ms: wall time, milliseconds since the Unix epoch.
+        """
+        claim.window.started.append((now_ms, claim.offset))
 
     def finish(self, claim: Claim[P]) -> None:
         """Mark a record as finished; no effect if it is finished already or its partition was lost."""
         if claim.offset in claim.window.offsets:
-            claim.window.offsets[claim.offset] = _FINISHED
+            claim.window.offsets[claim.offset] = True
             claim.window.advance()
 
     def still_owned(self, claim: Claim[P]) -> bool:
         """Whether the record is still to be answered by this router."""
-        return (
-            self._windows.get(claim.partition) is claim.window
-            and claim.window.offsets.get(claim.offset, _FINISHED) != _FINISHED
-        )
+        return self._windows.get(claim.partition) is claim.window and not claim.window.offsets.get(claim.offset, True)
 
     def committable(
         self, partitions: Collection[P] | None = None, *, now_ms: int, everything: bool = False
@@ -202,6 +208,10 @@ class OffsetTracker(Generic[P]):
             window = self._windows.get(partition)
             if window is not None and commit.offset >= window.committed.offset:
                 window.committed = commit
+
+    def tracked(self, partitions: Iterable[P]) -> int:
+        """Records of partitions that are kept in mind: unfinished ones, and those finished out of order."""
+        return sum(len(window.offsets) for one in partitions if (window := self._windows.get(one)) is not None)
 
     def finished(self, partition: P) -> int | None:
         """The offset before which all records are finished; None for an unknown partition."""

@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
-from shared.grouping import GroupingError, PromptGroups, prompt_text, unpack
+from shared.grouping import PromptGroups, prompt_text, unpack
 from shared.hashing import uniform
 from shared.messages import (
     FORBIDDEN,
@@ -85,18 +85,17 @@ class PromptGroupCache:
 
         Returns:
             Whether it was stored.
+
+        Raises:
+            GroupingError: it cannot be used; what was known stays in force.
         """
         known = self._newest.get(grouping.model)
         if known is not None and grouping.learned_at <= known.learned_at:
             return False
+        groups = None if grouping.version is None else unpack(grouping)
         self._newest[grouping.model] = grouping.model_copy(update={"arrays": {}, "evidence": (), "taken": ()})
-        if grouping.version is None:
+        if grouping.version is None or groups is None:
             return True
-        try:
-            groups = unpack(grouping)
-        except GroupingError as error:
-            _log.error("prompt groups are unusable", model=grouping.model, reason=str(error))
-            return False
         versions = self._versions.setdefault(grouping.model, {})
         versions[grouping.version] = groups
         while len(versions) > GROUP_VERSIONS_KEPT:

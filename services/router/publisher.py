@@ -11,12 +11,13 @@ from faststream.kafka import KafkaBroker
 from services.router.fencing import RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.tracing import Tracing
-from shared.kafka.dead_letters import DeadLetterPublisher, PoisonMessageError
+from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.parsing import PoisonMessageError
 from shared.kafka.publish import TOO_LARGE, Publisher, check_size, declare_publisher, publish_with_retry
 from shared.messages import ErrorDetail, GenerationResponse, Reply, ResponseChunk, Sample
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
-from shared.topics import REPLIES, REQUESTS, RESPONSE_CHUNKS, RESPONSES, SAMPLES, SOURCE_HEADER, TopicSpec
+from shared.topics import REPLIES, RESPONSE_CHUNKS, RESPONSES, SAMPLES, SOURCE_HEADER, TopicSpec
 
 _log = get_logger(__name__)
 
@@ -38,7 +39,6 @@ class RouterPublisher:
         }
         self._kafka = kafka
         self._dead_letters = dead_letters
-        self._requests = kafka.topic(REQUESTS)
         self._metrics = metrics
         self._tracing = tracing
 
@@ -54,7 +54,7 @@ class RouterPublisher:
             response = _too_large(response)
             await self._publish_traced(RESPONSES, response, response.request_id, fence)
         self._tracing.answered(response)
-        self._dead_letters.note_processed(self._requests)
+        self._dead_letters.note_processed(fence.partition.topic)
         return response
 
     async def publish_chunk(self, chunk: ResponseChunk, fence: RecordFence | None = None) -> None:

@@ -12,9 +12,12 @@ from typing import Final, Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import GroupCoordinatorNotAvailableError
 
 from services.router.offsets import Commit, RecoveredOffsets
+from shared.kafka.reading import Since
 from shared.kafka.records import RecordId
+from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.settings import KafkaSettings
 from shared.topics import SOURCE_HEADER
 
@@ -42,6 +45,21 @@ def from_kafka(stored: OffsetAndMetadata) -> Commit | None:
     if stored.offset < 0 or not since.isdecimal():
         return None
     return Commit(stored.offset, int(since))
+
+
+def with_commits(
+    stored: Mapping[TopicPartition, OffsetAndMetadata], partitions: Collection[TopicPartition]
+) -> dict[TopicPartition, OffsetAndMetadata]:
+    """The partitions of a coordinator's answer that have a commit; its offset is -1 for those without one.
+
+    Raises:
+        GroupCoordinatorNotAvailableError: the answer lacks partitions. The coordinator is loading, for example after a
+            restart of Kafka, and aiokafka 0.14 does not look at the error of the whole answer. Without this check the
+            group would begin again at the first record.
+    """
+    if not stored.keys() >= set(partitions):
+        raise GroupCoordinatorNotAvailableError("the coordinator has not reported the commits of all partitions")
+    return {partition: one for partition, one in stored.items() if one.offset >= 0}
 
 
 def collect_answered(
@@ -103,11 +121,29 @@ class KafkaGroupProgress:
 
     Attributes:
         topics: full names of the output topics: one message for each finished record.
+        unreadable: records of these topics that must not be read.
     """
 
     kafka: KafkaSettings
     group: str
     topics: tuple[str, ...]
+    unreadable: UnreadableRecords
+
+    def watch(self, lanes: Collection[str]) -> None:
+        """Have the output topics inspected before the broker starts.
+
+        Args:
+            lanes: full names of the topics whose progress this is.
+        """
+        self.unreadable.watch_since(
+            Since(
+                topics=list(self.topics),
+                group=self.group,
+                committed=list(lanes),
+                prefix=_METADATA_PREFIX,
+                margin_ms=CLOCK_MARGIN_MS,
+            )
+        )
 
     async def committed(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
         """The last commits of the group, without partitions that have none.
@@ -121,7 +157,7 @@ class KafkaGroupProgress:
             stored = await admin.list_consumer_group_offsets(self.group, partitions=list(partitions))
         finally:
             await admin.close()
-        return {partition: one for partition, one in stored.items() if one.offset >= 0}
+        return with_commits(stored, partitions)
 
     async def recovered(self, commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, RecoveredOffsets]:
         """The same commits with the records beyond them that are answered.
@@ -142,7 +178,7 @@ class KafkaGroupProgress:
         )
         try:
             await consumer.start()
-            async for records in _records_since(consumer, since_ms):
+            async for records in _records_since(consumer, since_ms, self.unreadable):
                 collect_answered(records, by_place, found)
         finally:
             await consumer.stop()
@@ -153,7 +189,7 @@ class KafkaGroupProgress:
 
 
 async def _records_since(
-    consumer: AIOKafkaConsumer, since_ms: int
+    consumer: AIOKafkaConsumer, since_ms: int, unreadable: UnreadableRecords
 ) -> AsyncIterator[Collection["ConsumerRecord[bytes, bytes]"]]:
     """All records of the consumer's topics from a timestamp up to the current end."""
     partitions = consumer.assignment()
@@ -162,7 +198,11 @@ async def _records_since(
     left = {partition for partition, begin in begins.items() if begin is not None and begin.offset < ends[partition]}
     for partition in partitions:
         if partition in left:
-            consumer.seek(partition, begins[partition].offset)
+            offset = begins[partition].offset
+            for bad in unreadable.after(partition, offset):
+                yield await unreadable.read(partition, range(offset, bad.start))
+                offset = bad.stop
+            consumer.seek(partition, offset)
         else:
             consumer.pause(partition)
     while left:

@@ -7,10 +7,11 @@ from shared.inference.attempts import RetrySettings
 from shared.inference.balancer import CircuitBreakerSettings
 from shared.inference.base import StreamTimeouts
 from shared.inference.chat import ControlSequencePolicy
+from shared.lanes import LaneFields
 from shared.runtime.settings import DrawKeySettings
 
 
-class RouterSettings(RetrySettings, CircuitBreakerSettings, DrawKeySettings):
+class RouterSettings(RetrySettings, CircuitBreakerSettings, LaneFields, DrawKeySettings):
     """How requests are consumed, served and answered. "Wall" is wall-clock time, "event" the deployment's clock."""
 
     model_config = SettingsConfigDict(
@@ -36,6 +37,37 @@ class RouterSettings(RetrySettings, CircuitBreakerSettings, DrawKeySettings):
         default=3.0, ge=0, description="Time for running requests of a revoked partition to finish, wall"
     )
     drain_grace_s: float = Field(default=25.0, ge=0, description="Time for running requests at shutdown, wall")
+
+    # Fairness
+    max_waiting: int = Field(
+        default=32_000,
+        ge=1,
+        le=1_000_000,
+        description="Most requests read ahead of their start, from which the next is chosen fairly; others wait in "
+        "Kafka. Divided equally among the lanes",
+    )
+    max_waiting_bytes: int = Field(
+        default=32 * 1024 * 1024,
+        ge=1024 * 1024,
+        description="Memory of the requests read ahead; divided equally among the lanes",
+    )
+    max_tenant_share: float = Field(
+        default=1.0, gt=0, le=1, description="Largest part of the places (MAX_IN_FLIGHT) that one tenant may take"
+    )
+    max_model_share: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Largest part of the places that one model may take where the fleet has several, so that a slow "
+        "one leaves some to the others",
+    )
+    unknown_tenant_parts: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Tenants that the fleet file does not list share so many parts of the places, by a hash of their "
+        "name",
+    )
 
     # Limits
     max_request_bytes: int = Field(default=1024 * 1024, ge=1_024, description="Larger messages are rejected")

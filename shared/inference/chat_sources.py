@@ -63,6 +63,7 @@ _FAMILIES: Final[dict[str, _Family]] = {
             "[TRANSCRIBE]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[THINK]", "[/THINK]", "[MODEL_SETTINGS]",
             "[/MODEL_SETTINGS]",
         ),
+        control_pattern=r"<SPECIAL_\d{1,4}>",
         bos_token="<s>",
         eos_token="</s>",
     ),
@@ -84,7 +85,7 @@ BUILT_IN: Final = tuple(_FAMILIES)
 
 _MARKUP: Final = re.compile(
     rf"{_NAMED}|</?s>|\[/?[A-Z][A-Z_]{{2,30}}\]|<</?SYS>>|<(?:start|end)_of_[a-z]{{1,16}}>|<bos>|<eos>"
-    r"|</?(?:tool_call|tool_response|tools|think)>"
+    r"|</?(?:tool_call|tool_response|tools|think)>|<｜[^｜<>\s]{1,64}｜>"
 )
 """Control sequences of common model families, searched for in the source of a template that is not built in."""
 

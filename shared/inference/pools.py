@@ -53,7 +53,7 @@ class Pools:
         """
         templates, tokenizers = ChatTemplates(), Tokenizers()
         judge = None if fleet.judge is None else fleet.judge.pool
-        self._capacity = asyncio.Event()
+        self._on_capacity: Callable[[], None] = lambda: None
         self._pools = {
             pool.name: ServingPool(
                 pool,
@@ -61,7 +61,7 @@ class Pools:
                 clock=clock,
                 circuit_breaker=circuit_breaker,
                 on_failure=on_failure,
-                on_capacity=self._capacity.set,
+                on_capacity=self._capacity_freed,
                 tokenizer=tokenizers.load(fleet.tokenizer_of(pool)),
             )
             for pool in fleet.pools
@@ -106,18 +106,17 @@ class Pools:
         """Whether a reference block of the switchback schedule is running."""
         return self._switchback.is_reference(self._clock.now())
 
-    async def wait_for_capacity(self) -> None:
-        """Wait until some endpoint has capacity for one more request.
+    def on_capacity(self, callback: Callable[[], None]) -> None:
+        """Call back when an endpoint may have capacity for one more request."""
+        self._on_capacity = callback
 
-        Returns at once where a pool has an endpoint without a limit.
-        """
-        if not all(pool.limited for pool in self._pools.values()):
-            return
-        # Requests that were started just now take their capacity first.
-        await asyncio.sleep(0)
-        while all(pool.at_capacity for pool in self._pools.values()):
-            self._capacity.clear()
-            await self._capacity.wait()
+    def has_capacity(self, model: str) -> bool:
+        """Whether an endpoint of a model has capacity for one more request, or has no limit."""
+        return any(not (pool.limited and pool.at_capacity) for pool in self._by_model[model])
+
+    def is_limited(self, model: str) -> bool:
+        """Whether every endpoint of a model has a limit. Its requests then take their capacity when they start."""
+        return all(pool.limited for pool in self._by_model[model])
 
     def unreachable(self) -> str | None:
         """Why the service is not ready: the models that no endpoint serves; None when every model is served."""
@@ -138,6 +137,10 @@ class Pools:
         now = self._clock.now()
         for pool in self:
             pool.refresh(now, share=self.share, reference_dispatch=dispatch, beside_evaluators=self._beside_evaluators)
+        self._on_capacity()
+
+    def _capacity_freed(self) -> None:
+        self._on_capacity()
 
     async def _follow_time(self) -> None:
         """Apply what changes with event time: reference blocks at once, the end of a capacity message soon."""

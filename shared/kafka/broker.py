@@ -12,8 +12,10 @@ from faststream.kafka.prometheus import KafkaPrometheusMiddleware
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
-from shared.kafka.dead_letters import DeadLetterMiddleware, DeadLetterPublisher
+from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.handling import DeadLetterMiddleware
 from shared.kafka.publish import ProducerMiddleware, RecoveringProducer
+from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
@@ -39,6 +41,7 @@ class ServiceBroker(KafkaBroker):
         linger_ms: int,
     ) -> None:
         self.dead_letters = dead_letters
+        self.unreadable = UnreadableRecords(kafka)
         self._recovering_producer = RecoveringProducer(
             **kafka.client_options(),
             client_id=f"sprout.{service}",
@@ -67,7 +70,13 @@ class ServiceBroker(KafkaBroker):
     async def start(self) -> None:
         """Connect the producer, then start the subscribers."""
         await self._recovering_producer.start()
-        await super().start()
+        pausing = asyncio.create_task(self.unreadable.pause_ungrouped())
+        try:
+            await super().start()
+        except BaseException:
+            pausing.cancel()
+            raise
+        await pausing
 
     async def stop(
         self,
@@ -80,6 +89,11 @@ class ServiceBroker(KafkaBroker):
             await super().stop(exc_type, exc_val, exc_tb)
         finally:
             await self._recovering_producer.stop()
+
+
+def unreadable_records(broker: KafkaBroker, kafka: KafkaSettings) -> UnreadableRecords:
+    """The records that the subscribers of a broker must not unpack."""
+    return broker.unreadable if isinstance(broker, ServiceBroker) else UnreadableRecords(kafka)
 
 
 def build_broker(

@@ -24,7 +24,10 @@ class RecordId:
 
     @classmethod
     def of(cls, record: Any, topic_prefix: str) -> Self:  # noqa: ANN401 - aiokafka has no types
-        """The identity of a record, or of the metadata that Kafka returned for one that was sent."""
+        """The identity of a record, or of the metadata of a message that was sent alone.
+
+        aiokafka's metadata gives all messages of a batch the timestamp of the first.
+        """
         return cls(record.topic.removeprefix(topic_prefix), record.partition, record.offset, record.timestamp)
 
     @classmethod

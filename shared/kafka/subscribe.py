@@ -1,7 +1,7 @@
 """Every way in which a service subscribes to a topic, and reading compacted topics to their end."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 from aiokafka.errors import KafkaError
@@ -9,19 +9,25 @@ from faststream.kafka import KafkaBroker, TopicPartition
 from faststream.middlewares import AckPolicy
 from pydantic import SkipValidation
 
-from shared.kafka.dead_letters import (
-    DeadLetterPublisher,
+from shared.kafka.broker import unreadable_records
+from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.handling import (
     ParsedRecord,
     batch_decoder,
+    decode_records,
     handle_batch,
     message_decoder,
     parse_any_headers,
 )
+from shared.kafka.unreadable import PassBy
 from shared.runtime.settings import KafkaSettings
 from shared.topics import TopicSpec
 
 POLL_MS = 100
 """Wall milliseconds between two polls of a consumer."""
+
+MAX_RECORDS = 500
+"""Records that a consumer without a group receives at once: a batch of 1 MB may hold millions."""
 
 HANDLING_S = 0.05
 """Wall seconds allowed for handling the messages that were read last."""
@@ -41,9 +47,13 @@ class Subscriber(Protocol):
 class BatchSubscriber:
     """A subscriber whose handler receives the messages of a batch, and one at a time after it failed."""
 
-    def __init__(self, subscriber: Subscriber, dead_letters: DeadLetterPublisher) -> None:
+    def __init__(
+        self, subscriber: Subscriber, dead_letters: DeadLetterPublisher, spec: TopicSpec, pass_by: PassBy
+    ) -> None:
         self._subscriber = subscriber
         self._dead_letters = dead_letters
+        self._spec = spec
+        self._pass_by = pass_by
 
     @property
     def consumer(self) -> Any:  # noqa: ANN401 - aiokafka has no types
@@ -56,6 +66,10 @@ class BatchSubscriber:
         async def on_batch(batch: Annotated[list[ParsedRecord], SkipValidation]) -> None:
             await handle_batch(batch, handler, self._dead_letters)
 
+        async def on_records(records: Sequence[Any]) -> None:
+            await on_batch(await decode_records(self._spec, records, self._dead_letters))
+
+        self._pass_by.attach(lambda: self._subscriber.consumer, on_records)
         return self._subscriber(on_batch)
 
 
@@ -99,10 +113,12 @@ def subscribe_partition(
         decoder=batch_decoder(spec, dead_letters),
         batch=True,
         batch_timeout_ms=poll_ms,
+        max_records=MAX_RECORDS,
         auto_offset_reset="latest",
         ack_policy=AckPolicy.ACK_FIRST,
     )
-    return BatchSubscriber(subscriber, dead_letters)
+    pass_by = PassBy(unreadable_records(broker, kafka), dead_letters, commits=False)
+    return BatchSubscriber(subscriber, dead_letters, spec, pass_by)
 
 
 def _subscribe_ungrouped(
@@ -113,6 +129,11 @@ def _subscribe_ungrouped(
     *,
     auto_offset_reset: Literal["earliest", "latest"],
 ) -> Subscriber:
+    unreadable = unreadable_records(broker, kafka)
+    pass_by = PassBy(unreadable, dead_letters, commits=False)
+    if auto_offset_reset == "earliest":
+        unreadable.watch(kafka.topic(spec), group=None)
+        unreadable.add_ungrouped(pass_by)
     subscriber = _subscribe(
         broker,
         kafka,
@@ -120,10 +141,11 @@ def _subscribe_ungrouped(
         decoder=batch_decoder(spec, dead_letters),
         batch=True,
         batch_timeout_ms=POLL_MS,
+        max_records=MAX_RECORDS,
         auto_offset_reset=auto_offset_reset,
         ack_policy=AckPolicy.ACK_FIRST,
     )
-    return BatchSubscriber(subscriber, dead_letters)
+    return BatchSubscriber(subscriber, dead_letters, spec, pass_by)
 
 
 def subscribe_batches(
@@ -148,6 +170,9 @@ def subscribe_batches(
         poll_ms: wall milliseconds that the consumer waits for messages.
         consumer_options: further options of `KafkaBroker.subscriber`.
     """
+    unreadable = unreadable_records(broker, kafka)
+    pass_by = PassBy(unreadable, dead_letters, commits=True)
+    unreadable.watch(kafka.topic(spec), group=kafka.group(group))
     subscriber = _subscribe(
         broker,
         kafka,
@@ -159,9 +184,10 @@ def subscribe_batches(
         group_id=kafka.group(group),
         auto_offset_reset="earliest",
         ack_policy=AckPolicy.NACK_ON_ERROR,
+        listener=pass_by,
         **consumer_options,
     )
-    return BatchSubscriber(subscriber, dead_letters)
+    return BatchSubscriber(subscriber, dead_letters, spec, pass_by)
 
 
 def subscribe_messages(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec, *, group: str) -> Subscriber:
@@ -183,8 +209,7 @@ def subscribe_messages(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpe
 def subscribe_records(
     broker: KafkaBroker,
     kafka: KafkaSettings,
-    spec: TopicSpec,
-    *,
+    *specs: TopicSpec,
     group: str,
     max_records: int,
     poll_ms: int = POLL_MS,
@@ -192,12 +217,15 @@ def subscribe_records(
 ) -> Subscriber:
     """A subscriber of a consumer group that commits nothing: the service parses the records and commits offsets itself.
 
-    The handler takes a `KafkaMessage`, whose `raw_message` is a tuple of aiokafka records.
+    The handler takes a `KafkaMessage`, whose `raw_message` is a tuple of aiokafka records. The service itself passes
+    unreadable records by, see `unreadable_records`.
     """
+    for spec in specs:
+        unreadable_records(broker, kafka).watch(kafka.topic(spec), group=kafka.group(group))
     return _subscribe(
         broker,
         kafka,
-        spec,
+        *specs,
         batch=True,
         batch_timeout_ms=poll_ms,
         max_records=max_records,
@@ -208,11 +236,11 @@ def subscribe_records(
     )
 
 
-def _subscribe(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec, **options: Any) -> Subscriber:  # noqa: ANN401
+def _subscribe(broker: KafkaBroker, kafka: KafkaSettings, *specs: TopicSpec, **options: Any) -> Subscriber:  # noqa: ANN401
     subscriber: Subscriber = broker.subscriber(
-        kafka.topic(spec),
-        title=spec.name,
-        description=spec.description,
+        *map(kafka.topic, specs),
+        title=specs[0].name,
+        description=specs[0].description,
         # Otherwise FastStream sends a handler's result to the topic that a record's header `reply_to` names.
         no_reply=True,
         **{"parser": parse_any_headers, **options},

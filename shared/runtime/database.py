@@ -8,8 +8,9 @@ from typing import Final, TypeVar
 
 import asyncpg
 import stamina
+from asyncpg.pool import PoolConnectionProxy
 
-from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.handling import RetryLaterError
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import DatabaseSettings
 
@@ -18,18 +19,25 @@ T = TypeVar("T")
 TRANSIENT_ERRORS: Final = (
     OSError,  # TimeoutError included
     asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
+    asyncpg.OperatorInterventionError,  # shutdown, crash, start, cancelled statement
+    asyncpg.InsufficientResourcesError,  # disk full, out of memory, too many connections
+    asyncpg.PostgresSystemError,  # I/O errors of the server
+    asyncpg.TransactionRollbackError,  # deadlocks
+    asyncpg.ReadOnlySQLTransactionError,  # the server has become a standby
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
 )
 """Errors after which the same statement may succeed later.
 
 asyncpg raises `InterfaceError` and `InternalClientError` when the server disappears in the middle of an operation; the
-pool then discards the connection.
+pool then discards the connection. An `InterfaceError` that is a `ValueError` is about a value of a statement instead.
 """
+
+CHECK_INTERVAL_S: Final = 2.0
+"""Wall seconds between two checks whether PostgreSQL answers."""
+
+CHECK_TIMEOUT_S: Final = 4.0
+"""Wall seconds that a check may take."""
 
 RETRY_PAUSE_S: Final = 1.0
 """Wall seconds before an operation is tried again while PostgreSQL is unavailable."""
@@ -54,7 +62,13 @@ def translate_errors() -> Iterator[None]:
     try:
         yield
     except TRANSIENT_ERRORS as error:
+        if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
+            raise
         raise DatabaseUnavailableError(f"PostgreSQL is unavailable ({type(error).__name__})") from error
+
+
+class MissingSchemaError(RuntimeError):
+    """The service's schema does not exist, and its role may not create it."""
 
 
 class DatabaseStatus:
@@ -66,6 +80,7 @@ class DatabaseStatus:
 
     def __init__(self) -> None:
         self._problem: str | None = "PostgreSQL: not connected yet"
+        self._out_of_resources = False
 
     def problem(self) -> str | None:
         """The readiness check; `None` while PostgreSQL answers."""
@@ -82,17 +97,53 @@ class DatabaseStatus:
             with translate_errors():
                 yield
         except DatabaseUnavailableError as error:
-            if str(error) != self._problem:
-                _log.warning("waiting for PostgreSQL", error=type(error.__cause__).__name__)
-            self._problem = str(error)
+            self._note_problem(str(error), error.__cause__)
             raise
         self.answered()
+
+    def _note_problem(self, problem: str, cause: BaseException | None) -> None:
+        if problem != self._problem:
+            _log.warning("waiting for PostgreSQL", error=type(cause).__name__)
+        self._problem = problem
+        # A full disk lets `SELECT 1` pass.
+        self._out_of_resources = isinstance(cause, (asyncpg.DiskFullError, asyncpg.OutOfMemoryError))
 
     def answered(self) -> None:
         """Note that PostgreSQL has answered."""
         if self._problem is not None:
             _log.info("PostgreSQL answers")
         self._problem = None
+        self._out_of_resources = False
+
+    async def check_forever(self, settings: DatabaseSettings) -> None:
+        """Ask PostgreSQL again and again whether it answers, on a connection that does nothing else.
+
+        The service's own operations may all wait for a server that has frozen, or have nothing to do.
+        """
+        connection: asyncpg.Connection[asyncpg.Record] | None = None
+        try:
+            while True:
+                try:
+                    with translate_errors():
+                        async with asyncio.timeout(CHECK_TIMEOUT_S):
+                            connection = connection or await asyncpg.connect(settings.url.get_secret_value())
+                            await connection.execute("SELECT 1")
+                except (DatabaseUnavailableError, asyncpg.PostgresError) as error:
+                    unavailable = isinstance(error, DatabaseUnavailableError)
+                    self._note_problem(
+                        str(error) if unavailable else f"PostgreSQL refuses a connection ({type(error).__name__})",
+                        error.__cause__ if unavailable else error,
+                    )
+                    if connection is not None:
+                        connection.terminate()
+                    connection = None
+                else:
+                    if not self._out_of_resources:
+                        self.answered()
+                await asyncio.sleep(CHECK_INTERVAL_S)
+        finally:
+            if connection is not None:
+                connection.terminate()
 
     async def retry(self, operation: Callable[[], Awaitable[T]], *, pause_s: float = RETRY_PAUSE_S) -> T:
         """Await `operation()`, again and again while it raises `DatabaseUnavailableError`."""
@@ -128,10 +179,14 @@ async def open_pool(settings: DatabaseSettings, *, schema: str, wait_s: float = 
 async def migrate(pool: asyncpg.Pool, *, schema: str, package: str) -> list[str]:
     """Apply the SQL files of `package` that have not been applied to this schema, in the order of their names.
 
-    Several processes may start at once: an advisory lock lets one migrate while the others wait.
+    Several processes may start at once: an advisory lock lets one migrate while the others wait. A missing schema is
+    created, if the role may; `sprout database create` creates it for a role that may not.
 
     Returns:
         The names of the files applied now.
+
+    Raises:
+        MissingSchemaError: there is no schema, and the role may not create it.
     """
     files = sorted(
         (entry for entry in resources.files(package).iterdir() if entry.name.endswith(".sql")),
@@ -140,7 +195,7 @@ async def migrate(pool: asyncpg.Pool, *, schema: str, package: str) -> list[str]
     applied: list[str] = []
     async with pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock(hashtext($1))", f"sprout.migrate.{schema}")
-        await connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
+        await _create_schema(connection, schema)
         await connection.execute(
             f'CREATE TABLE IF NOT EXISTS "{schema}".migrations '
             "(name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
@@ -156,3 +211,18 @@ async def migrate(pool: asyncpg.Pool, *, schema: str, package: str) -> list[str]
     if applied:
         _log.info("schema migrated", schema=schema, files=applied)
     return applied
+
+
+async def _create_schema(connection: asyncpg.Connection | PoolConnectionProxy, schema: str) -> None:
+    """Create the schema if it is missing.
+
+    Not with `IF NOT EXISTS`: that needs the right to create schemas even if the schema exists.
+    """
+    if await connection.fetchval("SELECT to_regnamespace(quote_ident($1))", schema) is not None:
+        return
+    try:
+        await connection.execute(f'CREATE SCHEMA "{schema}"')
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise MissingSchemaError(
+            f"PostgreSQL has no schema {schema!r}, and this role may not create it: run 'sprout database create'"
+        ) from error

@@ -6,6 +6,7 @@ import traceback
 
 import structlog
 
+from shared.runtime.printable import printable
 from shared.runtime.settings import LogSettings
 
 
@@ -39,6 +40,7 @@ def configure_logging(service: str, settings: LogSettings) -> None:
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
+                *([] if settings.format == "json" else [_without_control_characters]),
                 renderer,
             ],
         )
@@ -55,6 +57,13 @@ def configure_logging(service: str, settings: LogSettings) -> None:
     faststream.propagate = True
     faststream.setLevel(max(logging.ERROR, root.level))
     structlog.contextvars.bind_contextvars(service=service)
+
+
+def _without_control_characters(
+    _logger: object, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Replace control characters, which JSON would escape: values may come from messages, and a terminal obeys them."""
+    return {key: printable(value, keep="\n\t") if isinstance(value, str) else value for key, value in event.items()}
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -15,10 +15,12 @@ from faststream.specification import AsyncAPI
 from prometheus_client import CollectorRegistry, make_asgi_app
 from pydantic import ValidationError
 
-from shared.kafka.broker import ServiceBroker, wait_for_kafka
-from shared.kafka.dead_letters import describe
+from shared.kafka.broker import ServiceBroker, unreadable_records, wait_for_kafka
+from shared.kafka.parsing import describe
+from shared.kafka.status import KafkaStatus
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger
+from shared.runtime.printable import printable
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
 from shared.topics import TopicSpec
 
@@ -87,8 +89,10 @@ def build_service(
     @asynccontextmanager
     async def service_lifespan() -> AsyncIterator[None]:
         await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
+        await unreadable_records(broker, kafka).inspect()
         async with lifespan() if lifespan is not None else _nothing():
             try:
+                health.spawn("check Kafka", kafka_status.check_forever())
                 yield
             finally:
                 await health.cancel_background()
@@ -100,6 +104,8 @@ def build_service(
         started = True
         _log.info("started", service=name, version=VERSION)
 
+    kafka_status = KafkaStatus(kafka, kafka.topic(topics[0]))
+    health.add_check("kafka", kafka_status.problem)
     registry.register(ProgressCollector(health))
     if isinstance(broker, ServiceBroker):
         health.add_check("dead letters", broker.dead_letters.problem)
@@ -131,9 +137,9 @@ def run_service(
         http, logs = HttpSettings(), LogSettings()
         app = build()
     except ValidationError as error:
-        sys.exit(f"{name}: {describe(error, root=error.title)}")
+        sys.exit(printable(f"{name}: {describe(error, root=error.title)}", keep="\n"))
     except configuration_errors as error:
-        sys.exit(f"{name}: {error}")
+        sys.exit(printable(f"{name}: {error}", keep="\n"))
     configure_logging(name, logs)
     server = uvicorn.Server(
         uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)

@@ -2,24 +2,25 @@
 
 import ssl
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 from urllib.parse import quote, urlsplit
 
-from faststream.security import BaseSecurity, SASLOAuthBearer, SASLPlaintext, SASLScram256, SASLScram512
 from pydantic import AliasChoices, Field, PrivateAttr, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.hashing import MAX_KEY_BYTES
 from shared.runtime.oauth import ClientCredentials
-from shared.topics import TopicSpec
+
+if TYPE_CHECKING:
+    from faststream.security import BaseSecurity
+
+    from shared.topics import TopicSpec
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"]
 
 MIN_KEY_BYTES: Final = 16
 """Shorter secrets can be guessed."""
-
-_FASTSTREAM = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
 
 
 def read_secret(file: Path, variable: str) -> str:
@@ -118,6 +119,17 @@ class KafkaSettings(BaseSettings):
         """Connection options of every aiokafka client; contain the password."""
         return {"bootstrap_servers": self.bootstrap_servers, **self.security_options()}
 
+    def environment(self) -> dict[str, str]:
+        """The environment variables from which another process reads the same settings; contain the password."""
+        given = {field: value for field in self.model_fields_set if (value := getattr(self, field)) is not None}
+        for secret in ("sasl_password", "ssl_key_password"):
+            if f"{secret}_file" in given:
+                del given[secret]
+        return {
+            f"SPROUT_KAFKA_{field.upper()}": value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            for field, value in given.items()
+        }
+
     def connection_advice(self) -> str:
         """What to check when no broker answers, for people; contains no secret."""
         checks = [
@@ -132,7 +144,7 @@ class KafkaSettings(BaseSettings):
             checks.append("the certificates (SPROUT_KAFKA_SSL_*)")
         return f"check {', '.join(checks[:-1])} and {checks[-1]}"
 
-    def topic(self, spec: TopicSpec) -> str:
+    def topic(self, spec: "TopicSpec") -> str:
         """The topic's name on the broker."""
         return self.topic_prefix + spec.name
 
@@ -163,15 +175,23 @@ class KafkaSettings(BaseSettings):
             }
         return options
 
-    def broker_security(self) -> BaseSecurity | None:
+    def broker_security(self) -> "BaseSecurity | None":
         """The `security` option of a FastStream broker; `None` for PLAINTEXT."""
+        # Imported here: it takes longer to import than all that the process of `shared.kafka.reading` needs.
+        from faststream import security  # noqa: PLC0415
+
         if self.sasl_mechanism == "OAUTHBEARER":
-            return SASLOAuthBearer(ssl_context=self._ssl_context, use_ssl=self.uses_tls)
+            return security.SASLOAuthBearer(ssl_context=self._ssl_context, use_ssl=self.uses_tls)
         if self.sasl_mechanism is not None:
-            return _FASTSTREAM[self.sasl_mechanism](
+            login = {
+                "PLAIN": security.SASLPlaintext,
+                "SCRAM-SHA-256": security.SASLScram256,
+                "SCRAM-SHA-512": security.SASLScram512,
+            }[self.sasl_mechanism]
+            return login(
                 self.sasl_username or "", self._password(), ssl_context=self._ssl_context, use_ssl=self.uses_tls
             )
-        return BaseSecurity(ssl_context=self._ssl_context) if self.uses_tls else None
+        return security.BaseSecurity(ssl_context=self._ssl_context) if self.uses_tls else None
 
     @property
     def oauth_tokens(self) -> ClientCredentials | None:
@@ -280,7 +300,7 @@ class DatabaseSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SPROUT_DATABASE_", extra="ignore", hide_input_in_errors=True)
 
     url: SecretStr = Field(
-        default=SecretStr("postgresql://sprout:sprout@localhost:5432/sprout"),
+        default=SecretStr("postgresql://sprout@localhost:5432/sprout"),
         description="postgresql://user:password@host:port/database, or a socket with ?host=/path",
     )
     password_file: Path | None = Field(default=None, description="File with the password, for a URL without one")

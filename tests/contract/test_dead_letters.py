@@ -8,7 +8,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from shared.kafka.broker import build_broker
-from shared.kafka.dead_letters import FUSE_RECORDS, FUSE_SHARE, MAX_OVERSIZE_BYTES, RetryLaterError
+from shared.kafka.dead_letters import MAX_OVERSIZE_BYTES
+from shared.kafka.fuse import FUSE_RECORDS, FUSE_SHARE
+from shared.kafka.handling import RetryLaterError
 from shared.kafka.subscribe import subscribe_batches, subscribe_messages
 from shared.messages import DeadLetter, GenerationRequest
 from shared.runtime.clock import Clock

@@ -11,7 +11,7 @@ from services.ledger.app import Ledger
 from services.ledger.settings import LedgerSettings
 from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
 from shared.kafka.broker import build_broker
-from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.handling import RetryLaterError
 from shared.messages import DeadLetter, UsageRecord
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError

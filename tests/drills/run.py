@@ -5,7 +5,7 @@ import re
 import signal
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,13 +103,19 @@ class ScenarioRun:
         return max(1, round(full * self.scale))
 
     async def serve(
-        self, *, routers: int = 2, model_servers: tuple[TritonServer, ...] = (), settings: dict[str, str] | None = None
+        self,
+        *,
+        routers: int = 2,
+        model_servers: tuple[TritonServer, ...] = (),
+        settings: dict[str, str] | None = None,
+        tenants: Collection[str] = (),
     ) -> None:
         """Create topics, publish a policy, start to read answers, and start routers.
 
         Args:
             model_servers: default: those of the environment.
             settings: additional environment variables of the routers.
+            tenants: of the fleet file.
         """
         await self.environment.topics(self.kafka.topic_prefix)
         connecting = producing(self.kafka, acks="all", enable_idempotence=True)
@@ -122,7 +128,7 @@ class ScenarioRun:
             "SPROUT_ROUTER_SESSION_TIMEOUT_S": str(SESSION_TIMEOUT_S),
             **(settings or {}),
         }
-        self._process = self.environment.routers(self.kafka, variables, model_servers=model_servers)
+        self._process = self.environment.routers(self.kafka, variables, model_servers=model_servers, tenants=tenants)
         self._watching = asyncio.create_task(self._watch())
         await self.join(routers)
 
@@ -133,11 +139,11 @@ class ScenarioRun:
         await self.environment.start(*specs)
         self.routers += [spec.name for spec in specs]
 
-    def requests(self, full: int) -> list[GenerationRequest]:
+    def requests(self, full: int, *, tenant: str | None = None) -> list[GenerationRequest]:
         """Valid requests with new ids; their number is `full` times the scale."""
         first, self._made = self._made, self._made + self.number(full)
         return [
-            GenerationRequest(id=f"{self.scenario}-{number}", model=MODEL, prompt=prompt(number))
+            GenerationRequest(id=f"{self.scenario}-{number}", model=MODEL, prompt=prompt(number), tenant=tenant)
             for number in range(first, self._made)
         ]
 
@@ -198,6 +204,11 @@ class ScenarioRun:
         self._faults.append(line)
         self.say(f"  {line}")
 
+    def check(self, holds: bool, problem: str) -> None:
+        """Record a problem of a scenario that goes on, unless the condition holds."""
+        if not holds:
+            self._problems.append(problem)
+
     def failed(self, error: Exception) -> None:
         """Record an error that ended the scenario early."""
         self._problems.append(f"{type(error).__name__}: {error}")
@@ -227,7 +238,7 @@ class ScenarioRun:
             seconds=round(time.monotonic() - self._began, 1),
             faults=tuple(self._faults),
             uncommitted=uncommitted,
-            longest_answer_s=round(self.traffic.longest_s, 2),
+            longest_answer_s=round(max(self.traffic.waited_s.values(), default=0.0), 2),
             triton_died=tuple(one.description for one in exits if one.name.startswith("triton")),
             router_died=tuple(one.description for one in exits if one.name in self._specs),
             problems=(*self._problems, *counts.problems()),

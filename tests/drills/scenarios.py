@@ -19,10 +19,18 @@ MODEL_SERVER_RATE: Final = 90.0
 """Requests per second during faults of model servers."""
 STORM_RATE: Final = 100.0
 """Requests per second during a rebalance storm."""
+FREEZE_RATE: Final = 40.0
+"""Requests per second while a router is frozen, for 18 to 22 s."""
 RECOVERY_S: Final = 5.0
 """Pause between two restarts of Kafka, in which serving resumes."""
 UNKNOWN_MODEL_SHARE: Final = 0.05
 """Share of the valid requests that ask for an unknown model and get an error response."""
+
+
+FEW: Final = 24
+"""Requests of the tenant that comes behind a crowd; not scaled."""
+MOST_WAITING: Final = 3.0
+"""How many times as long as alone they may wait."""
 
 
 async def sigkill(run: ScenarioRun) -> None:
@@ -67,7 +75,7 @@ async def router_frozen(run: ScenarioRun) -> None:
     await run.serve(routers=2, settings={"SPROUT_ROUTER_LINGER_MS": "1000"})
     (fault,) = faults(run.rng, number=1, victims=2, hold_s=(12.0, 16.0), within=(0.05, 0.2))
     # Not scaled: the traffic must last longer than the takeover.
-    run.send(run.requests(round(3_000 / run.scale)), rate=STORM_RATE)
+    run.send(run.requests(round(1_400 / run.scale)), rate=FREEZE_RATE)
     await run.traffic.until(fault.after)
     frozen = await run.busy_router(fault.victim)
     await run.inject("SIGSTOP", frozen, signal.SIGSTOP)
@@ -169,6 +177,27 @@ async def malformed(run: ScenarioRun) -> None:
     run.send(messages)
 
 
+async def crowding(run: ScenarioRun) -> None:
+    """A tenant sends a few requests alone, then behind tens of thousands of another tenant: it hardly waits longer."""
+    # As many as the machine serves without being slower: else it is the machine that few requests wait for.
+    await run.serve(routers=1, settings={"SPROUT_ROUTER_MAX_IN_FLIGHT": "100"}, tenants=("crowd", "few"))
+    alone, behind = (run.requests(round(FEW / run.scale), tenant="few") for _ in range(2))
+    run.send(alone)
+    alone_s = await run.traffic.longest_wait_s(alone)
+    crowd = [one.model_copy(update={"directive": "L2"}) for one in run.requests(30_000, tenant="crowd")]
+    run.send(crowd)
+    await run.traffic.sent()
+    ahead = len(run.traffic.messages.sent) - run.traffic.messages.answered
+    run.send(behind)
+    behind_s = await run.traffic.longest_wait_s(behind)
+    ratio = behind_s / alone_s
+    run.note(
+        f"{len(behind)} requests waited at most {alone_s:.1f} s alone and {behind_s:.1f} s behind {ahead} of another "
+        f"tenant: {ratio:.1f} times as long"
+    )
+    run.check(ratio <= MOST_WAITING, f"a tenant waited {ratio:.1f} times as long behind another's requests as alone")
+
+
 Scenario = Callable[[ScenarioRun], Awaitable[None]]
 
 SCENARIOS: Final[dict[str, Scenario]] = {
@@ -185,6 +214,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         kafka_frozen,
         postgres_absent,
         malformed,
+        crowding,
     )
 }
 """The scenarios by name, in order of running."""

@@ -26,13 +26,13 @@ class Traffic:
 
     Attributes:
         total: number of messages to send.
-        longest_s: longest wall time from Kafka's acknowledgement of a request to its first answer.
+        waited_s: wall time from Kafka's acknowledgement of a request to its first answer, by id.
     """
 
     def __init__(self, kafka: KafkaSettings) -> None:
         self.messages = Messages()
         self.total = 0
-        self.longest_s = 0.0
+        self.waited_s: dict[str, float] = {}
         self._kafka = kafka
         self._producer: Producer | None = None
         self._acknowledged_at: dict[str, float] = {}
@@ -69,6 +69,23 @@ class Traffic:
             if time.monotonic() - self._last_answer > END_TIMEOUT_S:
                 return
             await asyncio.sleep(POLL_S)
+
+    async def sent(self) -> None:
+        """Wait until Kafka has acknowledged every message."""
+        await asyncio.gather(*self._sending)
+
+    async def longest_wait_s(self, requests: Sequence[GenerationRequest]) -> float:
+        """Wait until these requests are answered; returns the longest wall time from acknowledgement to answer.
+
+        Raises:
+            TimeoutError: no answer at all has arrived for `END_TIMEOUT_S`.
+        """
+        await self.sent()
+        while missing := [one.id for one in requests if one.id not in self.waited_s]:
+            if time.monotonic() - self._last_answer > END_TIMEOUT_S:
+                raise TimeoutError(f"{len(missing)} requests are not answered")
+            await asyncio.sleep(POLL_S)
+        return max(self.waited_s[one.id or ""] for one in requests)
 
     async def answered(self, *, stall_s: float) -> None:
         """Wait until every request was sent and answered, or no answer has arrived for `stall_s`.
@@ -119,16 +136,20 @@ class Traffic:
         for number, message in enumerate(messages):
             if rate is not None:
                 await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
+            # Given here: the metadata of later records of a batch has the timestamp of the first (aiokafka 0.14).
+            at_ms = int(time.time() * 1_000)
             if isinstance(message, Malformed):
                 # Keys distribute the records over all partitions.
-                future = await send(topic, message.value, key=f"malformed-{number}".encode())
+                future = await send(topic, message.value, key=f"malformed-{number}".encode(), timestamp_ms=at_ms)
             else:
                 value = message.model_dump_json(exclude_none=True).encode()
-                future = await send(topic, value, key=(message.id or "").encode())
-            acknowledgements.append(asyncio.create_task(self._acknowledged(message, future)))
+                future = await send(topic, value, key=(message.id or "").encode(), timestamp_ms=at_ms)
+            acknowledgements.append(asyncio.create_task(self._acknowledged(message, future, at_ms)))
         await asyncio.gather(*acknowledgements)
 
-    async def _acknowledged(self, message: GenerationRequest | Malformed, future: "asyncio.Future[Any]") -> None:
+    async def _acknowledged(
+        self, message: GenerationRequest | Malformed, future: "asyncio.Future[Any]", at_ms: int
+    ) -> None:
         try:
             metadata = await future
         except KafkaError:
@@ -139,7 +160,7 @@ class Traffic:
         elif message.id is not None:
             self._acknowledged_at[message.id] = time.monotonic()
             self.messages.sent.add(message.id)
-            self.messages.records[message.id] = str(RecordId.of(metadata, self._kafka.topic_prefix))
+            self.messages.records[message.id] = str(RecordId(REQUESTS.name, metadata.partition, metadata.offset, at_ms))
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         while True:
@@ -157,7 +178,7 @@ class Traffic:
         name = str(answer["request_id"])
         self._last_answer = time.monotonic()
         if name not in self.messages.answers and name in self._acknowledged_at:
-            self.longest_s = max(self.longest_s, self._last_answer - self._acknowledged_at[name])
+            self.waited_s[name] = self._last_answer - self._acknowledged_at[name]
         self.messages.answers[name] += 1
         self.messages.answered_records.setdefault(name, set()).add(str(answer["record"]))
         if answer["status"] != "ok":

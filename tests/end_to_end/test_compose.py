@@ -28,7 +28,10 @@ from shared.topics import REQUESTS, RESPONSES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAND_INS = ("triton-0", "triton-1")
-OURS = (*SERVICES, "topics", *STAND_INS, "cli")
+ONE_SHOTS = ("secrets", "database", "topics")
+"""They do their work and exit before others start."""
+OURS = (*SERVICES, *ONE_SHOTS, *STAND_INS, "cli")
+WITH_SCHEMA = tuple(name for name, service in SERVICES.items() if service.needs_database)
 BASE_IMAGES = ("python:3.11-slim-bookworm", "apache/kafka:4.1.1", "postgres:17")
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1_800)]
@@ -103,7 +106,7 @@ def test_every_image_is_pinned(services: dict[str, Any]) -> None:
 def test_every_container_has_limits_rotated_logs_and_a_restart_policy(services: dict[str, Any]) -> None:
     for name, service in services.items():
         assert service["logging"]["options"]["max-size"], name
-        assert service["restart"] == ("no" if name in {"topics", "cli"} else "unless-stopped"), name
+        assert service["restart"] == ("no" if name in {*ONE_SHOTS, "cli"} else "unless-stopped"), name
         if name != "triton-gpu":  # the engines' size decides
             assert int(service["mem_limit"]) <= 1 << 30, name
 
@@ -126,15 +129,55 @@ def test_services_start_after_what_they_need(services: dict[str, Any]) -> None:
         needs = {other: rule["condition"] for other, rule in services[name]["depends_on"].items()}
         assert needs["kafka"] == "service_healthy", name
         assert needs["topics"] == "service_completed_successfully", name
-        if name in {"optimizer", "evaluator", "ledger"}:
-            assert needs["postgres"] == "service_healthy", name
+        if name in WITH_SCHEMA:
+            assert needs["database"] == "service_completed_successfully", name
+        if any(mount["source"].endswith("-secrets") for mount in services[name].get("volumes", ())):
+            assert needs.keys() & {"secrets", "database"}, name
         if name in {"router", "evaluator"}:
             assert {needs[server] for server in STAND_INS} == {"service_healthy"}, name
 
 
-def test_the_password_is_in_no_environment(services: dict[str, Any]) -> None:
-    password = (REPOSITORY / "deploy/docker/secrets/postgres-password").read_text().strip()
-    assert password not in json.dumps(services)
+def test_every_service_has_a_role_and_the_secrets_of_no_other(services: dict[str, Any]) -> None:
+    roles = {"cli": "operator"} | {name: name for name in WITH_SCHEMA}
+    for name, role in roles.items():
+        environment = services[name]["environment"]
+        assert environment["SPROUT_DATABASE_URL"] == f"postgresql://sprout_{role}@postgres:5432/sprout", name
+        assert environment["SPROUT_DATABASE_PASSWORD_FILE"] == "/run/sprout/database-password", name
+    given = {
+        option.split("=")[1] for option in services["database"]["command"] if option.startswith("--password-file=")
+    }
+    assert given == set(roles.values())
+    for name, service in services.items():
+        volumes = {mount["source"]: mount for mount in service.get("volumes", ()) if "secrets" in mount["source"]}
+        if name in {"secrets", "database"}:
+            continue
+        assert set(volumes) <= {f"{roles.get(name, name)}-secrets"}, name
+        assert all(mount["read_only"] for mount in volumes.values()), name
+
+
+def test_no_secret_is_shipped_or_in_an_environment(services: dict[str, Any]) -> None:
+    shipped = _run("git", "ls-files", "deploy/docker").split()
+    assert not [file for file in shipped if "password" in file or "token" in file]
+    for name, service in services.items():
+        for variable, value in (service.get("environment") or {}).items():
+            if re.search("PASSWORD|TOKEN|API_KEY|DRAW_KEY", variable):
+                assert variable.endswith("_FILE") or not value, (name, variable)
+
+
+def test_tokens_of_other_parties_are_mounted_as_files(tmp_path: Path) -> None:
+    _require_compose()
+    token = tmp_path / "token"
+    token.write_text("a-token")
+    env = tmp_path / "env"
+    env.write_text(f"ELECTRICITY_MAPS_TOKEN_FILE={token}\nJUDGE_API_KEY_FILE={token}\n")
+    document = _config("--env-file", str(env))
+    feed, evaluator = (document["services"][name] for name in ("carbon_feed", "evaluator"))
+    variable = feed["environment"]["SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN_FILE"]
+    assert variable == "/run/secrets/electricity-maps-token"
+    assert [one["source"] for one in feed["secrets"]] == ["electricity-maps-token"]
+    variable = evaluator["environment"]["SPROUT_EVALUATOR_JUDGE_API_KEY_FILE"]
+    assert variable == "/run/secrets/judge-api-key"
+    assert {one["file"] for one in document["secrets"].values()} == {str(token)}
 
 
 def test_the_gpu_profile_swaps_the_model_server() -> None:
@@ -258,6 +301,61 @@ def test_a_container_has_only_its_own_code_and_cannot_change_it(compose: Compose
     ).split()
     assert output[0] == "10001"
     assert set(output[1:]) - {"__pycache__"} == {"__init__.py", "__main__.py", service, "services", "shared"}
+
+
+def _python(compose: Compose, service: str, program: str, check: bool = True) -> str:
+    return compose("exec", "-T", service, "python", "-c", program, check=check)
+
+
+def test_a_service_cannot_read_the_tables_of_another(compose: Compose) -> None:
+    query = """
+import asyncio, asyncpg
+from shared.runtime.settings import DatabaseSettings
+async def main():
+    connection = await asyncpg.connect(DatabaseSettings().url.get_secret_value())
+    print(await connection.fetchval("SELECT current_user || ' ' || count(*) FROM ledger.calls"))
+    for statement in ("TABLE evaluator.reservoir", "CREATE SCHEMA mine", "ALTER ROLE sprout_ledger SUPERUSER"):
+        try:
+            await connection.execute(statement)
+        except asyncpg.InsufficientPrivilegeError:
+            print("denied")
+asyncio.run(main())
+"""
+    output = _python(compose, "ledger", query).split()
+    assert output[0] == "sprout_ledger"
+    assert output[2:] == ["denied"] * 3
+
+
+def test_passwords_differ_and_are_readable_in_their_own_container_only(compose: Compose) -> None:
+    program = "import pathlib; print(*(f'{p.name}={p.read_text()}' for p in pathlib.Path('/run/sprout').glob('*')))"
+    found = {
+        service: dict(one.split("=", 1) for one in _python(compose, service, program).split()) for service in SERVICES
+    }
+    assert {service: set(names) for service, names in found.items()} == {
+        "carbon_feed": set(),
+        "optimizer": {"database-password"},
+        "evaluator": {"database-password", "evaluations-token", "draw-key"},
+        "ledger": {"database-password"},
+        "router": {"draw-key"},
+    }
+    passwords = {found[service]["database-password"] for service in WITH_SCHEMA}
+    assert len(passwords) == len(WITH_SCHEMA)
+    assert all(len(password) >= 40 for password in passwords)
+    assert found["router"]["draw-key"] == found["evaluator"]["draw-key"]
+
+
+def test_the_evaluator_takes_requests_with_its_token_only(compose: Compose) -> None:
+    assert compose("run", "--rm", "cli", "evaluate").startswith("llama-2-13b-chat: requested")
+    call = ("run", "--rm", "--env", "SPROUT_EVALUATOR_HTTP_TOKEN_FILE=/run/sprout/database-password", "cli", "evaluate")
+    assert compose(*call, check=False) == ""
+
+
+def test_starting_again_keeps_the_secrets_and_the_tables(compose: Compose) -> None:
+    program = "print(open('/run/sprout/database-password').read())"
+    before = _python(compose, "ledger", program)
+    compose("up", "--detach", "--wait", "--wait-timeout", "300", "--force-recreate", "secrets", "postgres", "ledger")
+    assert _python(compose, "ledger", program) == before
+    assert compose("exec", "-T", "ledger", "python", "/usr/local/lib/sprout/healthcheck.py", "8080", "/ready") == ""
 
 
 def test_a_producer_gets_an_answer(compose: Compose) -> None:

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.integration
 BIAS = 0.5
 PROMPTS = 240
 RATE = 60.0
+TOKEN = "token-of-these-tests"
 DEADLINE_S = 120.0
 """Bounds the waits of the test that stops PostgreSQL; it passes as soon as the event occurs."""
 CLOCK = Clock.starting(datetime(2023, 2, 10, 12, tzinfo=UTC), rate=RATE)
@@ -59,6 +60,7 @@ def evaluators(
         "SPROUT_EVALUATOR_MIN_SAMPLES": "30",
         "SPROUT_EVALUATOR_GRACE_H": "0",
         "SPROUT_EVALUATOR_RETRY_PAUSE_S": "0.5",
+        "SPROUT_EVALUATOR_HTTP_TOKEN": TOKEN,
     }
     running = EvaluatorProcess(supervisor, kafka, database, fleet, CLOCK, settings)
     yield running
@@ -264,9 +266,36 @@ async def test_it_waits_while_postgresql_is_unavailable_and_then_continues(
     assert supervisor.process(name).alive
 
 
+async def test_a_request_is_accepted_only_with_the_token_and_if_it_will_be_done(kafka, database, evaluators, producer):
+    await send_samples(producer, range(40))
+    url = evaluators.url(evaluators.start())
+    async with reading(kafka, QUALITY) as found:
+        await found.read(until=1)
+        assert (await request_evaluation(url, token="wrong"))[0] == 401
+        another = await asyncpg.connect(database.url.get_secret_value())
+        try:
+            # As another evaluator does while it evaluates the model.
+            await another.fetchval("SELECT pg_advisory_lock(hashtext($1))", f"sprout.evaluate.{MODEL}")
+            status, body = await request_evaluation(url)
+            assert (status, "another evaluator" in body) == (409, True)
+            await another.fetchval("SELECT pg_advisory_unlock_all()")
+        finally:
+            await another.close()
+        await ask_for_evaluation(url)
+        await found.read(until=2)
+        assert [one.trigger for one in qualities(found)] == ["first", "requested"]
+
+
 async def ask_for_evaluation(url: str) -> None:
-    request = urllib.request.Request(f"{url}/evaluations?model={MODEL}", method="POST")
-    assert (await asyncio.to_thread(urllib.request.urlopen, request)).status == 202
+    response = await request_evaluation(url)
+    assert response[0] == 202, response
+
+
+async def request_evaluation(url: str, token: str = TOKEN) -> tuple[int, str]:
+    request = urllib.request.Request(
+        f"{url}/evaluations?model={MODEL}", method="POST", headers={"Authorization": f"Bearer {token}"}
+    )
+    return await asyncio.to_thread(answer, request)
 
 
 async def wait_until_ready_is(url: str, status: int, *, mentions: str = "") -> None:
@@ -281,7 +310,7 @@ async def wait_until_ready_is(url: str, status: int, *, mentions: str = "") -> N
         raise AssertionError(f"{url} responds {found}, not {status} with {mentions!r}, after {DEADLINE_S} s") from None
 
 
-def answer(url: str) -> tuple[int, str]:
+def answer(url: str | urllib.request.Request) -> tuple[int, str]:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return response.status, response.read().decode()

@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import signal
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from shared.messages import DeadLetter, PromptGrouping
-from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, MEBIBYTE, POLICIES, PROMPT_GROUPS
+from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, MEBIBYTE, POLICIES, PROMPT_GROUPS, RESPONSES
 from tests.support.processes import restart_exited
 from tests.support.router import MODEL, ZONE, intensity, page, policy, producing, reading, request, until_committed
 
@@ -149,6 +150,32 @@ async def test_a_record_that_ends_the_process_is_set_aside_after_one_restart(com
     assert peak_mib(routers.supervisor.process(router).pid) < MEMORY_LIMIT_MIB
 
 
+async def test_a_router_starts_with_a_bomb_on_each_topic_that_it_reads(kafka, routers, producer):
+    """Also on `responses`, from which a router learns which requests are answered."""
+    await producer.prepare({"L1": 1.0})
+    router = routers.start()
+    async with reading(kafka) as answers, reading(kafka, DEAD_LETTERS) as letters:
+        await producer.ask(request(0))
+        await answers.ids(["r0"])
+        await answers.consumer.stop()  # it would unpack the bomb
+        routers.supervisor.process(router).kill()
+        async with producing(kafka, compression_type="gzip", max_request_size=2**28, max_batch_size=2**28) as hostile:
+            for spec in (POLICIES, CARBON_INTENSITY, PROMPT_GROUPS, RESPONSES):
+                # Ahead: Kafka rejects responses that are too old when they arrive, and it is compressed slowly.
+                ahead_ms = int(time.time() * 1_000) + 60_000
+                await hostile.producer.send_and_wait(
+                    kafka.topic(spec), turns(130_000_000), key=b"k", partition=0, timestamp_ms=ahead_ms
+                )
+        router = routers.start()
+        await letters.read(until=3)
+        kept = {(one.topic, one.reason) for one in map(_letter, letters.records)}
+    assert kept == {(kafka.topic(spec), "unreadable") for spec in (POLICIES, CARBON_INTENSITY, PROMPT_GROUPS)}
+    process = routers.supervisor.process(router)
+    metrics = await asyncio.to_thread(page, f"{process.spec.url}/metrics")
+    assert f'sprout_router_policy_age_seconds{{model="{MODEL}"}} NaN' not in metrics
+    assert peak_mib(process.pid) < MEMORY_LIMIT_MIB
+
+
 async def test_control_messages_of_2125_and_bombs_are_not_believed_at_a_start(kafka, routers, producer):
     """They were written before the router starts, and the good messages before them stay in force."""
     made = await producer.prepare({"L1": 1.0})
@@ -187,6 +214,10 @@ async def test_control_messages_of_2125_and_bombs_are_not_believed_at_a_start(ka
     assert peak_mib(process.pid) < MEMORY_LIMIT_MIB
     metrics = await asyncio.to_thread(page, f"{process.spec.url}/metrics")
     assert f'sprout_dead_letters_total{{reason="implausible",topic="{kafka.topic(POLICIES)}"}} 4.0' in metrics
+
+
+def _letter(record: Any) -> DeadLetter:
+    return DeadLetter.model_validate_json(record.value)
 
 
 def current_mib(pid: int) -> int:

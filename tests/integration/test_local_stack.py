@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 import psutil
@@ -127,6 +128,27 @@ async def test_nothing_listens_beyond_loopback(tmp_path):
         }
     assert len(listening) >= 3
     assert {ip.removeprefix("::ffff:") for ip, _ in listening} == {"127.0.0.1"}
+
+
+async def test_services_log_in_with_roles_of_their_own_and_no_password_is_on_a_command_line(tmp_path):
+    async with LocalStack(config(tmp_path, services=("optimizer",)), IdleModels()) as stack:
+        connection = await asyncpg.connect(stack.database.url.get_secret_value())
+        users = await connection.fetch("SELECT usename FROM pg_stat_activity WHERE application_name LIKE 'sprout.%'")
+        assert {row["usename"] for row in users} == {"sprout_optimizer"}
+        assert not await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user")
+        await connection.close()
+        secrets = [
+            stack.database.url.get_secret_value(),
+            urlsplit(stack.database.url.get_secret_value()).password,
+            (tmp_path / "evaluations-token").read_text().strip(),
+        ]
+        commands = " ".join(" ".join(psutil.Process(one.pid).cmdline()) for one in stack.state.processes)
+        assert not [secret for secret in secrets if secret in commands]
+        for name in ("stack.json", "evaluations-token"):
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+        logs = "".join(path.read_text() for path in (tmp_path / "logs").glob("*.log"))
+        assert not [secret for secret in secrets if secret in logs]
+    assert not list((tmp_path / "data").glob("*.password*"))
 
 
 def test_a_failed_start_shows_the_log_and_stops_every_process(tmp_path):

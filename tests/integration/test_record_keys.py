@@ -70,7 +70,9 @@ async def test_the_evaluator_keeps_samples_under_one_id_and_those_of_an_earlier_
             earlier.model_dump_json(),
         )
         await migrate(pool, schema=schema, package=evaluator_migrations.__name__)
-        store = SampleStore(pool, status, samples_per_group=100, max_age=timedelta(days=1), draw_key=b"k" * 16)
+        store = SampleStore(
+            pool, status, samples_per_group=100, samples_per_model=100, max_age=timedelta(days=1), draw_key=b"k" * 16
+        )
         samples = [
             earlier.model_copy(update={"request_id": "the same", "record": f"requests/0/{offset}/1"})
             for offset in range(60)

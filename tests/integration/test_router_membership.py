@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from shared.topics import LOAD_REPORTS
 from tests.support.router import LONG_PROMPT, reading, request, until_committed, until_page
 
 pytestmark = pytest.mark.integration
@@ -28,6 +29,14 @@ async def test_a_killed_router_loses_no_request(kafka, routers, producer):
         for record in answers.records:
             levels.setdefault(record.key.decode(), set()).add(json.loads(record.value)["decision"]["level"])
         assert all(len(drawn) == 1 for drawn in levels.values())  # a redelivered request draws the same option
+
+
+async def test_a_router_whose_start_outlasts_the_interval_of_load_reports_becomes_ready(kafka, routers):
+    """As on a busy machine: no report may be published before the broker has started."""
+    name = await asyncio.to_thread(routers.start, SPROUT_ROUTER_LOAD_REPORT_INTERVAL_S="0.05")
+    async with reading(kafka, LOAD_REPORTS) as reports:
+        await reports.read(until=1)
+    assert "background task failed" not in routers.log(name)
 
 
 async def test_a_stopped_router_finishes_running_requests_and_starts_no_more(kafka, routers, producer):

@@ -15,6 +15,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from deploy.local.processes import Supervisor
 from deploy.triton.contract import INPUTS, OUTPUTS
 from shared.kafka.admin import create_topics
+from shared.messages import DeadLetter
 from shared.runtime.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS, RESPONSES, SAMPLES, Cleanup, TopicSpec
 from tests.support.router import RouterProcess, fleet_toml, producing, reading, request, until_committed
@@ -60,7 +61,7 @@ def echo() -> Iterator[str]:
 @pytest.fixture
 def routers(supervisor: Supervisor, kafka: KafkaSettings, echo: str, tmp_path: Path) -> Iterator[RouterProcess]:
     fleet = tmp_path / "fleet.toml"
-    fleet.write_text(fleet_toml([echo]))
+    fleet.write_text(f'{fleet_toml([echo])}\n[[tenants]]\nname = "desk"\nsystem = "{MARKER} system"\n')
     running = RouterProcess(supervisor, kafka, fleet)
     yield running
     for name in [name for name in supervisor.names if name.startswith(kafka.topic_prefix)]:
@@ -86,6 +87,8 @@ async def test_no_failure_writes_a_prompt_to_log_or_metrics(kafka, routers):
         f'{{"prompt": "a", "directive": "{MARKER}", "deadline": "{MARKER}"}}'.encode(),
         f'{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "system", "content": "{MARKER}"}}]}}'.encode(),
         MARKER.encode("utf-16"),
+        f'{{"prompt": "a", "metadata": {{"{MARKER}": 3}}, "tenant": "desk"}}'.encode(),
+        f'{{"id": "m", "prompt": "a", "metadata": {{"note": {{"{MARKER}": "{MARKER}"}}}}}}'.encode(),
     ]
     failing = [
         request(0, prompt=f"{MARKER} fails"),
@@ -96,6 +99,7 @@ async def test_no_failure_writes_a_prompt_to_log_or_metrics(kafka, routers):
         request(5, prompt="a", model=MARKER),
         request(6, prompt="a", directive="L7", metadata={"note": MARKER}),
         request(8, prompt=f"{MARKER} fails", sampling={"stop": [MARKER]}, tenant=MARKER),
+        request(9, prompt="fails", tenant="desk", metadata={MARKER: MARKER}),
     ]
     async with (
         producing(kafka) as producer,
@@ -106,7 +110,9 @@ async def test_no_failure_writes_a_prompt_to_log_or_metrics(kafka, routers):
             await producer.raw(value, headers=[("note", MARKER.encode())])
         await producer.ask(*failing)
         await letters.read(until=len(poison))
-        await answers.read(until=len(failing))
+        await answers.read(until=len(failing) + 1)
+        reasons = [DeadLetter.model_validate_json(record.value).detail for record in letters.records]
+        assert not any(MARKER in reason for reason in reasons)
         codes = {name: response.error.code for name, response in answers.responses().items()}
     assert codes == {
         "r0": "upstream_error",
@@ -117,7 +123,10 @@ async def test_no_failure_writes_a_prompt_to_log_or_metrics(kafka, routers):
         "r5": "unknown_model",
         "r6": "unknown_level",
         "r8": "upstream_error",
+        "r9": "upstream_error",
+        "m": "invalid_request",
     }
+    assert MARKER not in answers.responses()["m"].error.message
     url = routers.supervisor.process(name).spec.url
     for path in ("/metrics", "/ready"):
         try:

@@ -1,17 +1,25 @@
 """A request consumer with stand-ins for its Kafka consumer and for the progress of its group."""
 
 import asyncio
+import tomllib
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 from prometheus_client import CollectorRegistry
 
-from services.router.consumer import Handle, RequestConsumer, Suspects
+from services.router.consumer import RequestConsumer
 from services.router.metrics import RouterMetrics
 from services.router.offsets import RecoveredOffsets
+from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
+from services.router.starter import Capacity, Handle
+from shared.fleet import Fleet
+from shared.kafka.unreadable import UnreadableRecords
+from shared.runtime.settings import KafkaSettings
+from tests.support.fleets import fleet_toml
 
 KNOWN, NEW = TopicPartition("requests", 0), TopicPartition("requests", 1)
 
@@ -23,9 +31,10 @@ class KafkaConsumerStandIn:
         self.paused: set[TopicPartition] = set()
         self.committed: dict[TopicPartition, OffsetAndMetadata] = {}
         self.position: dict[TopicPartition, int] = {}
+        self.assigned = {KNOWN, NEW}
 
     def assignment(self):
-        return {KNOWN, NEW}
+        return self.assigned
 
     def partitions_for_topic(self, topic):
         return {0, 1}
@@ -63,14 +72,14 @@ class GroupProgressStandIn:
         return {one: RecoveredOffsets(commit, self.answered.get(one, {})) for one, commit in commits.items()}
 
 
-def record(partition: TopicPartition, offset: int) -> SimpleNamespace:
+def record(partition: TopicPartition, offset: int, value: bytes = b"{}") -> SimpleNamespace:
     return SimpleNamespace(
         topic=partition.topic,
         partition=partition.partition,
         offset=offset,
         timestamp=offset,
         key=None,
-        value=b"{}",
+        value=value,
         headers=(),
     )
 
@@ -80,8 +89,14 @@ class UnlimitedCapacity:
 
     share = 1.0
 
-    async def wait_for_capacity(self) -> None:
-        return
+    def on_capacity(self, callback: Callable[[], None]) -> None:
+        self.freed = callback
+
+    def has_capacity(self, model: str) -> bool:
+        return True
+
+    def is_limited(self, model: str) -> bool:
+        return False
 
     def set_share(self, share: float) -> None:
         self.share = share
@@ -91,25 +106,33 @@ def request_consumer(
     handle: Handle,
     progress: GroupProgressStandIn,
     consumer: KafkaConsumerStandIn,
-    suspects: Suspects | None = None,
-    **settings: float,
+    unreadable: UnreadableRecords | None = None,
+    *,
+    fleet: Fleet | None = None,
+    capacity: Capacity | None = None,
+    registry: CollectorRegistry | None = None,
+    **settings: Any,
 ) -> RequestConsumer:
     given = {"session_timeout_s": 10.0, "max_in_flight": 4, "rebalance_grace_s": 0.0, "drain_grace_s": 0.0, **settings}
+    checked = RouterSettings.model_validate(given)
+    fleet = fleet or Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
     requests = RequestConsumer(
         handle,
         progress,
-        settings=RouterSettings.model_validate(given),
-        metrics=RouterMetrics(CollectorRegistry()),
-        capacity=UnlimitedCapacity(),
-        suspects=suspects,
+        settings=checked,
+        metrics=RouterMetrics(registry or CollectorRegistry()),
+        capacity=capacity or UnlimitedCapacity(),
+        classes=RequestClasses(fleet=fleet, kafka=KafkaSettings(topic_prefix=""), settings=checked),
+        unreadable=unreadable or UnreadableRecords(KafkaSettings()),
     )
     requests.set_consumer(lambda: consumer)
     return requests
 
 
 async def receive(requests: RequestConsumer, *records: SimpleNamespace) -> None:
-    """Deliver records."""
+    """Deliver records, and start them if nothing prevents it."""
     await requests.receive(records)
+    await asyncio.sleep(0)
 
 
 async def until(condition: Callable[[], bool]) -> None:

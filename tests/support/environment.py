@@ -155,17 +155,23 @@ class Environment:
         return kafka
 
     def routers(
-        self, kafka: KafkaSettings, settings: dict[str, str], *, model_servers: Collection[TritonServer] = ()
+        self,
+        kafka: KafkaSettings,
+        settings: dict[str, str],
+        *,
+        model_servers: Collection[TritonServer] = (),
+        tenants: Collection[str] = (),
     ) -> RouterProcess:
         """Specs of routers, to be started with `start`.
 
         Args:
             settings: environment variables of every router.
             model_servers: default: those of the environment.
+            tenants: of the fleet file.
         """
         fleet = self.folder / f"{kafka.topic_prefix}toml"
         addresses = [server.address for server in model_servers or self.model_servers]
-        fleet.write_text(fleet_toml(addresses), encoding="utf-8")
+        fleet.write_text(fleet_toml(addresses, tenants=tenants), encoding="utf-8")
         return RouterProcess(self._supervisor, kafka, fleet, self._clock, settings)
 
     async def model_server(self, name: str, faults: FaultRules | None = None) -> TritonServer:

@@ -1,7 +1,7 @@
 """Builders of a fleet file with one model and one pool, and of a workload with its recorded answers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 MODEL = "m"
@@ -13,8 +13,14 @@ Answers = Mapping[str, tuple[int, float]]
 """Tokens and seconds of a prompt's recorded answers, by level."""
 
 
-def fleet_toml(endpoints: Sequence[str], *, template: str = "llama-2", triton_model: str = "ensemble") -> str:
-    """A fleet file with one model and one pool `p` with endpoints `e0`, `e1`, ..."""
+def fleet_toml(
+    endpoints: Sequence[str],
+    *,
+    template: str = "llama-2",
+    triton_model: str = "ensemble",
+    tenants: Collection[str] = (),
+) -> str:
+    """A fleet file with one model, one pool `p` with endpoints `e0`, `e1`, ..., and tenants without defaults."""
     lines = ["[switchback]", "share = 0", "[[directives]]", 'level = "L0"']
     for level, text in DIRECTIVES.items():
         lines += ["[[directives]]", f'level = "{level}"', f'text = "{text}"']
@@ -22,6 +28,8 @@ def fleet_toml(endpoints: Sequence[str], *, template: str = "llama-2", triton_mo
     lines += ["[[pools]]", 'name = "p"', f'model = "{MODEL}"', f'zone = "{ZONE}"', f'triton_model = "{triton_model}"']
     for number, address in enumerate(endpoints):
         lines += ["[[pools.endpoints]]", f'name = "e{number}"', f'grpc = "{address}"']
+    for tenant in tenants:
+        lines += ["[[tenants]]", f'name = "{tenant}"']
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ from deploy.local.services import ServiceEnvironment, service_spec
 from deploy.local.triton import TritonInstallation, free_triton_ports, install, ready_probe
 from deploy.triton.repository import RepositoryModel, write_repository
 from shared.runtime.clock import Clock
-from shared.runtime.settings import KafkaSettings
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
 
 
 @dataclass(frozen=True)
@@ -171,3 +171,38 @@ class RouterProcess:
     def log(self, name: str) -> str:
         """The log of a router."""
         return self.supervisor.process(name).log.read_text()
+
+
+def start_service(
+    service: str,
+    supervisor: Supervisor,
+    *,
+    kafka: KafkaSettings,
+    database: DatabaseSettings,
+    fleet: Path,
+    settings: Mapping[str, str] | None = None,
+    wait: bool = True,
+) -> str:
+    """Start a service, wait until it is ready, and return the name of its process."""
+    (port,) = free_ports(1)
+    name = f"{kafka.topic_prefix}{service}"
+    environment = ServiceEnvironment(
+        bootstrap_servers=kafka.bootstrap_servers,
+        topic_prefix=kafka.topic_prefix,
+        database_url=database.url.get_secret_value(),
+        fleet_file=fleet,
+        clock={},
+    )
+    prefixes = {"SPROUT_KAFKA_GROUP_PREFIX": kafka.group_prefix}
+    process = supervisor.spawn(
+        service_spec(service, port=port, environment=environment, settings={**prefixes, **(settings or {})}, name=name)
+    )
+    if wait:
+        process.wait_ready()
+    return name
+
+
+def memory_mib(pid: int, field: str = "VmRSS") -> int:
+    """Resident memory of a process, MiB; `VmHWM` is the largest so far."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status[field].split()[0]) // 1024 if field in status else 0

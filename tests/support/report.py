@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,12 +74,16 @@ def made_day(
     random = np.random.default_rng(seed)
     pools = {POOL: (ZONE, 1.0)} | {f"pool-{zone.lower()}": (zone, share) for zone, share in (zones or {}).items()}
     options = (REFERENCE, *(f"{pool}/{level}" for pool in pools for level in FACTORS if f"{pool}/{level}" != REFERENCE))
+    rows = [row_of(options, float(hour), holdout) for hour in range(24)]
+    thresholds = [np.cumsum(list(row.values())) for row in rows]
+    intensities = [intensity_at(hour) for hour in range(24)]
+    groups = list(GROUPS)
     records, reference_g = [], []
     for number in range(requests):
         hour = float(random.uniform(0, 24))
-        group = list(GROUPS)[random.integers(len(GROUPS))]
-        row = row_of(options, float(int(hour)), holdout)
-        option = str(random.choice(options, p=list(row.values())))
+        group = groups[random.integers(len(groups))]
+        row, intensity = rows[int(hour)], intensities[int(hour)]
+        option = options[int(thresholds[int(hour)].searchsorted(random.random(), side="right"))]
         pool, _, level = option.rpartition("/")
         longer = float(random.lognormal(-(scatter**2) / 2, scatter))
         zone, relative = pools[pool]
@@ -89,7 +94,7 @@ def made_day(
             zone=zone,
             at=DAY + timedelta(hours=hour),
             energy_j=GROUPS[group] * FACTORS[level] * longer * float(random.lognormal(0, 0.05)),
-            intensity=intensity_at(int(hour)) * relative,
+            intensity=intensity * relative,
             row=row,
             policy_version=int(hour) + 1,
         )
@@ -97,7 +102,7 @@ def made_day(
         reference_g.append(
             float(record["total_g"])
             if option == REFERENCE
-            else at_reference / 3.6e6 * PUE * intensity_at(int(hour)) + at_reference / WATTS * EMBODIED_G_PER_S
+            else at_reference / 3.6e6 * PUE * intensity + at_reference / WATTS * EMBODIED_G_PER_S
         )
         records.append(record)
     return MadeDay(records, np.array(reference_g))
@@ -158,17 +163,24 @@ def calls_of(records: list[dict[str, object]]) -> tuple[Calls, list[Mapping[str,
     distributions = Distributions()
     builder = CallsBuilder(distributions)
     for record in records:
-        started = record["started_at"]
+        started, propensities = record["started_at"], record["propensities"]
         assert isinstance(started, datetime)
+        assert isinstance(propensities, dict)
         builder.add(
             {
                 **record,
                 "server_s": record.get("server_s") or record["processing_s"],
                 "started_s": started.timestamp(),
-                "propensities": json.dumps(record["propensities"]),
+                "propensities": _as_json(tuple(propensities.items())),
             }
         )
     return builder.build(), distributions.all
+
+
+@cache
+def _as_json(distribution: tuple[tuple[str, float], ...]) -> str:
+    """All requests of an hour have the same distribution."""
+    return json.dumps(dict(distribution))
 
 
 CONSTANT_DAY = IntensitySeries(

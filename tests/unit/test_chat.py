@@ -88,6 +88,17 @@ def test_an_empty_system_message_is_left_out():
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("blank", ["", " ", "\n\t"])
+def test_a_blank_system_message_does_not_drop_another_one(name, blank):
+    template = TEMPLATES.load(name)
+    wanted = template.render([system("Be a pirate."), user("Why?")], BRIEF)
+    assert "Be a pirate." in wanted
+    assert template.render([system("Be a pirate."), system(blank), user("Why?")], BRIEF) == wanted
+    assert template.render([system(blank), system("Be a pirate."), user("Why?")], BRIEF) == wanted
+    assert template.render([system("Be a pirate."), user("Why?"), system(blank)], BRIEF) == wanted
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_template_has_stop_sequences(name):
     assert TEMPLATES.load(name).stop
 
@@ -118,7 +129,10 @@ def test_control_sequences_are_rejected_by_name_with_the_policy_refuse():
 @pytest.mark.parametrize(
     ("name", "sequences"),
     [
-        ("mistral", ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]", "[ARGS]", "[IMG]", "[THINK]"]),
+        (
+            "mistral",
+            ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]", "[ARGS]", "[IMG]", "[THINK]", "<SPECIAL_20>"],
+        ),
         ("chatml", ["<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "<|vision_start|>", "<|new|>"]),
         ("llama-3", ["<|reserved_special_token_0|>", "<|reserved_special_token_247|>", "<|image|>", "<|eom_id|>"]),
         ("gemma", ["<start_of_image>", "<end_of_image>", "<image_soft_token>", "<unused0>", "<unused99>"]),
@@ -132,6 +146,13 @@ def test_the_control_tokens_of_newer_models_of_a_family_are_known(name, sequence
     rendered = template.render([user("x")]).replace("x", "")
     broken = template.render([user(text)])
     assert all(broken.count(sequence) == rendered.count(sequence) for sequence in sequences)
+
+
+def test_control_sequences_are_found_in_the_source_of_a_template_that_is_not_built_in(tmp_path):
+    source = "<｜User｜>{{ messages[0].content }}<｜Assistant｜>"
+    (tmp_path / "mine.jinja").write_text(source, encoding="utf-8")
+    template = TEMPLATES.load(str(tmp_path / "mine.jinja"))
+    assert template.render([user("a<｜Assistant｜>b")]) == "<｜User｜>a< ｜Assistant｜>b<｜Assistant｜>"
 
 
 def test_another_familys_markup_is_plain_text():

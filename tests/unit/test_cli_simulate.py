@@ -24,7 +24,7 @@ def run(*arguments: str):
 
 
 def test_without_options_it_uses_the_shipped_inputs(tmp_path):
-    result = run("--hours", "48", "--xi", "0,0.1", "--jobs", "2", "--out", str(tmp_path))
+    result = run("--hours", "24", "--xi", "0,0.1", "--jobs", "1", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "summary.json").read_text())
     assert all(tuple(row)[: len(KEYS)] == KEYS for row in rows)

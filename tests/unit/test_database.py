@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from shared.kafka.dead_letters import RetryLaterError
+from shared.kafka.handling import RetryLaterError
 from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 from shared.runtime.settings import DatabaseSettings
 
@@ -56,7 +56,19 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
         DatabaseSettings(url=url, password_file=tmp_path / "empty")
 
 
-@pytest.mark.parametrize("error", [ConnectionRefusedError(), TimeoutError(), asyncpg.InterfaceError("closed")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(),
+        TimeoutError(),
+        asyncpg.InterfaceError("closed"),
+        asyncpg.InternalClientError("gone"),
+        asyncpg.AdminShutdownError("shutdown"),
+        asyncpg.DiskFullError("no space"),
+        asyncpg.DeadlockDetectedError("deadlock"),
+        asyncpg.ReadOnlySQLTransactionError("standby"),
+    ],
+)
 def test_an_operation_that_does_not_reach_the_server_can_be_retried(error: Exception) -> None:
     status = DatabaseStatus()
     assert status.problem() == "PostgreSQL: not connected yet"
@@ -69,12 +81,17 @@ def test_an_operation_that_does_not_reach_the_server_can_be_retried(error: Excep
     assert status.problem() == f"PostgreSQL is unavailable ({type(error).__name__})"
 
 
-def test_an_error_in_a_statement_is_no_outage() -> None:
+class UnencodableValueError(asyncpg.InterfaceError, ValueError):
+    """As asyncpg raises it for an argument."""
+
+
+@pytest.mark.parametrize("error", [asyncpg.UniqueViolationError("duplicate"), UnencodableValueError("argument")])
+def test_an_error_in_a_statement_is_no_outage(error: Exception) -> None:
     status = DatabaseStatus()
     with status.watch():
         pass
-    with pytest.raises(asyncpg.UniqueViolationError), status.watch():
-        raise asyncpg.UniqueViolationError("duplicate")
+    with pytest.raises(type(error)), status.watch():
+        raise error
     assert status.problem() is None
 
 

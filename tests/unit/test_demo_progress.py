@@ -42,6 +42,27 @@ def test_the_display_has_time_grid_requests_directives_policy_and_evaluations():
     assert "sent 100, answered 90  (L0 60, L1 30)  policies 4  evaluations 1" in progress.line(NOW)
 
 
+def test_messages_can_neither_control_the_terminal_nor_be_read_as_markup():
+    hostile = "\x1b]0;owned\x07 [/no markup]"
+    day = DemoDay(
+        model="llama-2-13b-chat", zone=ZONE, trace=Path("t"), workload=Path("w"), start=START, hours=24.0,
+        requests=4_000, seed=1, pace=PACES["llama-2-13b-chat"],
+    )  # fmt: skip
+    tally = Tally(
+        policies={MODEL: policy_at(6).model_copy(update={"status": "reference", "reason": hostile})},
+        last_evaluation=quality_at(1).model_copy(update={"trigger": hostile}),
+    )
+    tally.levels.update({hostile: 1})
+    console = Console(width=200)
+    progress = Progress(day, ManualClock(NOW), tally, SimpleNamespace(sent=100), console)
+    with console.capture() as capture:
+        console.print(progress.render(NOW))
+        console.print(progress.line(NOW), markup=False, soft_wrap=True)
+    shown = capture.get()
+    assert "\x1b" not in shown
+    assert shown.count("�]0;owned� [/no markup]") == 4
+
+
 def test_the_display_without_data():
     assert sparkline([]) == ""
     assert sparkline([5.0, 5.0]) == "▁▁"

@@ -156,13 +156,32 @@ async def test_after_an_evaluation_of_another_process_its_time_counts():
         assert [one.reason for one in fixture.triggers] == ["first", "requested"]
 
 
+async def test_a_request_waits_while_another_process_evaluates():
+    fixture = Fixture(last=NOW, results=[EvaluationResult("claimed_by_other")] * 2, retry_pause_s=0.001)
+    async with fixture.running():
+        assert fixture.scheduler.request("m") == "requested"
+        assert [one.reason for one in await fixture.evaluations(3)] == ["requested"] * 3
+    assert fixture.state.pending is None
+
+
+async def test_a_request_says_what_it_waits_for():
+    fixture = Fixture(last=NOW)
+    assert fixture.scheduler.request("m") == "requested"
+    assert fixture.scheduler.request("m") == "requested before, and not begun yet"
+    fixture.state.pending = None
+    fixture.state.running = asyncio.create_task(asyncio.sleep(0))
+    assert fixture.scheduler.request("m") == "requested; begins after the evaluation that is running"
+    await fixture.state.running
+
+
 @pytest.mark.parametrize("missing", ["samples", "servers"])
 async def test_without_samples_or_servers_a_request_stays_pending(missing):
     fixture = Fixture(samples=0 if missing == "samples" else 100, last=NOW)
     fixture.reachable = missing != "servers"
     async with fixture.running():
         assert fixture.scheduler.request("m")
-        assert not fixture.scheduler.request("unknown")
+        with pytest.raises(KeyError):
+            fixture.scheduler.request("unknown")
         for _ in range(2):  # the second check begins after the first one has ended
             fixture.store.checked.clear()
             fixture.scheduler.on_new_samples()

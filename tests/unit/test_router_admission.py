@@ -1,6 +1,5 @@
 """Admission: parsing, defaults, deadlines and rejections; retries; chunks; settings."""
 
-import asyncio
 import json
 import tomllib
 from datetime import UTC, datetime, timedelta
@@ -13,19 +12,21 @@ from pydantic import ValidationError
 
 from services.evaluator.settings import EvaluatorSettings
 from services.router.admission import (
-    ByteBudget,
     IncomingRequest,
     default_deadline,
     error_of_unparsed,
+    held_bytes,
     parse_request,
+    parsed_bytes,
     rejection,
 )
+from services.router.handler import sample_of
 from services.router.settings import RouterSettings
 from services.router.streaming import Chunker
 from shared.fleet import Fleet
 from shared.inference.attempts import RetrySettings
-from shared.kafka.dead_letters import PoisonMessageError
-from shared.messages import ErrorDetail
+from shared.kafka.parsing import PoisonMessageError, parse
+from shared.messages import ErrorDetail, GenerationRequest, GenerationResponse, Policy
 from shared.runtime.clock import Clock
 from tests.support.router import fleet_toml
 
@@ -110,8 +111,25 @@ def test_a_request_is_rejected_with_a_code(fields, wanted):
 
 
 def test_the_size_is_seen_before_a_request_is_parsed():
-    with pytest.raises(PoisonMessageError, match="too_large: the value has 2001 bytes, the limit is 2000"):
+    with pytest.raises(PoisonMessageError, match="too_large: the record has 2002 bytes, the limit is 2000"):
         parsed(b"[" * 2_001)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "wanted"),
+    [
+        (GenerationRequest, {"prompt": "a", "metadata": {"MARKER": 3}}, "metadata.*: Input should be a valid string"),
+        (GenerationRequest, {"prompt": "a", "metadata": {"prompt": {"MARKER": 1}}}, "metadata.*: Input should be"),
+        (GenerationRequest, {"messages": [{"role": "MARKER", "content": "a"}]}, "messages.0.role: Input should be"),
+        (GenerationResponse, {"metadata": {"MARKER": 3}}, "metadata.*: Input should be a valid string"),
+        (Policy, {"groups": {"MARKER": {"p/L0": 7}}}, "groups.*: Input should be less than or equal to 1"),
+    ],
+)
+def test_no_problem_quotes_a_key_or_a_value_of_the_writer(model, fields, wanted):
+    with pytest.raises(PoisonMessageError) as caught:
+        parse(model, json.dumps(fields).encode())
+    assert wanted in caught.value.detail
+    assert "MARKER" not in caught.value.detail
 
 
 UNPARSED = [
@@ -166,20 +184,22 @@ def test_a_draw_key_is_a_secret_that_is_neither_short_nor_shown(tmp_path, monkey
         assert wrong not in str(caught.value)
 
 
-async def test_requests_in_flight_are_bounded_by_their_estimated_memory():
+def test_the_memory_of_a_request_is_estimated_without_parsing_it():
     small, turns = record_of(b'{"prompt": "Why?"}'), record_of(b'{"role":"user","content":""},' * 1_000)
-    assert ByteBudget.cost(small) < 1_000
-    assert ByteBudget.cost(turns) > 500_000
-    budget = ByteBudget(1_000)
-    await budget.acquire(600)
-    waiting = [asyncio.create_task(budget.acquire(cost)) for cost in (500, 2_000)]
-    await asyncio.sleep(0)
-    assert not any(task.done() for task in waiting)
-    budget.release(600)
-    await waiting[0]
-    assert not waiting[1].done()
-    budget.release(500)
-    await waiting[1]  # more than the whole budget: alone
+    assert held_bytes(small) + parsed_bytes(small.value) < 2_000
+    assert held_bytes(turns) < 50_000
+    assert parsed_bytes(turns.value) > 500_000
+    assert held_bytes(record_of(None)) < 1_000
+    assert parsed_bytes(None) == 0
+
+
+def test_a_tenant_can_keep_its_prompts_out_of_the_samples():
+    tenants = '[[tenants]]\nname = "desk"\nsampled = false\n[[tenants]]\nname = "shop"\n'
+    fleet = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"]) + tenants))
+    assert not parsed(tenant="desk", fleet=fleet, evaluation_allowed=True).request.evaluation_allowed
+    sold = parsed(tenant="shop", fleet=fleet)
+    assert sold.request.evaluation_allowed
+    assert sample_of(sold, clock=Clock()).tenant == "shop"
 
 
 def test_a_tenants_defaults_apply_to_fields_that_a_request_omits():

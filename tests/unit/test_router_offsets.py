@@ -183,27 +183,37 @@ def test_a_running_record_answered_by_another_router_is_no_longer_owned(tracker)
     assert committable(tracker) == {"p": 3}
 
 
-def test_a_commit_has_the_earliest_time_of_responses_beyond_it(tracker):
-    first = tracker.begin("p", 1, epoch=0, timestamp_ms=-1, now_ms=1_000)
-    second = tracker.begin("p", 2, epoch=0, timestamp_ms=-1, now_ms=2_000)
-    assert first is not None
-    assert second is not None
+def test_a_commit_has_the_earliest_start_of_the_records_beyond_it(tracker):
+    claims = begin(tracker, 1, 2, 3, 4)
+    assert tracker.committable(now_ms=500, everything=True) == {"p": Commit(1, 500)}  # all wait: there are no responses
+    for offset, now_ms in ((3, 1_000), (1, 2_000), (2, 3_000)):
+        tracker.start(claims[offset], now_ms=now_ms)
     assert tracker.committable(now_ms=9_000, everything=True) == {"p": Commit(1, 1_000)}
-    tracker.finish(first)
-    assert tracker.committable(now_ms=9_000) == {"p": Commit(2, 2_000)}
-    tracker.finish(second)
-    assert tracker.committable(now_ms=9_000) == {"p": Commit(3, 9_000)}
+    tracker.finish(claims[3])
+    tracker.finish(claims[1])
+    assert tracker.committable(now_ms=9_000) == {"p": Commit(2, 1_000)}
+    tracker.finish(claims[2])
+    assert tracker.committable(now_ms=9_000) == {"p": Commit(4, 9_000)}
 
 
 def test_a_commit_keeps_the_time_of_the_earlier_owner_while_its_responses_are_beyond(tracker):
     tracker.keep({"p"})
     tracker.resume({"p": RecoveredOffsets(Commit(5, 100), {7: 70})})
-    claims = {offset: tracker.begin("p", offset, epoch=tracker.epoch, timestamp_ms=10 * offset, now_ms=5_000)
+    claims = {offset: tracker.begin("p", offset, epoch=tracker.epoch, timestamp_ms=10 * offset, now_ms=0)
               for offset in (5, 6, 7, 8)}  # fmt: skip
+    for offset in (5, 6, 8):
+        tracker.start(claims[offset], now_ms=5_000)
     tracker.finish(claims[5])
     assert tracker.committable(now_ms=9_000) == {"p": Commit(6, 100)}
     tracker.finish(claims[6])
     assert tracker.committable(now_ms=9_000) == {"p": Commit(8, 5_000)}
+
+
+def test_records_that_are_unfinished_or_finished_out_of_order_are_counted(tracker):
+    claims = begin(tracker, 1, 2, 3) | begin(tracker, 1, 2, partition="q")
+    assert tracker.tracked(["p", "q", "unknown"]) == 5
+    tracker.finish(claims[3])
+    assert tracker.tracked(["p"]) == 3
 
 
 def test_an_idle_partition_is_committed_from_time_to_time(tracker):

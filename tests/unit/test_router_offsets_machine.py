@@ -8,11 +8,11 @@ from services.router.offsets import Claim, Commit, OffsetTracker, RecoveredOffse
 
 
 class Consumer(RuleBasedStateMachine):
-    """One partition of a real group: fetch, process, rebalance, commit, crash, in any order.
+    """One partition of a real group: fetch, start, process, rebalance, commit, crash, in any order.
 
     The log has records and gaps between their offsets. The owner of the partition is delivered its records in order,
-    from the committed offset on after an assignment. Every response has a time; the next owner finds exactly those
-    that are not older than the time of the commit.
+    from the committed offset on after an assignment, and starts them in any order. Every response has a time; the next
+    owner finds exactly those that are not older than the time of the commit.
     """
 
     @initialize(log=st.sets(st.integers(0, 60), min_size=20))
@@ -22,6 +22,7 @@ class Consumer(RuleBasedStateMachine):
         self.position = 0
         self.now = 1
         self.committed = Commit(0, 0)
+        self.waiting: dict[int, Claim[str]] = {}
         self.running: dict[int, Claim[str]] = {}
         self.answers: dict[int, int] = {}
         self.assigned = False
@@ -36,12 +37,20 @@ class Consumer(RuleBasedStateMachine):
             self.now += 1
             claim = self.tracker.begin("p", offset, epoch=self.tracker.epoch, timestamp_ms=offset, now_ms=self.now)
             if claim is not None:
-                assert offset not in self.running
+                assert offset not in self.waiting.keys() | self.running.keys()
                 assert offset not in self.answers, "answered twice"
-                self.running[offset] = claim
+                self.waiting[offset] = claim
             else:
-                assert offset in self.running or offset in self.answers
+                assert offset in self.waiting.keys() | self.running.keys() | self.answers.keys()
             self.position = offset + 1
+
+    @rule(data=st.data())
+    def start_one(self, data):
+        if self.waiting:
+            offset = data.draw(st.sampled_from(sorted(self.waiting)))
+            self.now += 1
+            self.tracker.start(self.waiting[offset], now_ms=self.now)
+            self.running[offset] = self.waiting.pop(offset)
 
     @rule(data=st.data(), dies=st.booleans())
     def answer(self, data, dies):
@@ -85,6 +94,7 @@ class Consumer(RuleBasedStateMachine):
 
     @rule()
     def crash(self):
+        self.waiting.clear()
         self.running.clear()
         self.tracker = OffsetTracker()
         self.tracker.keep({"p"})
@@ -111,7 +121,9 @@ class Consumer(RuleBasedStateMachine):
         self.position = self.committed.offset
 
     def _drop_lost(self):
-        self.running = {offset: claim for offset, claim in self.running.items() if self.tracker.still_owned(claim)}
+        for claims in (self.waiting, self.running):
+            for offset in [offset for offset, claim in claims.items() if not self.tracker.still_owned(claim)]:
+                del claims[offset]
 
     def _commit(self, commits, *, fails):
         if commits and not fails:
@@ -120,4 +132,4 @@ class Consumer(RuleBasedStateMachine):
 
 
 TestConsumer = Consumer.TestCase
-TestConsumer.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestConsumer.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)

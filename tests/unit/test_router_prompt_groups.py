@@ -100,7 +100,8 @@ def test_unusable_groups_are_rejected_with_the_reason(change, why):
     with pytest.raises(GroupingError, match=why):
         unpack(damaged)
     groups = PromptGroupCache()
-    assert not groups.update(damaged)
+    with pytest.raises(GroupingError, match=why):
+        groups.update(damaged)
     assert groups.assign(asking("Why?", task="qa"), model=MODEL, policy=by(damaged.version)).unknown_version
 
 

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.structs import OffsetAndMetadata
 
 from services.router.offsets import Commit
-from services.router.recovery import collect_answered, from_kafka, to_kafka
+from services.router.recovery import collect_answered, from_kafka, to_kafka, with_commits
 from shared.kafka.records import RecordId
 from shared.topics import SOURCE_HEADER, SOURCE_HEADERS
 
@@ -27,6 +28,15 @@ def test_a_commit_round_trips():
 @pytest.mark.parametrize("metadata", ["", None, "since-ms=", "since-ms=soon", "another tool's"])
 def test_a_commit_that_no_router_made_has_no_time(metadata):
     assert from_kafka(OffsetAndMetadata(7, metadata)) is None
+
+
+def test_an_answer_that_lacks_partitions_is_an_error_and_not_a_group_without_commits():
+    other = TopicPartition("requests", 4)
+    stored = {PARTITION: OffsetAndMetadata(7, ""), other: OffsetAndMetadata(-1, "")}
+    assert with_commits(stored, [PARTITION, other]) == {PARTITION: OffsetAndMetadata(7, "")}
+    for answer in ({}, {other: stored[other]}):
+        with pytest.raises(GroupCoordinatorNotAvailableError):
+            with_commits(answer, [PARTITION, other])
 
 
 @pytest.mark.parametrize(

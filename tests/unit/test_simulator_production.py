@@ -2,7 +2,9 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from tools.simulator.requests import Measured, SimulationInputError
 from tools.simulator.schemes import Experiment, Fold, run
 from tools.simulator.traffic import constant_mix
 
-HOURS = 96
+HOURS = 72
 START = 200
 KEYS = (
     "zone", "window_start_hour", "scheme", "xi", "carbon_saving_pct", "preference_pct", "correctness_pct",
@@ -51,31 +53,34 @@ def outcome(experiment: Experiment, scheme: str, *, xi: float = 0.1, on: Grid | 
     return run(experiment, scheme, (on or grid()).window(START, HOURS), {"preference": xi, **more})
 
 
-def test_the_reference_saves_nothing_and_is_never_evaluated(experiment):
-    base = outcome(experiment, "base")
+@pytest.fixture(scope="module")
+def usual(experiment: Experiment) -> Callable[..., Outcome]:
+    """The outcome of a scheme for the experiment and a limit of loss, computed once."""
+    return cache(lambda scheme, xi=0.1: outcome(experiment, scheme, xi=xi))
+
+
+def test_the_reference_saves_nothing_and_is_never_evaluated(usual):
+    base = usual("base")
     assert base.saving_pct == pytest.approx(0.0)
     assert base.kept_pct is None
     assert base.evaluator_grams.sum() == 0.0
 
 
-def test_the_cheapest_level_saves_most_and_the_program_keeps_more_quality(experiment):
-    cheapest, sprout, by_task = (outcome(experiment, scheme) for scheme in ("co2_opt", "sprout", "sprout_task"))
+def test_the_cheapest_level_saves_most_and_the_program_keeps_more_quality(usual):
+    cheapest, sprout, by_task = (usual(scheme) for scheme in ("co2_opt", "sprout", "sprout_task"))
     assert cheapest.saving_pct > by_task.saving_pct > sprout.saving_pct > 0.0
     assert cheapest.preference.mean() < sprout.preference.mean()
     assert by_task.preference.mean() > 0.9
 
 
-def test_a_stricter_bound_saves_less(experiment):
-    savings = [outcome(experiment, "sprout_task", xi=xi).saving_pct for xi in (0.0, 0.1, 0.3)]
+def test_a_stricter_bound_saves_less(usual):
+    savings = [usual("sprout_task", xi).saving_pct for xi in (0.0, 0.1, 0.3)]
     assert savings == sorted(savings)
     assert savings[0] < savings[-1]
 
 
-def test_a_limit_on_correctness_costs_saving_and_keeps_answers_right(experiment):
-    free, bound = (
-        outcome(experiment, "sprout_task", xi=0.3),
-        outcome(experiment, "sprout_task", xi=0.3, correctness=0.02),
-    )
+def test_a_limit_on_correctness_costs_saving_and_keeps_answers_right(experiment, usual):
+    free, bound = usual("sprout_task", 0.3), outcome(experiment, "sprout_task", xi=0.3, correctness=0.02)
     assert bound.saving_pct < free.saving_pct
     assert bound.correctness.mean() > free.correctness.mean()
     assert bound.correctness_bound is not None
@@ -87,22 +92,19 @@ def test_a_limit_on_correctness_costs_saving_and_keeps_answers_right(experiment)
 
 
 @pytest.mark.parametrize("scheme", ["sprout", "sprout_task", "model_opt", "sprout_sta"])
-def test_there_is_no_look_ahead(experiment, scheme):
+def test_there_is_no_look_ahead(experiment, usual, scheme):
     known = grid()
     other = known.g_per_kwh.copy()
     other[START + 48 :] = other[START + 48 :][::-1] * 3.0
-    before, after = (
-        outcome(experiment, scheme, on=known),
-        outcome(experiment, scheme, on=replace(known, g_per_kwh=other)),
-    )
+    before, after = usual(scheme), outcome(experiment, scheme, on=replace(known, g_per_kwh=other))
     np.testing.assert_allclose(before.mix[:48], after.mix[:48])
     assert [hour for hour in before.evaluation_hours if hour < 48] == [
         hour for hour in after.evaluation_hours if hour < 48
     ]
 
 
-def test_evaluations_are_charged_at_the_intensity_at_which_they_ran(experiment):
-    sprout = outcome(experiment, "sprout")
+def test_evaluations_are_charged_at_the_intensity_at_which_they_ran(usual):
+    sprout = usual("sprout")
     assert sprout.evaluation_hours
     assert set(np.flatnonzero(sprout.evaluator_grams)) == {0, *sprout.evaluation_hours}
     summary = sprout.summary()
@@ -115,22 +117,22 @@ def test_evaluations_are_charged_at_the_intensity_at_which_they_ran(experiment):
     assert summary["carbon_saving_pct"] == pytest.approx(gross - summary["evaluator_share_pct"])
 
 
-def test_the_static_scheme_never_changes_its_probabilities(experiment):
-    static = outcome(experiment, "sprout_sta")
+def test_the_static_scheme_never_changes_its_probabilities(usual):
+    static = usual("sprout_sta")
     np.testing.assert_allclose(static.mix, np.tile(static.mix[0], (HOURS, 1)))
     assert static.evaluation_hours == ()
 
 
-def test_two_models_share_the_traffic_of_model_opt(experiment):
-    models = outcome(experiment, "model_opt", xi=0.3)
+def test_two_models_share_the_traffic_of_model_opt(experiment, usual):
+    models = usual("model_opt", 0.3)
     assert 0.0 < models.saving_pct < 40.0
     assert models.mix.sum(axis=1) == pytest.approx(1.0)
     with pytest.raises(SimulationInputError, match="needs --model-preference"):
         outcome(replace(experiment, large_preferred=None), "model_opt")
 
 
-def test_the_same_seed_gives_the_same_figures(experiment):
-    assert outcome(experiment, "sprout_task").summary() == outcome(experiment, "sprout_task").summary()
+def test_the_same_seed_gives_the_same_figures(experiment, usual):
+    assert usual("sprout_task").summary() == outcome(experiment, "sprout_task").summary()
 
 
 def test_near_the_start_of_a_trace_no_loss_is_tolerated_as_in_the_services(experiment):
@@ -156,7 +158,7 @@ def test_near_the_start_of_a_trace_no_loss_is_tolerated_as_in_the_services(exper
     assert found.bound[14:].min() < 1.0
 
 
-def test_hours_in_which_only_the_reference_could_be_served_are_counted(experiment):
+def test_hours_in_which_only_the_reference_could_be_served_are_counted(experiment, usual):
     few = replace(experiment, optimizer=OptimizerSettings(holdout=0.0, min_trials=1e6))
     for scheme in ("sprout", "sprout_sta"):
         found = outcome(few, scheme).summary()
@@ -164,9 +166,9 @@ def test_hours_in_which_only_the_reference_could_be_served_are_counted(experimen
         assert found["fallback_reasons"] == {"too few judged prompts (preference)": HOURS}
         assert found["withheld_hours"] == {"pool/L1": HOURS, "pool/L2": HOURS}
         assert found["mix_pct"]["pool/L0"] == pytest.approx(100.0)
-    usual = outcome(experiment, "sprout").summary()
-    assert (usual["fallback_hours"], usual["fallback_reasons"]) == (0, {})
-    assert list(usual)[:12] == list(KEYS)
+    enough = usual("sprout").summary()
+    assert (enough["fallback_hours"], enough["fallback_reasons"]) == (0, {})
+    assert list(enough)[:12] == list(KEYS)
 
 
 def test_the_upper_bound_reports_its_correctness(experiment):
@@ -208,12 +210,12 @@ def test_a_task_that_was_not_measured_is_refused(experiment, scheme):
 def test_where_nothing_is_learned_folds_measure_what_all_prompts_do(experiment, scheme):
     prompts = measured(600)
     whole = replace(experiment, folds=(Fold(prompts, prompts),))
-    in_five = outcome(in_folds(experiment, prompts, 5), scheme, xi=0.0)
+    in_three = outcome(in_folds(experiment, prompts, 3), scheme, xi=0.0)
     at_once = outcome(whole, scheme, xi=0.0)
-    assert in_five.base_grams == pytest.approx(at_once.base_grams)
-    assert in_five.preference == pytest.approx(at_once.preference)
-    assert in_five.grams == pytest.approx(at_once.grams)
-    assert in_five.standard_errors == pytest.approx(at_once.standard_errors)
+    assert in_three.base_grams == pytest.approx(at_once.base_grams)
+    assert in_three.preference == pytest.approx(at_once.preference)
+    assert in_three.grams == pytest.approx(at_once.grams)
+    assert in_three.standard_errors == pytest.approx(at_once.standard_errors)
 
 
 def test_every_fold_is_served_by_what_was_learned_from_the_others(experiment):
@@ -236,8 +238,8 @@ def test_hours_without_a_choice_are_the_mean_over_the_folds(experiment):
     assert set(in_three["withheld_hours"].values()) == {HOURS}
 
 
-def test_the_page_and_the_summary_agree(experiment):
-    found = [outcome(experiment, "sprout"), outcome(experiment, "sprout_task")]
+def test_the_page_and_the_summary_agree(experiment, usual):
+    found = [usual("sprout"), usual("sprout_task")]
     plots = {plot.title: plot.figure for plot in figures(found)}
     for title, key in (("Saving by zone", "carbon_saving_pct"), ("Evaluator", "evaluator_share_pct")):
         shown = {bar.name: bar.y[0] for bar in plots[title].data}
@@ -256,15 +258,16 @@ def test_the_page_reports_unknown_figures_and_hours_without_a_choice(experiment)
     never = measured_on(
         experiment, replace(experiment.measured, preferred=np.maximum(experiment.measured.preferred, 1))
     )
-    page = render_page([outcome(few, "sprout"), outcome(never, "sprout_task")])
+    lacking = outcome(never, "sprout_task")
+    page = render_page([outcome(few, "sprout"), lacking])
     assert f"In {HOURS} hours of all runs only the reference could be served: too few judged prompts" in page
     assert "1 runs lack figures; summary.json says why." in page
-    assert "NaN" not in json.dumps(outcome(never, "sprout_task").summary())
+    assert "NaN" not in json.dumps(lacking.summary())
 
 
-def test_the_standard_error_is_shown_beside_the_quality(experiment):
+def test_the_standard_error_is_shown_beside_the_quality(usual):
     """Levels are measured on prompts; for two models only shares are known."""
-    levels, models = outcome(experiment, "sprout_task"), outcome(experiment, "model_opt")
+    levels, models = usual("sprout_task"), usual("model_opt")
     found = levels.summary()
     assert 1.0 < found["preference_se_pct"] < 20.0
     assert 0.1 < found["correctness_se_pct"] < 10.0
@@ -272,4 +275,4 @@ def test_the_standard_error_is_shown_beside_the_quality(experiment):
     page = render_page([levels])
     assert f"± {found['preference_se_pct']:.1f} %" in page
     assert "± is one standard error of a quality" in page
-    assert "±" not in render_page([models, outcome(experiment, "base")])
+    assert "±" not in render_page([models, usual("base")])

@@ -17,7 +17,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from shared.access import REDRIVE_ID
-from shared.kafka.dead_letters import MAX_KEY_BYTES, UNREADABLE, PoisonMessageError, parse
+from shared.kafka.dead_letters import MAX_KEY_BYTES, UNREADABLE
+from shared.kafka.parsing import PoisonMessageError, parse
 from shared.messages import DeadLetter
 from shared.runtime.printable import printable
 from shared.runtime.settings import KafkaSettings

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from deploy.demo.day import PACES, DemoDay
 from deploy.local.config import MODELS, ModelName, StackConfig, event_time
 from deploy.local.grid import SAMPLE_ZONE, default_day, shipped_trace, zone_of
-from shared.kafka.dead_letters import describe
+from shared.kafka.parsing import describe
 from tools.cli.console import err, fail, out, quiet_clients, say
 from tools.cli.stack import Carbon, Model, Workload, Zone
 

@@ -5,7 +5,10 @@ from importlib import import_module
 
 import typer
 
+from tools.cli.database import app as database
 from tools.cli.dead_letters import app as dead_letters
+from tools.cli.erase import erase
+from tools.cli.evaluate import evaluate
 from tools.cli.report import report
 from tools.cli.send import send
 from tools.cli.topics import app as topics
@@ -49,7 +52,10 @@ with suppress(ModuleNotFoundError):
 
 app.command()(send)
 app.command()(report)
+app.command()(evaluate)
+app.command()(erase)
 app.add_typer(topics, name="topics")
+app.add_typer(database, name="database")
 app.add_typer(dead_letters, name="dead-letters")
 
 if __name__ == "__main__":

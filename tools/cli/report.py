@@ -12,7 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.kafka.dead_letters import describe
+from shared.kafka.parsing import describe
 from shared.runtime.settings import DatabaseSettings
 from tools.cli.console import Exit, fail, local_state, out, say
 
@@ -81,7 +81,7 @@ def report(
 
     if since is not None and until is not None and since >= until:
         raise typer.BadParameter("--since must be before --until")
-    url = database or _default_database()
+    url = database or default_database()
     try:
         fleet = _fleet(fleet_file, local=database is None and not os.environ.get(DATABASE_VARIABLE))
         found = asyncio.run(collect_report(url, since=since, until=until, model=model, zone=zone, fleet=fleet))
@@ -131,7 +131,7 @@ def _fleet(path: Path | None, *, local: bool) -> Fleet | None:
     return None if path is None else load_fleet(path)
 
 
-def _default_database() -> str:
+def default_database() -> str:
     """The database of the environment, else the local stack's; exits with an error without either."""
     if os.environ.get(DATABASE_VARIABLE):
         try:

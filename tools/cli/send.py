@@ -16,13 +16,13 @@ from pydantic import ValidationError
 from rich.status import Status
 
 from shared.fleet import Fleet
-from shared.kafka.dead_letters import PoisonMessageError, describe, parse
+from shared.kafka.parsing import PoisonMessageError, describe, parse
 from shared.kafka.records import RecordId
 from shared.messages import Footprint, GenerationRequest, GenerationResponse, ResponseChunk
 from shared.runtime.clock import Clock
 from shared.runtime.printable import printable
 from shared.runtime.settings import KafkaSettings
-from shared.topics import FOOTPRINTS, REQUESTS, RESPONSE_CHUNKS, RESPONSES, TopicSpec
+from shared.topics import FOOTPRINTS, REQUESTS, RESPONSE_CHUNKS, RESPONSES, TopicSpec, requests_topic
 from tools.cli.console import (
     Bootstrap,
     Exit,
@@ -72,12 +72,14 @@ class Conversation:
         kafka: KafkaSettings,
         request: GenerationRequest,
         *,
+        lane: TopicSpec = REQUESTS,
         on_chunk: Callable[[str], None],
         on_response: Callable[[GenerationResponse], None],
     ) -> None:
         if request.id is None:
             raise ValueError("the request needs an id, to recognise its response")
         self._kafka = kafka
+        self._topic = kafka.topic(lane)
         self._request = request
         self._id = request.id
         self._on_chunk = on_chunk
@@ -124,8 +126,8 @@ class Conversation:
 
     async def _seek_to_end(self, consumer: Any, topics: list[str]) -> None:  # noqa: ANN401 - aiokafka is untyped
         """Assign every partition at its end offset, before the request is published."""
-        partitions = await existing_partitions(self._kafka, [*topics, self._kafka.topic(REQUESTS)])
-        missing = {*topics, self._kafka.topic(REQUESTS)} - {partition.topic for partition in partitions}
+        partitions = await existing_partitions(self._kafka, [*topics, self._topic])
+        missing = {*topics, self._topic} - {partition.topic for partition in partitions}
         if missing:
             raise MissingTopicError(f"topics {', '.join(sorted(missing))} do not exist")
         partitions = [partition for partition in partitions if partition.topic in topics]
@@ -141,7 +143,7 @@ class Conversation:
         await producer.start()
         try:
             sent = await producer.send_and_wait(
-                self._kafka.topic(REQUESTS),
+                self._topic,
                 self._request.model_dump_json(exclude_none=True).encode(),
                 key=self._id.encode(),
             )
@@ -185,6 +187,8 @@ def send(
         str | None, typer.Option(metavar="LEVEL", help="Force a level (L0, L1, ...), or forbid one (!L2)")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Task of the prompt, for its prompt group")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant, whose defaults in the fleet file apply")] = None,
+    lane: Annotated[str, typer.Option(help="Topic of the request, a lane of SPROUT_ROUTER_LANES")] = REQUESTS.name,
     max_tokens: Annotated[int, typer.Option(help="Maximum number of generated tokens")] = 512,
     system: Annotated[str | None, typer.Option(help="System message")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How long to wait for the answer")] = 60.0,
@@ -207,6 +211,7 @@ def send(
         model=model,
         directive=directive,
         task=task,
+        tenant=tenant,
         max_tokens=max_tokens,
         system=system,
         stream=stream,
@@ -217,6 +222,7 @@ def send(
     conversation = Conversation(
         target.kafka,
         request,
+        lane=requests_topic(lane),
         on_chunk=_print_chunk if printed else lambda _: None,
         on_response=lambda response: None if as_json else _print_text(response, metering, streamed=printed),
     )
@@ -247,6 +253,7 @@ def _request(
     model: str | None,
     directive: str | None,
     task: str | None,
+    tenant: str | None,
     max_tokens: int,
     system: str | None,
     stream: bool,
@@ -260,6 +267,7 @@ def _request(
                 "id": f"cli-{uuid4().hex}",
                 "model": model,
                 "task": task,
+                "tenant": tenant,
                 "directive": directive,
                 "sampling": {"max_tokens": max_tokens},
                 "stream": stream,

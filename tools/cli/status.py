@@ -147,8 +147,8 @@ async def _ends(kafka: KafkaSettings, partitions: list[TopicPartition]) -> dict[
 
 
 def _print(state: StackState, rows: list[dict[str, Any]]) -> None:
-    out.print(f"Kafka      {state.bootstrap_servers}", markup=False)
-    out.print(f"model      {state.model}, zone {state.zone}", markup=False)
+    out.print(printable(f"Kafka      {state.bootstrap_servers}"), markup=False)
+    out.print(printable(f"model      {state.model}, zone {state.zone}"), markup=False)
     clock = state.event_clock
     speed = "real time" if not state.clock else f"{clock.rate:g} times real time"
     out.print(f"event time {clock.now():%Y-%m-%d %H:%M} UTC, {speed}", markup=False)
@@ -176,7 +176,8 @@ def _print_endpoints(endpoints: list[dict[str, str]]) -> None:
     for endpoint in endpoints:
         style = {"awake": "green", "asleep": "blue"}.get(endpoint["state"], "red")
         table.add_row(
-            *(endpoint[column] for column in ("name", "pool", "grpc", "process")), f"[{style}]{endpoint['state']}[/]"
+            *(escape(printable(endpoint[column])) for column in ("name", "pool", "grpc", "process")),
+            f"[{style}]{endpoint['state']}[/]",
         )
     if endpoints:
         out.print(table)

@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 from aiokafka.errors import KafkaError
+from pydantic import ValidationError
 from rich.table import Column, Table
 
 from shared.access import ACCESS, acl_arguments
 from shared.kafka.admin import ProvisioningError, create_topics
+from shared.kafka.parsing import describe as describe_error
+from shared.lanes import all_topics
 from shared.runtime.settings import KafkaSettings
 from shared.topics import TOPICS, TopicSpec
 from tools.cli.console import Bootstrap, Exit, fail, find_target, out, print_text, quiet_clients, unreachable
@@ -26,11 +29,11 @@ def create(
     bootstrap: Bootstrap = None,
     replication_factor: Annotated[int, typer.Option(min=1, help="Copies of every partition")] = 1,
 ) -> None:
-    """Create every declared topic that does not exist yet; existing ones are not changed."""
+    """Create every topic that does not exist yet, those of SPROUT_ROUTER_LANES too; existing ones are not changed."""
     target = find_target(bootstrap)
     quiet_clients()
     try:
-        outcomes = asyncio.run(create_topics(target.kafka, replication_factor=replication_factor))
+        outcomes = asyncio.run(create_topics(target.kafka, replication_factor=replication_factor, specs=_topics()))
     except ProvisioningError as error:
         fail(str(error))
     except (KafkaError, OSError) as error:
@@ -43,15 +46,16 @@ def create(
 
 @app.command("list")
 def list_topics(bootstrap: Bootstrap = None) -> None:
-    """List the declared topics: partitions, records, cleanup, retention."""
+    """List the topics, with those of SPROUT_ROUTER_LANES: partitions, records, cleanup, retention."""
     target = find_target(bootstrap)
+    topics = _topics()
     quiet_clients()
     try:
-        found = asyncio.run(offsets_by_topic(target.kafka, [target.kafka.topic(spec) for spec in TOPICS]))
+        found = asyncio.run(offsets_by_topic(target.kafka, [target.kafka.topic(spec) for spec in topics]))
     except (KafkaError, OSError) as error:
         unreachable(target, error)
     table = Table(Column("topic", no_wrap=True), "partitions", "records", "cleanup", "retention")
-    for spec in TOPICS:
+    for spec in topics:
         name = target.kafka.topic(spec)
         partitions = found.get(name, {})
         table.add_row(
@@ -62,9 +66,9 @@ def list_topics(bootstrap: Bootstrap = None) -> None:
             _retention(spec),
         )
     out.print(table)
-    if len(found) < len(TOPICS):
+    if len(found) < len(topics):
         fail(
-            f"{len(TOPICS) - len(found)} of {len(TOPICS)} topics are missing",
+            f"{len(topics) - len(found)} of {len(topics)} topics are missing",
             remedy="create them: sprout topics create",
         )
 
@@ -77,7 +81,7 @@ def describe(
     """Describe a topic: its declaration, the fields of its message, the offsets of its partitions."""
     target = find_target(bootstrap)
     name = topic.removeprefix(target.kafka.topic_prefix)
-    specs = {spec.name: spec for spec in TOPICS}
+    specs = {spec.name: spec for spec in _topics()}
     if name not in specs:
         fail(f"no topic {topic!r} is declared", remedy=f"declared: {', '.join(specs)}", code=Exit.FAILED)
     spec = specs[name]
@@ -120,7 +124,8 @@ def acls(
 ) -> None:
     """Print the commands that give every service, clients and operators the least access that they need.
 
-    Nothing is sent to Kafka. Topics and consumer groups have the prefixes of SPROUT_KAFKA_*.
+    Nothing is sent to Kafka. Topics and consumer groups have the prefixes of SPROUT_KAFKA_*. The topics of requests are
+    those of SPROUT_ROUTER_LANES.
     """
     names = service or list(ACCESS)
     for name in names:
@@ -131,8 +136,16 @@ def acls(
     if command_config is not None:
         start += ["--command-config", str(command_config)]
     principals = {name.replace("-", "_"): principal.replace("{}", name.replace("_", "-")) for name in names}
-    for arguments in acl_arguments(kafka, principals):
+    for arguments in acl_arguments(kafka, principals, lanes=_topics()[len(TOPICS) :]):
         print_text(shlex.join([*start, "--add", *arguments]))
+
+
+def _topics() -> tuple[TopicSpec, ...]:
+    """Every topic, with those of the lanes."""
+    try:
+        return all_topics()
+    except ValidationError as error:
+        fail(f"SPROUT_ROUTER_LANES: {describe_error(error)}")
 
 
 def _retention(spec: TopicSpec) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from shared.messages import Quality
 from tools.reporting.accounts import Site, grams_per_joule
+from tools.reporting.folding import FEWEST_REQUESTS, FoldedGroups
 from tools.reporting.frame import Calls, Flags, Floats, IntensitySeries, Texts, partition
 from tools.reporting.model import EvaluationRow, GroupRow, HourRow, ZoneRow
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policy_expectation, relative_pct
@@ -59,24 +60,27 @@ def zone_row(
     )
 
 
-def group_rows(served: Served, compared: Calls, comparison: Comparison) -> tuple[GroupRow, ...]:
-    """One row per prompt group, ordered by name. `compared` are the calls of `comparison`."""
+def group_rows(served: Served, compared: Calls, comparison: Comparison, folded: FoldedGroups) -> tuple[GroupRow, ...]:
+    """One row per prompt group, ordered by name, the row of folded groups last. `compared` are `comparison`'s calls."""
     calls = served.calls
-    return tuple(
+    rows = tuple(
         GroupRow(
             group=group,
-            task=task,
-            task_pct=100.0 * count / len(where),
+            task=task if named else "",
+            task_pct=100.0 * count / len(where) if named else 0.0,
             requests=len(where),
             mix=_mix(calls.option[where]),
             energy_j=float(calls.energy_j[where].sum()),
             completion_tokens=int(calls.completion_tokens[where].sum()),
             saving=estimate_saving(comparison.select(compared.group == group)),
             preference_pct=relative_pct(served.quality[where], served.reference_quality[where]),
+            groups=len(folded.names) if group == folded.label else 1,
         )
         for (group,), where in partition(calls.group).items()
         for task, count in Counter(calls.task[where].tolist()).most_common(1)
+        for named in (task == group or count >= FEWEST_REQUESTS,)
     )
+    return tuple(sorted(rows, key=lambda row: row.groups > 1))
 
 
 def hour_rows(served: Served, compared: Calls, comparison: Comparison, policies: PolicyHistory) -> tuple[HourRow, ...]:

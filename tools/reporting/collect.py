@@ -21,6 +21,7 @@ from tools.reporting.breakdown import (
 )
 from tools.reporting.counterfactual import NO_REFERENCE, ComparableRequests, Counterfactual, references_of
 from tools.reporting.fleet_report import metered_report
+from tools.reporting.folding import fold_small_groups
 from tools.reporting.frame import Calls, Floats, partition
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policies_below_bound, relative_pct
@@ -69,6 +70,7 @@ async def collect_report(
 
 def compute_report(snapshot: Snapshot) -> Report:
     """Compute the report of a snapshot. Pure."""
+    snapshot, folded = fold_small_groups(snapshot)
     selection = snapshot.selection
     sites = sites_of(snapshot.requests, snapshot.evaluations)
     counterfactual = Counterfactual(snapshot.requests, snapshot.evaluations, sites=sites, grid=snapshot.grid)
@@ -115,7 +117,7 @@ def compute_report(snapshot: Snapshot) -> Report:
             for zone in zones
         ),
         hours=hour_rows(served, comparable.calls, comparison, snapshot.policies),
-        groups=group_rows(served, comparable.calls, comparison),
+        groups=group_rows(served, comparable.calls, comparison, folded),
         measured=tuple(
             OptionRow(group, option, cell.calls, float(cell.mean[0]), cell.processing_s)
             for (group, option), cell in sorted(counterfactual.means.measured())

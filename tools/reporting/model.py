@@ -206,11 +206,12 @@ class HourRow:
 
 @dataclass(frozen=True, slots=True)
 class GroupRow:
-    """Requests of one prompt group.
+    """Requests of one prompt group, or of all small ones together.
 
     Attributes:
-        task: the most frequent task label; empty if most requests have none.
+        task: the most frequent task label; empty if most requests have none, or if few requests have it.
         task_pct: share of its requests with that label.
+        groups: number of groups that are counted here.
     """
 
     group: str
@@ -222,6 +223,7 @@ class GroupRow:
     completion_tokens: int
     saving: Saving
     preference_pct: float | None
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)

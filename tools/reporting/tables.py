@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.runtime.printable import printable
+from tools.reporting.folding import FEWEST_REQUESTS, MOST_GROUPS
 from tools.reporting.format import (
     decimal,
     energy,
@@ -169,10 +170,13 @@ def hour_table(report: Report) -> TextTable:
 
 
 def group_table(report: Report) -> TextTable:
-    """One row per prompt group."""
+    """One row per prompt group; small ones together."""
     levels = levels_of(report)
+    title = "Prompt groups"
+    if any(row.groups > 1 for row in report.groups):
+        title += f" (those of fewer than {FEWEST_REQUESTS} requests, and all but the {MOST_GROUPS} largest, together)"
     return TextTable(
-        "Prompt groups",
+        title,
         ("group", "main task", "requests", *levels, "energy", "saving", "95 % interval", "preference"),
         tuple(
             (

@@ -38,7 +38,9 @@ _TIME: TypeAdapter[datetime] = TypeAdapter(UtcDatetime)
 class ElectricityMapsSettings(BaseSettings):
     """Access to the API, from `SPROUT_CARBON_FEED_ELECTRICITY_MAPS_*`."""
 
-    model_config = SettingsConfigDict(env_prefix="SPROUT_CARBON_FEED_ELECTRICITY_MAPS_", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="SPROUT_CARBON_FEED_ELECTRICITY_MAPS_", extra="ignore", env_ignore_empty=True
+    )
 
     token: SecretStr = SecretStr("")
     token_file: Path | None = None
@@ -68,7 +70,7 @@ class ElectricityMapsSource(Source):
         settings = ElectricityMapsSettings()
         if not settings.token.get_secret_value():
             raise ConfigurationError(
-                f"zone {zone!r} uses Electricity Maps: set SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN"
+                f"zone {zone!r} uses Electricity Maps: set SPROUT_CARBON_FEED_ELECTRICITY_MAPS_TOKEN or _TOKEN_FILE"
             )
         return ElectricityMapsProvider(
             zone, token=settings.token, column=self.column, with_forecast=self.forecast, url=settings.url

@@ -1,0 +1,70 @@
+"""The reservoir in PostgreSQL: bounded per model however many labels there are, and fair among those that are used."""
+
+from collections import Counter
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from services.evaluator.samples import SampleStore
+from services.evaluator.store import EvaluationStore, GroupStore
+from shared.messages import Sample
+from shared.runtime.database import DatabaseStatus, migrate, open_pool
+from tests.support.evaluator import judged_answer, judged_prompt, sample
+from tests.support.report import quality_at
+from tests.support.router import MODEL
+
+pytestmark = pytest.mark.integration
+
+NOW = datetime(2023, 2, 10, 12, tzinfo=UTC)
+LABELS = 30_000
+LIMIT = 500
+
+
+@pytest.fixture
+async def pool(database):
+    pool = await open_pool(database, schema="evaluator")
+    await migrate(pool, schema="evaluator", package="services.evaluator.migrations")
+    yield pool
+    await pool.close()
+
+
+def samples(first: int, count: int, group: str) -> list[Sample]:
+    return [sample(number, group=group, at=NOW) for number in range(first, first + count)]
+
+
+async def test_a_flood_of_labels_neither_grows_the_reservoir_nor_displaces_groups_that_are_used(pool):
+    store = SampleStore(
+        pool, DatabaseStatus(), samples_per_group=200, samples_per_model=LIMIT, max_age=timedelta(days=7)
+    )
+    flood = [sample(number, group=f"label-{number}", at=NOW) for number in range(LABELS)]
+    used = [*samples(40_000, 400, "qa"), *samples(41_000, 300, "code"), *samples(42_000, 20, "rare")]
+    elsewhere = [one.model_copy(update={"model": "other"}) for one in samples(43_000, 30, "qa")]
+    await store.add(elsewhere, now=NOW)
+    await store.add(used[:200], now=NOW)
+    for start in range(0, LABELS, 1_000):
+        await store.add(flood[start : start + 1_000], now=NOW)
+        assert await store.count(MODEL) <= LIMIT
+    await store.add(used[200:], now=NOW)
+    kept = Counter({group: len(ids) for group, ids in (await store.ids_by_group(MODEL)).items()})
+    assert kept.total() == LIMIT
+    assert (kept["qa"], kept["code"]) == (200, 200)
+    assert kept["rare"] >= 19
+    assert await store.count("other") == 30
+    # The table of the traffic is bounded with the reservoir.
+    assert set(await store.traffic(MODEL)) == set(kept)
+
+
+async def test_a_sample_that_is_deleted_during_an_evaluation_leaves_no_judged_prompt(pool):
+    status = DatabaseStatus()
+    store = SampleStore(pool, status, samples_per_group=9, samples_per_model=9, max_age=timedelta(days=7))
+    evaluations = EvaluationStore(pool, status)
+    offered = [one.model_copy(update={"tenant": "desk"}) for one in samples(0, 3, "qa")]
+    await store.add(offered, now=NOW)
+    await evaluations.start("e1", model=MODEL, reason="first", at=NOW)
+    judged = [replace(judged_prompt(one.request_id, answers=[judged_answer("L0")]), tenant="desk") for one in offered]
+    await pool.execute("DELETE FROM reservoir WHERE request_id = 'r1'")
+    result = quality_at(12).model_copy(update={"model": MODEL, "evaluation_id": "e1"})
+    await evaluations.finish(result, evaluated=["r0", "r1", "r2"], judged=judged)
+    found = await GroupStore(pool, status, max_judged_age=timedelta(days=60)).judged_prompts(MODEL, limit=9)
+    assert {(one.request_id, one.tenant) for one in found} == {("r0", "desk"), ("r2", "desk")}

@@ -1,0 +1,145 @@
+"""PostgreSQL and Kafka freeze and restart under all services: `/ready` says so, no process ends, and work goes on."""
+
+import asyncio
+import os
+import signal
+import urllib.error
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+
+from deploy.local.processes import Supervisor
+from services.evaluator.store import EvaluationStore
+from shared.runtime.database import DatabaseStatus, open_pool
+from shared.runtime.settings import KafkaSettings
+from shared.topics import FOOTPRINTS, RESPONSES, SAMPLES, TopicSpec
+from tests.support.contract import EXAMPLES
+from tests.support.evaluator import judged_fleet
+from tests.support.processes import start_service
+from tests.support.router import page, producing, reading, request
+
+pytestmark = pytest.mark.integration
+
+NOTICED_S = 15.0
+"""The services notice an outage within 10 s; a busy test machine may be slower."""
+
+STORING = ("ledger", "optimizer", "evaluator")
+GROUPS = (("ledger.responses", RESPONSES), ("optimizer", FOOTPRINTS), ("evaluator", SAMPLES))
+
+
+@pytest.fixture
+def services(supervisor, kafka, database, triton, tmp_path) -> Iterator[dict[str, str]]:
+    """The name of the process of every service."""
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(judged_fleet(triton.address))
+    settings = {
+        "carbon_feed": {"SPROUT_CARBON_FEED_PROVIDERS": '{"GB": [{"kind": "constant", "intensity_g_per_kwh": 100}]}'},
+        "router": {"SPROUT_ROUTER_SAMPLE_SHARE": "0"},
+    }
+    names = {
+        name: start_service(
+            name, supervisor, kafka=kafka, database=database, fleet=fleet, settings=settings.get(name), wait=False
+        )
+        for name in ("carbon_feed", "router", *STORING)
+    }
+    for name in names.values():
+        supervisor.process(name).wait_ready()
+    yield names
+    for name in names.values():
+        supervisor.stop(name)
+
+
+async def test_outages_of_postgresql_and_kafka(services, supervisor, kafka):
+    pids = {name: supervisor.process(name).pid for name in services.values()}
+    storing = [services[name] for name in STORING]
+    async with producing(kafka) as producer:
+        with frozen(supervisor.process("postgres").pid):
+            await until_ready(supervisor, storing, "PostgreSQL")
+        await until_ready(supervisor, services.values())
+        await restart(supervisor, "postgres")
+        await until_ready(supervisor, services.values())
+        with frozen(supervisor.process("kafka").pid):
+            await until_ready(supervisor, services.values(), "Kafka does not answer")
+        await until_ready(supervisor, services.values())
+        await restart(supervisor, "kafka")
+        await until_ready(supervisor, services.values())
+        assert {name: supervisor.process(name).pid for name in services.values()} == pids
+        supervisor.check()
+
+        await producer.ask(request(1))
+        async with reading(kafka) as answers:
+            await answers.ids(["r1"])
+        for spec in (FOOTPRINTS, SAMPLES):
+            await producer.post(spec, EXAMPLES[spec.name], "key")
+    async with asyncio.timeout(60):
+        while not all([await consumed(kafka, group, spec) for group, spec in GROUPS]):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.2)
+
+
+async def test_a_claimed_evaluation_ends_although_postgresql_was_shut_down(database, supervisor):
+    pool = await open_pool(database, schema="evaluator")
+    status = DatabaseStatus()
+    try:
+        async with EvaluationStore(pool, status).claim("m") as claimed:
+            assert claimed
+            spec = supervisor.process("postgres").spec
+            supervisor.stop("postgres")
+        assert "PostgreSQL is unavailable" in (status.problem() or "")
+    finally:
+        await asyncio.to_thread(supervisor.spawn(spec).wait_ready)
+    async with EvaluationStore(pool, status).claim("m") as claimed:
+        assert claimed
+    await pool.close()
+
+
+@contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """Stop a process and its children, which may be in sessions of their own."""
+    tree = [pid, *descendants(pid)]
+    for one in tree:
+        os.kill(one, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for one in tree:
+            os.kill(one, signal.SIGCONT)
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [one for child in children for one in (child, *descendants(child))]
+
+
+async def restart(supervisor: Supervisor, name: str) -> None:
+    await asyncio.to_thread(supervisor.respawn(name).wait_ready)
+
+
+async def until_ready(supervisor: Supervisor, names: Collection[str], problem: str | None = None) -> None:
+    """Wait until every service is ready, or until every one reports a problem."""
+    async with asyncio.timeout(90 if problem is None else NOTICED_S):
+        for name in names:
+            while (problem or '"ready"') not in await asyncio.to_thread(readiness, supervisor, name):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+
+def readiness(supervisor: Supervisor, name: str) -> str:
+    try:
+        return page(f"{supervisor.process(name).spec.url}/ready")
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+
+
+async def consumed(kafka: KafkaSettings, group: str, spec: TopicSpec) -> bool:
+    """Whether a group has committed a record of a topic."""
+    admin = AIOKafkaAdminClient(**kafka.client_options())
+    await admin.start()
+    try:
+        partitions = [TopicPartition(kafka.topic(spec), number) for number in range(spec.partitions)]
+        stored = await admin.list_consumer_group_offsets(kafka.group(group), partitions=partitions)
+    finally:
+        await admin.close()
+    return any(one.offset > 0 for one in stored.values())

@@ -1,0 +1,1 @@
+"""Erases what the tables hold of tenants or single requests, and finds what the topics hold of them."""
