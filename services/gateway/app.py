@@ -3,7 +3,6 @@
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
 import asyncpg
 from aiokafka import TopicPartition
@@ -35,7 +34,7 @@ from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import VERSION, build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
-from shared.topics import CANCELLATIONS, DEAD_LETTERS, POLICIES, REPLIES, REQUESTS
+from shared.topics import CANCELLATIONS, DEAD_LETTERS, POLICIES, REPLIES, REQUESTS, requests_topic
 
 NAME = "gateway"
 DESCRIPTION = SERVICES[NAME].description
@@ -113,7 +112,7 @@ def build_app(
         declare_publisher(broker, kafka, CANCELLATIONS),
     )
 
-    lane = REQUESTS if settings.batch_lane == REQUESTS.name else replace(REQUESTS, name=settings.batch_lane)
+    lane = requests_topic(settings.batch_lane)
     lane_requests = requests if lane is REQUESTS else declare_publisher(broker, kafka, lane)
 
     async def publish(request: GenerationRequest) -> None:

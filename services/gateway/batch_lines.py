@@ -1,6 +1,7 @@
 """The lines of a batch's input file, and the lines of its output and error files, in OpenAI's format. Pure."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -74,6 +75,8 @@ class LineSplitter:
         self._rest.clear()
         self._too_long = False
         self._number += 1
+        if self._number == 1:
+            content = content.removeprefix(BOM_UTF8)
         if content or too_long:
             yield InputLine(self._number, None if too_long else content)
 

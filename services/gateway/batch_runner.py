@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final, Literal
 
+import asyncpg
 from aiokafka.errors import KafkaError
 from faststream.exceptions import IncorrectState
 
@@ -102,9 +103,7 @@ class BatchRunner:
         async with asyncio.TaskGroup() as group:
             while True:
                 self._news.clear()
-                batch = None
-                if len(self._running) < self.settings.batches_at_once:
-                    batch = await self.batches.status.retry(lambda: self.batches.claim(except_ids=self._running))
+                batch = await self._claim() if len(self._running) < self.settings.batches_at_once else None
                 if batch is not None:
                     self._running.add(batch.id)
                     group.create_task(self._work(batch))
@@ -117,8 +116,18 @@ class BatchRunner:
         """Remove what has expired, until cancelled."""
         retention = timedelta(days=self.settings.file_retention_days)
         while True:
-            await self.files.status.retry(lambda: self.files.remove_expired(retention=retention))
+            try:
+                await self.files.status.retry(lambda: self.files.remove_expired(retention=retention))
+            except asyncpg.PostgresError as error:
+                _log.warning("expired files cannot be removed", error=type(error).__name__)
             await asyncio.sleep(CLEANING_S)
+
+    async def _claim(self) -> Batch | None:
+        try:
+            return await self.batches.status.retry(lambda: self.batches.claim(except_ids=self._running))
+        except asyncpg.PostgresError as error:
+            _log.warning("no batch can be taken", error=type(error).__name__)
+            return None
 
     async def _work(self, batch: Batch) -> None:
         """Work on a batch as far as it goes, and give up its lease."""
@@ -135,7 +144,7 @@ class BatchRunner:
         finally:
             self._running.discard(batch.id)
             self.metrics.batches.dec()
-            with contextlib.suppress(DatabaseUnavailableError):
+            with contextlib.suppress(DatabaseUnavailableError, asyncpg.PostgresError):
                 await self.batches.release(batch.id)
             self.wake()
 

@@ -18,7 +18,9 @@ from shared.runtime.database import DatabaseStatus
 PREFETCHED_RESULTS: Final = 20
 """Results in memory while files are written: each can be a few MiB."""
 
-_ACTIVE: Final = tuple(str(status) for status in sorted(ACTIVE))
+_IS_ACTIVE: Final = "status IN (" + ", ".join(f"'{status}'" for status in sorted(ACTIVE)) + ")"
+"""A literal condition, so that PostgreSQL uses the partial index."""
+
 _TIMES: Final[dict[Status, str]] = {status: f"{status}_at" for status in Status if status is not Status.VALIDATING}
 """Column with the time of the change to a state."""
 
@@ -162,18 +164,22 @@ class BatchStore:
         return await self._move(batch, Event.CANCEL)
 
     async def claim(self, *, except_ids: Collection[str]) -> Batch | None:
-        """Take the lease of a batch that no other gateway works on; the oldest one first.
+        """Take the lease of a batch that no other gateway works on: of the owner with the fewest running batches.
 
         Args:
             except_ids: batches that this gateway works on already.
         """
         with self.status.watch():
             row = await self._pool.fetchrow(
+                "WITH running AS (SELECT owner, count(*) AS batches FROM batches "
+                f"WHERE {_IS_ACTIVE} AND holder IS NOT NULL AND lease_until >= now() GROUP BY owner) "
                 "UPDATE batches SET holder = $1, lease_until = now() + make_interval(secs => $2) WHERE id = ("
-                "SELECT id FROM batches WHERE status = ANY($3) AND id <> ALL($4) "
-                "AND (holder IS NULL OR holder = $1 OR lease_until < now()) "
-                f"ORDER BY created_at LIMIT 1 FOR UPDATE SKIP LOCKED) RETURNING {_COLUMNS}",
-                self._holder, self._lease_s, _ACTIVE, list(except_ids),
+                "SELECT one.id FROM batches AS one LEFT JOIN running USING (owner) "
+                f"WHERE one.{_IS_ACTIVE} AND one.id <> ALL($3) "
+                "AND (one.holder IS NULL OR one.holder = $1 OR one.lease_until < now()) "
+                "ORDER BY coalesce(running.batches, 0), one.created_at LIMIT 1 FOR UPDATE OF one SKIP LOCKED) "
+                f"RETURNING {_COLUMNS}",
+                self._holder, self._lease_s, list(except_ids),
             )  # fmt: skip
         return None if row is None else _batch(row)
 
@@ -261,8 +267,8 @@ class BatchStore:
                     if kind not in writers:
                         writers[kind] = FileWriter(connection)
                         await writers[kind].begin(
-                            owner=batch.owner, filename=f"{batch.id}_{kind}.jsonl", purpose=OUTPUT_PURPOSE,
-                            created_at=now, until=until,
+                            owner=batch.owner, tenant=batch.tenant, filename=f"{batch.id}_{kind}.jsonl",
+                            purpose=OUTPUT_PURPOSE, created_at=now, until=until,
                         )  # fmt: skip
                     await writers[kind].write(document.encode() + b"\n")
                 for writer in writers.values():

@@ -59,15 +59,18 @@ class FileWriter:
         self._buffer = bytearray()
         self._chunks = 0
 
-    async def begin(self, *, owner: str, filename: str, purpose: str, created_at: datetime, until: datetime) -> None:
+    async def begin(
+        self, *, owner: str, tenant: str | None, filename: str, purpose: str, created_at: datetime, until: datetime
+    ) -> None:
         """Make the row.
 
         Args:
             until: the file is removed if it is not complete by then; event time.
         """
         await self._executor.execute(
-            "INSERT INTO files (id, owner, filename, purpose, created_at, expires_at) VALUES ($1, $2, $3, $4, $5, $6)",
-            self.id, owner, filename, purpose, created_at, until,
+            "INSERT INTO files (id, owner, tenant, filename, purpose, created_at, expires_at) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7)",
+            self.id, owner, tenant, filename, purpose, created_at, until,
         )  # fmt: skip
 
     async def write(self, data: bytes) -> None:
@@ -191,7 +194,8 @@ class FileStore:
                 rows = await self.pool.fetch(
                     "DELETE FROM files WHERE id IN (SELECT id FROM files AS f WHERE expires_at < $1 AND NOT EXISTS "
                     "(SELECT FROM batches WHERE input_file_id = f.id "
-                    "AND status IN ('validating', 'in_progress', 'finalizing', 'cancelling')) LIMIT $2) RETURNING id",
+                    "AND status IN ('validating', 'in_progress', 'finalizing', 'cancelling')) "
+                    "LIMIT $2 FOR UPDATE SKIP LOCKED) RETURNING id",
                     now, REMOVED_AT_ONCE,
                 )  # fmt: skip
             removed = len(rows)

@@ -111,7 +111,7 @@ def files_router(
     @router.post("", openapi_extra=_FORM)
     async def upload_file(request: Request, key: Key) -> FileObject:
         """Upload the input of a batch: one JSON object per line."""
-        return await _store(request, opened(), owner_of(key), settings)
+        return await _store(request, opened(), key, settings)
 
     @router.get("")
     async def list_files(
@@ -170,8 +170,9 @@ async def _find(store: FileStore, file_id: str, key: ApiKey) -> StoredFile:
     return file
 
 
-async def _store(request: Request, store: FileStore, owner: str, settings: GatewaySettings) -> FileObject:
+async def _store(request: Request, store: FileStore, key: ApiKey, settings: GatewaySettings) -> FileObject:
     """Write an upload to the store as it arrives."""
+    owner = owner_of(key)
     upload = Upload(request.headers.get("content-type", ""))
     if await store.stored_bytes(owner) >= settings.max_stored_bytes:
         raise ApiError(413, "your files take all the space that you have: delete some", code="storage_limit_exceeded")
@@ -184,7 +185,12 @@ async def _store(request: Request, store: FileStore, owner: str, settings: Gatew
                 until = now + timedelta(seconds=UPLOAD_S * store.clock.rate)
                 with store.status.watch():
                     await writer.begin(
-                        owner=owner, filename=upload.filename, purpose=PURPOSE, created_at=now, until=until
+                        owner=owner,
+                        tenant=key.tenant,
+                        filename=upload.filename,
+                        purpose=PURPOSE,
+                        created_at=now,
+                        until=until,
                     )
                 begun = True
             with store.status.watch():

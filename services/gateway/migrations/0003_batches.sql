@@ -3,6 +3,7 @@
 CREATE TABLE files (
     id text PRIMARY KEY,
     owner text NOT NULL,
+    tenant text,
     filename text NOT NULL,
     purpose text NOT NULL,
     bytes bigint,
