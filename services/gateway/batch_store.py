@@ -25,7 +25,7 @@ _TIMES: Final[dict[Status, str]] = {status: f"{status}_at" for status in Status 
 """Column with the time of the change to a state."""
 
 _COLUMNS: Final = (
-    "id, owner, tenant, endpoint, input_file_id, completion_window, metadata, output_expires_s, status, problem, "
+    "id, owner, key_id, tenant, endpoint, input_file_id, completion_window, metadata, output_expires_s, status, problem, "
     "total, completed, failed, output_file_id, error_file_id, created_at, expires_at, in_progress_at, finalizing_at, "
     "completed_at, failed_at, expired_at, cancelling_at, cancelled_at"
 )
@@ -40,6 +40,8 @@ class Batch:
     """A row of `batches`, without its lease.
 
     Attributes:
+        owner: tenant or key, see `files.owner_of`.
+        key_id: of the API key that made it.
         metadata: JSON of an object, or None.
         output_expires_s: how long its files are kept, event seconds; None: as all.
         problem: JSON of the errors because of which it failed, or None.
@@ -49,6 +51,7 @@ class Batch:
 
     id: str
     owner: str
+    key_id: str
     tenant: str | None
     endpoint: str
     input_file_id: str
@@ -96,6 +99,7 @@ class BatchStore:
         self,
         *,
         owner: str,
+        key_id: str,
         tenant: str | None,
         endpoint: str,
         input_file_id: str,
@@ -116,6 +120,7 @@ class BatchStore:
         batch = Batch(
             id=f"batch_{uuid4().hex}",
             owner=owner,
+            key_id=key_id,
             tenant=tenant,
             endpoint=endpoint,
             input_file_id=input_file_id,
@@ -128,11 +133,11 @@ class BatchStore:
         )
         with self.status.watch():
             await self._pool.execute(
-                "INSERT INTO batches (id, owner, tenant, endpoint, input_file_id, completion_window, metadata, "
+                "INSERT INTO batches (id, owner, key_id, tenant, endpoint, input_file_id, completion_window, metadata, "
                 "output_expires_s, status, created_at, expires_at) "
-                "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
-                batch.id, owner, tenant, endpoint, input_file_id, completion_window, batch.metadata, output_expires_s,
-                batch.status, now, batch.expires_at,
+                "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+                batch.id, owner, key_id, tenant, endpoint, input_file_id, completion_window, batch.metadata,
+                output_expires_s, batch.status, now, batch.expires_at,
             )  # fmt: skip
         return batch
 

@@ -165,6 +165,7 @@ def batches_router(
             )
         batch = await batches.create(
             owner=owner,
+            key_id=key.id,
             tenant=key.tenant,
             endpoint=body.endpoint,
             input_file_id=file.id,

@@ -16,18 +16,25 @@ from deploy.local.postgres import create_database
 from deploy.local.processes import Supervisor
 from shared.kafka.admin import create_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
+from shared.topics import TOPICS, requests_topic
 from tests.support.gateway import GatewayProcess
-from tests.support.router import LONG_PROMPT, MODEL, RouterProcess, fleet_toml, producing, question
+from tests.support.router import LONG_PROMPT, MODEL, RouterProcess, committed, fleet_toml, producing, question
 
 pytestmark = pytest.mark.integration
 
 CHAT = "/v1/chat/completions"
+LANE = "requests-batch"
+SETTINGS = {
+    "SPROUT_GATEWAY_BATCH_LANE": LANE,
+    "SPROUT_GATEWAY_BATCH_LEASE_S": "3",
+    "SPROUT_GATEWAY_MAX_FILE_BYTES": "2000000",
+}
 ENDED = {"completed", "failed", "expired", "cancelled"}
 
 
 @pytest.fixture(scope="module")
 def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory) -> GatewayProcess:
-    """A gateway and a router whose policy draws L1, for all tests of this module."""
+    """A gateway that has a lane for its batches."""
     folder = tmp_path_factory.mktemp("batches")
     kafka = KafkaSettings(
         bootstrap_servers=kafka_server.bootstrap_servers, topic_prefix="batches.", group_prefix="batches."
@@ -37,20 +44,21 @@ def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton,
     fleet.write_text(fleet_toml([triton.address]))
 
     async def prepare() -> None:
-        await create_topics(kafka)
+        await create_topics(kafka, specs=(*TOPICS, requests_topic(LANE)))
         await create_database(postgres_server + "batches")
         async with producing(kafka) as producer:
             await producer.prepare({"L1": 1.0})
 
     asyncio.run(prepare())
     running = GatewayProcess(supervisor, kafka, database, fleet, [], [])
-    running.start(SPROUT_GATEWAY_BATCH_LEASE_S="3", SPROUT_GATEWAY_MAX_FILE_BYTES="2000000")
+    running.start(**SETTINGS)
     return running
 
 
 @pytest.fixture(scope="module")
 def routers(gateways: GatewayProcess) -> RouterProcess:
-    running = RouterProcess(gateways.supervisor, gateways.kafka, gateways.fleet)
+    lanes = {"SPROUT_ROUTER_LANES": f"requests:4,{LANE}:1"}
+    running = RouterProcess(gateways.supervisor, gateways.kafka, gateways.fleet, settings=lanes)
     running.start()
     return running
 
@@ -93,7 +101,7 @@ async def content(client: openai.AsyncOpenAI, file_id: str | None) -> list[dict[
     return [json.loads(one) for one in text.splitlines()]
 
 
-async def test_every_line_is_once_in_the_output_or_the_error_file(client: openai.AsyncOpenAI):
+async def test_every_line_is_once_in_the_output_or_the_error_file(gateways: GatewayProcess, client: openai.AsyncOpenAI):
     lines = [line(f"q{number}", question(number % 40)) for number in range(100)]
     lines[10:10] = [
         "no json",
@@ -136,6 +144,8 @@ async def test_every_line_is_once_in_the_output_or_the_error_file(client: openai
         ("level", 400, "unknown_level"),
     ]
     assert [one.id async for one in client.batches.list()] == [batch.id]
+    lane = [end for _, end in (await committed(gateways.kafka, topic=requests_topic(LANE))).values()]
+    assert sum(lane) >= 100
     assert {one.purpose for one in (await client.files.list()).data} == {"batch", "batch_output"}
 
 
@@ -266,11 +276,8 @@ async def test_gateway_and_router_are_killed_in_the_middle_of_a_batch(
     await until(client, batch, lambda one: one.request_counts and one.request_counts.completed >= 20)
     gateways.supervisor.kill(gateways.names[-1])
     gateways.supervisor.kill(f"{gateways.kafka.topic_prefix}router{routers.count}")
-    url = await asyncio.to_thread(gateways.start, SPROUT_GATEWAY_BATCH_LEASE_S="3")
-    second = client.with_options(base_url=f"{url}/v1")
-    batch = await second.batches.retrieve(batch.id)
-    assert batch.status == "in_progress"
-    await asyncio.to_thread(routers.start)
+    routers.start_unready()
+    second = client.with_options(base_url=f"{gateways.start(**SETTINGS)}/v1")
     batch = await until_ended(second, batch)
     assert batch.status == "completed"
     assert batch.request_counts.model_dump() == {"total": total, "completed": total - 1, "failed": 1}

@@ -60,6 +60,11 @@ def test_lines_do_not_depend_on_how_the_file_is_cut(lines: list[bytes], sizes: l
     assert found == expected
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line():
+    splitter = LineSplitter(max_bytes=100)
+    assert [*splitter.feed(b"\xef\xbb\xbf{}\n"), *splitter.finish()] == [InputLine(1, b"{}")]
+
+
 def line(**changes) -> bytes:
     body = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
     return json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": body} | changes).encode()

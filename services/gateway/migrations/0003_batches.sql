@@ -24,6 +24,7 @@ CREATE TABLE file_chunks (
 CREATE TABLE batches (
     id text PRIMARY KEY,
     owner text NOT NULL,
+    key_id text NOT NULL,
     tenant text,
     endpoint text NOT NULL,
     input_file_id text NOT NULL,
