@@ -25,9 +25,9 @@ _TIMES: Final[dict[Status, str]] = {status: f"{status}_at" for status in Status 
 """Column with the time of the change to a state."""
 
 _COLUMNS: Final = (
-    "id, owner, key_id, tenant, endpoint, input_file_id, completion_window, metadata, output_expires_s, status, problem, "
-    "total, completed, failed, output_file_id, error_file_id, created_at, expires_at, in_progress_at, finalizing_at, "
-    "completed_at, failed_at, expired_at, cancelling_at, cancelled_at"
+    "id, owner, key_id, tenant, endpoint, input_file_id, completion_window, metadata, output_expires_s, status, "
+    "problem, total, completed, failed, output_file_id, error_file_id, created_at, expires_at, in_progress_at, "
+    "finalizing_at, completed_at, failed_at, expired_at, cancelling_at, cancelled_at"
 )
 
 

@@ -67,8 +67,9 @@ async def stores(database):
             "VALUES ($1, 'x', $2, 'input.jsonl', 'batch', 1, $3, $3)", name, tenant, DAY,
         )  # fmt: skip
         await connection.execute(
-            "INSERT INTO gateway.batches (id, owner, key_id, tenant, endpoint, input_file_id, completion_window, status, "
-            "created_at, expires_at) VALUES ($1, 'x', 'x', $2, 'e', $1, '24h', 'completed', $3, $3)", name, tenant, DAY,
+            "INSERT INTO gateway.batches (id, owner, key_id, tenant, endpoint, input_file_id, completion_window, "
+            "status, created_at, expires_at) VALUES ($1, 'x', 'x', $2, 'e', $1, '24h', 'completed', $3, $3)",
+            name, tenant, DAY,
         )  # fmt: skip
     yield connection
     await connection.close()
