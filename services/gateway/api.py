@@ -16,8 +16,13 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 
 from services.gateway.accounts import Accounts, Admission
+from services.gateway.batch_runner import BatchRunner
+from services.gateway.batch_store import BatchStore
+from services.gateway.batches import batches_router
 from services.gateway.errors import ApiError, add_handlers
 from services.gateway.estimates import Estimates
+from services.gateway.file_store import FileStore
+from services.gateway.files import files_router
 from services.gateway.keys import ApiKey, KeyStore
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.replies import PendingAnswer, ReplyInbox
@@ -72,6 +77,9 @@ class Gateway:
     cancel: Callable[[Cancellation], Awaitable[None]]
     keys: KeyStore | None = None
     accounts: Accounts | None = None
+    files: FileStore | None = None
+    batches: BatchStore | None = None
+    batch_runner: BatchRunner | None = None
     reply_partition: int | None = None
     background: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -112,6 +120,31 @@ class Gateway:
                 headers=challenge,
             )  # fmt: skip
         return key
+
+    def opened_files(self) -> FileStore:
+        """The files.
+
+        Raises:
+            ApiError: the gateway is starting.
+        """
+        if self.files is None:
+            raise ApiError.unavailable("the gateway is starting")
+        return self.files
+
+    def opened_batches(self) -> tuple[FileStore, BatchStore]:
+        """The files and the batches.
+
+        Raises:
+            ApiError: the gateway is starting.
+        """
+        if self.batches is None:
+            raise ApiError.unavailable("the gateway is starting")
+        return self.opened_files(), self.batches
+
+    def batch_created(self) -> None:
+        """Begin with a new batch at once."""
+        if self.batch_runner is not None:
+            self.batch_runner.wake()
 
     async def answer(self, body: ChatRequest | CompletionRequest, request: Request, key: ApiKey) -> Response:
         """Publish a request, and respond with its answer, whole or as a stream."""
@@ -393,6 +426,8 @@ def build_api(gateway: Gateway, *, version: str, started_at: datetime) -> FastAP
         return _card(model, started_at)
 
     api.include_router(usage_router(gateway.authenticate, gateway.ready_accounts, gateway.clock))
+    api.include_router(files_router(gateway.authenticate, gateway.opened_files, gateway.settings))
+    api.include_router(batches_router(gateway.authenticate, gateway.opened_batches, gateway.batch_created))
     return api
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import asyncpg
@@ -15,7 +15,10 @@ from prometheus_client import CollectorRegistry
 from services import SERVICES
 from services.gateway.accounts import Accounts
 from services.gateway.api import Gateway, build_api
+from services.gateway.batch_runner import BatchRunner
+from services.gateway.batch_store import BatchStore
 from services.gateway.estimates import Estimates
+from services.gateway.file_store import FileStore
 from services.gateway.http import HttpLimits
 from services.gateway.keys import KeyStore
 from services.gateway.metrics import GatewayMetrics
@@ -26,7 +29,7 @@ from services.gateway.status import Monitor
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.publish import check_size, declare_publisher
+from shared.kafka.publish import Publisher, check_size, declare_publisher
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted, subscribe_partition
 from shared.messages import Cancellation, CarbonIntensity, Footprint, GenerationRequest, Policy, PoolCapacity, Reply
 from shared.runtime.clock import Clock
@@ -44,6 +47,7 @@ from shared.topics import (
     POLICIES,
     REPLIES,
     REQUESTS,
+    requests_topic,
 )
 
 NAME = "gateway"
@@ -125,6 +129,45 @@ def _subscribe(
             raise
 
 
+async def _send(publisher: Publisher, request: GenerationRequest) -> None:
+    value, key = request.model_dump_json(exclude_defaults=True).encode(), str(request.id).encode()
+    check_size(REQUESTS, value, key)
+    await publisher.publish(value, key=key, headers={"content-type": "application/json"}, correlation_id=request.id)
+
+
+async def _open_stores(gateway: Gateway, pool: asyncpg.Pool, status: DatabaseStatus) -> None:
+    """Give the gateway its tables."""
+    settings, clock = gateway.settings, gateway.clock
+    gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s, timeout_s=settings.admission_timeout_s)
+    gateway.accounts = Accounts(
+        pool, status, levels=gateway.fleet.levels, settings=settings, clock=clock, metrics=gateway.metrics
+    )
+    await gateway.accounts.renew()
+    gateway.files = FileStore(pool, status, clock)
+    gateway.batches = BatchStore(
+        pool, status, clock, retention_days=settings.file_retention_days, lease_s=settings.batch_lease_s
+    )
+
+
+def _batch_runner(gateway: Gateway, publish: Callable[[GenerationRequest], Awaitable[None]]) -> BatchRunner:
+    """What works on batches, once replies are read."""
+    files, batches = gateway.opened_batches()
+    gateway.batch_runner = BatchRunner(
+        files=files,
+        batches=batches,
+        inbox=gateway.inbox,
+        estimates=gateway.estimates,
+        fleet=gateway.fleet,
+        settings=gateway.settings,
+        clock=gateway.clock,
+        metrics=gateway.metrics,
+        publish=publish,
+        cancel=gateway.cancel,
+        reply_partition=gateway.reply_partition or 0,
+    )
+    return gateway.batch_runner
+
+
 def build_app(
     *,
     kafka: KafkaSettings | None = None,
@@ -150,15 +193,16 @@ def build_app(
     broker, dead_letters = build_broker(
         kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms
     )
-    requests, cancellations = (
-        declare_publisher(broker, kafka, REQUESTS),
-        declare_publisher(broker, kafka, CANCELLATIONS),
-    )
+    requests = declare_publisher(broker, kafka, REQUESTS)
+    cancellations = declare_publisher(broker, kafka, CANCELLATIONS)
+    lane = requests_topic(settings.batch_lane)
+    lane_requests = requests if lane is REQUESTS else declare_publisher(broker, kafka, lane)
 
     async def publish(request: GenerationRequest) -> None:
-        value, key = request.model_dump_json(exclude_defaults=True).encode(), str(request.id).encode()
-        check_size(REQUESTS, value, key)
-        await requests.publish(value, key=key, headers={"content-type": "application/json"}, correlation_id=request.id)
+        await _send(requests, request)
+
+    async def publish_to_lane(request: GenerationRequest) -> None:
+        await _send(lane_requests, request)
 
     async def cancel(message: Cancellation) -> None:
         await cancellations.publish(message, key=message.request_id.encode())
@@ -185,10 +229,7 @@ def build_app(
         async with await open_pool(database, schema=NAME) as pool:
             with status.watch():
                 await migrate(pool, schema=NAME, package="services.gateway.migrations")
-            gateway.keys = KeyStore(pool, status, cache_s=settings.key_cache_s, timeout_s=settings.admission_timeout_s)
-            accounts = Accounts(pool, status, levels=fleet.levels, settings=settings, clock=clock, metrics=metrics)
-            await accounts.renew()
-            gateway.accounts = accounts
+            await _open_stores(gateway, pool, status)
             pools.append(pool)
             yield
 
@@ -198,6 +239,9 @@ def build_app(
         health.spawn("renew the lease", accounts.keep_lease())
         health.spawn("remove old requests", accounts.remove_old())
         await replies.start(pools[0])
+        runner = _batch_runner(gateway, publish_to_lane)
+        health.spawn("batches", runner.run())
+        health.spawn("expired files", runner.clean())
 
     health.add_check("postgresql", status.problem)
     health.add_check("replies", lambda: "no reply partition yet" if gateway.reply_partition is None else None)
@@ -206,7 +250,7 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(REQUESTS, CANCELLATIONS, REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY, DEAD_LETTERS),
+        topics=(REQUESTS, lane, CANCELLATIONS, REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY, DEAD_LETTERS),
         registry=registry,
         health=health,
         lifespan=running,

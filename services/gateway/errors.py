@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from services.gateway.schema import ErrorBody, ErrorResponse
 from shared.messages import ErrorDetail
+from shared.runtime.database import DatabaseUnavailableError
 
 RETRY_AFTER_S: Final = 2
 """What `retry-after` advises where nothing better is known."""
@@ -81,6 +82,10 @@ def add_handlers(api: FastAPI) -> None:
     @api.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:  # noqa: ARG001
         return error.response()
+
+    @api.exception_handler(DatabaseUnavailableError)
+    async def on_database(request: Request, error: DatabaseUnavailableError) -> JSONResponse:  # noqa: ARG001
+        return ApiError.unavailable("PostgreSQL does not answer at the moment").response()
 
     @api.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001

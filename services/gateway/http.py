@@ -53,6 +53,8 @@ class HttpLimits:
             if message["type"] == "http.response.start":
                 self._metrics.requests.labels(endpoint, str(message["status"])).inc()
                 self._metrics.first_byte.labels(endpoint).observe(perf_counter() - started_s)
-            await send(message)
+            # Streams of events limit this themselves.
+            async with asyncio.timeout(self._settings.send_timeout_s if endpoint == UPLOADS else None):
+                await send(message)
 
         await self._app(scope, limited_receive, counted_send)

@@ -39,6 +39,13 @@ class GatewayMetrics:
             "Finished requests that are not stored because PostgreSQL is away for too long; footprints replace them",
             registry=registry,
         )
+        self.batch_lines = Counter(
+            "sprout_gateway_batch_lines",
+            "Lines of batches that got a result, by outcome: completed, failed, unfinished",
+            ("outcome",),
+            registry=registry,
+        )
+        self.batches = Gauge("sprout_gateway_batches", "Batches that this gateway works on", registry=registry)
         self._open = Gauge("sprout_gateway_open_requests", "Requests that wait for an answer", registry=registry)
 
     def watch_open(self, number: Callable[[], int]) -> None:

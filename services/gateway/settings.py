@@ -56,3 +56,29 @@ class GatewaySettings(BaseSettings):
     footprint_days: float = Field(
         default=7.0, gt=0, description="How long the footprint of a single request is kept, event days"
     )
+    max_file_bytes: int = Field(default=200_000_000, ge=1_024, description="Larger uploads get 413")
+    max_stored_bytes: int = Field(
+        default=10_000_000_000, ge=1_024, description="A tenant whose files are larger in total uploads no more"
+    )
+    file_retention_days: float = Field(
+        default=30.0, gt=0, le=3_650, description="Files and ended batches are removed after this time, event"
+    )
+    max_batch_lines: int = Field(default=50_000, ge=1, le=1_000_000, description="Of one batch")
+    batches_at_once: int = Field(default=4, ge=1, le=100, description="Batches that one gateway works on at once")
+    batch_in_flight: int = Field(
+        default=200, ge=1, le=10_000, description="Published requests of batches without an answer yet, of one gateway"
+    )
+    batch_request_s: float = Field(
+        default=3_600.0,
+        gt=0,
+        le=86_400,
+        description="Time limit of one request of a batch, after which it is published again, wall",
+    )
+    batch_lease_s: float = Field(
+        default=20.0, ge=1, le=600, description="How long a batch waits for a gateway that died, wall"
+    )
+    batch_lane: str = Field(
+        default="requests",
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$",
+        description="Topic of the requests of batches, without its prefix: one of the routers' lanes",
+    )

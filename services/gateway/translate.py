@@ -67,8 +67,9 @@ def to_request(
     options = _options(body, headers)
     if "complete_by" in options:
         raise ApiError(
-            400, "'complete_by' is only possible in a batch", param="complete_by", code="unsupported_parameter"
-        )
+            400, "'complete_by' is not supported: a batch has a 'completion_window'", param="complete_by",
+            code="unsupported_parameter",
+        )  # fmt: skip
     conversation = _conversation(body) if isinstance(body, ChatRequest) else None
     prompt = body.text() if isinstance(body, CompletionRequest) else None
     limit = body.max_tokens

@@ -85,6 +85,15 @@ async def stores(database):
             "looks, answers, tenant) VALUES ('m', $1, $1, 'qa', 'qa', $2, 2, '', '[]', $3)",
             name, DAY, None if number == 1 else tenant,
         )  # fmt: skip
+        await connection.execute(
+            "INSERT INTO gateway.files (id, owner, tenant, filename, purpose, bytes, created_at, expires_at) "
+            "VALUES ($1, 'x', $2, 'input.jsonl', 'batch', 1, $3, $3)", name, tenant, DAY,
+        )  # fmt: skip
+        await connection.execute(
+            "INSERT INTO gateway.batches (id, owner, key_id, tenant, endpoint, input_file_id, completion_window, "
+            "status, created_at, expires_at) VALUES ($1, 'x', 'x', $2, 'e', $1, '24h', 'completed', $3, $3)",
+            name, tenant, DAY,
+        )  # fmt: skip
     yield connection
     await connection.close()
 

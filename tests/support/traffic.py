@@ -63,13 +63,14 @@ class Producer:
         return made
 
 
-async def committed(kafka: KafkaSettings, group: str = "router") -> dict[int, tuple[int, int]]:
-    """Committed offset and end offset of every partition of the topic `requests`."""
-    topic = kafka.topic(REQUESTS)
+async def committed(
+    kafka: KafkaSettings, group: str = "router", *, topic: TopicSpec = REQUESTS
+) -> dict[int, tuple[int, int]]:
+    """Committed offset and end offset of every partition of `requests` or a lane."""
     consumer = AIOKafkaConsumer(**kafka.client_options(), group_id=kafka.group(group), enable_auto_commit=False)
     await consumer.start()
     try:
-        partitions = [TopicPartition(topic, number) for number in range(REQUESTS.partitions)]
+        partitions = [TopicPartition(kafka.topic(topic), number) for number in range(REQUESTS.partitions)]
         ends = await consumer.end_offsets(partitions)
         return {one.partition: (await consumer.committed(one) or 0, ends[one]) for one in partitions}
     finally:

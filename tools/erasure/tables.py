@@ -70,6 +70,8 @@ TABLES: Final = (
     PersonalTable(name="optimizer.counted", key="id", tenant=None),
     PersonalTable(name="gateway.requests", key="id"),
     PersonalTable(name="gateway.hours", key="key_id", time="hour"),
+    PersonalTable(name="gateway.batches", key="id"),
+    PersonalTable(name="gateway.files", key="id"),
     PersonalTable(name="ledger.refusals", key="request_id", tenant=None, time="at"),
     PersonalTable(name="ledger.calls", key="id", time="finished_at"),
     PersonalTable(name="ledger.footprints", key="request_id", time="started_at"),
