@@ -1,4 +1,4 @@
-"""What the services of a drill have published and stored, and the checks of it: nothing lost, twice, or wrong in sum."""
+"""What the services of a drill published and stored, and its checks: nothing is lost, doubled or wrong in sum."""
 
 import math
 from collections import Counter, defaultdict
@@ -100,7 +100,7 @@ async def read_tables(url: str) -> Tables:
 
 
 def footprint_problems(
-    footprints: Sequence[Footprint], calls: Sequence[BookedCall], *, answered: Collection[str]
+    footprints: Sequence[Footprint], calls: Sequence[BookedCall], *, answered: set[str]
 ) -> list[str]:
     """Footprints that are lost, published twice or unexpected.
 

@@ -55,10 +55,10 @@ def prompt(number: int) -> str:
     return f"Question number {number % PROMPTS}?"
 
 
-def drill_environment(folder: Path, *, say: Say) -> Environment:
-    """The environment of all scenarios: Kafka and two model servers; exited processes are restarted."""
+def drill_environment(folder: Path, *, say: Say, model_servers: int = 2) -> Environment:
+    """The environment of all scenarios: Kafka and model servers; exited processes are restarted."""
     answers = {prompt(number): LEVELS for number in range(PROMPTS)}
-    return Environment(folder, answers=answers, model_servers=2, batch=BATCH, restart=True, say=say)
+    return Environment(folder, answers=answers, model_servers=model_servers, batch=BATCH, restart=True, say=say)
 
 
 @dataclass

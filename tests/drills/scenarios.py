@@ -201,6 +201,10 @@ async def crowding(run: ScenarioRun) -> None:
 
 Scenario = Callable[[ScenarioRun], Awaitable[None]]
 
+_OF_SERVICES: Final = (ledger_faults, leader_faults, postgres_faults, kafka_faults, model_server_faults)
+SERVICE_SCENARIOS: Final = frozenset(one.__name__ for one in _OF_SERVICES)
+"""Scenarios of all services, with model servers of their own."""
+
 SCENARIOS: Final[dict[str, Scenario]] = {
     one.__name__: one
     for one in (
@@ -216,11 +220,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         postgres_absent,
         malformed,
         crowding,
-        ledger_faults,
-        leader_faults,
-        postgres_faults,
-        kafka_faults,
-        model_server_faults,
+        *_OF_SERVICES,
     )
 }
 """The scenarios by name, in order of running."""

@@ -6,7 +6,7 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -113,7 +113,7 @@ class Stack:
         await run.start(spec)
         await create_database(self.url)
         answers = {prompt(number): LEVELS for number in range(PROMPTS)}
-        batch = CurveRules(MEASURED["qwen3-14b-h100"])
+        batch = CurveRules(curve=MEASURED["qwen3-14b-h100"])
         starts = [run.model_server(answers=answers, batch=batch, judge=judge) for judge in (True, False)]
         self.model_servers = tuple(await asyncio.gather(*starts))
         fleet, trace = folder / "fleet.toml", folder / "trace.csv"
@@ -141,10 +141,10 @@ class Stack:
             ]
             for service, copies in COPIES.items()
         }
-        # One copy first: the second finds the tables.
-        await run.start(*(specs[0] for specs in self.specs.values()))
-        await run.start(*(spec for specs in self.specs.values() for spec in specs[1:]))
-        await run.serve(routers=1, settings={"SPROUT_ROUTER_SAMPLE_SHARE": "0.5"}, fleet=fleet)
+        await asyncio.gather(
+            run.start(*(spec for specs in self.specs.values() for spec in specs)),
+            run.serve(routers=1, settings={"SPROUT_ROUTER_SAMPLE_SHARE": "0.5"}, fleet=fleet),
+        )
 
     async def victim(self, target: str, fault: Fault) -> str:
         """Name of the process of a fault: a service's leader, or the only or the drawn one."""
@@ -161,7 +161,7 @@ class Stack:
                 await asyncio.to_thread(_post, f"{spec.url}/evaluations?model={MODEL}")
             await asyncio.sleep(EVALUATION_S)
 
-    async def settled(self, answered: Collection[str]) -> Tables:
+    async def settled(self, answered: set[str]) -> Tables:
         """Wait until the services have nothing left to do; returns what they have stored.
 
         Args:
@@ -299,13 +299,10 @@ def _fleet(servers: tuple[TritonServer, ...]) -> str:
 
 def _trace(now: datetime) -> str:
     """Carbon intensities from ten minutes ago for half an hour."""
-    lines = ["Datetime (UTC),Zone Id,Carbon intensity gCO₂eq/kWh (direct)"]
     begin = now.replace(microsecond=0) - WINDOW
-    for number in range(round(2_400 / INTENSITY_S)):
-        lines.append(
-            f"{begin + timedelta(seconds=number * INTENSITY_S):%Y-%m-%d %H:%M:%S},{ZONE},{100 + number % 7 * 50}"
-        )
-    return "\n".join(lines) + "\n"
+    times = [begin + timedelta(seconds=number * INTENSITY_S) for number in range(round(2_400 / INTENSITY_S))]
+    rows = [f"{at:%Y-%m-%d %H:%M:%S},{ZONE},{100 + number % 7 * 50}" for number, at in enumerate(times)]
+    return "\n".join(["Datetime (UTC),Zone Id,Carbon intensity gCO₂eq/kWh (direct)", *rows, ""])
 
 
 def _settings(trace: Path) -> Mapping[str, dict[str, str]]:
