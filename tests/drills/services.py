@@ -205,7 +205,7 @@ async def _with_faults(run: ScenarioRun, targets: list[str]) -> None:
     await stack.start()
     evaluating = asyncio.create_task(stack.request_evaluations())
     run.send(run.requests(REQUESTS), rate=RATE)
-    number = run.number(FAULTS)
+    number = max(run.number(FAULTS), len(targets))
     plan = faults(run.rng, number=number, victims=len(stack.model_servers), hold_s=FROZEN_S, within=(0.15, 0.85))
     for index, fault in enumerate(plan):
         await run.traffic.until(fault.after)
