@@ -7,7 +7,7 @@ import time
 import urllib.request
 from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -36,6 +36,8 @@ STALL_S: Final = 60.0
 COMMIT_WAIT_S: Final = 20.0
 """Longest wait for the routers' last commits."""
 BUSY_WAIT_S: Final = 3.0
+READY_S: Final = 240.0
+"""Longest wait for a process that starts beside many others on few cores."""
 SAMPLE_S: Final = 0.25
 PROGRESS_S: Final = 3.0
 POLICY: Final = {"L0": 0.2, "L1": 0.5, "L2": 0.3}
@@ -189,7 +191,7 @@ class ScenarioRun:
     async def start(self, *specs: ProcessSpec) -> None:
         """Start other processes in parallel, wait until all are ready, and stop them with the scenario."""
         self._others += [spec.name for spec in specs]
-        await self.environment.start(*specs)
+        await self.environment.start(*(replace(spec, ready_timeout_s=READY_S) for spec in specs))
 
     async def frozen(self, name: str, hold_s: float) -> None:
         """Freeze a process and its descendants for some time, wall seconds."""
