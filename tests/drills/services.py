@@ -249,7 +249,8 @@ async def _check(run: ScenarioRun, stack: Stack) -> None:
     run.figures.update(
         {
             "calls": len(tables.calls),
-            "footprints": len(footprints),
+            "footprints": len({one.record or one.request_id for one in footprints}),
+            "footprint messages": len(footprints),
             "partial": len(partial),
             "partial with 0 J": sum(one.energy_j <= 0.0 for one in partial),
             "meter restarts": sum(one.restarted for one in tables.intervals),
