@@ -124,6 +124,13 @@ SELECT o.*, d.zone, d.purpose, d.pool, d.level FROM (
      ORDER BY started_at LIMIT $4)
 ) AS o JOIN dimensions AS d ON d.id = o.dimension
 """
+# A message that was read again while its call was being settled.
+REMOVE_DUPLICATES = """
+DELETE FROM open_calls AS o
+WHERE endpoint = $1 AND finished_at <= $2 AND accounted_until IS NULL
+  AND EXISTS (SELECT FROM settled_calls AS old WHERE old.id = o.id)
+RETURNING id
+"""
 # All that a division of an interval needs of the calls that started by $2.
 CALLS_BY_START = """
 SELECT extract(epoch FROM started_at)::float8 AS started_s, extract(epoch FROM first_token_at)::float8 AS first_s,
@@ -191,6 +198,7 @@ WITH done AS (
               new.operational_g, new.embodied_g, new.partial
 )
 INSERT INTO settled_calls SELECT * FROM done
+WHERE NOT EXISTS (SELECT FROM settled_calls AS old WHERE old.id = done.id)
 """
 REMOVE_UNMETERED = """
 WITH closed AS (

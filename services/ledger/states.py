@@ -78,6 +78,10 @@ async def read_chunk(
     first, last = to_datetime(state.readings[0].at_s), to_datetime(state.readings[-1].at_s)
     rows = {row["id"]: row for row in await connection.fetch(sql.OPEN_CALLS, endpoint, last, first, calls)}
     opened = [_open_call(row) for row in rows.values()]
+    if any(one.is_late(state.readings[0].at_s) for one in opened):
+        removed = await connection.fetch(sql.REMOVE_DUPLICATES, endpoint, first)
+        rows = {name: row for name, row in rows.items() if name not in {one["id"] for one in removed}}
+        opened = [_open_call(row) for row in rows.values()]
     settled, settled_from_s = await _settled_intervals(connection, endpoint, state.readings[0].at_s, opened)
     return Chunk(replace(state, calls=opened, settled=settled, settled_from_s=settled_from_s), rows)
 

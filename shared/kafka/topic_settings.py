@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -107,9 +107,9 @@ class TopicSettings(BaseSettings):
     def target(self, spec: TopicSpec) -> TopicTarget:
         """What a topic of this deployment is to be."""
         override = self.topics.get(spec.name, TopicOverride())
-        configuration = spec.configuration()
         if override.retention_h is not None:
-            configuration["retention.ms"] = str(int(override.retention_h * HOUR_MS))
+            spec = replace(spec, retention_ms=int(override.retention_h * HOUR_MS))
+        configuration = spec.configuration()
         configuration["min.insync.replicas"] = str(override.min_insync_replicas or self.min_insync_replicas)
         return TopicTarget(
             partitions=override.partitions or spec.partitions,

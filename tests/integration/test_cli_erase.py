@@ -8,11 +8,12 @@ import asyncpg
 import pytest
 from typer.testing import CliRunner
 
+from shared.kafka.admin import create_topics
 from shared.kafka.dead_letters import dead_letter_for
 from shared.messages import GenerationRequest
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
-from shared.topics import DEAD_LETTERS, REQUESTS, SAMPLES, TOPICS
+from shared.topics import DEAD_LETTERS, REQUESTS, SAMPLES, TOPICS, requests_topic
 from tests.support.evaluator import sample
 from tests.support.report import DAY, record_of
 from tests.support.router import producing, reading
@@ -153,6 +154,16 @@ async def test_requests_are_erased_by_id_and_unknown_ones_are_named(kafka, store
     await command(exit_code=2)
     await command("--tenant", "desk", exit_code=1)  # nobody confirms
     assert await stores.fetchval("SELECT count(*) FROM evaluator.reservoir WHERE tenant = 'desk'") == 2
+
+
+async def test_topics_of_further_lanes_are_searched(kafka, stores, command, monkeypatch):
+    night = requests_topic("night")
+    await create_topics(kafka, specs=(night,))
+    async with producing(kafka) as producer:
+        record = await producer.producer.send_and_wait(kafka.topic(night), b'{"prompt": "Why?", "tenant": "desk"}')
+    monkeypatch.setenv("SPROUT_ROUTER_LANES", "requests:4,night:1")
+    _, topics, _ = await document(command, "--request", f"{record.topic}-{record.partition}-{record.offset}", "--yes")
+    assert topics["night"]["records"] == 1
 
 
 async def test_a_topic_that_is_too_long_is_bounded_in_time(kafka, stores, command):

@@ -358,3 +358,18 @@ async def test_two_ledgers_settle_different_endpoints_at_once(storage):
     assert sorted(one.calls for one in found) == [0, 10]
     (sums,) = await storage.pool.fetch(SUMS)
     assert sums["calls_j"] + sums["rest_j"] == pytest.approx(2_000)
+
+
+async def test_a_call_that_was_stored_again_while_it_was_settled_counts_once(storage):
+    await add_readings(storage, "e0", range(0, 101, 10), range(0, 1_001, 100))
+    await add_calls(storage, "e0", [Call("a", 11.0, None, 19.0, 5, 20), Call("b", 71.0, None, 79.0, 5, 20)])
+    await Settling(storage).until(e0=50)
+    await storage.pool.execute(
+        "INSERT INTO open_calls (id, dimension, endpoint, started_at, finished_at, completion_tokens) "
+        "SELECT id, dimension, 'e0', started_at, finished_at, 20 FROM settled_calls WHERE id = 'e0-a'"
+    )
+    await Settling(storage).until(e0=100)
+    (sums,) = await storage.pool.fetch(SUMS)
+    assert sums["calls_j"] + sums["rest_j"] == pytest.approx(1_000)
+    assert await storage.pool.fetchval("SELECT count(*) FROM settled_calls") == 2
+    assert await storage.pool.fetchval("SELECT count(*) FROM open_calls") == 0

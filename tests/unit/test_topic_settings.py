@@ -35,6 +35,7 @@ def test_variables_and_a_file_say_the_same(monkeypatch: pytest.MonkeyPatch, tmp_
         target = settings.target(REQUESTS)
         assert (target.partitions, target.replication_factor) == (48, 3)
         assert target.configuration["retention.ms"] == str(30 * MINUTE_MS)
+        assert target.configuration["segment.ms"] == str(10 * MINUTE_MS)
         assert target.configuration["min.insync.replicas"] == "2"
         assert settings.target(SAMPLES).configuration["min.insync.replicas"] == "1"
     assert load_topic_settings(replication_factor=2).target(REQUESTS).replication_factor == 2

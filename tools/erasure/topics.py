@@ -12,6 +12,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 
+from shared.lanes import LaneSettings
+from shared.messages import GenerationRequest
 from shared.runtime.settings import KafkaSettings
 from shared.topics import (
     DEAD_LETTERS,
@@ -26,7 +28,8 @@ from tools.cli.offsets import existing_partitions
 from tools.erasure.subjects import Subjects
 
 PERSONAL_TOPICS: Final = (REQUESTS, RESPONSES, SAMPLES, FOOTPRINTS, DEAD_LETTERS, RESPONSE_CHUNKS)
-"""Topics whose messages belong to a tenant or a request. Chunks name no tenant, so they come after the others."""
+"""Topics whose messages belong to a tenant or a request. Chunks name no tenant, so they come after the others. The
+topics of further lanes belong to them, too."""
 
 READERS: Final = ("ledger.responses", "evaluator", "optimizer")
 """Consumer groups that copy messages of a topic into a table."""
@@ -77,12 +80,13 @@ async def search_topics(kafka: KafkaSettings, subjects: Subjects, *, limit: int)
         KafkaError: the broker cannot be reached.
         TimeoutError: a topic could not be read to its end.
     """
-    names = [kafka.topic(spec) for spec in PERSONAL_TOPICS]
+    specs = (*LaneSettings().further_topics, *PERSONAL_TOPICS)
+    names = [kafka.topic(spec) for spec in specs]
     partitions = await existing_partitions(kafka, names)
     longest = await _longest_times(kafka, sorted({one.topic for one in partitions}))
     committed = await _committed(kafka)
     found = []
-    for spec, name in zip(PERSONAL_TOPICS, names, strict=True):
+    for spec, name in zip(specs, names, strict=True):
         of_topic = [one for one in partitions if one.topic == name]
         one = await _search(kafka, spec, of_topic, subjects, limit=limit, committed=committed)
         kept = longest.get(name, longest_time(spec.configuration()))
@@ -143,7 +147,7 @@ def _note(
 def _whose(spec: TopicSpec, record: Any, subjects: Subjects) -> frozenset[tuple[str, str]]:  # noqa: ANN401
     if spec is DEAD_LETTERS:
         return subjects.of_dead_letter(record.value)
-    position = f"{record.topic}-{record.partition}-{record.offset}" if spec is REQUESTS else ""
+    position = f"{record.topic}-{record.partition}-{record.offset}" if spec.message is GenerationRequest else ""
     return subjects.of_message(record.value, position=position)
 
 

@@ -108,6 +108,8 @@ class Calls:
 
     def select(self, mask: Flags | Indices) -> Self:
         """The cells for which `mask`, of shape `(cells,)`, is true; or those with these indices."""
+        if mask.dtype == np.bool_ and mask.all():
+            return self  # a month of calls is not copied
         return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
@@ -170,10 +172,14 @@ class CallsBuilder:
         return len(self._texts["model"])
 
     def build(self) -> Calls:
-        """All rows added so far."""
-        columns: dict[str, Any] = {name: _text_column(values) for name, values in self._texts.items()}
+        """All rows added so far; the builder is empty then, so that they are in memory once."""
+        columns: dict[str, Any] = {}
+        for name, values in self._texts.items():
+            columns[name] = _text_column(values)
+            values.clear()
         for name, parts in self._numbers.items():
             columns[name] = np.concatenate(parts) if parts else np.zeros(0, dtype=_number_type(name))
+            parts.clear()
         return Calls(**columns)
 
 

@@ -22,7 +22,7 @@ MAX_CELLS = 1_000_000
 """Most cells of the roll-ups in one report: about 500 MB and a minute of computation."""
 MOST_ROWS = 5_000_000
 """Calls up to which those that share their id are counted."""
-_PREFETCH = 5_000
+_PREFETCH = 2_000
 
 Connection = asyncpg.Connection | PoolConnectionProxy
 
