@@ -278,7 +278,9 @@ class ScenarioRun:
         running = await self.environment.running({*self._specs, *self._others})
         for process in running:
             await self.environment.signal(process.spec.name, signal.SIGCONT, tree=True)
-        await self.environment.stop(*(process.spec.name for process in running))
+        # The services before what they use, as in an orderly shutdown.
+        for tier in sorted({process.spec.tier for process in running}, reverse=True):
+            await self.environment.stop(*(one.spec.name for one in running if one.spec.tier == tier))
 
     async def _commits(self) -> None:
         """Wait until the routers have committed every record; a fenced router stops in this time."""
