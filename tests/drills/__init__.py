@@ -1,1 +1,1 @@
-"""Fault drills of the router: no request may be lost or answered twice. Run `python -m tests.drills --help`."""
+"""Fault drills: nothing may be lost, doubled or wrong in sum. Run `python -m tests.drills --help`."""

@@ -1,4 +1,4 @@
-"""`python -m tests.drills`: runs fault drills; exits with 1 if a request was lost or answered twice."""
+"""`python -m tests.drills`: runs fault drills; exits with 1 if anything was lost or doubled."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from deploy.local.signals import signals_as_exit
 from deploy.local.stack import STACK_ERRORS
 from tests.drills.accounting import Result, remarks, table
 from tests.drills.run import ScenarioRun, drill_environment
-from tests.drills.scenarios import SCENARIOS
+from tests.drills.scenarios import SCENARIOS, SERVICE_SCENARIOS
 
 PLAIN_WIDTH = 160
 
@@ -31,7 +31,7 @@ def drill(
         Path, typer.Option(metavar="FOLDER", help="Folder for logs and data; its contents may be replaced")
     ] = Path("build/drill"),
 ) -> None:
-    """Run fault drills of the router on real Kafka and Triton servers with the stand-in model.
+    """Run fault drills of all services on real Kafka, PostgreSQL and Triton servers with the stand-in model.
 
     Exit codes: 0 every scenario passed, 1 a scenario failed or could not be run, 2 wrong usage.
     """
@@ -75,7 +75,9 @@ async def run_scenarios(names: Sequence[str], *, seed: int, scale: float, folder
         KafkaInstallationError, ModelServerError, ProcessFailedError: the environment could not be started.
     """
     results = []
-    async with drill_environment(folder, say=say) as environment:
+    # The scenarios of the services have model servers of their own.
+    model_servers = 0 if SERVICE_SCENARIOS.issuperset(names) else 2
+    async with drill_environment(folder, say=say, model_servers=model_servers) as environment:
         for number, name in enumerate(names, start=1):
             summary = (SCENARIOS[name].__doc__ or "").partition("\n")[0]
             say(f"== {name} ({number} of {len(names)}): {summary}")

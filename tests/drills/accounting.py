@@ -146,7 +146,8 @@ class Result:
         faults: the injected faults with their times.
         uncommitted: records of the topic `requests` without a committed offset.
         longest_answer_s: longest time from Kafka's acknowledgement of a request to its answer.
-        triton_died, router_died: exit status and end of the log of processes that exited unexpectedly.
+        triton_died, router_died, service_died: exit status and end of the log of processes that exited unexpectedly.
+        figures: of the scenario, by name.
         problems: the failed checks.
     """
 
@@ -161,6 +162,8 @@ class Result:
     longest_answer_s: float
     triton_died: tuple[str, ...] = ()
     router_died: tuple[str, ...] = ()
+    service_died: tuple[str, ...] = ()
+    figures: dict[str, float] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @property
@@ -204,12 +207,14 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
-    """Failed checks and unexpected exits, one line each."""
+    """Failed checks, unexpected exits and further figures, one line each."""
     lines = []
     for result in results:
         lines += [f"{result.scenario}: {problem}" for problem in result.problems]
         lines += [
             f"{result.scenario}: {description.splitlines()[0]}"
-            for description in (*result.triton_died, *result.router_died)
+            for description in (*result.triton_died, *result.router_died, *result.service_died)
         ]
+        if result.figures:
+            lines.append(f"{result.scenario}: " + ", ".join(f"{name} {one:g}" for name, one in result.figures.items()))
     return lines

@@ -7,10 +7,10 @@ import time
 import urllib.request
 from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 from deploy.local.java import Say
 from deploy.local.processes import ManagedProcess, ProcessSpec
@@ -36,6 +36,8 @@ STALL_S: Final = 60.0
 COMMIT_WAIT_S: Final = 20.0
 """Longest wait for the routers' last commits."""
 BUSY_WAIT_S: Final = 3.0
+READY_S: Final = 240.0
+"""Longest wait for a process that starts beside many others on few cores."""
 SAMPLE_S: Final = 0.25
 PROGRESS_S: Final = 3.0
 POLICY: Final = {"L0": 0.2, "L1": 0.5, "L2": 0.3}
@@ -55,10 +57,10 @@ def prompt(number: int) -> str:
     return f"Question number {number % PROMPTS}?"
 
 
-def drill_environment(folder: Path, *, say: Say) -> Environment:
-    """The environment of all scenarios: Kafka and two model servers; exited processes are restarted."""
+def drill_environment(folder: Path, *, say: Say, model_servers: int = 2) -> Environment:
+    """The environment of all scenarios: Kafka and model servers; exited processes are restarted."""
     answers = {prompt(number): LEVELS for number in range(PROMPTS)}
-    return Environment(folder, answers=answers, model_servers=2, batch=BATCH, restart=True, say=say)
+    return Environment(folder, answers=answers, model_servers=model_servers, batch=BATCH, restart=True, say=say)
 
 
 @dataclass
@@ -69,6 +71,7 @@ class ScenarioRun:
         rng: the random numbers of the scenario.
         scale: share of the full number of requests and faults.
         routers: names of the routers that are ready and have not left.
+        figures: further figures for the result, by name.
     """
 
     environment: Environment
@@ -80,6 +83,7 @@ class ScenarioRun:
     rng: Random = field(init=False)
     traffic: Traffic = field(init=False)
     routers: list[str] = field(init=False, default_factory=list)
+    figures: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         prefix = f"{self.scenario.replace('_', '-')}."
@@ -91,7 +95,7 @@ class ScenarioRun:
         self._began = time.monotonic()
         self._stack = AsyncExitStack()
         self._specs: dict[str, ProcessSpec] = {}
-        self._extra: list[str] = []
+        self._others: list[str] = []
         self._faults: list[str] = []
         self._problems: list[str] = []
         self._peak_kb = 0
@@ -109,6 +113,7 @@ class ScenarioRun:
         model_servers: tuple[TritonServer, ...] = (),
         settings: dict[str, str] | None = None,
         tenants: Collection[str] = (),
+        fleet: Path | None = None,
     ) -> None:
         """Create topics, publish a policy, start to read answers, and start routers.
 
@@ -116,11 +121,13 @@ class ScenarioRun:
             model_servers: default: those of the environment.
             settings: additional environment variables of the routers.
             tenants: of the fleet file.
+            fleet: the fleet file; no policy is published, because the services of the scenario do that.
         """
         await self.environment.topics(self.kafka.topic_prefix)
         connecting = producing(self.kafka, acks="all", enable_idempotence=True)
         producer = await self._stack.enter_async_context(connecting)
-        await producer.prepare(POLICY)
+        if fleet is None:
+            await producer.prepare(POLICY)
         self._stack.push_async_callback(self.traffic.close)
         await self.traffic.open(producer)
         variables = {
@@ -128,7 +135,9 @@ class ScenarioRun:
             "SPROUT_ROUTER_SESSION_TIMEOUT_S": str(SESSION_TIMEOUT_S),
             **(settings or {}),
         }
-        self._process = self.environment.routers(self.kafka, variables, model_servers=model_servers, tenants=tenants)
+        self._process = self.environment.routers(
+            self.kafka, variables, model_servers=model_servers, tenants=tenants, fleet=fleet
+        )
         self._watching = asyncio.create_task(self._watch())
         await self.join(routers)
 
@@ -179,6 +188,20 @@ class ScenarioRun:
         else:
             await self.environment.signal(name, number)
 
+    async def start(self, *specs: ProcessSpec) -> None:
+        """Start other processes in parallel, wait until all are ready, and stop them with the scenario."""
+        self._others += [spec.name for spec in specs]
+        await self.environment.start(*(replace(spec, ready_timeout_s=READY_S) for spec in specs))
+
+    async def frozen(self, name: str, hold_s: float) -> None:
+        """Freeze a process and its descendants for some time, wall seconds."""
+        self.note(f"SIGSTOP {self._short(name)} for {hold_s:.1f} s")
+        await self.environment.signal(name, signal.SIGSTOP, tree=True)
+        try:
+            await asyncio.sleep(hold_s)
+        finally:
+            await self.environment.signal(name, signal.SIGCONT, tree=True)
+
     async def restart(self, name: str) -> None:
         """Start a process again and wait until it is ready."""
         await self.environment.restart(name)
@@ -192,11 +215,10 @@ class ScenarioRun:
         name = self.routers.pop(index % len(self.routers))
         await self.inject("SIGTERM", name, signal.SIGTERM)
 
-    async def failing_server(self, faults: FaultRules) -> TritonServer:
-        """Start an additional model server that injects faults."""
-        server = await self.environment.model_server(f"triton-{self.scenario}-{len(self._extra)}", faults)
-        self._extra.append(server.name)
-        return server
+    async def model_server(self, faults: FaultRules | None = None, **changes: Any) -> TritonServer:
+        """Start an additional model server; see `Environment.model_server`."""
+        self._others.append(f"triton-{self.scenario.replace('_', '-')}-{len(self._others)}")
+        return await self.environment.model_server(self._others[-1], faults, **changes)
 
     def note(self, what: str) -> None:
         """Record a fault, or its end, for the result."""
@@ -229,6 +251,7 @@ class ScenarioRun:
             self.failed(error)
         counts = count(self.traffic.messages)
         exits = [one for one in self.environment.exits if one.at >= self._began]
+        ended = [one.name for one in exits if one.name in self._others and not one.name.startswith("triton")]
         return Result(
             scenario=self.scenario,
             seed=self.seed,
@@ -241,7 +264,9 @@ class ScenarioRun:
             longest_answer_s=round(max(self.traffic.waited_s.values(), default=0.0), 2),
             triton_died=tuple(one.description for one in exits if one.name.startswith("triton")),
             router_died=tuple(one.description for one in exits if one.name in self._specs),
-            problems=(*self._problems, *counts.problems()),
+            service_died=tuple(one.description for one in exits if one.name in ended),
+            figures=self.figures,
+            problems=(*self._problems, *counts.problems(), *(f"{name} ended by itself" for name in ended)),
         )
 
     async def close(self) -> None:
@@ -250,10 +275,12 @@ class ScenarioRun:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
         await self._stack.aclose()
-        running = await self.environment.running({*self._specs, *self._extra})
+        running = await self.environment.running({*self._specs, *self._others})
         for process in running:
-            process.signal(signal.SIGCONT)
-        await self.environment.stop(*(process.spec.name for process in running))
+            await self.environment.signal(process.spec.name, signal.SIGCONT, tree=True)
+        # The services before what they use, as in an orderly shutdown.
+        for tier in sorted({process.spec.tier for process in running}, reverse=True):
+            await self.environment.stop(*(one.spec.name for one in running if one.spec.tier == tier))
 
     async def _commits(self) -> None:
         """Wait until the routers have committed every record; a fenced router stops in this time."""

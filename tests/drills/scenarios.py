@@ -13,6 +13,7 @@ from tests.drills.malformed import KINDS, Malformed
 from tests.drills.malformed import malformed as draw_malformed
 from tests.drills.run import SESSION_TIMEOUT_S, ScenarioRun
 from tests.drills.schedule import faults, storm
+from tests.drills.services import kafka_faults, leader_faults, ledger_faults, model_server_faults, postgres_faults
 from tests.support.environment import KAFKA
 
 MODEL_SERVER_RATE: Final = 90.0
@@ -114,7 +115,7 @@ async def triton_hung(run: ScenarioRun) -> None:
 async def triton_errors(run: ScenarioRun) -> None:
     """Both model servers fail 30 % of their generations, at any point."""
     first, second = run.rng.sample(range(1_000_000), 2)
-    servers = [await run.failing_server(FaultRules(error_share=0.3, seed=seed)) for seed in (first, second)]
+    servers = [await run.model_server(FaultRules(error_share=0.3, seed=seed)) for seed in (first, second)]
     await run.serve(model_servers=tuple(servers))
     run.note("30 % of all generations fail")
     run.send(run.requests(2_700), rate=MODEL_SERVER_RATE)
@@ -200,6 +201,10 @@ async def crowding(run: ScenarioRun) -> None:
 
 Scenario = Callable[[ScenarioRun], Awaitable[None]]
 
+_OF_SERVICES: Final = (ledger_faults, leader_faults, postgres_faults, kafka_faults, model_server_faults)
+SERVICE_SCENARIOS: Final = frozenset(one.__name__ for one in _OF_SERVICES)
+"""Scenarios of all services, with model servers of their own."""
+
 SCENARIOS: Final[dict[str, Scenario]] = {
     one.__name__: one
     for one in (
@@ -215,6 +220,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         postgres_absent,
         malformed,
         crowding,
+        *_OF_SERVICES,
     )
 }
 """The scenarios by name, in order of running."""

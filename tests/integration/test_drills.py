@@ -49,6 +49,16 @@ async def test_malformed_messages_and_a_killed_router_are_counted(run_small):
     assert any(line.startswith("== sigkill (2 of 2)") for line in said)
 
 
+async def test_a_fault_of_the_ledger_under_all_services_leaves_correct_books(run_small):
+    results, _ = await run_small("ledger_faults")
+    result = results["ledger_faults"]
+    assert result.passed, result.problems
+    assert (result.counts.sent, result.counts.answered) == (100, 100)
+    assert any("ledger0" in fault for fault in result.faults)
+    assert result.figures["footprints"] + result.figures["partial"] == result.figures["calls"] >= 100
+    assert result.figures["policies"] >= 1
+
+
 async def test_an_unexpected_exit_is_recorded_with_its_log_and_the_process_restarted(tmp_path):
     said = []
     async with drill_environment(tmp_path, say=said.append) as environment:

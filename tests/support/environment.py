@@ -3,10 +3,13 @@
 import asyncio
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from signal import Signals
 from types import TracebackType
 from typing import Final, Self, TypeVar
+
+import psutil
 
 from deploy.local.config import default_state_dir
 from deploy.local.java import Say
@@ -14,14 +17,22 @@ from deploy.local.kafka import install_kafka, kafka_spec
 from deploy.local.processes import ManagedProcess, ProcessSpec, Supervisor
 from deploy.local.signals import uninterrupted
 from deploy.local.triton import TritonInstallation, install
-from deploy.triton.models import stand_in_llm
-from deploy.triton.stand_in.batching import RecordedRules
+from deploy.triton.models import stand_in_judge, stand_in_llm
+from deploy.triton.stand_in.batching import BatchRules, RecordedRules
 from deploy.triton.stand_in.faults import FaultRules
 from shared.kafka.admin import create_topics
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from tests.support.fleets import MODEL, Answers, fleet_toml, write_workload
-from tests.support.processes import ProcessExit, RouterProcess, TritonServer, restart_exited, triton_spec
+from tests.support.processes import (
+    ProcessExit,
+    RouterProcess,
+    TritonServer,
+    leader,
+    restart_exited,
+    triton_server,
+    triton_spec,
+)
 
 KAFKA: Final = "kafka"
 WATCH_S: Final = 0.25
@@ -113,8 +124,20 @@ class Environment:
         await asyncio.to_thread(process.wait_ready)
 
     async def kill(self, name: str) -> None:
-        """Kill a process and its group with SIGKILL."""
-        await self._call(lambda: self._supervisor.kill(name))
+        """Kill a process, its group and its descendants with SIGKILL.
+
+        PostgreSQL's processes have groups of their own.
+        """
+
+        def kill_tree() -> None:
+            descendants = psutil.Process(self._supervisor.process(name).pid).children(recursive=True)
+            self._supervisor.kill(name)
+            for one in descendants:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(descendants, timeout=10)
+
+        await self._call(kill_tree)
 
     async def stop(self, *names: str) -> None:
         """Stop processes in parallel, and wait until they have exited."""
@@ -127,9 +150,25 @@ class Environment:
 
         await self._call(stop_all)
 
-    async def signal(self, name: str, number: Signals) -> None:
-        """Send a signal to a process, not to its group."""
-        await self._call(lambda: self._supervisor.process(name).signal(number))
+    async def signal(self, name: str, number: Signals, *, tree: bool = False) -> None:
+        """Send a signal to a process, not to its group.
+
+        Args:
+            tree: also to its descendants.
+        """
+
+        def send() -> None:
+            process = self._supervisor.process(name)
+            process.signal(number)
+            for one in psutil.Process(process.pid).children(recursive=True) if tree else ():
+                with suppress(psutil.NoSuchProcess):
+                    one.send_signal(number)
+
+        await self._call(send)
+
+    async def leader(self, names: Collection[str]) -> str:
+        """The leader of some copies of a service; see `tests.support.processes.leader`."""
+        return await leader(self._supervisor, names)
 
     async def running(self, names: Collection[str]) -> list[ManagedProcess]:
         """Those of the named processes that are running."""
@@ -161,6 +200,7 @@ class Environment:
         *,
         model_servers: Collection[TritonServer] = (),
         tenants: Collection[str] = (),
+        fleet: Path | None = None,
     ) -> RouterProcess:
         """Specs of routers, to be started with `start`.
 
@@ -168,23 +208,41 @@ class Environment:
             settings: environment variables of every router.
             model_servers: default: those of the environment.
             tenants: of the fleet file.
+            fleet: the fleet file; default: one with these model servers and tenants.
         """
-        fleet = self.folder / f"{kafka.topic_prefix}toml"
-        addresses = [server.address for server in model_servers or self.model_servers]
-        fleet.write_text(fleet_toml(addresses, tenants=tenants), encoding="utf-8")
+        if fleet is None:
+            fleet = self.folder / f"{kafka.topic_prefix}toml"
+            addresses = [server.address for server in model_servers or self.model_servers]
+            fleet.write_text(fleet_toml(addresses, tenants=tenants), encoding="utf-8")
         return RouterProcess(self._supervisor, kafka, fleet, self._clock, settings)
 
-    async def model_server(self, name: str, faults: FaultRules | None = None) -> TritonServer:
-        """Start a Triton server with the stand-in model and wait until it is ready."""
+    async def model_server(
+        self,
+        name: str,
+        faults: FaultRules | None = None,
+        *,
+        answers: Mapping[str, Answers] | None = None,
+        batch: BatchRules | None = None,
+        judge: bool = False,
+    ) -> TritonServer:
+        """Start a Triton server with the stand-in model and wait until it is ready.
+
+        The label of the model's energy counter is the server's name; the judge's ends in `-judge`.
+
+        Args:
+            answers, batch: default: those of the environment.
+            judge: it has the stand-in of the judge, too.
+        """
         if self._triton is None:
             raise RuntimeError("Triton is installed by the start of the environment")
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        workload = write_workload(folder / "workload.jsonl", self._answers)
-        models = [stand_in_llm(workload, model=MODEL, batch=self._batch, faults=faults)]
-        spec, address = triton_spec(self._triton, folder, models, name=name, clock=self._clock)
+        workload = write_workload(folder / "workload.jsonl", answers or self._answers)
+        models = [stand_in_llm(workload, model=MODEL, gpu_uuid=name, batch=batch or self._batch, faults=faults)]
+        models += [stand_in_judge(workload, gpu_uuid=f"{name}-judge")] if judge else []
+        spec, ports = triton_spec(self._triton, folder, models, name=name, clock=self._clock)
         await self.start(spec)
-        return TritonServer(self._supervisor, name, address)
+        return triton_server(self._supervisor, name, ports)
 
     async def _start(self) -> None:
         installed = default_state_dir()

@@ -13,8 +13,9 @@ from deploy.local.java import Say
 from deploy.local.model_servers import MODEL_TIER
 from deploy.local.processes import LOOPBACK, ProcessFailedError, ProcessSpec, Supervisor, free_ports
 from deploy.local.services import ServiceEnvironment, service_spec
-from deploy.local.triton import TritonInstallation, free_triton_ports, install, ready_probe
+from deploy.local.triton import TritonInstallation, free_triton_ports, install, metrics_url, ready_probe
 from deploy.triton.repository import RepositoryModel, write_repository
+from deploy.triton.server import TritonPorts
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from tests.support.deadlines import DEADLINE_S
@@ -27,11 +28,13 @@ class TritonServer:
     Attributes:
         name: of its process.
         address: of its gRPC interface.
+        metrics: URL of its Prometheus metrics.
     """
 
     supervisor: Supervisor
     name: str
     address: str
+    metrics: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,8 @@ def triton_spec(
     *,
     name: str,
     clock: Clock | None = None,
-) -> tuple[ProcessSpec, str]:
-    """Write a model repository in a folder; returns the server's process and its gRPC address."""
+) -> tuple[ProcessSpec, TritonPorts]:
+    """Write a model repository in a folder; returns the server's process and its ports."""
     write_repository(folder / "models", models)
     ports = free_triton_ports()
     spec = ProcessSpec(
@@ -109,7 +112,7 @@ def triton_spec(
         ready=ready_probe(ports),
         tier=MODEL_TIER,
     )
-    return spec, f"{LOOPBACK}:{ports.grpc}"
+    return spec, ports
 
 
 def start_triton(
@@ -127,9 +130,14 @@ def start_triton(
         ModelServerError: the environment could not be installed.
         ProcessFailedError: the server exited, or was not ready in time.
     """
-    spec, address = triton_spec(install(default_state_dir(), say=say), folder, models, name=name, clock=clock)
+    spec, ports = triton_spec(install(default_state_dir(), say=say), folder, models, name=name, clock=clock)
     supervisor.start(spec)
-    return TritonServer(supervisor, name, address)
+    return triton_server(supervisor, name, ports)
+
+
+def triton_server(supervisor: Supervisor, name: str, ports: TritonPorts) -> TritonServer:
+    """Where a server answers."""
+    return TritonServer(supervisor, name, f"{LOOPBACK}:{ports.grpc}", metrics_url(ports))
 
 
 @dataclass
