@@ -186,9 +186,7 @@ def build_app(
     settings = settings or GatewaySettings()
     fleet = fleet or load_fleet(FleetSettings().file)
     clock = clock or Clock.from_environment()
-    registry = CollectorRegistry()
-    health = Health()
-    status = DatabaseStatus()
+    registry, health, status = CollectorRegistry(), Health(), DatabaseStatus()
     metrics = GatewayMetrics(registry)
     broker, dead_letters = build_broker(
         kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms
