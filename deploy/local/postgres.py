@@ -61,7 +61,7 @@ def postgres_spec(data_dir: Path, *, name: str = "postgres", database: str = "sp
         ),
         directory=Path("/"),
         ready=_probe(database_url(port, "postgres", password=password)),
-        ready_timeout_s=60.0,
+        ready_timeout_s=120.0,
         stop_signal=signal.SIGINT,  # fast shutdown: does not wait for clients
         stop_grace_s=15.0,
         port=port,

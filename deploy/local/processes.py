@@ -59,7 +59,7 @@ class ProcessSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     directory: Path | None = None
     ready: Probe | None = None
-    ready_timeout_s: float = 60.0
+    ready_timeout_s: float = 120.0
     stop_signal: signal.Signals = signal.SIGTERM
     stop_grace_s: float = 10.0
     tier: int = 0

@@ -14,7 +14,7 @@ from deploy.local.processes import LOOPBACK, ProcessSpec, http_probe
 from deploy.local.state import TOKEN_FILE, write_private
 from services import SERVICES
 
-READY_TIMEOUT_S: Final = 90.0
+READY_TIMEOUT_S: Final = 180.0
 SERVICE_TIER: Final = 2
 """The tier of services: stopped before the model servers, Kafka and PostgreSQL."""
 

@@ -2,12 +2,20 @@
 
 import logging
 import sys
+import time
 import traceback
+from typing import Final
 
 import structlog
 
 from shared.runtime.printable import printable
 from shared.runtime.settings import LogSettings
+
+REPEAT_S: Final = 5.0
+"""Seconds (wall) for which an equal message of aiokafka is not logged again."""
+
+MAX_REPEATS: Final = 1_000
+"""Different messages that are remembered."""
 
 
 def configure_logging(service: str, settings: LogSettings) -> None:
@@ -34,6 +42,7 @@ def configure_logging(service: str, settings: LogSettings) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stdout)
+    handler.addFilter(_RepeatFilter())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=processors,
@@ -57,6 +66,25 @@ def configure_logging(service: str, settings: LogSettings) -> None:
     faststream.propagate = True
     faststream.setLevel(max(logging.ERROR, root.level))
     structlog.contextvars.bind_contextvars(service=service)
+
+
+class _RepeatFilter(logging.Filter):
+    """Drops what aiokafka repeats: while Kafka is away, every client logs each of its attempts, ten a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._logged: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith("aiokafka"):
+            return True
+        now, message = time.monotonic(), (record.name, record.getMessage())
+        if now - self._logged.get(message, -REPEAT_S) < REPEAT_S:
+            return False
+        if len(self._logged) >= MAX_REPEATS:
+            self._logged.clear()
+        self._logged[message] = now
+        return True
 
 
 def _without_control_characters(

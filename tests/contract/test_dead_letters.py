@@ -16,6 +16,7 @@ from shared.messages import DeadLetter, GenerationRequest
 from shared.runtime.clock import Clock
 from shared.topics import DEAD_LETTERS, REQUESTS, SAMPLES
 from tests.support.contract import Medium
+from tests.support.deadlines import DEADLINE_S
 
 BATCHES = dataclasses.replace(SAMPLES, message=GenerationRequest)
 """A topic of requests that is read in batches."""
@@ -146,7 +147,7 @@ async def test_content_is_never_logged(service: Fixture, capsys: pytest.CaptureF
 @pytest.mark.integration
 async def test_a_topic_is_not_consumed_any_more_when_nearly_all_records_become_dead_letters(service: Fixture) -> None:
     assert service.dead_letters.problem() is None
-    async with asyncio.timeout(60), service.medium.running(service.broker):
+    async with asyncio.timeout(DEADLINE_S), service.medium.running(service.broker):
         for _ in range(FUSE_RECORDS // 50 + 2):
             await service.broker.publish_batch(*[b"{broken"] * 50, topic=service.topics["batch"])
         await service.medium.until(lambda: service.dead_letters.problem() is not None)

@@ -25,6 +25,7 @@ from shared.fleet import load_fleet
 from shared.messages import GenerationRequest, GenerationResponse
 from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS, RESPONSES
+from tests.support.deadlines import DEADLINE_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAND_INS = ("triton-0", "triton-1")
@@ -242,7 +243,7 @@ def compose(engine: None, kafka_port: int) -> Iterator[Compose]:
     """`docker compose` for a separate project with healthy services; removed with its volumes afterwards."""
     project = f"sprout-test-{uuid4().hex[:8]}"
 
-    def call(*arguments: str, timeout_s: float = 600.0, check: bool = True) -> str:
+    def call(*arguments: str, timeout_s: float = 1_000.0, check: bool = True) -> str:
         return _run(
             "docker", "compose", "--env-file", os.devnull, "--project-name", project, *arguments,
             timeout_s=timeout_s, check=check, KAFKA_EXTERNAL_PORT=str(kafka_port),
@@ -250,7 +251,7 @@ def compose(engine: None, kafka_port: int) -> Iterator[Compose]:
 
     try:
         call("build", timeout_s=1_200)
-        call("up", "--detach", "--wait", "--wait-timeout", "300")
+        call("up", "--detach", "--wait", "--wait-timeout", "900", timeout_s=1_000)
         yield call
     finally:
         call("down", "--volumes", "--timeout", "20", check=False)
@@ -353,7 +354,7 @@ def test_the_evaluator_takes_requests_with_its_token_only(compose: Compose) -> N
 def test_starting_again_keeps_the_secrets_and_the_tables(compose: Compose) -> None:
     program = "print(open('/run/sprout/database-password').read())"
     before = _python(compose, "ledger", program)
-    compose("up", "--detach", "--wait", "--wait-timeout", "300", "--force-recreate", "secrets", "postgres", "ledger")
+    compose("up", "--detach", "--wait", "--wait-timeout", "900", "--force-recreate", "secrets", "postgres", "ledger")
     assert _python(compose, "ledger", program) == before
     assert compose("exec", "-T", "ledger", "python", "/usr/local/lib/sprout/healthcheck.py", "8080", "/ready") == ""
 
@@ -369,7 +370,7 @@ def test_a_producer_gets_an_answer(compose: Compose) -> None:
 def test_the_ledger_reads_the_meter_of_every_model_server(compose: Compose) -> None:
     program = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8080/metrics').read().decode())"
     wanted = {f"local-13b-{number}" for number in range(len(STAND_INS))}
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + DEADLINE_S
     while True:
         page = compose("exec", "-T", "ledger", "python", "-c", program)
         metered = r'^sprout_ledger_energy_joules_total\{endpoint="(.+?)",part="metered"\} (\S+)$'
@@ -405,7 +406,7 @@ async def test_no_request_is_lost_when_one_of_three_routers_is_killed(compose: C
             if number == len(ids) // 2:
                 await asyncio.to_thread(_run, "docker", "kill", "--signal", "KILL", routers[0])
         answered: dict[str, GenerationResponse] = {}
-        async with asyncio.timeout(180):
+        async with asyncio.timeout(DEADLINE_S):
             while set(ids) - answered.keys():
                 record = await consumer.getone()
                 response = GenerationResponse.model_validate_json(record.value)

@@ -15,6 +15,7 @@ from shared.messages import CarbonIntensity
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY
+from tests.support.deadlines import DEADLINE_S
 from tests.support.processes import leader
 from tests.support.router import ZONE, fleet_toml
 
@@ -95,7 +96,7 @@ async def read(
     """The first messages of the zone, so many or up to one that was published after a time; each is keyed by it."""
     found: list[CarbonIntensity] = []
     async with (
-        asyncio.timeout(30),
+        asyncio.timeout(DEADLINE_S),
         AIOKafkaConsumer(
             kafka.topic(CARBON_INTENSITY), bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="earliest"
         ) as consumer,

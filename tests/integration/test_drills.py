@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from deploy.local.java import KafkaInstallationError
 from tests.drills.__main__ import drill, run_scenarios
 from tests.drills.run import drill_environment
+from tests.support.deadlines import DEADLINE_S
 from tests.support.environment import KAFKA
 
 pytestmark = pytest.mark.integration
@@ -54,7 +55,7 @@ async def test_an_unexpected_exit_is_recorded_with_its_log_and_the_process_resta
         name = environment.model_servers[0].name
         (process,) = await environment.running({name})
         os.kill(process.pid, signal.SIGSEGV)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_S):
             while not (environment.exits and await environment.running({name})):  # noqa: ASYNC110 - polls the state of processes
                 await asyncio.sleep(0.1)
         (exited,) = environment.exits

@@ -18,6 +18,7 @@ from shared.messages import Footprint, PromptGrouping, Quality, UsageRecord
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY, FOOTPRINTS, PROMPT_GROUPS, QUALITY, SAMPLES, USAGE
+from tests.support.deadlines import DEADLINE_S, REPLY_S
 from tests.support.evaluator import (
     KINDS,
     EvaluatorProcess,
@@ -37,8 +38,6 @@ BIAS = 0.5
 PROMPTS = 240
 RATE = 60.0
 TOKEN = "token-of-these-tests"
-DEADLINE_S = 120.0
-"""Bounds the waits of the test that stops PostgreSQL; it passes as soon as the event occurs."""
 CLOCK = Clock.starting(datetime(2023, 2, 10, 12, tzinfo=UTC), rate=RATE)
 
 
@@ -334,7 +333,7 @@ async def wait_until_ready_is(url: str, status: int, *, mentions: str = "") -> N
 
 def answer(url: str | urllib.request.Request) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with urllib.request.urlopen(url, timeout=REPLY_S) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

@@ -22,6 +22,7 @@ from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
 from shared.topics import DEAD_LETTERS, RESPONSES
 from tests.support.contract import EXAMPLES
+from tests.support.deadlines import DEADLINE_S
 from tests.support.router import producing, reading
 
 pytestmark = pytest.mark.integration
@@ -73,7 +74,7 @@ async def test_one_bad_response_costs_only_itself(name, kafka, storage):
     async with producing(kafka) as producer, reading(kafka, DEAD_LETTERS) as letters:
         topic = kafka.topic(RESPONSES)
         await asyncio.gather(*[await producer.producer.send(topic, value, partition=0) for value in values])
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             while len(ids := await stored(storage)) + len(letters.records) <= NUMBER:
                 await letters._poll(100)
         kept = [DeadLetter.model_validate_json(record.value) for record in letters.records]

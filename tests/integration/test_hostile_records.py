@@ -66,7 +66,7 @@ async def test_a_service_starts_with_a_bomb_on_each_of_its_topics(service, name,
             await send(b"[", key=b"after")
     process = start_service(service, supervisor, kafka=kafka, database=database, fleet=fleet)
     async with reading(kafka, DEAD_LETTERS) as letters:
-        await letters.read(until=3 * len(topics), timeout_s=30)
+        await letters.read(until=3 * len(topics))
         found = {(one.topic, one.offset): one.reason for one in map(letter_of, letters.records)}
     reasons = ("invalid_json", reason, "invalid_json")
     assert found == {(kafka.topic(spec), at): why for spec in topics for at, why in enumerate(reasons)}

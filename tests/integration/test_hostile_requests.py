@@ -21,6 +21,7 @@ import pytest
 
 from shared.messages import DeadLetter, PromptGrouping
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, MEBIBYTE, POLICIES, PROMPT_GROUPS, RESPONSES
+from tests.support.deadlines import DEADLINE_S
 from tests.support.processes import restart_exited
 from tests.support.router import MODEL, ZONE, intensity, page, policy, producing, reading, request, until_committed
 
@@ -98,7 +99,7 @@ async def test_a_router_survives_and_answers_all_ordinary_requests(name, kafka, 
             for _ in range(attack.times):
                 await hostile.raw(value, **attack.options)
             await producer.ask(*(request(number) for number in range(ORDINARY // 2, ORDINARY)))
-        await answers.ids([f"r{number}" for number in range(ORDINARY)], timeout_s=60)
+        await answers.ids([f"r{number}" for number in range(ORDINARY)])
         await until_committed(kafka)
         await answers.read_to_end()
         await letters.read_to_end()
@@ -130,7 +131,7 @@ async def test_a_record_that_ends_the_process_is_set_aside_after_one_restart(com
             bomb = await hostile.raw(turns(130_000_000), key=b"k")
             await producer.ask(*(request(number) for number in range(ORDINARY // 2, ORDINARY)))
         wanted = {f"r{number}" for number in range(ORDINARY)}
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(DEADLINE_S):
             while wanted - answers.responses().keys():
                 if not restart_exited(routers.supervisor, [router]):
                     pid = routers.supervisor.process(router).pid

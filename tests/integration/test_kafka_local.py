@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from shared.kafka.admin import create_topics, plan_topics, read_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import DEAD_LETTERS, POLICIES, QUALITY, REQUESTS, TOPICS, TopicSpec
+from tests.support.deadlines import DEADLINE_S
 from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
@@ -38,7 +39,7 @@ async def test_existing_topics_are_changed_as_far_as_nothing_is_lost_and_the_res
         """Wait for these differences: the broker learns of a change after the controller."""
         found: set[tuple[str, str, str]] = set()
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(DEADLINE_S):
                 while found != expected:
                     plan = await plan_topics(kafka)
                     found = {(one.topic.removeprefix(kafka.topic_prefix), one.setting, one.how) for one in plan}
@@ -93,7 +94,7 @@ async def test_a_topic_has_its_declared_configuration(kafka, spec):
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
     await admin.start()
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             while True:
                 (answer,) = await admin.describe_configs([resource])
                 code, _, _, _, entries = answer.resources[0]
@@ -166,7 +167,7 @@ async def _consume(kafka: KafkaSettings, topic: str, count: int) -> list[bytes]:
     await consumer.start()
     values: list[bytes] = []
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_S):
             while len(values) < count:
                 batches = await consumer.getmany(timeout_ms=500, max_records=count - len(values))
                 values += [record.value for records in batches.values() for record in records]

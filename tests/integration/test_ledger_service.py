@@ -44,6 +44,7 @@ from shared.topics import (
     RESPONSES,
     USAGE,
 )
+from tests.support.deadlines import DEADLINE_S
 from tests.support.router import LEVELS, MODEL, ZONE, Producer, producing, question, reading, write_workload
 
 pytestmark = pytest.mark.integration
@@ -145,7 +146,7 @@ class Ledgers:
         finally:
             await connection.close()
 
-    async def until(self, query: str, wanted: object, *, timeout_s: float = 120.0) -> None:
+    async def until(self, query: str, wanted: object, *, timeout_s: float = DEADLINE_S) -> None:
         deadline = time.monotonic() + timeout_s
         while (found := (await self.fetch(query))[0][0]) != wanted:
             if time.monotonic() > deadline:

@@ -25,6 +25,7 @@ from deploy.local.processes import ProcessFailedError, ProcessSpec
 from deploy.local.stack import LocalStack
 from deploy.local.state import StateError, read_state, stop_stack
 from shared.topics import TOPICS
+from tests.support.deadlines import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -60,7 +61,7 @@ def config(folder: Path, **changes: object) -> StackConfig:
     )
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"

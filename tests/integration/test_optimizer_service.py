@@ -47,6 +47,7 @@ from shared.topics import (
     QUALITY,
     TopicSpec,
 )
+from tests.support.deadlines import DEADLINE_S
 from tests.support.processes import leader
 from tools.cli.main import app
 
@@ -140,7 +141,7 @@ class Peers:
             await self.producer.send(self.kafka.topic(spec), message.model_dump_json().encode(), key=key.encode())
         await self.producer.flush()
 
-    async def policy(self, wanted, *, within_s: float = 30.0) -> Policy:
+    async def policy(self, wanted, *, within_s: float = DEADLINE_S) -> Policy:
         async with asyncio.timeout(within_s):
             async for record in self.consumer:
                 found = Policy.model_validate_json(record.value)
@@ -154,12 +155,12 @@ class Peers:
         (end,) = (await self.consumer.end_offsets([partition])).values()
         await self.consumer.seek_to_beginning(partition)
         found: list[int] = []
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_S):
             while await self.consumer.position(partition) < end:
                 found.append(Policy.model_validate_json((await self.consumer.getone()).value).version)
         return found
 
-    async def plan(self, wanted, *, within_s: float = 30.0) -> PoolCapacity:
+    async def plan(self, wanted, *, within_s: float = DEADLINE_S) -> PoolCapacity:
         async with asyncio.timeout(within_s):
             async for record in self.plans:
                 found = PoolCapacity.model_validate_json(record.value)

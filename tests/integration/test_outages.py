@@ -16,6 +16,7 @@ from deploy.local.processes import Supervisor
 from shared.runtime.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, RESPONSES, SAMPLES, TopicSpec
 from tests.support.contract import EXAMPLES
+from tests.support.deadlines import DEADLINE_S
 from tests.support.evaluator import judged_fleet
 from tests.support.processes import start_service
 from tests.support.router import page, producing, reading, request
@@ -73,7 +74,7 @@ async def test_outages_of_postgresql_and_kafka(services, supervisor, kafka):
             await answers.ids(["r1"])
         for spec in (FOOTPRINTS, SAMPLES):
             await producer.post(spec, EXAMPLES[spec.name], "key")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         while not all([await consumed(kafka, group, spec) for group, spec in GROUPS]):  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.2)
 
@@ -102,7 +103,7 @@ async def restart(supervisor: Supervisor, name: str) -> None:
 
 async def until_ready(supervisor: Supervisor, names: Collection[str], problem: str | None = None) -> None:
     """Wait until every service is ready, or until every one reports a problem."""
-    async with asyncio.timeout(90 if problem is None else NOTICED_S):
+    async with asyncio.timeout(DEADLINE_S if problem is None else NOTICED_S):
         for name in names:
             while (problem or '"ready"') not in await asyncio.to_thread(readiness, supervisor, name):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)

@@ -11,6 +11,7 @@ from shared.messages import EndpointCurve, LoadReport, PoolCapacity
 from shared.runtime.clock import Clock
 from shared.switchback import SwitchbackSchedule
 from shared.topics import CAPACITY, LOAD_REPORTS, POWER_CURVES
+from tests.support.deadlines import DEADLINE_S
 from tests.support.router import LONG_PROMPT, RouterProcess, fleet_toml, reading, request, until_page
 
 pytestmark = pytest.mark.integration
@@ -31,7 +32,7 @@ def in_flight(text: str) -> dict[str, float]:
 
 async def logged(routers: RouterProcess, name: str, text: str) -> None:
     """Wait until a router's log has a text."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         while text not in routers.log(name):  # noqa: ASYNC110 - a log has no event
             await asyncio.sleep(0.1)
 
@@ -126,7 +127,7 @@ async def test_in_a_reference_block_the_reference_serves_and_requests_are_spread
     await logged(routers, name, '"new policy"')
     async with reading(kafka) as answers:
         for number, reference in enumerate((False, True)):
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(DEADLINE_S):
                 while True:
                     now = routers.clock.now()
                     left = schedule.next_change(now) - now

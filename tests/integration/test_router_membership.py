@@ -6,6 +6,7 @@ import json
 import pytest
 
 from shared.topics import LOAD_REPORTS
+from tests.support.deadlines import DEADLINE_S
 from tests.support.router import LONG_PROMPT, reading, request, until_committed, until_page
 
 pytestmark = pytest.mark.integration
@@ -66,7 +67,7 @@ async def test_added_and_removed_routers_lose_no_request_and_answer_none_twice(k
             if leaving is None:
                 routers.start()
             else:
-                routers.stop_gently(leaving, within_s=20)
+                routers.stop_gently(leaving, within_s=DEADLINE_S)
         seen = await answers.ids(f"r{number}" for number in range(asked))
         await until_committed(kafka)
         await answers.read_to_end()

@@ -18,6 +18,7 @@ from shared.kafka.admin import create_topics
 from shared.messages import DeadLetter
 from shared.runtime.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS, RESPONSES, SAMPLES, Cleanup, TopicSpec
+from tests.support.deadlines import DEADLINE_S, REPLY_S
 from tests.support.router import RouterProcess, fleet_toml, producing, reading, request, until_committed
 
 pytestmark = pytest.mark.integration
@@ -69,7 +70,7 @@ def routers(supervisor: Supervisor, kafka: KafkaSettings, echo: str, tmp_path: P
 
 
 def page(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.urlopen(url, timeout=REPLY_S) as answer:
         return answer.read().decode()
 
 
@@ -134,7 +135,7 @@ async def test_no_failure_writes_a_prompt_to_log_or_metrics(kafka, routers):
         except urllib.error.HTTPError as error:  # not ready: its endpoint fails
             text = error.read().decode()
         assert MARKER not in text
-    routers.stop_gently(name, within_s=30)
+    routers.stop_gently(name, within_s=DEADLINE_S)
     log = routers.log(name)
     assert "dead letter" in log
     assert "circuit breaker opened, endpoint ejected" in log

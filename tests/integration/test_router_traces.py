@@ -16,6 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from deploy.local.processes import Supervisor
 from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS, RESPONSE_CHUNKS, SAMPLES
+from tests.support.deadlines import DEADLINE_S
 from tests.support.router import (
     MODEL,
     RouterProcess,
@@ -97,7 +98,7 @@ async def test_a_request_is_one_trace_from_the_producer_to_the_answer(
             await chunks.read(until=2)
             await until_committed(kafka)
         assert received.exports == []
-        routers.stop_gently(name, within_s=60)
+        routers.stop_gently(name, within_s=DEADLINE_S)
     finally:
         for one in (name, triton.name):
             supervisor.stop(one)

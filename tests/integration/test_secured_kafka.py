@@ -20,6 +20,7 @@ from deploy.local.kafka import Listener, install_kafka, kafka_spec
 from deploy.local.processes import Supervisor, free_ports
 from shared.runtime.settings import KafkaSettings
 from tests.support.certificate import Authority, Certificate
+from tests.support.deadlines import DEADLINE_S
 from tests.support.router import RouterProcess, fleet_toml, question
 from tools.cli.console import Exit
 from tools.cli.main import app
@@ -184,7 +185,7 @@ async def sprout(*arguments: str):
 
 async def ended(supervisor: Supervisor, name: str) -> None:
     process = supervisor.process(name)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         while process.alive:  # noqa: ASYNC110 - a process has no event
             await asyncio.sleep(0.1)
 
@@ -204,7 +205,7 @@ async def test_topics_are_created_and_a_request_answered(way, secured, triton, e
         sent = await sprout("send", question(3), "--directive", "L2", "--footprint-wait", "0")
         assert sent.exit_code == 0, sent.output
         assert "L2 says: word" in sent.output
-        routers.stop_gently(name, within_s=30)
+        routers.stop_gently(name, within_s=DEADLINE_S)
         assert PASSWORD not in routers.log(name)
     finally:
         supervisor.stop(name)

@@ -15,6 +15,7 @@ from shared.inference.base import EndpointUnavailable, GenerationParameters, gen
 from shared.inference.pools import Pools
 from shared.runtime.clock import Clock
 from tests.support.certificate import Authority
+from tests.support.deadlines import DEADLINE_S
 from tests.support.router import MODEL, fleet_toml, question, write_workload
 from tests.support.triton import serving_triton
 
@@ -77,7 +78,7 @@ async def client(made: Pools):
         await made.close()
 
 
-async def answer(made: Pools, *, timeout_s: float = 20.0) -> str:
+async def answer(made: Pools, *, timeout_s: float = DEADLINE_S) -> str:
     async with client(made) as leased:
         generation = await generate(
             leased,

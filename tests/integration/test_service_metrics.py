@@ -14,6 +14,7 @@ from shared.runtime.database import open_pool
 from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.service_metrics import LagMeter
 from shared.topics import SAMPLES
+from tests.support.deadlines import DEADLINE_S
 from tests.support.evaluator import sample
 from tests.support.router import producing
 
@@ -34,7 +35,7 @@ async def test_the_lag_is_what_the_service_has_not_been_given(kafka):
 
     async def lag_is(expected: float) -> None:
         labels = {"topic": kafka.topic(SAMPLES), "group": kafka.group("test")}
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_S):
             while registry.get_sample_value("sprout_consumer_lag_records", labels) != expected:
                 await meter.measure()
                 await asyncio.sleep(0.05)
@@ -44,7 +45,7 @@ async def test_the_lag_is_what_the_service_has_not_been_given(kafka):
             await producer.post(SAMPLES, sample(number, at=clock.now()), "qa")
     await broker.start()
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_S):
             await read.wait()
         await lag_is(2)
         go_on.set()

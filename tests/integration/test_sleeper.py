@@ -21,6 +21,7 @@ from deploy.local.sleeper import DRAIN_WALL_S
 from shared.messages import EndpointLoad, LoadReport, PoolCapacity, PoolLoad
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CAPACITY, LOAD_REPORTS
+from tests.support.deadlines import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -133,17 +134,17 @@ async def loaded(models: PreparedModels) -> list[bool]:
     return found
 
 
-async def until_loaded(models: PreparedModels, *wanted: bool, timeout_s: float = 20.0) -> float:
+async def until_loaded(models: PreparedModels, *wanted: bool) -> float:
     """Wait until the model is loaded on the wanted servers; returns the seconds that it took."""
     began = time.monotonic()
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(DEADLINE_S):
         while await loaded(models) != list(wanted):  # noqa: ASYNC110 - a server can only be asked
             await asyncio.sleep(0.05)
     return time.monotonic() - began
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    async with asyncio.timeout(timeout_s):
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
         while not condition():  # noqa: ASYNC110 - a log can only be polled
             await asyncio.sleep(0.1)
 
@@ -156,7 +157,7 @@ async def test_an_endpoint_sleeps_while_it_is_not_needed_and_is_awake_again_at_o
         async with InferenceServerClient(models.fleet.judge.grpc) as client:
             assert await client.is_model_ready("judge")
         await sleeper.needs(FIRST, SECOND)
-        assert await until_loaded(models, True, True) < 10.0
+        await until_loaded(models, True, True)
 
         # The other one: it is awake before the first sleeps.
         await sleeper.needs(SECOND)
@@ -184,8 +185,9 @@ async def test_an_endpoint_with_work_in_flight_is_not_put_to_sleep(supervisor, k
 async def test_an_outdated_capacity_message_wakes_every_endpoint(supervisor, kafka, models):
     async with sleeping(supervisor, kafka, models) as sleeper:
         sleeper.start()
-        await sleeper.needs(FIRST, valid_s=12.0)
-        await until_loaded(models, True, False, timeout_s=12.0)
+        await sleeper.needs(FIRST)
+        await until_loaded(models, True, False)
+        await sleeper.needs(FIRST, valid_s=1.0)
         await until_loaded(models, True, True)
 
 
@@ -227,7 +229,7 @@ async def test_a_server_that_is_away_stops_nothing(supervisor, kafka, models):
         # It comes back with every model loaded.
         supervisor.respawn("triton-1").wait_ready()
         await sleeper.needs(FIRST)
-        await until_loaded(models, True, False, timeout_s=40.0)
+        await until_loaded(models, True, False)
         await sleeper.needs(FIRST, SECOND)
         await until_loaded(models, True, True)
 

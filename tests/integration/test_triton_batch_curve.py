@@ -15,6 +15,7 @@ from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.stand_in.batching import CurveRules
 from shared.batch_curve import MEASURED
 from shared.runtime.clock import Clock
+from tests.support.deadlines import DEADLINE_S
 from tests.support.triton import ServingTriton, serving_triton
 
 pytestmark = pytest.mark.integration
@@ -112,7 +113,7 @@ async def observed(server: ServingTriton) -> AsyncIterator[list[float]]:
 async def until_steps_are_metered(server: ServingTriton) -> None:
     """Wait until the counter has more than idle energy: the requests sent before are running."""
     began_s, began_j = server.clock.now_s(), server.energy_j(GPU)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while (  # noqa: ASYNC110 - a metric can only be polled
             server.energy_j(GPU) - began_j < 300.0 + CURVE.idle_w * (server.clock.now_s() - began_s)
         ):
@@ -120,7 +121,7 @@ async def until_steps_are_metered(server: ServingTriton) -> None:
 
 
 async def until_unloaded(client: grpcclient.InferenceServerClient) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while True:
             index = await client.get_model_repository_index()
             if any(one.name == "ensemble" and one.reason == "unloaded" for one in index.models):

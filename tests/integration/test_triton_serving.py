@@ -13,6 +13,7 @@ from deploy.local.config import REPOSITORY, default_state_dir
 from deploy.local.triton import TritonInstallation, free_triton_ports, install, wait_ready
 from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.repository import write_repository
+from tests.support.deadlines import DEADLINE_S
 from tests.support.triton import model_processes, wait_until_ended, write_entries
 
 pytestmark = pytest.mark.integration
@@ -64,7 +65,7 @@ def test_serve_writes_the_repository_and_becomes_the_server(triton, workload, tm
         assert (tmp_path / "models" / "judge" / "config.pbtxt").is_file()
     finally:
         process.send_signal(signal.SIGTERM)
-        _, output = process.communicate(timeout=20)
+        _, output = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0
     assert "serving ensemble; its energy counters have gpu_uuid 'stand-in-m'" in output
 
@@ -90,7 +91,7 @@ def test_the_models_end_with_a_server_that_is_killed(triton, workload, tmp_path)
 
 def test_serve_rejects_an_unknown_mode_of_model_control(triton, workload):
     process = serve(triton, "--models", "ensemble=m", "--model-control", "poll", WORKLOAD=str(workload))
-    _, output = process.communicate(timeout=20)
+    _, output = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
     assert "--model-control must be explicit or none; got 'poll'" in output
 
@@ -98,7 +99,7 @@ def test_serve_rejects_an_unknown_mode_of_model_control(triton, workload):
 def test_serve_rejects_an_unusable_workload(triton, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     process = serve(triton, WORKLOAD=str(tmp_path / "empty.jsonl"))
-    _, output = process.communicate(timeout=20)
+    _, output = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
     assert "cannot serve: workload" in output
     assert "has no usable line" in output

@@ -17,6 +17,7 @@ from deploy.local.triton import TritonInstallation, free_triton_ports, install, 
 from deploy.triton.repository import RepositoryModel, write_repository
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
+from tests.support.deadlines import DEADLINE_S
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def restart_exited(supervisor: Supervisor, names: Iterable[str]) -> list[Process
     return exits
 
 
-async def leader(supervisor: Supervisor, names: Collection[str], *, within_s: float = 60.0) -> str:
+async def leader(supervisor: Supervisor, names: Collection[str], *, within_s: float = DEADLINE_S) -> str:
     """The one of some copies of a service that says that it is the leader; waits for that.
 
     Raises:
@@ -84,7 +85,7 @@ async def leader(supervisor: Supervisor, names: Collection[str], *, within_s: fl
 def _role(supervisor: Supervisor, name: str) -> str | None:
     """What a copy of a service says it is; None while it does not answer, or is not ready."""
     try:
-        with urllib.request.urlopen(f"{supervisor.process(name).spec.url}/ready", timeout=1) as response:
+        with urllib.request.urlopen(f"{supervisor.process(name).spec.url}/ready", timeout=5) as response:
             return str(json.load(response).get("role"))
     except OSError:
         return None

@@ -19,6 +19,7 @@ from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import RESPONSES, TopicSpec
 from tests.support import fleets, processes
+from tests.support.deadlines import DEADLINE_S, REPLY_S
 from tests.support.fleets import DIRECTIVES, MODEL, ZONE, fleet_toml
 from tests.support.messages import intensity, policy
 from tests.support.processes import RouterProcess, TritonServer
@@ -66,13 +67,13 @@ def question(number: int) -> str:
 
 def page(url: str) -> str:
     """The text of a page, for example `/metrics`."""
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.urlopen(url, timeout=REPLY_S) as answer:
         return answer.read().decode()
 
 
 async def until_page(url: str, condition: Callable[[str], object]) -> str:
     """Wait until the text of a page meets a condition; returns it."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         while not condition(text := await asyncio.to_thread(page, url)):  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.1)
     return text
@@ -80,7 +81,7 @@ async def until_page(url: str, condition: Callable[[str], object]) -> str:
 
 async def until_committed(kafka: KafkaSettings) -> None:
     """Wait until the routers have committed the end of every partition: every request is finished."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         while any(offset != end for offset, end in (await committed(kafka)).values()):  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.1)
 
@@ -104,7 +105,9 @@ class Answers:
     consumer: AIOKafkaConsumer
     records: list[Any] = field(default_factory=list)
 
-    async def read(self, *, until: int | None = None, timeout_s: float = 60.0, settle_s: float = 0.0) -> list[Any]:
+    async def read(
+        self, *, until: int | None = None, timeout_s: float = DEADLINE_S, settle_s: float = 0.0
+    ) -> list[Any]:
         """Read until there are `until` records, then those that arrive within `settle_s`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
@@ -126,7 +129,7 @@ class Answers:
             await self._poll(200)
         return self.records
 
-    async def ids(self, wanted: Iterable[str], *, timeout_s: float = 60.0) -> Counter[str]:
+    async def ids(self, wanted: Iterable[str], *, timeout_s: float = DEADLINE_S) -> Counter[str]:
         """Read until every wanted request id has a response; returns the number of responses by id."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s

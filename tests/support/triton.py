@@ -18,6 +18,7 @@ from deploy.local.triton import free_triton_ports, install, metrics_url, ready_p
 from deploy.triton.repository import RepositoryModel, write_repository
 from deploy.triton.server import TritonPorts
 from shared.runtime.clock import Clock
+from tests.support.deadlines import DEADLINE_S, REPLY_S
 
 LEVELS = {"L0": (100, 2.0), "L1": (30, 0.6), "L2": (10, 0.2)}
 
@@ -45,7 +46,7 @@ class ServingTriton:
 
     async def until_energy_above(self, gpu: str, energy_j: float) -> None:
         """Wait until a model without idle power has begun to work on a request."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_S):
             while self.energy_j(gpu) <= energy_j:  # noqa: ASYNC110 - a metric can only be polled
                 await asyncio.sleep(0.02)
 
@@ -57,7 +58,7 @@ class ServingTriton:
 async def settled(read: Callable[[], float], *, tolerance: float = 0.0) -> float:
     """A counter's value once it grows by at most `tolerance` in 0.4 s; running requests update it every 50 ms."""
     readings = [read()]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while len(readings) < 5 or readings[-1] - readings[-5] > tolerance:
             await asyncio.sleep(0.1)
             readings.append(read())
@@ -66,7 +67,7 @@ async def settled(read: Callable[[], float], *, tolerance: float = 0.0) -> float
 
 def gpu_metric(url: str, name: str, gpu: str) -> float:
     """The value of a metric on a page of Triton's metrics."""
-    with urllib.request.urlopen(url, timeout=5) as page:
+    with urllib.request.urlopen(url, timeout=REPLY_S) as page:
         lines = page.read().decode().splitlines()
     (value,) = (line.rpartition(" ")[2] for line in lines if line.startswith(f'{name}{{gpu_uuid="{gpu}"}}'))
     return float(value)
