@@ -76,7 +76,7 @@ ACCESS: Final[dict[str, Access]] = {
         groups=("optimizer", leader_group("optimizer")),
     ),
     "evaluator": Access(
-        reads=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, POWER_CURVES, CAPACITY),
+        reads=(SAMPLES, CARBON_INTENSITY, FOOTPRINTS, POLICIES, POWER_CURVES, CAPACITY),
         writes=(USAGE, QUALITY, PROMPT_GROUPS, LOAD_REPORTS, DEAD_LETTERS),
         groups=("evaluator", leader_group("evaluator")),
     ),

@@ -63,6 +63,7 @@ class Producer:
             model=self._model,
             prompt=planned.prompt,
             task=planned.task,
+            reference=planned.reference,
             sampling=self._sampling,
             requested_at=planned.at,
         )

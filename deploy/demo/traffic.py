@@ -10,6 +10,7 @@ from statistics import fmean
 
 from deploy.triton.stand_in.prompt import REFERENCE_LEVEL
 from deploy.triton.stand_in.workload import load_workload
+from shared.messages.generation import MAX_REFERENCE_CHARS
 
 PEAK_HOUR = 14
 """Local hour of the peak load."""
@@ -25,21 +26,24 @@ class Prompt:
 
     Attributes:
         tokens: length of the model's answer without a directive; None where it was not recorded.
+        reference: the right answer; None where the workload has none.
     """
 
     task: str
     text: str
     tokens: int | None = None
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request and its event time."""
+    """A request and its event time; `reference` is the right answer, if it is known."""
 
     at: datetime
     id: str
     task: str
     prompt: str
+    reference: str | None = None
 
 
 def prompts_of(workload: Path, *, model: str, tasks: frozenset[str] = frozenset()) -> list[Prompt]:
@@ -57,9 +61,13 @@ def prompts_of(workload: Path, *, model: str, tasks: frozenset[str] = frozenset(
     wanted = [entry for entry in judged if entry.task in tasks] or judged
     recorded = [entry.responses.get((model, REFERENCE_LEVEL)) for entry in wanted]
     return [
-        Prompt(entry.task, entry.prompt, None if answer is None else answer.tokens)
+        Prompt(entry.task, entry.prompt, None if answer is None else answer.tokens, _usable(entry.reference))
         for entry, answer in zip(wanted, recorded, strict=True)
     ]
+
+
+def _usable(reference: str | None) -> str | None:
+    return reference if reference is not None and len(reference) <= MAX_REFERENCE_CHARS else None
 
 
 def mean_tokens(prompts: Sequence[Prompt]) -> float:
@@ -104,9 +112,9 @@ def plan_traffic(
     if hours <= 0 or requests <= 0:
         raise ValueError(f"hours and requests must be greater than 0, got hours={hours}, requests={requests}")
     rng = random.Random(seed)
-    by_task: dict[str, list[str]] = {}
+    by_task: dict[str, list[Prompt]] = {}
     for prompt in prompts:
-        by_task.setdefault(prompt.task, []).append(prompt.text)
+        by_task.setdefault(prompt.task, []).append(prompt)
     tasks = sorted(by_task)
 
     def local_hour(offset_h: float) -> float:
@@ -125,12 +133,14 @@ def plan_traffic(
         phase = 2 * math.pi * local_hour(offset_h) / 24.0
         weights = [1.0 + TASK_SWING * math.cos(phase - 2 * math.pi * i / len(tasks)) for i in range(len(tasks))]
         task = rng.choices(tasks, weights)[0]
+        prompt = rng.choice(by_task[task])
         plan.append(
             PlannedRequest(
                 at=start + timedelta(hours=offset_h),
                 id=f"demo-{seed}-{number:06d}",
                 task=task,
-                prompt=rng.choice(by_task[task]),
+                prompt=prompt.text,
+                reference=prompt.reference,
             )
         )
     return plan

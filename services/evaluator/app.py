@@ -12,6 +12,7 @@ from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
 from services import SERVICES
+from services.evaluator.correctness import CORRECTNESS, CorrectnessMetric
 from services.evaluator.evaluation import EvaluationRunner, Publishers
 from services.evaluator.generate import ModelCalls
 from services.evaluator.judges import Judge, OpenAIJudge, TritonJudge
@@ -19,6 +20,7 @@ from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import PlanError, candidates_of
 from services.evaluator.preference import PreferenceMetric
+from services.evaluator.quality import QualityMetric
 from services.evaluator.requests import evaluation_endpoint
 from services.evaluator.samples import InputConsumer, SampleStore
 from services.evaluator.scheduler import Scheduler
@@ -35,7 +37,7 @@ from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.leader import join_leadership
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
-from shared.messages import CarbonIntensity, Footprint, Sample
+from shared.messages import CarbonIntensity, Footprint, Policy, Sample
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.database_metrics import DatabaseMetrics
@@ -49,6 +51,7 @@ from shared.topics import (
     DEAD_LETTERS,
     FOOTPRINTS,
     LOAD_REPORTS,
+    POLICIES,
     POWER_CURVES,
     PROMPT_GROUPS,
     QUALITY,
@@ -94,6 +97,7 @@ class Evaluator:
         self._intensities = LatestIntensities()
         self.leadership = join_leadership(broker, kafka, service=NAME, registry=registry)
         self._publishers = Publishers(broker, kafka, self.leadership)
+        self._bounds_correctness: dict[str, bool] = {}
         self._pools = Pools(
             fleet,
             clock=clock,
@@ -174,7 +178,7 @@ class Evaluator:
                 learner=GroupLearner(group_store, settings, levels=self._fleet.levels),
                 publishers=self._publishers,
                 calls=self._calls,
-                quality_metrics=(PreferenceMetric(self._open_judge(stack), self.metrics),),
+                quality_metrics=self._quality_metrics(self._open_judge(stack)),
                 candidates=self._candidates,
                 intensities=self._intensities,
                 fleet=self._fleet,
@@ -218,6 +222,17 @@ class Evaluator:
         """Report that nothing is running any more; call it when all evaluations have ended."""
         await self._load_reporter.finish()
 
+    def _quality_metrics(self, judge: Judge) -> tuple[QualityMetric, ...]:
+        preference = PreferenceMetric(judge, self.metrics, rubric=self.settings.rubric)
+        mode = self.settings.correctness
+        if mode == "off":
+            return (preference,)
+
+        def asks_judge(model: str) -> bool:
+            return mode == "always" or (mode == "bounded" and self._bounds_correctness.get(model, False))
+
+        return preference, CorrectnessMetric(judge, asks_judge=asks_judge)
+
     def _open_judge(self, stack: AsyncExitStack) -> Judge:
         settings = self.settings
         if self._judge_pool is not None:
@@ -257,6 +272,11 @@ class Evaluator:
         @subscribe_batches(broker, kafka, dead_letters, FOOTPRINTS, **options)
         async def on_footprints(footprints: list[Footprint]) -> None:
             await self.inputs.add_footprints(footprints)
+
+        @subscribe_compacted(broker, kafka, dead_letters, POLICIES)
+        async def on_policies(policies: list[Policy]) -> None:
+            for policy in policies:
+                self._bounds_correctness[policy.model] = policy.bounds.get(CORRECTNESS, 0.0) > 0.0
 
         @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
         async def on_intensities(intensities: list[CarbonIntensity]) -> None:
@@ -308,6 +328,7 @@ def build_app(
             USAGE,
             QUALITY,
             PROMPT_GROUPS,
+            POLICIES,
             POWER_CURVES,
             CAPACITY,
             LOAD_REPORTS,

@@ -7,7 +7,7 @@ from typing import Literal
 
 from shared.carbon import embodied_g, operational_g
 from shared.fleet import Fleet
-from shared.messages import EvaluationCost, Footprint
+from shared.messages import EvaluationCost, Footprint, JudgeCard
 from shared.units import JOULES_PER_KWH
 
 Purpose = Literal["evaluation", "judge"]
@@ -34,11 +34,13 @@ class Work:
 
     Attributes:
         calls: finished calls on servers of the fleet.
-        judgements: votes of the judge, on a server of the fleet or not.
+        judgements: replies of the judge, from a server of the fleet or not.
+        card: how the judge voted.
     """
 
     calls: list[Call] = field(default_factory=list)
     judgements: int = 0
+    card: JudgeCard = field(default_factory=JudgeCard)
 
 
 @dataclass(frozen=True, slots=True)

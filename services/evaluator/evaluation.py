@@ -5,6 +5,7 @@ process was suspended, finds its evaluation marked as interrupted by the next le
 """
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,12 +14,16 @@ from uuid import uuid4
 
 from faststream.kafka import KafkaBroker
 
+from services.evaluator.answers import contradicted
+from services.evaluator.card import card_of_outcomes, check_fault, comparison_fault
+from services.evaluator.correctness import CORRECTNESS
 from services.evaluator.cost import CallContext, Work, estimate_cost
 from services.evaluator.generate import Answer, CallError, ModelCalls, all_or_first_error
 from services.evaluator.judges import JudgeError
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import Candidate, allocate, interleave
+from services.evaluator.preference import PREFERENCE
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt, QualityMetric, tally
 from services.evaluator.samples import SampleStore
 from services.evaluator.settings import EvaluatorSettings
@@ -147,7 +152,7 @@ class EvaluationRunner:
 
     async def _run(self, evaluation_id: str, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
         log = _log.bind(model=model, evaluation=evaluation_id, trigger=trigger.reason)
-        samples = await self._choose_samples(model)
+        samples = self._without_contradictions(await self._choose_samples(model))
         log.info("evaluation started", prompts=len(samples), g_per_kwh=trigger.g_per_kwh)
         group_of = await self.learner.assignment(model, samples)
         judging = PromptJudging(self, evaluation_id, model, at=trigger.at, group_of=group_of)
@@ -168,6 +173,9 @@ class EvaluationRunner:
             counts=tally((one.group, one) for one in judging.judged),
             prompts=len(judging.evaluated),
             abstentions=judging.abstentions,
+            judge=judging.work.card,
+            rubric=rubric_name(self.settings.rubric),
+            discarded=judging.discarded,
             cost=estimate_cost(judging.work, energy=energy, intensities=self._current_intensities(), fleet=self.fleet),
         )
         finished = await self.status.retry(
@@ -198,6 +206,14 @@ class EvaluationRunner:
         )
         chosen = {group: available[group][:number] for group, number in numbers.items()}
         return await self.samples.load(model, [one for _, one in interleave(chosen)])
+
+    @staticmethod
+    def _without_contradictions(samples: Sequence[Sample]) -> list[Sample]:
+        """The samples; references that contradict each other are removed."""
+        unusable = contradicted(samples)
+        if unusable:
+            _log.warning("references of the same prompt contradict each other and are not used", samples=len(unusable))
+        return [one.model_copy(update={"reference": None}) if one.identity in unusable else one for one in samples]
 
     def _current_intensities(self) -> dict[str, float]:
         """gCO2eq/kWh by zone; without zones whose latest value is too old."""
@@ -231,6 +247,7 @@ class PromptJudging:
         evaluated: ids of the prompts that were answered and judged, with or without a verdict.
         abstentions: prompts without a verdict.
         dropped: prompts that were removed because a call failed.
+        discarded: metrics whose outcomes do not count because the judge failed, with the reason.
         work: of all prompts, including dropped ones.
     """
 
@@ -253,6 +270,7 @@ class PromptJudging:
         self.evaluated: list[str] = []
         self.abstentions = 0
         self.dropped = 0
+        self.discarded: dict[str, str] = {}
         self.work = Work()
         self._runner = runner
         self._evaluation_id = evaluation_id
@@ -277,7 +295,9 @@ class PromptJudging:
             failure = failures.exceptions[0]
         if failure is not None:
             raise failure
-        if not self.judged:
+        self._rate_judge()
+        # Repeating an evaluation costs energy and would not improve the judge.
+        if not self.judged and not self.discarded:
             raise EvaluationFailedError(
                 f"none of {len(samples)} prompts has a verdict: {self.abstentions} abstentions, {self.dropped} could "
                 "not be answered or judged"
@@ -301,8 +321,29 @@ class PromptJudging:
             self.abstentions += 1
             self._runner.metrics.abstentions.labels(self._model).inc()
             return
+        if PREFERENCE in outcomes:
+            options = [candidate.options[0] for candidate in self._candidates]
+            texts = [one.text for one in answers]
+            self.work.card += card_of_outcomes(options, texts, outcomes[PREFERENCE], sample.reference)
         self._runner.metrics.judged_prompts.labels(self._model).inc()
         self.judged.append(self._judged_prompt(sample, context.group, answers, outcomes))
+
+    def _rate_judge(self) -> None:
+        """Discard the outcomes of metrics for which the judge cannot be relied on."""
+        metrics, card = self._runner.metrics, self.work.card
+        metrics.count_card(card)
+        faults = {
+            PREFERENCE: comparison_fault(card, self._runner.settings),
+            CORRECTNESS: check_fault(card, self._runner.settings),
+        }
+        for name, reason in faults.items():
+            metrics.judge_usable.labels(self._model, name).set(reason is None)
+            if reason is not None:
+                self.discarded[name] = reason
+                _log.warning("the judge's verdicts do not count", model=self._model, metric=name, reason=reason)
+        if self.discarded:
+            kept = (one.without(self.discarded) for one in self.judged)
+            self.judged = [one for one in kept if any(answer.outcomes for answer in one.answers)]
 
     async def _generate(self, sample: Sample, context: CallContext, number: int) -> list[Answer]:
         """The answer of every candidate; waits for all of them even if one fails."""
@@ -355,3 +396,8 @@ class PromptJudging:
         _log.info("prompt dropped", model=self._model, evaluation=self._evaluation_id, error=str(error))
         if self._consecutive_failures >= self._runner.settings.max_consecutive_failures:
             raise EvaluationFailedError(f"{self._consecutive_failures} prompts in a row failed; the last: {error}")
+
+
+def rubric_name(rubric: str | None) -> str:
+    """Name of a rubric in messages: `default`, or a hash of its text."""
+    return "default" if rubric is None else hashlib.blake2b(rubric.encode(), digest_size=4).hexdigest()

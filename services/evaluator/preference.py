@@ -1,7 +1,7 @@
 """The metric `preference`: a judge compares the answers in every position, and the majority of the votes decides.
 
-A judge that only considers the position names another answer in each rotation, so no answer gets a majority and the
-prompt has no verdict. Position bias costs prompts, but it causes no wrong verdict.
+A judge that only considers the position names another answer in each rotation, so no answer gets a majority: a tie, in
+which the answers share the win in proportion to their votes (docs/decisions/0037-correctness-and-the-judges-card.md).
 """
 
 import asyncio
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from services.evaluator.card import card_of_votes
 from services.evaluator.cost import CallContext
 from services.evaluator.generate import all_or_first_error
-from services.evaluator.judges import LETTERS, Judge, JudgeTask, JudgeVote, question_text
+from services.evaluator.judges import DEFAULT_RUBRIC, LETTERS, Judge, JudgeTask, JudgeVote, question_text
 from services.evaluator.metrics import EvaluatorMetrics
 from shared.messages import Sample
 
@@ -24,14 +25,25 @@ class Verdict:
     """Result of the votes on one prompt.
 
     Attributes:
-        winners: indices of the winning answers: one, or several with the same text; empty: no verdict.
+        shares: of the win, by answer: its indices (several with the same text), its share. One answer with a majority
+            of the votes, several in a tie; empty: no verdict, because too few votes could be read.
         votes: votes that named an answer.
-        agreeing: votes that named the winner.
+        agreeing: votes that named the winner; 0 without a majority.
     """
 
-    winners: tuple[int, ...]
+    shares: tuple[tuple[tuple[int, ...], float], ...]
     votes: int
     agreeing: int
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether no answer has a majority."""
+        return len(self.shares) > 1
+
+    def outcomes(self, answers: int) -> list[float]:
+        """Outcome of each of the answers: its share, divided among those with the same text."""
+        found = {index: share / len(same) for same, share in self.shares for index in same}
+        return [found.get(index, 0.0) for index in range(answers)]
 
 
 class Comparison:
@@ -59,22 +71,27 @@ class Comparison:
         return tuple(self._texts[index] for index in order)
 
     def verdict(self, choices: Sequence[int | None]) -> Verdict:
-        """Count the votes. An answer wins with more than half of all rotations.
+        """Count the votes. An answer wins with more than half of all rotations; otherwise votes share the win.
+
+        There is no verdict if half of the votes or more named no answer.
 
         Args:
             choices: for each of `orders`, the position that the judge named; None: it named no answer.
         """
         orders = self.orders()
         if not orders:
-            return Verdict(self._indices[0], votes=0, agreeing=0)
+            return Verdict(((self._indices[0], 1.0),), votes=0, agreeing=0)
         named = Counter(
             order[position] for order, position in zip(orders, choices, strict=True) if position is not None
         )
-        votes = sum(named.values())
-        best, agreeing = max(named.items(), key=lambda item: item[1], default=(0, 0))
-        if 2 * agreeing <= len(orders):
+        votes, most = sum(named.values()), max(named.values(), default=0)
+        if 2 * votes <= len(orders):
             return Verdict((), votes=votes, agreeing=0)
-        return Verdict(self._indices[best], votes=votes, agreeing=agreeing)
+        if 2 * most > len(orders):
+            winner = max(named, key=named.__getitem__)
+            return Verdict(((self._indices[winner], 1.0),), votes=votes, agreeing=most)
+        shares = tuple((self._indices[text], count / votes) for text, count in sorted(named.items()))
+        return Verdict(shares, votes=votes, agreeing=0)
 
 
 class PreferenceMetric:
@@ -82,29 +99,42 @@ class PreferenceMetric:
 
     name: Final = PREFERENCE
 
-    def __init__(self, judge: Judge, metrics: EvaluatorMetrics) -> None:
+    def __init__(self, judge: Judge, metrics: EvaluatorMetrics, *, rubric: str | None = None) -> None:
+        """Create.
+
+        Args:
+            rubric: what makes an answer the best one; None: `DEFAULT_RUBRIC`.
+        """
         self._judge = judge
         self._metrics = metrics
+        self._rubric = rubric or DEFAULT_RUBRIC
 
     async def score(self, sample: Sample, answers: Sequence[str], context: CallContext) -> list[float] | None:
-        """Compare the answers: the winner's outcome is 1; winners with the same text share it.
+        """Compare the answers: the winner's outcome is 1; winners with the same text share it, and so
+        do the answers of a tie.
 
         Raises:
             JudgeError: a vote failed.
         """
         comparison = Comparison(answers)
-        question = question_text(sample.messages)
+        question, orders = question_text(sample.messages), comparison.orders()
         replies = await asyncio.gather(
-            *(self._judge.vote(JudgeTask(question, comparison.shown(order)), context) for order in comparison.orders()),
+            *(
+                self._judge.reply(JudgeTask(question, comparison.shown(order)).messages(self._rubric), context)
+                for order in orders
+            ),
             return_exceptions=True,
         )
-        context.work.judgements += sum(isinstance(one, JudgeVote) for one in replies)
-        votes = all_or_first_error(replies)
+        context.work.judgements += sum(isinstance(one, str) for one in replies)
+        votes = [JudgeVote.parse(one, answers=len(orders)) for one in all_or_first_error(replies)]
         for vote in votes:
             self._metrics.judge_positions.labels("none" if vote.choice is None else LETTERS[vote.choice]).inc()
-        verdict = comparison.verdict([one.choice for one in votes])
-        if not verdict.winners:
+        choices = [one.choice for one in votes]
+        verdict = comparison.verdict(choices)
+        context.work.card += card_of_votes(orders, choices, tie=verdict.is_tie)
+        if not verdict.shares:
             return None
-        self._metrics.judge_votes.labels("yes").inc(verdict.agreeing)
-        self._metrics.judge_votes.labels("no").inc(verdict.votes - verdict.agreeing)
-        return [1.0 / len(verdict.winners) if index in verdict.winners else 0.0 for index in range(len(answers))]
+        if not verdict.is_tie:
+            self._metrics.judge_votes.labels("yes").inc(verdict.agreeing)
+            self._metrics.judge_votes.labels("no").inc(verdict.votes - verdict.agreeing)
+        return verdict.outcomes(len(answers))

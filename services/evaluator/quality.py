@@ -6,8 +6,8 @@ learning and messages treat all metrics alike.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -98,6 +98,16 @@ class JudgedPrompt:
     features: PromptFeatures
     answers: tuple[JudgedAnswer, ...]
     tenant: str | None = None
+
+    def without(self, metrics: Collection[str]) -> Self:
+        """The same prompt without the outcomes of these metrics."""
+        return replace(
+            self,
+            answers=tuple(
+                replace(one, outcomes={name: value for name, value in one.outcomes.items() if name not in metrics})
+                for one in self.answers
+            ),
+        )
 
 
 class _Outcome(NamedTuple):

@@ -16,6 +16,9 @@ MIN_TOKEN_CHARS: Final = 16
 """Minimum length of a token, which somebody could otherwise guess."""
 
 
+MAX_RUBRIC_CHARS: Final = 4_000
+
+
 class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings, DrawKeySettings):
     """When and how answers are judged. "Wall" means real seconds, "event" those of the clock."""
 
@@ -137,6 +140,31 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     judge_api_key_file: Path | None = Field(default=None, description="File that contains the token")
     judge_timeout_s: float = Field(default=30.0, gt=0, description="Timeout of one request to that server, wall")
 
+    rubric: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_RUBRIC_CHARS,
+        description="What makes an answer the best one, in sentences for the judge; default: correct and helpful",
+    )
+    rubric_file: Path | None = Field(default=None, description="File that contains the rubric")
+    correctness: Literal["off", "exact", "bounded", "always"] = Field(
+        default="bounded",
+        description="Metric correctness. exact: with a number or a letter as reference, without a judge; bounded: the "
+        "judge decides the rest while a policy in force bounds correctness; always: it always does",
+    )
+    judge_max_unreadable: float = Field(
+        default=0.5, ge=0, le=1, description="Share of unreadable replies above which the judge's verdicts do not count"
+    )
+    judge_max_flips: float = Field(
+        default=0.9,
+        ge=0,
+        description="Votes on the same answers in another order differ this often, relative to random votes: above it "
+        "they do not count",
+    )
+    judge_max_wrong_controls: float = Field(
+        default=0.5, ge=0, le=1, description="Share of wrong control checks above which checks of meaning do not count"
+    )
+
     # POST /evaluations
     http_token: SecretStr | None = Field(
         default=None, min_length=MIN_TOKEN_CHARS, description="Bearer token of POST /evaluations; null: it is off"
@@ -155,22 +183,32 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     def _check(self) -> Self:
         if self.judge == "openai" and (self.judge_url is None or self.judge_model is None):
             raise ValueError("SPROUT_EVALUATOR_JUDGE=openai needs SPROUT_EVALUATOR_JUDGE_URL and _JUDGE_MODEL")
-        if self.judge_api_key is not None and self.judge_api_key_file is not None:
-            raise ValueError("set SPROUT_EVALUATOR_JUDGE_API_KEY or _JUDGE_API_KEY_FILE, not both")
-        if self.http_token is not None and self.http_token_file is not None:
-            raise ValueError("set SPROUT_EVALUATOR_HTTP_TOKEN or SPROUT_EVALUATOR_HTTP_TOKEN_FILE, not both")
         if self.max_judged_to_learn < self.min_judged_to_learn:
             raise ValueError("max_judged_to_learn must not be below min_judged_to_learn")
         if self.max_judged < self.max_judged_to_learn:
             raise ValueError("max_judged must not be below max_judged_to_learn")
         if self.overdue_h <= self.grace_h:
             raise ValueError(f"overdue_h ({self.overdue_h:g}) must be longer than grace_h ({self.grace_h:g})")
+        return self
+
+    @model_validator(mode="after")
+    def _read_files(self) -> Self:
         if self.judge_api_key_file is not None:
+            if self.judge_api_key is not None:
+                raise ValueError("set SPROUT_EVALUATOR_JUDGE_API_KEY or _JUDGE_API_KEY_FILE, not both")
             key = read_secret(self.judge_api_key_file, "SPROUT_EVALUATOR_JUDGE_API_KEY_FILE")
             self.judge_api_key = SecretStr(key)
         if self.http_token_file is not None:
+            if self.http_token is not None:
+                raise ValueError("set SPROUT_EVALUATOR_HTTP_TOKEN or SPROUT_EVALUATOR_HTTP_TOKEN_FILE, not both")
             token = read_secret(self.http_token_file, "SPROUT_EVALUATOR_HTTP_TOKEN_FILE")
             if len(token) < MIN_TOKEN_CHARS:
                 raise ValueError(f"SPROUT_EVALUATOR_HTTP_TOKEN_FILE needs {MIN_TOKEN_CHARS} characters or more")
             self.http_token = SecretStr(token)
+        if self.rubric_file is not None:
+            if self.rubric is not None:
+                raise ValueError("set SPROUT_EVALUATOR_RUBRIC or SPROUT_EVALUATOR_RUBRIC_FILE, not both")
+            self.rubric = read_secret(self.rubric_file, "SPROUT_EVALUATOR_RUBRIC_FILE").strip()
+            if not 0 < len(self.rubric) <= MAX_RUBRIC_CHARS:
+                raise ValueError(f"SPROUT_EVALUATOR_RUBRIC_FILE needs 1 to {MAX_RUBRIC_CHARS} characters")
         return self

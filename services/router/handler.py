@@ -283,5 +283,6 @@ def sample_of(incoming: IncomingRequest, *, clock: Clock) -> Sample:
         tenant=incoming.request.tenant,
         messages=incoming.request.conversation(),
         sampling=incoming.request.sampling,
+        reference=incoming.request.reference,
         sampled_at=clock.now(),
     )

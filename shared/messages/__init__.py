@@ -30,6 +30,7 @@ from shared.messages.generation import (
     TokenCountSource,
     Usage,
 )
+from shared.messages.judging import JudgeCard, LengthSums
 from shared.messages.policies import (
     GroupEvidence,
     GroupTaken,
@@ -61,6 +62,8 @@ __all__ = [
     "GroupTaken",
     "Identifier",
     "IntensityPoint",
+    "JudgeCard",
+    "LengthSums",
     "Level",
     "LoadReport",
     "Message",

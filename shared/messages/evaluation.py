@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import Field
 
 from shared.messages.base import Identifier, Level, Message, RequestMessage, UtcDatetime, Value, Zone
-from shared.messages.generation import ChatMessage, SamplingParameters
+from shared.messages.generation import ChatMessage, ReferenceAnswer, SamplingParameters
+from shared.messages.judging import JudgeCard
 
 
 class Sample(RequestMessage):
@@ -17,6 +18,7 @@ class Sample(RequestMessage):
     tenant: str | None = None
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
     sampling: SamplingParameters = Field(default_factory=SamplingParameters)
+    reference: ReferenceAnswer = None
     sampled_at: UtcDatetime
 
 
@@ -90,4 +92,9 @@ class Quality(Message):
     counts: tuple[QualityCount, ...]
     prompts: int = Field(ge=0, description="Prompts evaluated")
     abstentions: int = Field(ge=0, description="Prompts without a usable verdict")
+    judge: JudgeCard | None = Field(default=None, description="How the judge voted; null from earlier evaluators")
+    rubric: Identifier | None = Field(default=None, description="Judge's rubric: `default`, or a hash of its text")
+    discarded: dict[str, str] = Field(
+        default={}, description="Metrics whose outcomes do not count because the judge failed, with the reason"
+    )
     cost: EvaluationCost

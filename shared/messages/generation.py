@@ -1,8 +1,8 @@
 """Topics `requests`, `responses` and `response-chunks`: what a producer asks for, and the answers."""
 
-from typing import Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from shared.messages.base import (
     Identifier,
@@ -23,6 +23,19 @@ ErrorCode = Literal[
     "deadline_exceeded", "unknown_model", "unknown_level", "prompt_too_large", "no_endpoint", "upstream_error",
     "invalid_request",
 ]  # fmt: skip
+
+MAX_REFERENCE_CHARS: Final = 8_000
+
+ReferenceAnswer = Annotated[
+    Annotated[str, Field(max_length=MAX_REFERENCE_CHARS)] | None,
+    AfterValidator(lambda text: (text or "").strip() or None),
+    Field(
+        repr=False,
+        description="The right answer, where the producer knows it: a number, a letter of a choice, or a text. Answers "
+        "are evaluated with it; no model sees it but the judge. Blank: none",
+    ),
+]
+"""A known right answer; None: unknown."""
 
 
 class ChatMessage(Value):
@@ -71,6 +84,7 @@ class GenerationRequest(Message):
     sampling: SamplingParameters = Field(default_factory=SamplingParameters)
     stream: bool = Field(default=False, description="Publish the answer in chunks as well")
     evaluation_allowed: bool = Field(default=True, description="False: the prompt is never sampled for evaluation")
+    reference: ReferenceAnswer = None
     requested_at: UtcDatetime | None = Field(
         default=None, description="Event time; default: the record's Kafka timestamp"
     )

@@ -42,12 +42,14 @@ def sample(
     model: str = MODEL,
     at: datetime | None = None,
     text: Callable[[int], str] = question,
+    reference: str | None = None,
 ) -> Sample:
     return Sample(
         request_id=f"r{number}",
         model=model,
         group=group,
         messages=(ChatMessage(role="user", content=text(number)),),
+        reference=reference,
         sampled_at=at or datetime.now(UTC),
     )
 
@@ -72,18 +74,24 @@ def judged_fleet(address: str) -> str:
     )  # fmt: skip
 
 
+REFERENCE = "word"
+"""Right answer to every prompt of the workload; the brief answer at L2 to an odd prompt disagrees with it."""
+
+
 def write_judged_workload(path: Path, *, prompts: int) -> Path:
     def entry(number: int, prompt: str, preferred: str) -> dict[str, Any]:
         return {
             "task": "test",
             "prompt": prompt,
             "preferred": preferred,
+            "reference": REFERENCE,
             "responses": {
                 f"{MODEL}/{level}": {
                     "text": f"{level} on {number}: " + "word " * tokens,
                     "tokens": tokens,
                     "energy_j": tokens * 6.0,
                     "time_s": time_s,
+                    "correct": level != "L2" or number % 2 == 0,
                 }
                 for level, (tokens, time_s) in LEVELS.items()
             },

@@ -19,7 +19,7 @@ RECEIVED = {
     "carbon_feed": set(),
     "router": {"requests", "policies", "prompt-groups", "carbon-intensity", "power-curves", "capacity"},
     "optimizer": {"carbon-intensity", "footprints", "quality", "prompt-groups", "power-curves", "load-reports"},
-    "evaluator": {"samples", "carbon-intensity", "footprints", "power-curves", "capacity"},
+    "evaluator": {"samples", "carbon-intensity", "footprints", "policies", "power-curves", "capacity"},
     "ledger": {
         "responses",
         "usage",

@@ -28,6 +28,7 @@ def test_without_options_it_uses_the_shipped_inputs(tmp_path):
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "summary.json").read_text())
     assert all(tuple(row)[: len(KEYS)] == KEYS for row in rows)
+    assert {row["correctness_source"] for row in rows} == {"string"}
     assert {row["scheme"] for row in rows} == {"base", "co2_opt", "sprout_sta", "sprout", "sprout_context", "oracle"}
     assert [row["xi"] for row in rows if row["scheme"] == "sprout"] == [0.0, 0.1]
     page = (tmp_path / "report.html").read_text()

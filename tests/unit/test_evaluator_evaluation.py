@@ -14,7 +14,7 @@ from services.evaluator.judges import JudgeError
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import Candidate
 from services.evaluator.settings import EvaluatorSettings
-from shared.messages import Sample
+from shared.messages import JudgeCard, Sample
 from tests.support.evaluator import sample
 
 AT = datetime(2023, 2, 10, 12, tzinfo=UTC)
@@ -97,3 +97,43 @@ async def test_an_evaluation_without_a_verdict_has_failed():
     undecided = FixedMetric("preference", (1.0, 0.0), without=frozenset({"r0", "r1"}))
     with pytest.raises(EvaluationFailedError, match="none of 2 prompts has a verdict: 2 abstentions, 0 could"):
         await judging(undecided).run([sample(0), sample(1)])
+
+
+class CardedMetric(FixedMetric):
+    """A metric that adds a card for every prompt."""
+
+    def __init__(self, name: str, card: JudgeCard) -> None:
+        super().__init__(name, (1.0, 0.0))
+        self.card = card
+
+    async def score(self, sample: Sample, answers: Sequence[str], context: CallContext) -> Sequence[float] | None:
+        context.work.card += self.card
+        return await super().score(sample, answers, context)
+
+
+LOCKED = JudgeCard(votes=2, positions={"A": 2}, comparisons=1, ties=1, repeats=1, flips=1, flips_at_random=0.5)
+
+
+async def test_verdicts_of_a_judge_that_always_names_the_same_position_are_discarded_and_the_others_count():
+    run = judging(CardedMetric("preference", LOCKED), FixedMetric("correctness", (1.0, 1.0)))
+    await run.run([sample(number) for number in range(10)])
+    assert list(run.discarded) == ["preference"]
+    assert "100% of the votes named the same position" in run.discarded["preference"]
+    assert {name for one in run.judged for answer in one.answers for name in answer.outcomes} == {"correctness"}
+    assert (len(run.judged), len(run.evaluated)) == (10, 10)
+
+
+async def test_an_evaluation_whose_judge_cannot_be_used_ends_without_outcomes_and_is_not_repeated():
+    run = judging(CardedMetric("preference", LOCKED))
+    await run.run([sample(number) for number in range(10)])
+    assert (run.judged, len(run.evaluated)) == ([], 10)
+    registry = run._runner.metrics
+    assert registry.judge_usable.labels("m", "preference")._value.get() == 0.0
+    assert registry.judge_usable.labels("m", "correctness")._value.get() == 1.0
+
+
+async def test_the_card_has_the_lengths_of_the_answers_by_option():
+    run = judging(FixedMetric("preference", (1.0, 0.0)))
+    await run.run([sample(number) for number in range(3)])
+    assert run.work.card.lengths["p/L1"].prompts == 3
+    assert run.work.card.lengths["p/L1"].d == -3.0

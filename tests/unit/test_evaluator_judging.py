@@ -1,6 +1,7 @@
 """Votes are parsed from one letter; a majority of all orders decides, and position bias causes no wrong verdict."""
 
 import json
+from collections.abc import Sequence
 from itertools import product
 
 import httpx
@@ -14,7 +15,7 @@ from pydantic import SecretStr, ValidationError
 from deploy.triton.stand_in.judge import Judge, JudgeRules, parse_judge_prompt
 from deploy.triton.stand_in.workload import Entry, Recorded, Workload
 from services.evaluator.cost import CallContext
-from services.evaluator.judges import JudgeError, JudgeTask, JudgeVote, OpenAIJudge, question_text
+from services.evaluator.judges import DEFAULT_RUBRIC, JudgeError, JudgeTask, JudgeVote, OpenAIJudge, question_text
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.preference import Comparison, PreferenceMetric
 from services.evaluator.settings import EvaluatorSettings
@@ -23,6 +24,7 @@ from tests.support.evaluator import sample
 
 ANSWERS = ("a long answer", "a short one", "no")
 CONTEXT = CallContext("e", "m", "qa")
+QUESTION = JudgeTask("Why?", ANSWERS).messages()
 
 
 def test_three_answers_are_each_shown_in_every_position():
@@ -36,7 +38,7 @@ def test_three_answers_are_each_shown_in_every_position():
 def test_a_judge_that_only_considers_the_position_decides_nothing(count, data):
     comparison = Comparison([f"answer {number}" for number in range(count)])
     position = data.draw(st.integers(0, count - 1))
-    assert comparison.verdict([position] * count).winners == ()
+    assert comparison.verdict([position] * count).outcomes(count) == pytest.approx([1 / count] * count)
 
 
 @given(st.integers(2, 8), st.data())
@@ -44,32 +46,42 @@ def test_position_bias_never_makes_another_answer_win(count, data):
     comparison = Comparison([f"answer {number}" for number in range(count)])
     best = data.draw(st.integers(0, count - 1))
     biased = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
-    choices = [0 if bias else order.index(best) for order, bias in zip(comparison.orders(), biased, strict=True)]
-    assert comparison.verdict(choices).winners in ((), (best,))
+    orders = comparison.orders()
+    choices = [0 if bias else order.index(best) for order, bias in zip(orders, biased, strict=True)]
+    outcomes = comparison.verdict(choices).outcomes(count)
+    assert outcomes[best] == max(outcomes)
+    named = sum(order[choice] == best for order, choice in zip(orders, choices, strict=True))
+    assert outcomes[best] == (1.0 if 2 * named > count else pytest.approx(named / count))
 
 
 @pytest.mark.parametrize("choices", list(product((0, 1, 2, None), repeat=3)))
-def test_the_majority_of_all_orders_wins_otherwise_there_is_no_verdict(choices):
+def test_the_majority_of_all_orders_wins_otherwise_the_votes_share_the_win(choices):
     comparison = Comparison(ANSWERS)
     named = [order[choice] for order, choice in zip(comparison.orders(), choices, strict=True) if choice is not None]
     winner = next((answer for answer in range(3) if named.count(answer) >= 2), None)
     verdict = comparison.verdict(choices)
-    assert verdict.winners == (() if winner is None else (winner,))
     assert verdict.votes == len(named)
     assert verdict.agreeing == (0 if winner is None else named.count(winner))
+    if len(named) <= 1:
+        assert verdict.shares == ()
+    elif winner is not None:
+        assert verdict.shares == (((winner,), 1.0),)
+    else:
+        assert verdict.is_tie
+        assert verdict.outcomes(3) == [named.count(answer) / len(named) for answer in range(3)]
 
 
 def test_equal_answers_are_shown_once_and_win_together():
     comparison = Comparison(("yes, \nit is", "no", "yes, it is "))
     assert [len(comparison.shown(order)) for order in comparison.orders()] == [2, 2]
-    assert comparison.verdict([0, 1]).winners == (0, 2)
-    assert comparison.verdict([0, 0]).winners == ()
+    assert comparison.verdict([0, 1]).outcomes(3) == [0.5, 0.0, 0.5]
+    assert comparison.verdict([0, 0]).outcomes(3) == [0.25, 0.5, 0.25]
 
 
 def test_if_all_answers_are_equal_the_judge_is_not_asked_and_all_win():
     comparison = Comparison(("yes", "yes", " yes"))
     assert comparison.orders() == []
-    assert comparison.verdict([]).winners == (0, 1, 2)
+    assert comparison.verdict([]).shares == (((0, 1, 2), 1.0),)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +101,21 @@ def test_the_prompt_contains_question_answers_and_reference():
     read = parse_judge_prompt(user.content)
     assert (read.question, read.answers, read.reference) == ("Why?", ANSWERS, "because")
     assert user.content.endswith("A, B or C.")
+
+
+def test_the_rubric_is_a_setting_and_the_default_says_nothing_about_length(tmp_path):
+    (system, _) = QUESTION
+    assert DEFAULT_RUBRIC in system.content
+    assert not any(word in system.content for word in ("long", "short", "brief", "concise"))
+    (tmp_path / "rubric").write_text("The best answer is {polite}.\n")
+    settings = EvaluatorSettings(rubric_file=tmp_path / "rubric")
+    (system, _) = JudgeTask("Why?", ANSWERS).messages(settings.rubric)
+    assert "The best answer is {polite}." in system.content
+    with pytest.raises(ValidationError, match="not both"):
+        EvaluatorSettings(rubric="a", rubric_file=tmp_path / "rubric")
+    (tmp_path / "rubric").write_text(" \n")
+    with pytest.raises(ValidationError, match="needs 1 to 4000 characters"):
+        EvaluatorSettings(rubric_file=tmp_path / "rubric")
 
 
 def test_an_answer_cannot_imitate_another_section():
@@ -126,11 +153,11 @@ def workload(prompts: int) -> Workload:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("bias", "most_abstentions"), [(0.0, 0.0), (0.15, 0.05), (0.5, 0.3)])
-def test_position_bias_of_the_stand_in_judge_costs_prompts_but_causes_no_wrong_verdict(bias, most_abstentions):
+@pytest.mark.parametrize(("bias", "most_ties"), [(0.0, 0.0), (0.15, 0.05), (0.5, 0.3)])
+def test_position_bias_of_the_stand_in_judge_makes_ties_but_no_wrong_majority(bias, most_ties):
     judged = workload(600)
     judge = Judge(judged, JudgeRules(position_bias=bias))
-    abstentions = first = votes = 0
+    ties = first = votes = 0
     for entry in judged.entries:
         answers = [entry.responses["m", level].text or "" for level in ("L0", "L1", "L2")]
         comparison = Comparison(answers)
@@ -140,13 +167,13 @@ def test_position_bias_of_the_stand_in_judge_costs_prompts_but_causes_no_wrong_v
             choices.append(JudgeVote.parse(judge.verdict(user.content), answers=3).choice)
         first += choices.count(0)
         votes += len(choices)
-        winners = comparison.verdict(choices).winners
-        abstentions += not winners
-        assert winners in ((), (("L0", "L1", "L2").index(entry.preferred),))
-    assert abstentions <= most_abstentions * len(judged.entries)
+        verdict = comparison.verdict(choices)
+        ties += verdict.is_tie
+        assert verdict.is_tie or verdict.shares == (((("L0", "L1", "L2").index(entry.preferred),), 1.0),)
+    assert ties <= most_ties * len(judged.entries)
     # A fair judge names the first position a third of the time.
     assert first / votes == pytest.approx(1 / 3 + bias * 2 / 3, abs=0.05)
-    print(f"bias {bias}: first position {first / votes:.3f}, abstentions {abstentions / len(judged.entries):.3f}")
+    print(f"bias {bias}: first position {first / votes:.3f}, ties {ties / len(judged.entries):.3f}")
 
 
 class ScriptedJudge:
@@ -157,11 +184,11 @@ class ScriptedJudge:
         self.failing = failing
         self.calls = 0
 
-    async def vote(self, task: JudgeTask, context: CallContext) -> JudgeVote:
+    async def reply(self, messages: Sequence[ChatMessage], context: CallContext) -> str:
         self.calls += 1
         if self.calls in self.failing:
             raise JudgeError("down")
-        return JudgeVote(task.answers.index(self.best))
+        return "ABC"[parse_judge_prompt(messages[-1].content).answers.index(self.best)]
 
 
 async def test_preference_is_1_for_the_winner_and_counts_every_vote():
@@ -200,7 +227,7 @@ def completion(text: str | None) -> httpx.Response:
 @respx.mock
 async def test_an_openai_compatible_judge_is_asked_for_one_token(judge):
     route = respx.post(f"{URL}/chat/completions").mock(return_value=completion("B"))
-    assert (await judge.vote(JudgeTask("Why?", ANSWERS), CONTEXT)).choice == 1
+    assert await judge.reply(QUESTION, CONTEXT) == "B"
     assert CONTEXT.work.calls == []  # its energy is not metered
     sent = route.calls.last.request
     body = json.loads(sent.content)
@@ -214,7 +241,7 @@ async def test_transient_errors_are_retried(judge):
     respx.post(f"{URL}/chat/completions").mock(
         side_effect=[httpx.Response(429), httpx.ConnectError("no"), completion(None)]
     )
-    assert (await judge.vote(JudgeTask("Why?", ANSWERS), CONTEXT)).choice is None
+    assert await judge.reply(QUESTION, CONTEXT) == ""
 
 
 @respx.mock
@@ -230,7 +257,7 @@ async def test_transient_errors_are_retried(judge):
 async def test_a_failed_vote_is_an_error_that_quotes_no_prompt(judge, answer, message):
     respx.post(f"{URL}/chat/completions").mock(return_value=answer)
     with pytest.raises(JudgeError, match=message) as raised:
-        await judge.vote(JudgeTask("Why?", ANSWERS), CONTEXT)
+        await judge.reply(QUESTION, CONTEXT)
     assert "secret" not in str(raised.value)
 
 

@@ -20,7 +20,7 @@ from services.router.admission import (
     parsed_bytes,
     rejection,
 )
-from services.router.handler import sample_of
+from services.router.handler import error_response, sample_of
 from services.router.settings import RouterSettings
 from services.router.streaming import Chunker
 from shared.fleet import Fleet
@@ -200,6 +200,18 @@ def test_a_tenant_can_keep_its_prompts_out_of_the_samples():
     sold = parsed(tenant="shop", fleet=fleet)
     assert sold.request.evaluation_allowed
     assert sample_of(sold, clock=Clock()).tenant == "shop"
+
+
+def test_a_reference_reaches_the_sample_and_nothing_else():
+    incoming = parsed(reference=" Canberra ")
+    assert sample_of(incoming, clock=Clock()).reference == "Canberra"
+    detail = ErrorDetail(code="upstream_error", message="down")
+    assert "Canberra" not in error_response(incoming, detail).model_dump_json()
+    assert "Canberra" not in str(incoming.request.conversation()) + repr(incoming)
+    assert sample_of(parsed(reference=" "), clock=Clock()).reference is None
+    with pytest.raises(PoisonMessageError, match="reference: String should have at most 8000 characters") as raised:
+        parse(GenerationRequest, json.dumps({"prompt": "p", "reference": "secret" * 2_000}).encode())
+    assert "secret" not in str(raised.value)
 
 
 def test_a_tenants_defaults_apply_to_fields_that_a_request_omits():

@@ -1,5 +1,6 @@
 """The stand-in judge: parses the judge prompt, prefers the workload's level, and errs with the given probabilities."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -15,6 +16,7 @@ from deploy.triton.stand_in.judge import (
     recognised_levels,
 )
 from deploy.triton.stand_in.workload import Entry, Recorded, Workload, load_workload
+from services.evaluator.judges import MeaningCheck
 
 FAIR = JudgeRules(position_bias=0.0)
 TEXTS = {
@@ -89,6 +91,45 @@ def test_texts_made_up_for_the_workload_are_recognised():
 
     for (model, level), recorded in silent.responses.items():
         assert recognised_levels(silent, recorded_text(silent, model, level, recorded)) == {level}
+
+
+def checked(judge, first, second, *, known=True, number=0):
+    question = f"Why is the sky blue, {number}?"
+    return judge.verdict(MeaningCheck(question, first, second, known).messages()[-1].content)
+
+
+def with_reference(reference="scattering", correct=(True, True, False)):
+    responses = {
+        ("m", level): Recorded(text, 10, 50.0, 0.2, right)
+        for (level, text), right in zip(TEXTS.items(), correct, strict=True)
+    }
+    return replace(entry(), responses=responses, reference=reference)
+
+
+def test_checks_against_the_reference_follow_the_workload_and_unknown_texts_are_right_if_they_contain_it():
+    judge = Judge(Workload([with_reference()]), FAIR)
+    assert [checked(judge, "scattering", TEXTS[level]) for level in TEXTS] == ["Yes", "Yes", "No"]
+    assert checked(judge, "scattering", "By Rayleigh scattering of light.") == "Yes"
+    assert checked(judge, "scattering", "Because of the scatterings.") == "No"
+    assert checked(judge, "another reference", TEXTS["L0"]) == "No"
+    assert checked(judge, "the same", "the  same", number=5) == "Yes"
+
+
+def test_checks_of_two_answers_follow_the_workload_and_prompts_without_a_reference_are_open():
+    judge = Judge(Workload([with_reference()]), FAIR)
+    assert checked(judge, TEXTS["L0"], TEXTS["L1"], known=False) == "Yes"
+    assert checked(judge, TEXTS["L0"], TEXTS["L2"], known=False) == "No"
+    assert checked(judge, TEXTS["L2"], TEXTS["L2"], known=False) == "Yes"
+    assert checked(judge, TEXTS["L0"], "unknown text", known=False) == "No"
+    silent = Judge(Workload([entry()]), FAIR)
+    assert checked(silent, TEXTS["L0"], TEXTS["L1"], known=False) == "Open"
+    assert checked(silent, "one", "another", known=False, number=9) == "Open"
+
+
+def test_a_judge_may_always_say_yes_or_nothing():
+    workload = Workload([with_reference()])
+    assert checked(Judge(workload, JudgeRules(yes_bias=1.0)), "scattering", "no") == "Yes"
+    assert checked(Judge(workload, JudgeRules(unparseable=1.0)), "scattering", "no") == NO_VERDICT
 
 
 def test_of_unrecognised_answers_the_one_closest_in_length_to_the_preferred_one_wins():

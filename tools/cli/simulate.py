@@ -90,6 +90,13 @@ def simulate(
             help="Tolerate --xi-correctness in every hour, not only at the highest carbon intensity",
         ),
     ] = False,
+    correctness: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Judged matches (CSV: task, option, prompt, match) as correctness; default: 'correct' in --requests",
+        ),
+    ] = None,
     life_cycle: Annotated[
         bool, typer.Option("--life-cycle", help="Use life-cycle instead of direct intensities")
     ] = False,
@@ -164,6 +171,7 @@ def simulate(
             hours=hours,
             xi_correctness=xi_correctness,
             constant_correctness=constant_correctness,
+            correctness=correctness,
             life_cycle=life_cycle,
             seed=seed,
         )
@@ -197,6 +205,9 @@ def simulate(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         figures = [one.summary() for one in outcomes]
+        for run, outcome in zip(figures, outcomes, strict=True):
+            known = outcome.correctness is not None
+            run["correctness_source"] = ("string" if correctness is None else "judged") if known else None
         for run, found in zip(figures, fleets, strict=False):
             run["fleets"] = [one.summary() for one in found]
         summary.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")

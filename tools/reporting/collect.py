@@ -23,6 +23,7 @@ from tools.reporting.counterfactual import NO_REFERENCE, ComparableRequests, Cou
 from tools.reporting.fleet_report import metered_report
 from tools.reporting.folding import fold_small_groups
 from tools.reporting.frame import Calls, Floats, partition
+from tools.reporting.judging import judge_report
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policies_below_bound, relative_pct
 from tools.reporting.query import Selection, Snapshot, read_snapshot
@@ -126,6 +127,7 @@ def compute_report(snapshot: Snapshot) -> Report:
         groupings=tuple(GroupingRow(one.version, one.learned_at, one.prompts) for one in snapshot.groupings),
         grid=_grid(snapshot),
         policies=Counter(policy.status for policy in published),
+        judge=judge_report(snapshot.qualities),
     )
 
 

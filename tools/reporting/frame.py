@@ -108,6 +108,8 @@ class Calls:
 
     def select(self, mask: Flags | Indices) -> Self:
         """The cells for which `mask`, of shape `(cells,)`, is true; or those with these indices."""
+        if mask.dtype == np.bool_ and mask.all():
+            return self  # a month of calls is not copied
         return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tools.reporting.judging import JudgeReport
 from tools.reporting.meter_model import Metered
 from tools.reporting.quality import JudgedShare
 from tools.reporting.savings import Interval, NetSaving, Saving
@@ -287,6 +288,7 @@ class Report:
         promised_saving_pct: predicted by the policies when they were solved.
         measured: mean energy and time by group and option.
         policies: number of policies published in the period, by status.
+        judge: what is known of the judge; None: no evaluation says it.
     """
 
     scope: Scope
@@ -309,6 +311,7 @@ class Report:
     groupings: tuple[GroupingRow, ...]
     grid: tuple[GridPoint, ...]
     policies: Mapping[str, int]
+    judge: JudgeReport | None = None
 
     @property
     def empty(self) -> bool:

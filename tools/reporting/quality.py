@@ -11,6 +11,7 @@ from shared.messages import Policy, Quality, QualityCount
 from tools.reporting.frame import Calls, Floats, Texts, partition
 
 PREFERENCE = "preference"
+CORRECTNESS = "correctness"
 BOUND_TOLERANCE = 2e-5
 """A quality below its bound by less than this meets it within the solver's tolerance."""
 

@@ -7,6 +7,7 @@ from tools.reporting.format import (
     grams,
     grams_range,
     milliseconds,
+    option_names,
     percent,
     percent_range,
     relative_difference,
@@ -15,6 +16,7 @@ from tools.reporting.format import (
     timestamp,
 )
 from tools.reporting.model import Report
+from tools.reporting.quality import CORRECTNESS
 from tools.reporting.savings import Saving
 
 BASELINE = "baseline (no directive)"
@@ -50,6 +52,8 @@ def summary_lines(report: Report) -> tuple[tuple[str, str], ...]:
             f"{percent_range(saving.saving_interval)}, from {saving.references:,} requests randomly given the baseline",
         ),
         ("answer quality", _quality_line(report)),
+        ("right answers", _correctness_line(report)),
+        ("judge", _judge_line(report)),
         ("emitted", _emitted_line(saving)),
         ("evaluations", _evaluations_line(report)),
         ("saving by policies", _policies_line(report)),
@@ -186,6 +190,42 @@ def _quality_line(report: Report) -> str:
     return (
         f"preferred {percent(quality.preference_pct)} as often as the baseline ({change}), by judged samples{unjudged}"
     )
+
+
+def _correctness_line(report: Report) -> str:
+    """Share of right answers by option over all judged prompts; empty if correctness was not judged."""
+    sums: dict[str, list[float]] = {}
+    for one in report.quality.judged:
+        if one.metric == CORRECTNESS:
+            pair = sums.setdefault(one.option, [0.0, 0.0])
+            pair[0] += one.successes
+            pair[1] += one.trials
+    names = option_names(report)
+    return ", ".join(
+        f"{names[option]} {share(right, trials)} of {trials:,.0f}" for option, (right, trials) in sums.items()
+    )
+
+
+def _judge_line(report: Report) -> str:
+    """The judge's card in short: what to look at before its verdicts are believed."""
+    judge = report.judge
+    if judge is None or judge.comparisons == 0:
+        return ""
+    parts = [
+        f"{judge.comparisons:,} comparisons, {percent(judge.ties_pct)} ties",
+        f"{percent(judge.unreadable_pct)} of the votes unreadable",
+        f"first position {percent(judge.first_pct)} (fair {percent(judge.first_expected_pct)})",
+        f"other vote in another order {percent(judge.flips_pct)} (random {percent(judge.flips_at_random_pct)})",
+        f"longer answer preferred {percent(judge.longer_pct)}",
+    ]
+    if judge.gold:
+        parts.append(f"a right answer won {percent(judge.gold_pct)} of {judge.gold:,} comparisons with wrong ones")
+    if judge.controls:
+        parts.append(f"{percent(judge.controls_right_pct)} of {judge.controls:,} control checks right")
+    if judge.rubrics not in ((), ("default",)):
+        parts.append(f"rubric {', '.join(judge.rubrics)}")
+    parts += [f"{metric} did not count in {count} evaluations" for metric, count in sorted(judge.discarded.items())]
+    return "; ".join(parts)
 
 
 def _emitted_line(saving: Saving) -> str:

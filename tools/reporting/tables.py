@@ -73,6 +73,7 @@ def tables(report: Report, *, hours: bool = True) -> tuple[TextTable, ...]:
         hour_table(report) if hours else None,
         group_table(report),
         evaluation_table(report),
+        length_table(report),
     ]
     return tuple(table for table in found if table is not None and table.rows)
 
@@ -220,6 +221,24 @@ def evaluation_table(report: Report) -> TextTable:
             for row in report.evaluations
         ),
         labels=2,
+    )
+
+
+def length_table(report: Report) -> TextTable:
+    """One row per option: its preference as judged, and at equal length."""
+    names = option_names(report)
+    return TextTable(
+        "Preference at equal length",
+        ("option", "prompts", "against baseline", "at equal length"),
+        tuple(
+            (
+                names.get(row.option, row.option),
+                f"{row.prompts:,}",
+                f"{row.difference_points:+.1f} points",
+                "–" if row.controlled_points is None else f"{row.controlled_points:+.1f} points",
+            )
+            for row in (report.judge.lengths if report.judge is not None else ())
+        ),
     )
 
 

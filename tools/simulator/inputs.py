@@ -13,6 +13,7 @@ from services.evaluator.clusters import TooFewPromptsError, learn_groups
 from services.optimizer.settings import OptimizerSettings
 from tools.simulator.grid import Say, Window, read_grids, say_missing_hours, say_missing_past, windows_of
 from tools.simulator.jobs import Job
+from tools.simulator.matches import read_matches
 from tools.simulator.published_case import QualityDraws, draw_quality, read_draws
 from tools.simulator.requests import REFERENCE, Floats, Measured, SimulationInputError, read_measured
 from tools.simulator.schemes import Experiment, Fold, Grouping, Variant
@@ -36,6 +37,7 @@ class Inputs:
         learn: None: a part of the requests, chosen by hash.
         folds: number of parts of the requests, each measured by what was learned from the others; None: one half is
             measured by what was learned from the other.
+        correctness: judged matches; None: `correct` of the requests.
     """
 
     requests: Path
@@ -54,6 +56,7 @@ class Inputs:
     hours: int | None = None
     xi_correctness: float | None = None
     constant_correctness: bool = False
+    correctness: Path | None = None
     life_cycle: bool = False
     seed: int = 1
 
@@ -113,7 +116,7 @@ def _optimizer() -> OptimizerSettings:
 
 def _traffic(inputs: Inputs, hours: int, say: Say) -> Traffic:
     """Prompts to learn from and to measure on, and the traffic of every hour."""
-    requests = _read(inputs.requests, inputs.model, say)
+    requests = _read(inputs.requests, inputs.model, inputs, say)
     if inputs.variant == "published" and len(requests.levels) != PUBLISHED_LEVELS:
         raise SimulationInputError(
             f"--variant published needs a model measured at {PUBLISHED_LEVELS} levels; {requests.model!r} was at "
@@ -152,15 +155,16 @@ def _parts(requests: Measured, inputs: Inputs, say: Say) -> Iterator[Part]:
             yield Part(learn, f"what is left to learn from without {part}", measured, part)
 
 
-def _read(path: Path, model: str | None, say: Say) -> Measured:
-    measured = read_measured(path, model=model)
+def _read(path: Path, model: str | None, inputs: Inputs, say: Say) -> Measured:
+    matches = None if inputs.correctness is None else read_matches(inputs.correctness)
+    measured = read_measured(path, model=model, matches=matches)
     for note in measured.notes:
         say(f"left out {note}")
     return measured
 
 
 def _read_learn(path: Path, requests: Measured, inputs: Inputs, say: Say) -> Measured:
-    learn = _read(path, requests.model, say)
+    learn = _read(path, requests.model, inputs, say)
     if learn.levels != requests.levels:
         raise SimulationInputError(
             f"--learn {path} has {requests.model!r} at {', '.join(learn.levels)}, {inputs.requests} at "

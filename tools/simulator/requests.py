@@ -2,14 +2,16 @@
 
 import gzip
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.triton.stand_in.prompt import normalised
 from deploy.triton.stand_in.workload import Entry, Workload, WorkloadError, load_workload, unit_hash
+from services.evaluator.answers import reference_number
 from shared.units import JOULES_PER_KWH
 
 REFERENCE = "L0"
@@ -18,6 +20,10 @@ UNJUDGED = -1
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+
+
+Matches = Mapping[tuple[str, str], float]
+"""Whether answers mean the same as the reference, by `model/level` and normalised prompt: 1 or 0; NaN if unknown."""
 
 
 class SimulationInputError(ValueError):
@@ -148,12 +154,13 @@ def joined(parts: Sequence[Measured]) -> Measured:
     )
 
 
-def read_measured(path: Path, *, model: str | None = None) -> Measured:
+def read_measured(path: Path, *, model: str | None = None, matches: Matches | None = None) -> Measured:
     """Read a workload file (format: `deploy/triton/stand_in/workload.py`).
 
     Args:
         path: of the file.
         model: whose levels are simulated; None: the one that was measured at most levels.
+        matches: correctness by meaning; None: `correct` of the file, by string.
 
     Raises:
         SimulationInputError: the file cannot be read, a prompt was not measured at every level, a preferred level was
@@ -185,7 +192,27 @@ def read_measured(path: Path, *, model: str | None = None) -> Measured:
     notes = list(workload.problems)
     if workload.skipped > len(notes):
         notes.append(f"{path}: {workload.skipped} lines left out in all")
-    return _arrays(workload.entries, chosen, levels, _smaller(workload, chosen), tuple(notes))
+    measured = _arrays(workload.entries, chosen, levels, _smaller(workload, chosen), tuple(notes))
+    if matches is None:
+        return measured
+    return replace(measured, correct=_judged_correctness(measured, workload.entries, matches, path))
+
+
+def _judged_correctness(measured: Measured, entries: Sequence[Entry], matches: Matches, path: Path) -> Floats:
+    """Correctness by meaning, (prompts, levels); a task of numbers without any match keeps its own."""
+    options = [f"{measured.model}/{level}" for level in measured.levels]
+    prompts = [normalised(prompt) for prompt in measured.prompts]
+    judged = np.array([[matches.get((option, prompt), np.nan) for option in options] for prompt in prompts])
+    if np.isnan(judged).any(axis=1).all():
+        raise SimulationInputError(f"--correctness: no prompt of {path} has matches of {' and '.join(options)}")
+    unmatched = np.isnan(judged).all(axis=1)
+    kept = np.zeros(len(measured), dtype=bool)
+    for task in range(len(measured.tasks)):
+        rows = np.flatnonzero(measured.task == task)
+        references = [entries[int(row)].reference for row in rows]
+        numbers = [reference_number(one) is not None for one in references if one is not None]
+        kept[rows] = bool(unmatched[rows].all()) and 2 * sum(numbers) > len(numbers)
+    return np.where(kept[:, None], measured.correct, judged)
 
 
 def _line_of(path: Path, entry: Entry) -> int:

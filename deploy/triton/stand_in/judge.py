@@ -1,5 +1,7 @@
 """The stand-in judge: reads only the judge prompt, and prefers the level that the workload names as `preferred`.
 
+Asked whether two texts mean the same, it replies by the workload too (checks.py).
+
 It looks the question up in the workload, recognises each answer's level by its text, and names the answer of the
 preferred level. With given probabilities it names the first answer instead (the position bias of LLM judges), or gives
 no verdict. Every draw is a hash of the prompt: the same prompt gets the same verdict, and the same answers in another
@@ -13,6 +15,7 @@ from math import log
 
 from deploy.triton.request import GenerationRequest
 from deploy.triton.stand_in.answers import PlannedAnswer, estimated_tokens, recorded_text
+from deploy.triton.stand_in.checks import YES, check_reply, parse_check
 from deploy.triton.stand_in.prompt import normalised, parse_chat
 from deploy.triton.stand_in.workload import Entry, Workload, unit_hash
 
@@ -67,19 +70,21 @@ class JudgeRules:
     Attributes:
         position_bias: probability that it names the first answer regardless of the texts.
         unparseable: probability that it names no answer.
+        yes_bias: probability that it replies yes to a check of meaning regardless of the texts.
         prefill_j_per_token, prefill_s_per_token: for each token of the prompt.
         decode_j_per_token, decode_s_per_token: for each token of the verdict.
     """
 
     position_bias: float = 0.15
     unparseable: float = 0.0
+    yes_bias: float = 0.0
     prefill_j_per_token: float = 0.3
     prefill_s_per_token: float = 0.0003
     decode_j_per_token: float = 30.0
     decode_s_per_token: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("position_bias", "unparseable"):
+        for name in ("position_bias", "unparseable", "yes_bias"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"'{name}' is a probability between 0 and 1, got {value}")
@@ -109,7 +114,12 @@ class Judge:
         )
 
     def verdict(self, prompt: str) -> str:
-        """A letter, or `NO_VERDICT`."""
+        """A letter; the reply to a check of meaning; or `NO_VERDICT`."""
+        check = parse_check(prompt)
+        if check is not None:
+            if unit_hash("unparseable", prompt) < self._rules.unparseable:
+                return NO_VERDICT
+            return YES if unit_hash("yes", prompt) < self._rules.yes_bias else check_reply(self._workload, check)
         try:
             parsed = parse_judge_prompt(prompt)
         except JudgePromptError:

@@ -5,9 +5,9 @@
  "responses": {"llama-2-13b-chat/L1": {"text": "Jane Austen.", "tokens": 5, "energy_j": 29.4, "time_s": 0.12}}}
 ```
 
-`preferred` is the level that a judge preferred, or JSON null. `text`, `tokens` and `correct` (whether the answer agrees
-with `reference`) are optional; a missing token count is estimated as the energy divided by the model's mean energy per
-token.
+`preferred` is the level that a judge preferred, or JSON null. Optional are `reference` (the right answer, a text), and
+of an answer `text`, `tokens` and `correct` (whether it agrees with `reference`); a missing token count is estimated as
+the energy divided by the model's mean energy per token.
 """
 
 import gzip
@@ -56,12 +56,13 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One prompt of the workload; `responses` by (model, level)."""
+    """One prompt of the workload; `responses` by (model, level), `reference` is the right answer if it is known."""
 
     prompt: str
     task: str
     preferred: str | None
     responses: Mapping[tuple[str, str], Recorded]
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,4 +262,9 @@ def _entry(line: dict[str, Any], j_per_token: Mapping[str, float]) -> Entry:
         responses[model, level] = Recorded(
             text, tokens, float(answer["energy_j"]), float(answer["time_s"]), answer.get("correct")
         )
-    return Entry(line["prompt"], line["task"], line.get("preferred"), responses)
+    return Entry(line["prompt"], line["task"], line.get("preferred"), responses, _reference(line.get("reference")))
+
+
+def _reference(value: object) -> str | None:
+    """The right answer; recordings made elsewhere may have other values than a text here, which say nothing."""
+    return (value.strip() or None) if isinstance(value, str) else None
