@@ -10,7 +10,7 @@ import pytest
 from tests.support.gateway import GatewayProcess, prepare_gateways
 from tests.support.router import LONG_PROMPT, MODEL, TritonServer, question
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 WITHIN_S = 30.0
 """A stream has its error within this time after a failure."""
@@ -23,7 +23,7 @@ def body(prompt: str, **changes: object) -> dict[str, object]:
 async def client_of(gateways: GatewayProcess, url: str | None = None) -> httpx.AsyncClient:
     key = await gateways.create_key()
     return httpx.AsyncClient(
-        base_url=f"{url or gateways.urls[0]}/v1", headers={"authorization": f"Bearer {key}"}, timeout=60
+        base_url=f"{url or gateways.urls[0]}/v1", headers={"authorization": f"Bearer {key}"}, timeout=180
     )
 
 
