@@ -12,6 +12,7 @@ def test_the_lag_is_that_of_all_groups_in_which_a_service_processes_records() ->
         "router": ["router"],
         "optimizer": ["optimizer"],
         "evaluator": ["evaluator"],
+        "gateway": ["gateway"],
         "sleeper": [],
         "unknown": [],
     }
