@@ -33,8 +33,11 @@ SEED ?= 1
 SCENARIO ?=
 SCALE ?= 1
 
+# Test files of `make test` at once.
+JOBS ?= 2
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit up down lint types bench drill locks clean
+.PHONY: help install demo test test-unit test-extended up down lint types bench drill locks clean
 
 help:  ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,12 +61,15 @@ demo: install  ## Replay a day through the real services in four minutes; see de
 # `make test JOBS=2` says how many files at once.
 JOBS ?=
 
-test: install lint types  ## Lint, types and every test
+test: install lint types  ## Lint, types and every test but the extended ones
 	$(BIN)/pytest tests/unit -n 2 --dist worksteal
-	$(BIN)/pytest tests/contract tests/integration tests/end_to_end $(if $(JOBS),-n $(JOBS) --dist loadfile)
+	$(BIN)/pytest tests/contract tests/integration tests/end_to_end -m "not extended" -n $(JOBS) --dist loadfile
+
+test-extended: install  ## The tests that take minutes or need a machine without other work
+	$(BIN)/pytest tests/integration tests/end_to_end -m extended
 
 # One BLAS thread per test process: with more, the processes wait for each other.
-test test-unit: export OPENBLAS_NUM_THREADS = 1
+test test-unit test-extended: export OPENBLAS_NUM_THREADS = 1
 
 test-unit: install  ## The unit tests without those of measured data, under a minute on two cores
 	$(BIN)/pytest tests/unit -m "not measured_data" -n 2 --dist worksteal --quiet

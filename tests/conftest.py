@@ -4,6 +4,7 @@
 Triton are installed once in `.sprout/` of the checkout, as for `sprout up`.
 """
 
+import os
 from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,11 @@ from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import Supervisor, tail
 from shared.kafka.admin import create_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
+
+
+INSPECT_AT_START = "SPROUT_KAFKA_INSPECT_AT_START"
+os.environ.setdefault(INSPECT_AT_START, "false")
+"""Services of tests start without it; the tests of hostile records set it (fixture `inspecting`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,12 @@ async def database(postgres_server: str) -> AsyncIterator[DatabaseSettings]:
         await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
     finally:
         await connection.close()
+
+
+@pytest.fixture
+def inspecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services look for records that take too much memory before they start, as they do by default."""
+    monkeypatch.setenv(INSPECT_AT_START, "true")
 
 
 @pytest.fixture(scope="session")

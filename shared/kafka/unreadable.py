@@ -50,7 +50,7 @@ class UnreadableRecords:
 
     async def inspect(self) -> None:
         """Find the records; call it before the broker starts."""
-        if self._groups:
+        if self._groups and self._kafka.inspect_at_start:
             self._found = await find_unreadable(self._kafka, self._groups, self._since)
 
     def after(self, partition: TopicPartition, offset: int) -> Sequence[range]:

@@ -49,6 +49,7 @@ async def test_malformed_messages_and_a_killed_router_are_counted(run_small):
     assert any(line.startswith("== sigkill (2 of 2)") for line in said)
 
 
+@pytest.mark.extended
 async def test_a_fault_of_the_ledger_under_all_services_leaves_correct_books(run_small):
     results, _ = await run_small("ledger_faults")
     result = results["ledger_faults"]

@@ -44,6 +44,7 @@ async def test_without_kafka_the_client_is_told_when_to_try_again(gateways: Gate
                 await asyncio.sleep(0.5)
 
 
+@pytest.mark.extended
 async def test_gateways_that_share_a_reply_partition_and_their_router_dies(
     supervisor, kafka_server, postgres_server, triton: TritonServer, tmp_path
 ):

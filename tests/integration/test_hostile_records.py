@@ -28,7 +28,7 @@ from tests.support.evaluator import judged_fleet
 from tests.support.processes import memory_mib, start_service
 from tests.support.router import page, producing, reading
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("inspecting"), pytest.mark.extended]
 
 TOPICS: dict[str, tuple[int, tuple[TopicSpec, ...]]] = {
     "ledger": (256, (RESPONSES, USAGE, CARBON_INTENSITY, POLICIES, QUALITY, PROMPT_GROUPS, CAPACITY)),

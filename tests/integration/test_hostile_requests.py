@@ -25,7 +25,7 @@ from tests.support.deadlines import DEADLINE_S
 from tests.support.processes import restart_exited
 from tests.support.router import MODEL, ZONE, intensity, page, policy, producing, reading, request, until_committed
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("inspecting")]
 
 MEMORY_LIMIT_MIB = 256
 ORDINARY = 40
@@ -117,7 +117,10 @@ async def test_a_router_survives_and_answers_all_ordinary_requests(name, kafka, 
     assert peak_mib(process.pid) < MEMORY_LIMIT_MIB
 
 
-@pytest.mark.parametrize("compression", ["gzip", "zstd", "lz4"])
+@pytest.mark.parametrize(
+    "compression",
+    ["gzip", pytest.param("zstd", marks=pytest.mark.extended), pytest.param("lz4", marks=pytest.mark.extended)],
+)
 async def test_a_record_that_ends_the_process_is_set_aside_after_one_restart(compression, kafka, routers, producer):
     """A router is killed at 256 MiB, as in a container, and started again."""
     await producer.prepare({"L1": 1.0})

@@ -9,7 +9,7 @@ from shared.kafka.inspection import find_unreadable
 from shared.topics import FOOTPRINTS, POLICIES
 from tests.support.traffic import producing
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("inspecting")]
 
 LARGE = b"a" * 100_000_000
 RECORDS = 3
