@@ -22,7 +22,6 @@ from deploy.local.processes import Supervisor, tail
 from shared.kafka.admin import create_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 
-
 INSPECT_AT_START = "SPROUT_KAFKA_INSPECT_AT_START"
 os.environ.setdefault(INSPECT_AT_START, "false")
 """Services of tests start without it; the tests of hostile records set it (fixture `inspecting`)."""
