@@ -183,7 +183,7 @@ class TestCommand:
             (tmp_path / name).write_text(f"secret-of-{name}\n")
             options += ["--password-file", f"{name}={tmp_path / name}"]
         monkeypatch.setenv("SPROUT_DATABASE_URL", superuser)
-        result = CliRunner().invoke(app, ["database", "create", *options])
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["database", "create", *options])
         assert result.exit_code == 0, result.output
         assert "created schema ledger" in result.output
         roles = ", ".join(role_name(name) for name in (*WITH_SCHEMA, OPERATOR))

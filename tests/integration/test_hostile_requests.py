@@ -154,6 +154,7 @@ async def test_a_record_that_ends_the_process_is_set_aside_after_one_restart(com
     assert peak_mib(routers.supervisor.process(router).pid) < MEMORY_LIMIT_MIB
 
 
+@pytest.mark.extended
 async def test_a_router_starts_with_a_bomb_on_each_topic_that_it_reads(kafka, routers, producer):
     """Also on `responses`, from which a router learns which requests are answered."""
     await producer.prepare({"L1": 1.0})
