@@ -33,6 +33,7 @@ def run_small(tmp_path):
     return running
 
 
+@pytest.mark.extended
 async def test_malformed_messages_and_a_killed_router_are_counted(run_small):
     results, said = await run_small("malformed", "sigkill")
     mixed = results["malformed"].counts

@@ -253,6 +253,7 @@ async def test_an_evaluation_interrupted_by_a_kill_is_repeated(kafka, database, 
     assert (kept[0]["n"], kept[0]["used"]) == (60, 60)
 
 
+@pytest.mark.extended
 async def test_a_frozen_leader_is_replaced_and_publishes_nothing_when_it_wakes(kafka, database, evaluators, producer):
     await send_samples(producer, range(60))
     names = [evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1") for _ in range(2)]
