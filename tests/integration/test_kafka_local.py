@@ -31,6 +31,7 @@ async def test_every_declared_topic_exists_and_a_second_creation_changes_nothing
     assert await plan_topics(kafka) == []
 
 
+@pytest.mark.extended
 async def test_existing_topics_are_changed_as_far_as_nothing_is_lost_and_the_rest_is_reported(kafka, monkeypatch):
     def sprout(*arguments: str) -> Result:
         return CliRunner().invoke(app, ["topics", *arguments, "--bootstrap", kafka.bootstrap_servers])
