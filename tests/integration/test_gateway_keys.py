@@ -73,7 +73,8 @@ def sprout(gateways: GatewayProcess, *arguments: str, code: int = 0) -> str:
     """Run `sprout keys`; returns what it prints."""
     url = gateways.database.url.get_secret_value()
     with ThreadPoolExecutor(max_workers=1) as thread:  # it has an event loop of its own
-        result = thread.submit(CliRunner().invoke, app, ["keys", *arguments, "--database", url]).result()
+        runner = CliRunner(env={"COLUMNS": "200"})
+        result = thread.submit(runner.invoke, app, ["keys", *arguments, "--database", url]).result()
     assert result.exit_code == code, result.output
     return result.stdout if code == 0 else result.stderr
 
@@ -211,6 +212,7 @@ async def test_a_footprint_is_null_until_the_ledger_has_attributed_it(gateways: 
         assert await usage_of(client) == []
 
 
+@pytest.mark.extended
 async def test_keys_are_listed_without_secrets_and_end_when_they_are_revoked(gateways: GatewayProcess):
     key = new_key(gateways, "--name", "[bold]laptop", "--requests-per-minute", "7")
     sprout(gateways, "limit", "--tenant", "all", "--concurrent", "3")
