@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import asyncpg
@@ -14,24 +14,25 @@ from prometheus_client import CollectorRegistry
 
 from services import SERVICES
 from services.gateway.accounts import Accounts
-from services.gateway.api import Gateway, build_api
+from services.gateway.api import build_api
 from services.gateway.batch_runner import BatchRunner
 from services.gateway.batch_store import BatchStore
 from services.gateway.estimates import Estimates
 from services.gateway.file_store import FileStore
+from services.gateway.gateway import Gateway
 from services.gateway.http import HttpLimits
 from services.gateway.keys import KeyStore
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.page import add_page
+from services.gateway.publisher import RequestPublisher
 from services.gateway.replies import ReplyInbox, claim_partition
 from services.gateway.settings import GatewaySettings
 from services.gateway.status import Monitor
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.publish import Publisher, check_size, declare_publisher
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted, subscribe_partition
-from shared.messages import Cancellation, CarbonIntensity, Footprint, GenerationRequest, Policy, PoolCapacity, Reply
+from shared.messages import CarbonIntensity, Footprint, Policy, PoolCapacity, Reply
 from shared.runtime.clock import Clock
 from shared.runtime.database import RETRY_PAUSE_S, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.health import Health
@@ -47,7 +48,6 @@ from shared.topics import (
     POLICIES,
     REPLIES,
     REQUESTS,
-    requests_topic,
 )
 
 NAME = "gateway"
@@ -129,12 +129,6 @@ def _subscribe(
             raise
 
 
-async def _send(publisher: Publisher, request: GenerationRequest) -> None:
-    value, key = request.model_dump_json(exclude_defaults=True).encode(), str(request.id).encode()
-    check_size(REQUESTS, value, key)
-    await publisher.publish(value, key=key, headers={"content-type": "application/json"}, correlation_id=request.id)
-
-
 async def _open_stores(gateway: Gateway, pool: asyncpg.Pool, status: DatabaseStatus) -> None:
     """Give the gateway its tables."""
     settings, clock = gateway.settings, gateway.clock
@@ -149,7 +143,7 @@ async def _open_stores(gateway: Gateway, pool: asyncpg.Pool, status: DatabaseSta
     )
 
 
-def _batch_runner(gateway: Gateway, publish: Callable[[GenerationRequest], Awaitable[None]]) -> BatchRunner:
+def _batch_runner(gateway: Gateway) -> BatchRunner:
     """What works on batches, once replies are read."""
     files, batches = gateway.opened_batches()
     gateway.batch_runner = BatchRunner(
@@ -161,8 +155,8 @@ def _batch_runner(gateway: Gateway, publish: Callable[[GenerationRequest], Await
         settings=gateway.settings,
         clock=gateway.clock,
         metrics=gateway.metrics,
-        publish=publish,
-        cancel=gateway.cancel,
+        publish=gateway.publisher.publish_to_lane,
+        cancel=gateway.publisher.cancel,
         reply_partition=gateway.reply_partition or 0,
     )
     return gateway.batch_runner
@@ -191,20 +185,7 @@ def build_app(
     broker, dead_letters = build_broker(
         kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms
     )
-    requests = declare_publisher(broker, kafka, REQUESTS)
-    cancellations = declare_publisher(broker, kafka, CANCELLATIONS)
-    lane = requests_topic(settings.batch_lane)
-    lane_requests = requests if lane is REQUESTS else declare_publisher(broker, kafka, lane)
-
-    async def publish(request: GenerationRequest) -> None:
-        await _send(requests, request)
-
-    async def publish_to_lane(request: GenerationRequest) -> None:
-        await _send(lane_requests, request)
-
-    async def cancel(message: Cancellation) -> None:
-        await cancellations.publish(message, key=message.request_id.encode())
-
+    publisher = RequestPublisher(broker, kafka, settings=settings, clock=clock, metrics=metrics)
     gateway = Gateway(
         fleet=fleet,
         settings=settings,
@@ -212,8 +193,7 @@ def build_app(
         inbox=ReplyInbox(),
         estimates=Estimates(),
         metrics=metrics,
-        publish=publish,
-        cancel=cancel,
+        publisher=publisher,
     )
     metrics.watch_open(lambda: len(gateway.inbox))
     monitor = Monitor(fleet, started_at=clock.now())
@@ -237,7 +217,7 @@ def build_app(
         health.spawn("renew the lease", accounts.keep_lease())
         health.spawn("remove old requests", accounts.remove_old())
         await replies.start(pools[0])
-        runner = _batch_runner(gateway, publish_to_lane)
+        runner = _batch_runner(gateway)
         health.spawn("batches", runner.run())
         health.spawn("expired files", runner.clean())
 
@@ -248,7 +228,17 @@ def build_app(
         name=NAME,
         description=DESCRIPTION,
         kafka=kafka,
-        topics=(REQUESTS, lane, CANCELLATIONS, REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY, DEAD_LETTERS),
+        topics=(
+            REQUESTS,
+            publisher.lane,
+            CANCELLATIONS,
+            REPLIES,
+            POLICIES,
+            FOOTPRINTS,
+            CARBON_INTENSITY,
+            CAPACITY,
+            DEAD_LETTERS,
+        ),
         registry=registry,
         health=health,
         lifespan=running,

@@ -212,7 +212,6 @@ async def test_a_footprint_is_null_until_the_ledger_has_attributed_it(gateways: 
         assert await usage_of(client) == []
 
 
-@pytest.mark.extended
 async def test_keys_are_listed_without_secrets_and_end_when_they_are_revoked(gateways: GatewayProcess):
     key = new_key(gateways, "--name", "[bold]laptop", "--requests-per-minute", "7")
     sprout(gateways, "limit", "--tenant", "all", "--concurrent", "3")

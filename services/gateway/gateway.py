@@ -1,0 +1,167 @@
+"""What the endpoints share: who asks, and how a request becomes an answer."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+
+from fastapi import Request
+from starlette.responses import Response
+
+from services.gateway.accounts import Accounts
+from services.gateway.batch_runner import BatchRunner
+from services.gateway.batch_store import BatchStore
+from services.gateway.errors import ApiError
+from services.gateway.estimates import Estimates
+from services.gateway.exchange import Exchange
+from services.gateway.file_store import FileStore
+from services.gateway.keys import ApiKey, KeyStore
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.publisher import RequestPublisher
+from services.gateway.replies import ReplyInbox
+from services.gateway.schema import ChatRequest, CompletionRequest
+from services.gateway.settings import GatewaySettings
+from services.gateway.translate import Answers, to_request, wants_usage
+from shared.fleet import Fleet
+from shared.runtime.clock import Clock
+from shared.runtime.database import DatabaseUnavailableError
+
+
+@dataclass(kw_only=True, slots=True)
+class Gateway:
+    """What the endpoints need; the parts that are None exist while the service runs.
+
+    Attributes:
+        publisher: of requests and cancellations.
+        reply_partition: the partition of `replies` that this gateway reads.
+    """
+
+    fleet: Fleet
+    settings: GatewaySettings
+    clock: Clock
+    inbox: ReplyInbox
+    estimates: Estimates
+    metrics: GatewayMetrics
+    publisher: RequestPublisher
+    keys: KeyStore | None = None
+    accounts: Accounts | None = None
+    files: FileStore | None = None
+    batches: BatchStore | None = None
+    batch_runner: BatchRunner | None = None
+    reply_partition: int | None = None
+
+    def ready_accounts(self) -> Accounts:
+        """The accounts.
+
+        Raises:
+            DatabaseUnavailableError: the gateway is not connected yet.
+        """
+        if self.accounts is None:
+            raise DatabaseUnavailableError("the gateway is starting")
+        return self.accounts
+
+    async def authenticate(self, request: Request) -> ApiKey:
+        """The key of a request.
+
+        Raises:
+            ApiError: there is none, it is wrong, or it cannot be checked.
+        """
+        if not self.settings.require_key:
+            return ApiKey("anonymous", "anonymous", None)
+        kind, _, secret = request.headers.get("authorization", "").partition(" ")
+        challenge = {"www-authenticate": "Bearer"}
+        if kind.lower() != "bearer" or not secret.strip():
+            raise ApiError(
+                401, "send your API key: 'Authorization: Bearer sk-sprout-...'", kind="authentication_error",
+                code="missing_api_key", headers=challenge,
+            )  # fmt: skip
+        if self.keys is None:
+            raise ApiError.unavailable("the gateway is starting")
+        try:
+            key = await self.keys.find(secret.strip())
+        except DatabaseUnavailableError:
+            raise ApiError.unavailable("API keys cannot be checked at the moment") from None
+        if key is None:
+            raise ApiError(
+                401, "this API key does not exist or was revoked", kind="authentication_error", code="invalid_api_key",
+                headers=challenge,
+            )  # fmt: skip
+        return key
+
+    def opened_files(self) -> FileStore:
+        """The files.
+
+        Raises:
+            ApiError: the gateway is starting.
+        """
+        if self.files is None:
+            raise ApiError.unavailable("the gateway is starting")
+        return self.files
+
+    def opened_batches(self) -> tuple[FileStore, BatchStore]:
+        """The files and the batches.
+
+        Raises:
+            ApiError: the gateway is starting.
+        """
+        if self.batches is None:
+            raise ApiError.unavailable("the gateway is starting")
+        return self.opened_files(), self.batches
+
+    def batch_created(self) -> None:
+        """Begin with a new batch at once."""
+        if self.batch_runner is not None:
+            self.batch_runner.wake()
+
+    async def answer(self, body: ChatRequest | CompletionRequest, request: Request, key: ApiKey) -> Response:
+        """Publish a request, and respond with its answer, whole or as a stream."""
+        if self.reply_partition is None or self.accounts is None:
+            raise ApiError.unavailable("the gateway is starting")
+        if not self.fleet.pools_of(body.model):
+            served = ", ".join(model.name for model in self.fleet.models)
+            raise ApiError(
+                404, f"the model {body.model!r} does not exist; available models: {served}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+        if len(self.inbox) >= self.settings.max_open_requests:
+            raise ApiError(
+                429, "too many open requests", kind="rate_limit_error", code="rate_limit_exceeded",
+                headers={"retry-after": "1"},
+            )  # fmt: skip
+        now = self.clock.now()
+        message = to_request(
+            body,
+            headers=request.headers,
+            tenant=key.tenant,
+            reply_partition=self.reply_partition,
+            deadline=now + timedelta(seconds=self.settings.deadline_s * self.clock.rate),
+        )
+        admission = await self.accounts.admit(key, message)
+        answers = Answers(
+            request_id=str(message.id),
+            model=body.model,
+            created=int(now.timestamp()),
+            chat=isinstance(body, ChatRequest),
+        )
+        try:
+            with ExitStack() as stack:
+                pending = stack.enter_context(self.inbox.expect(str(message.id)))
+                exchange = Exchange(
+                    publisher=self.publisher,
+                    accounts=self.accounts,
+                    estimates=self.estimates,
+                    settings=self.settings,
+                    clock=self.clock,
+                    admission=admission,
+                    pending=pending,
+                    answers=answers,
+                )
+                stack.callback(exchange.finish)
+                await self.publisher.publish(exchange.message)
+                if not body.stream:
+                    return await exchange.whole(request)
+                # From here on the stream closes the exchange.
+                exchange.keep = stack.pop_all()
+            return await exchange.stream(include_usage=wants_usage(body))
+        except ApiError as error:
+            error.headers = admission.headers | error.headers
+            raise
