@@ -97,6 +97,8 @@ async def test_dead_letters_can_go_to_another_topic(command, kafka):
         await requests.read_to_end()
         assert len(requests.records) == 4
     result = await asyncio.to_thread(
-        CliRunner(env={"COLUMNS": "200"}).invoke, app, ["dead-letters", "redrive", "--id", "0:1", "--to", "nowhere", "--execute"]
+        CliRunner(env={"COLUMNS": "200"}).invoke,
+        app,
+        ["dead-letters", "redrive", "--id", "0:1", "--to", "nowhere", "--execute"],
     )
     assert result.exit_code == 1
