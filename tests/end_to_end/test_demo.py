@@ -15,24 +15,24 @@ pytestmark = pytest.mark.end_to_end
 
 
 def test_a_short_demo_passes_its_checks_and_stops_every_process(tmp_path: Path, kafka_server):
-    """Four hours and 2,000 requests; the fixture `kafka_server` skips the test if Kafka cannot be installed."""
+    """Six hours and 3,000 requests; the fixture `kafka_server` skips the test if Kafka cannot be installed."""
     state = tmp_path / "state"
     html, figures_file = tmp_path / "report.html", tmp_path / "report.json"
     done = subprocess.run(
         [
-            sys.executable, "-m", "tools.cli.main", "demo", "--hours", "4", "--requests", "2000",
+            sys.executable, "-m", "tools.cli.main", "demo", "--hours", "6", "--requests", "3000",
             "--start", "2024-02-08T03:00", "--html", str(html), "--json", str(figures_file),
         ],
         cwd=REPOSITORY,
         env={**os.environ, "SPROUT_LOCAL_STATE": str(state), "SPROUT_LOCAL_INSTALL": str(REPOSITORY / ".sprout")},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=240,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(figures_file.read_text())
-    assert figures["requests_sent"] == figures["requests_answered"] == 2_000
+    assert figures["requests_sent"] == figures["requests_answered"] == 3_000
     assert figures["duplicates"] == figures["dead_letters"] == 0
     assert figures["evaluations"] >= 1
     assert figures["policies_published"] >= 2
