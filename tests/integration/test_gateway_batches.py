@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -33,7 +33,9 @@ ENDED = {"completed", "failed", "expired", "cancelled"}
 
 
 @pytest.fixture(scope="module")
-def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory) -> GatewayProcess:
+def gateways(
+    supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory
+) -> Iterator[GatewayProcess]:
     """A gateway that has a lane for its batches."""
     folder = tmp_path_factory.mktemp("batches")
     kafka = KafkaSettings(
@@ -52,7 +54,8 @@ def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton,
     asyncio.run(prepare())
     running = GatewayProcess(supervisor, kafka, database, fleet, [], [])
     running.start(**SETTINGS)
-    return running
+    yield running
+    running.stop_all()
 
 
 @pytest.fixture(scope="module")

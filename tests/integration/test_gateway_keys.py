@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -34,7 +34,9 @@ LEASE_S = "3"
 
 
 @pytest.fixture(scope="module")
-def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory) -> GatewayProcess:
+def gateways(
+    supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory
+) -> Iterator[GatewayProcess]:
     """Two gateways and a router whose policy draws L1; its options take 2 g at L0 and 1 g at L1."""
     kafka = KafkaSettings(bootstrap_servers=kafka_server.bootstrap_servers, topic_prefix="keys.", group_prefix="keys.")
     database = DatabaseSettings(url=SecretStr(postgres_server + "gateway_keys"))
@@ -66,7 +68,8 @@ def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton,
     RouterProcess(supervisor, kafka, fleet).start()
     running.start(SPROUT_GATEWAY_LEASE_S=LEASE_S)
     running.start(SPROUT_GATEWAY_LEASE_S=LEASE_S)
-    return running
+    yield running
+    running.stop_all()
 
 
 def sprout(gateways: GatewayProcess, *arguments: str, code: int = 0) -> str:
