@@ -76,7 +76,7 @@ def sprout(gateways: GatewayProcess, *arguments: str, code: int = 0) -> str:
     """Run `sprout keys`; returns what it prints."""
     url = gateways.database.url.get_secret_value()
     with ThreadPoolExecutor(max_workers=1) as thread:  # it has an event loop of its own
-        runner = CliRunner(env={"COLUMNS": "200"})
+        runner = CliRunner()
         result = thread.submit(runner.invoke, app, ["keys", *arguments, "--database", url]).result()
     assert result.exit_code == code, result.output
     return result.stdout if code == 0 else result.stderr
@@ -185,7 +185,7 @@ async def test_a_footprint_is_null_until_the_ledger_has_attributed_it(gateways: 
             "footprint", None, None, None,
         )  # fmt: skip
         await publish_footprint(gateways.kafka, answer)
-        after = (await until(lambda: client.get(path), lambda found: found.json()["grams"] is not None)).json()
+        after = (await until(lambda: client.get(path), lambda found: found.json()["saved_grams"] is not None)).json()
         assert (after["joules"], after["grams"], after["saved_grams"]) == (60.0, 0.5, pytest.approx(1.5))
         usage = (await client.get("/v1/usage", params={"group_by": ["key", "month"]})).json()
         (row,) = usage["data"]

@@ -242,7 +242,7 @@ def load_report(*in_flight: int, arrivals: int = 2) -> LoadReport:
 async def explained(kafka: KafkaSettings, expected: Policy) -> None:
     """`sprout policy explain` finds the policy on its topic and rebuilds the program that it was solved from."""
     arguments = ["policy", "explain", "m", "--json", "--version", str(expected.version)]
-    env = {"SPROUT_KAFKA_TOPIC_PREFIX": kafka.topic_prefix, "COLUMNS": "200"}
+    env = {"SPROUT_KAFKA_TOPIC_PREFIX": kafka.topic_prefix}
     result = await asyncio.to_thread(
         CliRunner().invoke, app, [*arguments, "--bootstrap", kafka.bootstrap_servers], env=env
     )

@@ -15,6 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from deploy.local.processes import Supervisor
 from shared.runtime.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, RESPONSES, SAMPLES, TopicSpec
+from tests.conftest import KafkaServer, start_kafka, start_postgres
 from tests.support.contract import EXAMPLES
 from tests.support.deadlines import DEADLINE_S
 from tests.support.evaluator import judged_fleet
@@ -28,6 +29,26 @@ NOTICED_S = 15.0
 
 STORING = ("ledger", "optimizer", "evaluator")
 GROUPS = (("ledger.responses", RESPONSES), ("optimizer", FOOTPRINTS), ("evaluator", SAMPLES))
+
+
+@pytest.fixture(scope="module")
+def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
+    """Servers of this module: those of the session serve other tests, and have topics that make a restart long."""
+    running = Supervisor(tmp_path_factory.mktemp("server-logs"))
+    try:
+        yield running
+    finally:
+        running.stop_all()
+
+
+@pytest.fixture(scope="module")
+def kafka_server(supervisor, tmp_path_factory) -> KafkaServer:
+    return start_kafka(supervisor, tmp_path_factory.mktemp("kafka"))
+
+
+@pytest.fixture(scope="module")
+def postgres_server(supervisor, tmp_path_factory) -> str:
+    return start_postgres(supervisor, tmp_path_factory.mktemp("postgres"))
 
 
 @pytest.fixture

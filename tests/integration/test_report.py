@@ -368,7 +368,7 @@ async def sprout_report(database, *arguments):
     """Run the command, in a separate thread because it runs an event loop."""
 
     def invoke():
-        return CliRunner().invoke(app, ["report", "--database", url_of(database), *arguments], env={"COLUMNS": "160"})
+        return CliRunner().invoke(app, ["report", "--database", url_of(database), *arguments])
 
     return await asyncio.to_thread(invoke)
 

@@ -169,7 +169,6 @@ def enter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def settings(variables: dict[str, str]) -> KafkaSettings:
         prefix = f"t{uuid4().hex[:10]}."
         monkeypatch.setenv("SPROUT_LOCAL_STATE", str(tmp_path))
-        monkeypatch.setenv("COLUMNS", "200")
         for name in ("TOPIC_PREFIX", "GROUP_PREFIX"):
             monkeypatch.setenv(f"SPROUT_KAFKA_{name}", prefix)
         for name, value in variables.items():

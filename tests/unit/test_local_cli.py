@@ -25,7 +25,6 @@ from tools.cli.main import app
 def _no_stack(tmp_path, monkeypatch):
     monkeypatch.setenv("SPROUT_LOCAL_STATE", str(tmp_path))
     monkeypatch.delenv("SPROUT_KAFKA_BOOTSTRAP_SERVERS", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
 
 
 def sprout(*arguments: str):
