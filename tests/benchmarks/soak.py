@@ -1,8 +1,9 @@
 """Memory of all services under steady load: `python -m tests.benchmarks.soak [--minutes 30] [--per-second 500]`.
 
 Responses as model servers would send them are replayed evenly; a router, ledger, optimizer, evaluator, carbon_feed and
-gateway run beside each other. The memory of each is printed every minute. Fails if a process ends, if its memory grows
-by more than a tenth between the middle of the run and its end, or if the ledger falls behind.
+gateway run beside each other. The memory of each is printed every minute; at the end also the processor time of each,
+and the bytes that Kafka and PostgreSQL store, per 1,000 responses. Fails if a process ends, if its memory grows by more
+than a tenth between the middle of the run and its end, or if the ledger falls behind.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +29,7 @@ from shared.kafka.admin import create_topics
 from shared.runtime.settings import KafkaSettings
 from tests.benchmarks.bench_ledger import POSTGRES, PREFIX, Answers, fleet_toml, memory_mib, meters, publish
 from tests.benchmarks.results import record
-from tests.support.environment import Environment
+from tests.support.environment import KAFKA, Environment
 
 SERVICES = ("carbon_feed", "router", "ledger", "optimizer", "evaluator", "gateway")
 SETTINGS = {
@@ -51,7 +53,7 @@ async def run(arguments: argparse.Namespace) -> int:
         async with Environment(Path(folder), answers={}, model_servers=0, say=lambda _: None) as environment:
             spec, url = postgres_spec(Path(folder) / "postgres")
             options = [part for option in POSTGRES for part in ("-c", option)]
-            await environment.start(replace(spec, command=(*spec.command, *options)))
+            (postgres,) = await environment.start(replace(spec, command=(*spec.command, *options)))
             await create_database(url)
             kafka = KafkaSettings(
                 bootstrap_servers=environment.bootstrap_servers, topic_prefix=PREFIX, group_prefix=PREFIX
@@ -62,6 +64,8 @@ async def run(arguments: argparse.Namespace) -> int:
                 fleet.write_text(fleet_toml(metrics) + '[judge]\npool = "p"\n', encoding="utf-8")
                 started = await environment.start(*_services(environment, url, fleet))
                 processes = {one.spec.name: psutil.Process(one.pid) for one in started}
+                (kafka_process,) = await environment.running([KAFKA])
+                processes |= {KAFKA: psutil.Process(kafka_process.pid), "postgres": psutil.Process(postgres.pid)}
                 return await _watch(arguments, environment, url, processes)
 
 
@@ -96,6 +100,7 @@ async def _watch(
     load = asyncio.create_task(_load(producer, arguments.per_second))
     problems = []
     began, shown = time.monotonic(), 0.0
+    cpu_s, stored = {name: _cpu_s(process) for name, process in processes.items()}, _stored(environment.folder)
     try:
         while time.monotonic() < began + arguments.minutes * 60.0:
             await asyncio.sleep(SAMPLE_S)
@@ -109,6 +114,9 @@ async def _watch(
                 now = ", ".join(f"{name} {values[-1]:.0f}" for name, values in memory.items())
                 print(f"{datetime.now(UTC):%H:%M:%S} {shown / 60.0:4.0f} min: {now} MiB", flush=True)
         load.cancel()
+        thousands = arguments.minutes * 60.0 * arguments.per_second / 1_000.0
+        cpu_s = {name: (_cpu_s(process) - cpu_s[name]) / thousands for name, process in processes.items()}
+        stored = {name: (size - stored[name]) / thousands for name, size in _stored(environment.folder).items()}
         settled, waiting = await connection.fetchrow(
             "SELECT (SELECT coalesce(sum(calls), 0) FROM chunks), (SELECT count(*) FROM open_calls)"
         )
@@ -117,6 +125,8 @@ async def _watch(
         await connection.close()
         await producer.stop()
     figures: dict[str, float] = {"minutes": arguments.minutes, "settled": float(settled), "waiting": float(waiting)}
+    figures |= {f"{name}_cpu_ms_per_1000": 1_000.0 * used for name, used in cpu_s.items()}
+    figures |= {f"{name}_kb_per_1000": size / 1_000.0 for name, size in stored.items()}
     for name, values in memory.items():
         half = values[len(values) // 2 :]
         # Medians of a few readings: a process has peaks.
@@ -132,6 +142,23 @@ async def _watch(
     for problem in problems:
         print(f"FAILED: {problem}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    """Processor time of a process and its children, also of those that have ended."""
+    times = [process.cpu_times(), *(child.cpu_times() for child in process.children(recursive=True))]
+    return sum(one.user + one.system for one in times) + times[0].children_user + times[0].children_system
+
+
+def _stored(folder: Path) -> dict[str, int]:
+    """Bytes on disk of Kafka and PostgreSQL; Kafka's files of indexes are allocated ahead, and left out."""
+    sizes = {"kafka": 0, "postgres": 0}
+    for name in sizes:
+        for path in (folder / name).rglob("*"):
+            with suppress(FileNotFoundError):  # a file that was removed meanwhile
+                if path.is_file() and "index" not in path.suffix:
+                    sizes[name] += path.stat().st_size
+    return sizes
 
 
 async def _load(producer: AIOKafkaProducer, per_second: float) -> None:
