@@ -91,12 +91,18 @@ def request_call(response: GenerationResponse) -> NewCall:
             decision.propensity,
             json.dumps(decision.propensities) if decision.propensities else "{}",
         ),
-        started_at=timing.started_at,
-        first_token_at=timing.first_token_at,
-        finished_at=timing.finished_at,
+        **_times(timing.started_at, timing.first_token_at, timing.finished_at),
         prompt_tokens=None if usage.prompt_tokens is None else min(usage.prompt_tokens, LARGEST_INTEGER),
         completion_tokens=min(usage.completion_tokens, LARGEST_INTEGER),
     )
+
+
+def _times(started_at: datetime, first_token_at: datetime | None, finished_at: datetime) -> dict[str, Any]:
+    """The times of a call in order, also if a clock was set back while it ran."""
+    finished_at = max(started_at, finished_at)
+    if first_token_at is not None:
+        first_token_at = min(max(started_at, first_token_at), finished_at)
+    return {"started_at": started_at, "first_token_at": first_token_at, "finished_at": finished_at}
 
 
 def usage_call(record: UsageRecord) -> NewCall:
@@ -120,9 +126,7 @@ def usage_call(record: UsageRecord) -> NewCall:
             1.0,
             "{}",
         ),
-        started_at=record.started_at,
-        first_token_at=record.first_token_at,
-        finished_at=record.finished_at,
+        **_times(record.started_at, record.first_token_at, record.finished_at),
         prompt_tokens=None if record.prompt_tokens is None else min(record.prompt_tokens, LARGEST_INTEGER),
         completion_tokens=min(record.completion_tokens, LARGEST_INTEGER),
     )
