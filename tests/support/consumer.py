@@ -19,7 +19,6 @@ from services.router.starter import Capacity, Handle
 from shared.fleet import Fleet
 from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.settings import KafkaSettings
-from tests.support.deadlines import DEADLINE_S
 from tests.support.fleets import fleet_toml
 
 KNOWN, NEW = TopicPartition("requests", 0), TopicPartition("requests", 1)
@@ -134,13 +133,6 @@ async def receive(requests: RequestConsumer, *records: SimpleNamespace) -> None:
     """Deliver records, and start them if nothing prevents it."""
     await requests.receive(records)
     await asyncio.sleep(0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Run the event loop until a condition holds."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - conditions on several objects have no event
-            await asyncio.sleep(0)
 
 
 async def run_ready() -> None:

@@ -36,8 +36,8 @@ from tests.support.consumer import (
     record,
     request_consumer,
     run_ready,
-    until,
 )
+from tests.support.deadlines import until
 from tests.support.fleets import fleet_toml
 
 
