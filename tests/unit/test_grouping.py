@@ -10,10 +10,10 @@ from services.evaluator.clusters import (
     MAX_GROUPS,
     MIN_GROUP_PROMPTS,
     TooFewPromptsError,
-    _fit_scaling,
-    _scaled_matrix,
-    _topics,
+    fit_scaling,
     learn_groups,
+    scaled_matrix,
+    topics,
 )
 from shared.grouping import PromptFeatures, PromptGroups, extract_features
 from shared.grouping.features import HASHED, SHAPE_FEATURES
@@ -132,15 +132,15 @@ def test_learning_is_deterministic_also_with_few_distinct_prompts(distinct):
 
 def test_topics_are_the_principal_components_of_the_features():
     features = [extract_features(prompt) for prompt in made(200, seed=7)[0]]
-    matrix = _scaled_matrix(features, _fit_scaling(features))
-    topics = _topics(matrix)
+    matrix = scaled_matrix(features, fit_scaling(features))
+    judged = topics(matrix).judged
     dense = matrix.toarray()
     centred = dense - dense.mean(axis=0)
     scores = PCA(COMPONENTS, svd_solver="full").fit_transform(dense) / np.sqrt(centred.var(axis=0).sum())
-    assert topics.judged.shape == scores.shape
+    assert judged.shape == scores.shape
     # A component is determined up to its sign, and its coordinates are centred.
-    assert np.allclose(topics.judged @ topics.judged.T, scores @ scores.T, atol=1e-8)
-    assert np.allclose(topics.judged.mean(axis=0), 0.0, atol=1e-9)
+    assert np.allclose(judged @ judged.T, scores @ scores.T, atol=1e-8)
+    assert np.allclose(judged.mean(axis=0), 0.0, atol=1e-9)
 
 
 def test_too_few_prompts_are_rejected():
