@@ -55,6 +55,19 @@ class KafkaConsumerStandIn:
         self.committed |= offsets
 
 
+class Handled:
+    """Keeps the records that were started; each ends at once while `go` is set."""
+
+    def __init__(self) -> None:
+        self.offsets: list[tuple[int, int]] = []
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def __call__(self, record, fence):
+        self.offsets.append((record.partition, record.offset))
+        await self.go.wait()
+
+
 class GroupProgressStandIn:
     """Reports the commits and answered records that a test sets, while `answer` is set."""
 
