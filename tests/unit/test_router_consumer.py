@@ -2,14 +2,12 @@
 
 import asyncio
 
-import pytest
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord
 from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 from faststream.kafka import KafkaBroker, TestKafkaBroker
 
 from services.router.app import subscribe_requests
-from services.router.consumer import RequestConsumer
 from services.router.offsets import Commit
 from services.router.recovery import to_kafka
 from services.router.settings import RouterSettings
@@ -19,9 +17,6 @@ from shared.topics import REQUESTS
 from tests.support.consumer import (
     KNOWN,
     NEW,
-    GroupProgressStandIn,
-    Handled,
-    KafkaConsumerStandIn,
     UnlimitedCapacity,
     assigned,
     receive,
@@ -30,26 +25,6 @@ from tests.support.consumer import (
     run_ready,
 )
 from tests.support.deadlines import until
-
-
-@pytest.fixture
-def handled() -> Handled:
-    return Handled()
-
-
-@pytest.fixture
-def progress() -> GroupProgressStandIn:
-    return GroupProgressStandIn()
-
-
-@pytest.fixture
-def consumer() -> KafkaConsumerStandIn:
-    return KafkaConsumerStandIn()
-
-
-@pytest.fixture
-def requests(handled: Handled, progress: GroupProgressStandIn, consumer: KafkaConsumerStandIn) -> RequestConsumer:
-    return request_consumer(handled, progress, consumer)
 
 
 async def test_faststream_delivers_records_as_they_are():

@@ -39,16 +39,6 @@ def responses() -> Responses:
 
 
 @pytest.fixture
-def progress() -> GroupProgressStandIn:
-    return GroupProgressStandIn()
-
-
-@pytest.fixture
-def consumer() -> KafkaConsumerStandIn:
-    return KafkaConsumerStandIn()
-
-
-@pytest.fixture
 def answering(progress: GroupProgressStandIn, consumer: KafkaConsumerStandIn, responses: Responses) -> RequestConsumer:
     """A request consumer whose records are answered through the fence."""
 

@@ -8,20 +8,15 @@ import weakref
 from contextvars import ContextVar
 from types import SimpleNamespace
 
-import pytest
 from aiokafka import TopicPartition
 from prometheus_client import CollectorRegistry
 
-from services.router.consumer import RequestConsumer
 from services.router.offsets import Commit
 from services.router.recovery import to_kafka
 from shared.fleet import Fleet
 from tests.support.consumer import (
     KNOWN,
     NEW,
-    GroupProgressStandIn,
-    Handled,
-    KafkaConsumerStandIn,
     UnlimitedCapacity,
     assigned,
     receive,
@@ -35,26 +30,6 @@ from tests.support.fleets import fleet_toml
 TENANTS = '[[tenants]]\nname = "a"\n[[tenants]]\nname = "b"\n[[tenants]]\nname = "capped"\nmax_in_flight = 1\n'
 FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"]) + TENANTS))
 BATCH = TopicPartition("requests-batch", 0)
-
-
-@pytest.fixture
-def handled() -> Handled:
-    return Handled()
-
-
-@pytest.fixture
-def progress() -> GroupProgressStandIn:
-    return GroupProgressStandIn()
-
-
-@pytest.fixture
-def consumer() -> KafkaConsumerStandIn:
-    return KafkaConsumerStandIn()
-
-
-@pytest.fixture
-def requests(handled: Handled, progress: GroupProgressStandIn, consumer: KafkaConsumerStandIn) -> RequestConsumer:
-    return request_consumer(handled, progress, consumer)
 
 
 def ask(partition: TopicPartition, offset: int, tenant: str) -> SimpleNamespace:
