@@ -19,9 +19,7 @@ pytestmark = pytest.mark.integration
 
 def packing(address: str, *, pool: str = "target_batch = 4", endpoints: int = 3, switchback: str = "share = 0") -> str:
     """A fleet file with a pool that packs; its endpoints are the same server, which the router does not know."""
-    text = fleet_toml([address] * endpoints)
-    text = text.replace('name = "p"', f'name = "p"\ndispatch = "pack"\n{pool}', 1)
-    return text.replace("share = 0", switchback, 1)
+    return fleet_toml([address] * endpoints, pool=f'dispatch = "pack"\n{pool}', switchback=switchback)
 
 
 def in_flight(text: str) -> dict[str, float]:
