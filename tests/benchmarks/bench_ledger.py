@@ -85,7 +85,8 @@ class Answers:
                 GenerationResponse(
                     request_id="R", record="K", model="m", status="ok", text="T", finish_reason="stop", endpoint="E",
                     decision=Decision(
-                        source="policy", group="G", pool="p", level=level, zone=ZONE, policy_version=3, propensity=share,
+                        source="policy", group="G", pool="p", level=level, zone=ZONE, policy_version=3,
+                        propensity=share,
                         propensities={"p/L0": 0.3, "p/L1": 0.7},
                     ),
                     usage=Usage(prompt_tokens=100, completion_tokens=1, source="server"),
