@@ -38,6 +38,13 @@ def made(count: int, *, seed: int) -> tuple[list[str], np.ndarray, np.ndarray, n
     return prompts, kinds, brief.astype(np.int64), energy
 
 
+@pytest.fixture(scope="module")
+def thousand():
+    """A thousand prompts, and what is learned from all of them."""
+    prompts, kinds, preferred, energy = made(1_000, seed=10)
+    return prompts, kinds, preferred, energy, learn_groups(prompts, preferred, energy)
+
+
 def test_groups_separate_prompts_with_different_outcomes_also_those_that_were_not_judged():
     prompts, kinds, preferred, energy = made(600, seed=1)
     learned = learn_groups(prompts, preferred, energy)
@@ -85,9 +92,8 @@ def test_groups_separate_prompts_by_coverage_of_a_metric_but_not_by_noise():
     assert all(np.mean(kinds[places == place]) in (0.0, 1.0) for place in np.unique(places))
 
 
-def test_neighbouring_groups_form_a_family():
-    prompts, kinds, preferred, energy = made(1_000, seed=10)
-    learned = learn_groups(prompts, preferred, energy)
+def test_neighbouring_groups_form_a_family(thousand):
+    _, kinds, _, _, learned = thousand
     assert set(learned.families) == set(learned.groups.names)
     assert len(set(learned.families.values())) == max(1, len(learned.families) // GROUPS_PER_FAMILY) > 1
     for family in set(learned.families.values()):
@@ -95,10 +101,10 @@ def test_neighbouring_groups_form_a_family():
         assert len({round(kinds[learned.leave_one_out == place].mean()) for place in members}) == 1
 
 
-def test_the_number_of_groups_grows_with_the_verdicts():
-    prompts, _, preferred, energy = made(1_000, seed=9)
-    for count, least, most in ((40, 1, 1), (200, 2, 5), (1_000, 6, MAX_GROUPS)):
-        learned = learn_groups(prompts[:count], preferred[:count], energy[:count])
+def test_the_number_of_groups_grows_with_the_verdicts(thousand):
+    prompts, _, preferred, energy, of_all = thousand
+    few, some = (learn_groups(prompts[:count], preferred[:count], energy[:count]) for count in (40, 200))
+    for learned, least, most in ((few, 1, 1), (some, 2, 5), (of_all, 6, MAX_GROUPS)):
         assert least <= len(learned.groups.names) <= most
         assert np.bincount(learned.leave_one_out, minlength=len(learned.groups.names)).min() >= MIN_GROUP_PROMPTS
 
