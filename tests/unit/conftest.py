@@ -1,9 +1,17 @@
-"""Fixtures of the tests of a router's request consumer: one that works on stand-ins for Kafka."""
+"""Fixtures of the unit tests: a router's request consumer on stand-ins for Kafka, and attempts that follow at once."""
 
 import pytest
+import stamina
 
 from services.router.consumer import RequestConsumer
 from tests.support.consumer import GroupProgressStandIn, Handled, KafkaConsumerStandIn, request_consumer
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _attempts_follow_at_once():
+    """Without waits between attempts; their number stays."""
+    with stamina.set_testing(True, attempts=1_000_000, cap=True):
+        yield
 
 
 @pytest.fixture
