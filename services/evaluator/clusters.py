@@ -71,7 +71,7 @@ class LearnedGroups:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Coordinates:
+class Coordinates:
     """Coordinates of prompts, linear in their scaled features.
 
     Attributes:
@@ -85,7 +85,7 @@ class _Coordinates:
     judged: Doubles
 
     @classmethod
-    def constant(cls, matrix: sparse.csr_array) -> "_Coordinates":
+    def constant(cls, matrix: sparse.csr_array) -> "Coordinates":
         """One coordinate that is 0 for every prompt, for prompts that do not differ."""
         prompts, features = matrix.shape
         return cls(np.zeros((features, 1)), np.zeros(1), np.zeros((prompts, 1)))
@@ -122,12 +122,12 @@ def learn_groups_from_features(
 def _learn(
     features: Sequence[PromptFeatures], preferred: Indices, energy_kwh: Doubles, other_metrics: Sequence[Doubles]
 ) -> LearnedGroups:
-    scaling = _fit_scaling(features)
-    matrix = _scaled_matrix(features, scaling)
+    scaling = fit_scaling(features)
+    matrix = scaled_matrix(features, scaling)
     # An undefined outcome counts as 0 at every level, as it does in the optimizer's linear program.
     outcomes = [np.eye(energy_kwh.shape[1])[preferred], np.log(energy_kwh), *map(np.nan_to_num, other_metrics)]
     coverage = [np.isfinite(one.sum(axis=1, keepdims=True)).astype(np.float64) for one in other_metrics]
-    parts = (_topics(matrix), _predictions(matrix, outcomes, coverage))
+    parts = (topics(matrix), _predictions(matrix, outcomes, coverage))
     judged = np.hstack([part.judged for part in parts])
     centres = _centres(
         judged, min(MAX_GROUPS, max(1, len(features) // PROMPTS_PER_GROUP)), min_members=MIN_GROUP_PROMPTS
@@ -145,15 +145,16 @@ def _learn(
     )
 
 
-def _fit_scaling(features: Sequence[PromptFeatures]) -> FeatureScaling:
+def fit_scaling(features: Sequence[PromptFeatures]) -> FeatureScaling:
+    """The scaling of features by inverse document frequency and by the spread of the shapes, from judged prompts."""
     document_frequency = np.bincount(np.concatenate([one.buckets for one in features]), minlength=HASHED)
     idf = np.where(document_frequency >= 2, np.log((1.0 + len(features)) / (1.0 + document_frequency)), 0.0)
     shapes = np.stack([one.shape for one in features])
     return FeatureScaling(idf.astype(np.float32), shapes.mean(axis=0), np.maximum(shapes.std(axis=0), 1e-6))
 
 
-def _scaled_matrix(features: Sequence[PromptFeatures], scaling: FeatureScaling) -> sparse.csr_array:
-    """The scaled features, (prompts, FEATURE_COUNT)."""
+def scaled_matrix(features: Sequence[PromptFeatures], scaling: FeatureScaling) -> sparse.csr_array:
+    """The scaled features of prompts, (prompts, FEATURE_COUNT)."""
     shape_columns = np.arange(HASHED, FEATURE_COUNT)
     columns = [np.concatenate([one.buckets, shape_columns]) for one in features]
     values = [np.concatenate(scaling.transform(one)) for one in features]
@@ -163,21 +164,25 @@ def _scaled_matrix(features: Sequence[PromptFeatures], scaling: FeatureScaling) 
     )
 
 
-def _topics(matrix: sparse.csr_array) -> _Coordinates:
-    """Principal components, scaled so that all features together have a standard deviation of 1."""
+def topics(matrix: sparse.csr_array) -> Coordinates:
+    """Principal components of scaled features, scaled so that these together have a standard deviation of 1.
+
+    Args:
+        matrix: (prompts, FEATURE_COUNT).
+    """
     mean = np.asarray(matrix.mean(axis=0))
     variance = float(matrix.multiply(matrix).mean(axis=0).sum() - np.square(mean).sum())
     if variance <= 1e-12:
-        return _Coordinates.constant(matrix)
+        return Coordinates.constant(matrix)
     # Lanczos iterations beyond the rank of the matrix would restart at random vectors.
     rank = len(np.unique(matrix @ np.random.default_rng(_SEED).normal(size=matrix.shape[1]))) - 1
     pca = PCA(min(COMPONENTS, rank), svd_solver="arpack", random_state=_SEED).fit(matrix)
     components = pca.components_[pca.explained_variance_ratio_ > 1e-6]
     weights = components.T / np.sqrt(variance)
-    return _Coordinates(weights, -pca.mean_ @ weights, (matrix @ weights) - pca.mean_ @ weights)
+    return Coordinates(weights, -pca.mean_ @ weights, (matrix @ weights) - pca.mean_ @ weights)
 
 
-def _predictions(matrix: sparse.csr_array, outcomes: Sequence[Doubles], coverage: Sequence[Doubles]) -> _Coordinates:
+def _predictions(matrix: sparse.csr_array, outcomes: Sequence[Doubles], coverage: Sequence[Doubles]) -> Coordinates:
     """Predicted outcomes and coverage, each scaled to its spread.
 
     Args:
@@ -189,7 +194,7 @@ def _predictions(matrix: sparse.csr_array, outcomes: Sequence[Doubles], coverage
     varying = targets.std(axis=0) > 1e-12
     is_outcome, targets = (np.arange(targets.shape[1]) < outcome_count)[varying], targets[:, varying]
     if not varying.any():
-        return _Coordinates.constant(matrix)
+        return Coordinates.constant(matrix)
     centred = targets - targets.mean(axis=0)
     # The column of ones is an intercept with the same penalty as every other weight.
     design = sparse.hstack([matrix, np.ones((matrix.shape[0], 1))], format="csr")
@@ -203,7 +208,7 @@ def _predictions(matrix: sparse.csr_array, outcomes: Sequence[Doubles], coverage
     correlation = ((predicted - mean) * centred).mean(axis=0) / deviation / targets.std(axis=0)
     # A prediction that does not correlate with what it predicts is noise.
     scale = np.where(is_outcome, OUTCOME_SPREAD, COVERAGE_SPREAD * np.maximum(correlation, 0.0)) / deviation
-    return _Coordinates(coefficients[:-1] * scale, (coefficients[-1] - mean) * scale, (predicted - mean) * scale)
+    return Coordinates(coefficients[:-1] * scale, (coefficients[-1] - mean) * scale, (predicted - mean) * scale)
 
 
 def _centres(points: Doubles, count: int, *, min_members: int) -> Doubles:

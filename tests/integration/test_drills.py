@@ -1,6 +1,5 @@
 """Fault drills at a small scale on real Kafka and Triton, and the drill command."""
 
-import asyncio
 import json
 import os
 import signal
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 from deploy.local.java import KafkaInstallationError
 from tests.drills.__main__ import drill, run_scenarios
 from tests.drills.run import drill_environment
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import until
 from tests.support.environment import KAFKA
 
 pytestmark = pytest.mark.integration
@@ -67,9 +66,7 @@ async def test_an_unexpected_exit_is_recorded_with_its_log_and_the_process_resta
         name = environment.model_servers[0].name
         (process,) = await environment.running({name})
         os.kill(process.pid, signal.SIGSEGV)
-        async with asyncio.timeout(DEADLINE_S):
-            while not (environment.exits and await environment.running({name})):  # noqa: ASYNC110 - polls the state of processes
-                await asyncio.sleep(0.1)
+        await until(lambda: environment.running({name}), lambda running: environment.exits and running)
         (exited,) = environment.exits
         assert exited.name == name
         assert exited.description.startswith(f"{name} was ended by SIGSEGV. The end of {environment.logs}")

@@ -1,7 +1,6 @@
 """The ledger as a process, on real Kafka, PostgreSQL, and a real Triton server with the stand-in model."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -44,13 +43,15 @@ from shared.topics import (
     RESPONSES,
     USAGE,
 )
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import until
 from tests.support.router import LEVELS, MODEL, ZONE, Producer, producing, question, reading, write_workload
 
 pytestmark = pytest.mark.integration
 
 RATE = 20.0
 IDLE_W = 55.0
+IN_FLIGHT = 2
+"""Requests of `serve` at once."""
 INTENSITY = 300.0
 FLEET = """
 [[directives]]
@@ -146,12 +147,8 @@ class Ledgers:
         finally:
             await connection.close()
 
-    async def until(self, query: str, wanted: object, *, timeout_s: float = DEADLINE_S) -> None:
-        deadline = time.monotonic() + timeout_s
-        while (found := (await self.fetch(query))[0][0]) != wanted:
-            if time.monotonic() > deadline:
-                raise AssertionError(f"{query}: {found} after {timeout_s} s, wanted {wanted}")
-            await asyncio.sleep(0.2)
+    async def until(self, query: str, wanted: object) -> None:
+        await until(lambda: self.fetch(query), lambda rows: rows[0][0] == wanted)
 
 
 @pytest.fixture
@@ -182,23 +179,30 @@ async def give_intensity(producer: Producer, clock: Clock) -> None:
 
 
 async def serve(
-    producer: Producer, server: Server, numbers: range, *, purpose: str = "request", tolerant: bool = False
+    producer: Producer,
+    server: Server,
+    numbers: range,
+    *,
+    purpose: str = "request",
+    tolerant: bool = False,
+    expected: dict[str, float] | None = None,
 ) -> dict[str, float]:
     """Generate answers, and publish the messages of router or evaluator; returns the expected energy by id, J.
 
     Args:
         tolerant: answers may fail; these are not published.
+        expected: what is returned, filled while the answers come.
     """
-    expected: dict[str, float] = {}
+    expected = {} if expected is None else expected
 
     async def one(number: int) -> None:
         level = f"L{number % 3}"
         system = f"<<SYS>>\n{SYSTEM[level]}\n<</SYS>>\n\n" if SYSTEM[level] else ""
-        await asyncio.sleep((number - numbers.start) * 0.02)
         prompt = f"<s>[INST] {system}{question(number % 40)} [/INST]"
-        made = await generate(
-            client, prompt, GenerationParameters(max_tokens=500), request_id=f"r{number}", timeout_s=30
-        )
+        async with places:
+            made = await generate(
+                client, prompt, GenerationParameters(max_tokens=500), request_id=f"r{number}", timeout_s=30
+            )
         assert made.completion_tokens == LEVELS[level][0]
         expected[f"r{number}"] = made.completion_tokens * 6.0
         timing = {
@@ -227,6 +231,7 @@ async def serve(
             )  # fmt: skip
             await producer.post(USAGE, record, record.id)
 
+    places = asyncio.Semaphore(IN_FLIGHT)
     async with TritonClient(server.grpc, model="ensemble", clock=server.clock) as client:
         done = await asyncio.gather(*(one(number) for number in numbers), return_exceptions=True)
         failed = [error for error in done if error is not None]
@@ -330,11 +335,11 @@ async def test_calls_of_a_model_server_that_is_killed_under_load_are_partial_and
     await give_intensity(producer, server.clock)
     ledgers.start(SPROUT_LEDGER_SCRAPE_INTERVAL_S="1")
     served = await serve(producer, server, range(30))
-    running = asyncio.create_task(serve(producer, server, range(30, 120), tolerant=True))
-    await asyncio.sleep(1.0)
+    running = asyncio.create_task(serve(producer, server, range(30, 120), tolerant=True, expected=served))
+    await until(lambda: len(served) >= 60)
     supervisor.kill("ledger-triton")
     supervisor.respawn("ledger-triton").wait_ready()
-    served |= await running
+    await running
     served |= await serve(producer, server, range(120, 150))
     await ledgers.until("SELECT count(*) FROM settled_calls", len(served))
     await ledgers.until(PUBLISHED, len(served))
@@ -351,6 +356,11 @@ async def test_calls_of_a_model_server_that_is_killed_under_load_are_partial_and
     ids = {Footprint.model_validate_json(one.value).request_id for one in published.records}
     assert len(ids) == marks["complete"] == len(served) - len(marks["partial"])
     assert ids.isdisjoint(marks["partial"])
+
+
+READ_LONG_AFTER_THE_CALLS = f"""
+SELECT (SELECT max(at) FROM readings) > (SELECT max(finished_at) FROM open_calls) + interval '{4.0 * RATE} s'
+"""
 
 
 class ReportingRouter:
@@ -394,7 +404,8 @@ async def test_an_endpoint_is_settled_up_to_the_oldest_running_call_and_its_curv
         await router.report()
         await serve(producer, server, range(60))
         await ledgers.until("SELECT count(*) FROM open_calls", 60)
-        await asyncio.sleep(4.0)
+        # Without the report, these calls would have been settled long before.
+        await ledgers.until(READ_LONG_AFTER_THE_CALLS, True)
         (until,) = await ledgers.fetch("SELECT settled_until FROM meters")
         assert until["settled_until"] <= router.oldest_started_at
         assert (await ledgers.fetch("SELECT count(*) FROM settled_calls"))[0][0] == 0

@@ -17,7 +17,7 @@ from shared.runtime.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, RESPONSES, SAMPLES, TopicSpec
 from tests.conftest import KafkaServer, start_kafka, start_postgres
 from tests.support.contract import EXAMPLES
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.evaluator import judged_fleet
 from tests.support.processes import start_service
 from tests.support.router import page, producing, reading, request
@@ -95,9 +95,8 @@ async def test_outages_of_postgresql_and_kafka(services, supervisor, kafka):
             await answers.ids(["r1"])
         for spec in (FOOTPRINTS, SAMPLES):
             await producer.post(spec, EXAMPLES[spec.name], "key")
-    async with asyncio.timeout(DEADLINE_S):
-        while not all([await consumed(kafka, group, spec) for group, spec in GROUPS]):  # noqa: ASYNC110 - no event
-            await asyncio.sleep(0.2)
+    for group, spec in GROUPS:
+        await until(lambda group=group, spec=spec: consumed(kafka, group, spec))
 
 
 @contextmanager
@@ -126,8 +125,10 @@ async def until_ready(supervisor: Supervisor, names: Collection[str], problem: s
     """Wait until every service is ready, or until every one reports a problem."""
     async with asyncio.timeout(DEADLINE_S if problem is None else NOTICED_S):
         for name in names:
-            while (problem or '"ready"') not in await asyncio.to_thread(readiness, supervisor, name):  # noqa: ASYNC110
-                await asyncio.sleep(0.1)
+            await until(
+                lambda name=name: asyncio.to_thread(readiness, supervisor, name),
+                lambda found: (problem or '"ready"') in found,
+            )
 
 
 def readiness(supervisor: Supervisor, name: str) -> str:

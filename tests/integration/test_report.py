@@ -31,7 +31,7 @@ from tests.support.report import (
 )
 from tools.cli.main import app
 from tools.reporting import NoLedgerError, collect_report, to_json
-from tools.reporting.meters import read_fleet
+from tools.reporting.meter_query import read_fleet
 from tools.reporting.summary import summary_lines
 
 pytestmark = pytest.mark.integration

@@ -20,7 +20,7 @@ from deploy.local.kafka import Listener, install_kafka, kafka_spec
 from deploy.local.processes import Supervisor, free_ports
 from shared.runtime.settings import KafkaSettings
 from tests.support.certificate import Authority, Certificate
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.router import RouterProcess, fleet_toml, question
 from tools.cli.console import Exit
 from tools.cli.main import app
@@ -184,9 +184,7 @@ async def sprout(*arguments: str):
 
 async def ended(supervisor: Supervisor, name: str) -> None:
     process = supervisor.process(name)
-    async with asyncio.timeout(DEADLINE_S):
-        while process.alive:  # noqa: ASYNC110 - a process has no event
-            await asyncio.sleep(0.1)
+    await until(lambda: not process.alive)
 
 
 @pytest.mark.parametrize("way", ["plain", "scram", "scram over tls", "client certificate", "oauth"])
