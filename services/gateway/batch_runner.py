@@ -266,8 +266,6 @@ class _Run:
             ApiError: the answer is an error.
         """
         runner, attempts = self._runner, 0
-        if not runner.fleet.pools_of(task.body.model):
-            raise ApiError(404, f"the model {task.body.model!r} does not exist", param="model", code="model_not_found")
         with runner.inbox.expect(self._reader.request_id(task.number)) as pending:
             while (ending := self._ending()) is None:
                 created = runner.clock.now()
@@ -295,8 +293,10 @@ class _Run:
         message = to_request(
             task.body,
             headers={},
+            fleet=self._runner.fleet,
             tenant=self._batch.tenant,
             reply_partition=self._runner.reply_partition,
+            now=now,
             deadline=min(limit, self._batch.expires_at),
         )
         return message.model_copy(update={"id": self._reader.request_id(task.number)})
