@@ -18,7 +18,7 @@ from deploy.local.processes import Supervisor
 from services.gateway.accounts import Accounts, Admission
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimate
-from services.gateway.keys import ApiKey, KeyStore, Limits, create_key, revoke_key, set_limits
+from services.gateway.keys import ApiKey, KeyStore, Limits, create_key, revoke_key, set_limits, store_key
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.settings import GatewaySettings
 from services.gateway.usage import footprint_of
@@ -362,6 +362,49 @@ async def test_requests_admitted_while_postgresql_was_away_are_booked_later(benc
         bench.accounts[1].finish(one, response(one.request), Estimate(1.0, 2.0, "option_mean"))
     await bench.accounts[1].written()
     assert (await bench.sums(key))["requests"] == 2
+
+
+class CountedPool:
+    """A pool that counts queries for one row."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self.queries = 0
+
+    async def fetchrow(self, *arguments: Any) -> Any:
+        self.queries += 1
+        return await self._pool.fetchrow(*arguments)
+
+
+async def test_many_requests_at_once_with_a_key_ask_postgresql_once(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    async with bench.pool.acquire() as connection:
+        key, secret = await create_key(connection, name="test", tenant=None, now=NOON)
+    counted = CountedPool(bench.pool)
+    keys = KeyStore(counted, DatabaseStatus(), cache_s=600.0)
+    first = asyncio.create_task(keys.find(secret))
+    waiting = [asyncio.create_task(keys.find(secret)) for _ in range(99)]
+    await asyncio.sleep(0)
+    first.cancel()  # its client has left; the others get the key nevertheless
+    assert await asyncio.gather(*waiting) == [key] * 99
+    assert await keys.find(secret) == key
+    assert await asyncio.gather(*(keys.find("wrong") for _ in range(100))) == [None] * 100
+    assert await keys.find("wrong") is None
+    assert counted.queries == 2
+
+    # Wrong keys, however many, are remembered within bounds and push no valid key out.
+    monkeypatch.setattr("services.gateway.keys.MAX_CACHED", 3)
+    assert await asyncio.gather(*(keys.find(f"wrong {number}") for number in range(10))) == [None] * 10
+    assert len(keys._wrong) <= 4
+    queries = counted.queries
+    assert await keys.find(secret) == key
+    assert counted.queries == queries
+    # One that is made in the meantime is found as soon as it is not remembered as wrong.
+    monkeypatch.setattr("services.gateway.keys.WRONG_S", 0.0)
+    async with bench.pool.acquire() as connection:
+        await store_key(connection, "wrong", name="test", tenant=None, now=NOON)
+    found = await keys.find("wrong")
+    assert found is not None
+    assert found.name == "test"
 
 
 @pytest.fixture
