@@ -5,9 +5,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.gateway.errors import ApiError
 from services.gateway.schema import ChatRequest
+from services.gateway.translate import OPTIONS as OPTION_NAMES
 from services.gateway.translate import to_request
 from shared.fleet import Fleet
 from shared.messages import GenerationRequest
@@ -71,10 +74,25 @@ def test_an_answer_that_is_needed_earlier_has_an_earlier_deadline():
     ],
 )
 def test_an_option_that_is_not_valid_is_named_and_not_quoted(name: str, value: str):
-    for given in ({"metadata": {f"sprout_{name}": value}}, {"headers": {f"x-sprout-{name.replace('_', '-')}": value}}):
-        error = refused(**given)
+    for where in ({"metadata": {f"sprout_{name}": value}}, {"headers": {f"x-sprout-{name.replace('_', '-')}": value}}):
+        error = refused(**where)
         assert (error.status, error.body.param, error.body.code) == (400, name, "invalid_value")
         assert "secret" not in error.body.model_dump_json()
+
+
+@given(st.sampled_from(OPTION_NAMES), st.text() | st.from_regex(r"[-+0-9TZ:. ]*"), st.booleans())
+def test_any_value_of_an_option_is_taken_or_an_error_that_names_it(name: str, value: str, in_header: bool):
+    options = {f"x-sprout-{name.replace('_', '-')}": value} if in_header else None
+    found: GenerationRequest | ApiError
+    try:
+        found = translated(None if in_header else {f"sprout_{name}": value}, options)
+    except ApiError as error:
+        found = error
+    if isinstance(found, ApiError):
+        assert (found.status, found.body.param) == (400, name)
+    else:
+        assert found.deadline is not None
+        assert NOW < found.deadline <= DEADLINE
 
 
 def test_an_unknown_option_or_model_is_an_error_that_says_what_there_is():
