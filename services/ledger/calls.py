@@ -42,6 +42,7 @@ class Labels(NamedTuple):
     propensity: float
     propensities: str
     """JSON text."""
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ def request_call(response: GenerationResponse) -> NewCall:
             decision.source,
             decision.propensity,
             json.dumps(decision.propensities) if decision.propensities else "{}",
+            response.finish_reason,
         ),
         **_times(timing.started_at, timing.first_token_at, timing.finished_at),
         prompt_tokens=None if usage.prompt_tokens is None else min(usage.prompt_tokens, LARGEST_INTEGER),
@@ -152,9 +154,9 @@ def storable_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 _ADD_DIMENSIONS = """
 INSERT INTO dimensions (digest, purpose, evaluation_id, model, grp, task, tenant, pool, level, zone, endpoint,
-                        policy_version, decision_source, propensity, propensities, used_at)
+                        policy_version, decision_source, propensity, propensities, finish_reason, used_at)
 SELECT digest, purpose, evaluation_id, model, grp, task, tenant, pool, level, zone, endpoint,
-       policy_version, decision_source, propensity, propensities, used_at
+       policy_version, decision_source, propensity, propensities, finish_reason, used_at
 FROM jsonb_populate_recordset(NULL::dimensions, $1)
 ON CONFLICT (digest) DO UPDATE SET used_at = greatest(dimensions.used_at, EXCLUDED.used_at)
 RETURNING digest, id

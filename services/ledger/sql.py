@@ -229,7 +229,7 @@ WHERE chunk = $1 AND finished_at >= $2 AND finished_at <= $3 AND NOT partial
 """
 DIMENSIONS = "SELECT *, propensities::text AS distribution FROM dimensions WHERE id = ANY($1)"
 EARLIER_FOOTPRINTS = """
-SELECT *, propensities::text AS distribution, request_id AS id FROM footprints
+SELECT *, propensities::text AS distribution, request_id AS id, NULL AS finish_reason FROM footprints
 WHERE NOT published AND NOT partial ORDER BY finished_at LIMIT $1 FOR UPDATE SKIP LOCKED
 """
 MARK_EARLIER_PUBLISHED = "UPDATE footprints SET published = true WHERE request_id = ANY($1)"

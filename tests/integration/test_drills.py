@@ -60,6 +60,16 @@ async def test_a_fault_of_the_ledger_under_all_services_leaves_correct_books(run
     assert result.figures["policies"] >= 1
 
 
+@pytest.mark.extended
+async def test_clients_of_killed_gateways_and_routers_have_an_answer_or_an_error_in_time(run_small):
+    results, _ = await run_small("gateway_killed", "gateway_router_killed")
+    for result in results.values():
+        assert result.passed, result.problems
+        assert result.figures["HTTP requests"] >= 100
+        assert result.counts.sent == result.counts.answered >= 100
+        assert len(result.faults) == 2
+
+
 async def test_an_unexpected_exit_is_recorded_with_its_log_and_the_process_restarted(tmp_path):
     said = []
     async with drill_environment(tmp_path, say=said.append) as environment:

@@ -211,7 +211,7 @@ async def serve(
         if purpose == "request":
             response = GenerationResponse(
                 request_id=f"r{number}", record=f"requests/0/{number}/1", model=MODEL, status="ok", text="...",
-                finish_reason="stop", endpoint="e0",
+                finish_reason="cancelled" if number % 10 == 1 else "stop", endpoint="e0",
                 decision=Decision(
                     source="policy", group="qa", pool="p", level=level, zone=ZONE, policy_version=3, propensity=0.25,
                     propensities={"p/L0": 0.75, f"p/{level}": 0.25},
@@ -287,6 +287,7 @@ async def test_every_metered_joule_is_accounted_and_each_call_gets_its_own_energ
     means = {level: sum(joules) / len(joules) for level, joules in by_level.items()}
     assert sorted(means, key=means.__getitem__) == sorted(LEVELS, key=lambda level: LEVELS[level][0])
     first, last = found["r1"], found["r61"]
+    assert [found[name].finish_reason for name in ("r1", "r2", "r61")] == ["cancelled", "stop", None]
     assert (first.purpose, first.policy_version, first.propensity, first.tenant) == ("request", 3, 0.25, "acme")
     assert (last.purpose, last.evaluation_id) == ("evaluation", "ev")
     assert [tuple(row) for row in await ledgers.fetch("SELECT id, code FROM rejections")] == [("no", "unknown_model")]

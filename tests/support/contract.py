@@ -145,8 +145,8 @@ EXAMPLES: dict[str, Message] = {
     ),
     "footprints": Footprint(
         request_id="r1", purpose="request", model="m", group="g1", pool="p", level="L1", zone="GB", endpoint="e0",
-        started_at=NOW, finished_at=NOW, processing_s=1, completion_tokens=2, energy_j=60, intensity_g_per_kwh=200,
-        operational_g=0.003, embodied_g=0.001, total_g=0.004,
+        started_at=NOW, finished_at=NOW, processing_s=1, completion_tokens=2, finish_reason="stop", energy_j=60,
+        intensity_g_per_kwh=200, operational_g=0.003, embodied_g=0.001, total_g=0.004,
     ),
     "quality": Quality(
         evaluation_id="ev", model="m", evaluated_at=NOW, trigger="overdue", counts=(_COUNT,), prompts=5, abstentions=0,

@@ -2,6 +2,7 @@
 
 import math
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -31,10 +32,11 @@ def grid(*history: float, latest: float = 200.0, age_h: float = 0.0) -> CarbonIn
     )  # fmt: skip
 
 
-def footprint(group: str, level: str, joules: float, *, purpose="request", at=NOW) -> Footprint:
+def footprint(group: str, level: str, joules: float, *, purpose="request", at=NOW, **more: Any) -> Footprint:
     return Footprint(
         request_id="r", purpose=purpose, model="m", group=group, pool="p", level=level, zone="Z", endpoint="e",
         started_at=at, finished_at=at, processing_s=joules / 250, completion_tokens=1, energy_j=joules, embodied_g=0,
+        **more,
     )  # fmt: skip
 
 
@@ -161,6 +163,19 @@ def test_evaluations_count_for_energy_but_not_for_traffic_and_judge_calls_for_no
     found = consumption_of(*(footprint(group, "L0", 1_000, purpose=purpose) for group, purpose in calls))
     assert set(found.cells) == {"a", "b"}
     assert set(found.traffic) == {"a"}
+
+
+def test_cancelled_calls_count_for_traffic_but_not_for_energy_time_and_tokens():
+    whole = [footprint("a", "L0", 1_000, finish_reason=reason) for reason in ("stop", "length", None) for _ in range(9)]
+    cut_short = [footprint(group, "L0", 10, finish_reason="cancelled") for group in "ab" for _ in range(27)]
+    found, expected = (consumption_of(*some) for some in (whole + cut_short, whole))
+    now_s = NOW.timestamp()
+    assert found.totals(now_s, SETTINGS)["a"] == expected.totals(now_s, SETTINGS)["a"]
+    assert found.requests(now_s, SETTINGS) == {"a": pytest.approx(54.0), "b": pytest.approx(27.0)}
+    assert found.requests_per_s(now_s, SETTINGS) == pytest.approx(3 * expected.requests_per_s(now_s, SETTINGS))
+    row = estimated(found, settings=OptimizerSettings(pseudo_requests=1e-9)).groups
+    assert [one["p/L0"].energy_kwh * 3.6e6 for one in row.values()] == pytest.approx([1_000.0, 1_000.0])
+    assert estimated(consumption_of(*cut_short)) is None
 
 
 def test_consumption_can_be_stored_and_decays_in_event_time():
