@@ -16,7 +16,7 @@ from shared.messages import DeadLetter, GenerationRequest
 from shared.runtime.clock import Clock
 from shared.topics import DEAD_LETTERS, REQUESTS, SAMPLES
 from tests.support.contract import Medium
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import DEADLINE_S, until
 
 BATCHES = dataclasses.replace(SAMPLES, message=GenerationRequest)
 """A topic of requests that is read in batches."""
@@ -156,10 +156,9 @@ async def test_a_topic_is_not_consumed_any_more_when_nearly_all_records_become_d
         await service.medium.until(lambda: service.dead_letters.problem() is not None)
         assert service.topics["batch"] in (service.dead_letters.problem() or "")
         # Other topics are consumed, and a client's invalid requests stop nothing.
-        for _ in range(FUSE_RECORDS + 1):
-            await service.broker.publish(b"{broken", topic=service.topics["single"])
+        await service.broker.publish_batch(*[b"{broken"] * (FUSE_RECORDS + 1), topic=service.topics["single"])
         await service.broker.publish(b'{"prompt": "fine"}', topic=service.topics["single"])
         await service.medium.until(lambda: bool(service.handled))
         # These letters come after those of the stopped topic.
-        await service.medium.until(lambda: service.letters_of("single") == FUSE_RECORDS + 1)
+        await until(lambda: service.letters_of("single") == FUSE_RECORDS + 1)
         assert FUSE_RECORDS * FUSE_SHARE <= service.letters_of("batch") <= FUSE_RECORDS
