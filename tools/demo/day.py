@@ -11,10 +11,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from deploy.demo.traffic import peak_load
 from deploy.local.config import ModelName, StackConfig
 from shared.batch_curve import MEASURED
 from shared.fleet import Dispatch, Switchback
+from tools.demo.traffic import peak_load
 
 World = Literal["sprout", "reference"]
 """`reference`: the same day without Sprout. No directives, requests spread over all servers, none asleep."""

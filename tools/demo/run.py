@@ -10,14 +10,14 @@ from typing import Any
 import asyncpg
 from rich.console import Console
 
-from deploy.demo.clients import Observer, Producer, Tally
-from deploy.demo.day import LATENESS_WALL_S, DemoDay, World, stack_config
-from deploy.demo.progress import Progress
-from deploy.demo.traffic import PlannedRequest, mean_tokens, plan_traffic, prompts_of
 from deploy.local.config import StackConfig
 from deploy.local.model_servers import ModelServers
 from deploy.local.stack import LocalStack
 from shared.fleet import load_fleet
+from tools.demo.clients import Observer, Producer, Tally
+from tools.demo.day import LATENESS_WALL_S, DemoDay, World, stack_config
+from tools.demo.progress import Progress
+from tools.demo.traffic import PlannedRequest, mean_tokens, plan_traffic, prompts_of
 from tools.reporting import Report, collect_report
 
 ANSWERS_WAIT_S = 60.0
