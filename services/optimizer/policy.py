@@ -1,6 +1,6 @@
 """Policies: the program of a model's current situation, the message made from its solution, and its comparison."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -8,7 +8,7 @@ from typing import Literal
 from services.optimizer.bounds import CurrentIntensity, TrailingRange, joint_confidence_z, quality_bounds
 from services.optimizer.estimates import Estimates, price_bases, relative_change
 from services.optimizer.prices import describe_price
-from services.optimizer.problem import Failure, OptionPrice, Problem, Solution
+from services.optimizer.problem import Failure, LaterHours, OptionPrice, Problem, Solution
 from services.optimizer.program import TIME_LIMIT_S, solve
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
@@ -70,6 +70,8 @@ def build_problem(
     prices: Mapping[str, OptionPrice],
     bounds: Mapping[str, float],
     settings: OptimizerSettings,
+    rest_bounds: Mapping[str, float] | None = None,
+    later: Sequence[LaterHours] = (),
     capacities: Mapping[str, float] | None = None,
     overall: bool = False,
 ) -> Problem:
@@ -79,8 +81,10 @@ def build_problem(
         estimates: e, p and q.
         reference: the baseline option.
         prices: by option; an option without a price is not used.
-        bounds: b_m by metric.
+        bounds: b_m of the present hour by metric.
         settings: confidence level, floors and holdout.
+        rest_bounds: with a promise by period, what the present hour and the later ones need together, by metric.
+        later: those later hours.
         capacities: concurrent requests by pool; None: unlimited.
         overall: state the program for all traffic as one group, `ALL_TRAFFIC`.
     """
@@ -91,7 +95,9 @@ def build_problem(
         families=estimates.families,
         estimates={ALL_TRAFFIC: estimates.overall} if overall else estimates.groups,
         confidence_z=joint_confidence_z(bounds, settings),
-        bounds=bounds,
+        bounds=bounds if rest_bounds is None else rest_bounds,
+        hourly_floors=settings.hourly_floors,
+        later=later,
         floors=settings.floors,
         capacities=capacities or {},
         requests_per_s=estimates.requests_per_s,
