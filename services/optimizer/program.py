@@ -232,6 +232,10 @@ class Program:
         """Probabilities by group, then option."""
         return self.cells.rows(self.x)
 
+    def objective(self) -> float:
+        """What was minimised: gCO2eq per request in units of the cells' `cost_unit_g`, over all hours."""
+        return float(self._solver.getObjectiveValue())
+
     def shadow_prices(self) -> dict[str, float]:
         """By constraint: change of the expected gCO2eq per request for one more unit of its right-hand side."""
         duals = self._solver.getSolution().row_dual
