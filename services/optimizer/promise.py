@@ -9,13 +9,17 @@ to come have the carbon intensities of the trailing window at the same hours of 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.optimizer.bounds import TrailingRange, quality_bounds
+from services.optimizer.bounds import CurrentIntensity, TrailingRange, quality_bounds
 from services.optimizer.settings import OptimizerSettings
-from shared.messages import Policy
+from shared.carbon import LatestIntensities, trailing_points
+from shared.messages import CarbonIntensity, PeriodAccount, Policy
+
+Floats = NDArray[np.float64]
 
 BINS = 10
 """Groups of later hours with similar carbon intensity."""
@@ -86,7 +90,7 @@ class Account:
             promised: b_m of the hour by metric, relative to the reference's quality.
             kept: quality by metric; a metric without one is not booked.
         """
-        hour = at.replace(minute=0, second=0, microsecond=0)
+        hour = _hour(at)
         row = self.hours.setdefault(hour, {})
         for metric in promised.keys() & kept.keys():
             sums = Sums(requests, requests * promised[metric], requests * kept[metric])
@@ -123,7 +127,18 @@ class Account:
                     found[metric] = found.get(metric, Sums()) + sums
         return found
 
-    def requests_by_hour_of_day(self, *, default: float) -> NDArray[np.float64]:
+    def of_period(self, period: Period) -> PeriodAccount:
+        """The account of a period as it is published."""
+        found = {metric: sums for metric, sums in self.total(period).items() if sums.requests > 0.0}
+        return PeriodAccount(
+            start=period.start,
+            end=period.end,
+            requests=max((sums.requests for sums in found.values()), default=0.0),
+            promised={metric: sums.promised / sums.requests for metric, sums in found.items()},
+            kept={metric: sums.kept / sums.requests for metric, sums in found.items()},
+        )
+
+    def requests_by_hour_of_day(self, *, default: float) -> Floats:
         """Mean requests in each hour of the day, (24,).
 
         Args:
@@ -146,7 +161,7 @@ class Account:
 def _pieces(start: datetime, end: datetime, cut: datetime) -> Iterator[tuple[datetime, datetime]]:
     """[start, end) cut at every whole hour and at one more time."""
     while start < end:
-        next_hour = start.replace(minute=0, second=0, microsecond=0) + _HOUR
+        next_hour = _hour(start) + _HOUR
         stop = min(next_hour, end, *([cut] if cut > start else []))
         yield start, stop
         start = stop
@@ -157,12 +172,43 @@ class TrailingHours:
     """Carbon intensities of the trailing window.
 
     Attributes:
+        zones: the zone of the limits first.
         of_day: (hours,), hour of the day, UTC.
-        g_per_kwh: (hours, zones), gCO2eq/kWh; the zone of the limits first.
+        g_per_kwh: (hours, zones), gCO2eq/kWh.
     """
 
+    zones: tuple[str, ...]
     of_day: NDArray[np.int64]
-    g_per_kwh: NDArray[np.float64]
+    g_per_kwh: Floats
+
+
+def trailing_hours(
+    latest: LatestIntensities, current: Mapping[str, CurrentIntensity], zone: str, settings: OptimizerSettings
+) -> TrailingHours:
+    """Hourly means of the `window_h` hours that end with the latest value.
+
+    Args:
+        latest: newest message of every zone.
+        current: intensity by zone; a zone without a value in an hour has this one.
+        zone: of the limits.
+        settings: length of the window.
+    """
+    zones = (zone, *(one for one in current if one != zone))
+    by_zone = {one: _hourly_means(latest.get(one), settings) for one in zones}
+    hours = sorted(by_zone[zone])
+    values = [[by_zone[one].get(hour, current[one].g_per_kwh) for one in zones] for hour in hours]
+    return TrailingHours(zones, np.array([hour.hour for hour in hours], dtype=np.int64), np.array(values, ndmin=2))
+
+
+def _hourly_means(message: CarbonIntensity | None, settings: OptimizerSettings) -> dict[datetime, float]:
+    if message is None:
+        return {}
+    start = message.latest.at - timedelta(hours=settings.window_h)
+    found: dict[datetime, list[float]] = {}
+    for point in trailing_points(message):
+        if point.at > start:
+            found.setdefault(_hour(point.at), []).append(point.intensity_g_per_kwh)
+    return {hour: fmean(values) for hour, values in found.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,11 +217,11 @@ class ExpectedHours:
 
     Attributes:
         share: of the requests that are still to come in the period.
-        g_per_kwh: mean by zone, in the order of the trailing hours' zones.
+        g_per_kwh: mean by zone, gCO2eq/kWh.
     """
 
     share: float
-    g_per_kwh: tuple[float, ...]
+    g_per_kwh: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,11 +229,15 @@ class RestOfPeriod:
     """What the program plans: the rest of a period, the present hour included.
 
     Attributes:
+        current: account of the period so far.
+        previous: account of the period before; None: nothing was booked in it.
         bounds: mean quality that is needed in the rest, by metric, relative to the reference's; above 1 to make up for
             what was served so far.
         later: the hours after the present one, cleanest first; none in the last hour, and without a history.
     """
 
+    current: PeriodAccount
+    previous: PeriodAccount | None
     bounds: dict[str, float]
     later: tuple[ExpectedHours, ...]
 
@@ -218,26 +268,31 @@ def plan_rest(
     default = requests_per_s * _HOUR.total_seconds()
     by_hour = account.requests_by_hour_of_day(default=default if default > 0.0 else 1.0)
     to_come, present = _requests_to_come(by_hour, now, period.end)
-    promised = quality_bounds(trailing_range.position(k0), settings)
+    rest = present + float(to_come.sum())
+    bounds = quality_bounds(trailing_range.position(k0), settings)
     weights = _weights(trailing.of_day, to_come)
     later: tuple[ExpectedHours, ...] = ()
-    rest = present
     if len(weights) >= settings.min_window_hours and weights.any():
-        rest += float(to_come.sum())
+        later = tuple(_bins(trailing, weights, share=1.0 - present / rest))
         span = trailing_range.k0_max - trailing_range.k0_min
         positions = np.clip((trailing.g_per_kwh[:, 0] - trailing_range.k0_min) / (span or np.inf), 0.0, 1.0)
         of_later = quality_bounds(float(np.average(positions, weights=weights)), settings)
-        promised = {m: (present * b + (rest - present) * of_later[m]) / rest for m, b in promised.items()}
-        later = tuple(_bins(trailing.g_per_kwh, weights, share=1.0 - present / rest))
-    total = account.total(period)
-    arrears = {metric: sums.promised - sums.kept for metric, sums in total.items()}
-    bounds = {metric: max(0.0, bound + arrears.get(metric, 0.0) / rest) for metric, bound in promised.items()}
-    return RestOfPeriod(bounds=bounds, later=later)
+        bounds = {
+            metric: (present * one + (rest - present) * of_later[metric]) / rest for metric, one in bounds.items()
+        }
+    arrears = {metric: sums.promised - sums.kept for metric, sums in account.total(period).items()}
+    previous = account.of_period(period.before())
+    return RestOfPeriod(
+        current=account.of_period(period),
+        previous=previous if previous.requests > 0.0 else None,
+        bounds={metric: max(0.0, bound + arrears.get(metric, 0.0) / rest) for metric, bound in bounds.items()},
+        later=later,
+    )
 
 
-def _requests_to_come(by_hour: NDArray[np.float64], now: datetime, end: datetime) -> tuple[NDArray[np.float64], float]:
+def _requests_to_come(by_hour: Floats, now: datetime, end: datetime) -> tuple[Floats, float]:
     """Requests after the present hour up to the end of the period by hour of the day, and those left of this hour."""
-    next_hour = now.replace(minute=0, second=0, microsecond=0) + _HOUR
+    next_hour = _hour(now) + _HOUR
     present = max(next_hour - now, _SHORTEST_REST) / _HOUR * float(by_hour[now.hour] or by_hour.mean())
     whole_days, odd_hours = divmod(max((end - next_hour) // _HOUR, 0), _HOURS_OF_DAY)
     hours = np.full(_HOURS_OF_DAY, float(whole_days))
@@ -245,19 +300,25 @@ def _requests_to_come(by_hour: NDArray[np.float64], now: datetime, end: datetime
     return hours * by_hour, present
 
 
-def _weights(of_day: NDArray[np.int64], to_come: NDArray[np.float64]) -> NDArray[np.float64]:
+def _weights(of_day: NDArray[np.int64], to_come: Floats) -> Floats:
     """Requests that each trailing hour stands for: those to come at its hour of the day, shared by all such hours."""
     counts = np.bincount(of_day, minlength=_HOURS_OF_DAY)
     return (to_come / np.maximum(counts, 1))[of_day]
 
 
-def _bins(g_per_kwh: NDArray[np.float64], weights: NDArray[np.float64], *, share: float) -> Iterator[ExpectedHours]:
-    """Up to `BINS` groups of hours of equal weight, by intensity of the first zone."""
-    order = np.argsort(g_per_kwh[:, 0], kind="stable")
-    values, weights = g_per_kwh[order], weights[order] / weights.sum()
+def _bins(trailing: TrailingHours, weights: Floats, *, share: float) -> Iterator[ExpectedHours]:
+    """Up to `BINS` groups of hours of equal weight, by intensity of the zone of the limits."""
+    order = np.argsort(trailing.g_per_kwh[:, 0], kind="stable")
+    values, weights = trailing.g_per_kwh[order], weights[order] / weights.sum()
     middles = np.cumsum(weights) - weights / 2.0
     places = np.minimum((middles * BINS).astype(int), BINS - 1)
     for place in np.unique(places[weights > 0.0]):
         here = places == place
-        means = np.average(values[here], axis=0, weights=weights[here])
-        yield ExpectedHours(share=share * float(weights[here].sum()), g_per_kwh=tuple(means.tolist()))
+        means = np.average(values[here], axis=0, weights=weights[here]).tolist()
+        yield ExpectedHours(
+            share=share * float(weights[here].sum()), g_per_kwh=dict(zip(trailing.zones, means, strict=True))
+        )
+
+
+def _hour(time: datetime) -> datetime:
+    return time.replace(minute=0, second=0, microsecond=0)

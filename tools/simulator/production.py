@@ -226,7 +226,7 @@ class _Run:
         values = np.concatenate([window.past[-length:], window.g_per_kwh[: hour + 1]])[-length:]
         of_day = (window.at(hour).hour - np.arange(len(values))[::-1]) % 24
         known = ~np.isnan(values)
-        return TrailingHours(of_day[known], values[known][:, None])
+        return TrailingHours((window.zone,), of_day[known], values[known][:, None])
 
     def _learn(self, findings: Findings, hour: int, *, charged: bool) -> None:
         case, now = self._case, self._case.window.at(hour)
@@ -271,7 +271,7 @@ class _Run:
             bounds=bounds,
             rest_bounds=None if rest is None else rest.bounds,
             later=[
-                LaterHours(share=hours.share, options=_prices(world.options, hours.g_per_kwh[0]))
+                LaterHours(share=hours.share, options=_prices(world.options, hours.g_per_kwh[self._case.window.zone]))
                 for hours in (() if rest is None else rest.later)
             ],
             settings=self._settings,
