@@ -202,6 +202,13 @@ class Cells:
         """
         return max(float(grams.max()) for grams in (self.grams, *self.later_grams)) or 1.0
 
+    @property
+    def mean_reference_g(self) -> float:
+        """Expected gCO2eq of a request over the present and the later hours if the reference served all requests."""
+        shares = [self.problem.share, *(hours.share for hours in self.problem.later)]
+        hours = zip(shares, (self.grams, *self.later_grams), strict=True)
+        return sum(share * float((self.weights * grams) @ self.reference) for share, grams in hours)
+
     @cached_property
     def bounds(self) -> "dict[str, QualityBound]":
         """The quality limits by metric, on the mean over all hours."""

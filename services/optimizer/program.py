@@ -232,12 +232,14 @@ class Program:
         """Probabilities by group, then option."""
         return self.cells.rows(self.x)
 
-    def objective(self) -> float:
-        """What was minimised: gCO2eq per request in units of the cells' `cost_unit_g`, over all hours."""
-        return float(self._solver.getObjectiveValue())
+    def mean_g_per_request(self) -> float:
+        """Expected gCO2eq of a request over the present and the later hours."""
+        return float(self._solver.getObjectiveValue()) * self.cells.cost_unit_g
 
     def shadow_prices(self) -> dict[str, float]:
-        """By constraint: change of the expected gCO2eq per request for one more unit of its right-hand side."""
+        """By constraint: change of the expected gCO2eq per request, over all hours, for one more unit of its right-hand
+        side.
+        """
         duals = self._solver.getSolution().row_dual
         unit = self.cells.cost_unit_g
         return {name: float(duals[constraint.index]) * unit for name, constraint in self._constraints.items()}

@@ -178,7 +178,7 @@ def test_the_optimum_is_that_of_a_cone_solver(seed):
     assert program.shortfall == 0.0
     for bound in program.cells.bounds.values():
         assert not bound.is_violated(program.mean)
-    assert program.objective() == pytest.approx(optimum, rel=1e-3)
+    assert program.mean_g_per_request() == pytest.approx(optimum * program.cells.cost_unit_g, rel=1e-3)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
