@@ -151,8 +151,6 @@ class Outcome:
             "preference_pct": self.preference_pct,
             "correctness_pct": self.correctness_pct,
             "hours_bound_kept_pct": self.kept_pct,
-            "promise": self.promise,
-            "period_kept_pct": self.period_kept_pct,
             "evaluations": len(self.evaluation_hours),
             "evaluation_hours": list(self.evaluation_hours),
             "evaluator_share_pct": self.evaluator_share_pct,
@@ -166,6 +164,8 @@ class Outcome:
             "fallback_hours": sum(self.fallbacks.values()),
             "fallback_reasons": dict(self.fallbacks),
             "withheld_hours": dict(self.ineligible),
+            "promise": self.promise,
+            "period_kept_pct": self.period_kept_pct,
             "notes": list(self.notes),
         }
 
