@@ -16,7 +16,10 @@ from services.optimizer.settings import OptimizerSettings
 from shared.messages import Footprint, option_key
 from shared.units import JOULES_PER_KWH
 
+_HOUR_S = 3_600.0
 _SHORTEST_SPAN_S = 60.0
+_RECENT_OF_FIRST_RELEASE = 2
+"""Length of the stored `recent` without seconds; its half-life was an hour."""
 
 
 @dataclass(slots=True)
@@ -54,6 +57,11 @@ class DecayedSums:
 def decay_factor(age_s: float, half_life_s: float) -> float:
     """2^(-age / half-life); 1 for an observation that lies in the future."""
     return float(2.0 ** (-max(0.0, age_s) / half_life_s))
+
+
+def decayed_seconds(span_s: float, half_life_s: float) -> float:
+    """The last `span_s` seconds, each weighted by 2^(-age / half-life); 0 for a span that lies in the future."""
+    return half_life_s / math.log(2) * (1.0 - decay_factor(span_s, half_life_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +120,13 @@ class Consumption:
     Attributes:
         cells: the sums of `ResourceUse` by group, then option.
         traffic: requests by group.
-        recent: requests of all groups, for the request rate.
-        first_request_s: event time of the first request.
+        recent: requests of all groups, and the seconds in which they arrived, for the request rate; None before the
+            first request.
     """
 
     cells: dict[str, dict[str, DecayedSums]] = field(default_factory=dict)
     traffic: dict[str, DecayedSums] = field(default_factory=dict)
     recent: DecayedSums | None = None
-    first_request_s: float | None = None
 
     def add_footprint(self, footprint: Footprint, *, now_s: float, settings: OptimizerSettings) -> None:
         """Count a footprint.
@@ -161,12 +168,13 @@ class Consumption:
         cell = self.cells.setdefault(group, {}).setdefault(option, DecayedSums(at_s, [0.0] * len(_RESOURCES)))
         cell.add(used.values(), at_s=at_s, half_life_s=settings.footprint_half_life_s)
         if is_traffic:
+            self.recent = self.recent or DecayedSums(at_s, [0.0, 0.0])
+            half_life_s = self._rate_half_life_s(at_s, settings)
+            seconds = decayed_seconds(at_s - self.recent.as_of_s, half_life_s)
+            self.recent.add((used.requests, seconds), at_s=at_s, half_life_s=half_life_s)
             self.traffic.setdefault(group, DecayedSums(at_s, [0.0])).add(
-                (used.requests,), at_s=at_s, half_life_s=settings.traffic_half_life_s
+                (used.requests,), at_s=at_s, half_life_s=self.traffic_half_life_s(at_s, settings)
             )
-            self.recent = self.recent or DecayedSums(at_s, [0.0])
-            self.recent.add((used.requests,), at_s=at_s, half_life_s=settings.rate_half_life_s)
-            self.first_request_s = min(at_s, self.first_request_s if self.first_request_s is not None else at_s)
         if len(self.cells) > 2 * settings.max_groups:
             self._drop_small_groups(at_s, settings)
 
@@ -177,7 +185,6 @@ class Consumption:
             cells={group: {option: sums.copy() for option, sums in row.items()} for group, row in self.cells.items()},
             traffic={group: sums.copy() for group, sums in self.traffic.items() if group in kept},
             recent=self.recent,
-            first_request_s=self.first_request_s,
         )
 
     def totals(self, now_s: float, settings: OptimizerSettings) -> dict[str, dict[str, ResourceUse]]:
@@ -191,19 +198,29 @@ class Consumption:
 
     def requests(self, now_s: float, settings: OptimizerSettings) -> dict[str, float]:
         """Effective requests of clients by group, at an event time."""
-        return {group: sums.at(now_s, settings.traffic_half_life_s)[0] for group, sums in self.traffic.items()}
+        half_life_s = self.traffic_half_life_s(now_s, settings)
+        return {group: sums.at(now_s, half_life_s)[0] for group, sums in self.traffic.items()}
 
     def requests_per_s(self, now_s: float, settings: OptimizerSettings) -> float:
-        """The recent request rate.
+        """The recent request rate: decayed requests per decayed second."""
+        return self._rate(now_s, self._rate_half_life_s(now_s, settings))
 
-        After a time T at a steady rate r the decayed sum is r * H/ln 2 * (1 - 2^(-T/H)), with half-life H.
-        """
-        if self.recent is None or self.first_request_s is None:
+    def traffic_half_life_s(self, now_s: float, settings: OptimizerSettings) -> float:
+        """Half-life of the traffic shares: the time of some requests, because fewer say little, within limits."""
+        rate = self.requests_per_s(now_s, settings)
+        return _half_life_s(settings.traffic_half_life_requests, rate, settings.traffic_half_life_h, settings)
+
+    def _rate_half_life_s(self, now_s: float, settings: OptimizerSettings) -> float:
+        rate = self._rate(now_s, settings.rate_half_life_h * _HOUR_S)
+        return _half_life_s(settings.rate_half_life_requests, rate, settings.rate_half_life_h, settings)
+
+    def _rate(self, now_s: float, half_life_s: float) -> float:
+        """Requests per second; `half_life_s` is that of the time since the newest request."""
+        if self.recent is None:
             return 0.0
-        span_s = max(now_s - self.first_request_s, _SHORTEST_SPAN_S)
-        half_life_s = settings.rate_half_life_s
-        effective_s = half_life_s / math.log(2) * (1.0 - decay_factor(span_s, half_life_s))
-        return self.recent.at(now_s, half_life_s)[0] / effective_s
+        requests, seconds = self.recent.at(now_s, half_life_s)
+        seconds += decayed_seconds(now_s - self.recent.as_of_s, half_life_s)
+        return requests / max(seconds, _SHORTEST_SPAN_S)
 
     def to_document(self) -> dict[str, Any]:
         """The sums as JSON types: every entry is [as_of_s, *values]."""
@@ -213,21 +230,21 @@ class Consumption:
             },
             "traffic": {group: _to_list(sums) for group, sums in self.traffic.items()},
             "recent": None if self.recent is None else _to_list(self.recent),
-            "first_request_s": self.first_request_s,
         }
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "Consumption":
-        """Read what `to_document` wrote; the first release stored no tokens and no server time."""
+        """Read what `to_document` wrote; the first release stored no tokens, no server time, and no seconds."""
         recent = document["recent"]
+        if recent is not None and len(recent) == _RECENT_OF_FIRST_RELEASE:
+            recent = [*recent, decayed_seconds(recent[0] - document["first_request_s"], _HOUR_S)]
         return cls(
             cells={
                 group: {option: _from_list(sums, len(_RESOURCES)) for option, sums in row.items()}
                 for group, row in document["cells"].items()
             },
             traffic={group: _from_list(sums) for group, sums in document["traffic"].items()},
-            recent=None if recent is None else _from_list(recent),
-            first_request_s=document["first_request_s"],
+            recent=None if recent is None else _from_list(recent, 2),
         )
 
     def _drop_small_groups(self, now_s: float, settings: OptimizerSettings) -> None:
@@ -237,6 +254,12 @@ class Consumption:
         for group in by_traffic[settings.max_groups :]:
             del self.cells[group]
             self.traffic.pop(group, None)
+
+
+def _half_life_s(requests: float, rate: float, shortest_h: float, settings: OptimizerSettings) -> float:
+    """The time of some requests at a rate (1/s), within limits."""
+    shortest_s, longest_s = shortest_h * _HOUR_S, max(shortest_h, settings.longest_half_life_h) * _HOUR_S
+    return min(max(shortest_s, requests / rate), longest_s) if rate > 0.0 else longest_s
 
 
 def _to_list(sums: DecayedSums) -> list[float]:

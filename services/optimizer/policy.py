@@ -96,6 +96,7 @@ def build_problem(
         capacities=capacities or {},
         requests_per_s=estimates.requests_per_s,
         holdout=settings.holdout,
+        traffic_requests=None if overall else estimates.traffic_requests,
     )
 
 
@@ -171,6 +172,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             floors=dict(settings.floors),
             capacities=capacities,
             requests_per_s=estimates.requests_per_s,
+            traffic_requests=estimates.traffic_requests if estimates.weights else None,
         ),
     )
 
@@ -215,6 +217,7 @@ def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
         capacities=capacities,
         requests_per_s=inputs.requests_per_s,
         holdout=inputs.holdout,
+        traffic_requests=inputs.traffic_requests,
     )
 
 

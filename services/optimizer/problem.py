@@ -74,6 +74,7 @@ class Problem:
         capacities: concurrent requests by pool; a pool that is not named is unlimited.
         requests_per_s: request rate of the model, for the capacities.
         holdout: minimum probability of the reference in every group.
+        traffic_requests: effective requests that the weights were counted from; None: the weights are known exactly.
     """
 
     reference: str
@@ -87,6 +88,7 @@ class Problem:
     capacities: Mapping[str, float] = field(default_factory=dict)
     requests_per_s: float = 0.0
     holdout: float = 0.0
+    traffic_requests: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isclose(sum(self.weights.values()), 1.0, abs_tol=1e-6):
@@ -204,7 +206,24 @@ class Cells:
         errors = np.array([estimate.doubt.get(metric, NO_ERROR) for estimate in self._estimates])
         groups = [group for group, _ in self.names]
         families = [self.problem.families.get(group, "") for group in groups]
-        return error_factors(self.weights[:, None] * errors, groups, families)
+        of_estimates = error_factors(self.weights[:, None] * errors, groups, families)
+        return np.concatenate([of_estimates, self._traffic_factors(metric)])
+
+    def _traffic_factors(self, metric: str) -> Floats:
+        """The rows of P for the traffic shares, (groups, cells): counted from few requests they have errors, too.
+
+        Of n requests the share w of a group has the variance w / n, apart from what all groups have in common. An error
+        of a share counts as much as the group's quality differs from the reference's.
+        """
+        requests = self.problem.traffic_requests
+        if requests is None:
+            return np.zeros((0, len(self.names)))
+        of_reference = {group: row[self.problem.reference] for group, row in self.problem.estimates.items()}
+        groups = [group for group, _ in self.names]
+        change = self.quality(metric) - np.array([of_reference[group].quality[metric] for group in groups])
+        errors = np.sqrt(self.weights / max(requests, 1.0)) * change
+        factors = np.eye(len(self._places))[:, _numbered(groups)] * errors
+        return np.asarray(factors[factors.any(axis=1)])
 
     def rows(self, x: Floats) -> Rows:
         """Probabilities as distributions by group, from the solver's values."""

@@ -85,10 +85,17 @@ class OptimizerSettings(BaseSettings):
 
     # Estimates of energy, time and traffic
     footprint_half_life_h: float = Field(default=24.0, gt=0, description="Half-life of energy and time, event")
-    traffic_half_life_h: float = Field(
-        default=1.0, gt=0, description="Half-life of the groups' shares of the traffic, which change by the hour, event"
+    traffic_half_life_requests: float = Field(
+        default=250.0, ge=0, description="Half-life of the groups' shares of the traffic, in requests"
     )
-    rate_half_life_h: float = Field(default=1.0, gt=0, description="Half-life of the request rate, event")
+    traffic_half_life_h: float = Field(
+        default=1.0, gt=0, description="Shortest half-life of these shares, which change by the hour, event"
+    )
+    rate_half_life_requests: float = Field(default=50.0, ge=0, description="Half-life of the request rate, in requests")
+    rate_half_life_h: float = Field(default=1.0, gt=0, description="Shortest half-life of the request rate, event")
+    longest_half_life_h: float = Field(
+        default=24.0, gt=0, description="Longest half-life of shares and rate, however few requests arrive, event"
+    )
     pseudo_requests: float = Field(
         default=10.0,
         gt=0,
@@ -251,16 +258,6 @@ class OptimizerSettings(BaseSettings):
     def footprint_half_life_s(self) -> float:
         """Half-life of the estimates of energy and time, event seconds."""
         return self.footprint_half_life_h * _HOUR_S
-
-    @property
-    def traffic_half_life_s(self) -> float:
-        """Half-life of the groups' shares of the traffic, event seconds."""
-        return self.traffic_half_life_h * _HOUR_S
-
-    @property
-    def rate_half_life_s(self) -> float:
-        """Half-life of the request rate, event seconds."""
-        return self.rate_half_life_h * _HOUR_S
 
     @property
     def profile_half_life_s(self) -> float:
