@@ -77,6 +77,7 @@ class ResourceUse:
         token_requests, completion_tokens: requests with a known number of generated tokens, and these tokens.
         prompt_requests, prompt_tokens: requests with a known length of the prompt, and these tokens.
         server_requests, server_s: requests with a known share of the server's time, and these seconds.
+        energy_squares: sum of the squared energies, kWh²; None: not known, a coefficient of variation of 1 is assumed.
     """
 
     requests: float
@@ -88,10 +89,15 @@ class ResourceUse:
     prompt_tokens: float = 0.0
     server_requests: float = 0.0
     server_s: float = 0.0
+    energy_squares: float | None = None
 
     def values(self) -> tuple[float, ...]:
         """All fields, in order."""
-        return tuple(getattr(self, name) for name in _RESOURCES)
+        *known, squares = (getattr(self, name) for name in _RESOURCES)
+        return (*known, self._assumed_squares() if squares is None else squares)
+
+    def _assumed_squares(self) -> float:
+        return 2.0 * self.energy_kwh**2 / self.requests if self.requests > 0.0 else 0.0
 
     @classmethod
     def of_footprint(cls, footprint: Footprint) -> "ResourceUse":
@@ -107,6 +113,7 @@ class ResourceUse:
             prompt_tokens=float(prompt_tokens or 0),
             server_requests=0.0 if server_s is None else 1.0,
             server_s=server_s or 0.0,
+            energy_squares=(footprint.energy_j / JOULES_PER_KWH) ** 2,
         )
 
 
@@ -240,11 +247,11 @@ class Consumption:
             recent = [*recent, decayed_seconds(recent[0] - document["first_request_s"], _HOUR_S)]
         return cls(
             cells={
-                group: {option: _from_list(sums, len(_RESOURCES)) for option, sums in row.items()}
+                group: {option: _cell_from_list(sums) for option, sums in row.items()}
                 for group, row in document["cells"].items()
             },
             traffic={group: _from_list(sums) for group, sums in document["traffic"].items()},
-            recent=None if recent is None else _from_list(recent, 2),
+            recent=None if recent is None else _from_list(recent),
         )
 
     def _drop_small_groups(self, now_s: float, settings: OptimizerSettings) -> None:
@@ -266,10 +273,13 @@ def _to_list(sums: DecayedSums) -> list[float]:
     return [sums.as_of_s, *sums.values]
 
 
-def _from_list(stored: list[float], length: int = 1) -> DecayedSums:
-    """The sums, with zeros for those that an earlier release did not store."""
-    values = list(stored[1:])
-    return DecayedSums(stored[0], values + [0.0] * (length - len(values)))
+def _from_list(stored: list[float]) -> DecayedSums:
+    return DecayedSums(stored[0], list(stored[1:]))
+
+
+def _cell_from_list(stored: list[float]) -> DecayedSums:
+    """The sums of a cell, with defaults for those that an earlier release did not store."""
+    return DecayedSums(stored[0], list(ResourceUse(*stored[1:]).values()))
 
 
 class CostModel:
@@ -289,6 +299,14 @@ class CostModel:
         """Effective requests of a group and option."""
         used = self._totals.get(group, {}).get(option)
         return 0.0 if used is None else used.requests
+
+    def energy_variation(self, group: str, option: str) -> float:
+        """Standard deviation of a request's energy, relative to its mean; shrunk to 1, which is more than usual."""
+        used = self._totals.get(group, {}).get(option)
+        if used is None or used.energy_squares is None or used.energy_kwh <= 0.0:
+            return 1.0
+        square = max(0.0, used.requests * used.energy_squares / used.energy_kwh**2 - 1.0)
+        return math.sqrt((used.requests * square + self._pseudo_requests) / (used.requests + self._pseudo_requests))
 
     @cached_property
     def energy_kwh(self) -> MeanModel:

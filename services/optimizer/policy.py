@@ -1,12 +1,13 @@
 """Policies: the program of a model's current situation, the message made from its solution, and its comparison."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
 from services.optimizer.bounds import CurrentIntensity, TrailingRange, joint_confidence_z, quality_bounds
 from services.optimizer.estimates import Estimates, price_bases, relative_change
+from services.optimizer.holdout import AUTO, Holdout, choose_holdout
 from services.optimizer.prices import describe_price
 from services.optimizer.problem import Failure, OptionPrice, Problem, Solution
 from services.optimizer.program import TIME_LIMIT_S, solve
@@ -70,6 +71,7 @@ def build_problem(
     prices: Mapping[str, OptionPrice],
     bounds: Mapping[str, float],
     settings: OptimizerSettings,
+    holdout: float = 0.0,
     capacities: Mapping[str, float] | None = None,
     overall: bool = False,
 ) -> Problem:
@@ -80,7 +82,8 @@ def build_problem(
         reference: the baseline option.
         prices: by option; an option without a price is not used.
         bounds: b_m by metric.
-        settings: confidence level, floors and holdout.
+        settings: confidence level and floors.
+        holdout: minimum probability of the reference in every group.
         capacities: concurrent requests by pool; None: unlimited.
         overall: state the program for all traffic as one group, `ALL_TRAFFIC`.
     """
@@ -95,7 +98,7 @@ def build_problem(
         floors=settings.floors,
         capacities=capacities or {},
         requests_per_s=estimates.requests_per_s,
-        holdout=settings.holdout,
+        holdout=holdout,
         traffic_requests=None if overall else estimates.traffic_requests,
     )
 
@@ -119,20 +122,25 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         pool.name: float(pool.concurrency) for pool in fleet.pools_of(situation.model) if pool.concurrency is not None
     }
 
-    def solved(*, overall: bool) -> Solution:
-        problem = build_problem(
+    def problem_with(holdout: float, *, overall: bool) -> Problem:
+        return build_problem(
             estimates,
             reference=reference,
             prices=prices,
             bounds=bounds,
             settings=settings,
+            holdout=holdout,
             capacities=capacities,
             overall=overall,
         )
-        return solve(problem)
 
-    overall = solved(overall=True)
-    solution = solved(overall=False) if estimates.weights else overall
+    least = settings.holdout_minimum if settings.holdout == AUTO else settings.holdout
+    problem = problem_with(least, overall=not estimates.weights)
+    solution = solve(problem)
+    holdout = choose_holdout(problem, solution.rows, variation=estimates.variation, settings=settings)
+    if holdout.probability > least:
+        solution = solve(replace(problem, holdout=holdout.probability))
+    overall = solve(problem_with(holdout.probability, overall=True)) if estimates.weights else solution
     return Policy(
         model=situation.model,
         version=version,
@@ -141,7 +149,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         valid_until=situation.now + settings.validity,
         status=solution.status,
         overload=solution.overload if solution.overload > OVERLOAD_EPSILON else 0.0,
-        reason=_reason(situation, solution, bounds, zone),
+        reason=_reason(situation, solution, bounds, zone, holdout),
         reference=reference,
         groups=solution.rows if estimates.weights else {},
         overall=overall.rows[ALL_TRAFFIC],
@@ -161,7 +169,8 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             families=estimates.families,
             cautions=joint_confidence_z(bounds, settings),
             estimates=estimates.groups or {ALL_TRAFFIC: estimates.overall},
-            holdout=settings.holdout,
+            holdout=holdout.probability,
+            saving_half_width_pct=holdout.half_width_pct,
             options={
                 option: OptionInputs(
                     pool=price.pool, g_per_kwh=price.g_per_kwh, embodied_g_per_s=price.embodied_g_per_s
@@ -271,7 +280,7 @@ def _prices_of(fleet: Fleet, model: str, g_per_kwh: Mapping[str, float]) -> dict
     }
 
 
-def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float], zone: str) -> str:
+def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float], zone: str, holdout: Holdout) -> str:
     k0 = situation.intensities[zone]
     parts = [f"{_TRIGGERED_BY[situation.trigger]}: {k0.g_per_kwh:.0f} g/kWh in {zone}"]
     estimated = [name for name, one in situation.intensities.items() if one.source == "hour_mean"]
@@ -288,6 +297,8 @@ def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float
         parts.append(_FAILURE[solution.failure])
     if solution.status == "reference":
         parts.append("the reference is served")
+    else:
+        parts.append(holdout.reason)
     parts.extend(f"{option} not used: {why}" for option, why in situation.estimates.ineligible.items())
     parts.extend(describe_price(pool, price) for pool, price in situation.estimates.prices.items())
     return "; ".join(parts)

@@ -1,7 +1,7 @@
 """Configuration of the optimizer, from `SPROUT_OPTIMIZER_*`."""
 
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -55,9 +55,16 @@ class OptimizerSettings(BaseSettings):
         validation_alias=_renamed("CONFIDENCE_Z_BY_METRIC", "CAUTIONS"),
         description='The safety margin of single metrics, however many are limited: JSON {"correctness": 0.5}',
     )
-    holdout: Probability = Field(
-        default=0.05, description="Share of every group's traffic that is always served by the baseline (control group)"
+    holdout: Probability | Literal["auto"] = Field(
+        default="auto",
+        description="Share of every group's traffic that is always served by the baseline (control group); auto: as "
+        "small as HOLDOUT_HALF_WIDTH_PCT allows",
     )
+    holdout_half_width_pct: float = Field(
+        default=2.0, gt=0, description="Wanted half-width of the 95 % interval of a day's attributed saving, in points"
+    )
+    holdout_minimum: Probability = Field(default=0.001, gt=0, description="The smallest holdout that auto chooses")
+    holdout_maximum: Probability = Field(default=0.05, gt=0, description="The largest holdout that auto chooses")
     validity_h: float = Field(
         default=3.0,
         gt=0,
@@ -214,6 +221,15 @@ class OptimizerSettings(BaseSettings):
         default=100_000, ge=1_000, description="Ids of counted footprints kept, so that a redelivered one is ignored"
     )
     retry_pause_s: float = Field(default=1.0, gt=0, description="Pause before PostgreSQL is tried again, wall")
+
+    @model_validator(mode="after")
+    def _holdout_limits_are_ordered(self) -> Self:
+        if self.holdout_minimum > self.holdout_maximum:
+            raise ValueError(
+                f"{_PREFIX}HOLDOUT_MINIMUM {self.holdout_minimum:g} is larger than {_PREFIX}HOLDOUT_MAXIMUM "
+                f"{self.holdout_maximum:g}: lower the one or raise the other"
+            )
+        return self
 
     @model_validator(mode="after")
     def _metrics_are_in_xi(self) -> Self:

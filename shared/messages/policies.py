@@ -85,7 +85,12 @@ class PolicyInputs(Value):
         "lowered by",
     )
     estimates: dict[str, dict[str, OptionEstimate]] = Field(description="By group, then option")
-    holdout: Probability
+    holdout: Probability = Field(description="Minimum probability of the reference in every group")
+    saving_half_width_pct: float | None = Field(
+        default=None,
+        ge=0,
+        description="Expected half-width of the 95 % interval of a day's attributed saving, points; null: not known",
+    )
     options: dict[str, OptionInputs] = Field(
         default={}, description="By option that has a known price; empty in policies of the first release"
     )
