@@ -224,12 +224,19 @@ def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:
     judged = learn.taken(learn.judged)
     say(f"learning prompt groups from {len(judged):,} judged prompts")
     try:
-        learned = learn_groups(judged.prompts, judged.preferred, judged.energy_kwh, [judged.correct])
+        learned = learn_groups(
+            judged.prompts, judged.preferred, judged.energy_kwh, [judged.correct], _task_labels(judged)
+        )
     except TooFewPromptsError as error:
         raise SimulationInputError(f"scheme sprout_context: {error}; leave it out of --schemes") from error
     places = np.zeros(len(learn), dtype=np.int64)
     places[learn.judged] = learned.leave_one_out
-    return Grouping(learned.groups.names, places, learned.groups.assign_all(measured.prompts), learned.families)
+    assigned = learned.groups.assign_all(measured.prompts, _task_labels(measured))
+    return Grouping(learned.groups.names, places, assigned, learned.families)
+
+
+def _task_labels(measured: Measured) -> list[str]:
+    return [measured.tasks[task] for task in measured.task]
 
 
 def _draws(inputs: Inputs, measured: Measured, mix: Floats, preferred: Floats | None) -> QualityDraws | None:
