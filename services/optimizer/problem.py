@@ -204,26 +204,25 @@ class Cells:
     def error_factors(self, metric: str) -> Floats:
         """P of a metric, (components, cells): the standard error of all traffic's quality is |P x|."""
         errors = np.array([estimate.doubt.get(metric, NO_ERROR) for estimate in self._estimates])
+        weighted = self.weights[:, None] * errors
+        weighted[:, 0] = np.hypot(weighted[:, 0], self._share_errors(metric))
         groups = [group for group, _ in self.names]
         families = [self.problem.families.get(group, "") for group in groups]
-        of_estimates = error_factors(self.weights[:, None] * errors, groups, families)
-        return np.concatenate([of_estimates, self._traffic_factors(metric)])
+        return error_factors(weighted, groups, families)
 
-    def _traffic_factors(self, metric: str) -> Floats:
-        """The rows of P for the traffic shares, (groups, cells): counted from few requests they have errors, too.
+    def _share_errors(self, metric: str) -> Floats:
+        """Standard error of all traffic's quality due to the group's traffic share, for every cell.
 
         Of n requests the share w of a group has the variance w / n, apart from what all groups have in common. An error
-        of a share counts as much as the group's quality differs from the reference's.
+        of a share counts as much as the group's quality differs from the reference's. Added to the cell's own error it
+        is exact for a group that uses one option, and too large for one that mixes options.
         """
         requests = self.problem.traffic_requests
         if requests is None:
-            return np.zeros((0, len(self.names)))
+            return np.zeros(len(self.names))
         of_reference = {group: row[self.problem.reference] for group, row in self.problem.estimates.items()}
-        groups = [group for group, _ in self.names]
-        change = self.quality(metric) - np.array([of_reference[group].quality[metric] for group in groups])
-        errors = np.sqrt(self.weights / max(requests, 1.0)) * change
-        factors = np.eye(len(self._places))[:, _numbered(groups)] * errors
-        return np.asarray(factors[factors.any(axis=1)])
+        change = self.quality(metric) - np.array([of_reference[group].quality[metric] for group, _ in self.names])
+        return np.asarray(np.sqrt(self.weights / max(requests, 1.0)) * np.abs(change))
 
     def rows(self, x: Floats) -> Rows:
         """Probabilities as distributions by group, from the solver's values."""

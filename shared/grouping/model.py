@@ -1,8 +1,8 @@
 """Assigns a prompt to its group, in microseconds.
 
 The evaluator clusters prompts in a space that is linear in their features (docs/decisions/0008-prompt-groups.md). A
-prompt belongs to the nearest cluster centre, which is the group with the highest of one linear score per group. A known task
-label adds to the scores. The router has no scikit-learn, so this module uses NumPy only.
+prompt belongs to the nearest cluster centre, which is the group with the highest of one linear score per group. A known
+task label adds to the scores. The router has no scikit-learn, so this module uses NumPy only.
 """
 
 import math

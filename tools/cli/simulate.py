@@ -100,6 +100,13 @@ def simulate(
     life_cycle: Annotated[
         bool, typer.Option("--life-cycle", help="Use life-cycle instead of direct intensities")
     ] = False,
+    task_labels: Annotated[
+        bool,
+        typer.Option(
+            "--task-labels/--no-task-labels",
+            help="Whether producers send task labels, which learned groups take into account",
+        ),
+    ] = True,
     fleet: Annotated[
         list[Path] | None,
         typer.Option(
@@ -173,6 +180,7 @@ def simulate(
             constant_correctness=constant_correctness,
             correctness=correctness,
             life_cycle=life_cycle,
+            task_labels=task_labels,
             seed=seed,
         )
         plan = _plan(

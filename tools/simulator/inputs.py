@@ -38,6 +38,7 @@ class Inputs:
         folds: number of parts of the requests, each measured by what was learned from the others; None: one half is
             measured by what was learned from the other.
         correctness: judged matches; None: `correct` of the requests.
+        task_labels: whether learned groups take the task labels into account.
     """
 
     requests: Path
@@ -58,6 +59,7 @@ class Inputs:
     constant_correctness: bool = False
     correctness: Path | None = None
     life_cycle: bool = False
+    task_labels: bool = True
     seed: int = 1
 
 
@@ -215,23 +217,29 @@ def _check_correctness(traffic: Traffic, inputs: Inputs, say: Say) -> None:
 
 
 def _fold(part: Part, inputs: Inputs, say: Say) -> Fold:
-    contexts = _contexts(part.learn, part.measured, say) if "sprout_context" in inputs.schemes else None
+    contexts = None
+    if "sprout_context" in inputs.schemes:
+        contexts = _contexts(part.learn, part.measured, say, labels=inputs.task_labels)
     return Fold(part.learn, part.measured, contexts)
 
 
-def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:
+def _contexts(learn: Measured, measured: Measured, say: Say, *, labels: bool) -> Grouping:
     """Learn groups from the judged prompts; each of these is assigned by a model trained without it (out of sample)."""
     judged = learn.taken(learn.judged)
     say(f"learning prompt groups from {len(judged):,} judged prompts")
     try:
         learned = learn_groups(
-            judged.prompts, judged.preferred, judged.energy_kwh, [judged.correct], _task_labels(judged)
+            judged.prompts,
+            judged.preferred,
+            judged.energy_kwh,
+            [judged.correct],
+            _task_labels(judged) if labels else (),
         )
     except TooFewPromptsError as error:
         raise SimulationInputError(f"scheme sprout_context: {error}; leave it out of --schemes") from error
     places = np.zeros(len(learn), dtype=np.int64)
     places[learn.judged] = learned.leave_one_out
-    assigned = learned.groups.assign_all(measured.prompts, _task_labels(measured))
+    assigned = learned.groups.assign_all(measured.prompts, _task_labels(measured) if labels else None)
     return Grouping(learned.groups.names, places, assigned, learned.families)
 
 
