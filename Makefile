@@ -33,7 +33,7 @@ SEED ?= 1
 SCENARIO ?=
 SCALE ?= 1
 
-# Test files of `make test` at once.
+# Test files that `make test` runs at once, after the unit tests; JOBS=1 for one after the other.
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
@@ -56,10 +56,6 @@ $(STAMP): $(LOCK) pyproject.toml
 
 demo: install  ## Replay a day through the real services in four minutes; see demo-report.html
 	$(BIN)/sprout demo $(OPTIONS) $(DEMO_OPTIONS)
-
-# The unit tests run in two processes; the others start servers that need both cores, so one after the other, unless
-# `make test JOBS=2` says how many files at once.
-JOBS ?=
 
 test: install lint types  ## Lint, types and every test but the extended ones
 	$(BIN)/pytest tests/unit -n 2 --dist worksteal

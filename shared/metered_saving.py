@@ -13,29 +13,28 @@ whole blocks, by leaving out one block after the other:
   with which blocks are predicted from the others. It is assumed to be the same for a whole day (the worst case), and
   independent between days.
 
-The demand of a bin is the number of tokens that its requests would have generated in it without Sprout. Power follows
-the tokens that are being generated, not those that arrive: `demand_by_bin` spreads what is expected of each request
-over the time in which it would be answered. What is expected of a request is the mean of its prompt group at the
-reference level, from reference blocks and the control group, also where the request was served at this level: with the
-actual tokens there, the regression would not fit the other bins.
+The demand of a bin is the number of tokens that its requests would have generated in it without Sprout
+(`tools/reporting/demand.py`). What is expected of a request is the mean of its prompt group at the reference level,
+from reference blocks and the control group, also where the request was served at this level: with the actual tokens
+there, the regression would not fit the other bins.
 
 After a change of worlds, answers of the other world still run. The washout should last as long as most answers take.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from shared.units import JOULES_PER_KWH
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 WORLDS: Final = ("sprout", "reference", "washout")
 DAY_S: Final = 86_400.0
-JOULES_PER_KWH: Final = 3.6e6
 MIN_BLOCKS: Final = 4
 """Fewer reference blocks leave an interval without use."""
 
@@ -61,8 +60,7 @@ class FleetBins:
         joules: (bins, zones), energy on the meters of all endpoints of a zone, idle energy and the evaluator's
             included; NaN where a reading is missing or wrong.
         g_per_kwh: (bins, zones), carbon intensity times PUE; NaN where unknown.
-        demand: (bins,), tokens that would have been generated in the bin without Sprout, see `demand_by_bin`; NaN where
-            unknown.
+        demand: (bins,), tokens that would have been generated in the bin without Sprout; NaN where unknown.
         world: (bins,), `sprout`, `reference` or `washout`; a bin that is not wholly in one world is `washout`.
     """
 
@@ -210,31 +208,6 @@ def metered_saving(
     )
 
 
-def spread_over_bins(begin_s: ArrayLike, end_s: ArrayLike, amount: ArrayLike, edges_s: ArrayLike) -> Floats:
-    """Spread amounts evenly over time: tokens of a request over its answer's time, joules over a reading's interval.
-
-    Args:
-        begin_s, end_s, amount: one value for each interval.
-        edges_s: of the bins, increasing.
-
-    Returns:
-        (edges - 1,), the amount in each bin; what lies outside of all bins is left out.
-    """
-    edges = np.asarray(edges_s, dtype=float)
-    begin = np.asarray(begin_s, dtype=float) - edges[0]
-    # A millisecond at least, for intervals without length.
-    length = np.maximum(np.asarray(end_s, dtype=float) - edges[0] - begin, 1e-3)
-    rate = np.asarray(amount, dtype=float) / length
-    at = np.concatenate([begin, begin + length])
-    change = np.concatenate([rate, -rate])
-    order = np.argsort(at, kind="stable")
-    at, change = at[order], change[order]
-    rates = np.concatenate([[0.0], np.cumsum(change)])
-    offsets = np.concatenate([[0.0], np.cumsum(change * at)])
-    place = np.searchsorted(at, edges - edges[0], side="right")
-    return np.diff(rates[place] * (edges - edges[0]) - offsets[place])
-
-
 def student_t(confidence: float, degrees: int) -> float:
     """The value that the absolute value of Student's t stays below with this probability.
 
@@ -259,55 +232,6 @@ def student_t(confidence: float, degrees: int) -> float:
             probability = math.sin(angle) * total
         low, high = (angle, high) if probability < confidence else (low, angle)
     return math.sqrt(degrees) * math.tan((low + high) / 2.0)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ExpectedAnswers:
-    """What is expected of each request's answer: means of its prompt group at a level.
-
-    Attributes:
-        tokens: (requests,), generated tokens.
-        seconds: (requests,), from arrival to the last token, event time.
-    """
-
-    tokens: Floats
-    seconds: Floats
-
-
-def demand_by_bin(
-    edges_s: ArrayLike,
-    world: NDArray[np.str_],
-    *,
-    arrived_s: ArrayLike,
-    reference: ExpectedAnswers,
-    served: ExpectedAnswers,
-    lengths: Sequence[float] = (1.0,),
-) -> Floats:
-    """The demand of bins, (edges - 1,), tokens.
-
-    Requests from before the first bin count with the part of their answers that falls into the bins: give those of the
-    longest answer's time before it, too.
-
-    Args:
-        edges_s: of the bins, increasing, seconds since the epoch.
-        world: (edges - 1,), as in `FleetBins`.
-        arrived_s: (requests,), when each arrived, seconds since the epoch.
-        reference: of each request at the reference level.
-        served: of each request at the level at which it was served. It counts in the reference blocks, which begin
-            while shorter answers still run.
-        lengths: equally likely lengths of an answer relative to its group's mean, such as ten quantiles; the default
-            takes all answers of a group to be of its mean length.
-    """
-    arrived, relative = np.asarray(arrived_s, dtype=float)[:, None], np.asarray(lengths, dtype=float)
-    relative = relative / relative.mean()
-
-    def spread(answers: ExpectedAnswers) -> Floats:
-        ends = arrived + answers.seconds[:, None] * relative
-        tokens = answers.tokens[:, None] * relative / len(relative)
-        begins = np.broadcast_to(arrived, ends.shape)
-        return spread_over_bins(begins.ravel(), ends.ravel(), tokens.ravel(), edges_s)
-
-    return np.where(world == "reference", spread(served), spread(reference))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
 from pydantic import SecretStr
 
 from deploy.local.config import default_state_dir
@@ -21,6 +22,9 @@ from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import Supervisor, tail
 from shared.kafka.admin import create_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
+
+# A terminal wide enough for every table: the commands wrap their output to it.
+os.environ["COLUMNS"] = "200"
 
 INSPECT_AT_START = "SPROUT_KAFKA_INSPECT_AT_START"
 os.environ.setdefault(INSPECT_AT_START, "false")
@@ -66,11 +70,16 @@ def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]
 @pytest.fixture(scope="session")
 def kafka_server(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> KafkaServer:
     """One Kafka broker for the session; tests are skipped, with the reason, if it cannot be installed."""
+    return start_kafka(supervisor, tmp_path_factory.mktemp("kafka"))
+
+
+def start_kafka(supervisor: Supervisor, folder: Path) -> KafkaServer:
+    """Start a broker as process `kafka`; skips the test, with the reason, if it cannot be installed."""
     try:
         installation = install_kafka(default_state_dir(), say=print)
     except KafkaInstallationError as error:
         pytest.skip(f"no real Kafka: {error}")
-    spec, bootstrap_servers = kafka_spec(tmp_path_factory.mktemp("kafka"), installation)
+    spec, bootstrap_servers = kafka_spec(folder, installation)
     supervisor.start(spec)
     return KafkaServer(bootstrap_servers, supervisor)
 
@@ -78,7 +87,12 @@ def kafka_server(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def postgres_server(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> str:
     """One PostgreSQL cluster for the session; its URL without a database name, ending in `/`."""
-    spec, url = postgres_spec(tmp_path_factory.mktemp("postgres"))
+    return start_postgres(supervisor, tmp_path_factory.mktemp("postgres"))
+
+
+def start_postgres(supervisor: Supervisor, folder: Path) -> str:
+    """Start a cluster as process `postgres`; returns its URL without a database name, ending in `/`."""
+    spec, url = postgres_spec(folder)
     supervisor.start(spec)
     return url.rpartition("/")[0] + "/"
 
@@ -96,10 +110,20 @@ def kafka_settings(kafka_server: KafkaServer) -> KafkaSettings:
 
 
 @pytest.fixture
-async def kafka(kafka_settings: KafkaSettings) -> KafkaSettings:
-    """The session's Kafka with every declared topic, with a prefix for this test."""
+async def kafka(kafka_settings: KafkaSettings) -> AsyncIterator[KafkaSettings]:
+    """The session's Kafka with every declared topic, with a prefix for this test; deleted after it.
+
+    A hundred partitions of each test would make the broker slow for the later ones.
+    """
     await create_topics(kafka_settings)
-    return kafka_settings
+    yield kafka_settings
+    admin = AIOKafkaAdminClient(**kafka_settings.client_options())
+    await admin.start()
+    try:
+        names = [name for name in await admin.list_topics() if name.startswith(kafka_settings.topic_prefix)]
+        await admin.delete_topics(names)
+    finally:
+        await admin.close()
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ class LearnedGroups:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Coordinates:
+class Coordinates:
     """Coordinates of prompts, linear in their scaled features.
 
     Attributes:
@@ -96,7 +96,7 @@ class _Coordinates:
     judged: Doubles
 
     @classmethod
-    def constant(cls, matrix: sparse.csr_array) -> "_Coordinates":
+    def constant(cls, matrix: sparse.csr_array) -> "Coordinates":
         """One coordinate that is 0 for every prompt, for prompts that do not differ."""
         prompts, features = matrix.shape
         return cls(np.zeros((features, 1)), np.zeros(1), np.zeros((prompts, 1)))
@@ -146,13 +146,13 @@ def _learn(
     other_metrics: Sequence[Doubles],
     tasks: Sequence[str | None],
 ) -> LearnedGroups:
-    scaling = _fit_scaling(features)
-    matrix = _scaled_matrix(features, scaling)
+    scaling = fit_scaling(features)
+    matrix = scaled_matrix(features, scaling)
     # An undefined outcome counts as 0 at every level, as it does in the optimizer's linear program.
     outcomes = [np.eye(energy_kwh.shape[1])[preferred], np.log(energy_kwh), *map(np.nan_to_num, other_metrics)]
     coverage = [np.isfinite(one.sum(axis=1, keepdims=True)).astype(np.float64) for one in other_metrics]
-    components = _principal_components(matrix)
-    parts = (_topics(components, matrix), _predictions(components, outcomes, coverage))
+    components = principal_components(matrix)
+    parts = (topics(components, matrix), predictions(components, outcomes, coverage))
     labels = _task_coordinates(tasks)
     unlabelled = np.zeros(len(labels))
     judged = np.hstack(
@@ -175,15 +175,16 @@ def _learn(
     )
 
 
-def _fit_scaling(features: Sequence[PromptFeatures]) -> FeatureScaling:
+def fit_scaling(features: Sequence[PromptFeatures]) -> FeatureScaling:
+    """The scaling of features by inverse document frequency and by the spread of the shapes, from judged prompts."""
     document_frequency = np.bincount(np.concatenate([one.buckets for one in features]), minlength=HASHED)
     idf = np.where(document_frequency >= 2, np.log((1.0 + len(features)) / (1.0 + document_frequency)), 0.0)
     shapes = np.stack([one.shape for one in features])
     return FeatureScaling(idf.astype(np.float32), shapes.mean(axis=0), np.maximum(shapes.std(axis=0), 1e-6))
 
 
-def _scaled_matrix(features: Sequence[PromptFeatures], scaling: FeatureScaling) -> sparse.csr_array:
-    """The scaled features, (prompts, FEATURE_COUNT)."""
+def scaled_matrix(features: Sequence[PromptFeatures], scaling: FeatureScaling) -> sparse.csr_array:
+    """The scaled features of prompts, (prompts, FEATURE_COUNT)."""
     shape_columns = np.arange(HASHED, FEATURE_COUNT)
     columns = [np.concatenate([one.buckets, shape_columns]) for one in features]
     values = [np.concatenate(scaling.transform(one)) for one in features]
@@ -193,23 +194,23 @@ def _scaled_matrix(features: Sequence[PromptFeatures], scaling: FeatureScaling) 
     )
 
 
-def _principal_components(matrix: sparse.csr_array) -> _Coordinates:
-    """The principal components of the features, largest first."""
+def principal_components(matrix: sparse.csr_array) -> Coordinates:
+    """The principal components of scaled features, (prompts, FEATURE_COUNT), largest first."""
     # Lanczos iterations beyond the rank of the matrix would restart at random vectors.
     rank = len(np.unique(matrix @ np.random.default_rng(_SEED).normal(size=matrix.shape[1]))) - 1
     if rank < 1:
-        return _Coordinates.constant(matrix)
+        return Coordinates.constant(matrix)
     pca = PCA(min(COMPONENTS, rank), svd_solver="arpack", random_state=_SEED).fit(matrix)
     weights = pca.components_[pca.explained_variance_ratio_ > 1e-6].T
-    return _Coordinates(weights, -pca.mean_ @ weights, (matrix @ weights) - pca.mean_ @ weights)
+    return Coordinates(weights, -pca.mean_ @ weights, (matrix @ weights) - pca.mean_ @ weights)
 
 
-def _topics(components: _Coordinates, matrix: sparse.csr_array) -> _Coordinates:
+def topics(components: Coordinates, matrix: sparse.csr_array) -> Coordinates:
     """The first components, scaled so that all features together have a standard deviation of 1."""
     mean = np.asarray(matrix.mean(axis=0))
     variance = float(matrix.multiply(matrix).mean(axis=0).sum() - np.square(mean).sum())
     scale = 1.0 / np.sqrt(max(variance, 1e-12))
-    return _Coordinates(
+    return Coordinates(
         components.weights[:, :TOPICS] * scale,
         components.intercept[:TOPICS] * scale,
         components.judged[:, :TOPICS] * scale,
@@ -230,7 +231,7 @@ def _task_coordinates(tasks: Sequence[str | None]) -> dict[str, Doubles]:
     return dict(zip(counts, scale * (np.eye(len(shares)) - shares), strict=True))
 
 
-def _predictions(components: _Coordinates, outcomes: Sequence[Doubles], coverage: Sequence[Doubles]) -> _Coordinates:
+def predictions(components: Coordinates, outcomes: Sequence[Doubles], coverage: Sequence[Doubles]) -> Coordinates:
     """Outcomes and coverage predicted from the components, each scaled to its spread.
 
     Args:
@@ -242,7 +243,7 @@ def _predictions(components: _Coordinates, outcomes: Sequence[Doubles], coverage
     varying = targets.std(axis=0) > 1e-12
     is_outcome, targets = (np.arange(targets.shape[1]) < outcome_count)[varying], targets[:, varying]
     if not varying.any():
-        return _Coordinates(components.weights[:, :0], components.intercept[:0], components.judged[:, :0])
+        return Coordinates(components.weights[:, :0], components.intercept[:0], components.judged[:, :0])
     centred = targets - targets.mean(axis=0)
     # The column of ones is an intercept with the same penalty as every other weight.
     design = np.hstack([components.judged, np.ones((len(centred), 1))])
@@ -257,7 +258,7 @@ def _predictions(components: _Coordinates, outcomes: Sequence[Doubles], coverage
     # A prediction that does not correlate with what it predicts is noise.
     scale = np.where(is_outcome, OUTCOME_SPREAD, COVERAGE_SPREAD * np.maximum(correlation, 0.0)) / deviation
     slopes = coefficients[:-1] * scale
-    return _Coordinates(
+    return Coordinates(
         components.weights @ slopes,
         components.intercept @ slopes + (coefficients[-1] - mean) * scale,
         (predicted - mean) * scale,

@@ -17,7 +17,7 @@ from uuid import uuid4
 import asyncpg
 
 from services.gateway.errors import ApiError
-from services.gateway.estimates import Estimate
+from services.gateway.estimates import Estimate, Estimates
 from services.gateway.keys import ApiKey
 from services.gateway.limits import Verdict, counted_tokens, forced_level, stricter_directive
 from services.gateway.metrics import GatewayMetrics
@@ -141,12 +141,50 @@ class Accounts:
         if refused is not None:
             self._metrics.refused.labels(verdict.refusal or "").inc()
             raise refused
+        return self._admitted(key, request, verdict, tokens, now)
+
+    async def admit_line(self, key: ApiKey, request: GenerationRequest) -> Admission | float:
+        """Count the request of a batch's line against the tokens and the carbon budget of its key and tenant.
+
+        Returns:
+            How many wall seconds to wait, where the tokens of this minute do not suffice.
+
+        Raises:
+            ApiError: the key was revoked, its carbon budget is spent, or the line is larger than its limit.
+            DatabaseUnavailableError: PostgreSQL is away.
+        """
+        now, tokens = self._clock.now(), counted_tokens(request)
+        with self._status.watch():
+            found = await self._pool.fetchval(
+                "SELECT admit_line($1, $2, $3, $4, $5, $6)", key.id, key.tenant, request.id, request.model, tokens, now
+            )
+        verdict = Verdict.model_validate_json(found)
+        if verdict.refusal == "tokens" and not verdict.is_too_large(tokens):
+            return verdict.reset_s
+        refused = verdict.error(tokens, now)
+        if refused is not None:
+            raise refused
+        return self._admitted(key, request, verdict, tokens, now)
+
+    def _admitted(
+        self, key: ApiKey, request: GenerationRequest, verdict: Verdict, tokens: int, now: datetime
+    ) -> Admission:
+        """The request with the directive that its budgets force."""
         level = forced_level(verdict.accounts, self._levels, now)
         directive = stricter_directive(request.directive, level, self._levels)
         if directive != request.directive:
             self._metrics.forced.inc()
             request = request.model_copy(update={"directive": directive})
         return Admission(request, key, now, verdict.headers(tokens), verdict.limits_concurrency)
+
+    def answered(self, admission: Admission, response: GenerationResponse, estimates: Estimates) -> None:
+        """Note that a request is over, with estimates of its energy and carbon."""
+        self.finish(
+            admission,
+            response,
+            estimates.of(response.model, response.decision, response.usage) if response.usage else None,
+            reference_g=estimates.reference_grams(response.model, response.decision),
+        )
 
     def finish(
         self,

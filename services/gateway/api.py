@@ -3,7 +3,8 @@
 from datetime import datetime
 from typing import Annotated, Any, Final
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request, Security
+from fastapi.security import HTTPBearer
 from starlette.responses import Response
 
 from services.gateway.batches import batches_router
@@ -22,8 +23,30 @@ from services.gateway.schema import (
 )
 from services.gateway.usage import usage_router
 
+BEARER: Final = HTTPBearer(auto_error=False, scheme_name="api_key", description="An API key: sk-sprout-...")
+"""Describes what `Gateway.authenticate` checks."""
+
+_RETRY: Final = {
+    "retry-after": {"description": "Seconds until it is worth trying again", "schema": {"type": "integer"}}
+}
+_LIMITS: Final = {
+    f"x-ratelimit-{name}-{unit}": {"description": description.format(unit), "schema": {"type": kind}}
+    for unit in ("requests", "tokens")
+    for name, kind, description in (
+        ("limit", "integer", "{} per minute that are allowed, if they are limited"),
+        ("remaining", "integer", "{} that are left in this minute"),
+        ("reset", "string", "Time until the next minute begins for {}: 12.345s"),
+    )
+} | {
+    "x-sprout-budget-remaining-grams": {
+        "description": "Grams of CO2 equivalent that are left of the month's budget, if there is one",
+        "schema": {"type": "number"},
+    }
+}
+_HEADERS: Final[dict[int, dict[str, Any]]] = {429: {**_RETRY, **_LIMITS}, 502: _RETRY, 503: _RETRY}
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 502, 503, 504)
+    status: {"model": ErrorResponse, "headers": _HEADERS.get(status, {})}
+    for status in (400, 401, 404, 413, 429, 502, 503, 504)
 }
 
 
@@ -43,33 +66,35 @@ def build_api(gateway: Gateway, *, version: str, started_at: datetime) -> FastAP
         responses=_ERRORS,
     )
     add_handlers(api)
+    secured = APIRouter(dependencies=[Security(BEARER)])
     Key = Annotated[ApiKey, Depends(gateway.authenticate)]  # noqa: N806 - a type
 
-    @api.post("/v1/chat/completions", response_model=ChatCompletion, tags=["answers"])
+    @secured.post("/v1/chat/completions", response_model=ChatCompletion, tags=["answers"])
     async def chat_completions(body: ChatRequest, request: Request, key: Key) -> Response:
         """Answer a conversation."""
         return await gateway.answer(body, request, key)
 
-    @api.post("/v1/completions", response_model=Completion, tags=["answers"])
+    @secured.post("/v1/completions", response_model=Completion, tags=["answers"])
     async def completions(body: CompletionRequest, request: Request, key: Key) -> Response:
         """Answer a prompt."""
         return await gateway.answer(body, request, key)
 
-    @api.get("/v1/models", tags=["models"])
+    @secured.get("/v1/models", tags=["models"])
     async def models(key: Key) -> ModelList:  # noqa: ARG001
         """The models of the fleet."""
         return ModelList(data=tuple(_card(model.name, started_at) for model in gateway.fleet.models))
 
-    @api.get("/v1/models/{model}", tags=["models"])
+    @secured.get("/v1/models/{model}", tags=["models"])
     async def model(model: str, key: Key) -> ModelCard:  # noqa: ARG001
         """A model of the fleet."""
         if not gateway.fleet.pools_of(model):
             raise ApiError(404, f"the model {model!r} does not exist", param="model", code="model_not_found")
         return _card(model, started_at)
 
-    api.include_router(usage_router(gateway.authenticate, gateway.ready_accounts, gateway.clock))
-    api.include_router(files_router(gateway.authenticate, gateway.opened_files, gateway.settings))
-    api.include_router(batches_router(gateway.authenticate, gateway.opened_batches, gateway.batch_created))
+    secured.include_router(usage_router(gateway.authenticate, gateway.ready_accounts, gateway.clock))
+    secured.include_router(files_router(gateway.authenticate, gateway.opened_files, gateway.settings))
+    secured.include_router(batches_router(gateway.authenticate, gateway.opened_batches, gateway.batch_created))
+    api.include_router(secured)
     return api
 
 

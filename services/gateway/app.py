@@ -149,6 +149,7 @@ def _batch_runner(gateway: Gateway) -> BatchRunner:
     gateway.batch_runner = BatchRunner(
         files=files,
         batches=batches,
+        accounts=gateway.ready_accounts(),
         inbox=gateway.inbox,
         estimates=gateway.estimates,
         fleet=gateway.fleet,

@@ -15,6 +15,7 @@ import asyncpg
 from aiokafka.errors import KafkaError
 from faststream.exceptions import IncorrectState
 
+from services.gateway.accounts import Accounts, Admission
 from services.gateway.batch_lines import InputLine, LineReader, LineSplitter, Result, Task
 from services.gateway.batch_state import Event, Status
 from services.gateway.batch_store import Batch, BatchStore, LeaseLostError
@@ -22,6 +23,7 @@ from services.gateway.batches import BatchError
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimates
 from services.gateway.file_store import FileStore
+from services.gateway.keys import ApiKey
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.replies import PendingAnswer, ReplyInbox
 from services.gateway.schema import ChatRequest
@@ -77,6 +79,7 @@ class BatchRunner:
 
     files: FileStore
     batches: BatchStore
+    accounts: Accounts
     inbox: ReplyInbox
     estimates: Estimates
     fleet: Fleet
@@ -156,6 +159,7 @@ class _Run:
         self._runner = runner
         self._batch = batch
         self._cancelled = batch.status is Status.CANCELLING
+        self._key = ApiKey(batch.key_id, "", batch.tenant)
         self._retry = runner.batches.status.retry
         self._reader = LineReader(batch.id, batch.endpoint)
         self._results = _ResultWriter(runner, batch.id)
@@ -238,55 +242,77 @@ class _Run:
                     item = self._reader.read(line)
                     if line.number in finished:
                         continue
+                    # Before it takes a slot: batches of other keys need none of this key's tokens.
+                    admitted = await self._admit(item) if isinstance(item, Task) else item
                     await slots.acquire()
-                    answering.create_task(self._finish(item)).add_done_callback(lambda _: slots.release())
+                    answering.create_task(self._finish(admitted)).add_done_callback(lambda _: slots.release())
             writer.cancel()
 
-    async def _finish(self, item: Task | Result) -> None:
+    async def _admit(self, task: Task) -> tuple[Task, Admission] | Result:
+        """Count a line against the limits of the batch's key; waits while too few tokens are left in this minute."""
+        accounts = self._runner.accounts
+        try:
+            message = self._message(task, self._runner.clock.now())
+            while (ending := self._ending()) is None:
+                admitted = await self._retry(lambda: accounts.admit_line(self._key, message))
+                if isinstance(admitted, Admission):
+                    return task, admitted
+                while admitted > 0 and self._ending() is None:
+                    await asyncio.sleep(min(POLL_S, admitted))
+                    admitted -= POLL_S
+        except ApiError as error:
+            return self._reader.refused(task.number, task.custom_id, error)
+        return self._reader.unprocessed(task.number, task.custom_id, ending, _ENDINGS[ending])
+
+    async def _finish(self, admitted: tuple[Task, Admission] | Result) -> None:
         """Get the result of a line, and store it."""
-        result = item if isinstance(item, Result) else await self._result(item)
+        result = admitted if isinstance(admitted, Result) else await self._result(*admitted)
         await self._results.write(result)
         self._runner.metrics.batch_lines.labels(result.outcome).inc()
 
-    async def _result(self, task: Task) -> Result:
-        try:
-            return await self._answer(task)
-        except ApiError as error:
-            return self._reader.refused(task.number, task.custom_id, error)
-        except Exception as error:  # noqa: BLE001 - a defect that one line shows must not stop the batch
-            _log.error("a line of a batch failed", batch=self._batch.id, line=task.number, error=type(error).__name__,
-                       where=where(error))  # fmt: skip
-            internal = ApiError(500, "the gateway failed on this line", kind="server_error", code="internal_error")
-            return self._reader.refused(task.number, task.custom_id, internal)
+    async def _result(self, task: Task, admission: Admission) -> Result:
+        accounts, estimates = self._runner.accounts, self._runner.estimates
+        with self._runner.inbox.expect(self._reader.request_id(task.number)) as pending:
+            try:
+                result = await self._answer(task, admission, pending)
+            except ApiError as error:
+                result = self._reader.refused(task.number, task.custom_id, error)
+            except Exception as error:  # noqa: BLE001 - a defect that one line shows must not stop the batch
+                _log.error("a line of a batch failed", batch=self._batch.id, line=task.number,
+                           error=type(error).__name__, where=where(error))  # fmt: skip
+                internal = ApiError(500, "the gateway failed on this line", kind="server_error", code="internal_error")
+                result = self._reader.refused(task.number, task.custom_id, internal)
+        if pending.response is None:
+            accounts.finish(admission, None)
+        else:
+            accounts.answered(admission, pending.response, estimates)
+        return result
 
-    async def _answer(self, task: Task) -> Result:
+    async def _answer(self, task: Task, admission: Admission, pending: PendingAnswer) -> Result:
         """Publish the request of a line until it is answered, or the batch ends.
 
         Raises:
             ApiError: the answer is an error.
         """
-        runner, attempts = self._runner, 0
-        if not runner.fleet.pools_of(task.body.model):
-            raise ApiError(404, f"the model {task.body.model!r} does not exist", param="model", code="model_not_found")
-        with runner.inbox.expect(self._reader.request_id(task.number)) as pending:
-            while (ending := self._ending()) is None:
-                created = runner.clock.now()
-                message = self._message(task, created)
-                if not await self._publish(message):
-                    await asyncio.sleep(PAUSE_S)
-                    continue
-                response = await self._response(pending, message)
-                if response is None or _is_worth_another_attempt(response):
-                    attempts += 1
-                elif not _is_late(response):
-                    return self._answered(task, response, created)
-                if attempts >= ATTEMPTS:
-                    if response is not None and response.error is not None:
-                        raise ApiError.of_response(response.error)
-                    raise ApiError(504, "there was no answer in time", kind="timeout_error", code="timeout")
-                pending.response = None
-                if attempts:
-                    await asyncio.sleep(PAUSE_S)
+        attempts = 0
+        while (ending := self._ending()) is None:
+            created = self._runner.clock.now()
+            message = self._message(task, created).model_copy(update={"directive": admission.request.directive})
+            if not await self._publish(message):
+                await asyncio.sleep(PAUSE_S)
+                continue
+            response = await self._response(pending, message)
+            if response is None or _is_worth_another_attempt(response):
+                attempts += 1
+            elif not _is_late(response):
+                return self._answered(task, response, created)
+            if attempts >= ATTEMPTS:
+                if response is not None and response.error is not None:
+                    raise ApiError.of_response(response.error)
+                raise ApiError(504, "there was no answer in time", kind="timeout_error", code="timeout")
+            pending.response = None
+            if attempts:
+                await asyncio.sleep(PAUSE_S)
         return self._reader.unprocessed(task.number, task.custom_id, ending, _ENDINGS[ending])
 
     def _message(self, task: Task, now: datetime) -> GenerationRequest:
@@ -295,8 +321,10 @@ class _Run:
         message = to_request(
             task.body,
             headers={},
+            fleet=self._runner.fleet,
             tenant=self._batch.tenant,
             reply_partition=self._runner.reply_partition,
+            now=now,
             deadline=min(limit, self._batch.expires_at),
         )
         return message.model_copy(update={"id": self._reader.request_id(task.number)})

@@ -58,16 +58,10 @@ class Exchange:
         if self.finished:
             return
         self.finished = True
-        response = self.pending.response
-        if response is None:
+        if self.pending.response is None:
             self.accounts.finish(self.admission, None)
-            return
-        self.accounts.finish(
-            self.admission,
-            response,
-            self.estimates.of(response.model, response.decision, response.usage) if response.usage else None,
-            reference_g=self.estimates.reference_grams(response.model, response.decision),
-        )
+        else:
+            self.accounts.answered(self.admission, self.pending.response, self.estimates)
 
     async def free_place(self) -> None:
         """Finish the request before its client can know, so that its next request does not find its place taken."""

@@ -116,12 +116,6 @@ class Gateway:
         """Publish a request, and respond with its answer, whole or as a stream."""
         if self.reply_partition is None or self.accounts is None:
             raise ApiError.unavailable("the gateway is starting")
-        if not self.fleet.pools_of(body.model):
-            served = ", ".join(model.name for model in self.fleet.models)
-            raise ApiError(
-                404, f"the model {body.model!r} does not exist; available models: {served}", param="model",
-                code="model_not_found",
-            )  # fmt: skip
         if len(self.inbox) >= self.settings.max_open_requests:
             raise ApiError(
                 429, "too many open requests", kind="rate_limit_error", code="rate_limit_exceeded",
@@ -131,8 +125,10 @@ class Gateway:
         message = to_request(
             body,
             headers=request.headers,
+            fleet=self.fleet,
             tenant=key.tenant,
             reply_partition=self.reply_partition,
+            now=now,
             deadline=now + timedelta(seconds=self.settings.deadline_s * self.clock.rate),
         )
         admission = await self.accounts.admit(key, message)

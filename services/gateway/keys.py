@@ -1,12 +1,14 @@
 """API keys: stored as hashes in PostgreSQL, each with the tenant that its requests belong to."""
 
+import asyncio
 import hashlib
+import math
 import secrets
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import asyncpg
 
@@ -15,8 +17,12 @@ from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, wi
 PREFIX: Final = "sk-sprout-"
 KEY_BYTES: Final = 32
 MAX_CACHED: Final = 10_000
-"""Keys whose validity is remembered, wrong ones included."""
+"""Valid keys that are remembered, and as many wrong ones."""
 
+WRONG_S: Final = 1.0
+"""How long a key is believed to be wrong at most: it may just have been made, wall."""
+
+T = TypeVar("T")
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 """To the gateway's schema, by its `search_path`."""
@@ -78,7 +84,10 @@ class KeyStore:
         self._status = status
         self._cache_s = cache_s
         self._timeout_s = timeout_s
-        self._cache: OrderedDict[bytes, tuple[float, ApiKey | None]] = OrderedDict()
+        self._valid: OrderedDict[bytes, tuple[float, ApiKey]] = OrderedDict()
+        # Apart, so that a client that tries many keys pushes no valid one out.
+        self._wrong: OrderedDict[bytes, float] = OrderedDict()
+        self._queries: dict[bytes, asyncio.Task[ApiKey | None]] = {}
 
     async def find(self, secret: str) -> ApiKey | None:
         """The key, or None if there is no such key or it was revoked.
@@ -87,33 +96,59 @@ class KeyStore:
             DatabaseUnavailableError: PostgreSQL is away, and the key is not remembered.
         """
         digest, now_s = hash_of(secret), time.monotonic()
-        remembered = self._cache.get(digest)
-        if remembered is not None and now_s - remembered[0] <= self._cache_s:
-            return remembered[1]
+        found_s, key = self._valid.get(digest, (-math.inf, None))
+        if key is not None and now_s - found_s <= self._cache_s:
+            return key
+        if now_s - self._wrong.get(digest, -math.inf) <= min(self._cache_s, WRONG_S):
+            return None
+        # Many requests may come at once with a key: one asks, the others wait for it.
+        query = self._queries.get(digest)
+        if query is None:
+            query = self._queries[digest] = asyncio.create_task(self._query(digest))
+            query.add_done_callback(lambda ended: self._ended(digest, ended))
         try:
-            with self._status.watch():
-                row = await within(
-                    self._timeout_s,
-                    self._pool.fetchrow(
-                        "SELECT id, name, tenant FROM api_keys WHERE hash = $1 AND revoked_at IS NULL", digest
-                    ),
-                )
+            return await asyncio.shield(query)
         except DatabaseUnavailableError:
-            if remembered is None or remembered[1] is None:
+            if key is None:
                 raise
-            return remembered[1]
-        key = None if row is None else ApiKey(row["id"], row["name"], row["tenant"])
-        self._cache[digest] = (now_s, key)
-        self._cache.move_to_end(digest)
-        if len(self._cache) > MAX_CACHED:
-            self._cache.popitem(last=False)
+            return key
+
+    async def _query(self, digest: bytes) -> ApiKey | None:
+        """Ask PostgreSQL for a key, and remember what it says."""
+        with self._status.watch():
+            row = await within(
+                self._timeout_s,
+                self._pool.fetchrow(
+                    "SELECT id, name, tenant FROM api_keys WHERE hash = $1 AND revoked_at IS NULL", digest
+                ),
+            )
+        if row is None:
+            self._valid.pop(digest, None)
+            _remember(self._wrong, digest, time.monotonic())
+            return None
+        key = ApiKey(row["id"], row["name"], row["tenant"])
+        self._wrong.pop(digest, None)
+        _remember(self._valid, digest, (time.monotonic(), key))
         return key
+
+    def _ended(self, digest: bytes, query: "asyncio.Task[ApiKey | None]") -> None:
+        del self._queries[digest]
+        if not query.cancelled():
+            query.exception()  # those that waited for it may have left
 
     async def create(self, *, name: str, tenant: str | None, now: datetime) -> tuple[ApiKey, str]:
         """Create a key; returns it with its secret, which is not stored."""
         with self._status.watch():
             async with self._pool.acquire() as connection:
                 return await create_key(connection, name=name, tenant=tenant, now=now)
+
+
+def _remember(cache: OrderedDict[bytes, T], digest: bytes, value: T) -> None:
+    """Keep a value as the newest one of a bounded cache."""
+    cache[digest] = value
+    cache.move_to_end(digest)
+    if len(cache) > MAX_CACHED:
+        cache.popitem(last=False)
 
 
 async def create_key(connection: Connection, *, name: str, tenant: str | None, now: datetime) -> tuple[ApiKey, str]:

@@ -66,6 +66,10 @@ class Verdict(BaseModel):
         """Whether the number of open requests is limited."""
         return any(account.concurrent_requests is not None for account in self.accounts)
 
+    def is_too_large(self, tokens: int) -> bool:
+        """Whether a request has more tokens than a whole minute may have."""
+        return tokens > min(self._token_limits(), default=tokens)
+
     def headers(self, tokens: int) -> dict[str, str]:
         """The `x-ratelimit-*` headers, of the account with the least left, and what is left of the carbon budget.
 
@@ -121,15 +125,17 @@ class Verdict(BaseModel):
             )
         if self.refusal == "concurrent":
             return self._refused("too many requests at once for this API key", kind="requests", wait_s=1, tokens=tokens)
-        limits = [one.tokens_per_minute for one in self.accounts if one.tokens_per_minute is not None]
-        if self.refusal == "tokens" and tokens > min(limits, default=0):
+        if self.refusal == "tokens" and self.is_too_large(tokens):
             message = (
                 f"the request counts as {tokens} tokens, prompt and max_tokens, which is more than the limit of "
-                f"{min(limits, default=0)} a minute: shorten it"
+                f"{min(self._token_limits())} a minute: shorten it"
             )
         else:
             message = f"the limit of {self.refusal} per minute is reached"
         return self._refused(message, kind=self.refusal, wait_s=self.reset_s, tokens=tokens)
+
+    def _token_limits(self) -> list[int]:
+        return [one.tokens_per_minute for one in self.accounts if one.tokens_per_minute is not None]
 
     def _refused(self, message: str, *, kind: str, wait_s: float, tokens: int) -> ApiError:
         code = "insufficient_quota" if kind == "insufficient_quota" else "rate_limit_exceeded"

@@ -92,7 +92,7 @@ def _with_bearer(request: Request) -> Request:
 
 def _environment() -> Environment:
     made = Environment(loader=PackageLoader("services.gateway"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"number": _number, "grams": _grams, "line": _line}
+    made.filters |= {"number": _number, "grams": format_grams, "line": _line}
     return made
 
 
@@ -100,7 +100,7 @@ def _number(value: float, digits: int = 0) -> str:
     return f"{value:,.{digits}f}".replace(",", "\N{NO-BREAK SPACE}")
 
 
-def _grams(value: float) -> str:
+def format_grams(value: float) -> str:
     """Grams with about three digits, in a unit that fits."""
     factor, unit = (1e-3, "kg") if abs(value) >= 1_000 else (1.0, "g") if abs(value) >= 1 else (1e3, "mg")
     amount = value * factor

@@ -1,12 +1,12 @@
 """OpenAI's requests as requests of Sprout, and responses of Sprout as OpenAI's. Pure functions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 from uuid import uuid4
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimate
@@ -25,6 +25,7 @@ from services.gateway.schema import (
     OpenAIUsage,
     SproutUsage,
 )
+from shared.fleet import Fleet
 from shared.messages import (
     ChatMessage,
     Decision,
@@ -32,12 +33,15 @@ from shared.messages import (
     GenerationRequest,
     GenerationResponse,
     SamplingParameters,
+    UtcDatetime,
 )
 
-OPTIONS: Final = ("directive", "task", "complete_by")
+OPTIONS: Final = ("directive", "task", "reference", "zone", "complete_by")
 """What a client may ask of Sprout, in headers `x-sprout-NAME` or in the entries `sprout_NAME` of `metadata`."""
 
-_OPENAI_METADATA: Final = "sprout_"
+_IN_METADATA: Final = "sprout_"
+_IN_HEADERS: Final = "x-sprout-"
+_TIME: Final = TypeAdapter[datetime](UtcDatetime)
 _SAMPLING: Final = (
     "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_tokens",
     "repetition_penalty",
@@ -49,8 +53,10 @@ def to_request(
     body: ChatRequest | CompletionRequest,
     *,
     headers: Mapping[str, str],
+    fleet: Fleet,
     tenant: str | None,
     reply_partition: int,
+    now: datetime,
     deadline: datetime,
 ) -> GenerationRequest:
     """The request to publish.
@@ -59,16 +65,26 @@ def to_request(
         headers: of the HTTP request, with lower-case names.
         tenant: of the API key.
         reply_partition: that the gateway reads.
-        deadline: event time.
+        now: event time.
+        deadline: event time; `complete_by` of the client can only make it earlier.
 
     Raises:
-        ApiError: an option of Sprout is not valid.
+        ApiError: the fleet does not serve the model, or an option of Sprout is not valid.
     """
-    options = _options(body, headers)
-    if "complete_by" in options:
+    pools = fleet.pools_of(body.model)
+    if not pools:
+        served = ", ".join(model.name for model in fleet.models)
         raise ApiError(
-            400, "'complete_by' is not supported: a batch has a 'completion_window'", param="complete_by",
-            code="unsupported_parameter",
+            404, f"the model {body.model!r} does not exist; available models: {served}", param="model",
+            code="model_not_found",
+        )  # fmt: skip
+    options: dict[str, Any] = _options(body, headers)
+    if (by := options.pop("complete_by", None)) is not None:
+        deadline = min(deadline, _complete_by(by, now))
+    zones = dict.fromkeys(pool.zone for pool in pools)
+    if options.get("zone", pools[0].zone) not in zones:
+        raise ApiError(
+            400, f"zone: the model has servers in {', '.join(zones)}", param="zone", code="invalid_value"
         )  # fmt: skip
     conversation = _conversation(body) if isinstance(body, ChatRequest) else None
     prompt = body.text() if isinstance(body, CompletionRequest) else None
@@ -78,7 +94,7 @@ def to_request(
     sampling = {name: getattr(body, name) for name in _SAMPLING if getattr(body, name) is not None}
     if limit is not None:
         sampling["max_tokens"] = limit
-    metadata = {name: text for name, text in (body.metadata or {}).items() if not name.startswith(_OPENAI_METADATA)}
+    metadata = {name: text for name, text in (body.metadata or {}).items() if not name.startswith(_IN_METADATA)}
     try:
         return GenerationRequest(
             id=f"{'cmpl' if conversation is None else 'chatcmpl'}-{uuid4().hex}",
@@ -86,8 +102,7 @@ def to_request(
             prompt=prompt,
             messages=conversation,
             tenant=tenant,
-            task=options.get("task"),
-            directive=options.get("directive"),
+            **options,
             sampling=SamplingParameters(stop=body.stop or (), **sampling),
             stream=bool(body.stream),
             reply_partition=reply_partition,
@@ -216,16 +231,49 @@ def _header_value(value: object) -> str:
 
 def _options(body: ChatRequest | CompletionRequest, headers: Mapping[str, str]) -> dict[str, str]:
     """What the client asks of Sprout; headers win over metadata."""
-    metadata = body.metadata or {}
-    for name in metadata:
-        if name.startswith(_OPENAI_METADATA) and name.removeprefix(_OPENAI_METADATA) not in OPTIONS:
-            known = ", ".join(_OPENAI_METADATA + option for option in OPTIONS)
-            raise ApiError(
-                400, f"metadata has an unknown entry with '{_OPENAI_METADATA}'; known: {known}", param="metadata"
-            )
-    found = {option: metadata.get(_OPENAI_METADATA + option) for option in OPTIONS}
-    found |= {option: value for option in OPTIONS if (value := headers.get(f"x-sprout-{option.replace('_', '-')}"))}
-    return {option: value for option, value in found.items() if value is not None}
+    known = {_IN_METADATA + option: option for option in OPTIONS}
+    found: dict[str, str] = {}
+    for name, value in (body.metadata or {}).items():
+        if name in known:
+            found[known[name]] = value
+        elif name.startswith(_IN_METADATA):
+            raise _unknown_option("metadata", f"an entry with '{_IN_METADATA}'", known)
+    known = {_IN_HEADERS + option.replace("_", "-"): option for option in OPTIONS}
+    for name, value in headers.items():
+        if name in known and value:
+            found[known[name]] = _header_text(value)
+        elif name.startswith(_IN_HEADERS) and name not in known:
+            raise _unknown_option("headers", f"one with '{_IN_HEADERS}'", known)
+    return found
+
+
+def _unknown_option(where: str, what: str, known: Iterable[str]) -> ApiError:
+    message = f"{where} have {what} that is unknown; known: {', '.join(known)}"
+    return ApiError(400, message, param=where, code="unknown_parameter")
+
+
+def _header_text(value: str) -> str:
+    """The text of a header, whose bytes arrive as Latin-1, if it is UTF-8."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
+
+
+def _complete_by(text: str, now: datetime) -> datetime:
+    """The time until which the client needs its answer.
+
+    Raises:
+        ApiError: it is not a time, or has passed.
+    """
+    try:
+        by = _TIME.validate_python(text)
+    except ValidationError:
+        by = None
+    if by is None or by <= now:
+        problem = "give a time with its zone: 2026-12-01T12:00:00Z" if by is None else "the time has passed"
+        raise ApiError(400, f"complete_by: {problem}", param="complete_by", code="invalid_value")
+    return by
 
 
 def _conversation(body: ChatRequest) -> tuple[ChatMessage, ...]:

@@ -42,6 +42,7 @@ class Labels(NamedTuple):
     propensity: float
     propensities: str
     """JSON text."""
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +91,20 @@ def request_call(response: GenerationResponse) -> NewCall:
             decision.source,
             decision.propensity,
             json.dumps(decision.propensities) if decision.propensities else "{}",
+            response.finish_reason,
         ),
-        started_at=timing.started_at,
-        first_token_at=timing.first_token_at,
-        finished_at=timing.finished_at,
+        **_times(timing.started_at, timing.first_token_at, timing.finished_at),
         prompt_tokens=None if usage.prompt_tokens is None else min(usage.prompt_tokens, LARGEST_INTEGER),
         completion_tokens=min(usage.completion_tokens, LARGEST_INTEGER),
     )
+
+
+def _times(started_at: datetime, first_token_at: datetime | None, finished_at: datetime) -> dict[str, Any]:
+    """The times of a call in order, also if a clock was set back while it ran."""
+    finished_at = max(started_at, finished_at)
+    if first_token_at is not None:
+        first_token_at = min(max(started_at, first_token_at), finished_at)
+    return {"started_at": started_at, "first_token_at": first_token_at, "finished_at": finished_at}
 
 
 def usage_call(record: UsageRecord) -> NewCall:
@@ -120,9 +128,7 @@ def usage_call(record: UsageRecord) -> NewCall:
             1.0,
             "{}",
         ),
-        started_at=record.started_at,
-        first_token_at=record.first_token_at,
-        finished_at=record.finished_at,
+        **_times(record.started_at, record.first_token_at, record.finished_at),
         prompt_tokens=None if record.prompt_tokens is None else min(record.prompt_tokens, LARGEST_INTEGER),
         completion_tokens=min(record.completion_tokens, LARGEST_INTEGER),
     )
@@ -148,9 +154,9 @@ def storable_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 _ADD_DIMENSIONS = """
 INSERT INTO dimensions (digest, purpose, evaluation_id, model, grp, task, tenant, pool, level, zone, endpoint,
-                        policy_version, decision_source, propensity, propensities, used_at)
+                        policy_version, decision_source, propensity, propensities, finish_reason, used_at)
 SELECT digest, purpose, evaluation_id, model, grp, task, tenant, pool, level, zone, endpoint,
-       policy_version, decision_source, propensity, propensities, used_at
+       policy_version, decision_source, propensity, propensities, finish_reason, used_at
 FROM jsonb_populate_recordset(NULL::dimensions, $1)
 ON CONFLICT (digest) DO UPDATE SET used_at = greatest(dimensions.used_at, EXCLUDED.used_at)
 RETURNING digest, id

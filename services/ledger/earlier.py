@@ -127,7 +127,7 @@ def _new_call(row: Mapping[str, Any]) -> NewCall:
     return NewCall(
         id=row["id"],
         request_id=None,
-        labels=Labels(**{name: row[name] for name in Labels._fields}),
+        labels=Labels(**{name: row[name] for name in Labels._fields if name in row}),
         started_at=row["started_at"],
         first_token_at=row["first_token_at"],
         finished_at=row["finished_at"],

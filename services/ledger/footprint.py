@@ -83,7 +83,7 @@ def footprint_head(dimension: Mapping[str, Any]) -> str:
         dimension: row of `dimensions`, with the propensities as JSON text in `distribution`.
     """
     names = ("purpose", "evaluation_id", "model", "task", "tenant", "pool", "level", "zone", "endpoint",
-             "policy_version", "propensity")  # fmt: skip
+             "policy_version", "propensity", "finish_reason")  # fmt: skip
     content = {"schema_version": SCHEMA_VERSION, **{name: dimension[name] for name in names}}
     content["group"] = dimension["grp"]
     content["propensities"] = json.loads(dimension["distribution"])

@@ -233,16 +233,21 @@ class Scraper:
                 counters[endpoint] = counters_of(gpus, meters)
             except MeteringError as error:
                 self._set_problem(endpoint, str(error))
+        at = before + (after - before) / 2
+        spacing = timedelta(seconds=self._settings.scrape_interval_s * self._clock.rate / 2)
         try:
-            await self._storage.add_readings(
-                counters,
-                at=before + (after - before) / 2,
-                spacing=timedelta(seconds=self._settings.scrape_interval_s * self._clock.rate / 2),
-            )
+            skipped = await self._storage.add_readings(counters, at=at, spacing=spacing)
         except DatabaseUnavailableError:
             return  # logged, and reported by the readiness check
         for endpoint in counters:
-            self._set_problem(endpoint, "")
+            later = skipped.get(endpoint)
+            self._set_problem(
+                endpoint,
+                ""
+                if later is None
+                else f"a clock was set back: the last reading is of {later.isoformat()}, readings before it are not "
+                "stored; its energy is booked when the clock has passed it",
+            )
 
     def _set_problem(self, endpoint: str, problem: str) -> None:
         if problem:

@@ -34,6 +34,7 @@ SELECT new.endpoint, $2, new.gpu, new.energy_j
 FROM jsonb_populate_recordset(NULL::readings, $1) AS new
 WHERE NOT EXISTS (SELECT FROM readings AS old WHERE old.endpoint = new.endpoint AND old.at > $3)
 """
+LATER_READINGS = "SELECT endpoint, max(at) FROM readings WHERE endpoint = ANY($1::text[]) AND at > $2 GROUP BY endpoint"
 
 SERVER_SETTINGS: Mapping[str, str] = {"plan_cache_mode": "force_custom_plan", "jit": "off"}
 """Tables grow from nothing to millions of rows within a connection's life: no plan may be kept."""
@@ -228,7 +229,7 @@ WHERE chunk = $1 AND finished_at >= $2 AND finished_at <= $3 AND NOT partial
 """
 DIMENSIONS = "SELECT *, propensities::text AS distribution FROM dimensions WHERE id = ANY($1)"
 EARLIER_FOOTPRINTS = """
-SELECT *, propensities::text AS distribution, request_id AS id FROM footprints
+SELECT *, propensities::text AS distribution, request_id AS id, NULL AS finish_reason FROM footprints
 WHERE NOT published AND NOT partial ORDER BY finished_at LIMIT $1 FOR UPDATE SKIP LOCKED
 """
 MARK_EARLIER_PUBLISHED = "UPDATE footprints SET published = true WHERE request_id = ANY($1)"
@@ -288,14 +289,17 @@ class Storage:
 
     async def add_readings(
         self, counters: Mapping[str, Mapping[str, float]], *, at: datetime, spacing: timedelta
-    ) -> None:
+    ) -> dict[str, datetime]:
         """Add one reading of each endpoint.
 
-        Several ledgers read the same meters. A reading less than `spacing` after another one is skipped; this keeps the
-        order of readings from different processes unambiguous.
+        Several ledgers read the same meters. A reading less than `spacing` after another one, or before it, is skipped;
+        this keeps the order of readings from different processes unambiguous.
 
         Args:
             counters: joules by endpoint and GPU.
+
+        Returns:
+            By endpoint, the time of a reading more than `spacing` later than `at`: a clock was set back.
         """
         rows = [
             {"endpoint": endpoint, "gpu": gpu, "energy_j": energy_j}
@@ -306,6 +310,8 @@ class Storage:
             async with self.pool.acquire() as connection, connection.transaction():
                 await connection.execute(READINGS_LOCK)
                 await connection.execute(ADD_READINGS, json.dumps(rows), at, at - spacing)
+                later = await connection.fetch(LATER_READINGS, list(counters), at + spacing)
+                return {row["endpoint"]: row["max"] for row in later}
 
     async def unsettled(self) -> list[tuple[str, int, datetime]]:
         """The open calls by endpoint: number, and end of the oldest."""

@@ -1,8 +1,9 @@
 """Energy, time, tokens and traffic by prompt group and option: decayed sums of footprints, and means from them.
 
 Footprints of requests and of the evaluator's generations carry energy, time and tokens: both sample their group's
-prompts fairly. Only requests count as traffic. Calls of the judge say nothing about the model and are ignored. The
-caller makes sure that each footprint is counted once.
+prompts fairly. Only requests count as traffic, and all of them do; the energy, time and tokens of a cancelled one say
+nothing about whole answers and are left out. Calls of the judge say nothing about the model and are ignored. The caller
+makes sure that each footprint is counted once.
 """
 
 import math
@@ -148,9 +149,10 @@ class Consumption:
             return
         at_s = min(footprint.finished_at.timestamp(), now_s)
         option = option_key(footprint.pool, footprint.level)
-        used = ResourceUse.of_footprint(footprint)
-        is_traffic = footprint.purpose == "request"
-        self.add(footprint.group, option, used, at_s=at_s, settings=settings, is_traffic=is_traffic)
+        cut_short = footprint.finish_reason == "cancelled"
+        used = ResourceUse(0.0, 0.0, 0.0) if cut_short else ResourceUse.of_footprint(footprint)
+        traffic = 1.0 if footprint.purpose == "request" else 0.0
+        self.add(footprint.group, option, used, at_s=at_s, settings=settings, traffic=traffic)
 
     def add(
         self,
@@ -160,7 +162,7 @@ class Consumption:
         *,
         at_s: float,
         settings: OptimizerSettings,
-        is_traffic: bool,
+        traffic: float,
     ) -> None:
         """Count what some requests of one group and option used.
 
@@ -170,17 +172,17 @@ class Consumption:
             used: totals of these requests.
             at_s: event time.
             settings: half-lives and the number of groups kept.
-            is_traffic: whether clients sent the requests, so that they count in traffic shares and request rate.
+            traffic: requests of clients, which count in traffic shares and request rate.
         """
         cell = self.cells.setdefault(group, {}).setdefault(option, DecayedSums(at_s, [0.0] * len(_RESOURCES)))
         cell.add(used.values(), at_s=at_s, half_life_s=settings.footprint_half_life_s)
-        if is_traffic:
+        if traffic > 0.0:
             self.recent = self.recent or DecayedSums(at_s, [0.0, 0.0])
             half_life_s = self._rate_half_life_s(at_s, settings)
             seconds = decayed_seconds(at_s - self.recent.as_of_s, half_life_s)
-            self.recent.add((used.requests, seconds), at_s=at_s, half_life_s=half_life_s)
+            self.recent.add((traffic, seconds), at_s=at_s, half_life_s=half_life_s)
             self.traffic.setdefault(group, DecayedSums(at_s, [0.0])).add(
-                (used.requests,), at_s=at_s, half_life_s=self.traffic_half_life_s(at_s, settings)
+                (traffic,), at_s=at_s, half_life_s=self.traffic_half_life_s(at_s, settings)
             )
         if len(self.cells) > 2 * settings.max_groups:
             self._drop_small_groups(at_s, settings)

@@ -214,7 +214,7 @@ def consumption_by_groups(
             token_requests=0.0 if tokens is None else one.requests,
             completion_tokens=tokens or 0.0,
         )
-        found.add(one.group, one.option, used, at_s=at_s, settings=settings, is_traffic=False)
+        found.add(one.group, one.option, used, at_s=at_s, settings=settings, traffic=0.0)
     half_life_s = found.traffic_half_life_s(at_s, settings)
     for group, share in grouping.traffic.items():
         sums = found.traffic.setdefault(group, DecayedSums(at_s, [0.0]))

@@ -166,6 +166,13 @@ def rejection(incoming: IncomingRequest, *, fleet: Fleet, settings: RouterSettin
             message=f"'model' {incoming.model!r} is not served; available models: {served}. Use one of them, or omit "
             "'model'",
         )
+    zones = dict.fromkeys(pool.zone for pool in fleet.pools_of(incoming.model))
+    if incoming.request.zone is not None and incoming.request.zone not in zones:
+        return ErrorDetail(
+            code="invalid_request",
+            message=f"'zone' {incoming.request.zone!r} has no server of this model; available zones: "
+            f"{', '.join(zones)}. Use one of them, or omit 'zone'",
+        )
     field = "prompt" if incoming.request.prompt is not None else "messages"
     turns = incoming.request.conversation()
     if len(turns) > settings.max_turns:

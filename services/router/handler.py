@@ -164,6 +164,7 @@ class RequestHandler:
             policy=active.policy,
             fleet=self.fleet,
             requested_directive=incoming.request.directive,
+            zone=incoming.request.zone,
             reference_block=reference_block,
         )
         if active.fallback is not None and decision.source == "fallback":

@@ -6,7 +6,7 @@ distribution it was drawn from: savings are estimated from them.
 Without a usable policy, requests are served by the reference (baseline, no directive), so quality is never at risk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Literal
@@ -229,6 +229,7 @@ def select_option(
     policy: Policy | None,
     fleet: Fleet,
     requested_directive: str | None = None,
+    zone: str | None = None,
     reference_block: bool = False,
 ) -> Decision:
     """Decide how a request is served.
@@ -241,6 +242,7 @@ def select_option(
         policy: the usable policy of the model; None: the reference serves the request.
         requested_directive: the client's: a level that is forced, so the policy only chooses the pool, or a forbidden
             level.
+        zone: of a pool of the model, in which the request must run; None: in any.
         reference_block: the whole fleet serves without Sprout: the reference serves in place of the policy.
 
     Raises:
@@ -254,10 +256,12 @@ def select_option(
         probabilities = {fleet.reference_of(model): 1.0}
     if requested_directive is not None:
         probabilities = _restrict(probabilities, requested_directive, fleet.levels)
+    if zone is not None:
+        probabilities = _in_zone(probabilities, [pool.name for pool in fleet.pools_of(model) if pool.zone == zone])
     option = draw(probabilities, uniform(_OPTION_SALT + model, record, draw_key))
     pool, level = split_option(option)
     return Decision(
-        source=source if requested_directive is None else "forced",
+        source=source if requested_directive is None and zone is None else "forced",
         group=assignment.group,
         pool=pool,
         level=level,
@@ -290,6 +294,21 @@ def _restrict(
         return _at_level(probabilities, others[0])
     total = sum(left.values())
     return {option: share / total for option, share in left.items()}
+
+
+def _in_zone(probabilities: Mapping[str, float], pools: Sequence[str]) -> dict[str, float]:
+    """The probabilities with the options of other pools left out; all of it moved to the first pool if none is left."""
+    left = {
+        option: share for option, share in probabilities.items() if split_option(option)[0] in pools and share > 0.0
+    }
+    if left:
+        total = sum(left.values())
+        return {option: share / total for option, share in left.items()}
+    moved: dict[str, float] = {}
+    for option, probability in probabilities.items():
+        key = option_key(pools[0], split_option(option)[1])
+        moved[key] = min(1.0, moved.get(key, 0.0) + probability)
+    return moved
 
 
 def _at_level(probabilities: Mapping[str, float], level: str) -> dict[str, float]:

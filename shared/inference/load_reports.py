@@ -74,11 +74,12 @@ class LoadReporter:
         self._finished = False
 
     async def run(self) -> None:
-        """Publish reports, without end."""
+        """Publish reports until `finish` is called."""
         while True:
             await asyncio.sleep(self._interval_s)
-            if not self._finished:
-                await self._publish(final=False)
+            if self._finished:
+                return
+            await self._publish(final=False)
 
     async def finish(self) -> None:
         """Publish the last report; the process has nothing running any more."""

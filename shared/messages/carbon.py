@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from shared.messages.base import Identifier, Level, Message, Probability, RequestMessage, UtcDatetime, Value, Zone
+from shared.messages.generation import FinishReason
 
 
 class IntensityPoint(Value):
@@ -67,6 +68,11 @@ class Footprint(RequestMessage):
     )
     prompt_tokens: int | None = None
     completion_tokens: int = Field(ge=0)
+    finish_reason: FinishReason | None = Field(
+        default=None,
+        description="Of a request's answer. cancelled: it was cut short, so its tokens and energy say nothing about "
+        "whole answers; null in the evaluator's calls and old messages",
+    )
     energy_j: float = Field(ge=0, description="Attributed from the endpoint's energy counter")
     intensity_g_per_kwh: float | None = Field(
         default=None, ge=0, description="Mean while the call ran; null where no value was recent enough"

@@ -82,6 +82,9 @@ class GenerationRequest(Message):
     directive: RequestedDirective | None = Field(
         default=None, description="Level to use instead of the one the policy draws; with prefix '!': level not to use"
     )
+    zone: Zone | None = Field(
+        default=None, description="Grid zone in which the request may run; default: wherever the policy says"
+    )
     sampling: SamplingParameters = Field(default_factory=SamplingParameters)
     stream: bool = Field(default=False, description="Publish the answer in chunks as well")
     reply_partition: int | None = Field(

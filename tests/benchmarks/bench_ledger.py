@@ -37,6 +37,7 @@ from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import RESPONSES, TOPICS
 from tests.benchmarks.results import record
 from tests.support.environment import Environment
+from tests.support.fleets import ZONE, fleet_toml
 
 ENDPOINTS = 16
 PER_SECOND = 1_000.0
@@ -51,32 +52,15 @@ TEXTS = 256
 PREFIX = "bench."
 MIB = 1024 * 1024
 
-FLEET = """
-[[directives]]
-level = "L0"
-[[directives]]
-level = "L1"
-text = "Always answer briefly."
-[[models]]
-name = "m"
-chat_template = "chatml"
-[[pools]]
-name = "p"
-model = "m"
-zone = "Z"
-pue = 1.2
-embodied_g_per_s = 0.0001
-idle_power_w = 80
-"""
 
-
-def fleet_toml(metrics: str) -> str:
+def fleet_of(metrics: str) -> str:
     """The fleet file: one pool of endpoints that share a metrics page."""
     endpoints = (
         f'[[pools.endpoints]]\nname = "e{n}"\ngrpc = "127.0.0.1:{n + 1}"\nmetrics = "{metrics}"\ngpus = ["g{n}"]\n'
         for n in range(ENDPOINTS)
     )
-    return FLEET + "".join(endpoints)
+    pool = "pue = 1.2\nembodied_g_per_s = 0.0001\nidle_power_w = 80"
+    return fleet_toml([], levels=("L0", "L1"), pool=pool) + "".join(endpoints)
 
 
 @dataclass
@@ -101,7 +85,8 @@ class Answers:
                 GenerationResponse(
                     request_id="R", record="K", model="m", status="ok", text="T", finish_reason="stop", endpoint="E",
                     decision=Decision(
-                        source="policy", group="G", pool="p", level=level, zone="Z", policy_version=3, propensity=share,
+                        source="policy", group="G", pool="p", level=level, zone=ZONE, policy_version=3,
+                        propensity=share,
                         propensities={"p/L0": 0.3, "p/L1": 0.7},
                     ),
                     usage=Usage(prompt_tokens=100, completion_tokens=1, source="server"),
@@ -236,7 +221,7 @@ async def _measure(
             await publish(producer, answers, count=count, since_s=since_s + 1.0)
             print(f"{count:,} responses published in {time.time() - began_s:.0f} s")
             fleet = folder / "fleet.toml"
-            fleet.write_text(fleet_toml(metrics), encoding="utf-8")
+            fleet.write_text(fleet_of(metrics), encoding="utf-8")
             names = [f"ledger-{n}" for n in range(arguments.ledgers)]
             specs = [_ledger(name, environment, url, fleet) for name in names]
             started = time.perf_counter()

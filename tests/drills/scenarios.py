@@ -9,6 +9,7 @@ from deploy.local.postgres import postgres_spec
 from deploy.local.processes import LOOPBACK
 from deploy.triton.stand_in.faults import FaultRules
 from shared.messages import GenerationRequest
+from tests.drills.gateways import gateway_killed, gateway_router_killed
 from tests.drills.malformed import KINDS, Malformed
 from tests.drills.malformed import malformed as draw_malformed
 from tests.drills.run import SESSION_TIMEOUT_S, ScenarioRun
@@ -220,6 +221,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         postgres_absent,
         malformed,
         crowding,
+        gateway_killed,
+        gateway_router_killed,
         *_OF_SERVICES,
     )
 }

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import asyncpg
-from aiokafka import AIOKafkaConsumer
 
 from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import ProcessSpec, free_ports
@@ -265,20 +264,8 @@ async def _check(run: ScenarioRun, stack: Stack) -> None:
 
 async def _read(run: ScenarioRun, spec: TopicSpec, *, wanted: type[M]) -> list[M]:
     """All messages of a topic."""
-    consumer = AIOKafkaConsumer(
-        run.kafka.topic(spec), **run.kafka.client_options(), group_id=None, auto_offset_reset="earliest"
-    )
-    await consumer.start()
-    found: list[M] = []
-    try:
-        partitions = sorted(consumer.assignment())
-        ends = await consumer.end_offsets(partitions)
-        while any([await consumer.position(one) < ends[one] for one in partitions]):
-            for batch in (await consumer.getmany(timeout_ms=200)).values():
-                found += [wanted.model_validate_json(record.value) for record in batch if record.value is not None]
-    finally:
-        await consumer.stop()
-    return found
+    records = await run.traffic.records(spec)
+    return [wanted.model_validate_json(record.value) for record in records if record.value is not None]
 
 
 def _fleet(servers: tuple[TritonServer, ...]) -> str:

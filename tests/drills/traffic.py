@@ -107,12 +107,27 @@ class Traffic:
         if self._consumer is not None:
             await self._to_end(self._consumer, asyncio.sleep)
             await asyncio.sleep(POLL_S)  # for the records that the reader has fetched
-        reader = self._reader(DEAD_LETTERS)
+        for record in await self.records(DEAD_LETTERS):
+            letter = DeadLetter.model_validate_json(record.value)
+            self.messages.letters.append(
+                Letter((letter.partition, letter.offset), letter.original_value(), letter.reason)
+            )
+
+    async def records(self, spec: TopicSpec) -> list[Any]:
+        """All records of a topic, up to its present end."""
+        found: list[Any] = []
+        reader = self._reader(spec)
+
+        async def read(_: float) -> None:
+            for batch in (await reader.getmany(timeout_ms=100)).values():
+                found.extend(batch)
+
         await reader.start()
         try:
-            await self._to_end(reader, lambda _: self._record_letters(reader))
+            await self._to_end(reader, read)
         finally:
             await reader.stop()
+        return found
 
     async def close(self) -> None:
         """Stop sending and reading."""
@@ -183,13 +198,6 @@ class Traffic:
         self.messages.answered_records.setdefault(name, set()).add(str(answer["record"]))
         if answer["status"] != "ok":
             self.messages.errors[name] = str((answer.get("error") or {}).get("code"))
-
-    async def _record_letters(self, reader: AIOKafkaConsumer) -> None:
-        for batch in (await reader.getmany(timeout_ms=100)).values():
-            for record in batch:
-                letter = DeadLetter.model_validate_json(record.value)
-                position = (letter.partition, letter.offset)
-                self.messages.letters.append(Letter(position, letter.original_value(), letter.reason))
 
     @staticmethod
     async def _to_end(consumer: AIOKafkaConsumer, step: Callable[[float], Awaitable[None]]) -> None:

@@ -15,7 +15,7 @@ from shared.messages import CarbonIntensity
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.processes import leader
 from tests.support.router import ZONE, fleet_toml
 
@@ -73,9 +73,7 @@ class Feeds:
         return await leader(self.supervisor, [name for name in self.copies if name != other_than])
 
     async def logged(self, text: str, *, name: str = "") -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while text not in self.log(name):  # noqa: ASYNC110 - a log can only be polled
-                await asyncio.sleep(0.05)
+        await until(lambda: self.log(name), lambda log: text in log)
 
     def log(self, name: str = "") -> str:
         return self.supervisor.process(name or self.name).log.read_text()

@@ -24,7 +24,7 @@ class Command:
         monkeypatch.setenv("SPROUT_KAFKA_GROUP_PREFIX", kafka.group_prefix)
 
     async def __call__(self, *arguments: str) -> str:
-        result = await asyncio.to_thread(CliRunner(env={"COLUMNS": "200"}).invoke, app, ["dead-letters", *arguments])
+        result = await asyncio.to_thread(CliRunner().invoke, app, ["dead-letters", *arguments])
         assert result.exit_code == 0, result.output
         return result.output
 
@@ -97,7 +97,7 @@ async def test_dead_letters_can_go_to_another_topic(command, kafka):
         await requests.read_to_end()
         assert len(requests.records) == 4
     result = await asyncio.to_thread(
-        CliRunner(env={"COLUMNS": "200"}).invoke,
+        CliRunner().invoke,
         app,
         ["dead-letters", "redrive", "--id", "0:1", "--to", "nowhere", "--execute"],
     )

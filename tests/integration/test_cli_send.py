@@ -35,7 +35,6 @@ def environment(kafka: KafkaSettings, tmp_path, monkeypatch) -> KafkaSettings:
     monkeypatch.setenv("SPROUT_KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers)
     monkeypatch.setenv("SPROUT_KAFKA_TOPIC_PREFIX", kafka.topic_prefix)
     monkeypatch.setenv("SPROUT_LOCAL_STATE", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "200")
     return kafka
 
 

@@ -183,7 +183,7 @@ class TestCommand:
             (tmp_path / name).write_text(f"secret-of-{name}\n")
             options += ["--password-file", f"{name}={tmp_path / name}"]
         monkeypatch.setenv("SPROUT_DATABASE_URL", superuser)
-        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["database", "create", *options])
+        result = CliRunner().invoke(app, ["database", "create", *options])
         assert result.exit_code == 0, result.output
         assert "created schema ledger" in result.output
         roles = ", ".join(role_name(name) for name in (*WITH_SCHEMA, OPERATOR))
@@ -191,7 +191,7 @@ class TestCommand:
         assert "secret" not in result.output
 
     def test_wrong_use_is_explained(self, tmp_path: Path, superuser: str) -> None:
-        runner = CliRunner(env={"COLUMNS": "200"})
+        runner = CliRunner()
         wrong_options = (("nobody=x", "NAME=FILE"), ("ledger=/absent", "cannot be read"), ("ledger", "NAME=FILE"))
         for given, problem in wrong_options:
             result = runner.invoke(app, ["database", "create", "--password-file", given, "--database", superuser])

@@ -1,6 +1,5 @@
 """Fault drills at a small scale on real Kafka and Triton, and the drill command."""
 
-import asyncio
 import json
 import os
 import signal
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 from deploy.local.java import KafkaInstallationError
 from tests.drills.__main__ import drill, run_scenarios
 from tests.drills.run import drill_environment
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import until
 from tests.support.environment import KAFKA
 
 pytestmark = pytest.mark.integration
@@ -61,15 +60,23 @@ async def test_a_fault_of_the_ledger_under_all_services_leaves_correct_books(run
     assert result.figures["policies"] >= 1
 
 
+@pytest.mark.extended
+async def test_clients_of_killed_gateways_and_routers_have_an_answer_or_an_error_in_time(run_small):
+    results, _ = await run_small("gateway_killed", "gateway_router_killed")
+    for result in results.values():
+        assert result.passed, result.problems
+        assert result.figures["HTTP requests"] >= 100
+        assert result.counts.sent == result.counts.answered >= 100
+        assert len(result.faults) == 2
+
+
 async def test_an_unexpected_exit_is_recorded_with_its_log_and_the_process_restarted(tmp_path):
     said = []
     async with drill_environment(tmp_path, say=said.append) as environment:
         name = environment.model_servers[0].name
         (process,) = await environment.running({name})
         os.kill(process.pid, signal.SIGSEGV)
-        async with asyncio.timeout(DEADLINE_S):
-            while not (environment.exits and await environment.running({name})):  # noqa: ASYNC110 - polls the state of processes
-                await asyncio.sleep(0.1)
+        await until(lambda: environment.running({name}), lambda running: environment.exits and running)
         (exited,) = environment.exits
         assert exited.name == name
         assert exited.description.startswith(f"{name} was ended by SIGSEGV. The end of {environment.logs}")

@@ -33,8 +33,10 @@ def asked(prompt: str) -> list[dict[str, str]]:
 
 async def test_a_chat_completion_says_what_sprout_did(client: openai.AsyncOpenAI):
     answered = await client.chat.completions.with_raw_response.create(
-        model=MODEL, messages=asked(question(1)), extra_headers={"x-sprout-task": "qa"}
-    )
+        model=MODEL, messages=asked(question(1)), extra_headers={"x-sprout-task": "qa"},
+        metadata={"sprout_reference": "Canberra"},
+    )  # fmt: skip
+    assert "Canberra" not in answered.text + str(answered.headers)
     completion = answered.parse()
     assert completion.choices[0].message.content == "L1 says: " + "word " * LEVELS["L1"][0]
     assert completion.choices[0].finish_reason == "stop"

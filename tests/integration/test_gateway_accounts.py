@@ -15,10 +15,10 @@ from pydantic import SecretStr
 
 from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import Supervisor
-from services.gateway.accounts import Accounts
+from services.gateway.accounts import Accounts, Admission
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimate
-from services.gateway.keys import ApiKey, KeyStore, Limits, create_key, revoke_key, set_limits
+from services.gateway.keys import ApiKey, KeyStore, Limits, create_key, revoke_key, set_limits, store_key
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.settings import GatewaySettings
 from services.gateway.usage import footprint_of
@@ -165,6 +165,51 @@ async def test_tokens_are_reserved_and_corrected_by_the_answer(bench: Bench):
     accounts.finish(third, response(third.request))  # what is over is not booked again
     await accounts.written()
     assert await bench.pool.fetchval("SELECT used_tokens FROM limits WHERE account = $1", f"key/{key.id}") == 110
+
+
+async def test_lines_of_batches_wait_for_tokens_and_leave_half_of_them_to_other_requests(bench: Bench):
+    key, accounts = (
+        await bench.key(Limits(requests_per_minute=1, tokens_per_minute=480, concurrent_requests=1)),
+        bench.accounts[0],
+    )
+    await same_minute(bench.pool)
+    lines = [await accounts.admit_line(key, bench.request()) for _ in range(3)]
+    assert [isinstance(one, Admission) for one in lines] == [True, True, False]
+    assert 0.0 < lines[2] <= 60.0
+    # Neither requests per minute nor places are taken from other requests.
+    direct = await accounts.admit(key, bench.request())
+    assert direct.headers["x-ratelimit-remaining-tokens"] == "180"
+    accounts.finish(lines[0], response(lines[0].request))  # 10 tokens
+    accounts.finish(lines[1], response(lines[1].request))
+    accounts.finish(direct, response(direct.request))
+    await accounts.written()
+    again = await accounts.admit_line(key, bench.request())
+    # It is published again, by a gateway that does not know whether the first one has an answer: booked once.
+    assert isinstance(await bench.accounts[1].admit_line(key, again.request), Admission)
+    for one in (accounts, bench.accounts[1]):
+        one.finish(again, response(again.request))
+        await one.written()
+    sums = await bench.sums(key)
+    assert (sums["requests"], sums["prompt_tokens"], sums["completion_tokens"]) == (4, 28, 12)
+    large = bench.request().model_copy(update={"sampling": SamplingParameters(max_tokens=500)})
+    assert "more than the limit of 480 a minute" in await refusal(accounts.admit_line(key, large))
+    free = await bench.key()
+    assert isinstance(await accounts.admit_line(free, large), Admission)
+
+
+async def test_lines_of_batches_follow_the_carbon_budget_and_end_with_their_key(bench: Bench):
+    accounts, key = bench.accounts[0], await bench.key(Limits(grams_per_month=100.0, most_level="L2"))
+    line = await accounts.admit_line(key, bench.request())
+    assert line.request.directive is None
+    accounts.finish(line, response(line.request), Estimate(1.0, 60.0, "option_mean"))
+    await accounts.written()
+    line = await accounts.admit_line(key, bench.request())
+    assert line.request.directive == "L1"
+    await accounts.book([footprint(line.request, total_g=50.0)])
+    assert "carbon budget" in await refusal(accounts.admit_line(key, bench.request()))
+    async with bench.pool.acquire() as connection:
+        await revoke_key(connection, key.id, now=NOON)
+    assert "revoked" in await refusal(accounts.admit_line(key, bench.request()))
 
 
 async def test_places_of_a_gateway_that_died_are_free_after_its_lease(bench: Bench):
@@ -317,6 +362,49 @@ async def test_requests_admitted_while_postgresql_was_away_are_booked_later(benc
         bench.accounts[1].finish(one, response(one.request), Estimate(1.0, 2.0, "option_mean"))
     await bench.accounts[1].written()
     assert (await bench.sums(key))["requests"] == 2
+
+
+class CountedPool:
+    """A pool that counts queries for one row."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self.queries = 0
+
+    async def fetchrow(self, *arguments: Any) -> Any:
+        self.queries += 1
+        return await self._pool.fetchrow(*arguments)
+
+
+async def test_many_requests_at_once_with_a_key_ask_postgresql_once(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    async with bench.pool.acquire() as connection:
+        key, secret = await create_key(connection, name="test", tenant=None, now=NOON)
+    counted = CountedPool(bench.pool)
+    keys = KeyStore(counted, DatabaseStatus(), cache_s=600.0)
+    first = asyncio.create_task(keys.find(secret))
+    waiting = [asyncio.create_task(keys.find(secret)) for _ in range(99)]
+    await asyncio.sleep(0)
+    first.cancel()  # its client has left; the others get the key nevertheless
+    assert await asyncio.gather(*waiting) == [key] * 99
+    assert await keys.find(secret) == key
+    assert await asyncio.gather(*(keys.find("wrong") for _ in range(100))) == [None] * 100
+    assert await keys.find("wrong") is None
+    assert counted.queries == 2
+
+    # Wrong keys, however many, are remembered within bounds and push no valid key out.
+    monkeypatch.setattr("services.gateway.keys.MAX_CACHED", 3)
+    assert await asyncio.gather(*(keys.find(f"wrong {number}") for number in range(10))) == [None] * 10
+    assert len(keys._wrong) <= 4
+    queries = counted.queries
+    assert await keys.find(secret) == key
+    assert counted.queries == queries
+    # One that is made in the meantime is found as soon as it is not remembered as wrong.
+    monkeypatch.setattr("services.gateway.keys.WRONG_S", 0.0)
+    async with bench.pool.acquire() as connection:
+        await store_key(connection, "wrong", name="test", tenant=None, now=NOON)
+    found = await keys.find("wrong")
+    assert found is not None
+    assert found.name == "test"
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -18,7 +18,7 @@ from shared.kafka.admin import create_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import TOPICS, requests_topic
 from tests.support.gateway import GatewayProcess
-from tests.support.router import LONG_PROMPT, MODEL, RouterProcess, committed, fleet_toml, producing, question
+from tests.support.router import LEVELS, LONG_PROMPT, MODEL, RouterProcess, committed, fleet_toml, producing, question
 
 pytestmark = pytest.mark.integration
 
@@ -33,7 +33,9 @@ ENDED = {"completed", "failed", "expired", "cancelled"}
 
 
 @pytest.fixture(scope="module")
-def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory) -> GatewayProcess:
+def gateways(
+    supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory
+) -> Iterator[GatewayProcess]:
     """A gateway that has a lane for its batches."""
     folder = tmp_path_factory.mktemp("batches")
     kafka = KafkaSettings(
@@ -52,7 +54,8 @@ def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton,
     asyncio.run(prepare())
     running = GatewayProcess(supervisor, kafka, database, fleet, [], [])
     running.start(**SETTINGS)
-    return running
+    yield running
+    running.stop_all()
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,10 @@ async def content(client: openai.AsyncOpenAI, file_id: str | None) -> list[dict[
     return [json.loads(one) for one in text.splitlines()]
 
 
+async def usage(client: openai.AsyncOpenAI) -> list[dict[str, Any]]:
+    return (await client.get("/usage", cast_to=httpx.Response)).json()["data"]
+
+
 async def test_every_line_is_once_in_the_output_or_the_error_file(gateways: GatewayProcess, client: openai.AsyncOpenAI):
     lines = [line(f"q{number}", question(number % 40)) for number in range(100)]
     lines[10:10] = [
@@ -147,6 +154,13 @@ async def test_every_line_is_once_in_the_output_or_the_error_file(gateways: Gate
     lane = [end for _, end in (await committed(gateways.kafka, topic=requests_topic(LANE))).values()]
     assert sum(lane) >= 100
     assert {one.purpose for one in (await client.files.list()).data} == {"batch", "batch_output"}
+    async with asyncio.timeout(30):
+        while sum(row["requests"] for row in await usage(client)) < 100:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.1)
+    (row,) = await usage(client)
+    assert (row["requests"], row["completion_tokens"]) == (100, 100 * LEVELS["L1"][0])
+    footprint = await client.get(f"/footprints/{first['response']['request_id']}", cast_to=httpx.Response)
+    assert footprint.json()["level"] == "L1"
 
 
 async def test_completions_in_a_batch(client: openai.AsyncOpenAI):

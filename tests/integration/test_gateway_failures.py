@@ -44,7 +44,6 @@ async def test_without_kafka_the_client_is_told_when_to_try_again(gateways: Gate
                 await asyncio.sleep(0.5)
 
 
-@pytest.mark.extended
 async def test_gateways_that_share_a_reply_partition_and_their_router_dies(
     supervisor, kafka_server, postgres_server, triton: TritonServer, tmp_path
 ):
@@ -57,7 +56,7 @@ async def test_gateways_that_share_a_reply_partition_and_their_router_dies(
         prefix="gateways.",
         reply_partitions=1,
     )
-    router = gateways.routers.start()
+    router = gateways.routers.start_unready()
     urls = [gateways.start(), gateways.start()]
     assert "this one is shared" in gateways.log(1)
     first, second = [await client_of(gateways, url) for url in urls]

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -34,7 +34,9 @@ LEASE_S = "3"
 
 
 @pytest.fixture(scope="module")
-def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory) -> GatewayProcess:
+def gateways(
+    supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory
+) -> Iterator[GatewayProcess]:
     """Two gateways and a router whose policy draws L1; its options take 2 g at L0 and 1 g at L1."""
     kafka = KafkaSettings(bootstrap_servers=kafka_server.bootstrap_servers, topic_prefix="keys.", group_prefix="keys.")
     database = DatabaseSettings(url=SecretStr(postgres_server + "gateway_keys"))
@@ -66,14 +68,15 @@ def gateways(supervisor: Supervisor, kafka_server, postgres_server: str, triton,
     RouterProcess(supervisor, kafka, fleet).start()
     running.start(SPROUT_GATEWAY_LEASE_S=LEASE_S)
     running.start(SPROUT_GATEWAY_LEASE_S=LEASE_S)
-    return running
+    yield running
+    running.stop_all()
 
 
 def sprout(gateways: GatewayProcess, *arguments: str, code: int = 0) -> str:
     """Run `sprout keys`; returns what it prints."""
     url = gateways.database.url.get_secret_value()
     with ThreadPoolExecutor(max_workers=1) as thread:  # it has an event loop of its own
-        runner = CliRunner(env={"COLUMNS": "200"})
+        runner = CliRunner()
         result = thread.submit(runner.invoke, app, ["keys", *arguments, "--database", url]).result()
     assert result.exit_code == code, result.output
     return result.stdout if code == 0 else result.stderr
@@ -182,7 +185,7 @@ async def test_a_footprint_is_null_until_the_ledger_has_attributed_it(gateways: 
             "footprint", None, None, None,
         )  # fmt: skip
         await publish_footprint(gateways.kafka, answer)
-        after = (await until(lambda: client.get(path), lambda found: found.json()["grams"] is not None)).json()
+        after = (await until(lambda: client.get(path), lambda found: found.json()["saved_grams"] is not None)).json()
         assert (after["joules"], after["grams"], after["saved_grams"]) == (60.0, 0.5, pytest.approx(1.5))
         usage = (await client.get("/v1/usage", params={"group_by": ["key", "month"]})).json()
         (row,) = usage["data"]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from shared.kafka.admin import create_topics, plan_topics, read_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import DEAD_LETTERS, POLICIES, QUALITY, REQUESTS, TOPICS, TopicSpec
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import DEADLINE_S, until
 from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
@@ -99,16 +99,11 @@ async def test_a_topic_has_its_declared_configuration(kafka, spec):
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
     await admin.start()
     try:
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                (answer,) = await admin.describe_configs([resource])
-                code, _, _, _, entries = answer.resources[0]
-                if code == 0:
-                    break
-                await asyncio.sleep(0.1)  # the broker learns of a new topic after the controller
+        # The broker learns of a new topic after the controller.
+        (answer,) = await until(lambda: admin.describe_configs([resource]), lambda found: found[0].resources[0][0] == 0)
     finally:
         await admin.close()
-    assert {entry[0]: entry[1] for entry in entries} == spec.configuration()
+    assert {entry[0]: entry[1] for entry in answer.resources[0][4]} == spec.configuration()
 
 
 async def test_a_group_consumes_records_and_resumes_after_its_committed_offset(kafka):

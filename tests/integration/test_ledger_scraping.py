@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from services.ledger.metrics import LedgerMetrics
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Storage
 from shared.fleet import Directive, Endpoint, Fleet, FleetError, Model, Pool
-from shared.runtime.clock import Clock
+from shared.runtime.clock import Clock, ManualClock
 from shared.runtime.database import migrate, open_pool
 from tests.support.certificate import Authority, Certificate
 
@@ -66,7 +67,7 @@ async def port(authority: Authority) -> AsyncIterator[int]:
     server.close()
 
 
-def scraper(storage: Storage, port: int, **security: Any) -> Scraper:
+def scraper(storage: Storage, port: int, *, clock: Clock | None = None, **security: Any) -> Scraper:
     endpoint = Endpoint(name="gpu-0", grpc="127.0.0.1:8001", metrics=HttpUrl(f"https://127.0.0.1:{port}/metrics"))
     fleet = Fleet(
         directives=(Directive(level="L0"),),
@@ -75,7 +76,7 @@ def scraper(storage: Storage, port: int, **security: Any) -> Scraper:
     )
     settings = LedgerSettings(scrape_interval_s=1.0, scrape_timeout_s=5.0)
     (one,) = scrapers_of(
-        fleet, settings=settings, storage=storage, clock=Clock(), metrics=LedgerMetrics(CollectorRegistry())
+        fleet, settings=settings, storage=storage, clock=clock or Clock(), metrics=LedgerMetrics(CollectorRegistry())
     )
     return one
 
@@ -93,6 +94,23 @@ async def test_meters_are_read_over_mutual_tls(storage, port, authority, ours):
     )  # fmt: skip
     assert await read_once(one) is None
     assert await storage.pool.fetchval("SELECT energy_j FROM readings WHERE endpoint = 'gpu-0'") == 42.5
+
+
+async def test_a_clock_that_was_set_back_leaves_the_readings_in_order(storage, port, authority, ours):
+    clock = ManualClock(datetime(2026, 3, 1, 12, tzinfo=UTC))
+    one = scraper(
+        storage, port, clock=clock, tls_ca_file=authority.certificate, tls_cert_file=ours.certificate,
+        tls_key_file=ours.key, tls_server_name=NAME,
+    )  # fmt: skip
+    assert await read_once(one) is None
+    clock.advance(timedelta(minutes=-10))
+    problem = await read_once(one)
+    assert problem is not None
+    assert "a clock was set back: the last reading is of 2026-03-01T12:00:00+00:00" in problem
+    assert await storage.pool.fetchval("SELECT count(*) FROM readings") == 1
+    clock.advance(timedelta(minutes=10, seconds=2))
+    assert await read_once(one) is None
+    assert await storage.pool.fetchval("SELECT count(*) FROM readings") == 2
 
 
 async def test_an_untrusted_server_is_not_read(storage, port, authority, ours):

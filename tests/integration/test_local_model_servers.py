@@ -18,7 +18,7 @@ from deploy.triton.smollm2.power import available_source
 from shared.batch_curve import MEASURED
 from shared.fleet import load_fleet
 from shared.runtime.clock import Clock
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import until
 from tests.support.triton import gpu_metric, settled
 
 pytestmark = pytest.mark.integration
@@ -105,9 +105,10 @@ async def unload(address: str) -> None:
 
 async def until_idle(models: PreparedModels, gpu: str, *, idle_w: float) -> None:
     """Wait until the power of a model is its idle power."""
-    async with asyncio.timeout(DEADLINE_S):
-        while gpu_metric(models.fleet.servers[0].metrics, "nv_gpu_power_usage", gpu) != pytest.approx(idle_w, rel=0.01):  # noqa: ASYNC110 - polled
-            await asyncio.sleep(0.05)
+    url = models.fleet.servers[0].metrics
+    await until(
+        lambda: gpu_metric(url, "nv_gpu_power_usage", gpu), lambda found: found == pytest.approx(idle_w, rel=0.01)
+    )
 
 
 def chatml(user: str, system: str = "") -> str:

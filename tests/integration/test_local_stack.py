@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,7 +24,7 @@ from deploy.local.processes import ProcessFailedError, ProcessSpec
 from deploy.local.stack import LocalStack
 from deploy.local.state import StateError, read_state, stop_stack
 from shared.topics import TOPICS
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -59,13 +58,6 @@ def config(folder: Path, **changes: object) -> StackConfig:
     return StackConfig.model_validate(
         {"state_dir": folder, "install_dir": default_state_dir(), "services": (), **changes}
     )
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
 
 
 def living(state) -> list[str]:

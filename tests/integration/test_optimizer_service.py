@@ -48,41 +48,15 @@ from shared.topics import (
     TopicSpec,
 )
 from tests.support.deadlines import DEADLINE_S
+from tests.support.fleets import fleet_toml
 from tests.support.processes import leader
 from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
 
-FLEET = """
-[[directives]]
-level = "L0"
-[[directives]]
-level = "L1"
-text = "Always answer briefly."
-[[models]]
-name = "m"
-chat_template = "chatml"
-[[pools]]
-name = "p"
-model = "m"
-zone = "GB"
-[[pools.endpoints]]
-name = "e0"
-grpc = "127.0.0.1:9"
-"""
-PACKED = (
-    FLEET.replace('zone = "GB"', 'zone = "GB"\ndispatch = "pack"\ntarget_batch = 8\nsleep = true')
-    + """
-[[pools.endpoints]]
-name = "e1"
-grpc = "127.0.0.1:9"
-[[pools.endpoints]]
-name = "e2"
-grpc = "127.0.0.1:9"
-[switchback]
-share = 0
-"""
-)
+LEVELS = ("L0", "L1")
+FLEET = fleet_toml(["127.0.0.1:9"], levels=LEVELS)
+PACKED = fleet_toml(["127.0.0.1:9"] * 3, levels=LEVELS, pool='dispatch = "pack"\ntarget_batch = 8\nsleep = true')
 NOW = datetime.now(UTC)
 
 
@@ -242,7 +216,7 @@ def load_report(*in_flight: int, arrivals: int = 2) -> LoadReport:
 async def explained(kafka: KafkaSettings, expected: Policy) -> None:
     """`sprout policy explain` finds the policy on its topic and rebuilds the program that it was solved from."""
     arguments = ["policy", "explain", "m", "--json", "--version", str(expected.version)]
-    env = {"SPROUT_KAFKA_TOPIC_PREFIX": kafka.topic_prefix, "COLUMNS": "200"}
+    env = {"SPROUT_KAFKA_TOPIC_PREFIX": kafka.topic_prefix}
     result = await asyncio.to_thread(
         CliRunner().invoke, app, [*arguments, "--bootstrap", kafka.bootstrap_servers], env=env
     )

@@ -15,8 +15,9 @@ from aiokafka.admin import AIOKafkaAdminClient
 from deploy.local.processes import Supervisor
 from shared.runtime.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, RESPONSES, SAMPLES, TopicSpec
+from tests.conftest import KafkaServer, start_kafka, start_postgres
 from tests.support.contract import EXAMPLES
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.evaluator import judged_fleet
 from tests.support.processes import start_service
 from tests.support.router import page, producing, reading, request
@@ -28,6 +29,26 @@ NOTICED_S = 15.0
 
 STORING = ("ledger", "optimizer", "evaluator")
 GROUPS = (("ledger.responses", RESPONSES), ("optimizer", FOOTPRINTS), ("evaluator", SAMPLES))
+
+
+@pytest.fixture(scope="module")
+def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
+    """Servers of this module: those of the session serve other tests, and have topics that make a restart long."""
+    running = Supervisor(tmp_path_factory.mktemp("server-logs"))
+    try:
+        yield running
+    finally:
+        running.stop_all()
+
+
+@pytest.fixture(scope="module")
+def kafka_server(supervisor, tmp_path_factory) -> KafkaServer:
+    return start_kafka(supervisor, tmp_path_factory.mktemp("kafka"))
+
+
+@pytest.fixture(scope="module")
+def postgres_server(supervisor, tmp_path_factory) -> str:
+    return start_postgres(supervisor, tmp_path_factory.mktemp("postgres"))
 
 
 @pytest.fixture
@@ -74,9 +95,8 @@ async def test_outages_of_postgresql_and_kafka(services, supervisor, kafka):
             await answers.ids(["r1"])
         for spec in (FOOTPRINTS, SAMPLES):
             await producer.post(spec, EXAMPLES[spec.name], "key")
-    async with asyncio.timeout(DEADLINE_S):
-        while not all([await consumed(kafka, group, spec) for group, spec in GROUPS]):  # noqa: ASYNC110 - no event
-            await asyncio.sleep(0.2)
+    for group, spec in GROUPS:
+        await until(lambda group=group, spec=spec: consumed(kafka, group, spec))
 
 
 @contextmanager
@@ -105,8 +125,10 @@ async def until_ready(supervisor: Supervisor, names: Collection[str], problem: s
     """Wait until every service is ready, or until every one reports a problem."""
     async with asyncio.timeout(DEADLINE_S if problem is None else NOTICED_S):
         for name in names:
-            while (problem or '"ready"') not in await asyncio.to_thread(readiness, supervisor, name):  # noqa: ASYNC110
-                await asyncio.sleep(0.1)
+            await until(
+                lambda name=name: asyncio.to_thread(readiness, supervisor, name),
+                lambda found: (problem or '"ready"') in found,
+            )
 
 
 def readiness(supervisor: Supervisor, name: str) -> str:

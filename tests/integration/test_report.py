@@ -31,7 +31,7 @@ from tests.support.report import (
 )
 from tools.cli.main import app
 from tools.reporting import NoLedgerError, collect_report, to_json
-from tools.reporting.meters import read_fleet
+from tools.reporting.meter_query import read_fleet
 from tools.reporting.summary import summary_lines
 
 pytestmark = pytest.mark.integration
@@ -368,7 +368,7 @@ async def sprout_report(database, *arguments):
     """Run the command, in a separate thread because it runs an event loop."""
 
     def invoke():
-        return CliRunner().invoke(app, ["report", "--database", url_of(database), *arguments], env={"COLUMNS": "160"})
+        return CliRunner().invoke(app, ["report", "--database", url_of(database), *arguments])
 
     return await asyncio.to_thread(invoke)
 

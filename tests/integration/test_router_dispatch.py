@@ -11,7 +11,7 @@ from shared.messages import EndpointCurve, LoadReport, PoolCapacity
 from shared.runtime.clock import Clock
 from shared.switchback import SwitchbackSchedule
 from shared.topics import CAPACITY, LOAD_REPORTS, POWER_CURVES
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.router import LONG_PROMPT, RouterProcess, fleet_toml, reading, request, until_page
 
 pytestmark = pytest.mark.integration
@@ -19,9 +19,7 @@ pytestmark = pytest.mark.integration
 
 def packing(address: str, *, pool: str = "target_batch = 4", endpoints: int = 3, switchback: str = "share = 0") -> str:
     """A fleet file with a pool that packs; its endpoints are the same server, which the router does not know."""
-    text = fleet_toml([address] * endpoints)
-    text = text.replace('name = "p"', f'name = "p"\ndispatch = "pack"\n{pool}', 1)
-    return text.replace("share = 0", switchback, 1)
+    return fleet_toml([address] * endpoints, pool=f'dispatch = "pack"\n{pool}', switchback=switchback)
 
 
 def in_flight(text: str) -> dict[str, float]:
@@ -32,9 +30,7 @@ def in_flight(text: str) -> dict[str, float]:
 
 async def logged(routers: RouterProcess, name: str, text: str) -> None:
     """Wait until a router's log has a text."""
-    async with asyncio.timeout(DEADLINE_S):
-        while text not in routers.log(name):  # noqa: ASYNC110 - a log has no event
-            await asyncio.sleep(0.1)
+    await until(lambda: routers.log(name), lambda log: text in log)
 
 
 async def test_requests_are_packed_and_reported(kafka, routers, producer, triton):

@@ -1,6 +1,5 @@
 """The router as a process, on real Kafka and a real Triton server with the stand-in model."""
 
-import asyncio
 import base64
 import math
 import re
@@ -14,7 +13,7 @@ from deploy.local.processes import free_ports
 from shared.grouping import unpack
 from shared.messages import DeadLetter, ResponseChunk, Sample
 from shared.topics import DEAD_LETTERS, POLICIES, PROMPT_GROUPS, REQUESTS, RESPONSE_CHUNKS, SAMPLES
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import until
 from tests.support.grouping import judged_kinds, learned_grouping, sum_of
 from tests.support.grouping import question as question_text
 from tests.support.router import (
@@ -89,9 +88,7 @@ async def test_a_policy_for_learned_groups_is_applied_by_the_prompt(kafka, route
         assert {Sample.model_validate_json(one.value).group for one in await samples.read(until=40)} == {"qa"}
 
         await producer.prepare({"L0": 1.0}, version=2, group_version="unknown", groups=rows)
-        async with asyncio.timeout(DEADLINE_S):
-            while '"version": 2' not in routers.log(router):  # noqa: ASYNC110 - a log has no event
-                await asyncio.sleep(0.1)
+        await until(lambda: routers.log(router), lambda log: '"version": 2' in log)
         await producer.ask(request(100, task="qa"))
         await answers.ids(["r100"])
         last = answers.responses()["r100"].decision

@@ -20,7 +20,7 @@ from deploy.local.kafka import Listener, install_kafka, kafka_spec
 from deploy.local.processes import Supervisor, free_ports
 from shared.runtime.settings import KafkaSettings
 from tests.support.certificate import Authority, Certificate
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.router import RouterProcess, fleet_toml, question
 from tools.cli.console import Exit
 from tools.cli.main import app
@@ -169,7 +169,6 @@ def enter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def settings(variables: dict[str, str]) -> KafkaSettings:
         prefix = f"t{uuid4().hex[:10]}."
         monkeypatch.setenv("SPROUT_LOCAL_STATE", str(tmp_path))
-        monkeypatch.setenv("COLUMNS", "200")
         for name in ("TOPIC_PREFIX", "GROUP_PREFIX"):
             monkeypatch.setenv(f"SPROUT_KAFKA_{name}", prefix)
         for name, value in variables.items():
@@ -185,9 +184,7 @@ async def sprout(*arguments: str):
 
 async def ended(supervisor: Supervisor, name: str) -> None:
     process = supervisor.process(name)
-    async with asyncio.timeout(DEADLINE_S):
-        while process.alive:  # noqa: ASYNC110 - a process has no event
-            await asyncio.sleep(0.1)
+    await until(lambda: not process.alive)
 
 
 @pytest.mark.parametrize("way", ["plain", "scram", "scram over tls", "client certificate", "oauth"])

@@ -3,11 +3,12 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -21,7 +22,7 @@ from deploy.local.sleeper import DRAIN_WALL_S
 from shared.messages import EndpointLoad, LoadReport, PoolCapacity, PoolLoad
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CAPACITY, LOAD_REPORTS
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import until
 
 pytestmark = pytest.mark.integration
 
@@ -55,6 +56,8 @@ class Sleeper:
     fleet: Path
     busy: dict[str, int]
     """Calls in flight by endpoint, as reported twice a second."""
+    reported_at: datetime
+    """Time of the last report."""
 
     def start(self, *, bootstrap_servers: str | None = None) -> None:
         environment = ServiceEnvironment(
@@ -97,12 +100,16 @@ class Sleeper:
                 pools=(PoolLoad(pool=POOL, arrivals=0, waiting=0, endpoints=endpoints),),
             )
             await self.producer.send_and_wait(self.kafka.topic(LOAD_REPORTS), message.model_dump_json().encode())
+            self.reported_at = message.at
             await asyncio.sleep(0.5)
 
-    def log(self) -> list[dict[str, str]]:
+    def log(self) -> list[dict[str, Any]]:
         """The lines of the process's log, of all its starts."""
         text = self.supervisor.process(SLEEPER).log.read_text()
         return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+    def failures(self) -> list[dict[str, Any]]:
+        return [line for line in self.log() if line["event"] == "triton_failed"]
 
     @property
     def alive(self) -> bool:
@@ -114,7 +121,7 @@ async def sleeping(supervisor: Supervisor, kafka: KafkaSettings, models: Prepare
     producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers)
     await producer.start()
     fleet = models.fleet.config.state_dir / "fleet.toml"
-    sleeper = Sleeper(supervisor, kafka, producer, fleet, {})
+    sleeper = Sleeper(supervisor, kafka, producer, fleet, {}, datetime.now(UTC))
     reporting = asyncio.create_task(sleeper.report())
     try:
         yield sleeper
@@ -137,16 +144,8 @@ async def loaded(models: PreparedModels) -> list[bool]:
 async def until_loaded(models: PreparedModels, *wanted: bool) -> float:
     """Wait until the model is loaded on the wanted servers; returns the seconds that it took."""
     began = time.monotonic()
-    async with asyncio.timeout(DEADLINE_S):
-        while await loaded(models) != list(wanted):  # noqa: ASYNC110 - a server can only be asked
-            await asyncio.sleep(0.05)
+    await until(lambda: loaded(models), lambda found: found == list(wanted))
     return time.monotonic() - began
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - a log can only be polled
-            await asyncio.sleep(0.1)
 
 
 async def test_an_endpoint_sleeps_while_it_is_not_needed_and_is_awake_again_at_once(supervisor, kafka, models):
@@ -163,9 +162,12 @@ async def test_an_endpoint_sleeps_while_it_is_not_needed_and_is_awake_again_at_o
         await sleeper.needs(SECOND)
         await until_loaded(models, False, True)
         await sleeper.needs(FIRST)
-        while (found := await loaded(models)) != [True, False]:
+
+        def awake(found: list[bool]) -> bool:
             assert any(found)
-            await asyncio.sleep(0.02)
+            return found == [True, False]
+
+        await until(lambda: loaded(models), awake)
         assert not [line for line in sleeper.log() if line["level"] != "info"]
 
 
@@ -174,10 +176,14 @@ async def test_an_endpoint_with_work_in_flight_is_not_put_to_sleep(supervisor, k
         sleeper.busy[SECOND] = 3
         sleeper.start()
         await sleeper.needs(FIRST)
-        watched = time.monotonic() + 2 * DRAIN_WALL_S + 1.5
-        while time.monotonic() < watched:
-            assert await loaded(models) == [True, True]
-            await asyncio.sleep(0.1)
+        released = datetime.now(UTC)
+
+        def reported(found: list[bool]) -> bool:
+            """Whether reports were published long after those that could have put it to sleep."""
+            assert found == [True, True]
+            return sleeper.reported_at > released + timedelta(seconds=3 * DRAIN_WALL_S)
+
+        await until(lambda: loaded(models), reported)
         sleeper.busy.clear()
         await until_loaded(models, True, False)
 
@@ -220,11 +226,10 @@ async def test_a_server_that_is_away_stops_nothing(supervisor, kafka, models):
         await until_loaded(models, True, False)
         supervisor.kill("triton-1")
         await sleeper.needs(FIRST, SECOND)
-        await until(lambda: any(line["event"] == "triton_failed" for line in sleeper.log()))
-        await asyncio.sleep(4)
-        failures = [line for line in sleeper.log() if line["event"] == "triton_failed"]
+        # It tries again, less and less often.
+        failures = await until(sleeper.failures, lambda found: len(found) >= 4)
         assert {line["endpoint"] for line in failures} == {SECOND}
-        assert len(failures) <= 6
+        assert [line["retry_s"] for line in failures[:4]] == [0.5, 1.0, 2.0, 4.0]
         assert sleeper.alive
         # It comes back with every model loaded.
         supervisor.respawn("triton-1").wait_ready()

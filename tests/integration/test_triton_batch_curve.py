@@ -15,7 +15,7 @@ from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.stand_in.batching import CurveRules
 from shared.batch_curve import MEASURED
 from shared.runtime.clock import Clock
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import until
 from tests.support.triton import ServingTriton, serving_triton
 
 pytestmark = pytest.mark.integration
@@ -88,6 +88,22 @@ async def mean_power_w(server: ServingTriton, work: Awaitable[object]) -> tuple[
     return (after_j - before_j) / (ended_s - began_s), ended_s - began_s
 
 
+async def power_without_work_w(server: ServingTriton) -> float:
+    """Mean power by the counter between two of its updates that are 30 of them apart."""
+
+    async def update() -> tuple[float, float]:
+        before_j = server.energy_j(GPU)
+        energy_j = await until(lambda: server.energy_j(GPU), lambda found_j: found_j > before_j)
+        return server.clock.now_s(), energy_j
+
+    await update()  # this interval may begin before a change of the model's state
+    began_s, began_j = await update()
+    for _ in range(29):
+        await update()
+    ended_s, ended_j = await update()
+    return (ended_j - began_j) / (ended_s - began_s)
+
+
 @asynccontextmanager
 async def observed(server: ServingTriton) -> AsyncIterator[list[float]]:
     """Reads the counter all the time; the readings must not fall, nor grow faster than two sequences can explain."""
@@ -113,20 +129,14 @@ async def observed(server: ServingTriton) -> AsyncIterator[list[float]]:
 async def until_steps_are_metered(server: ServingTriton) -> None:
     """Wait until the counter has more than idle energy: the requests sent before are running."""
     began_s, began_j = server.clock.now_s(), server.energy_j(GPU)
-    async with asyncio.timeout(DEADLINE_S):
-        while (  # noqa: ASYNC110 - a metric can only be polled
-            server.energy_j(GPU) - began_j < 300.0 + CURVE.idle_w * (server.clock.now_s() - began_s)
-        ):
-            await asyncio.sleep(0.05)
+    await until(lambda: server.energy_j(GPU) - began_j > 300.0 + CURVE.idle_w * (server.clock.now_s() - began_s))
 
 
 async def until_unloaded(client: grpcclient.InferenceServerClient) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            index = await client.get_model_repository_index()
-            if any(one.name == "ensemble" and one.reason == "unloaded" for one in index.models):
-                return
-            await asyncio.sleep(0.05)
+    await until(
+        client.get_model_repository_index,
+        lambda index: any(one.name == "ensemble" and one.reason == "unloaded" for one in index.models),
+    )
 
 
 @pytest.mark.parametrize("size", [8, 32])
@@ -155,18 +165,19 @@ async def test_an_unload_lets_running_answers_finish_and_takes_no_new_ones(clien
 
 async def test_an_unloaded_model_takes_its_asleep_power_and_serves_again_when_it_is_loaded(client, server):
     async with observed(server):
-        power_w, _ = await mean_power_w(server, asyncio.sleep(3))
+        power_w = await power_without_work_w(server)
         assert power_w == pytest.approx(CURVE.idle_w, rel=0.1)
         await client.unload_model("ensemble")
         await until_unloaded(client)
-        await asyncio.sleep(0.2)
-        power_w, _ = await mean_power_w(server, asyncio.sleep(3))
+        power_w = await power_without_work_w(server)
         assert power_w == pytest.approx(CURVE.asleep_w, rel=0.1)
-        assert server.metric("nv_gpu_power_usage", GPU) == pytest.approx(CURVE.asleep_w, rel=0.1)
+        # The gauge is the mean of the last second, and changes once a second.
+        asleep = pytest.approx(CURVE.asleep_w, rel=0.1)
+        await until(lambda: server.metric("nv_gpu_power_usage", GPU), lambda found_w: found_w == asleep)
         await client.load_model("ensemble")
         assert await client.is_model_ready("ensemble")
         assert await ask(client, "short") == "short answer"
-        power_w, _ = await mean_power_w(server, asyncio.sleep(3))
+        power_w = await power_without_work_w(server)
         assert power_w == pytest.approx(CURVE.idle_w, rel=0.1)
 
 
@@ -179,8 +190,7 @@ async def test_a_model_that_is_loaded_again_before_its_answers_end_takes_its_idl
         assert await ask(client, "short") == "short answer"
         assert not running.done()
         assert await running == "medium answer"
-        await asyncio.sleep(0.2)
-        power_w, _ = await mean_power_w(server, asyncio.sleep(3))
+        power_w = await power_without_work_w(server)
         assert power_w == pytest.approx(CURVE.idle_w, rel=0.1)
 
 

@@ -19,7 +19,6 @@ from services.router.starter import Capacity, Handle
 from shared.fleet import Fleet
 from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.settings import KafkaSettings
-from tests.support.deadlines import DEADLINE_S
 from tests.support.fleets import fleet_toml
 
 KNOWN, NEW = TopicPartition("requests", 0), TopicPartition("requests", 1)
@@ -54,6 +53,19 @@ class KafkaConsumerStandIn:
 
     async def commit(self, offsets):
         self.committed |= offsets
+
+
+class Handled:
+    """Keeps the records that were started; each ends at once while `go` is set."""
+
+    def __init__(self) -> None:
+        self.offsets: list[tuple[int, int]] = []
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def __call__(self, record, fence):
+        self.offsets.append((record.partition, record.offset))
+        await self.go.wait()
 
 
 class GroupProgressStandIn:
@@ -134,13 +146,6 @@ async def receive(requests: RequestConsumer, *records: SimpleNamespace) -> None:
     """Deliver records, and start them if nothing prevents it."""
     await requests.receive(records)
     await asyncio.sleep(0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Run the event loop until a condition holds."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - conditions on several objects have no event
-            await asyncio.sleep(0)
 
 
 async def run_ready() -> None:

@@ -1,6 +1,5 @@
 """Contract tests: what carries the messages (memory or real Kafka), AsyncAPI documents, an example of every message."""
 
-import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -51,10 +50,10 @@ from shared.messages import (
 )
 from shared.runtime.settings import KafkaSettings
 from shared.topics import TopicSpec
+from tests.support.deadlines import until
 from tools.cli.asyncapi import describe_service
 
 TIMEOUT_S = 15.0
-POLL_S = 0.05
 DATA = Path(__file__).parent.parent / "data"
 NOW = datetime(2024, 2, 3, 12, tzinfo=UTC)
 
@@ -81,9 +80,7 @@ class Medium:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition; in memory it holds at once."""
-        async with asyncio.timeout(TIMEOUT_S):
-            while not condition():  # noqa: ASYNC110 - any condition
-                await asyncio.sleep(POLL_S)
+        await until(condition, within_s=TIMEOUT_S)
 
 
 def official_validator() -> jsonschema.Draft7Validator:
@@ -148,8 +145,8 @@ EXAMPLES: dict[str, Message] = {
     ),
     "footprints": Footprint(
         request_id="r1", purpose="request", model="m", group="g1", pool="p", level="L1", zone="GB", endpoint="e0",
-        started_at=NOW, finished_at=NOW, processing_s=1, completion_tokens=2, energy_j=60, intensity_g_per_kwh=200,
-        operational_g=0.003, embodied_g=0.001, total_g=0.004,
+        started_at=NOW, finished_at=NOW, processing_s=1, completion_tokens=2, finish_reason="stop", energy_j=60,
+        intensity_g_per_kwh=200, operational_g=0.003, embodied_g=0.001, total_g=0.004,
     ),
     "quality": Quality(
         evaluation_id="ev", model="m", evaluated_at=NOW, trigger="overdue", counts=(_COUNT,), prompts=5, abstentions=0,

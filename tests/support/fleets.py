@@ -18,14 +18,30 @@ def fleet_toml(
     *,
     template: str = "llama-2",
     triton_model: str = "ensemble",
+    levels: Sequence[str] = LEVELS,
+    pool: str = "",
+    switchback: str = "share = 0",
     tenants: Collection[str] = (),
 ) -> str:
-    """A fleet file with one model, one pool `p` with endpoints `e0`, `e1`, ..., and tenants without defaults."""
-    lines = ["[switchback]", "share = 0", "[[directives]]", 'level = "L0"']
-    for level, text in DIRECTIVES.items():
-        lines += ["[[directives]]", f'level = "{level}"', f'text = "{text}"']
+    """A fleet file with one model, one pool `p` with endpoints `e0`, `e1`, ..., and tenants without defaults.
+
+    Args:
+        levels: of the directives, "L0" first.
+        pool: further lines of the pool.
+        switchback: lines of the section.
+    """
+    lines = ["[switchback]", switchback, "[[directives]]", 'level = "L0"']
+    for level in levels[1:]:
+        lines += ["[[directives]]", f'level = "{level}"', f'text = "{DIRECTIVES[level]}"']
     lines += ["[[models]]", f'name = "{MODEL}"', f'chat_template = "{template}"']
-    lines += ["[[pools]]", 'name = "p"', f'model = "{MODEL}"', f'zone = "{ZONE}"', f'triton_model = "{triton_model}"']
+    lines += [
+        "[[pools]]",
+        'name = "p"',
+        f'model = "{MODEL}"',
+        f'zone = "{ZONE}"',
+        f'triton_model = "{triton_model}"',
+        pool,
+    ]
     for number, address in enumerate(endpoints):
         lines += ["[[pools.endpoints]]", f'name = "e{number}"', f'grpc = "{address}"']
     for tenant in tenants:

@@ -61,6 +61,12 @@ class GatewayProcess:
         """Stop the gateway with this URL."""
         self.supervisor.stop(self.names[self.urls.index(url)])
 
+    def stop_all(self) -> None:
+        """Stop all gateways and routers of these topics."""
+        for name in reversed(self.supervisor.names):
+            if name.startswith(self.kafka.topic_prefix):
+                self.supervisor.stop(name)
+
     async def create_key(self, *, tenant: str | None = None) -> str:
         """A new key, once a gateway has made the tables."""
         pool = await open_pool(self.database, schema="gateway")

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from shared.fleet import Fleet
-from shared.metered_saving import spread_over_bins
 from shared.switchback import SwitchbackSchedule
 from tests.support.report import DAY, MODEL, POOL, ZONE, record_of
-from tools.reporting.demand import Answers, Arrivals
+from tools.reporting.demand import Answers, Arrivals, spread_over_bins
 from tools.reporting.frame import Floats
 from tools.reporting.meters import FleetReadings, MeterTable, meter_table
 

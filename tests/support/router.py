@@ -21,7 +21,7 @@ from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import RESPONSES, TopicSpec
 from tests.support import fleets, processes
-from tests.support.deadlines import DEADLINE_S, REPLY_S
+from tests.support.deadlines import DEADLINE_S, REPLY_S, until
 from tests.support.fleets import DIRECTIVES, MODEL, ZONE, fleet_toml
 from tests.support.messages import intensity, policy
 from tests.support.processes import RouterProcess, TritonServer
@@ -80,17 +80,12 @@ def page(url: str) -> str:
 
 async def until_page(url: str, condition: Callable[[str], object]) -> str:
     """Wait until the text of a page meets a condition; returns it."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition(text := await asyncio.to_thread(page, url)):  # noqa: ASYNC110 - no event
-            await asyncio.sleep(0.1)
-    return text
+    return await until(lambda: asyncio.to_thread(page, url), condition)
 
 
 async def until_committed(kafka: KafkaSettings) -> None:
     """Wait until the routers have committed the end of every partition: every request is finished."""
-    async with asyncio.timeout(DEADLINE_S):
-        while any(offset != end for offset, end in (await committed(kafka)).values()):  # noqa: ASYNC110 - no event
-            await asyncio.sleep(0.1)
+    await until(lambda: committed(kafka), lambda found: all(offset == end for offset, end in found.values()))
 
 
 def request(number: int, **changes: Any) -> GenerationRequest:

@@ -14,8 +14,10 @@ from scipy.stats import gamma
 
 from shared.batch_curve import MEASURED, BatchCurve
 from shared.fleet import Dispatch, Switchback
-from shared.metered_saving import DAY_S, JOULES_PER_KWH, FleetBins, spread_over_bins
+from shared.metered_saving import DAY_S, FleetBins
 from shared.switchback import SwitchbackSchedule
+from shared.units import JOULES_PER_KWH
+from tools.reporting.demand import spread_over_bins
 from tools.simulator.fleet import needed_nearby, server_power_w
 
 Floats = NDArray[np.float64]

@@ -18,7 +18,7 @@ from deploy.local.triton import free_triton_ports, install, metrics_url, ready_p
 from deploy.triton.repository import RepositoryModel, write_repository
 from deploy.triton.server import TritonPorts
 from shared.runtime.clock import Clock
-from tests.support.deadlines import DEADLINE_S, REPLY_S
+from tests.support.deadlines import DEADLINE_S, REPLY_S, until
 
 LEVELS = {"L0": (100, 2.0), "L1": (30, 0.6), "L2": (10, 0.2)}
 
@@ -46,9 +46,7 @@ class ServingTriton:
 
     async def until_energy_above(self, gpu: str, energy_j: float) -> None:
         """Wait until a model without idle power has begun to work on a request."""
-        async with asyncio.timeout(DEADLINE_S):
-            while self.energy_j(gpu) <= energy_j:  # noqa: ASYNC110 - a metric can only be polled
-                await asyncio.sleep(0.02)
+        await until(lambda: self.energy_j(gpu), lambda found_j: found_j > energy_j)
 
     async def settled_energy_j(self, gpu: str) -> float:
         """The energy of a model without idle power, once it no longer grows."""

@@ -61,7 +61,7 @@ def made(
 
 
 def run(*arguments: str, **env: str):
-    return CliRunner().invoke(app, ["policy", "explain", *arguments], env={"COLUMNS": "200", **env})
+    return CliRunner().invoke(app, ["policy", "explain", *arguments], env=env)
 
 
 def written(path: Path, found: Policy) -> str:

@@ -20,7 +20,7 @@ KEYS = (
 
 
 def run(*arguments: str):
-    return CliRunner().invoke(app, ["simulate", *arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["simulate", *arguments])
 
 
 def test_without_options_it_uses_the_shipped_inputs(tmp_path):

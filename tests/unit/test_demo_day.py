@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.demo.day import PACES, BatchedServers, DemoDay, stack_config
-from deploy.demo.traffic import Prompt, load_at, mean_tokens, peak_load
 from deploy.local.config import StackConfig
 from shared.batch_curve import MEASURED
 from shared.switchback import SwitchbackSchedule
+from tools.demo.day import PACES, BatchedServers, DemoDay, stack_config
+from tools.demo.traffic import Prompt, load_at, mean_tokens, peak_load
 
 START = datetime(2024, 2, 8, tzinfo=UTC)
 DAY = DemoDay(

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from deploy.demo.clients import Tally
-from deploy.demo.day import PACES, DemoDay
-from deploy.demo.progress import Progress, describe_policy, sparkline
 from shared.messages import CarbonIntensity, IntensityPoint
 from shared.runtime.clock import ManualClock
 from tests.support.report import MODEL, ZONE, policy_at, quality_at
+from tools.demo.clients import Tally
+from tools.demo.day import PACES, DemoDay
+from tools.demo.progress import Progress, describe_policy, sparkline
 
 START = datetime(2024, 2, 8, tzinfo=UTC)
 NOW = START + timedelta(hours=6)

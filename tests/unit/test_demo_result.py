@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from deploy.demo.clients import Tally
-from deploy.demo.result import LARGEST_DISAGREEMENT_POINTS, evaluate_demo
 from tests.support.report import (
     CONSTANT_DAY,
     PURPOSES,
@@ -17,6 +15,8 @@ from tests.support.report import (
     quality_at,
     snapshot_of,
 )
+from tools.demo.clients import Tally
+from tools.demo.result import LARGEST_DISAGREEMENT_POINTS, evaluate_demo
 from tools.reporting.collect import compute_report
 
 SENT = 200

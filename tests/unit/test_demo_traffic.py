@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from deploy.demo.traffic import Prompt, load_at, plan_traffic
+from tools.demo.traffic import Prompt, load_at, plan_traffic
 
 START = datetime(2024, 2, 3, 8, tzinfo=UTC)
 PROMPTS = [Prompt(task, f"{task} {i}") for task in ("facts", "sums", "poems") for i in range(5)]

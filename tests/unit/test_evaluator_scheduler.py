@@ -20,6 +20,7 @@ from shared.runtime.clock import ManualClock
 from shared.runtime.database import DatabaseStatus
 from shared.runtime.health import Health
 from shared.switchback import SwitchbackSchedule
+from tests.support.deadlines import until
 from tests.support.evaluator import intensities
 from tests.support.router import ZONE
 
@@ -208,9 +209,7 @@ async def test_no_evaluation_starts_in_a_reference_block_or_shortly_before_one()
     clock.advance(start - clock.now() - timedelta(seconds=500))
     async with fixture.running():
         assert fixture.scheduler.request("m")
-        async with asyncio.timeout(10):
-            while not postponed():  # noqa: ASYNC110 - a metric has no event
-                await asyncio.sleep(0.01)
+        await until(postponed)
         clock.advance(timedelta(seconds=600))
         assert schedule.is_reference(clock.now())
         fixture.store.checked.clear()

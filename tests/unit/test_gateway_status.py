@@ -2,9 +2,12 @@
 
 from datetime import UTC, datetime, timedelta
 
+import httpx
 import pytest
+from fastapi import FastAPI, Request
 
-from services.gateway.page import _environment, _grams, is_loopback
+from services.gateway.keys import ApiKey
+from services.gateway.page import add_page, format_grams, is_loopback
 from services.gateway.status import ID_LENGTH, MAX_COUNTED, MAX_RECENT, Monitor, level_mix, reason_of, saving_g
 from shared.fleet import Fleet
 from shared.messages import (
@@ -20,6 +23,7 @@ from shared.messages import (
     Usage,
 )
 from shared.messages.policies import OptionInputs
+from shared.runtime.clock import ManualClock
 from tests.support.fleets import MODEL, ZONE
 from tests.support.messages import policy
 
@@ -136,10 +140,17 @@ def test_the_reasons_are_told():
     assert reason_of(failed) == "error: no_endpoint"
 
 
-def test_the_page_escapes_what_others_wrote(fleet):
+async def nobody(request: Request) -> ApiKey:
+    raise AssertionError("on loopback the page needs no key")
+
+
+async def test_the_page_escapes_what_others_wrote(fleet):
     monitor = Monitor(fleet, started_at=NOON)
     monitor.note(response(1, decided(group="<script>alert(1)</script>")), grams=0.3, now=NOON)
-    text = _environment().get_template("page.html.jinja").render(status=monitor.status(NOON), nonce="n", refresh_ms=1)
+    api = FastAPI()
+    add_page(api, monitor, clock=ManualClock(NOON), authenticate=nobody, host="127.0.0.1")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://127.0.0.1") as client:
+        text = (await client.get("/")).text
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert" in text
     assert "300 mg" in text
@@ -150,7 +161,7 @@ def test_the_page_escapes_what_others_wrote(fleet):
     [(0.0, "0.00 mg"), (0.0123, "12.3 mg"), (1.5, "1.50 g"), (250.0, "250 g"), (1.2e6, "1\xa0200 kg")],
 )
 def test_grams_are_readable(grams, text):
-    assert _grams(grams) == text
+    assert format_grams(grams) == text
 
 
 @pytest.mark.parametrize(

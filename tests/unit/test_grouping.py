@@ -15,12 +15,12 @@ from services.evaluator.clusters import (
     RIDGE_PENALTY,
     TOPICS,
     TooFewPromptsError,
-    _fit_scaling,
-    _predictions,
-    _principal_components,
-    _scaled_matrix,
-    _topics,
+    fit_scaling,
     learn_groups,
+    predictions,
+    principal_components,
+    scaled_matrix,
+    topics,
 )
 from shared.grouping import PromptFeatures, PromptGroups, extract_features
 from shared.grouping.features import HASHED, SHAPE_FEATURES
@@ -43,6 +43,13 @@ def made(count: int, *, seed: int) -> tuple[list[str], np.ndarray, np.ndarray, n
     brief = rng.random(count) < np.where(kinds == 0, 0.9, 0.1)
     energy = np.column_stack([np.full(count, 8e-5), np.full(count, 3e-5)]) * rng.uniform(0.8, 1.2, (count, 2))
     return prompts, kinds, brief.astype(np.int64), energy
+
+
+@pytest.fixture(scope="module")
+def thousand():
+    """A thousand prompts, and what is learned from all of them."""
+    prompts, kinds, preferred, energy = made(1_000, seed=10)
+    return prompts, kinds, preferred, energy, learn_groups(prompts, preferred, energy)
 
 
 def test_groups_separate_prompts_with_different_outcomes_also_those_that_were_not_judged():
@@ -92,9 +99,8 @@ def test_groups_separate_prompts_by_coverage_of_a_metric_but_not_by_noise():
     assert all(np.mean(kinds[places == place]) in (0.0, 1.0) for place in np.unique(places))
 
 
-def test_neighbouring_groups_form_a_family():
-    prompts, kinds, preferred, energy = made(1_000, seed=10)
-    learned = learn_groups(prompts, preferred, energy)
+def test_neighbouring_groups_form_a_family(thousand):
+    _, kinds, _, _, learned = thousand
     assert set(learned.families) == set(learned.groups.names)
     assert len(set(learned.families.values())) == max(1, len(learned.families) // GROUPS_PER_FAMILY) > 1
     for family in set(learned.families.values()):
@@ -102,10 +108,10 @@ def test_neighbouring_groups_form_a_family():
         assert len({round(kinds[learned.leave_one_out == place].mean()) for place in members}) == 1
 
 
-def test_the_number_of_groups_grows_with_the_verdicts():
-    prompts, _, preferred, energy = made(1_000, seed=9)
-    for count, least, most in ((40, 1, 1), (200, 2, 5), (1_000, 6, MAX_GROUPS)):
-        learned = learn_groups(prompts[:count], preferred[:count], energy[:count])
+def test_the_number_of_groups_grows_with_the_verdicts(thousand):
+    prompts, _, preferred, energy, of_all = thousand
+    few, some = (learn_groups(prompts[:count], preferred[:count], energy[:count]) for count in (40, 200))
+    for learned, least, most in ((few, 1, 1), (some, 2, 5), (of_all, 6, MAX_GROUPS)):
         assert least <= len(learned.groups.names) <= most
         assert np.bincount(learned.leave_one_out, minlength=len(learned.groups.names)).min() >= MIN_GROUP_PROMPTS
 
@@ -137,25 +143,25 @@ def test_learning_is_deterministic_also_with_few_distinct_prompts(distinct):
     assert np.array_equal(first.leave_one_out, second.leave_one_out)
 
 
-def test_topics_are_the_principal_components_of_the_features():
+def test_topics_are_theprincipal_components_of_the_features():
     features = [extract_features(prompt) for prompt in made(200, seed=7)[0]]
-    matrix = _scaled_matrix(features, _fit_scaling(features))
-    topics = _topics(_principal_components(matrix), matrix)
+    matrix = scaled_matrix(features, fit_scaling(features))
+    judged = topics(principal_components(matrix), matrix).judged
     dense = matrix.toarray()
     centred = dense - dense.mean(axis=0)
     scores = PCA(TOPICS, svd_solver="full").fit_transform(dense) / np.sqrt(centred.var(axis=0).sum())
-    assert topics.judged.shape == scores.shape
+    assert judged.shape == scores.shape
     # A component is determined up to its sign, and its coordinates are centred.
-    assert np.allclose(topics.judged @ topics.judged.T, scores @ scores.T, atol=1e-8)
-    assert np.allclose(topics.judged.mean(axis=0), 0.0, atol=1e-9)
+    assert np.allclose(judged @ judged.T, scores @ scores.T, atol=1e-8)
+    assert np.allclose(judged.mean(axis=0), 0.0, atol=1e-9)
 
 
 def test_reactions_are_predicted_without_the_prompts_own_verdict():
     prompts, _, preferred, _ = made(60, seed=7)
     features = [extract_features(prompt) for prompt in prompts]
-    components = _principal_components(_scaled_matrix(features, _fit_scaling(features)))
+    components = principal_components(scaled_matrix(features, fit_scaling(features)))
     outcome = np.eye(2)[preferred]
-    found = _predictions(components, [outcome], []).judged[:, 0]
+    found = predictions(components, [outcome], []).judged[:, 0]
     design = np.hstack([components.judged, np.ones((60, 1))])
     target = outcome[:, 0] - outcome[:, 0].mean()
     others = [np.delete(np.arange(60), place) for place in range(60)]

@@ -159,7 +159,7 @@ def test_while_all_endpoints_sleep_none_is_chosen():
     ("endpoints", "target", "routers", "day"),
     [
         (4, 32, 1, 700), (4, 32, 2, 700), (4, 32, 3, 700), (4, 128, 1, 150), (4, 128, 2, 150), (4, 128, 3, 150),
-        (16, 32, 2, 250), (16, 32, 3, 200), (16, 64, 1, 400),
+        (16, 32, 2, 250), (16, 32, 3, 200), (16, 64, 1, 250),
     ],
 )  # fmt: skip
 def test_at_most_one_endpoint_more_than_the_fewest_is_in_use(endpoints, target, routers, day):

@@ -21,6 +21,7 @@ from shared.runtime.clock import ManualClock
 from shared.runtime.settings import KafkaSettings
 from shared.switchback import SwitchbackSchedule
 from shared.topics import LOAD_REPORTS
+from tests.support.deadlines import DEADLINE_S
 from tests.support.fleets import fleet_toml
 
 NOW = datetime(2024, 2, 3, 12, tzinfo=UTC)
@@ -260,10 +261,12 @@ async def test_a_load_report_has_arrivals_and_the_oldest_call_of_every_endpoint(
     kafka = KafkaSettings()
     broker, _ = build_broker(kafka, service="router", clock=fixture.clock, registry=CollectorRegistry())
     reports: list[LoadReport] = []
+    reported = asyncio.Event()
 
     @broker.subscriber(kafka.topic(LOAD_REPORTS))
     async def on_report(report: LoadReport) -> None:
         reports.append(report)
+        reported.set()
 
     reporter = LoadReporter(broker, fixture.pools, kafka=kafka, clock=fixture.clock, service="router", interval_s=0.01)
     fixture.pools.set_share(0.25)
@@ -273,14 +276,11 @@ async def test_a_load_report_has_arrivals_and_the_oldest_call_of_every_endpoint(
         fixture.clock.advance(timedelta(seconds=5))
         with fixture.pool.lease("e1", NOW), fixture.pool.lease("e1", NOW + timedelta(seconds=1)):
             running = asyncio.create_task(reporter.run())
-            async with asyncio.timeout(10):
-                while not reports:  # noqa: ASYNC110 - a report has no event
-                    await asyncio.sleep(0.01)
+            async with asyncio.timeout(DEADLINE_S):
+                await reported.wait()
         await reporter.finish()
-        count = len(reports)
-        await asyncio.sleep(0.05)
-        running.cancel()
-    assert len(reports) == count
+        await running
+    assert [report.final for report in reports].index(True) == len(reports) - 1
     first, last = reports[0], reports[-1]
     assert (first.service, first.share, first.interval_s, first.final) == ("router", 0.25, 5.0, False)
     (load,) = first.pools

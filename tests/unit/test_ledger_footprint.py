@@ -62,7 +62,7 @@ def test_an_unknown_intensity_stays_unknown():
 DIMENSION = {
     "purpose": "request", "evaluation_id": None, "model": "m", "grp": 'g "1"', "task": "qa", "tenant": None,
     "pool": "p", "level": "L1", "zone": "GB", "endpoint": "e", "policy_version": 3, "propensity": 0.25,
-    "distribution": '{"p/L0": 0.75, "p/L1": 0.25}',
+    "finish_reason": "cancelled", "distribution": '{"p/L0": 0.75, "p/L1": 0.25}',
 }  # fmt: skip
 AT = datetime(2024, 2, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 ROW = {
@@ -78,8 +78,8 @@ def test_the_message_of_a_footprint_has_all_that_is_known_of_the_call():
         request_id='my "id"', record="requests/0/1/2", purpose="request", model="m", group='g "1"', task="qa",
         pool="p", level="L1", zone="GB", endpoint="e", policy_version=3, propensity=0.25,
         propensities={"p/L0": 0.75, "p/L1": 0.25}, started_at=AT, finished_at=AT + timedelta(seconds=2.5),
-        processing_s=2.5, server_s=1.25, prompt_tokens=12, completion_tokens=40, energy_j=1e-07,
-        intensity_g_per_kwh=150.0, operational_g=0.5, embodied_g=0.25, total_g=0.75,
+        processing_s=2.5, server_s=1.25, prompt_tokens=12, completion_tokens=40, finish_reason="cancelled",
+        energy_j=1e-07, intensity_g_per_kwh=150.0, operational_g=0.5, embodied_g=0.25, total_g=0.75,
     )  # fmt: skip
 
 

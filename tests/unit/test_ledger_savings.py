@@ -176,7 +176,7 @@ def test_a_call_does_not_predict_itself():
 
 @pytest.mark.parametrize("holdout", [0.1, 0.3])
 def test_the_estimate_is_unbiased_and_its_interval_covers_the_truth(holdout):
-    errors, covered, runs = [], 0, 200
+    errors, covered, runs = [], 0, 120
     for seed in range(runs):
         day = made_day(requests=400, seed=seed, holdout=holdout)
         _, comparable, _ = comparable_of(day.records)
@@ -189,7 +189,7 @@ def test_the_estimate_is_unbiased_and_its_interval_covers_the_truth(holdout):
 
 
 def test_the_counterfactual_is_unbiased_even_with_a_wrong_prediction():
-    errors, runs = [], 200
+    errors, runs = [], 120
     for seed in range(runs):
         day = made_day(requests=150, seed=seed, holdout=0.2)
         _, comparable, _ = comparable_of(day.records)
@@ -206,7 +206,7 @@ def test_the_counterfactual_is_unbiased_even_with_a_wrong_prediction():
 
 
 def test_each_of_two_zones_is_compared_with_the_baseline_of_its_own_requests():
-    errors, covered, runs = {ZONE: [], "NORTH": []}, 0, 150
+    errors, covered, runs = {ZONE: [], "NORTH": []}, 0, 100
     for seed in range(runs):
         day = made_day(requests=400, seed=seed, holdout=0.2, zones={"NORTH": 0.5})
         counterfactual, comparable, distributions = comparable_of(day.records)

@@ -25,7 +25,6 @@ from tools.cli.main import app
 def _no_stack(tmp_path, monkeypatch):
     monkeypatch.setenv("SPROUT_LOCAL_STATE", str(tmp_path))
     monkeypatch.delenv("SPROUT_KAFKA_BOOTSTRAP_SERVERS", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
 
 
 def sprout(*arguments: str):
@@ -283,8 +282,8 @@ NEEDED = (
 
 @pytest.fixture(scope="module")
 def with_little() -> list[tuple[int, str, set[str]]]:
-    """The help, then the commands of `NEEDED`, with the extra cli only and without the package `deploy.demo`."""
-    return sprout_without({*OTHER_EXTRAS, "deploy.demo"}, ["--help"], *(arguments for arguments, _, _ in NEEDED))
+    """The help, then the commands of `NEEDED`, with the extra cli only and without the package `tools.demo`."""
+    return sprout_without({*OTHER_EXTRAS, "tools.demo"}, ["--help"], *(arguments for arguments, _, _ in NEEDED))
 
 
 def test_with_the_extra_cli_only_a_subcommand_names_the_extra_that_it_needs(with_little):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -21,6 +20,7 @@ from deploy.local.processes import (
     http_probe,
 )
 from deploy.local.state import stop_recorded
+from tests.support.deadlines import wait_until
 
 SLEEPER = "import time; time.sleep(60)"
 
@@ -35,15 +35,6 @@ def supervisor(tmp_path: Path):
     running = Supervisor(tmp_path / "logs")
     yield running
     running.stop_all()
-
-
-def wait_until(condition, seconds: float = 30.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return bool(condition())
 
 
 def gone(pid: int) -> bool:
@@ -79,7 +70,7 @@ def test_an_unexpected_exit_is_reported(supervisor):
     process = supervisor.start(python(SLEEPER))
     supervisor.check()
     os.kill(process.pid, signal.SIGKILL)
-    assert wait_until(lambda: not process.alive)
+    wait_until(lambda: not process.alive)
     with pytest.raises(ProcessFailedError, match="ended by SIGKILL"):
         supervisor.check()
 
@@ -134,16 +125,16 @@ def test_a_process_that_ignores_the_stop_signal_is_killed_with_its_children(supe
     grandchild = int(pids.read_text())
     supervisor.stop_all()
     assert gone(process.pid)
-    assert wait_until(lambda: gone(grandchild))
+    wait_until(lambda: gone(grandchild))
 
 
 def test_a_killed_process_can_be_started_again_and_appends_to_its_log(supervisor):
     first = supervisor.start(python("print('hello'); import time; time.sleep(60)"))
-    assert wait_until(lambda: "hello" in first.log.read_text())
+    wait_until(lambda: "hello" in first.log.read_text())
     supervisor.kill("child")
     second = supervisor.respawn("child")
     assert second.pid != first.pid
-    assert wait_until(lambda: second.log.read_text().count("hello") == 2)
+    wait_until(lambda: second.log.read_text().count("hello") == 2)
     supervisor.check()
 
 
@@ -174,12 +165,12 @@ def test_children_end_when_their_parent_is_killed_with_sigkill(tmp_path):
         ]
     )
     try:
-        assert wait_until(lambda: pids.exists() and pids.read_text())
+        wait_until(lambda: pids.exists() and pids.read_text())
         child = int(pids.read_text())
-        assert wait_until(lambda: psutil.Process(child).cmdline()[-1] == SLEEPER)
+        wait_until(lambda: psutil.Process(child).cmdline()[-1] == SLEEPER)
         parent.kill()
         parent.wait()
-        assert wait_until(lambda: gone(child))
+        wait_until(lambda: gone(child))
     finally:
         parent.kill()
         parent.wait()

@@ -2,6 +2,7 @@
 
 import math
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -31,10 +32,11 @@ def grid(*history: float, latest: float = 200.0, age_h: float = 0.0) -> CarbonIn
     )  # fmt: skip
 
 
-def footprint(group: str, level: str, joules: float, *, purpose="request", at=NOW) -> Footprint:
+def footprint(group: str, level: str, joules: float, *, purpose="request", at=NOW, **more: Any) -> Footprint:
     return Footprint(
         request_id="r", purpose=purpose, model="m", group=group, pool="p", level=level, zone="Z", endpoint="e",
         started_at=at, finished_at=at, processing_s=joules / 250, completion_tokens=1, energy_j=joules, embodied_g=0,
+        **more,
     )  # fmt: skip
 
 
@@ -163,6 +165,19 @@ def test_evaluations_count_for_energy_but_not_for_traffic_and_judge_calls_for_no
     assert set(found.traffic) == {"a"}
 
 
+def test_cancelled_calls_count_for_traffic_but_not_for_energy_time_and_tokens():
+    whole = [footprint("a", "L0", 1_000, finish_reason=reason) for reason in ("stop", "length", None) for _ in range(9)]
+    cut_short = [footprint(group, "L0", 10, finish_reason="cancelled") for group in "ab" for _ in range(27)]
+    found, expected = (consumption_of(*some) for some in (whole + cut_short, whole))
+    now_s = NOW.timestamp()
+    assert found.totals(now_s, SETTINGS)["a"] == expected.totals(now_s, SETTINGS)["a"]
+    assert found.requests(now_s, SETTINGS) == {"a": pytest.approx(54.0), "b": pytest.approx(27.0)}
+    assert found.requests_per_s(now_s, SETTINGS) == pytest.approx(3 * expected.requests_per_s(now_s, SETTINGS))
+    row = estimated(found, settings=OptimizerSettings(pseudo_requests=1e-9)).groups
+    assert [one["p/L0"].energy_kwh * 3.6e6 for one in row.values()] == pytest.approx([1_000.0, 1_000.0])
+    assert estimated(consumption_of(*cut_short)) is None
+
+
 def test_consumption_can_be_stored_and_decays_in_event_time():
     made = consumption_of(*(footprint("a", "L0", 1_000, at=NOW - timedelta(hours=1)) for _ in range(8)))
     again = Consumption.from_document(made.to_document())
@@ -176,7 +191,7 @@ def served_at(per_hour: int, hours: int, group: str = "a") -> Consumption:
     used = ResourceUse(1.0, 1e-4, 1.0)
     for number in range(per_hour * hours):
         at_s = NOW.timestamp() - 3_600.0 * hours + 3_600.0 * number / per_hour
-        made.add(group, "p/L0", used, at_s=at_s, settings=SETTINGS, is_traffic=True)
+        made.add(group, "p/L0", used, at_s=at_s, settings=SETTINGS, traffic=1.0)
     return made
 
 
@@ -193,7 +208,7 @@ def test_old_traffic_loses_its_share_the_faster_the_more_requests_arrive():
         made = served_at(per_hour, 30)
         for number in range(2 * per_hour):
             at_s = NOW.timestamp() + 3_600.0 * number / per_hour
-            made.add("b", "p/L0", ResourceUse(1.0, 1e-4, 1.0), at_s=at_s, settings=SETTINGS, is_traffic=True)
+            made.add("b", "p/L0", ResourceUse(1.0, 1e-4, 1.0), at_s=at_s, settings=SETTINGS, traffic=1.0)
         requests = made.requests(NOW.timestamp() + 2 * 3_600.0, SETTINGS)
         shares[per_hour] = requests["a"] / sum(requests.values())
     assert shares[20] > 0.85
@@ -204,7 +219,7 @@ def test_the_request_rate_follows_a_change_whatever_the_memory():
     made = served_at(20, 48)
     for number in range(4_000):
         at_s = NOW.timestamp() + 3_600.0 * number / 1_000
-        made.add("a", "p/L0", ResourceUse(1.0, 1e-4, 1.0), at_s=at_s, settings=SETTINGS, is_traffic=True)
+        made.add("a", "p/L0", ResourceUse(1.0, 1e-4, 1.0), at_s=at_s, settings=SETTINGS, traffic=1.0)
     assert made.requests_per_s(NOW.timestamp() + 4 * 3_600.0, SETTINGS) == pytest.approx(1_000 / 3_600.0, rel=0.2)
 
 

@@ -119,8 +119,8 @@ def test_the_spread_of_the_energy_is_measured_and_taken_to_be_large_before():
     for number in range(2_000):
         energy = 1e-4 if number % 2 else 3e-4
         used = ResourceUse(1.0, energy, 1.0, energy_squares=energy**2)
-        made.add("known", REFERENCE, used, at_s=0.0, settings=settings, is_traffic=True)
-    made.add("assumed", REFERENCE, ResourceUse(500.0, 0.1, 500.0), at_s=0.0, settings=settings, is_traffic=True)
+        made.add("known", REFERENCE, used, at_s=0.0, settings=settings, traffic=1.0)
+    made.add("assumed", REFERENCE, ResourceUse(500.0, 0.1, 500.0), at_s=0.0, settings=settings, traffic=500.0)
     model = CostModel(made.totals(0.0, settings), settings.pseudo_requests)
     assert model.energy_variation("known", REFERENCE) == pytest.approx(0.5, abs=0.01)
     assert model.energy_variation("assumed", REFERENCE) == pytest.approx(1.0)
@@ -129,7 +129,7 @@ def test_the_spread_of_the_energy_is_measured_and_taken_to_be_large_before():
 
 def test_sums_of_an_earlier_release_are_read_with_the_large_spread():
     settings, made = OptimizerSettings(), Consumption()
-    made.add("g", REFERENCE, ResourceUse(500.0, 0.1, 500.0), at_s=0.0, settings=settings, is_traffic=True)
+    made.add("g", REFERENCE, ResourceUse(500.0, 0.1, 500.0), at_s=0.0, settings=settings, traffic=500.0)
     document = made.to_document()
     document["cells"]["g"][REFERENCE] = document["cells"]["g"][REFERENCE][:4]
     assert Consumption.from_document(document) == made

@@ -97,7 +97,7 @@ def traffic(**requests: float) -> Consumption:
             ResourceUse(number, number * 6e-5, number),
             at_s=LATER.timestamp(),
             settings=SETTINGS,
-            is_traffic=True,
+            traffic=number,
         )
     return consumption
 
@@ -129,7 +129,7 @@ def test_energy_of_options_comes_from_other_groups_if_the_version_has_none():
     consumption = Consumption()
     for option, kwh in zip(LEVELS, (6e-5, 3e-5, 1.5e-5), strict=True):
         taken = ResourceUse(100.0, 100 * kwh, 100.0)
-        consumption.add("qa", option, taken, at_s=NOW.timestamp(), settings=SETTINGS, is_traffic=False)
+        consumption.add("qa", option, taken, at_s=NOW.timestamp(), settings=SETTINGS, traffic=0.0)
     found = estimated(state(grouping(taken=()), consumption=consumption), NOW)
     assert found.ineligible == {}
     assert found.groups.keys() == {"v.00", "v.01"}
@@ -183,7 +183,7 @@ def test_a_group_is_shrunk_towards_its_family():
     for name in families:
         for option in LEVELS:
             taken = ResourceUse(20.0, 1e-3, 20.0)
-            consumption.add(name, option, taken, at_s=NOW.timestamp(), settings=SETTINGS, is_traffic=True)
+            consumption.add(name, option, taken, at_s=NOW.timestamp(), settings=SETTINGS, traffic=taken.requests)
     found = estimated(state(made, consumption=consumption), NOW).groups
     change = {
         name: row["p/L1"].quality["preference"] - row["p/L0"].quality["preference"] for name, row in found.items()

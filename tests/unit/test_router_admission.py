@@ -102,6 +102,7 @@ def test_an_invalid_request_is_a_poison_message(value):
         ({"prompt": None, "messages": [{"role": "user", "content": ""}] * 3}, "prompt_too_large"),
         ({"prompt": None, "messages": [{"role": "user", "content": ""}] * 21}, "prompt_too_large"),
         ({"model": "other"}, "unknown_model"),
+        ({"zone": "XX"}, "invalid_request"),
         ({"deadline": (NOON + timedelta(hours=1)).isoformat()}, "deadline_exceeded"),
         ({"deadline": (NOON + timedelta(hours=1, seconds=1)).isoformat()}, None),
     ],

@@ -129,6 +129,19 @@ def test_a_forced_level_keeps_the_policys_probabilities_of_pools():
     assert decide(policy=None, requested_directive="L1").pool == "p"
 
 
+def test_a_zone_keeps_the_policys_probabilities_within_it_or_its_levels():
+    split = policy(ROW).model_copy(update={"overall": {"p/L0": 0.6, "q/L1": 0.3, "q/L2": 0.1}, "groups": {}})
+    for number in range(20):
+        record = f"requests/0/{number}/2"
+        within = decide(record, fleet=TWO_POOLS, policy=split, zone="FR")
+        assert (within.zone, within.source) == ("FR", "forced")
+        assert within.propensities == pytest.approx({"q/L1": 0.75, "q/L2": 0.25})
+        moved = decide(record, fleet=TWO_POOLS, zone="FR")
+        assert moved.propensities == pytest.approx({f"q/{level}": share for level, share in ROW.items()})
+    assert decide(fleet=TWO_POOLS, policy=None, zone="FR", requested_directive="L2").pool == "q"
+    assert decide(fleet=TWO_POOLS, zone="FR", reference_block=True).level == "L0"
+
+
 def test_in_a_reference_block_the_reference_serves_whatever_the_policy_says():
     made = policy({"L2": 1.0}, groups={"qa": {"p/L2": 1.0}})
     for known in (made, None):

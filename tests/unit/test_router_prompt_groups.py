@@ -1,6 +1,7 @@
 """The prompt group of a request: by the version that the policy names, otherwise by its task label."""
 
 from datetime import timedelta
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,9 +15,13 @@ from tests.support.router import MODEL, policy, request
 RNG = np.random.default_rng(3)
 
 
+@cache
+def learned(seed: int) -> PromptGrouping:
+    return learned_grouping(MODEL, judged_kinds(200, seed=seed)).message
+
+
 def grouping(seed: int = 1, *, hours: float = 0.0) -> PromptGrouping:
-    learned = learned_grouping(MODEL, judged_kinds(200, seed=seed)).message
-    return learned.model_copy(update={"learned_at": NOW + timedelta(hours=hours)})
+    return learned(seed).model_copy(update={"learned_at": NOW + timedelta(hours=hours)})
 
 
 def known(*groupings: PromptGrouping) -> PromptGroupCache:

@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 import typer
 from pydantic import ValidationError
 
-from deploy.demo.day import PACES, DemoDay
 from deploy.local.config import MODELS, ModelName, StackConfig, event_time
 from deploy.local.grid import SAMPLE_ZONE, default_day, shipped_trace, zone_of
 from shared.kafka.parsing import describe
 from tools.cli.console import err, fail, out, quiet_clients, say
 from tools.cli.stack import Carbon, Model, Workload, Zone
+from tools.demo.day import PACES, DemoDay
 
 
 def demo(
@@ -58,12 +58,12 @@ def demo(
     Exit codes: 0 success, 1 an error or a failed check (named in the output), 2 wrong usage.
     """
     # Other subcommands must start without loading numpy and plotly.
-    from deploy.demo.result import evaluate_demo  # noqa: PLC0415
-    from deploy.demo.run import run_demo  # noqa: PLC0415
     from deploy.local.model_servers import TritonModels  # noqa: PLC0415
     from deploy.local.stack import STACK_ERRORS  # noqa: PLC0415
     from deploy.triton.models import SHIPPED_WORKLOAD  # noqa: PLC0415
     from deploy.triton.stand_in.workload import WorkloadError  # noqa: PLC0415
+    from tools.demo.result import evaluate_demo  # noqa: PLC0415
+    from tools.demo.run import run_demo  # noqa: PLC0415
     from tools.reporting import render_html, render_tables  # noqa: PLC0415
 
     try:

@@ -1,12 +1,15 @@
-"""The demand of the fleet: tokens that its requests would have generated without Sprout."""
+"""The demand of the fleet: tokens that its requests would have generated without Sprout.
+
+Power follows the tokens that are being generated, not those that arrive, so what is expected of each request is spread
+over the time in which it would be answered.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from shared.metered_saving import ExpectedAnswers, demand_by_bin
 from tools.reporting.frame import Floats
 
 REFERENCE_LEVEL = "L0"
@@ -145,3 +148,77 @@ def demand(
         edges_s, world, arrived_s=arrived_s, reference=reference, served=served, lengths=tuple(quantiles)
     )
     return np.where(edges_s[1:] <= min(arrived_s), np.nan, found)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpectedAnswers:
+    """What is expected of each request's answer: means of its prompt group at a level.
+
+    Attributes:
+        tokens: (requests,), generated tokens.
+        seconds: (requests,), from arrival to the last token, event time.
+    """
+
+    tokens: Floats
+    seconds: Floats
+
+
+def demand_by_bin(
+    edges_s: ArrayLike,
+    world: NDArray[np.str_],
+    *,
+    arrived_s: ArrayLike,
+    reference: ExpectedAnswers,
+    served: ExpectedAnswers,
+    lengths: Sequence[float] = (1.0,),
+) -> Floats:
+    """The demand of bins, (edges - 1,), tokens.
+
+    Requests from before the first bin count with the part of their answers that falls into the bins: give those of the
+    longest answer's time before it, too.
+
+    Args:
+        edges_s: of the bins, increasing, seconds since the epoch.
+        world: (edges - 1,), as in `FleetBins`.
+        arrived_s: (requests,), when each arrived, seconds since the epoch.
+        reference: of each request at the reference level.
+        served: of each request at the level at which it was served. It counts in the reference blocks, which begin
+            while shorter answers still run.
+        lengths: equally likely lengths of an answer relative to its group's mean, such as ten quantiles; the default
+            takes all answers of a group to be of its mean length.
+    """
+    arrived, relative = np.asarray(arrived_s, dtype=float)[:, None], np.asarray(lengths, dtype=float)
+    relative = relative / relative.mean()
+
+    def spread(answers: ExpectedAnswers) -> Floats:
+        ends = arrived + answers.seconds[:, None] * relative
+        tokens = answers.tokens[:, None] * relative / len(relative)
+        begins = np.broadcast_to(arrived, ends.shape)
+        return spread_over_bins(begins.ravel(), ends.ravel(), tokens.ravel(), edges_s)
+
+    return np.where(world == "reference", spread(served), spread(reference))
+
+
+def spread_over_bins(begin_s: ArrayLike, end_s: ArrayLike, amount: ArrayLike, edges_s: ArrayLike) -> Floats:
+    """Spread amounts evenly over time: tokens of a request over its answer's time, joules over a reading's interval.
+
+    Args:
+        begin_s, end_s, amount: one value for each interval.
+        edges_s: of the bins, increasing.
+
+    Returns:
+        (edges - 1,), the amount in each bin; what lies outside of all bins is left out.
+    """
+    edges = np.asarray(edges_s, dtype=float)
+    begin = np.asarray(begin_s, dtype=float) - edges[0]
+    # A millisecond at least, for intervals without length.
+    length = np.maximum(np.asarray(end_s, dtype=float) - edges[0] - begin, 1e-3)
+    rate = np.asarray(amount, dtype=float) / length
+    at = np.concatenate([begin, begin + length])
+    change = np.concatenate([rate, -rate])
+    order = np.argsort(at, kind="stable")
+    at, change = at[order], change[order]
+    rates = np.concatenate([[0.0], np.cumsum(change)])
+    offsets = np.concatenate([[0.0], np.cumsum(change * at)])
+    place = np.searchsorted(at, edges - edges[0], side="right")
+    return np.diff(rates[place] * (edges - edges[0]) - offsets[place])

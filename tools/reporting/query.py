@@ -15,7 +15,8 @@ from asyncpg.pool import PoolConnectionProxy
 from shared.fleet import Fleet
 from shared.messages import GroupEvidence, Policy, Quality, QualityCount
 from tools.reporting.frame import MAX_AGE_S, Calls, CallsBuilder, Distributions, IntensitySeries
-from tools.reporting.meters import NO_READINGS, FleetReadings, read_fleet
+from tools.reporting.meter_query import read_fleet
+from tools.reporting.meters import NO_READINGS, FleetReadings
 from tools.reporting.quality import PolicyHistory
 
 MAX_CELLS = 1_000_000

@@ -188,7 +188,7 @@ class _Run:
         for g, o in zip(*np.nonzero(requests), strict=True):
             used = ResourceUse(float(requests[g, o]), float(energy[g, o]), float(time_s[g, o]))
             self._consumption.add(
-                world.groups[g], world.options[o], used, at_s=at_s, settings=self._settings, is_traffic=True
+                world.groups[g], world.options[o], used, at_s=at_s, settings=self._settings, traffic=used.requests
             )
 
     def _trailing(self, hour: int) -> Floats:
@@ -208,8 +208,9 @@ class _Run:
         )  # fmt: skip
         for group, row in findings.generations.items():
             for option, used in row.items():
+                traffic = used.requests if hour == 0 else 0.0
                 self._consumption.add(
-                    group, option, used, at_s=now.timestamp(), settings=self._settings, is_traffic=hour == 0
+                    group, option, used, at_s=now.timestamp(), settings=self._settings, traffic=traffic
                 )
         if charged:
             intensity = float(case.window.g_per_kwh[hour])

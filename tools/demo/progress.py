@@ -10,11 +10,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from deploy.demo.clients import Producer, Tally
-from deploy.demo.day import DemoDay
 from shared.messages import Policy
 from shared.runtime.clock import Clock
 from shared.runtime.printable import printable
+from tools.demo.clients import Producer, Tally
+from tools.demo.day import DemoDay
 
 REFRESH_S = 0.25
 PLAIN_INTERVAL = timedelta(hours=2)

@@ -10,19 +10,19 @@ from typing import Any
 import asyncpg
 from rich.console import Console
 
-from deploy.demo.clients import Observer, Producer, Tally
-from deploy.demo.day import LATENESS_WALL_S, DemoDay, World, stack_config
-from deploy.demo.progress import Progress
-from deploy.demo.traffic import PlannedRequest, mean_tokens, plan_traffic, prompts_of
 from deploy.local.config import StackConfig
 from deploy.local.model_servers import ModelServers
 from deploy.local.stack import LocalStack
 from shared.fleet import load_fleet
+from tools.demo.clients import Observer, Producer, Tally
+from tools.demo.day import LATENESS_WALL_S, DemoDay, World, stack_config
+from tools.demo.progress import Progress
+from tools.demo.traffic import PlannedRequest, mean_tokens, plan_traffic, prompts_of
 from tools.reporting import Report, collect_report
 
 ANSWERS_WAIT_S = 60.0
-"""Longest wait for answers after the last request, wall seconds."""
-SETTLEMENT_WAIT_S = 30.0
+"""After the last request the wait for answers ends when none has come for this long, wall seconds."""
+SETTLEMENT_WAIT_S = 90.0
 """Longest wait for the ledger to settle every call after the last answer, wall seconds."""
 
 Say = Callable[[str], None]
@@ -102,9 +102,17 @@ class _Replay:
             await stack.enter_async_context(_alongside(self._observer.observe()))
             await stack.enter_async_context(_alongside(progress.show()))
             await self.producer.send(plan)
-            await _until(lambda: self.tally.answered >= len(plan), ANSWERS_WAIT_S)
+            await self._all_answered(len(plan))
             # A duplicate answer would arrive now.
             await asyncio.sleep(LATENESS_WALL_S)
+
+    async def _all_answered(self, requests: int) -> None:
+        """Wait for the answers, however slow the machine is, as long as some arrive."""
+        answered, deadline = self.tally.answered, time.monotonic() + ANSWERS_WAIT_S
+        while self.tally.answered < requests and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+            if self.tally.answered > answered:
+                answered, deadline = self.tally.answered, time.monotonic() + ANSWERS_WAIT_S
 
     async def settled_report(self) -> Report:
         """Wait until the ledger has settled every call, and make the report."""
@@ -135,16 +143,6 @@ def _complete(report: Report, tally: Tally) -> bool:
     """Whether every answered request and every call of the evaluator has a footprint."""
     answered = tally.answered - sum(tally.errors.values())
     return report.requests.settled >= answered and report.requests.unsettled == 0
-
-
-async def _until(reached: Callable[[], bool], wait_s: float) -> bool:
-    """Wait for a condition; returns whether it became true in time."""
-    deadline = time.monotonic() + wait_s
-    while not reached():
-        if time.monotonic() > deadline:
-            return False
-        await asyncio.sleep(0.1)
-    return True
 
 
 @asynccontextmanager

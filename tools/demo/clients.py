@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
-from deploy.demo.traffic import PlannedRequest
 from shared.kafka.parsing import PoisonMessageError, parse
 from shared.messages import (
     CarbonIntensity,
@@ -21,6 +20,7 @@ from shared.messages import (
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, POLICIES, QUALITY, REQUESTS, RESPONSES, TopicSpec
+from tools.demo.traffic import PlannedRequest
 
 OBSERVED: tuple[TopicSpec, ...] = (RESPONSES, CARBON_INTENSITY, POLICIES, QUALITY, DEAD_LETTERS)
 

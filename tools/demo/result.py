@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deploy.demo.clients import Tally
+from tools.demo.clients import Tally
 from tools.reporting import Report, to_json
 
 LARGEST_IMBALANCE_PCT = 0.1

@@ -1,0 +1,56 @@
+"""The OpenAPI document of the gateway."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from services.gateway.app import build_app
+from services.gateway.limits import AccountState, Verdict
+from shared.fleet import Fleet
+from shared.runtime.settings import DatabaseSettings
+from tests.support.fleets import MODEL, ZONE
+
+FLEET = Fleet.model_validate(
+    {
+        "directives": [{"level": "L0"}],
+        "models": [{"name": MODEL, "chat_template": "llama-2"}],
+        "pools": [{"name": "p", "model": MODEL, "zone": ZONE, "endpoints": [{"name": "e0", "grpc": "e0:1"}]}],
+    }
+)
+
+
+@pytest.fixture
+async def document() -> dict[str, Any]:
+    app = build_app(database=DatabaseSettings(url=SecretStr("postgresql://nowhere/sprout")), fleet=FLEET)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app.api), base_url="http://gateway") as client:
+        found: dict[str, Any] = (await client.get("/v1/openapi.json")).json()
+        return found
+
+
+async def test_every_endpoint_but_the_status_needs_an_api_key_as_a_bearer_token(document):
+    (name,) = document["components"]["securitySchemes"]
+    scheme = document["components"]["securitySchemes"][name]
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    security = {
+        f"{method} {path}": operation.get("security")
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    }
+    assert security.pop("get /v1/sprout/status") is None  # on loopback it needs none
+    assert len(security) > 10
+    assert {operation: required for operation, required in security.items() if required != [{name: []}]} == {}
+
+
+async def test_the_headers_of_a_refusal_are_described(document):
+    account = AccountState(
+        account="key/k", requests_per_minute=1, used_requests=1, tokens_per_minute=10, used_tokens=0,
+        concurrent_requests=None, grams_per_month=1.0, spent_grams=0.5, most_level=None,
+    )  # fmt: skip
+    refusal = Verdict(refusal="requests", reset_s=3.0, accounts=(account,)).error(1, datetime.now(UTC))
+    assert refusal is not None
+    responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert set(responses["429"]["headers"]) == set(refusal.headers)
+    assert set(responses["503"]["headers"]) == {"retry-after"}

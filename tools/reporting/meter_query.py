@@ -1,0 +1,292 @@
+"""Reads the meters and the demand of the whole fleet from the ledger's tables.
+
+The database sums by endpoint and bin: two weeks of readings every five seconds are millions of intervals.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import chain
+
+import asyncpg
+import numpy as np
+from asyncpg.pool import PoolConnectionProxy
+
+from shared.fleet import Fleet, Switchback
+from tools.reporting.demand import REFERENCE_LEVEL, AnswerLengths, Answers, Arrivals
+from tools.reporting.meters import CELL_S, FleetReadings, Latency, Load, bin_length_s, meter_table
+
+WINDOW_S = 28 * 86_400.0
+"""Reference blocks up to this long before the end of the period are used."""
+PREFETCH = 5_000
+BUCKET = 1.05
+"""Ratio of the bounds of a bucket in the histograms of the roll-up."""
+LONGEST_ANSWER_S = 6 * 3_600.0
+"""Requests from this long before the first bin count, too."""
+QUANTILES = tuple(float(one) for one in np.arange(0.05, 1.0, 0.1))
+
+# Below, $1 is the start and $2 the end of the time; the median needs no more than the last intervals.
+_INTERVAL = """
+SELECT coalesce(percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM finished_at - started_at))::float8,
+                (SELECT 300.0 / 2 WHERE EXISTS (SELECT FROM ledger.meter_sums
+                 WHERE ($1::timestamptz IS NULL OR at >= $1) AND ($2::timestamptz IS NULL OR at < $2))))
+FROM (SELECT started_at, finished_at FROM ledger.intervals
+      WHERE ($1::timestamptz IS NULL OR finished_at > $1) AND ($2::timestamptz IS NULL OR started_at < $2)
+      ORDER BY finished_at DESC LIMIT 100000) AS latest
+"""
+
+_LAST = """
+SELECT greatest((SELECT max(finished_at) FROM ledger.intervals WHERE $1::timestamptz IS NULL OR started_at < $1),
+                (SELECT max(at) + interval '5 minutes' FROM ledger.meter_sums
+                 WHERE $1::timestamptz IS NULL OR at < $1))
+"""
+
+# Energy is spread evenly over an interval. $3 is the length of a bin in seconds.
+_METERS = """
+SELECT endpoint, pool, zone, bin, sum(metered_j * share)::float8 AS metered_j, sum(idle_j * share)::float8 AS idle_j,
+       coalesce(sum(metered_j * share) FILTER (WHERE calls = 0), 0)::float8 AS unused_j,
+       sum(length * share)::float8 AS covered_s,
+       sum(share * coalesce(length - idle_s, CASE WHEN calls > 0 THEN length ELSE 0 END))::float8 AS busy_s,
+       max((restarted OR coalesce(stalled, false))::int) AS lost
+FROM (
+    SELECT endpoint, pool, zone, metered_j, idle_j, idle_s, calls, restarted, stalled, length, bin,
+           (least(until, (bin + 1) * $3::float8) - greatest(since, bin * $3::float8)) / length AS share
+    FROM (
+        SELECT *, until - since AS length FROM (
+            SELECT endpoint, pool, zone, metered_j, idle_j, idle_s, calls, restarted, stalled,
+                   extract(epoch FROM started_at)::float8 AS since, extract(epoch FROM finished_at)::float8 AS until
+            FROM ledger.intervals
+            WHERE ($1::timestamptz IS NULL OR finished_at > $1) AND ($2::timestamptz IS NULL OR started_at < $2)
+        ) AS interval
+    ) AS timed
+    CROSS JOIN LATERAL generate_series(floor(since / $3::float8)::bigint, ceil(until / $3::float8)::bigint - 1) AS bin
+    WHERE length > 0
+) AS part
+GROUP BY endpoint, pool, zone, bin
+"""
+
+# Likewise the sums by five minutes in the roll-up.
+_METER_SUMS = """
+SELECT endpoint, pool, zone, bin, sum(metered_j * share) AS metered_j, sum(idle_j * share) AS idle_j,
+       sum(unused_j * share) AS unused_j, sum(covered_s * share) AS covered_s, sum(busy_s * share) AS busy_s,
+       max(lost::int) AS lost
+FROM (
+    SELECT *, (least(since + 300, (bin + 1) * $3::float8) - greatest(since, bin * $3::float8)) / 300 AS share
+    FROM (
+        SELECT *, extract(epoch FROM at)::float8 AS since FROM ledger.meter_sums
+        WHERE ($1::timestamptz IS NULL OR at > $1) AND ($2::timestamptz IS NULL OR at < $2)
+    ) AS cell
+    CROSS JOIN LATERAL
+        generate_series(floor(since / $3::float8)::bigint, ceil((since + 300) / $3::float8)::bigint - 1) AS bin
+) AS part
+GROUP BY endpoint, pool, zone, bin
+"""
+
+_TIME = "($1::timestamptz IS NULL OR {at} >= $1) AND ($2::timestamptz IS NULL OR {at} < $2)"
+
+_ARRIVALS = f"""
+SELECT extract(epoch FROM at)::float8 + {CELL_S / 2} AS at_s, purpose, pool, level,
+       coalesce(decision_source, '') AS source, sum(calls)::bigint AS requests,
+       sum(completion_tokens)::bigint AS tokens, sum(processing_s) AS seconds
+FROM (
+    SELECT * FROM ledger.all_call_starts WHERE purpose IN ('request', 'evaluation') AND {_TIME.format(at="at")}
+    UNION ALL
+    SELECT date_bin('{CELL_S:.0f} seconds', started_at, 'epoch'), purpose, pool, level, decision_source,
+           1, completion_tokens, greatest(0, extract(epoch FROM finished_at - started_at)::float8)
+    FROM ledger.open_calls JOIN ledger.dimensions AS d ON d.id = dimension
+    WHERE purpose IN ('request', 'evaluation') AND {_TIME.format(at="started_at")}
+) AS starts
+GROUP BY 1, 2, 3, 4, 5 ORDER BY 1
+"""
+
+# Who asked in an hour: requests by group, task and level, of each pool, level and source.
+_MIX = f"""
+SELECT extract(epoch FROM hour)::float8 AS hour_s, pool, level, coalesce(decision_source, '') AS source, grp,
+       coalesce(task, '') AS task, sum(calls)::bigint AS requests
+FROM ledger.all_hourly_calls
+WHERE purpose = 'request' AND {_TIME.format(at="hour")} GROUP BY 1, 2, 3, 4, 5, 6
+"""
+
+_ANSWERS = f"""
+SELECT grp, coalesce(task, '') AS task, level, decision_source = 'switchback' AS in_block,
+       sum(calls)::bigint AS requests, sum(completion_tokens)::bigint AS tokens, sum(processing_s) AS seconds
+FROM ledger.all_hourly_calls
+WHERE purpose = 'request' AND decision_source <> 'forced' AND {_TIME.format(at="hour")} GROUP BY 1, 2, 3, 4
+"""
+
+_HISTOGRAMS = f"""
+SELECT kind, name, in_block, bucket, sum(calls)::bigint AS calls FROM ledger.all_histograms
+WHERE kind = ANY($3) AND {_TIME.format(at="hour")} GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4
+"""
+
+
+async def read_fleet(
+    connection: asyncpg.Connection | PoolConnectionProxy,
+    *,
+    since: datetime | None,
+    until: datetime | None,
+    fleet: Fleet | None,
+    stretch: float = 1.0,
+) -> FleetReadings:
+    """Read the meters and the demand of a period, and of the reference blocks before it.
+
+    Args:
+        fleet: its switchback decides the length of the bins.
+        stretch: latencies are divided by it; of simulated servers whose steps take this many times as long.
+    """
+    hour = None if since is None else since.replace(minute=0, second=0, microsecond=0)
+    latencies = _latencies(await connection.fetch(_HISTOGRAMS, hour, until, ["ttft", "tpot"]), stretch)
+    last = await connection.fetchval(_LAST, until)
+    if last is None:
+        return FleetReadings(latencies=latencies, stretch=stretch)
+    end = last if until is None else min(last, until)
+    begin = None if since is None else min(since, datetime.fromtimestamp(end.timestamp() - WINDOW_S, UTC))
+    interval_s = await connection.fetchval(_INTERVAL, begin, until)
+    if interval_s is None:
+        return FleetReadings(latencies=latencies, stretch=stretch)
+    bin_s = bin_length_s(Switchback() if fleet is None else fleet.switchback, interval_s)
+    rows = await connection.fetch(_METERS, begin, until, bin_s)
+    table = meter_table(chain(rows, await connection.fetch(_METER_SUMS, begin, until, bin_s)), bin_s)
+    earlier = None if begin is None else datetime.fromtimestamp(begin.timestamp() - LONGEST_ANSWER_S, UTC)
+    day = None if earlier is None else earlier.replace(hour=0, minute=0, second=0, microsecond=0)
+    starts = await connection.fetch(_ARRIVALS, earlier, until)
+    found = [
+        Answers(
+            group=row["grp"],
+            task=row["task"],
+            level=row["level"],
+            in_block=bool(row["in_block"]),
+            requests=row["requests"],
+            tokens=row["tokens"],
+            seconds=row["seconds"],
+        )
+        for row in await connection.fetch(_ANSWERS, earlier, until)
+    ]
+    quantiles = _relative_lengths(await connection.fetch(_HISTOGRAMS, day, until, ["tokens"]))
+    return FleetReadings(
+        interval_s=interval_s,
+        table=table,
+        arrivals=await _arrivals(connection, starts, found, earlier, until),
+        loads=_loads(starts),
+        answers=found,
+        quantiles=quantiles,
+        latencies=latencies,
+        stretch=stretch,
+    )
+
+
+async def _arrivals(
+    connection: asyncpg.Connection | PoolConnectionProxy,
+    starts: Sequence[asyncpg.Record],
+    answers: Sequence[Answers],
+    since: datetime | None,
+    until: datetime | None,
+) -> list[Arrivals]:
+    """The requests by the time in which they started. Their mix of groups is that of the hour."""
+    lengths, sums = AnswerLengths(answers), dict[tuple[float, str, str, str], list[float]]()
+    expected: dict[tuple[str, str, str], float] = {}
+
+    def mean(group: str, task: str, level: str) -> float:
+        key = (group, task, level)
+        if key not in expected:
+            expected[key] = lengths.mean(*key)
+        return expected[key]
+
+    async for row in connection.cursor(_MIX, since, until, prefetch=PREFETCH):
+        total = sums.setdefault((row["hour_s"], row["pool"], row["level"], row["source"]), [0.0, 0.0, 0.0])
+        total[0] += row["requests"]
+        total[1] += row["requests"] * mean(row["grp"], row["task"], REFERENCE_LEVEL)
+        total[2] += row["requests"] * mean(row["grp"], row["task"], row["level"])
+    arrivals = []
+    for row in starts:
+        if row["purpose"] != "request":
+            continue
+        key = (row["at_s"] // 3_600 * 3_600, row["pool"], row["level"], row["source"])
+        requests, reference, served = sums.get(key) or (
+            1.0, mean("", "", REFERENCE_LEVEL), mean("", "", row["level"])
+        )  # fmt: skip
+        arrivals.append(
+            Arrivals(
+                at_s=row["at_s"],
+                pool=sys.intern(row["pool"]),
+                level=sys.intern(row["level"]),
+                group="",
+                task="",
+                source=sys.intern(row["source"]),
+                requests=row["requests"],
+                tokens=row["tokens"],
+                reference_tokens=row["requests"] * reference / requests,
+                served_tokens=row["requests"] * served / requests,
+            )
+        )
+    return arrivals
+
+
+def _loads(rows: Sequence[asyncpg.Record]) -> dict[str, Load]:
+    """The calls of every pool, of requests and the evaluator, by the time in which they started."""
+    sums: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        cell = sums.setdefault(row["pool"], {}).setdefault(row["at_s"] - CELL_S / 2, [0.0, 0.0])
+        cell[0] += row["requests"]
+        cell[1] += row["seconds"]
+    return {
+        pool: Load(
+            started_s=np.array(list(cells)),
+            calls=np.array([calls for calls, _ in cells.values()]),
+            seconds=np.array([seconds for _, seconds in cells.values()]),
+        )
+        for pool, cells in sums.items()
+    }
+
+
+def _latencies(rows: Sequence[asyncpg.Record], stretch: float) -> list[Latency]:
+    """Quantiles by pool, and of all pools."""
+    counts: dict[tuple[str | None, bool], dict[str, dict[int, int]]] = {}
+    for row in rows:
+        for pool in (None, row["name"]):
+            found = counts.setdefault((pool, row["in_block"]), {"ttft": {}, "tpot": {}})[row["kind"]]
+            found[row["bucket"]] = found.get(row["bucket"], 0) + row["calls"]
+    latencies = []
+    for (pool, in_block), kinds in sorted(counts.items(), key=lambda one: (one[0][0] or "", one[0][1])):
+        tpot, ttft = ([None if q is None else q / stretch for q in quantiles(kinds[kind], (0.5, 0.95))]
+                      for kind in ("tpot", "ttft"))  # fmt: skip
+        calls = max(sum(kind.values()) for kind in kinds.values())
+        latencies.append(Latency(pool, in_block, calls, tpot[0], tpot[1], ttft[0], ttft[1]))
+    return latencies
+
+
+def quantiles(counts: Mapping[int, float], shares: Sequence[float]) -> list[float | None]:
+    """Quantiles of a histogram; None without a value. Exact to half a bucket, 2.5 %.
+
+    Args:
+        counts: by bucket n, which holds the values from `BUCKET`^n to `BUCKET`^(n+1).
+    """
+    total = sum(counts.values())
+    if not total:
+        return [None for _ in shares]
+    buckets = sorted(counts)
+    reached = np.cumsum([counts[bucket] for bucket in buckets]) / total
+    return [
+        float(BUCKET ** (buckets[min(int(np.searchsorted(reached, share)), len(buckets) - 1)] + 0.5))
+        for share in shares
+    ]
+
+
+def _relative_lengths(rows: Sequence[asyncpg.Record]) -> Sequence[float]:
+    """Quantiles of the lengths of answers, relative to their group's mean."""
+    groups: dict[str, dict[int, int]] = {}
+    for row in rows:
+        group = groups.setdefault(row["name"], {})
+        group[row["bucket"]] = group.get(row["bucket"], 0) + row["calls"]
+    values, weights = [], []
+    for counts in groups.values():
+        lengths = BUCKET ** (np.array(list(counts)) + 0.5)
+        calls = np.array(list(counts.values()), dtype=float)
+        values.append(lengths / (lengths @ calls / calls.sum()))
+        weights.append(calls)
+    if not values:
+        return (1.0,)
+    value, weight = np.concatenate(values), np.concatenate(weights)
+    order = np.argsort(value)
+    reached = np.cumsum(weight[order]) / weight.sum()
+    return tuple(float(one) for one in np.interp(QUANTILES, reached, value[order]))
