@@ -1,14 +1,15 @@
 """Clusters judged prompts into groups with scikit-learn (docs/decisions/0008-prompt-groups.md). Pure functions.
 
-The coordinates of a prompt are the principal components of its features (its topic), and what ridge regression predicts
-from them: which level the judge prefers, the energy of each level, and every other metric. k-means clusters the
-coordinates. Single verdicts are noisy, so the regression is strongly regularised. Its leave-one-out predictions give
-each judged prompt the group in which a model without its verdict would put it, so that quality counted by group is not
-biased by overfitting.
+The coordinates of a prompt are the principal components of its features (its topic), what ridge regression predicts
+from them (which level the judge prefers, the energy of each level, and every other metric), and the producer's task
+label. k-means clusters the coordinates. Single verdicts are noisy, so the regression is strongly regularised. Its
+leave-one-out predictions give each judged prompt the group in which a model without its verdict would put it, so that
+quality counted by group is not biased by overfitting.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,8 +29,11 @@ Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 RIDGE_PENALTY: Final = 100.0
-COMPONENTS: Final = 30
-"""Principal components that describe the topic."""
+COMPONENTS: Final = 100
+"""Principal components that the reactions are predicted from; with this penalty further ones add nothing."""
+
+TOPICS: Final = 30
+"""The first of them, which describe the topic."""
 
 OUTCOME_SPREAD: Final = 0.3
 """Standard deviation of each predicted outcome, relative to that of all topic coordinates together."""
@@ -37,6 +41,13 @@ OUTCOME_SPREAD: Final = 0.3
 COVERAGE_SPREAD: Final = 1.0
 """The same for the prediction whether a metric is defined for a prompt, if the prediction were perfect. Coverage
 matters more than outcomes: a quality bound costs nothing where its metric is not defined."""
+
+TASK_SPREAD: Final = 2.0
+"""Standard deviation of the task labels, relative to that of all topic coordinates together: prompts of different tasks
+share a group only if there are more tasks than groups."""
+
+MAX_TASKS: Final = 32
+"""Labels that are told apart, the most frequent ones: producers choose labels, and may choose many."""
 
 MAX_GROUPS: Final = 12
 PROMPTS_PER_GROUP: Final = 40
@@ -92,15 +103,23 @@ class Coordinates:
 
 
 def learn_groups(
-    prompts: Sequence[str], preferred: Indices, energy_kwh: Doubles, other_metrics: Sequence[Doubles] = ()
+    prompts: Sequence[str],
+    preferred: Indices,
+    energy_kwh: Doubles,
+    other_metrics: Sequence[Doubles] = (),
+    tasks: Sequence[str | None] = (),
 ) -> LearnedGroups:
     """Learn groups from judged prompts; see `learn_groups_from_features`."""
     features = [extract_features(prompt) for prompt in prompts]
-    return learn_groups_from_features(features, preferred, energy_kwh, other_metrics)
+    return learn_groups_from_features(features, preferred, energy_kwh, other_metrics, tasks)
 
 
 def learn_groups_from_features(
-    features: Sequence[PromptFeatures], preferred: Indices, energy_kwh: Doubles, other_metrics: Sequence[Doubles] = ()
+    features: Sequence[PromptFeatures],
+    preferred: Indices,
+    energy_kwh: Doubles,
+    other_metrics: Sequence[Doubles] = (),
+    tasks: Sequence[str | None] = (),
 ) -> LearnedGroups:
     """Learn groups from the features of judged prompts.
 
@@ -108,6 +127,7 @@ def learn_groups_from_features(
         preferred: (prompts,) index of the level that the judge preferred.
         energy_kwh: (prompts, levels) of the judged answers, all greater than 0.
         other_metrics: (prompts, levels) outcomes of every other metric; NaN where the metric is not defined.
+        tasks: (prompts,) the producer's task label, None where there is none; empty: there are none at all.
 
     Raises:
         TooFewPromptsError: fewer prompts than two groups need.
@@ -116,26 +136,36 @@ def learn_groups_from_features(
         raise TooFewPromptsError(f"{len(features)} judged prompts, at least {2 * MIN_GROUP_PROMPTS} are needed")
     # More threads mostly wait for each other: for 3,000 prompts on two cores they took at least twice the CPU time.
     with threadpool_limits(limits=1):
-        return _learn(features, preferred, energy_kwh, other_metrics)
+        return _learn(features, preferred, energy_kwh, other_metrics, tasks or [None] * len(features))
 
 
 def _learn(
-    features: Sequence[PromptFeatures], preferred: Indices, energy_kwh: Doubles, other_metrics: Sequence[Doubles]
+    features: Sequence[PromptFeatures],
+    preferred: Indices,
+    energy_kwh: Doubles,
+    other_metrics: Sequence[Doubles],
+    tasks: Sequence[str | None],
 ) -> LearnedGroups:
     scaling = fit_scaling(features)
     matrix = scaled_matrix(features, scaling)
     # An undefined outcome counts as 0 at every level, as it does in the optimizer's linear program.
     outcomes = [np.eye(energy_kwh.shape[1])[preferred], np.log(energy_kwh), *map(np.nan_to_num, other_metrics)]
     coverage = [np.isfinite(one.sum(axis=1, keepdims=True)).astype(np.float64) for one in other_metrics]
-    parts = (topics(matrix), _predictions(matrix, outcomes, coverage))
-    judged = np.hstack([part.judged for part in parts])
+    components = principal_components(matrix)
+    parts = (topics(components, matrix), predictions(components, outcomes, coverage))
+    labels = _task_coordinates(tasks)
+    unlabelled = np.zeros(len(labels))
+    judged = np.hstack(
+        [*(part.judged for part in parts), np.array([labels.get(task or "", unlabelled) for task in tasks])]
+    )
     centres = _centres(
         judged, min(MAX_GROUPS, max(1, len(features) // PROMPTS_PER_GROUP)), min_members=MIN_GROUP_PROMPTS
     )
     # |s - c|² is smallest where s·c - |c|²/2 is largest, which is linear in the features too.
-    weights = np.hstack([part.weights for part in parts]) @ centres.T
-    intercept = np.hstack([part.intercept for part in parts]) @ centres.T - np.square(centres).sum(axis=1) / 2.0
-    groups = _prompt_groups(scaling, weights, intercept)
+    of_prompt, of_task = np.split(centres, [centres.shape[1] - len(labels)], axis=1)
+    weights = np.hstack([part.weights for part in parts]) @ of_prompt.T
+    intercept = np.hstack([part.intercept for part in parts]) @ of_prompt.T - np.square(centres).sum(axis=1) / 2.0
+    groups = _prompt_groups(scaling, weights, intercept, {task: place @ of_task.T for task, place in labels.items()})
     families = _centres(centres, max(1, len(centres) // GROUPS_PER_FAMILY), min_members=1)
     family_of = pairwise_distances_argmin(centres, families)
     return LearnedGroups(
@@ -164,26 +194,45 @@ def scaled_matrix(features: Sequence[PromptFeatures], scaling: FeatureScaling) -
     )
 
 
-def topics(matrix: sparse.csr_array) -> Coordinates:
-    """Principal components of scaled features, scaled so that these together have a standard deviation of 1.
-
-    Args:
-        matrix: (prompts, FEATURE_COUNT).
-    """
-    mean = np.asarray(matrix.mean(axis=0))
-    variance = float(matrix.multiply(matrix).mean(axis=0).sum() - np.square(mean).sum())
-    if variance <= 1e-12:
-        return Coordinates.constant(matrix)
+def principal_components(matrix: sparse.csr_array) -> Coordinates:
+    """The principal components of scaled features, (prompts, FEATURE_COUNT), largest first."""
     # Lanczos iterations beyond the rank of the matrix would restart at random vectors.
     rank = len(np.unique(matrix @ np.random.default_rng(_SEED).normal(size=matrix.shape[1]))) - 1
+    if rank < 1:
+        return Coordinates.constant(matrix)
     pca = PCA(min(COMPONENTS, rank), svd_solver="arpack", random_state=_SEED).fit(matrix)
-    components = pca.components_[pca.explained_variance_ratio_ > 1e-6]
-    weights = components.T / np.sqrt(variance)
+    weights = pca.components_[pca.explained_variance_ratio_ > 1e-6].T
     return Coordinates(weights, -pca.mean_ @ weights, (matrix @ weights) - pca.mean_ @ weights)
 
 
-def _predictions(matrix: sparse.csr_array, outcomes: Sequence[Doubles], coverage: Sequence[Doubles]) -> Coordinates:
-    """Predicted outcomes and coverage, each scaled to its spread.
+def topics(components: Coordinates, matrix: sparse.csr_array) -> Coordinates:
+    """The first components, scaled so that all features together have a standard deviation of 1."""
+    mean = np.asarray(matrix.mean(axis=0))
+    variance = float(matrix.multiply(matrix).mean(axis=0).sum() - np.square(mean).sum())
+    scale = 1.0 / np.sqrt(max(variance, 1e-12))
+    return Coordinates(
+        components.weights[:, :TOPICS] * scale,
+        components.intercept[:TOPICS] * scale,
+        components.judged[:, :TOPICS] * scale,
+    )
+
+
+def _task_coordinates(tasks: Sequence[str | None]) -> dict[str, Doubles]:
+    """Coordinates of every label that enough prompts have, (labels,) each; those of all labelled prompts are centred.
+
+    A prompt without one of these labels has the coordinates 0: the mean of the labels.
+    """
+    found = [(task, count) for task, count in Counter(tasks).most_common() if task and count >= MIN_GROUP_PROMPTS]
+    counts = dict(found[:MAX_TASKS])
+    if len(counts) < 2:
+        return {}
+    shares = np.array(list(counts.values())) / sum(counts.values())
+    scale = TASK_SPREAD / np.sqrt((shares * (1.0 - shares)).sum())
+    return dict(zip(counts, scale * (np.eye(len(shares)) - shares), strict=True))
+
+
+def predictions(components: Coordinates, outcomes: Sequence[Doubles], coverage: Sequence[Doubles]) -> Coordinates:
+    """Outcomes and coverage predicted from the components, each scaled to its spread.
 
     Args:
         outcomes: each (prompts, levels).
@@ -194,10 +243,10 @@ def _predictions(matrix: sparse.csr_array, outcomes: Sequence[Doubles], coverage
     varying = targets.std(axis=0) > 1e-12
     is_outcome, targets = (np.arange(targets.shape[1]) < outcome_count)[varying], targets[:, varying]
     if not varying.any():
-        return Coordinates.constant(matrix)
+        return Coordinates(components.weights[:, :0], components.intercept[:0], components.judged[:, :0])
     centred = targets - targets.mean(axis=0)
     # The column of ones is an intercept with the same penalty as every other weight.
-    design = sparse.hstack([matrix, np.ones((matrix.shape[0], 1))], format="csr")
+    design = np.hstack([components.judged, np.ones((len(centred), 1))])
     ridge = RidgeCV([RIDGE_PENALTY], fit_intercept=False, scoring="neg_mean_squared_error", store_cv_results=True).fit(
         design, centred
     )
@@ -208,7 +257,12 @@ def _predictions(matrix: sparse.csr_array, outcomes: Sequence[Doubles], coverage
     correlation = ((predicted - mean) * centred).mean(axis=0) / deviation / targets.std(axis=0)
     # A prediction that does not correlate with what it predicts is noise.
     scale = np.where(is_outcome, OUTCOME_SPREAD, COVERAGE_SPREAD * np.maximum(correlation, 0.0)) / deviation
-    return Coordinates(coefficients[:-1] * scale, (coefficients[-1] - mean) * scale, (predicted - mean) * scale)
+    slopes = coefficients[:-1] * scale
+    return Coordinates(
+        components.weights @ slopes,
+        components.intercept @ slopes + (coefficients[-1] - mean) * scale,
+        (predicted - mean) * scale,
+    )
 
 
 def _centres(points: Doubles, count: int, *, min_members: int) -> Doubles:
@@ -223,11 +277,16 @@ def _centres(points: Doubles, count: int, *, min_members: int) -> Doubles:
     return centres
 
 
-def _prompt_groups(scaling: FeatureScaling, weights: Doubles, intercept: Doubles) -> PromptGroups:
+def _prompt_groups(
+    scaling: FeatureScaling, weights: Doubles, intercept: Doubles, task_scores: Mapping[str, Doubles]
+) -> PromptGroups:
     rounded = weights.astype(np.float16)
     published_intercept = intercept.astype(np.float32)
+    published_scores = {task: scores.astype(np.float32) for task, scores in task_scores.items()}
     # Of the rounded numbers: those of two runs on the same prompts can differ by the last bits of a double.
-    version = hashlib.blake2b(rounded.tobytes() + published_intercept.tobytes(), digest_size=4).hexdigest()
+    content = [rounded.tobytes(), published_intercept.tobytes()]
+    content += [task.encode() + scores.tobytes() for task, scores in published_scores.items()]
+    version = hashlib.blake2b(b"".join(content), digest_size=4).hexdigest()
     # Two versions share no name, so counts of different versions cannot be mixed up.
     names = tuple(f"{version}.{index:02}" for index in range(weights.shape[1]))
-    return PromptGroups(version, names, scaling, rounded.astype(np.float32), published_intercept)
+    return PromptGroups(version, names, scaling, rounded.astype(np.float32), published_intercept, published_scores)

@@ -126,7 +126,7 @@ def learn_grouping(
 
     Args:
         judged: all judged prompts, the newest last.
-        learn_from: most prompts to learn from; memory grows with their square.
+        learn_from: most prompts to learn from.
         traffic: frequency of each stratum in any unit.
         energy: gives the energy per token.
 
@@ -140,10 +140,11 @@ def learn_grouping(
         training.preferred(),
         training.energy_kwh(energy),
         training.other_metrics(),
+        [one.task for one in training.prompts],
     )
     if len(learned.groups.names) < 2:
         raise TooFewPromptsError(f"{len(training.prompts)} judged prompts do not form two groups")
-    names = [learned.groups.assign_features(one.features) for one in earlier]
+    names = [learned.groups.assign_features(one.features, one.task) for one in earlier]
     names += [learned.groups.names[index] for index in learned.leave_one_out]
     labelled = list(zip(names, judged.prompts, strict=True))
     message = PromptGrouping(
@@ -156,6 +157,7 @@ def learn_grouping(
         features=FEATURES,
         classifier=CLASSIFIER,
         arrays=pack(learned.groups),
+        task_scores={task: tuple(scores.tolist()) for task, scores in learned.groups.task_scores.items()},
         traffic=_traffic_shares(labelled, traffic),
         evidence=tuple(_evidence(labelled)),
         taken=tuple(_resource_use(labelled, energy)),
@@ -202,7 +204,7 @@ class GroupLearner:
 
         def group_of(sample: Sample) -> str:
             known = earlier.get(sample.identity)
-            return known if known in names else groups.assign(prompt_text(sample.messages))
+            return known if known in names else groups.assign(prompt_text(sample.messages), sample.task)
 
         return group_of
 

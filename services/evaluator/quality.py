@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any, NamedTuple, Protocol, Self
 
 from services.evaluator.cost import CallContext
-from shared.grouping import PromptFeatures
+from shared.grouping import DEFAULT_GROUP, PromptFeatures
 from shared.messages import Paired, QualityCount, Sample
 
 
@@ -83,7 +83,7 @@ class JudgedPrompt:
     Attributes:
         id: identifies the request, see `Sample.identity`.
         request_id: of the sample.
-        stratum: task label under which the prompt was sampled.
+        stratum: task label under which the prompt was sampled; `DEFAULT_GROUP` if it had none.
         group: group in which it is counted.
         evaluated_at: event time.
         answers: of every candidate, the reference first.
@@ -98,6 +98,11 @@ class JudgedPrompt:
     features: PromptFeatures
     answers: tuple[JudgedAnswer, ...]
     tenant: str | None = None
+
+    @property
+    def task(self) -> str | None:
+        """The producer's task label."""
+        return None if self.stratum == DEFAULT_GROUP else self.stratum
 
     def without(self, metrics: Collection[str]) -> Self:
         """The same prompt without the outcomes of these metrics."""

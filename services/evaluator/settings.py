@@ -93,8 +93,7 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     max_judged_to_learn: int = Field(
         default=3_000,
         ge=40,
-        description="Newest judged prompts that groups are learned from; memory grows with their square, time with "
-        "their cube",
+        description="Newest judged prompts that groups are learned from",
     )
     max_judged: int = Field(
         default=50_000,

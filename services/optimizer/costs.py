@@ -17,7 +17,10 @@ from services.optimizer.settings import OptimizerSettings
 from shared.messages import Footprint, option_key
 from shared.units import JOULES_PER_KWH
 
+_HOUR_S = 3_600.0
 _SHORTEST_SPAN_S = 60.0
+_RECENT_OF_FIRST_RELEASE = 2
+"""Length of the stored `recent` without seconds; its half-life was an hour."""
 
 
 @dataclass(slots=True)
@@ -57,6 +60,11 @@ def decay_factor(age_s: float, half_life_s: float) -> float:
     return float(2.0 ** (-max(0.0, age_s) / half_life_s))
 
 
+def decayed_seconds(span_s: float, half_life_s: float) -> float:
+    """The last `span_s` seconds, each weighted by 2^(-age / half-life); 0 for a span that lies in the future."""
+    return half_life_s / math.log(2) * (1.0 - decay_factor(span_s, half_life_s))
+
+
 @dataclass(frozen=True, slots=True)
 class ResourceUse:
     """What some requests used in all.
@@ -70,6 +78,7 @@ class ResourceUse:
         token_requests, completion_tokens: requests with a known number of generated tokens, and these tokens.
         prompt_requests, prompt_tokens: requests with a known length of the prompt, and these tokens.
         server_requests, server_s: requests with a known share of the server's time, and these seconds.
+        energy_squares: sum of the squared energies, kWh²; None: not known, a coefficient of variation of 1 is assumed.
     """
 
     requests: float
@@ -81,10 +90,15 @@ class ResourceUse:
     prompt_tokens: float = 0.0
     server_requests: float = 0.0
     server_s: float = 0.0
+    energy_squares: float | None = None
 
     def values(self) -> tuple[float, ...]:
         """All fields, in order."""
-        return tuple(getattr(self, name) for name in _RESOURCES)
+        *known, squares = (getattr(self, name) for name in _RESOURCES)
+        return (*known, self._assumed_squares() if squares is None else squares)
+
+    def _assumed_squares(self) -> float:
+        return 2.0 * self.energy_kwh**2 / self.requests if self.requests > 0.0 else 0.0
 
     @classmethod
     def of_footprint(cls, footprint: Footprint) -> "ResourceUse":
@@ -100,6 +114,7 @@ class ResourceUse:
             prompt_tokens=float(prompt_tokens or 0),
             server_requests=0.0 if server_s is None else 1.0,
             server_s=server_s or 0.0,
+            energy_squares=(footprint.energy_j / JOULES_PER_KWH) ** 2,
         )
 
 
@@ -113,14 +128,13 @@ class Consumption:
     Attributes:
         cells: the sums of `ResourceUse` by group, then option.
         traffic: requests by group.
-        recent: requests of all groups, for the request rate.
-        first_request_s: event time of the first request.
+        recent: requests of all groups, and the seconds in which they arrived, for the request rate; None before the
+            first request.
     """
 
     cells: dict[str, dict[str, DecayedSums]] = field(default_factory=dict)
     traffic: dict[str, DecayedSums] = field(default_factory=dict)
     recent: DecayedSums | None = None
-    first_request_s: float | None = None
 
     def add_footprint(self, footprint: Footprint, *, now_s: float, settings: OptimizerSettings) -> None:
         """Count a footprint.
@@ -163,12 +177,13 @@ class Consumption:
         cell = self.cells.setdefault(group, {}).setdefault(option, DecayedSums(at_s, [0.0] * len(_RESOURCES)))
         cell.add(used.values(), at_s=at_s, half_life_s=settings.footprint_half_life_s)
         if traffic > 0.0:
+            self.recent = self.recent or DecayedSums(at_s, [0.0, 0.0])
+            half_life_s = self._rate_half_life_s(at_s, settings)
+            seconds = decayed_seconds(at_s - self.recent.as_of_s, half_life_s)
+            self.recent.add((traffic, seconds), at_s=at_s, half_life_s=half_life_s)
             self.traffic.setdefault(group, DecayedSums(at_s, [0.0])).add(
-                (traffic,), at_s=at_s, half_life_s=settings.traffic_half_life_s
+                (traffic,), at_s=at_s, half_life_s=self.traffic_half_life_s(at_s, settings)
             )
-            self.recent = self.recent or DecayedSums(at_s, [0.0])
-            self.recent.add((traffic,), at_s=at_s, half_life_s=settings.rate_half_life_s)
-            self.first_request_s = min(at_s, self.first_request_s if self.first_request_s is not None else at_s)
         if len(self.cells) > 2 * settings.max_groups:
             self._drop_small_groups(at_s, settings)
 
@@ -179,7 +194,6 @@ class Consumption:
             cells={group: {option: sums.copy() for option, sums in row.items()} for group, row in self.cells.items()},
             traffic={group: sums.copy() for group, sums in self.traffic.items() if group in kept},
             recent=self.recent,
-            first_request_s=self.first_request_s,
         )
 
     def totals(self, now_s: float, settings: OptimizerSettings) -> dict[str, dict[str, ResourceUse]]:
@@ -193,19 +207,29 @@ class Consumption:
 
     def requests(self, now_s: float, settings: OptimizerSettings) -> dict[str, float]:
         """Effective requests of clients by group, at an event time."""
-        return {group: sums.at(now_s, settings.traffic_half_life_s)[0] for group, sums in self.traffic.items()}
+        half_life_s = self.traffic_half_life_s(now_s, settings)
+        return {group: sums.at(now_s, half_life_s)[0] for group, sums in self.traffic.items()}
 
     def requests_per_s(self, now_s: float, settings: OptimizerSettings) -> float:
-        """The recent request rate.
+        """The recent request rate: decayed requests per decayed second."""
+        return self._rate(now_s, self._rate_half_life_s(now_s, settings))
 
-        After a time T at a steady rate r the decayed sum is r * H/ln 2 * (1 - 2^(-T/H)), with half-life H.
-        """
-        if self.recent is None or self.first_request_s is None:
+    def traffic_half_life_s(self, now_s: float, settings: OptimizerSettings) -> float:
+        """Half-life of the traffic shares: the time of some requests, because fewer say little, within limits."""
+        rate = self.requests_per_s(now_s, settings)
+        return _half_life_s(settings.traffic_half_life_requests, rate, settings.traffic_half_life_h, settings)
+
+    def _rate_half_life_s(self, now_s: float, settings: OptimizerSettings) -> float:
+        rate = self._rate(now_s, settings.rate_half_life_h * _HOUR_S)
+        return _half_life_s(settings.rate_half_life_requests, rate, settings.rate_half_life_h, settings)
+
+    def _rate(self, now_s: float, half_life_s: float) -> float:
+        """Requests per second; `half_life_s` is that of the time since the newest request."""
+        if self.recent is None:
             return 0.0
-        span_s = max(now_s - self.first_request_s, _SHORTEST_SPAN_S)
-        half_life_s = settings.rate_half_life_s
-        effective_s = half_life_s / math.log(2) * (1.0 - decay_factor(span_s, half_life_s))
-        return self.recent.at(now_s, half_life_s)[0] / effective_s
+        requests, seconds = self.recent.at(now_s, half_life_s)
+        seconds += decayed_seconds(now_s - self.recent.as_of_s, half_life_s)
+        return requests / max(seconds, _SHORTEST_SPAN_S)
 
     def to_document(self) -> dict[str, Any]:
         """The sums as JSON types: every entry is [as_of_s, *values]."""
@@ -215,21 +239,21 @@ class Consumption:
             },
             "traffic": {group: _to_list(sums) for group, sums in self.traffic.items()},
             "recent": None if self.recent is None else _to_list(self.recent),
-            "first_request_s": self.first_request_s,
         }
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "Consumption":
-        """Read what `to_document` wrote; the first release stored no tokens and no server time."""
+        """Read what `to_document` wrote; the first release stored no tokens, no server time, and no seconds."""
         recent = document["recent"]
+        if recent is not None and len(recent) == _RECENT_OF_FIRST_RELEASE:
+            recent = [*recent, decayed_seconds(recent[0] - document["first_request_s"], _HOUR_S)]
         return cls(
             cells={
-                group: {option: _from_list(sums, len(_RESOURCES)) for option, sums in row.items()}
+                group: {option: _cell_from_list(sums) for option, sums in row.items()}
                 for group, row in document["cells"].items()
             },
             traffic={group: _from_list(sums) for group, sums in document["traffic"].items()},
             recent=None if recent is None else _from_list(recent),
-            first_request_s=document["first_request_s"],
         )
 
     def _drop_small_groups(self, now_s: float, settings: OptimizerSettings) -> None:
@@ -241,14 +265,23 @@ class Consumption:
             self.traffic.pop(group, None)
 
 
+def _half_life_s(requests: float, rate: float, shortest_h: float, settings: OptimizerSettings) -> float:
+    """The time of some requests at a rate (1/s), within limits."""
+    shortest_s, longest_s = shortest_h * _HOUR_S, max(shortest_h, settings.longest_half_life_h) * _HOUR_S
+    return min(max(shortest_s, requests / rate), longest_s) if rate > 0.0 else longest_s
+
+
 def _to_list(sums: DecayedSums) -> list[float]:
     return [sums.as_of_s, *sums.values]
 
 
-def _from_list(stored: list[float], length: int = 1) -> DecayedSums:
-    """The sums, with zeros for those that an earlier release did not store."""
-    values = list(stored[1:])
-    return DecayedSums(stored[0], values + [0.0] * (length - len(values)))
+def _from_list(stored: list[float]) -> DecayedSums:
+    return DecayedSums(stored[0], list(stored[1:]))
+
+
+def _cell_from_list(stored: list[float]) -> DecayedSums:
+    """The sums of a cell, with defaults for those that an earlier release did not store."""
+    return DecayedSums(stored[0], list(ResourceUse(*stored[1:]).values()))
 
 
 class CostModel:
@@ -268,6 +301,14 @@ class CostModel:
         """Effective requests of a group and option."""
         used = self._totals.get(group, {}).get(option)
         return 0.0 if used is None else used.requests
+
+    def energy_variation(self, group: str, option: str) -> float:
+        """Standard deviation of a request's energy, relative to its mean; shrunk to 1, which is more than usual."""
+        used = self._totals.get(group, {}).get(option)
+        if used is None or used.energy_squares is None or used.energy_kwh <= 0.0:
+            return 1.0
+        square = max(0.0, used.requests * used.energy_squares / used.energy_kwh**2 - 1.0)
+        return math.sqrt((used.requests * square + self._pseudo_requests) / (used.requests + self._pseudo_requests))
 
     @cached_property
     def energy_kwh(self) -> MeanModel:

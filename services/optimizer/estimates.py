@@ -29,6 +29,8 @@ class Estimates:
         overall: by option, the traffic-weighted mean: for groups without probabilities of their own.
         families: families of groups about similar things, by group.
         requests_per_s: request rate of the model.
+        traffic_requests: effective requests that the weights were counted from; None: they are known exactly.
+        variation: standard deviation of a request's energy at the baseline, relative to its mean, by group.
         ineligible: why an option may not be used, by option.
         prices: what a token costs, by pool; e follows from it. A pool without a price has the attributed energy.
     """
@@ -38,6 +40,8 @@ class Estimates:
     overall: Row
     families: dict[str, str] = field(default_factory=dict)
     requests_per_s: float
+    traffic_requests: float | None = None
+    variation: dict[str, float] = field(default_factory=dict)
     ineligible: dict[str, str] = field(default_factory=dict)
     prices: dict[str, PoolPrice] = field(default_factory=dict)
 
@@ -130,6 +134,8 @@ def estimate(
         ),
         families={group: family for group in groups if (family := counts.family(group)) is not None},
         requests_per_s=consumption.requests_per_s(now_s, settings),
+        traffic_requests=total or None,
+        variation={group: costs.model.energy_variation(group, reference) for group in groups},
         ineligible=ineligible,
         prices=dict(costs.prices),
     )

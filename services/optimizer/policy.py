@@ -7,6 +7,7 @@ from typing import Literal
 
 from services.optimizer.bounds import CurrentIntensity, TrailingRange, joint_confidence_z, quality_bounds
 from services.optimizer.estimates import Estimates, price_bases, relative_change
+from services.optimizer.holdout import AUTO, Holdout, choose_holdout
 from services.optimizer.prices import describe_price
 from services.optimizer.problem import Failure, LaterHours, OptionPrice, Problem, Solution
 from services.optimizer.program import TIME_LIMIT_S, solve
@@ -79,6 +80,7 @@ def build_problem(
     settings: OptimizerSettings,
     rest_bounds: Mapping[str, float] | None = None,
     later: Sequence[LaterHours] = (),
+    holdout: float = 0.0,
     capacities: Mapping[str, float] | None = None,
     overall: bool = False,
 ) -> Problem:
@@ -89,9 +91,10 @@ def build_problem(
         reference: the baseline option.
         prices: by option; an option without a price is not used.
         bounds: b_m of the present hour by metric.
-        settings: confidence level, floors and holdout.
+        settings: confidence level and floors.
         rest_bounds: with a promise by period, what the present hour and the later ones need together, by metric.
         later: those later hours.
+        holdout: minimum probability of the reference in every group.
         capacities: concurrent requests by pool; None: unlimited.
         overall: state the program for all traffic as one group, `ALL_TRAFFIC`.
     """
@@ -108,7 +111,8 @@ def build_problem(
         floors=settings.floors,
         capacities=capacities or {},
         requests_per_s=estimates.requests_per_s,
-        holdout=settings.holdout,
+        holdout=holdout,
+        traffic_requests=None if overall else estimates.traffic_requests,
     )
 
 
@@ -136,8 +140,8 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         pool.name: float(pool.concurrency) for pool in fleet.pools_of(situation.model) if pool.concurrency is not None
     }
 
-    def solved(*, overall: bool) -> Solution:
-        problem = build_problem(
+    def problem_with(holdout: float, *, overall: bool) -> Problem:
+        return build_problem(
             estimates,
             reference=reference,
             prices=prices,
@@ -145,13 +149,18 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             rest_bounds=None if rest is None else rest.bounds,
             later=later,
             settings=settings,
+            holdout=holdout,
             capacities=capacities,
             overall=overall,
         )
-        return solve(problem)
 
-    overall = solved(overall=True)
-    solution = solved(overall=False) if estimates.weights else overall
+    least = settings.holdout_minimum if settings.holdout == AUTO else settings.holdout
+    problem = problem_with(least, overall=not estimates.weights)
+    solution = solve(problem)
+    holdout = choose_holdout(problem, solution.rows, variation=estimates.variation, settings=settings)
+    if holdout.probability > least:
+        solution = solve(replace(problem, holdout=holdout.probability))
+    overall = solve(problem_with(holdout.probability, overall=True)) if estimates.weights else solution
     promise = None
     if rest is not None:
         promise = PeriodPromise(
@@ -169,7 +178,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         valid_until=situation.now + settings.validity,
         status=solution.status,
         overload=solution.overload if solution.overload > OVERLOAD_EPSILON else 0.0,
-        reason=_reason(situation, solution, bounds, promise, zone),
+        reason=_reason(situation, solution, bounds, promise=promise, zone=zone, holdout=holdout),
         reference=reference,
         groups=solution.rows if estimates.weights else {},
         overall=overall.rows[ALL_TRAFFIC],
@@ -190,7 +199,8 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             families=estimates.families,
             cautions=joint_confidence_z(bounds, settings),
             estimates=estimates.groups or {ALL_TRAFFIC: estimates.overall},
-            holdout=settings.holdout,
+            holdout=holdout.probability,
+            saving_half_width_pct=holdout.half_width_pct,
             options={
                 option: OptionInputs(
                     pool=price.pool, g_per_kwh=price.g_per_kwh, embodied_g_per_s=price.embodied_g_per_s
@@ -207,6 +217,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
                 )
                 for hours in later
             ),
+            traffic_requests=estimates.traffic_requests if estimates.weights else None,
         ),
     )
 
@@ -260,6 +271,7 @@ def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
         capacities=capacities,
         requests_per_s=inputs.requests_per_s,
         holdout=inputs.holdout,
+        traffic_requests=inputs.traffic_requests,
     )
 
 
@@ -314,7 +326,13 @@ def _prices_of(fleet: Fleet, model: str, g_per_kwh: Mapping[str, float]) -> dict
 
 
 def _reason(
-    situation: Situation, solution: Solution, bounds: Mapping[str, float], promise: PeriodPromise | None, zone: str
+    situation: Situation,
+    solution: Solution,
+    bounds: Mapping[str, float],
+    *,
+    promise: PeriodPromise | None,
+    zone: str,
+    holdout: Holdout,
 ) -> str:
     k0 = situation.intensities[zone]
     parts = [f"{_TRIGGERED_BY[situation.trigger]}: {k0.g_per_kwh:.0f} g/kWh in {zone}"]
@@ -335,6 +353,8 @@ def _reason(
         parts.append(_FAILURE[solution.failure])
     if solution.status == "reference":
         parts.append("the reference is served")
+    else:
+        parts.append(holdout.reason)
     parts.extend(f"{option} not used: {why}" for option, why in situation.estimates.ineligible.items())
     parts.extend(describe_price(pool, price) for pool, price in situation.estimates.prices.items())
     return "; ".join(parts)

@@ -93,6 +93,7 @@ class Problem:
         capacities: concurrent requests by pool; a pool that is not named is unlimited.
         requests_per_s: request rate of the model, for the capacities.
         holdout: minimum probability of the reference in every group.
+        traffic_requests: effective requests that the weights were counted from; None: the weights are known exactly.
     """
 
     reference: str
@@ -108,6 +109,7 @@ class Problem:
     capacities: Mapping[str, float] = field(default_factory=dict)
     requests_per_s: float = 0.0
     holdout: float = 0.0
+    traffic_requests: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isclose(sum(self.weights.values()), 1.0, abs_tol=1e-6):
@@ -257,9 +259,25 @@ class Cells:
     def error_factors(self, metric: str) -> Floats:
         """P of a metric, (components, cells): the standard error of all traffic's quality is |P x|."""
         errors = np.array([estimate.doubt.get(metric, NO_ERROR) for estimate in self._estimates])
+        weighted = self.weights[:, None] * errors
+        weighted[:, 0] = np.hypot(weighted[:, 0], self._share_errors(metric))
         groups = [group for group, _ in self.names]
         families = [self.problem.families.get(group, "") for group in groups]
-        return error_factors(self.weights[:, None] * errors, groups, families)
+        return error_factors(weighted, groups, families)
+
+    def _share_errors(self, metric: str) -> Floats:
+        """Standard error of all traffic's quality due to the group's traffic share, for every cell.
+
+        Of n requests the share w of a group has the variance w / n, apart from what all groups have in common. An error
+        of a share counts as much as the group's quality differs from the reference's. Added to the cell's own error it
+        is exact for a group that uses one option, and too large for one that mixes options.
+        """
+        requests = self.problem.traffic_requests
+        if requests is None:
+            return np.zeros(len(self.names))
+        of_reference = {group: row[self.problem.reference] for group, row in self.problem.estimates.items()}
+        change = self.quality(metric) - np.array([of_reference[group].quality[metric] for group, _ in self.names])
+        return np.asarray(np.sqrt(self.weights / max(requests, 1.0)) * np.abs(change))
 
     def rows(self, x: Floats) -> Rows:
         """Probabilities as distributions by group, from the solver's values."""

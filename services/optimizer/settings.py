@@ -74,9 +74,16 @@ class OptimizerSettings(BaseSettings):
         validation_alias=_renamed("CONFIDENCE_Z_BY_METRIC", "CAUTIONS"),
         description='The safety margin of single metrics, however many are limited: JSON {"correctness": 0.5}',
     )
-    holdout: Probability = Field(
-        default=0.05, description="Share of every group's traffic that is always served by the baseline (control group)"
+    holdout: Probability | Literal["auto"] = Field(
+        default="auto",
+        description="Share of every group's traffic that is always served by the baseline (control group); auto: as "
+        "small as HOLDOUT_HALF_WIDTH_PCT allows",
     )
+    holdout_half_width_pct: float = Field(
+        default=2.0, gt=0, description="Wanted half-width of the 95 % interval of a day's attributed saving, in points"
+    )
+    holdout_minimum: Probability = Field(default=0.001, gt=0, description="The smallest holdout that auto chooses")
+    holdout_maximum: Probability = Field(default=0.05, gt=0, description="The largest holdout that auto chooses")
     validity_h: float = Field(
         default=3.0,
         gt=0,
@@ -104,10 +111,17 @@ class OptimizerSettings(BaseSettings):
 
     # Estimates of energy, time and traffic
     footprint_half_life_h: float = Field(default=24.0, gt=0, description="Half-life of energy and time, event")
-    traffic_half_life_h: float = Field(
-        default=1.0, gt=0, description="Half-life of the groups' shares of the traffic, which change by the hour, event"
+    traffic_half_life_requests: float = Field(
+        default=250.0, ge=0, description="Half-life of the groups' shares of the traffic, in requests"
     )
-    rate_half_life_h: float = Field(default=1.0, gt=0, description="Half-life of the request rate, event")
+    traffic_half_life_h: float = Field(
+        default=1.0, gt=0, description="Shortest half-life of these shares, which change by the hour, event"
+    )
+    rate_half_life_requests: float = Field(default=50.0, ge=0, description="Half-life of the request rate, in requests")
+    rate_half_life_h: float = Field(default=1.0, gt=0, description="Shortest half-life of the request rate, event")
+    longest_half_life_h: float = Field(
+        default=24.0, gt=0, description="Longest half-life of shares and rate, however few requests arrive, event"
+    )
     pseudo_requests: float = Field(
         default=10.0,
         gt=0,
@@ -228,6 +242,15 @@ class OptimizerSettings(BaseSettings):
     retry_pause_s: float = Field(default=1.0, gt=0, description="Pause before PostgreSQL is tried again, wall")
 
     @model_validator(mode="after")
+    def _holdout_limits_are_ordered(self) -> Self:
+        if self.holdout_minimum > self.holdout_maximum:
+            raise ValueError(
+                f"{_PREFIX}HOLDOUT_MINIMUM {self.holdout_minimum:g} is larger than {_PREFIX}HOLDOUT_MAXIMUM "
+                f"{self.holdout_maximum:g}: lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _metrics_are_in_xi(self) -> Self:
         named = {
             "FLOORS": self.floors.keys(),
@@ -288,16 +311,6 @@ class OptimizerSettings(BaseSettings):
     def footprint_half_life_s(self) -> float:
         """Half-life of the estimates of energy and time, event seconds."""
         return self.footprint_half_life_h * _HOUR_S
-
-    @property
-    def traffic_half_life_s(self) -> float:
-        """Half-life of the groups' shares of the traffic, event seconds."""
-        return self.traffic_half_life_h * _HOUR_S
-
-    @property
-    def rate_half_life_s(self) -> float:
-        """Half-life of the request rate, event seconds."""
-        return self.rate_half_life_h * _HOUR_S
 
     @property
     def profile_half_life_s(self) -> float:

@@ -215,7 +215,8 @@ def consumption_by_groups(
             completion_tokens=tokens or 0.0,
         )
         found.add(one.group, one.option, used, at_s=at_s, settings=settings, traffic=0.0)
+    half_life_s = found.traffic_half_life_s(at_s, settings)
     for group, share in grouping.traffic.items():
         sums = found.traffic.setdefault(group, DecayedSums(at_s, [0.0]))
-        sums.add((TRAFFIC_REQUESTS * share,), at_s=at_s, half_life_s=settings.traffic_half_life_s)
+        sums.add((TRAFFIC_REQUESTS * share,), at_s=at_s, half_life_s=half_life_s)
     return found

@@ -9,12 +9,13 @@ from services.router.admission import IncomingRequest, error_of_unparsed, parse_
 from services.router.cancellation import Cancellations
 from services.router.fencing import RecordFence
 from services.router.metrics import RouterMetrics
-from services.router.policy import DEFAULT_GROUP, PolicyCache, UnknownLevelError, select_option
+from services.router.policy import PolicyCache, UnknownLevelError, select_option
 from services.router.publisher import RouterPublisher, limit_size
 from services.router.settings import RouterSettings
 from services.router.streaming import ChunkStream
 from services.router.tracing import Tracing
 from shared.fleet import Fleet
+from shared.grouping import DEFAULT_GROUP
 from shared.inference.attempts import AttemptResult, Attempts, CancelSignal, GenerationJob
 from shared.inference.base import GenerationParameters
 from shared.inference.chat import ConversationError

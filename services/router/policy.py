@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
-from shared.grouping import PromptGroups, prompt_text, unpack
+from shared.grouping import DEFAULT_GROUP, PromptGroups, prompt_text, unpack
 from shared.hashing import uniform
 from shared.messages import (
     FORBIDDEN,
@@ -29,9 +29,6 @@ from shared.runtime.logs import get_logger
 
 FallbackReason = Literal["no_policy", "expired", "unknown_options", "stale_intensity"]
 """Reason why a model has no usable policy."""
-
-DEFAULT_GROUP: Final = "default"
-"""The prompt group of a request without a task label."""
 
 GROUP_VERSIONS_KEPT: Final = 3
 """Versions of each model's prompt groups that are kept: a policy refers to a new version some time later."""
@@ -103,11 +100,14 @@ class PromptGroupCache:
         return True
 
     def assign(self, request: GenerationRequest, *, model: str, policy: Policy | None) -> GroupAssignment:
-        """Assign a request to a prompt group: by the version that the policy names, otherwise by its task label."""
+        """Assign a request to a prompt group: by the version that the policy names, otherwise by its task label.
+
+        A version of groups takes the label into account.
+        """
         version = self._newest_version(model) if policy is None else policy.group_version
         groups = self._versions.get(model, {}).get(version or "")
         if groups is not None:
-            group = groups.assign(prompt_text(request.conversation()))
+            group = groups.assign(prompt_text(request.conversation()), request.task)
         else:
             group = request.task or DEFAULT_GROUP
         if policy is None:

@@ -1,13 +1,13 @@
 """Assigns a prompt to its group, in microseconds.
 
 The evaluator clusters prompts in a space that is linear in their features (docs/decisions/0008-prompt-groups.md). A
-prompt belongs to the nearest cluster centre, which is the group with the highest of one linear score per group. The
-router has no scikit-learn, so this module uses NumPy only.
+prompt belongs to the nearest cluster centre, which is the group with the highest of one linear score per group. A known
+task label adds to the scores. The router has no scikit-learn, so this module uses NumPy only.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from shared.grouping.features import HASHED, WORD_BUCKETS, PromptFeatures, extract_features
 
 Floats = NDArray[np.float32]
+
+DEFAULT_GROUP: Final = "default"
+"""The prompt group of a request without a task label, as long as no groups are learned."""
 
 CLASSIFIER: Final = 2
 """Version of the assignment. Arrays of one version are useless for another."""
@@ -60,6 +63,7 @@ class PromptGroups:
         names: of the groups.
         weights: (FEATURE_COUNT, groups) scores of scaled features, rounded to float16 as on the wire.
         intercept: (groups,).
+        task_scores: by task label, (groups,) what it adds to the scores; another label, or none, adds nothing.
     """
 
     version: str
@@ -67,21 +71,28 @@ class PromptGroups:
     scaling: FeatureScaling
     weights: Floats
     intercept: Floats
+    task_scores: Mapping[str, Floats] = field(default_factory=dict)
 
-    def assign(self, prompt: str) -> str:
+    def assign(self, prompt: str, task: str | None = None) -> str:
         """Name of a prompt's group."""
-        return self.assign_features(extract_features(prompt))
+        return self.assign_features(extract_features(prompt), task)
 
-    def assign_features(self, features: PromptFeatures) -> str:
+    def assign_features(self, features: PromptFeatures, task: str | None = None) -> str:
         """Name of the group of a prompt with these features."""
-        return self.names[self._index(features)]
+        return self.names[self._index(features, task)]
 
-    def assign_all(self, prompts: Sequence[str]) -> NDArray[np.int64]:
+    def assign_all(self, prompts: Sequence[str], tasks: Sequence[str | None] | None = None) -> NDArray[np.int64]:
         """Index of every prompt's group in `names`, (prompts,)."""
-        return np.array([self._index(extract_features(prompt)) for prompt in prompts], dtype=np.int64)
+        labels = [None] * len(prompts) if tasks is None else tasks
+        return np.array(
+            [self._index(extract_features(prompt), task) for prompt, task in zip(prompts, labels, strict=True)],
+            dtype=np.int64,
+        )
 
-    def _index(self, features: PromptFeatures) -> int:
+    def _index(self, features: PromptFeatures, task: str | None) -> int:
         hashed, shape = self.scaling.transform(features)
         # Only the rows of buckets that occur: a dense product would take as long as everything else together.
         scores = hashed @ self.weights[features.buckets] + shape @ self.weights[HASHED:] + self.intercept
+        if task is not None and (of_task := self.task_scores.get(task)) is not None:
+            scores = scores + of_task
         return int(scores.argmax())

@@ -65,6 +65,8 @@ def unpack(message: PromptGrouping) -> PromptGroups:
             raise GroupingError(f"there is no array {name!r}")
         if message.arrays[name].shape != shape:
             raise GroupingError(f"array {name!r} has shape {message.arrays[name].shape}, {shape} is needed")
+    if any(len(scores) != len(message.names) for scores in message.task_scores.values()):
+        raise GroupingError(f"a task has not one score for each of the {len(message.names)} groups")
     arrays = {name: _unpack(name, message.arrays[name]) for name in wanted}
     return PromptGroups(
         version=message.version,
@@ -72,6 +74,7 @@ def unpack(message: PromptGrouping) -> PromptGroups:
         scaling=FeatureScaling(arrays["telling"], arrays["mean"], arrays["spread"]),
         weights=arrays["weights"].astype(np.float32),
         intercept=arrays["intercept"],
+        task_scores={task: np.array(scores, np.float32) for task, scores in message.task_scores.items()},
     )
 
 

@@ -115,7 +115,12 @@ class PolicyInputs(Value):
         "lowered by",
     )
     estimates: dict[str, dict[str, OptionEstimate]] = Field(description="By group, then option")
-    holdout: Probability
+    holdout: Probability = Field(description="Minimum probability of the reference in every group")
+    saving_half_width_pct: float | None = Field(
+        default=None,
+        ge=0,
+        description="Expected half-width of the 95 % interval of a day's attributed saving, points; null: not known",
+    )
     options: dict[str, OptionInputs] = Field(
         default={}, description="By option that has a known price; empty in policies of the first release"
     )
@@ -129,6 +134,9 @@ class PolicyInputs(Value):
     requests_per_s: float = Field(default=0.0, ge=0, description="Request rate that capacities are compared with")
     later: tuple[LaterHoursInputs, ...] = Field(
         default=(), description="With a promise by period: the hours that the options were chosen together with"
+    )
+    traffic_requests: float | None = Field(
+        default=None, gt=0, description="Effective requests that `weights` were counted from; null in older policies"
     )
 
 
@@ -221,6 +229,11 @@ class PromptGrouping(Message):
     features: int = Field(default=0, ge=0, description="Version of the prompt features")
     classifier: int = Field(default=1, ge=1, description="Version of the classifier that finds a prompt's group")
     arrays: dict[str, PackedArray] = Field(default={}, description="Parameters of the classifier, see shared/grouping")
+    task_scores: dict[Identifier, tuple[float, ...]] = Field(
+        default={},
+        description="By task label: what it adds to the score of each group, in the order of `names`; other labels add "
+        "nothing",
+    )
     traffic: dict[str, Probability] = Field(default={}, description="By group: share of the sampled traffic")
     evidence: tuple[GroupEvidence, ...] = Field(default=(), description="Oldest first")
     taken: tuple[GroupTaken, ...] = ()

@@ -49,6 +49,7 @@ def synthetic(groups: int, options: int) -> Problem:
         capacities={"pool-0": 20.0},
         requests_per_s=2.0,
         holdout=0.05,
+        traffic_requests=300.0,
     )
 
 

@@ -1,17 +1,24 @@
 """Features of prompts, clustering of judged prompts, and assignment of prompts that were not judged."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
 
 from services.evaluator.clusters import (
-    COMPONENTS,
     GROUPS_PER_FAMILY,
     MAX_GROUPS,
+    MAX_TASKS,
     MIN_GROUP_PROMPTS,
+    RIDGE_PENALTY,
+    TOPICS,
     TooFewPromptsError,
     fit_scaling,
     learn_groups,
+    predictions,
+    principal_components,
     scaled_matrix,
     topics,
 )
@@ -136,17 +143,75 @@ def test_learning_is_deterministic_also_with_few_distinct_prompts(distinct):
     assert np.array_equal(first.leave_one_out, second.leave_one_out)
 
 
-def test_topics_are_the_principal_components_of_the_features():
+def test_topics_are_theprincipal_components_of_the_features():
     features = [extract_features(prompt) for prompt in made(200, seed=7)[0]]
     matrix = scaled_matrix(features, fit_scaling(features))
-    judged = topics(matrix).judged
+    judged = topics(principal_components(matrix), matrix).judged
     dense = matrix.toarray()
     centred = dense - dense.mean(axis=0)
-    scores = PCA(COMPONENTS, svd_solver="full").fit_transform(dense) / np.sqrt(centred.var(axis=0).sum())
+    scores = PCA(TOPICS, svd_solver="full").fit_transform(dense) / np.sqrt(centred.var(axis=0).sum())
     assert judged.shape == scores.shape
     # A component is determined up to its sign, and its coordinates are centred.
     assert np.allclose(judged @ judged.T, scores @ scores.T, atol=1e-8)
     assert np.allclose(judged.mean(axis=0), 0.0, atol=1e-9)
+
+
+def test_reactions_are_predicted_without_the_prompts_own_verdict():
+    prompts, _, preferred, _ = made(60, seed=7)
+    features = [extract_features(prompt) for prompt in prompts]
+    components = principal_components(scaled_matrix(features, fit_scaling(features)))
+    outcome = np.eye(2)[preferred]
+    found = predictions(components, [outcome], []).judged[:, 0]
+    design = np.hstack([components.judged, np.ones((60, 1))])
+    target = outcome[:, 0] - outcome[:, 0].mean()
+    others = [np.delete(np.arange(60), place) for place in range(60)]
+    expected = np.array(
+        [
+            design[place]
+            @ Ridge(RIDGE_PENALTY, fit_intercept=False, solver="cholesky").fit(design[kept], target[kept]).coef_
+            for place, kept in enumerate(others)
+        ]
+    )
+    assert np.corrcoef(found, expected)[0, 1] == pytest.approx(1.0, abs=1e-9)
+
+
+def labelled(count: int, *, seed: int, labels: Sequence[str]):
+    """Prompts of two kinds, alternately; the labels are given in turn, two prompts each, whatever the kind."""
+    prompts, _, preferred, energy = made(count, seed=seed)
+    tasks = [labels[number // 2 % len(labels)] or None for number in range(count)]
+    return learn_groups(prompts, preferred, energy, (), tasks), prompts, tasks
+
+
+def test_prompts_with_different_labels_are_in_different_groups():
+    learned, prompts, tasks = labelled(600, seed=11, labels=("support", "search"))
+    names = [learned.groups.names[place] for place in learned.leave_one_out]
+    of_label = {label: {name for name, task in zip(names, tasks, strict=True) if task == label} for label in set(tasks)}
+    assert not of_label["support"] & of_label["search"]
+    assert all(len(found) > 1 for found in of_label.values())  # the text still counts
+    assert learned.groups.assign(prompts[0], "support") in of_label["support"]
+    assert learned.groups.assign(prompts[0], "search") in of_label["search"]
+    assigned = learned.groups.assign_all(prompts, tasks)
+    assert np.mean(assigned == learned.leave_one_out) > 0.95
+
+
+def test_prompts_without_a_label_or_with_an_unknown_one_are_grouped_by_their_text():
+    learned, prompts, tasks = labelled(600, seed=12, labels=("support", "search", ""))
+    unlabelled = [prompt for prompt, task in zip(prompts, tasks, strict=True) if task is None]
+    groups = [learned.groups.assign(prompt) for prompt in unlabelled]
+    assert len(set(groups)) > 1
+    assert groups == [learned.groups.assign(prompt, "a label of tomorrow") for prompt in unlabelled]
+
+
+def test_the_number_of_labels_is_bounded_and_rare_ones_count_as_none():
+    many, _, _ = labelled(
+        2 * MIN_GROUP_PROMPTS * (MAX_TASKS + 8), seed=13, labels=[f"t{n}" for n in range(MAX_TASKS + 8)]
+    )
+    assert len(many.groups.task_scores) == MAX_TASKS
+    assert len(many.groups.names) <= MAX_GROUPS
+    rare, _, _ = labelled(200, seed=13, labels=[f"t{n}" for n in range(100)])
+    single, _, _ = labelled(200, seed=13, labels=["only"])
+    assert rare.groups.task_scores == single.groups.task_scores == {}
+    assert rare.groups.version == single.groups.version
 
 
 def test_too_few_prompts_are_rejected():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.optimizer.bounds import current_intensity, joint_confidence_z, quality_bounds, trailing_range
-from services.optimizer.costs import Consumption
+from services.optimizer.costs import Consumption, ResourceUse
 from services.optimizer.estimates import Estimates, estimate, estimates_changed
 from services.optimizer.multiplicative_model import fit_multiplicative_model
 from services.optimizer.settings import OptimizerSettings
@@ -182,7 +182,53 @@ def test_consumption_can_be_stored_and_decays_in_event_time():
     made = consumption_of(*(footprint("a", "L0", 1_000, at=NOW - timedelta(hours=1)) for _ in range(8)))
     again = Consumption.from_document(made.to_document())
     assert again == made
-    assert again.requests(NOW.timestamp(), SETTINGS) == {"a": pytest.approx(4.0)}
+    by_hours = OptimizerSettings(traffic_half_life_requests=0)
+    assert again.requests(NOW.timestamp(), by_hours) == {"a": pytest.approx(4.0)}
+
+
+def served_at(per_hour: int, hours: int, group: str = "a") -> Consumption:
+    made = Consumption()
+    used = ResourceUse(1.0, 1e-4, 1.0)
+    for number in range(per_hour * hours):
+        at_s = NOW.timestamp() - 3_600.0 * hours + 3_600.0 * number / per_hour
+        made.add(group, "p/L0", used, at_s=at_s, settings=SETTINGS, traffic=1.0)
+    return made
+
+
+@pytest.mark.parametrize(("per_hour", "half_life_h"), [(5, 24.0), (100, 2.5), (1_000, 1.0)])
+def test_the_memory_of_rate_and_traffic_is_counted_in_requests_within_limits_in_hours(per_hour, half_life_h):
+    made, now_s = served_at(per_hour, 30), NOW.timestamp()
+    assert made.traffic_half_life_s(now_s, SETTINGS) == pytest.approx(3_600.0 * half_life_h, rel=0.02)
+    assert made.requests_per_s(now_s, SETTINGS) == pytest.approx(per_hour / 3_600.0, rel=0.03)
+
+
+def test_old_traffic_loses_its_share_the_faster_the_more_requests_arrive():
+    shares = {}
+    for per_hour in (20, 2_000):
+        made = served_at(per_hour, 30)
+        for number in range(2 * per_hour):
+            at_s = NOW.timestamp() + 3_600.0 * number / per_hour
+            made.add("b", "p/L0", ResourceUse(1.0, 1e-4, 1.0), at_s=at_s, settings=SETTINGS, traffic=1.0)
+        requests = made.requests(NOW.timestamp() + 2 * 3_600.0, SETTINGS)
+        shares[per_hour] = requests["a"] / sum(requests.values())
+    assert shares[20] > 0.85
+    assert shares[2_000] == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_request_rate_follows_a_change_whatever_the_memory():
+    made = served_at(20, 48)
+    for number in range(4_000):
+        at_s = NOW.timestamp() + 3_600.0 * number / 1_000
+        made.add("a", "p/L0", ResourceUse(1.0, 1e-4, 1.0), at_s=at_s, settings=SETTINGS, traffic=1.0)
+    assert made.requests_per_s(NOW.timestamp() + 4 * 3_600.0, SETTINGS) == pytest.approx(1_000 / 3_600.0, rel=0.2)
+
+
+def test_a_request_rate_that_the_first_release_stored_is_read():
+    stored = served_at(1_000, 10).to_document()
+    as_of_s, requests, _ = stored["recent"]
+    stored |= {"recent": [as_of_s, requests], "first_request_s": as_of_s - 10 * 3_600.0}
+    again = Consumption.from_document(stored)
+    assert again.requests_per_s(NOW.timestamp(), SETTINGS) == pytest.approx(1_000 / 3_600.0, rel=0.01)
 
 
 def test_without_judged_prompts_only_the_reference_is_eligible():

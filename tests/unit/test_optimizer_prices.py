@@ -263,7 +263,7 @@ def test_the_sums_survive_storage():
     assert used == ResourceUse(
         requests=20.0, energy_kwh=pytest.approx(1_200.0 / JOULES_PER_KWH), processing_s=80.0, token_requests=20.0,
         completion_tokens=2_000.0, prompt_requests=20.0, prompt_tokens=20.0 * PROMPT, server_requests=20.0,
-        server_s=10.0,
+        server_s=10.0, energy_squares=pytest.approx(20.0 * (60.0 / JOULES_PER_KWH) ** 2),
     )  # fmt: skip
 
 

@@ -206,6 +206,20 @@ def test_own_errors_of_groups_cancel_out_and_shared_errors_do_not():
     assert shares == pytest.approx([1.0, 0.05 / (0.1 / math.sqrt(2)), 0.05 / 0.1], abs=1e-3)
 
 
+def test_traffic_shares_that_few_requests_were_counted_for_have_a_margin_of_their_own():
+    """The margin is that of shares drawn from as many requests, whatever the groups have in common."""
+    groups = {"g0": [(1.0, 0.3), (0.5, 0.7)], "g1": [(1.0, 0.7), (0.5, 0.3)]}
+    known = problem(groups, bounds={"preference": 0.9}, confidence_z={"preference": 1.0})
+    counted = replace(known, traffic_requests=400.0)
+    everything_brief = np.array([0.0, 1.0, 0.0, 1.0])
+    margin = Cells(counted).bounds["preference"].margin(everything_brief)
+    shares = np.random.default_rng(1).multinomial(400, [0.5, 0.5], size=20_000) / 400
+    assert margin == pytest.approx((shares @ [0.4, -0.4]).std() / 0.5, rel=0.03)
+    assert Cells(known).bounds["preference"].margin(everything_brief) == 0.0
+    assert Cells(counted).bounds["preference"].margin(np.array([1.0, 0.0, 1.0, 0.0])) == 0.0
+    assert solve(counted).status == solve(known).status == "optimal"
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     losses=st.lists(st.floats(-0.1, 0.2), min_size=2, max_size=2),

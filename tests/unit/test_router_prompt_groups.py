@@ -60,6 +60,32 @@ def test_with_a_version_only_the_prompt_decides():
     assert all(found.group in made.names and found.probabilities == following.overall for found in others)
 
 
+def test_a_known_task_label_takes_part_in_the_decision():
+    made = grouping()
+    assert made.task_scores.keys() == {"question", "sum"}
+    text = question(RNG)
+    found = [
+        known(made).assign(asking(text, task=task), model=MODEL, policy=by(made.version)).group
+        for task in ("question", "sum")
+    ]
+    assert found[0] != found[1]
+    assert unpack(made).assign(text, "question") == found[0]
+
+
+def test_groups_of_an_earlier_release_ignore_task_labels():
+    text, made = question(RNG), grouping()
+    document = made.model_dump(mode="json")
+    del document["task_scores"]
+    older = unpack(PromptGrouping.model_validate(document))
+    assert older.assign(text, "sum") == older.assign(text) == unpack(made).assign(text)
+
+
+def test_task_scores_of_other_groups_are_rejected():
+    damaged = grouping().model_copy(update={"task_scores": {"sum": (1.0,)}})
+    with pytest.raises(GroupingError, match="a task has not one score for each of the"):
+        unpack(damaged)
+
+
 def test_an_unknown_version_leads_to_the_overall_probabilities():
     made = grouping()
     following = by("another", qa={"p/L0": 1.0})

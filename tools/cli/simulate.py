@@ -107,6 +107,13 @@ def simulate(
     life_cycle: Annotated[
         bool, typer.Option("--life-cycle", help="Use life-cycle instead of direct intensities")
     ] = False,
+    task_labels: Annotated[
+        bool,
+        typer.Option(
+            "--task-labels/--no-task-labels",
+            help="Whether producers send task labels, which learned groups take into account",
+        ),
+    ] = True,
     fleet: Annotated[
         list[Path] | None,
         typer.Option(
@@ -184,6 +191,7 @@ def simulate(
             promise=_one_of(PROMISES, promise, "--promise"),
             period_days=period_days,
             life_cycle=life_cycle,
+            task_labels=task_labels,
             seed=seed,
         )
         plan = _plan(

@@ -42,6 +42,7 @@ class Inputs:
             measured by what was learned from the other.
         promise, period_days: what keeps the limits: every hour, or the mean over periods of so many days.
         correctness: judged matches; None: `correct` of the requests.
+        task_labels: whether learned groups take the task labels into account.
     """
 
     requests: Path
@@ -64,6 +65,7 @@ class Inputs:
     promise: Promise = "hourly"
     period_days: int = 30
     life_cycle: bool = False
+    task_labels: bool = True
     seed: int = 1
 
 
@@ -241,21 +243,34 @@ def _check_promise(inputs: Inputs, say: Say) -> None:
 
 
 def _fold(part: Part, inputs: Inputs, say: Say) -> Fold:
-    contexts = _contexts(part.learn, part.measured, say) if "sprout_context" in inputs.schemes else None
+    contexts = None
+    if "sprout_context" in inputs.schemes:
+        contexts = _contexts(part.learn, part.measured, say, labels=inputs.task_labels)
     return Fold(part.learn, part.measured, contexts)
 
 
-def _contexts(learn: Measured, measured: Measured, say: Say) -> Grouping:
+def _contexts(learn: Measured, measured: Measured, say: Say, *, labels: bool) -> Grouping:
     """Learn groups from the judged prompts; each of these is assigned by a model trained without it (out of sample)."""
     judged = learn.taken(learn.judged)
     say(f"learning prompt groups from {len(judged):,} judged prompts")
     try:
-        learned = learn_groups(judged.prompts, judged.preferred, judged.energy_kwh, [judged.correct])
+        learned = learn_groups(
+            judged.prompts,
+            judged.preferred,
+            judged.energy_kwh,
+            [judged.correct],
+            _task_labels(judged) if labels else (),
+        )
     except TooFewPromptsError as error:
         raise SimulationInputError(f"scheme sprout_context: {error}; leave it out of --schemes") from error
     places = np.zeros(len(learn), dtype=np.int64)
     places[learn.judged] = learned.leave_one_out
-    return Grouping(learned.groups.names, places, learned.groups.assign_all(measured.prompts), learned.families)
+    assigned = learned.groups.assign_all(measured.prompts, _task_labels(measured) if labels else None)
+    return Grouping(learned.groups.names, places, assigned, learned.families)
+
+
+def _task_labels(measured: Measured) -> list[str]:
+    return [measured.tasks[task] for task in measured.task]
 
 
 def _draws(inputs: Inputs, measured: Measured, mix: Floats, preferred: Floats | None) -> QualityDraws | None:
