@@ -223,7 +223,9 @@ class Evaluator:
         await self._load_reporter.finish()
 
     def _quality_metrics(self, judge: Judge) -> tuple[QualityMetric, ...]:
-        preference = PreferenceMetric(judge, self.metrics, rubric=self.settings.rubric)
+        preference = PreferenceMetric(
+            judge, self.metrics, rubric=self.settings.rubric, draw_key=self.settings.draw_key_bytes
+        )
         mode = self.settings.correctness
         if mode == "off":
             return (preference,)

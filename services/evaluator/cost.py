@@ -15,7 +15,7 @@ Purpose = Literal["evaluation", "judge"]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One finished call on a model server.
+    """One finished call on a model server, for an evaluation or for a served request.
 
     Attributes:
         tokens: generated.
@@ -34,11 +34,13 @@ class Work:
 
     Attributes:
         calls: finished calls on servers of the fleet.
+        reused: served answers that were judged without a call.
         judgements: replies of the judge, from a server of the fleet or not.
         card: how the judge voted.
     """
 
     calls: list[Call] = field(default_factory=list)
+    reused: int = 0
     judgements: int = 0
     card: JudgeCard = field(default_factory=JudgeCard)
 
@@ -101,6 +103,7 @@ def estimate_cost(
     energy_j = _sum_if_known(joules)
     return EvaluationCost(
         generations=sum(call.purpose == "evaluation" for call in work.calls),
+        reused=work.reused,
         judgements=work.judgements,
         completion_tokens=sum(call.tokens for call in work.calls),
         processing_s=sum(call.seconds for call in work.calls),

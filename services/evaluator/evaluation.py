@@ -17,12 +17,12 @@ from faststream.kafka import KafkaBroker
 from services.evaluator.answers import contradicted
 from services.evaluator.card import card_of_outcomes, check_fault, comparison_fault
 from services.evaluator.correctness import CORRECTNESS
-from services.evaluator.cost import CallContext, Work, estimate_cost
+from services.evaluator.cost import Call, CallContext, Work, estimate_cost
 from services.evaluator.generate import Answer, CallError, ModelCalls, all_or_first_error
 from services.evaluator.judges import JudgeError
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
-from services.evaluator.plan import Candidate, allocate, interleave
+from services.evaluator.plan import Candidate, allocate, interleave, served_candidate
 from services.evaluator.preference import PREFERENCE
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt, QualityMetric, tally
 from services.evaluator.samples import SampleStore
@@ -33,7 +33,7 @@ from shared.fleet import Fleet
 from shared.grouping import extract_features, prompt_text
 from shared.kafka.leader import Leadership
 from shared.kafka.publish import declare_publisher, publish_with_retry
-from shared.messages import PromptGrouping, Quality, Sample, UsageRecord, option_key
+from shared.messages import PromptGrouping, Quality, Sample, UsageRecord, option_key, split_option
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 from shared.runtime.logs import get_logger
@@ -191,6 +191,7 @@ class EvaluationRunner:
             prompts=quality.prompts,
             abstentions=quality.abstentions,
             dropped=judging.dropped,
+            reused=quality.cost.reused,
             energy_kwh=quality.cost.energy_kwh,
         )
         return EvaluationResult("finished")
@@ -346,9 +347,11 @@ class PromptJudging:
             self.judged = [one for one in kept if any(answer.outcomes for answer in one.answers)]
 
     async def _generate(self, sample: Sample, context: CallContext, number: int) -> list[Answer]:
-        """The answer of every candidate; waits for all of them even if one fails."""
+        """The answer of every candidate, the served one as it is; waits for all of them even if one fails."""
         limit = min(sample.sampling.max_tokens, self._runner.settings.max_tokens)
         sampling = sample.sampling.model_copy(update={"max_tokens": limit})
+        served, fleet = sample.served, self._runner.fleet
+        reused = served_candidate(served, self._candidates, fleet, max_tokens=limit)
         results = await asyncio.gather(
             *(
                 self._runner.calls.generate(
@@ -359,11 +362,21 @@ class PromptJudging:
                     messages=sample.messages,
                     sampling=sampling,
                 )
-                for candidate in self._candidates
+                for place, candidate in enumerate(self._candidates)
+                if place != reused
             ),
             return_exceptions=True,
         )
-        return all_or_first_error(results)
+        answers = all_or_first_error(results)
+        if served is not None and reused is not None:
+            (pool, _) = split_option(served.option)
+            call = Call("evaluation", pool, served.completion_tokens, served.processing_s)
+            answers.insert(reused, Answer(served.text, call))
+            context.work.reused += 1
+        counted = self._runner.metrics.answers
+        counted.labels(self._model, "generated").inc(len(results))
+        counted.labels(self._model, "served").inc(len(answers) - len(results))
+        return answers
 
     def _judged_prompt(
         self, sample: Sample, group: str, answers: Sequence[Answer], outcomes: Mapping[str, Sequence[float]]
