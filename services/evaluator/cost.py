@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from shared.carbon import embodied_g, operational_g
@@ -87,6 +88,30 @@ def evaluation_energy(footprints: Iterable[Footprint]) -> dict[tuple[str, str], 
         if one.purpose != "request":
             found[one.purpose, one.pool] += Energy(one.energy_j, one.completion_tokens)
     return dict(found)
+
+
+CarbonKey = tuple[str, datetime, str]
+"""(model, hour, evaluation id; empty for requests)"""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSums:
+    """Number of calls and their gCO2eq."""
+
+    calls: int = 0
+    grams: float = 0.0
+
+
+def carbon_by_hour(footprints: Iterable[Footprint]) -> dict[CarbonKey, CallSums]:
+    """Sum the carbon of requests and of each evaluation by model and hour; calls of unknown carbon are left out."""
+    found: dict[CarbonKey, CallSums] = {}
+    for one in footprints:
+        if one.total_g is None or (one.purpose == "request") != (one.evaluation_id is None):
+            continue
+        key = (one.model, one.finished_at.replace(minute=0, second=0, microsecond=0), one.evaluation_id or "")
+        before = found.get(key, CallSums())
+        found[key] = CallSums(before.calls + 1, before.grams + one.total_g)
+    return found
 
 
 def estimate_cost(

@@ -15,6 +15,7 @@ from uuid import uuid4
 from faststream.kafka import KafkaBroker
 
 from services.evaluator.answers import contradicted
+from services.evaluator.budget import EvaluationSize, PolicyMemory, evaluation_size
 from services.evaluator.card import card_of_outcomes, check_fault, comparison_fault
 from services.evaluator.correctness import CORRECTNESS
 from services.evaluator.cost import Call, CallContext, Work, estimate_cost
@@ -120,6 +121,7 @@ class EvaluationRunner:
     quality_metrics: Sequence[QualityMetric]
     candidates: Mapping[str, Sequence[Candidate]]
     intensities: LatestIntensities
+    policies: PolicyMemory
     fleet: Fleet
     clock: Clock
     settings: EvaluatorSettings
@@ -141,6 +143,29 @@ class EvaluationRunner:
         await self.store.start(evaluation_id, model=model, reason=trigger.reason, at=trigger.at)
         return await self._run(evaluation_id, model, trigger)
 
+    async def size(self, model: str, reason: str) -> EvaluationSize:
+        """How many prompts an evaluation with this trigger may take now.
+
+        The first evaluation, and one that a person requests, take as many as the setting allows. Until there are enough
+        judged prompts to learn groups from, only the ceiling limits the others.
+
+        Raises:
+            DatabaseUnavailableError: the database is unavailable.
+        """
+        settings = self.settings
+        if reason in ("first", "requested"):
+            return EvaluationSize(settings.prompts_per_evaluation, "maximum")
+        to_learn = settings.prompt_groups == "learned" and (
+            (await self.group_store.progress(model)).judged < settings.min_judged_to_learn
+        )
+        return evaluation_size(
+            await self.store.spending(model, now=self.clock.now()),
+            None if to_learn else self.policies.uncertainty(model),
+            maximum=settings.prompts_per_evaluation,
+            max_carbon_share=settings.max_carbon_share,
+            half_life_s=settings.quality_half_life_h * 3_600.0,
+        )
+
     async def publish_unpublished(self) -> None:
         """Publish every result that Kafka may not have, then every version of groups."""
         for quality in await self.status.retry(self.store.unpublished):
@@ -152,8 +177,9 @@ class EvaluationRunner:
 
     async def _run(self, evaluation_id: str, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
         log = _log.bind(model=model, evaluation=evaluation_id, trigger=trigger.reason)
-        samples = self._without_contradictions(await self._choose_samples(model))
-        log.info("evaluation started", prompts=len(samples), g_per_kwh=trigger.g_per_kwh)
+        size = await self.size(model, trigger.reason)
+        samples = self._without_contradictions(await self._choose_samples(model, size.prompts))
+        log.info("evaluation started", prompts=len(samples), limit=size.limit, g_per_kwh=trigger.g_per_kwh)
         group_of = await self.learner.assignment(model, samples)
         judging = PromptJudging(self, evaluation_id, model, at=trigger.at, group_of=group_of)
         try:
@@ -196,13 +222,13 @@ class EvaluationRunner:
         )
         return EvaluationResult("finished")
 
-    async def _choose_samples(self, model: str) -> list[Sample]:
+    async def _choose_samples(self, model: str, prompts: int) -> list[Sample]:
         """Samples by traffic share, in an order whose beginning covers every group."""
         available = await self.samples.ids_by_group(model)
         numbers = allocate(
             {group: len(ids) for group, ids in available.items()},
             await self.samples.traffic(model),
-            total=self.settings.prompts_per_evaluation,
+            total=prompts,
             minimum=self.settings.min_prompts_per_group,
         )
         chosen = {group: available[group][:number] for group, number in numbers.items()}

@@ -70,6 +70,15 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
 
     # What
     prompts_per_evaluation: int = Field(default=150, ge=1, description="Maximum number of prompts in one evaluation")
+    max_carbon_share: float | None = Field(
+        default=0.02,
+        gt=0,
+        description="Ceiling of the evaluator's carbon as a share of the requests' in the last 7 days, except for the "
+        "first evaluation and those that a person requests; null: no ceiling",
+    )
+    quality_half_life_h: float = Field(
+        default=720.0, gt=0, description="Half-life of a judged prompt in the optimizer, event: what a verdict is worth"
+    )
     min_samples: int = Field(default=60, ge=1, description="Samples of a model required for its first evaluation")
     min_prompts_per_group: int = Field(
         default=5, ge=0, description="Prompts taken from each group before the rest is divided by traffic share"

@@ -1,7 +1,7 @@
 """Policies: the program of a model's current situation, the message made from its solution, and its comparison."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
@@ -118,8 +118,8 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         pool.name: float(pool.concurrency) for pool in fleet.pools_of(situation.model) if pool.concurrency is not None
     }
 
-    def solved(*, overall: bool) -> Solution:
-        problem = build_problem(
+    def stated(*, overall: bool) -> Problem:
+        return build_problem(
             estimates,
             reference=reference,
             prices=prices,
@@ -128,10 +128,11 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             capacities=capacities,
             overall=overall,
         )
-        return solve(problem)
 
-    overall = solved(overall=True)
-    solution = solved(overall=False) if estimates.weights else overall
+    problem = stated(overall=not estimates.weights)
+    solution = solve(problem)
+    overall = solve(stated(overall=True)) if estimates.weights else solution
+    without_margin = solve(replace(problem, confidence_z={}))
     return Policy(
         model=situation.model,
         version=version,
@@ -148,6 +149,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         expected_quality=solution.quality,
         expected_g_per_request=solution.g_per_request,
         reference_g_per_request=solution.reference_g_per_request,
+        margin_g_per_request=max(0.0, solution.g_per_request - without_margin.g_per_request),
         inputs=PolicyInputs(
             solved_for=situation.now,
             intensity_g_per_kwh={name: one.g_per_kwh for name, one in situation.intensities.items()},

@@ -112,7 +112,7 @@ def test_the_card_is_counted_in_metrics():
     def value(name, **labels):
         return registry.get_sample_value(f"sprout_evaluator_judge_{name}_total", labels)
 
-    assert value("pairs", kind="repeat", outcome="flipped") == 3.0
+    assert value("pairs", kind="repeat", outcome="flipped") == 1.0
     assert value("comparisons", outcome="tie") == 1.0
     assert value("checks", reply="no") == 2.0
     assert value("gold", agreeing="yes") == 2.0
