@@ -135,7 +135,7 @@ class EvaluationRunner:
             NotLeaderError: it is finished, but another process may be the leader, which then publishes the result.
         """
         last = await self.store.last_evaluation(model)
-        recent = last is not None and trigger.at - last <= timedelta(hours=self.settings.grace_h)
+        recent = last is not None and trigger.at - last <= timedelta(hours=self.settings.min_gap_h)
         if recent and trigger.reason != "requested":
             return EvaluationResult("claimed_by_other", last)
         await self.store.recover_interrupted(model)

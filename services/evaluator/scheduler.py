@@ -16,7 +16,7 @@ from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.opportunity import Opportunity, Reason
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import EvaluationStore
-from shared.carbon import LatestIntensities, trailing_mean, trailing_points
+from shared.carbon import LatestIntensities, trailing_points
 from shared.kafka.handling import RetryLaterError
 from shared.kafka.leader import NotLeaderError
 from shared.messages import CarbonIntensity
@@ -137,7 +137,13 @@ class Scheduler:
         """Process a new carbon intensity."""
         if not self._intensities.update(intensity):
             return
-        threshold = trailing_mean(intensity) * self._settings.threshold_factor
+        window_s = self._settings.threshold_window_h * 3_600.0
+        trailing = [
+            point.intensity_g_per_kwh
+            for point in trailing_points(intensity)
+            if (intensity.latest.at - point.at).total_seconds() < window_s
+        ]
+        threshold = self._settings.threshold(trailing) * self._settings.threshold_factor
         fresh = self._fresh_g_per_kwh(intensity.zone) is not None
         for state in self.states.values():
             if state.zone != intensity.zone:

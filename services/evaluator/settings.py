@@ -33,9 +33,10 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
 
     # When
     variant: Variant = Field(
-        default="urgency",
+        default="low_intensity",
         validation_alias=AliasChoices("sprout_evaluator_opportunity_rule", "sprout_evaluator_variant"),
-        description="Rule that decides when to evaluate: urgency (the paper's text) or published (the paper's code)",
+        description="Rule that decides when to evaluate: low_intensity (in the lowest fifth of the trailing week), "
+        "urgency (the paper's text) or published (the paper's code)",
     )
     zone: str | None = Field(
         default=None,
@@ -45,7 +46,8 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     threshold_factor: float = Field(
         default=1.0,
         gt=0,
-        description="No evaluation above this multiple of the trailing window's mean intensity, unless overdue",
+        description="No evaluation above this multiple of the rule's threshold (mean of the trailing window, or "
+        "highest of the lowest fifth of the trailing week), unless overdue",
     )
     max_intensity_age_s: float = Field(
         default=3 * 3_600.0, gt=0, description="An older intensity triggers no evaluation, event"
@@ -196,8 +198,8 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
             raise ValueError("max_judged_to_learn must not be below min_judged_to_learn")
         if self.max_judged < self.max_judged_to_learn:
             raise ValueError("max_judged must not be below max_judged_to_learn")
-        if self.overdue_h <= self.grace_h:
-            raise ValueError(f"overdue_h ({self.overdue_h:g}) must be longer than grace_h ({self.grace_h:g})")
+        if self.overdue_h <= self.min_gap_h:
+            raise ValueError(f"overdue_h ({self.overdue_h:g}) must be longer than grace_h ({self.min_gap_h:g})")
         return self
 
     @model_validator(mode="after")

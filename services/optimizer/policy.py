@@ -118,8 +118,8 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         pool.name: float(pool.concurrency) for pool in fleet.pools_of(situation.model) if pool.concurrency is not None
     }
 
-    def stated(*, overall: bool) -> Problem:
-        return build_problem(
+    def solved(*, overall: bool) -> Solution:
+        problem = build_problem(
             estimates,
             reference=reference,
             prices=prices,
@@ -128,11 +128,10 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             capacities=capacities,
             overall=overall,
         )
+        return solve(problem)
 
-    problem = stated(overall=not estimates.weights)
-    solution = solve(problem)
-    overall = solve(stated(overall=True)) if estimates.weights else solution
-    without_margin = solve(replace(problem, confidence_z={}))
+    overall = solved(overall=True)
+    solution = solved(overall=False) if estimates.weights else overall
     return Policy(
         model=situation.model,
         version=version,
@@ -149,7 +148,6 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         expected_quality=solution.quality,
         expected_g_per_request=solution.g_per_request,
         reference_g_per_request=solution.reference_g_per_request,
-        margin_g_per_request=max(0.0, solution.g_per_request - without_margin.g_per_request),
         inputs=PolicyInputs(
             solved_for=situation.now,
             intensity_g_per_kwh={name: one.g_per_kwh for name, one in situation.intensities.items()},
@@ -218,6 +216,16 @@ def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
         requests_per_s=inputs.requests_per_s,
         holdout=inputs.holdout,
     )
+
+
+def margin_g(policy: Policy) -> float:
+    """Grams per request that the safety margins of a policy's limits cost: its objective less that without margins.
+
+    Args:
+        policy: with the prices of its options.
+    """
+    without_margins = solve(replace(problem_of(policy), confidence_z={}))
+    return max(0.0, policy.expected_g_per_request - without_margins.g_per_request)
 
 
 def policy_difference(old: Policy, new: Policy, settings: OptimizerSettings) -> str | None:

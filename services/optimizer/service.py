@@ -17,7 +17,7 @@ from services.optimizer.bounds import current_intensities, trailing_range
 from services.optimizer.costs import Consumption
 from services.optimizer.estimates import Estimates, estimate, estimates_changed
 from services.optimizer.metrics import OptimizerMetrics
-from services.optimizer.policy import Situation, Trigger, make_policy, policy_difference
+from services.optimizer.policy import Situation, Trigger, make_policy, margin_g, policy_difference
 from services.optimizer.prices import PoolPrices
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import OptimizerState
@@ -296,6 +296,8 @@ class PolicyService:
             difference = policy_difference(published, policy, self._settings)
             if difference is None:
                 return
+        margin = await self._in_solver(lambda: margin_g(policy))
+        policy = policy.model_copy(update={"margin_g_per_request": margin})
         policy = await self.store.add_policy(policy, after=0 if published is None else published.version)
         await self._publish(policy)
         self._set_published(policy)

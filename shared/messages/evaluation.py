@@ -104,7 +104,9 @@ class Quality(Message):
     evaluation_id: Identifier
     model: Identifier
     evaluated_at: UtcDatetime
-    trigger: str = Field(description="What started the evaluation: local_minimum, overdue, first, requested")
+    trigger: str = Field(
+        description="What started the evaluation: low_intensity, local_minimum, overdue, first, requested"
+    )
     intensity_g_per_kwh: float | None = Field(default=None, ge=0, description="Of the evaluator's zone at that time")
     counts: tuple[QualityCount, ...]
     prompts: int = Field(ge=0, description="Prompts evaluated")

@@ -60,6 +60,7 @@ def evaluators(
     settings = {
         "SPROUT_EVALUATOR_MIN_SAMPLES": "30",
         "SPROUT_EVALUATOR_GRACE_H": "0",
+        "SPROUT_EVALUATOR_OPPORTUNITY_RULE": "urgency",
         "SPROUT_EVALUATOR_RETRY_PAUSE_S": "0.5",
         "SPROUT_EVALUATOR_HTTP_TOKEN": TOKEN,
     }

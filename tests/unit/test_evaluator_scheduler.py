@@ -65,7 +65,7 @@ class Fixture:
         self.registry = CollectorRegistry()
         self.scheduler = Scheduler(
             {"m": ZONE},
-            settings=EvaluatorSettings(**settings),
+            settings=EvaluatorSettings(**{"variant": "urgency", **settings}),
             intensities=LatestIntensities(),
             switchback=SwitchbackSchedule(switchback),
             clock=ManualClock(NOW),

@@ -154,7 +154,7 @@ class _Run:
         if hour == 0:
             self._learn(case.judge.evaluate_all(at_s=now.timestamp()), hour, charged=bool(self._settings.xi))
             self._opportunity.evaluated(now)
-        elif case.rule == "program" and self._opportunity.observe(now, k0, threshold=mean):
+        elif case.rule == "program" and self._opportunity.observe(now, k0, threshold=self._threshold(trailing)):
             prompts = case.operation.prompts_per_evaluation
             draws = case.judge.draw(case.mix[hour - 1], prompts, self._rng, at_s=now.timestamp())
             self._learn(draws, hour, charged=True)
@@ -190,6 +190,12 @@ class _Run:
             self._consumption.add(
                 world.groups[g], world.options[o], used, at_s=at_s, settings=self._settings, is_traffic=True
             )
+
+    def _threshold(self, trailing: Floats) -> float:
+        """Intensity above which the evaluator does not start."""
+        trigger = self._case.operation.trigger
+        hours = min(len(trailing), trigger.threshold_window_h)
+        return trigger.threshold(trailing[-int(hours) :].tolist())
 
     def _trailing(self, hour: int) -> Floats:
         """Intensities of the trailing window, this hour's last; hours without a value are left out."""
