@@ -7,11 +7,13 @@ costs. See docs/decisions/0041-evaluation-that-pays-for-itself.md.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, Literal
 
-from shared.messages import Policy
+from shared.messages import OptionEstimate, Policy
 
 MIN_PROMPTS: Final = 20
 """An evaluation of fewer prompts is not worth a start: its judge could not be rated (`card.MIN_COMPARISONS`)."""
@@ -127,6 +129,15 @@ def worthwhile_prompts(
     return max(0, math.ceil(wanted - uncertainty.judged))
 
 
+def judged_prompts(estimates: Mapping[str, Mapping[str, OptionEstimate]]) -> float:
+    """Effective judged prompts behind some estimates, by group, then option; of the option that has most."""
+    trials: dict[str, float] = defaultdict(float)
+    for row in estimates.values():
+        for option, estimate in row.items():
+            trials[option] += estimate.trials
+    return max(trials.values(), default=0.0)
+
+
 class PolicyMemory:
     """The newest policy of every model, and what the safety margin cost on average in the last day."""
 
@@ -158,7 +169,4 @@ class PolicyMemory:
         policy, margin_g = self._newest.get(model), self._margin_g.get(model)
         if policy is None or margin_g is None or policy.status == "reference":
             return None
-        rows = policy.inputs.estimates.values()
-        options = {option for row in rows for option in row}
-        judged = max((sum(row[one].trials for row in rows if one in row) for one in options), default=0.0)
-        return Uncertainty(margin_g, judged)
+        return Uncertainty(margin_g, judged_prompts(policy.inputs.estimates))

@@ -10,10 +10,13 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from services.evaluator.clusters import TooFewPromptsError, learn_groups
+from services.evaluator.opportunity import OpportunityRules
+from services.evaluator.opportunity import Variant as TriggerRule
 from services.optimizer.settings import OptimizerSettings
 from tools.simulator.grid import Say, Window, read_grids, say_missing_hours, say_missing_past, windows_of
 from tools.simulator.jobs import Job
 from tools.simulator.matches import read_matches
+from tools.simulator.production import DEFAULT_REQUESTS_PER_HOUR
 from tools.simulator.published_case import QualityDraws, draw_quality, read_draws
 from tools.simulator.requests import REFERENCE, Floats, Measured, SimulationInputError, read_measured
 from tools.simulator.schemes import Experiment, Fold, Grouping, Variant
@@ -38,6 +41,8 @@ class Inputs:
         folds: number of parts of the requests, each measured by what was learned from the others; None: one half is
             measured by what was learned from the other.
         correctness: judged matches; None: `correct` of the requests.
+        trigger: rule that decides when the evaluator runs.
+        requests_per_hour: of the traffic; None: 10,000.
     """
 
     requests: Path
@@ -58,6 +63,8 @@ class Inputs:
     constant_correctness: bool = False
     correctness: Path | None = None
     life_cycle: bool = False
+    trigger: TriggerRule = "low_intensity"
+    requests_per_hour: float | None = None
     seed: int = 1
 
 
@@ -90,6 +97,8 @@ def prepare(inputs: Inputs, say: Say) -> tuple[Experiment, list[Job]]:
         constant_bounds=frozenset({CORRECTNESS} if inputs.constant_correctness else ()),
         large_preferred=preferred,
         draws=_draws(inputs, traffic.parts[0].measured, traffic.mix, preferred),
+        trigger=OpportunityRules(variant=inputs.trigger),
+        requests_per_hour=inputs.requests_per_hour or DEFAULT_REQUESTS_PER_HOUR,
         seed=inputs.seed,
     )
     return experiment, _jobs(inputs, windows)
