@@ -47,7 +47,7 @@ class QualityScore:
     Attributes:
         since, until: time in which they were in force; `until` is the evaluation's.
         promised: lower confidence bound that the policies expected, and `bound` what they had to meet; means over the
-            time, relative to the reference.
+            time, relative to the reference; None if a policy does not limit the metric.
         prompts: with a verdict.
         served, reference: A and B.
         served_variance, reference_variance, covariance: of A and B.
@@ -58,8 +58,8 @@ class QualityScore:
     metric: str
     since: datetime
     until: datetime
-    promised: float
-    bound: float
+    promised: float | None
+    bound: float | None
     prompts: float
     served: float
     reference: float
@@ -159,8 +159,11 @@ def score(
     served, reference = served_shares(usable), usable[-1][0].reference
     seconds = sum(length.total_seconds() for _, length in usable)
 
-    def mean(values: Iterable[float]) -> float:
-        return sum(v * length.total_seconds() for v, (_, length) in zip(values, usable, strict=True)) / seconds
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        if len(known) < len(usable):
+            return None
+        return sum(v * length.total_seconds() for v, (_, length) in zip(known, usable, strict=True)) / seconds
 
     prompts: dict[str, float] = defaultdict(float)
     for count in counts:
@@ -170,8 +173,8 @@ def score(
         of_metric = [count for count in counts if count.metric == metric]
         moments = _moments(of_metric, served, reference, prompts)
         if moments is not None:
-            promised = mean(policy.expected_quality.get(metric, math.nan) for policy, _ in usable)
-            bound = mean(policy.bounds.get(metric, math.nan) for policy, _ in usable)
+            promised = mean([policy.expected_quality.get(metric) for policy, _ in usable])
+            bound = mean([policy.bounds.get(metric) for policy, _ in usable])
             found.append(
                 QualityScore(
                     evaluation_id, usable[-1][0].model, metric, since, until, promised, bound,
@@ -218,7 +221,7 @@ def excess_of_misses(missed: int, scored: int) -> float:
 def is_missed(one: QualityScore) -> bool:
     """Whether an evaluation shows, with 95 % confidence, a quality below what the policies promised."""
     found = combined([one])
-    if found is None or math.isnan(one.promised):
+    if found is None or one.promised is None:
         return False
     return found.estimate + _deviate(CONFIDENCE) * found.standard_error < one.promised
 
@@ -258,7 +261,7 @@ def _moments(
         for k, (own, of_all) in enumerate(zip(variances, pooled, strict=True)):
             shrunk = (n * own + _PRIOR_PROMPTS * of_all) / (n + _PRIOR_PROMPTS)
             sums[k] += w**2 * shrunk / max(n - 1.0, 1.0)
-    return served_mean, reference_mean, *sums
+    return served_mean, reference_mean, sums[0], sums[1], sums[2]
 
 
 def _group_moments(

@@ -1,6 +1,5 @@
 """Quality out of sample: the figure covers the true quality, and policies are scored by verdicts they had not seen."""
 
-import math
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -197,7 +196,7 @@ def test_policies_of_other_prompt_groups_and_verdicts_without_the_reference_are_
     assert served_shares([]) == {}
 
 
-def quality_score(estimate: float, *, promised: float = 0.95, prompts: float = 400.0) -> QualityScore:
+def quality_score(estimate: float, *, promised: float | None = 0.95, prompts: float = 400.0) -> QualityScore:
     return QualityScore(
         "e", "m", "preference", NOW, NOW + DAY, promised, 0.9, prompts, 0.4 * estimate, 0.4, 1e-4, 1e-4, 1e-4
     )  # fmt: skip
@@ -209,7 +208,7 @@ def test_an_evaluation_misses_a_promise_only_beyond_its_standard_error():
     error = found.standard_error
     assert is_missed(quality_score(0.9, promised=0.9 + 1.7 * error))
     assert not is_missed(quality_score(0.9, promised=0.9 + 1.6 * error))
-    assert not is_missed(quality_score(0.5, promised=math.nan))
+    assert not is_missed(quality_score(0.5, promised=None))
     assert not is_missed(quality_score(0.5, prompts=MIN_PROMPTS - 1))
     assert combined([]) is None
 
