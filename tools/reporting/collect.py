@@ -25,6 +25,7 @@ from tools.reporting.folding import fold_small_groups
 from tools.reporting.frame import Calls, Floats, partition
 from tools.reporting.judging import judge_report
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
+from tools.reporting.out_of_sample import quality_weeks
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policies_below_bound, relative_pct
 from tools.reporting.query import Selection, Snapshot, read_snapshot
 from tools.reporting.savings import Comparison, estimate_saving, net_of_evaluator
@@ -71,6 +72,7 @@ async def collect_report(
 
 def compute_report(snapshot: Snapshot) -> Report:
     """Compute the report of a snapshot. Pure."""
+    weeks = quality_weeks(snapshot.policies, snapshot.qualities)  # by the groups that the policies name
     snapshot, folded = fold_small_groups(snapshot)
     selection = snapshot.selection
     sites = sites_of(snapshot.requests, snapshot.evaluations)
@@ -128,6 +130,7 @@ def compute_report(snapshot: Snapshot) -> Report:
         grid=_grid(snapshot),
         policies=Counter(policy.status for policy in published),
         judge=judge_report(snapshot.qualities),
+        quality_weeks=weeks,
     )
 
 

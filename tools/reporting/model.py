@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from tools.reporting.judging import JudgeReport
 from tools.reporting.meter_model import Metered
+from tools.reporting.out_of_sample import QualityWeek
 from tools.reporting.quality import JudgedShare
 from tools.reporting.savings import Interval, NetSaving, Saving
 
@@ -289,6 +290,7 @@ class Report:
         measured: mean energy and time by group and option.
         policies: number of policies published in the period, by status.
         judge: what is known of the judge; None: no evaluation says it.
+        quality_weeks: quality by verdicts that the policies had not learned from.
     """
 
     scope: Scope
@@ -312,6 +314,7 @@ class Report:
     grid: tuple[GridPoint, ...]
     policies: Mapping[str, int]
     judge: JudgeReport | None = None
+    quality_weeks: tuple[QualityWeek, ...] = ()
 
     @property
     def empty(self) -> bool:
