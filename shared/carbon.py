@@ -56,12 +56,6 @@ def trailing_points(intensity: CarbonIntensity) -> Iterator[IntensityPoint]:
     yield intensity.latest
 
 
-def trailing_mean(intensity: CarbonIntensity) -> float:
-    """Mean of all values of a message, gCO2eq/kWh."""
-    values = [point.intensity_g_per_kwh for point in trailing_points(intensity)]
-    return sum(values) / len(values)
-
-
 def operational_g(*, energy_j: float, pue: float, intensity_g_per_kwh: float) -> float:
     """gCO2eq of generating the electricity, with the site's overhead (PUE)."""
     return energy_j / JOULES_PER_KWH * pue * intensity_g_per_kwh

@@ -12,6 +12,7 @@ from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
 
 from services import SERVICES
+from services.evaluator.budget import PolicyMemory
 from services.evaluator.correctness import CORRECTNESS, CorrectnessMetric
 from services.evaluator.evaluation import EvaluationRunner, Publishers
 from services.evaluator.generate import ModelCalls
@@ -97,7 +98,7 @@ class Evaluator:
         self._intensities = LatestIntensities()
         self.leadership = join_leadership(broker, kafka, service=NAME, registry=registry)
         self._publishers = Publishers(broker, kafka, self.leadership)
-        self._bounds_correctness: dict[str, bool] = {}
+        self._policies = PolicyMemory()
         self._pools = Pools(
             fleet,
             clock=clock,
@@ -181,6 +182,7 @@ class Evaluator:
                 quality_metrics=self._quality_metrics(self._open_judge(stack)),
                 candidates=self._candidates,
                 intensities=self._intensities,
+                policies=self._policies,
                 fleet=self._fleet,
                 clock=self._clock,
                 settings=settings,
@@ -223,13 +225,15 @@ class Evaluator:
         await self._load_reporter.finish()
 
     def _quality_metrics(self, judge: Judge) -> tuple[QualityMetric, ...]:
-        preference = PreferenceMetric(judge, self.metrics, rubric=self.settings.rubric)
+        preference = PreferenceMetric(
+            judge, self.metrics, rubric=self.settings.rubric, draw_key=self.settings.draw_key_bytes
+        )
         mode = self.settings.correctness
         if mode == "off":
             return (preference,)
 
         def asks_judge(model: str) -> bool:
-            return mode == "always" or (mode == "bounded" and self._bounds_correctness.get(model, False))
+            return mode == "always" or (mode == "bounded" and self._policies.bounds(model, CORRECTNESS))
 
         return preference, CorrectnessMetric(judge, asks_judge=asks_judge)
 
@@ -276,7 +280,7 @@ class Evaluator:
         @subscribe_compacted(broker, kafka, dead_letters, POLICIES)
         async def on_policies(policies: list[Policy]) -> None:
             for policy in policies:
-                self._bounds_correctness[policy.model] = policy.bounds.get(CORRECTNESS, 0.0) > 0.0
+                self._policies.update(policy)
 
         @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
         async def on_intensities(intensities: list[CarbonIntensity]) -> None:

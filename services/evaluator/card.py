@@ -10,11 +10,11 @@ from itertools import combinations
 from typing import Final
 
 from services.evaluator.answers import known_outcomes
-from services.evaluator.judges import LETTERS
+from services.evaluator.judges import LETTERS, majority
 from services.evaluator.settings import EvaluatorSettings
 from shared.messages import JudgeCard, LengthSums
 
-MIN_COMPARISONS: Final = 10
+MIN_COMPARISONS: Final = 20
 """Compared prompts, or checks, below which a judge is not rated."""
 
 MIN_CONTROLS: Final = 5
@@ -25,7 +25,8 @@ def card_of_votes(orders: Sequence[Sequence[int]], choices: Sequence[int | None]
     """Card of the votes on one prompt.
 
     Args:
-        orders: of the distinct answers, as they were shown; empty: the judge was not asked.
+        orders: of the distinct answers, as they were shown; empty: the judge was not asked. Only the first ones are
+            always asked, so only they are compared with each other: the others are asked because votes differ.
         choices: for each order, the position that was named; None: none.
         tie: the votes had no majority.
     """
@@ -33,8 +34,8 @@ def card_of_votes(orders: Sequence[Sequence[int]], choices: Sequence[int | None]
         return JudgeCard()
     answers = len(orders[0])
     readable = [position for position in choices if position is not None]
-    named = [order[position] for order, position in zip(orders, choices, strict=True) if position is not None]
-    pairs = list(combinations(named, 2))
+    asked_always = zip(orders, choices[: majority(answers)], strict=False)
+    pairs = list(combinations((order[position] for order, position in asked_always if position is not None), 2))
     return JudgeCard(
         votes=len(choices),
         unreadable=len(choices) - len(readable),

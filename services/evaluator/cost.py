@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from shared.carbon import embodied_g, operational_g
@@ -15,7 +16,7 @@ Purpose = Literal["evaluation", "judge"]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One finished call on a model server.
+    """One finished call on a model server, for an evaluation or for a served request.
 
     Attributes:
         tokens: generated.
@@ -34,11 +35,13 @@ class Work:
 
     Attributes:
         calls: finished calls on servers of the fleet.
+        reused: served answers that were judged without a call.
         judgements: replies of the judge, from a server of the fleet or not.
         card: how the judge voted.
     """
 
     calls: list[Call] = field(default_factory=list)
+    reused: int = 0
     judgements: int = 0
     card: JudgeCard = field(default_factory=JudgeCard)
 
@@ -87,6 +90,30 @@ def evaluation_energy(footprints: Iterable[Footprint]) -> dict[tuple[str, str], 
     return dict(found)
 
 
+CarbonKey = tuple[str, datetime, str]
+"""(model, hour, evaluation id; empty for requests)"""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSums:
+    """Number of calls and their gCO2eq."""
+
+    calls: int = 0
+    grams: float = 0.0
+
+
+def carbon_by_hour(footprints: Iterable[Footprint]) -> dict[CarbonKey, CallSums]:
+    """Sum the carbon of requests and of each evaluation by model and hour; calls of unknown carbon are left out."""
+    found: dict[CarbonKey, CallSums] = {}
+    for one in footprints:
+        if one.total_g is None or (one.purpose == "request") != (one.evaluation_id is None):
+            continue
+        key = (one.model, one.finished_at.replace(minute=0, second=0, microsecond=0), one.evaluation_id or "")
+        before = found.get(key, CallSums())
+        found[key] = CallSums(before.calls + 1, before.grams + one.total_g)
+    return found
+
+
 def estimate_cost(
     work: Work, *, energy: EnergyByPool, intensities: Mapping[str, float], fleet: Fleet
 ) -> EvaluationCost:
@@ -101,6 +128,7 @@ def estimate_cost(
     energy_j = _sum_if_known(joules)
     return EvaluationCost(
         generations=sum(call.purpose == "evaluation" for call in work.calls),
+        reused=work.reused,
         judgements=work.judgements,
         completion_tokens=sum(call.tokens for call in work.calls),
         processing_s=sum(call.seconds for call in work.calls),

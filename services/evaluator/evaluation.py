@@ -15,14 +15,15 @@ from uuid import uuid4
 from faststream.kafka import KafkaBroker
 
 from services.evaluator.answers import contradicted
+from services.evaluator.budget import EvaluationSize, PolicyMemory, evaluation_size
 from services.evaluator.card import card_of_outcomes, check_fault, comparison_fault
 from services.evaluator.correctness import CORRECTNESS
-from services.evaluator.cost import CallContext, Work, estimate_cost
+from services.evaluator.cost import Call, CallContext, Work, estimate_cost
 from services.evaluator.generate import Answer, CallError, ModelCalls, all_or_first_error
 from services.evaluator.judges import JudgeError
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
-from services.evaluator.plan import Candidate, allocate, interleave
+from services.evaluator.plan import Candidate, allocate, interleave, served_candidate
 from services.evaluator.preference import PREFERENCE
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt, QualityMetric, tally
 from services.evaluator.samples import SampleStore
@@ -33,7 +34,7 @@ from shared.fleet import Fleet
 from shared.grouping import extract_features, prompt_text
 from shared.kafka.leader import Leadership
 from shared.kafka.publish import declare_publisher, publish_with_retry
-from shared.messages import PromptGrouping, Quality, Sample, UsageRecord, option_key
+from shared.messages import PromptGrouping, Quality, Sample, UsageRecord, option_key, split_option
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 from shared.runtime.logs import get_logger
@@ -120,6 +121,7 @@ class EvaluationRunner:
     quality_metrics: Sequence[QualityMetric]
     candidates: Mapping[str, Sequence[Candidate]]
     intensities: LatestIntensities
+    policies: PolicyMemory
     fleet: Fleet
     clock: Clock
     settings: EvaluatorSettings
@@ -133,13 +135,36 @@ class EvaluationRunner:
             NotLeaderError: it is finished, but another process may be the leader, which then publishes the result.
         """
         last = await self.store.last_evaluation(model)
-        recent = last is not None and trigger.at - last <= timedelta(hours=self.settings.grace_h)
+        recent = last is not None and trigger.at - last <= timedelta(hours=self.settings.min_gap_h)
         if recent and trigger.reason != "requested":
             return EvaluationResult("claimed_by_other", last)
         await self.store.recover_interrupted(model)
         evaluation_id = uuid4().hex
         await self.store.start(evaluation_id, model=model, reason=trigger.reason, at=trigger.at)
         return await self._run(evaluation_id, model, trigger)
+
+    async def size(self, model: str, reason: str) -> EvaluationSize:
+        """How many prompts an evaluation with this trigger may take now.
+
+        The first evaluation, and one that a person requests, take as many as the setting allows. Until there are enough
+        judged prompts to learn groups from, only the ceiling limits the others.
+
+        Raises:
+            DatabaseUnavailableError: the database is unavailable.
+        """
+        settings = self.settings
+        if reason in ("first", "requested"):
+            return EvaluationSize(settings.prompts_per_evaluation, "maximum")
+        to_learn = settings.prompt_groups == "learned" and (
+            (await self.group_store.progress(model)).judged < settings.min_judged_to_learn
+        )
+        return evaluation_size(
+            await self.store.spending(model, now=self.clock.now()),
+            None if to_learn else self.policies.uncertainty(model),
+            maximum=settings.prompts_per_evaluation,
+            max_carbon_share=settings.max_carbon_share,
+            half_life_s=settings.quality_half_life_h * 3_600.0,
+        )
 
     async def publish_unpublished(self) -> None:
         """Publish every result that Kafka may not have, then every version of groups."""
@@ -152,8 +177,9 @@ class EvaluationRunner:
 
     async def _run(self, evaluation_id: str, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
         log = _log.bind(model=model, evaluation=evaluation_id, trigger=trigger.reason)
-        samples = self._without_contradictions(await self._choose_samples(model))
-        log.info("evaluation started", prompts=len(samples), g_per_kwh=trigger.g_per_kwh)
+        size = await self.size(model, trigger.reason)
+        samples = self._without_contradictions(await self._choose_samples(model, size.prompts))
+        log.info("evaluation started", prompts=len(samples), limit=size.limit, g_per_kwh=trigger.g_per_kwh)
         group_of = await self.learner.assignment(model, samples)
         judging = PromptJudging(self, evaluation_id, model, at=trigger.at, group_of=group_of)
         try:
@@ -191,17 +217,18 @@ class EvaluationRunner:
             prompts=quality.prompts,
             abstentions=quality.abstentions,
             dropped=judging.dropped,
+            reused=quality.cost.reused,
             energy_kwh=quality.cost.energy_kwh,
         )
         return EvaluationResult("finished")
 
-    async def _choose_samples(self, model: str) -> list[Sample]:
+    async def _choose_samples(self, model: str, prompts: int) -> list[Sample]:
         """Samples by traffic share, in an order whose beginning covers every group."""
         available = await self.samples.ids_by_group(model)
         numbers = allocate(
             {group: len(ids) for group, ids in available.items()},
             await self.samples.traffic(model),
-            total=self.settings.prompts_per_evaluation,
+            total=prompts,
             minimum=self.settings.min_prompts_per_group,
         )
         chosen = {group: available[group][:number] for group, number in numbers.items()}
@@ -346,9 +373,11 @@ class PromptJudging:
             self.judged = [one for one in kept if any(answer.outcomes for answer in one.answers)]
 
     async def _generate(self, sample: Sample, context: CallContext, number: int) -> list[Answer]:
-        """The answer of every candidate; waits for all of them even if one fails."""
+        """The answer of every candidate, the served one as it is; waits for all of them even if one fails."""
         limit = min(sample.sampling.max_tokens, self._runner.settings.max_tokens)
         sampling = sample.sampling.model_copy(update={"max_tokens": limit})
+        served, fleet = sample.served, self._runner.fleet
+        reused = served_candidate(served, self._candidates, fleet, max_tokens=limit)
         results = await asyncio.gather(
             *(
                 self._runner.calls.generate(
@@ -359,11 +388,21 @@ class PromptJudging:
                     messages=sample.messages,
                     sampling=sampling,
                 )
-                for candidate in self._candidates
+                for place, candidate in enumerate(self._candidates)
+                if place != reused
             ),
             return_exceptions=True,
         )
-        return all_or_first_error(results)
+        answers = all_or_first_error(results)
+        if served is not None and reused is not None:
+            (pool, _) = split_option(served.option)
+            call = Call("evaluation", pool, served.completion_tokens, served.processing_s)
+            answers.insert(reused, Answer(served.text, call))
+            context.work.reused += 1
+        counted = self._runner.metrics.answers
+        counted.labels(self._model, "generated").inc(len(results))
+        counted.labels(self._model, "served").inc(len(answers) - len(results))
+        return answers
 
     def _judged_prompt(
         self, sample: Sample, group: str, answers: Sequence[Answer], outcomes: Mapping[str, Sequence[float]]

@@ -231,6 +231,11 @@ class OpenAIJudge:
         return content if isinstance(content, str) else ""
 
 
+def majority(orders: int) -> int:
+    """Votes that are more than half of one vote per order."""
+    return orders // 2 + 1
+
+
 def question_text(messages: Sequence[ChatMessage]) -> str:
     """A conversation as the judge sees it: a single message as it is, several with their roles."""
     if len(messages) == 1:

@@ -1,13 +1,18 @@
-"""Decides when to evaluate: at a local minimum of the urgency-adjusted carbon intensity. Pure functions.
+"""Decides when to evaluate: when the grid is clean, by one of three rules. Pure functions.
 
-With t hours since the last evaluation, the intensity k2 is adjusted to k2' = k2 · exp(−βt), β = ln 2 / 24 per hour: the
-more time has passed, the cleaner the grid appears. The evaluator runs when the grace period has passed, k2' is at most
-the threshold, and k2' has stopped falling. It also runs when an evaluation is overdue (arXiv 2403.12900, section 3.3).
+- `low_intensity`: the carbon intensity is in the lowest fifth of the trailing week. The default: it evaluates on the
+  cleanest grid (docs/decisions/0041-evaluation-that-pays-for-itself.md).
+- `urgency`, the paper's text (arXiv 2403.12900, section 3.3): a local minimum of the urgency-adjusted intensity. With t
+  hours since the last evaluation, the intensity k2 is adjusted to k2' = k2 · exp(−βt), β = ln 2 / 24 per hour: the more
+  time has passed, the cleaner the grid appears. The evaluator runs when the grace period has passed, k2' is at most the
+  mean of the trailing window, and k2' has stopped falling.
+- `published`, the code that the authors published: it adjusts with exp(+βt) and compares the raw k2 with the mean.
 
-The code that the authors published adjusts with exp(+βt) and compares the raw k2 with the threshold: variant
-`published`.
+By every rule it also runs when an evaluation is overdue.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import exp, log
@@ -15,8 +20,8 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, Field
 
-Variant = Literal["urgency", "published"]
-Reason = Literal["local_minimum", "overdue", "first", "requested"]
+Variant = Literal["low_intensity", "urgency", "published"]
+Reason = Literal["low_intensity", "local_minimum", "overdue", "first", "requested"]
 
 URGENCY_PER_HOUR: Final = log(2) / 24
 """β: after 24 hours without an evaluation an intensity counts half."""
@@ -24,12 +29,24 @@ URGENCY_PER_HOUR: Final = log(2) / 24
 PUBLISHED_URGENCY_PER_HOUR: Final = 0.029
 """β of the authors' code."""
 
+LOW_SHARE: Final = 0.2
+"""Share of the trailing week's intensities that count as low."""
+
+LOW_WINDOW_H: Final = 168.0
+
+LOW_GRACE_H: Final = 12.0
+PAPER_GRACE_H: Final = 6.0
+
 
 class OpportunityRules(BaseModel):
     """Parameters of the rule; the evaluator's settings extend this class. Hours are event time."""
 
-    variant: Variant = "urgency"
-    grace_h: float = Field(default=6.0, ge=0, description="Minimum time between two evaluations, event hours")
+    variant: Variant = "low_intensity"
+    grace_h: float | None = Field(
+        default=None,
+        ge=0,
+        description="Minimum time between two evaluations, event hours; default: 12, for the paper's rules 6",
+    )
     overdue_h: float = Field(
         default=72.0,
         gt=0,
@@ -39,13 +56,37 @@ class OpportunityRules(BaseModel):
         default=None, ge=0, description="beta; default: ln 2 / 24, for the published rule 0.029"
     )
 
+    @property
+    def min_gap_h(self) -> float:
+        """Minimum time between two evaluations."""
+        if self.grace_h is not None:
+            return self.grace_h
+        return LOW_GRACE_H if self.variant == "low_intensity" else PAPER_GRACE_H
+
     def adjusted(self, intensity: float, elapsed_h: float) -> float:
         """k2' of an intensity, `elapsed_h` after the last evaluation; in the intensity's unit."""
+        if self.variant == "low_intensity":
+            return intensity
         published = self.variant == "published"
         beta = self.urgency_per_hour
         if beta is None:
             beta = PUBLISHED_URGENCY_PER_HOUR if published else URGENCY_PER_HOUR
         return intensity * exp((1.0 if published else -1.0) * beta * elapsed_h)
+
+    @property
+    def threshold_window_h(self) -> float:
+        """Length of the trailing window that `threshold` takes, hours."""
+        return LOW_WINDOW_H if self.variant == "low_intensity" else math.inf
+
+    def threshold(self, intensities: Sequence[float]) -> float:
+        """Intensity above which no evaluation starts: a mean, or the highest of the lowest fifth.
+
+        Args:
+            intensities: of the last `threshold_window_h` hours, this reading's among them; not empty.
+        """
+        if self.variant != "low_intensity":
+            return sum(intensities) / len(intensities)
+        return sorted(intensities)[max(0, math.ceil(LOW_SHARE * len(intensities)) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +123,7 @@ class Opportunity:
         Args:
             at: event time.
             intensity: k2, gCO2eq/kWh.
-            threshold: upper limit of k2' (variant `published`: of k2), usually the mean of the trailing window.
+            threshold: upper limit of k2' (variant `published`: of k2), see `OpportunityRules.threshold`.
 
         Returns:
             Why to evaluate now; None: do not evaluate.
@@ -100,8 +141,10 @@ class Opportunity:
         elapsed_h = _hours(self.last, at)
         if elapsed_h >= self.rules.overdue_h:
             return "overdue"
-        if elapsed_h <= self.rules.grace_h or self._compared(intensity, elapsed_h) > threshold:
+        if elapsed_h <= self.rules.min_gap_h or self._compared(intensity, elapsed_h) > threshold:
             return None
+        if self.rules.variant == "low_intensity":
+            return "low_intensity"
         return "local_minimum" if fell and gradient is not None and gradient >= 0 else None
 
     def due(self, now: datetime, *, samples: int, min_samples: int) -> Reason | None:

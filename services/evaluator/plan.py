@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.fleet import Fleet, Pool
-from shared.messages import option_key
+from shared.messages import ServedAnswer, option_key
 
 MAX_CANDIDATES: Final = 8
 """Answers that a judge can compare in one prompt."""
@@ -54,6 +54,25 @@ def candidates_of(fleet: Fleet, model: str) -> tuple[Candidate, ...]:
             f"levels), a judge can compare {MAX_CANDIDATES}: remove 'directives' or variants"
         )
     return found
+
+
+def served_candidate(
+    served: ServedAnswer | None, candidates: Sequence[Candidate], fleet: Fleet, *, max_tokens: int
+) -> int | None:
+    """Place of the candidate whose answer the request was served; None: every answer has to be generated.
+
+    A served answer counts if the evaluator's own call could have brought it: with the same directive, and within the
+    evaluator's limit of tokens.
+
+    Args:
+        max_tokens: limit of the evaluator's own call for this sample.
+    """
+    if served is None or served.completion_tokens > max_tokens:
+        return None
+    for place, candidate in enumerate(candidates):
+        if served.option in candidate.options and served.directive == fleet.directive_text(candidate.level):
+            return place
+    return None
 
 
 def allocate(available: Mapping[str, int], traffic: Mapping[str, float], *, total: int, minimum: int) -> dict[str, int]:

@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 
-from services.evaluator.cost import evaluation_energy
+from services.evaluator.cost import carbon_by_hour, evaluation_energy
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.store import EvaluationStore
 from shared.hashing import uniform
@@ -310,11 +310,12 @@ class InputConsumer:
         self._metrics.samples.labels("rejected").inc(len(samples) - len(usable))
 
     async def add_footprints(self, footprints: Sequence[Footprint]) -> None:
-        """Add the energy that the ledger attributed to evaluations."""
+        """Add the energy that the ledger attributed to evaluations, and the carbon of requests and evaluations."""
         energy = evaluation_energy(footprints)
-        if energy:
+        carbon = carbon_by_hour(one for one in footprints if one.model in self._models)
+        if energy or carbon:
             async with self._pause_on_failure():
-                await _connected(self._evaluations).add_energy(energy)
+                await _connected(self._evaluations).add_footprints(energy, carbon)
 
     @asynccontextmanager
     async def _pause_on_failure(self) -> AsyncIterator[None]:

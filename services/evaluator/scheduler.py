@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final, Literal
 
+from services.evaluator.budget import MIN_PROMPTS
 from services.evaluator.evaluation import EvaluationResult, EvaluationRunner, EvaluationTrigger
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.opportunity import Opportunity, Reason
-from services.evaluator.samples import SampleStore
 from services.evaluator.settings import EvaluatorSettings
-from services.evaluator.store import EvaluationStore, GroupStore
-from shared.carbon import LatestIntensities, trailing_mean, trailing_points
+from services.evaluator.store import EvaluationStore
+from shared.carbon import LatestIntensities, trailing_points
 from shared.kafka.handling import RetryLaterError
 from shared.kafka.leader import NotLeaderError
 from shared.messages import CarbonIntensity
@@ -34,8 +34,14 @@ MAX_CHECK_INTERVAL_S: Final = 5.0
 EXPIRY_INTERVAL_S: Final = 60.0
 """Wall time between two deletions of expired rows."""
 
-REFERENCE_BLOCK: Final = "reference_block"
-"""Reason why an evaluation is postponed: the whole fleet serves without Sprout, now or soon."""
+PostponeReason = Literal["reference_block", "carbon_ceiling", "not_worthwhile"]
+
+_POSTPONED_UNTIL: Final[dict[PostponeReason, str]] = {
+    "reference_block": "the end of the reference block, in which the whole fleet serves without Sprout",
+    "carbon_ceiling": "the requests have emitted enough for the evaluator's share (SPROUT_EVALUATOR_MAX_CARBON_SHARE)",
+    "not_worthwhile": "further verdicts would save more than they cost",
+}
+"""What an evaluation that is due waits for, by reason."""
 
 MAX_BACKOFF_DOUBLINGS: Final = 7
 
@@ -59,7 +65,7 @@ class ModelState:
         running: task of the running evaluation.
         failures: failed evaluations in a row.
         not_before_s: loop time before which no evaluation starts.
-        postponed: an evaluation is due, and waits for the end of a reference block.
+        postponed: why an evaluation that is due waits; None: none waits.
     """
 
     model: str
@@ -69,7 +75,7 @@ class ModelState:
     running: "asyncio.Task[None] | None" = None
     failures: int = 0
     not_before_s: float = 0.0
-    postponed: bool = False
+    postponed: PostponeReason | None = None
 
     def adjusted_intensity(self) -> float:
         """Urgency-adjusted intensity, gCO2eq/kWh; NaN while it is unknown."""
@@ -110,7 +116,8 @@ class Scheduler:
         for state in self.states.values():
             metrics.observe_adjusted_intensity(state.model, state.adjusted_intensity)
             metrics.running.labels(state.model).set(0)
-            metrics.postponed.labels(state.model, REFERENCE_BLOCK).set(0)
+            for reason in _POSTPONED_UNTIL:
+                metrics.postponed.labels(state.model, reason).set(0)
 
     async def restore(self, store: EvaluationStore) -> None:
         """Load the times of the last evaluations; must be called before the first intensity arrives.
@@ -130,7 +137,13 @@ class Scheduler:
         """Process a new carbon intensity."""
         if not self._intensities.update(intensity):
             return
-        threshold = trailing_mean(intensity) * self._settings.threshold_factor
+        window_s = self._settings.threshold_window_h * 3_600.0
+        trailing = [
+            point.intensity_g_per_kwh
+            for point in trailing_points(intensity)
+            if (intensity.latest.at - point.at).total_seconds() < window_s
+        ]
+        threshold = self._settings.threshold(trailing) * self._settings.threshold_factor
         fresh = self._fresh_g_per_kwh(intensity.zone) is not None
         for state in self.states.values():
             if state.zone != intensity.zone:
@@ -184,7 +197,7 @@ class Scheduler:
     ) -> None:
         while True:
             try:
-                await self._delete_expired(runner.samples, runner.group_store)
+                await self._delete_expired(runner)
                 for state in self.states.values():
                     await self._start_if_due(state, runner, health, is_reachable)
             except RetryLaterError as error:
@@ -210,11 +223,11 @@ class Scheduler:
                 state.pending = interrupted
                 _log.info("interrupted evaluation will be repeated", model=state.model, trigger=interrupted.reason)
 
-    async def _delete_expired(self, samples: SampleStore, groups: GroupStore) -> None:
+    async def _delete_expired(self, runner: EvaluationRunner) -> None:
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._next_expiry_s:
-            await samples.delete_expired(now=self._clock.now())
-            await groups.delete_expired(now=self._clock.now())
+            for store in (runner.samples, runner.group_store, runner.store):
+                await store.delete_expired(now=self._clock.now())
             self._next_expiry_s = now_s + EXPIRY_INTERVAL_S
 
     async def _start_if_due(
@@ -228,13 +241,24 @@ class Scheduler:
         if trigger is None:
             reason = state.opportunity.due(now, samples=samples, min_samples=self._settings.min_samples)
             trigger = None if reason is None else EvaluationTrigger(reason, now)
-        due = trigger is not None and samples > 0
-        self._set_postponed(state, due and self._near_reference_block(now))
-        if trigger is None or not due or state.postponed or not is_reachable(state.model):
+        if trigger is None or samples == 0:
+            self._set_postponed(state, None)
+            return
+        self._set_postponed(state, await self._obstacle(state, trigger, runner, now))
+        if state.postponed is not None or not is_reachable(state.model):
             return
         state.pending = None
         trigger = replace(trigger, g_per_kwh=self._fresh_g_per_kwh(state.zone))
         state.running = health.spawn(f"evaluate {state.model}", self._evaluate(state, trigger, runner))
+
+    async def _obstacle(
+        self, state: ModelState, trigger: EvaluationTrigger, runner: EvaluationRunner, now: datetime
+    ) -> PostponeReason | None:
+        """Why an evaluation that is due waits; None: it starts."""
+        if self._near_reference_block(now):
+            return "reference_block"
+        size = await runner.size(state.model, trigger.reason)
+        return size.limit if size.limit != "maximum" and size.prompts < MIN_PROMPTS else None
 
     def _near_reference_block(self, now: datetime) -> bool:
         """Whether a reference block is running, or starts within the margin."""
@@ -243,16 +267,17 @@ class Scheduler:
         start = self._switchback.next_change(now)
         return start is not None and (start - now).total_seconds() <= self._settings.reference_block_margin_s
 
-    def _set_postponed(self, state: ModelState, postponed: bool) -> None:
-        if postponed and not state.postponed:
-            _log.info("evaluation postponed until the end of the reference block", model=state.model)
-        state.postponed = postponed
-        self._metrics.postponed.labels(state.model, REFERENCE_BLOCK).set(postponed)
+    def _set_postponed(self, state: ModelState, reason: PostponeReason | None) -> None:
+        if reason is not None and reason != state.postponed:
+            _log.info("evaluation postponed", model=state.model, reason=reason, until=_POSTPONED_UNTIL[reason])
+        state.postponed = reason
+        for one in _POSTPONED_UNTIL:
+            self._metrics.postponed.labels(state.model, one).set(one == reason)
 
     def _longest_wait_s(self) -> float:
         """Wall time until models are checked without an event: also when a block ends that evaluations wait for."""
         longest_s = MAX_CHECK_INTERVAL_S - MIN_CHECK_INTERVAL_S
-        if any(state.postponed for state in self.states.values()):
+        if any(state.postponed == "reference_block" for state in self.states.values()):
             change = self._switchback.next_change(self._clock.now())
             if change is not None:
                 longest_s = min(longest_s, max(0.0, self._clock.wall_seconds_until(change)))

@@ -33,9 +33,10 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
 
     # When
     variant: Variant = Field(
-        default="urgency",
+        default="low_intensity",
         validation_alias=AliasChoices("sprout_evaluator_opportunity_rule", "sprout_evaluator_variant"),
-        description="Rule that decides when to evaluate: urgency (the paper's text) or published (the paper's code)",
+        description="Rule that decides when to evaluate: low_intensity (in the lowest fifth of the trailing week), "
+        "urgency (the paper's text) or published (the paper's code)",
     )
     zone: str | None = Field(
         default=None,
@@ -45,7 +46,8 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     threshold_factor: float = Field(
         default=1.0,
         gt=0,
-        description="No evaluation above this multiple of the trailing window's mean intensity, unless overdue",
+        description="No evaluation above this multiple of the rule's threshold (mean of the trailing window, or "
+        "highest of the lowest fifth of the trailing week), unless overdue",
     )
     max_intensity_age_s: float = Field(
         default=3 * 3_600.0, gt=0, description="An older intensity triggers no evaluation, event"
@@ -70,6 +72,15 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
 
     # What
     prompts_per_evaluation: int = Field(default=150, ge=1, description="Maximum number of prompts in one evaluation")
+    max_carbon_share: float | None = Field(
+        default=0.02,
+        gt=0,
+        description="Ceiling of the evaluator's carbon as a share of the requests' in the last 7 days, except for the "
+        "first evaluation and those that a person requests; null: no ceiling",
+    )
+    quality_half_life_h: float = Field(
+        default=720.0, gt=0, description="Half-life of a judged prompt in the optimizer, event: what a verdict is worth"
+    )
     min_samples: int = Field(default=60, ge=1, description="Samples of a model required for its first evaluation")
     min_prompts_per_group: int = Field(
         default=5, ge=0, description="Prompts taken from each group before the rest is divided by traffic share"
@@ -186,8 +197,8 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
             raise ValueError("max_judged_to_learn must not be below min_judged_to_learn")
         if self.max_judged < self.max_judged_to_learn:
             raise ValueError("max_judged must not be below max_judged_to_learn")
-        if self.overdue_h <= self.grace_h:
-            raise ValueError(f"overdue_h ({self.overdue_h:g}) must be longer than grace_h ({self.grace_h:g})")
+        if self.overdue_h <= self.min_gap_h:
+            raise ValueError(f"overdue_h ({self.overdue_h:g}) must be longer than grace_h ({self.min_gap_h:g})")
         return self
 
     @model_validator(mode="after")

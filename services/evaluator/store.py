@@ -8,7 +8,8 @@ from typing import Any
 
 import asyncpg
 
-from services.evaluator.cost import Energy, EnergyByPool
+from services.evaluator.budget import CEILING_WINDOW, Spending
+from services.evaluator.cost import CallSums, CarbonKey, Energy, EnergyByPool
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt
 from shared.grouping import FEATURES, PromptFeatures
 from shared.messages import PromptGrouping, Quality
@@ -43,7 +44,7 @@ def _claim_key(model: str) -> str:
 
 
 class EvaluationStore:
-    """The tables `evaluations` and `energy`; methods raise `DatabaseUnavailableError`.
+    """The tables `evaluations`, `energy` and `carbon`; methods raise `DatabaseUnavailableError`.
 
     Only the leader of the evaluator's copies evaluates. It marks evaluations that others left running as interrupted,
     which ends them: such an evaluation cannot be finished any more.
@@ -145,15 +146,58 @@ class EvaluationStore:
         with self._status.watch():
             await self._pool.execute("UPDATE evaluations SET published = true WHERE evaluation_id = $1", evaluation_id)
 
-    async def add_energy(self, energy: EnergyByPool) -> None:
-        """Add attributed energy. A redelivery adds joules and tokens alike, so their ratio stays the same."""
+    async def add_footprints(self, energy: EnergyByPool, carbon: Mapping[CarbonKey, CallSums]) -> None:
+        """Add attributed energy and carbon.
+
+        A redelivery adds joules and tokens alike, and the carbon of requests and evaluations alike.
+        """
         with self._status.watch():
-            await self._pool.executemany(
-                "INSERT INTO energy AS known (purpose, pool, joules, tokens) VALUES ($1, $2, $3, $4) "
-                "ON CONFLICT (purpose, pool) DO UPDATE SET joules = known.joules + excluded.joules, "
-                "tokens = known.tokens + excluded.tokens",
-                [(purpose, pool, one.joules, one.tokens) for (purpose, pool), one in energy.items()],
+            async with self._pool.acquire() as connection, connection.transaction():
+                await connection.executemany(
+                    "INSERT INTO energy AS known (purpose, pool, joules, tokens) VALUES ($1, $2, $3, $4) "
+                    "ON CONFLICT (purpose, pool) DO UPDATE SET joules = known.joules + excluded.joules, "
+                    "tokens = known.tokens + excluded.tokens",
+                    [(*key, one.joules, one.tokens) for key, one in sorted(energy.items())],
+                )
+                await connection.executemany(
+                    "INSERT INTO carbon AS known (model, hour, evaluation_id, calls, grams) "
+                    "VALUES ($1, $2, $3, $4, $5) ON CONFLICT (model, hour, evaluation_id) DO UPDATE SET "
+                    "calls = known.calls + excluded.calls, grams = known.grams + excluded.grams",
+                    [(*key, sums.calls, sums.grams) for key, sums in sorted(carbon.items())],
+                )
+
+    async def delete_expired(self, *, now: datetime) -> None:
+        """Delete carbon that no budget needs any more."""
+        with self._status.watch():
+            await self._pool.execute("DELETE FROM carbon WHERE hour < $1", now - 2 * CEILING_WINDOW)
+
+    async def spending(self, model: str, *, now: datetime) -> Spending:
+        """Carbon of a model's requests and evaluations."""
+        with self._status.watch():
+            (sums,) = await self._pool.fetch(
+                "SELECT sum(grams) FILTER (WHERE evaluation_id = '' AND hour >= $2) AS requests_g, "
+                "sum(grams) FILTER (WHERE evaluation_id <> '' AND trigger IS DISTINCT FROM 'first' AND hour >= $2) "
+                "AS evaluator_g, "
+                "sum(calls) FILTER (WHERE evaluation_id = '' AND hour >= $3) AS requests, "
+                "min(hour) FILTER (WHERE evaluation_id = '' AND hour >= $3) AS since, "
+                "sum(grams) FILTER (WHERE status = 'finished') AS finished_g "
+                "FROM carbon LEFT JOIN evaluations USING (evaluation_id) WHERE carbon.model = $1",
+                model,
+                now - CEILING_WINDOW,
+                now - timedelta(days=1),
             )
+            prompts = await self._pool.fetchval(
+                "SELECT sum((quality::json->>'prompts')::int) FROM evaluations WHERE status = 'finished' "
+                "AND evaluation_id IN (SELECT evaluation_id FROM carbon WHERE model = $1)",
+                model,
+            )
+        known_s = (now - sums["since"]).total_seconds() if sums["since"] is not None else 0.0
+        return Spending(
+            requests_g=sums["requests_g"] or 0.0,
+            evaluator_g=sums["evaluator_g"] or 0.0,
+            requests_per_s=float(sums["requests"]) / known_s if known_s > 0.0 else 0.0,
+            g_per_prompt=(sums["finished_g"] or 0.0) / prompts if prompts else None,
+        )
 
     async def energy(self) -> dict[tuple[str, str], Energy]:
         """Energy of earlier evaluations by (purpose, pool)."""

@@ -1,11 +1,13 @@
 """Prometheus metrics of the optimizer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.optimizer.calibration import Calibration
 from shared.messages import Policy, PoolCapacity
+from shared.prequential import QualityInterval
 
 _SOLVE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0, 10.0)
 
@@ -62,6 +64,25 @@ class OptimizerMetrics:
             "Promise by period, means over its requests relative to the baseline: promised and kept so far, and needed "
             "in the rest of the period",
             ("model", "metric", "what"),
+            registry=registry,
+        )
+        self._out_of_sample = Gauge(
+            "sprout_optimizer_quality_out_of_sample",
+            "Quality of the policies by verdicts that they had not learned from, last week, relative to the baseline, "
+            "with its 95 % interval: value is estimate, low or high; NaN without enough verdicts",
+            ("model", "metric", "value"),
+            registry=registry,
+        )
+        self._missed = Gauge(
+            "sprout_optimizer_missed_promises",
+            "Evaluations of the last 30 days that show a quality below what the policies promised: missed, of scored",
+            ("model", "metric", "what"),
+            registry=registry,
+        )
+        self._extra_z = Gauge(
+            "sprout_optimizer_extra_confidence_z",
+            "What is added to the safety margin because promises were missed too often, in standard errors",
+            ("model", "metric"),
             registry=registry,
         )
         self._ages = Gauge(
@@ -129,6 +150,18 @@ class OptimizerMetrics:
             for what, by_metric in figures.items():
                 for metric, quality in by_metric.items():
                     self._promise.labels(policy.model, metric, what).set(quality)
+
+    def set_calibrations(
+        self, model: str, calibrations: Mapping[str, tuple[Calibration, QualityInterval | None]]
+    ) -> None:
+        """Show the quality out of sample of a model by metric."""
+        for metric, (calibration, recent) in calibrations.items():
+            self._missed.labels(model, metric, "scored").set(calibration.scored)
+            self._missed.labels(model, metric, "missed").set(calibration.missed)
+            self._extra_z.labels(model, metric).set(calibration.extra_z)
+            values = (None, None, None) if recent is None else (recent.estimate, recent.low, recent.high)
+            for name, value in zip(("estimate", "low", "high"), values, strict=True):
+                self._out_of_sample.labels(model, metric, name).set(_or_nan(value))
 
     def set_capacity(self, plan: PoolCapacity) -> None:
         """Show the current plan of a pool."""

@@ -275,6 +275,16 @@ def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
     )
 
 
+def margin_g(policy: Policy) -> float:
+    """Grams per request that the safety margins of a policy's limits cost: its objective less that without margins.
+
+    Args:
+        policy: with the prices of its options.
+    """
+    without_margins = solve(replace(problem_of(policy), confidence_z={}))
+    return max(0.0, policy.expected_g_per_request - without_margins.g_per_request)
+
+
 def policy_difference(old: Policy, new: Policy, settings: OptimizerSettings) -> str | None:
     """The first difference that matters to routers or ledgers, in words; None if there is none."""
     return next(_differences(old, new, settings), None)

@@ -14,10 +14,11 @@ from datetime import datetime, timedelta
 from typing import TypeVar
 
 from services.optimizer.bounds import current_intensities, trailing_range
+from services.optimizer.calibration import QualityScores, calibrated
 from services.optimizer.costs import Consumption
 from services.optimizer.estimates import Estimates, estimate, estimates_changed
 from services.optimizer.metrics import OptimizerMetrics
-from services.optimizer.policy import Situation, Trigger, make_policy, policy_difference
+from services.optimizer.policy import Situation, Trigger, make_policy, margin_g, policy_difference
 from services.optimizer.prices import PoolPrices
 from services.optimizer.promise import Period, RestOfPeriod, plan_rest, trailing_hours
 from services.optimizer.settings import OptimizerSettings
@@ -28,6 +29,7 @@ from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
 from shared.kafka.leader import NotLeaderError
 from shared.messages import CarbonIntensity, EndpointCurve, Footprint, Policy, PromptGrouping, Quality, option_key
+from shared.prequential import QualityScore
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.logs import get_logger
@@ -84,6 +86,8 @@ class PolicyService:
         self._published: dict[str, Policy] = {}
         self._last: dict[str, SolveInputs] = {}
         self._new_evaluations: list[Quality] = []
+        self._scores = QualityScores(settings)
+        self._new_scores: list[QualityScore] = []
         self._must_recount = False
         self._leading = False
         self._changed = asyncio.Event()
@@ -102,6 +106,7 @@ class PolicyService:
         """Load what the last process stored."""
         self._store = store
         self._state.recount(await store.evaluations())
+        self._scores.add(await store.quality_scores())
 
     def close(self) -> None:
         """Stop the solver's thread."""
@@ -156,6 +161,8 @@ class PolicyService:
                     f"quality of option {option!r} of {one.model!r} is ignored", "the fleet has no such option"
                 )
             self._new_evaluations.append(one)
+            # Before it is learned from.
+            self._new_scores += self._scores.score(one)
             self._changed.set()
 
     async def add_footprints(self, messages: Sequence[Footprint]) -> None:
@@ -218,10 +225,13 @@ class PolicyService:
         if self.store.status.problem() is not None:
             await self.store.probe()
         if self._new_evaluations or self._must_recount:
-            stored = list(self._new_evaluations)
+            stored, scored = list(self._new_evaluations), list(self._new_scores)
             await self.store.add_evaluations(stored, oldest=self._oldest_evaluation())
+            await self.store.add_quality_scores(scored, oldest=self._oldest_evaluation())
+            self._scores.add(await self.store.quality_scores())
             self._state.recount(await self.store.evaluations())
             del self._new_evaluations[: len(stored)]
+            del self._new_scores[: len(scored)]
             self._must_recount = False
         for model in self._options if self._leading else ():
             await self._check(model)
@@ -288,10 +298,13 @@ class PolicyService:
         )
         if self._settings.promise == "period":
             situation = replace(situation, rest=await self._rest_of_period(situation))
-        started = time.perf_counter()
-        policy = await self._in_solver(
-            lambda: make_policy(situation, fleet=self._fleet, settings=self._settings, version=1)
+        calibrations = self._scores.calibrations(model, now)
+        self._metrics.set_calibrations(
+            model, {metric: (one, self._scores.recent(model, metric, now)) for metric, one in calibrations.items()}
         )
+        settings, notes = calibrated(self._settings, calibrations)
+        started = time.perf_counter()
+        policy = await self._in_solver(lambda: make_policy(situation, fleet=self._fleet, settings=settings, version=1))
         self._metrics.solve_s.labels(model).observe(time.perf_counter() - started)
         self._metrics.solves.labels(model, trigger, policy.status).inc()
         published = self._published.get(model)
@@ -299,6 +312,9 @@ class PolicyService:
             difference = policy_difference(published, policy, self._settings)
             if difference is None:
                 return
+        margin = await self._in_solver(lambda: margin_g(policy))
+        reason = "; ".join([policy.reason, *notes])
+        policy = policy.model_copy(update={"margin_g_per_request": margin, "reason": reason})
         policy = await self.store.add_policy(policy, after=0 if published is None else published.version)
         await self._publish(policy)
         self._set_published(policy)
@@ -347,6 +363,7 @@ class PolicyService:
 
     def _set_published(self, policy: Policy) -> None:
         self._published[policy.model] = policy
+        self._scores.update_policy(policy)
         self._metrics.set_policy(policy)
 
     def _estimate(self, model: str, now: datetime) -> Estimates | None:

@@ -74,6 +74,12 @@ class OptimizerSettings(BaseSettings):
         validation_alias=_renamed("CONFIDENCE_Z_BY_METRIC", "CAUTIONS"),
         description='The safety margin of single metrics, however many are limited: JSON {"correctness": 0.5}',
     )
+    max_extra_confidence_z: float = Field(
+        default=1.0,
+        ge=0,
+        description="Most that is added to a metric's safety margin, in standard errors, while evaluations miss its "
+        "promised quality more often than 5 %; 0: the margin is never widened",
+    )
     holdout: Probability | Literal["auto"] = Field(
         default="auto",
         description="Share of every group's traffic that is always served by the baseline (control group); auto: as "

@@ -8,14 +8,18 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import asyncpg
+from pydantic import TypeAdapter
 
 from services.optimizer.costs import Consumption
 from services.optimizer.promise import Account, Sums
 from shared.messages import Footprint, Policy, Quality
+from shared.prequential import QualityScore
 from shared.runtime.database import DatabaseStatus
 
 ACCOUNT_RETENTION = timedelta(days=366)
 """How long an account is kept after the optimizer needs it."""
+
+_scores = TypeAdapter(QualityScore)
 
 Apply = Callable[[Consumption, Sequence[Footprint]], None]
 """Counts footprints into a model's consumption."""
@@ -96,6 +100,26 @@ class Store:
         with self.status.watch():
             rows = await self._pool.fetch("SELECT message FROM evaluations ORDER BY evaluated_at, evaluation_id")
         return [Quality.model_validate_json(row["message"]) for row in rows]
+
+    async def add_quality_scores(self, scores: Sequence[QualityScore], *, oldest: datetime) -> None:
+        """Insert scores that are not stored yet, whichever copy of the optimizer made them; delete old ones."""
+        with self.status.watch():
+            async with self._pool.acquire() as connection, connection.transaction():
+                await connection.execute("DELETE FROM quality_scores WHERE evaluated_at < $1", oldest)
+                await connection.executemany(
+                    "INSERT INTO quality_scores (evaluation_id, metric, model, evaluated_at, score) "
+                    "VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING",
+                    [
+                        (one.evaluation_id, one.metric, one.model, one.until, _scores.dump_json(one).decode())
+                        for one in scores
+                    ],
+                )
+
+    async def quality_scores(self) -> list[QualityScore]:
+        """Every stored score, oldest first."""
+        with self.status.watch():
+            rows = await self._pool.fetch("SELECT score FROM quality_scores ORDER BY evaluated_at, evaluation_id")
+        return [_scores.validate_json(row["score"]) for row in rows]
 
     async def add_policy(self, policy: Policy, *, after: int) -> Policy:
         """Store a policy as its model's last, with the next version; returns it with that version.

@@ -21,7 +21,18 @@ from shared.inference.base import GenerationParameters
 from shared.inference.chat import ConversationError
 from shared.inference.pools import Pools
 from shared.kafka.parsing import PoisonMessageError
-from shared.messages import Decision, ErrorDetail, GenerationResponse, Reply, Sample, Timing, Usage
+from shared.messages import (
+    MAX_SERVED_CHARS,
+    Decision,
+    ErrorDetail,
+    GenerationResponse,
+    Reply,
+    Sample,
+    ServedAnswer,
+    Timing,
+    Usage,
+    option_key,
+)
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger, where
 
@@ -207,10 +218,14 @@ class RequestHandler:
         if response.status == "ok" and decision is not None and should_sample(incoming, decision, self.settings):
             published, _ = await asyncio.gather(
                 self._publish_response(incoming, response, fence),
-                self.publisher.publish_sample(sample_of(incoming, clock=self.clock)),
+                self.publisher.publish_sample(self._sample(incoming, response)),
             )
             return published
         return await self._publish_response(incoming, response, fence)
+
+    def _sample(self, incoming: IncomingRequest, response: GenerationResponse) -> Sample:
+        served = served_answer(response, self.fleet) if self.settings.sample_answers else None
+        return sample_of(incoming, served, clock=self.clock)
 
     async def _publish_response(
         self, incoming: IncomingRequest, response: GenerationResponse, fence: RecordFence
@@ -298,8 +313,28 @@ def error_response(
     )
 
 
-def sample_of(incoming: IncomingRequest, *, clock: Clock) -> Sample:
-    """The sample of a request for the evaluator."""
+def served_answer(response: GenerationResponse, fleet: Fleet) -> ServedAnswer | None:
+    """The answer of a response for its sample; None if it was cut off by its requester, or is too long to be kept."""
+    decision, usage, timing = response.decision, response.usage, response.timing
+    if response.finish_reason not in ("stop", "length") or decision is None or usage is None or timing is None:
+        return None
+    if len(response.text or "") > MAX_SERVED_CHARS:
+        return None
+    return ServedAnswer(
+        option=option_key(decision.pool, decision.level),
+        directive=fleet.directive_text(decision.level),
+        text=response.text or "",
+        completion_tokens=usage.completion_tokens,
+        processing_s=max(0.0, (timing.finished_at - timing.started_at).total_seconds()),
+    )
+
+
+def sample_of(incoming: IncomingRequest, served: ServedAnswer | None, *, clock: Clock) -> Sample:
+    """The sample of a request for the evaluator.
+
+    Args:
+        served: the answer that it got; None: not to be used.
+    """
     return Sample(
         request_id=incoming.request_id,
         record=incoming.record,
@@ -310,5 +345,6 @@ def sample_of(incoming: IncomingRequest, *, clock: Clock) -> Sample:
         messages=incoming.request.conversation(),
         sampling=incoming.request.sampling,
         reference=incoming.request.reference,
+        served=served,
         sampled_at=clock.now(),
     )

@@ -76,10 +76,13 @@ class RouterPublisher:
             _log.warning("reply dropped", partition=partition, error=type(error).__name__)
 
     async def publish_sample(self, sample: Sample) -> None:
-        """Publish a sample for the evaluator; a sample that is too large is dropped."""
+        """Publish a sample for the evaluator; one that is too large without the served answer is dropped."""
         try:
             await self._publish_traced(SAMPLES, sample, sample.group)
         except TOO_LARGE:
+            if sample.served is not None:
+                await self.publish_sample(sample.model_copy(update={"served": None}))
+                return
             _log.warning("sample dropped: too large for its topic", request_id=sample.request_id)
             return
         self._metrics.samples.labels(sample.model).inc()

@@ -127,6 +127,9 @@ class RouterSettings(RetrySettings, CircuitBreakerSettings, LaneFields, DrawKeyS
         default=50, ge=0, le=10_000, description="Between two chunks of a streamed answer; 0: every token; wall"
     )
     sample_share: float = Field(default=0.05, ge=0, le=1, description="Share of requests that become samples")
+    sample_answers: bool = Field(
+        default=True, description="Samples carry the served answer, which the evaluator then need not generate again"
+    )
 
     # Policies
     max_intensity_age_s: float | None = Field(

@@ -16,7 +16,16 @@ from shared.messages.base import (
 )
 from shared.messages.capacity import CapacityForecast, EndpointCurve, EndpointLoad, LoadReport, PoolCapacity, PoolLoad
 from shared.messages.carbon import CarbonIntensity, Footprint, IntensityPoint
-from shared.messages.evaluation import EvaluationCost, Paired, Quality, QualityCount, Sample, UsageRecord
+from shared.messages.evaluation import (
+    MAX_SERVED_CHARS,
+    EvaluationCost,
+    Paired,
+    Quality,
+    QualityCount,
+    Sample,
+    ServedAnswer,
+    UsageRecord,
+)
 from shared.messages.generation import (
     Cancellation,
     ChatMessage,
@@ -49,6 +58,7 @@ from shared.messages.policies import (
 
 __all__ = [
     "FORBIDDEN",
+    "MAX_SERVED_CHARS",
     "Cancellation",
     "CapacityForecast",
     "CarbonIntensity",
@@ -92,6 +102,7 @@ __all__ = [
     "ResponseChunk",
     "Sample",
     "SamplingParameters",
+    "ServedAnswer",
     "Timing",
     "TokenCountSource",
     "Usage",

@@ -1,12 +1,24 @@
 """Topics `samples`, `usage` and `quality`: the evaluator's prompts, its own calls on model servers, its results."""
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from shared.messages.base import Identifier, Level, Message, RequestMessage, UtcDatetime, Value, Zone
 from shared.messages.generation import ChatMessage, ReferenceAnswer, SamplingParameters
 from shared.messages.judging import JudgeCard
+
+MAX_SERVED_CHARS: Final = 32_000
+
+
+class ServedAnswer(Value):
+    """The answer that a sampled request got, so that the evaluator need not generate it again."""
+
+    option: str = Field(description="`<pool>/<level>`")
+    directive: str = Field(description="Text of the level's directive at that time; empty for no directive")
+    text: str = Field(max_length=MAX_SERVED_CHARS, repr=False)
+    completion_tokens: int = Field(ge=0)
+    processing_s: float = Field(ge=0, description="From sending the request to the last token, event time")
 
 
 class Sample(RequestMessage):
@@ -19,6 +31,10 @@ class Sample(RequestMessage):
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
     sampling: SamplingParameters = Field(default_factory=SamplingParameters)
     reference: ReferenceAnswer = None
+    served: ServedAnswer | None = Field(
+        default=None,
+        description="null: the answer was cut off by a deadline or a cancellation, is too long, or is not to be stored",
+    )
     sampled_at: UtcDatetime
 
 
@@ -68,6 +84,7 @@ class EvaluationCost(Value):
     """The work of an evaluation; its energy and carbon are in the footprints with the evaluation's id."""
 
     generations: int = Field(ge=0)
+    reused: int = Field(default=0, ge=0, description="Served answers that were judged without generating them again")
     judgements: int = Field(ge=0)
     completion_tokens: int = Field(ge=0)
     processing_s: float = Field(ge=0)
@@ -87,7 +104,9 @@ class Quality(Message):
     evaluation_id: Identifier
     model: Identifier
     evaluated_at: UtcDatetime
-    trigger: str = Field(description="What started the evaluation: local_minimum, overdue, first, requested")
+    trigger: str = Field(
+        description="What started the evaluation: low_intensity, local_minimum, overdue, first, requested"
+    )
     intensity_g_per_kwh: float | None = Field(default=None, ge=0, description="Of the evaluator's zone at that time")
     counts: tuple[QualityCount, ...]
     prompts: int = Field(ge=0, description="Prompts evaluated")

@@ -31,9 +31,13 @@ class JudgeCard(Value):
     unreadable: int = Field(default=0, ge=0, description="Votes that named no answer")
     positions: dict[str, int] = Field(default={}, description="Votes by the letter that they named")
     first_expected: float = Field(default=0.0, ge=0, description="Votes for A if the position had no influence")
-    comparisons: int = Field(default=0, ge=0, description="Prompts whose answers were compared in every order")
+    comparisons: int = Field(default=0, ge=0, description="Prompts whose answers were compared")
     ties: int = Field(default=0, ge=0, description="Comparisons without a majority")
-    repeats: int = Field(default=0, ge=0, description="Pairs of votes on the same answers in different orders")
+    repeats: int = Field(
+        default=0,
+        ge=0,
+        description="Pairs of votes on the same answers in different orders, of those that are always asked",
+    )
     flips: int = Field(default=0, ge=0, description="Of these, pairs that named different answers")
     flips_at_random: float = Field(default=0.0, ge=0, description="The same, if votes were drawn at random")
     length_pairs: int = Field(default=0, ge=0, description="Pairs of answers of different length, one of them better")

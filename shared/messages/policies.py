@@ -170,6 +170,11 @@ class Policy(Message):
     reference_g_per_request: float = Field(
         ge=0, description="The same traffic, all of it served by the reference option"
     )
+    margin_g_per_request: float | None = Field(
+        default=None,
+        ge=0,
+        description="Grams per request that the safety margins of the quality limits cost; null in older policies",
+    )
     inputs: PolicyInputs
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.evaluator.app import Evaluator, build_app
-from services.evaluator.cost import Energy
+from services.evaluator.cost import CallSums, CarbonKey, Energy
 from services.evaluator.plan import PlanError
 from services.evaluator.settings import EvaluatorSettings
 from shared.fleet import Fleet
@@ -42,7 +42,7 @@ class MemoryStore:
             raise DatabaseUnavailableError("PostgreSQL is unavailable")
         self.samples += samples
 
-    async def add_energy(self, energy: dict[tuple[str, str], Energy]) -> None:
+    async def add_footprints(self, energy: dict[tuple[str, str], Energy], carbon: dict[CarbonKey, CallSums]) -> None:
         self.energy |= energy
 
 

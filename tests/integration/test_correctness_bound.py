@@ -133,6 +133,6 @@ async def test_a_bound_on_correctness_leads_to_directives(kafka, evaluators, opt
 
         policy = await policy_with(lambda policy: policy.row("qa").get("p/L1", 0.0) > 0.5)
         assert policy.status == "optimal"
-        assert policy.expected_quality["correctness"] >= 1 - XI - 1e-6
+        assert policy.expected_quality["correctness"] >= 1 - XI - BOUND_TOLERANCE
         assert policy.row("qa").get("p/L2", 0.0) < 0.1
         assert policy.expected_g_per_request < 0.6 * policy.reference_g_per_request

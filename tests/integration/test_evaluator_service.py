@@ -60,6 +60,7 @@ def evaluators(
     settings = {
         "SPROUT_EVALUATOR_MIN_SAMPLES": "30",
         "SPROUT_EVALUATOR_GRACE_H": "0",
+        "SPROUT_EVALUATOR_OPPORTUNITY_RULE": "urgency",
         "SPROUT_EVALUATOR_RETRY_PAUSE_S": "0.5",
         "SPROUT_EVALUATOR_HTTP_TOKEN": TOKEN,
     }
@@ -113,22 +114,24 @@ async def test_published_shares_follow_the_preferences_although_the_judge_is_bia
         assert (quality.abstentions, quality.discarded, quality.rubric) == (0, {}, "default")
         card = quality.judge
         assert card is not None
-        assert (card.votes, card.comparisons, card.unreadable, card.checks) == (3 * PROMPTS, PROMPTS, 0, 0)
+        assert (card.comparisons, card.repeats, card.unreadable, card.checks) == (PROMPTS, PROMPTS, 0, 0)
+        # The third order is asked only where the first two votes differ.
+        assert card.votes == 2 * PROMPTS + card.flips
         assert 0.08 * PROMPTS < card.ties < 0.25 * PROMPTS
         assert 0.55 < card.positions["A"] / card.votes < 0.67
         assert 0.55 < card.flips / card.flips_at_random < 0.85
-        assert (quality.cost.generations, quality.cost.judgements) == (3 * PROMPTS, 3 * PROMPTS)
+        assert (quality.cost.generations, quality.cost.judgements) == (3 * PROMPTS, card.votes)
         assert quality.cost.energy_kwh is None  # nothing was metered before
-        await used.read(until=6 * PROMPTS)
+        await used.read(until=3 * PROMPTS + card.votes)
         records = [UsageRecord.model_validate_json(record.value) for record in used.records]
-        assert len({record.id for record in records}) == 6 * PROMPTS
+        assert len({record.id for record in records}) == 3 * PROMPTS + card.votes
         assert {record.evaluation_id for record in records} == {quality.evaluation_id}
         calls = Counter((record.purpose, record.pool, record.level, record.completion_tokens) for record in records)
         assert calls == {
             ("evaluation", "p", "L0", 100): PROMPTS,
             ("evaluation", "p", "L1", 30): PROMPTS,
             ("evaluation", "p", "L2", 10): PROMPTS,
-            ("judge", "judge", "L0", 1): 3 * PROMPTS,
+            ("judge", "judge", "L0", 1): card.votes,
         }
         assert all(record.started_at <= record.finished_at for record in records)
         assert {(record.zone, record.group) for record in records} == {(ZONE, "qa")}
@@ -140,7 +143,7 @@ async def test_published_shares_follow_the_preferences_although_the_judge_is_bia
     (line,) = [
         line for line in text.splitlines() if line.startswith('sprout_evaluator_judge_positions_total{position="A"}')
     ]
-    assert float(line.split()[-1]) > 0.5 * 3 * PROMPTS
+    assert float(line.split()[-1]) > 0.5 * card.votes
     assert question(1) not in evaluators.log(name)
 
 
@@ -176,7 +179,7 @@ async def test_it_estimates_its_cost_from_footprints_and_survives_a_restart(kafk
         assert second.evaluated_at > first.evaluated_at
         assert second.evaluation_id != first.evaluation_id
         generated = 30 * 140
-        assert second.cost.energy_kwh == pytest.approx((generated * 6 + 90 * 50) / 3.6e6)
+        assert second.cost.energy_kwh == pytest.approx((generated * 6 + second.cost.judgements * 50) / 3.6e6)
         assert second.cost.carbon_g > second.cost.energy_kwh * 130
         # Requested by a person.
         await ask_for_evaluation(evaluators.url(again))

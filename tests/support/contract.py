@@ -44,6 +44,7 @@ from shared.messages import (
     Reply,
     ResponseChunk,
     Sample,
+    ServedAnswer,
     Timing,
     Usage,
     UsageRecord,
@@ -132,7 +133,8 @@ EXAMPLES: dict[str, Message] = {
     "replies": Reply(request_id="r1", chunk=ResponseChunk(request_id="r1", stream="s", sequence=0, text="Be")),
     "cancellations": Cancellation(request_id="r1", record="requests/0/1/2", cancelled_at=NOW),
     "samples": Sample(
-        request_id="r1", model="m", group="g1", messages=(ChatMessage(role="user", content="Why?"),), sampled_at=NOW
+        request_id="r1", model="m", group="g1", messages=(ChatMessage(role="user", content="Why?"),), sampled_at=NOW,
+        served=ServedAnswer(option="p/L1", directive="Be brief.", text="Because.", completion_tokens=2, processing_s=1),
     ),
     "usage": UsageRecord(
         id="u1", purpose="judge", evaluation_id="ev", model="j", pool="p", level="L0", zone="GB", endpoint="e0",

@@ -16,7 +16,7 @@ from deploy.triton.repository import write_repository
 from deploy.triton.stand_in.judge import JudgeRules
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt
 from shared.grouping import extract_features
-from shared.messages import CarbonIntensity, ChatMessage, IntensityPoint, Sample
+from shared.messages import CarbonIntensity, ChatMessage, IntensityPoint, Sample, ServedAnswer
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from tests.support.router import LEVELS, MODEL, ZONE, TritonServer, fleet_toml, question
@@ -43,6 +43,7 @@ def sample(
     at: datetime | None = None,
     text: Callable[[int], str] = question,
     reference: str | None = None,
+    served: ServedAnswer | None = None,
 ) -> Sample:
     return Sample(
         request_id=f"r{number}",
@@ -50,6 +51,7 @@ def sample(
         group=group,
         messages=(ChatMessage(role="user", content=text(number)),),
         reference=reference,
+        served=served,
         sampled_at=at or datetime.now(UTC),
     )
 

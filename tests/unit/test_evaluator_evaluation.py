@@ -1,5 +1,6 @@
 """One evaluation: answers of all candidates, quality metrics, dropped prompts, and the work that is charged."""
 
+import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -14,10 +15,13 @@ from services.evaluator.judges import JudgeError
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import Candidate
 from services.evaluator.settings import EvaluatorSettings
-from shared.messages import JudgeCard, Sample
+from shared.fleet import Fleet
+from shared.messages import JudgeCard, Sample, ServedAnswer
 from tests.support.evaluator import sample
+from tests.support.router import fleet_toml
 
 AT = datetime(2023, 2, 10, 12, tzinfo=UTC)
+FLEET = Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
 CANDIDATES = (Candidate("L0", ("p", "q")), Candidate("L1", ("p", "q")))
 
 
@@ -60,6 +64,7 @@ def judging(*metrics, calls: FakeCalls | None = None, max_consecutive_failures: 
         calls=calls or FakeCalls(),
         quality_metrics=metrics,
         candidates={"m": CANDIDATES},
+        fleet=FLEET,
         settings=EvaluatorSettings(max_consecutive_failures=max_consecutive_failures),
         metrics=EvaluatorMetrics(CollectorRegistry()),
     )
@@ -78,6 +83,26 @@ async def test_every_metric_adds_outcomes_and_a_prompt_without_any_is_an_abstent
     assert (sorted(run.evaluated), run.abstentions, run.dropped) == (["r0", "r1", "r2"], 1, 0)
     assert (len(run.work.calls), run.work.judgements) == (6, 6)
     assert {one.answers[0].generated_by for one in run.judged} == {"p/L0", "q/L0"}  # pools alternate
+
+
+async def test_the_served_answer_is_judged_instead_of_a_new_one_and_costs_nothing():
+    served = ServedAnswer(
+        option="p/L1", directive=FLEET.directive_text("L1"), text="as served", completion_tokens=7, processing_s=2.0
+    )
+    seen: list[Sequence[str]] = []
+
+    class Recorder(FixedMetric):
+        async def score(self, sample: Sample, answers: Sequence[str], context: CallContext) -> Sequence[float] | None:
+            seen.append(answers)
+            return await super().score(sample, answers, context)
+
+    run = judging(Recorder("preference", (1.0, 0.0)))
+    await run.run([sample(0, served=served)])
+    assert seen == [["L0", "as served"]]
+    assert (len(run.work.calls), run.work.reused) == (1, 1)
+    (prompt,) = run.judged
+    assert (prompt.answers[1].generated_by, prompt.answers[1].tokens) == ("p/L1", 7)
+    assert prompt.answers[1].seconds == 2.0
 
 
 async def test_a_failed_call_drops_the_prompt_but_its_other_answers_are_charged():
@@ -116,17 +141,17 @@ LOCKED = JudgeCard(votes=2, positions={"A": 2}, comparisons=1, ties=1, repeats=1
 
 async def test_verdicts_of_a_judge_that_always_names_the_same_position_are_discarded_and_the_others_count():
     run = judging(CardedMetric("preference", LOCKED), FixedMetric("correctness", (1.0, 1.0)))
-    await run.run([sample(number) for number in range(10)])
+    await run.run([sample(number) for number in range(20)])
     assert list(run.discarded) == ["preference"]
     assert "100% of the votes named the same position" in run.discarded["preference"]
     assert {name for one in run.judged for answer in one.answers for name in answer.outcomes} == {"correctness"}
-    assert (len(run.judged), len(run.evaluated)) == (10, 10)
+    assert (len(run.judged), len(run.evaluated)) == (20, 20)
 
 
 async def test_an_evaluation_whose_judge_cannot_be_used_ends_without_outcomes_and_is_not_repeated():
     run = judging(CardedMetric("preference", LOCKED))
-    await run.run([sample(number) for number in range(10)])
-    assert (run.judged, len(run.evaluated)) == ([], 10)
+    await run.run([sample(number) for number in range(20)])
+    assert (run.judged, len(run.evaluated)) == ([], 20)
     registry = run._runner.metrics
     assert registry.judge_usable.labels("m", "preference")._value.get() == 0.0
     assert registry.judge_usable.labels("m", "correctness")._value.get() == 1.0

@@ -15,7 +15,15 @@ from pydantic import SecretStr, ValidationError
 from deploy.triton.stand_in.judge import Judge, JudgeRules, parse_judge_prompt
 from deploy.triton.stand_in.workload import Entry, Recorded, Workload
 from services.evaluator.cost import CallContext
-from services.evaluator.judges import DEFAULT_RUBRIC, JudgeError, JudgeTask, JudgeVote, OpenAIJudge, question_text
+from services.evaluator.judges import (
+    DEFAULT_RUBRIC,
+    JudgeError,
+    JudgeTask,
+    JudgeVote,
+    OpenAIJudge,
+    majority,
+    question_text,
+)
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.preference import Comparison, PreferenceMetric
 from services.evaluator.settings import EvaluatorSettings
@@ -38,7 +46,9 @@ def test_three_answers_are_each_shown_in_every_position():
 def test_a_judge_that_only_considers_the_position_decides_nothing(count, data):
     comparison = Comparison([f"answer {number}" for number in range(count)])
     position = data.draw(st.integers(0, count - 1))
-    assert comparison.verdict([position] * count).outcomes(count) == pytest.approx([1 / count] * count)
+    assert comparison.verdict(comparison.orders(), [position] * count).outcomes(count) == pytest.approx(
+        [1 / count] * count
+    )
 
 
 @given(st.integers(2, 8), st.data())
@@ -48,7 +58,7 @@ def test_position_bias_never_makes_another_answer_win(count, data):
     biased = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
     orders = comparison.orders()
     choices = [0 if bias else order.index(best) for order, bias in zip(orders, biased, strict=True)]
-    outcomes = comparison.verdict(choices).outcomes(count)
+    outcomes = comparison.verdict(comparison.orders(), choices).outcomes(count)
     assert outcomes[best] == max(outcomes)
     named = sum(order[choice] == best for order, choice in zip(orders, choices, strict=True))
     assert outcomes[best] == (1.0 if 2 * named > count else pytest.approx(named / count))
@@ -59,7 +69,7 @@ def test_the_majority_of_all_orders_wins_otherwise_the_votes_share_the_win(choic
     comparison = Comparison(ANSWERS)
     named = [order[choice] for order, choice in zip(comparison.orders(), choices, strict=True) if choice is not None]
     winner = next((answer for answer in range(3) if named.count(answer) >= 2), None)
-    verdict = comparison.verdict(choices)
+    verdict = comparison.verdict(comparison.orders(), choices)
     assert verdict.votes == len(named)
     assert verdict.agreeing == (0 if winner is None else named.count(winner))
     if len(named) <= 1:
@@ -74,14 +84,14 @@ def test_the_majority_of_all_orders_wins_otherwise_the_votes_share_the_win(choic
 def test_equal_answers_are_shown_once_and_win_together():
     comparison = Comparison(("yes, \nit is", "no", "yes, it is "))
     assert [len(comparison.shown(order)) for order in comparison.orders()] == [2, 2]
-    assert comparison.verdict([0, 1]).outcomes(3) == [0.5, 0.0, 0.5]
-    assert comparison.verdict([0, 0]).outcomes(3) == [0.25, 0.5, 0.25]
+    assert comparison.verdict(comparison.orders(), [0, 1]).outcomes(3) == [0.5, 0.0, 0.5]
+    assert comparison.verdict(comparison.orders(), [0, 0]).outcomes(3) == [0.25, 0.5, 0.25]
 
 
 def test_if_all_answers_are_equal_the_judge_is_not_asked_and_all_win():
     comparison = Comparison(("yes", "yes", " yes"))
     assert comparison.orders() == []
-    assert comparison.verdict([]).shares == (((0, 1, 2), 1.0),)
+    assert comparison.verdict([], []).shares == (((0, 1, 2), 1.0),)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +177,7 @@ def test_position_bias_of_the_stand_in_judge_makes_ties_but_no_wrong_majority(bi
             choices.append(JudgeVote.parse(judge.verdict(user.content), answers=3).choice)
         first += choices.count(0)
         votes += len(choices)
-        verdict = comparison.verdict(choices)
+        verdict = comparison.verdict(comparison.orders(), choices)
         ties += verdict.is_tie
         assert verdict.is_tie or verdict.shares == (((("L0", "L1", "L2").index(entry.preferred),), 1.0),)
     assert ties <= most_ties * len(judged.entries)
@@ -191,15 +201,45 @@ class ScriptedJudge:
         return "ABC"[parse_judge_prompt(messages[-1].content).answers.index(self.best)]
 
 
-async def test_preference_is_1_for_the_winner_and_counts_every_vote():
+async def test_preference_is_1_for_the_winner_and_two_votes_that_agree_spare_the_third():
     registry = CollectorRegistry()
     context = CallContext("e", "m", "qa")
     metric = PreferenceMetric(ScriptedJudge("a short one"), EvaluatorMetrics(registry))
-    assert await metric.score(sample(1), ANSWERS, context) == [0.0, 1.0, 0.0]
-    assert context.work.judgements == 3
+    for number in range(300):
+        assert await metric.score(sample(number), ANSWERS, context) == [0.0, 1.0, 0.0]
+    assert context.work.judgements == 600
+    assert (context.work.card.repeats, context.work.card.flips) == (300, 0)
+    # The winner was shown in every position about equally often.
     for letter in "ABC":
-        assert registry.get_sample_value("sprout_evaluator_judge_positions_total", {"position": letter}) == 1.0
+        votes = registry.get_sample_value("sprout_evaluator_judge_positions_total", {"position": letter})
+        assert votes == pytest.approx(200, abs=40)
     assert await metric.score(sample(1), ("a short one", "no", "a short one"), context) == [0.5, 0.0, 0.5]
+
+
+async def test_the_third_order_is_asked_if_the_first_two_votes_differ():
+    class LockedJudge:
+        async def reply(self, messages: Sequence[ChatMessage], context: CallContext) -> str:
+            return "B"
+
+    context = CallContext("e", "m", "qa")
+    metric = PreferenceMetric(LockedJudge(), EvaluatorMetrics(CollectorRegistry()))
+    assert await metric.score(sample(1), ANSWERS, context) == pytest.approx([1 / 3] * 3)
+    assert (context.work.judgements, context.work.card.repeats, context.work.card.flips) == (3, 1, 1)
+
+
+@given(st.integers(2, 8), st.floats(0, 1, exclude_max=True), st.data())
+def test_orders_that_are_not_asked_could_not_change_the_verdict(count, draw, data):
+    comparison = Comparison([f"answer {number}" for number in range(count)])
+    orders = comparison.orders(draw)
+    assert sorted(orders) == sorted(comparison.orders())
+    choices = data.draw(st.lists(st.none() | st.integers(0, count - 1), min_size=count, max_size=count))
+    asked = choices[: majority(count)]
+    if comparison.is_decided(orders, asked):
+        early, late = comparison.verdict(orders, asked), comparison.verdict(orders, choices)
+        assert early.shares == late.shares
+    else:
+        named = [None if one is None else order[one] for order, one in zip(orders, asked, strict=False)]
+        assert None in named or len(set(named)) > 1
 
 
 async def test_votes_before_a_failed_one_are_counted():
@@ -207,7 +247,7 @@ async def test_votes_before_a_failed_one_are_counted():
     metric = PreferenceMetric(ScriptedJudge("no", failing=frozenset({2})), EvaluatorMetrics(CollectorRegistry()))
     with pytest.raises(JudgeError, match="down"):
         await metric.score(sample(1), ANSWERS, context)
-    assert context.work.judgements == 2
+    assert context.work.judgements == 1
 
 
 URL = "https://judge.example/v1"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from services.evaluator.opportunity import URGENCY_PER_HOUR, Opportunity, OpportunityRules
 
 START = datetime(2023, 2, 10, tzinfo=UTC)
-USUAL = OpportunityRules()
+LOW = OpportunityRules()
+USUAL = OpportunityRules(variant="urgency")
 PUBLISHED = OpportunityRules(variant="published")
 
 
@@ -82,7 +83,7 @@ def test_without_an_intensity_it_runs_only_when_it_is_overdue():
 
 
 def test_an_older_reading_is_ignored_and_one_of_the_same_hour_replaces():
-    opportunity = Opportunity(OpportunityRules(), last=at(-24))
+    opportunity = Opportunity(USUAL, last=at(-24))
     for hour, intensity in enumerate([500, 400, 300]):
         assert opportunity.observe(at(hour), intensity, threshold=1_000.0) is None
     assert opportunity.observe(at(1), 900, threshold=1_000.0) is None
@@ -93,13 +94,13 @@ def test_an_older_reading_is_ignored_and_one_of_the_same_hour_replaces():
 
 @given(
     st.lists(st.floats(1, 1_000), min_size=2, max_size=300),
-    st.sampled_from([OpportunityRules(), PUBLISHED]),
+    st.sampled_from([LOW, USUAL, PUBLISHED]),
     st.floats(1, 1_000),
 )
 def test_gaps_between_evaluations_are_between_grace_period_and_overdue(values, rules, threshold):
     hours = [0, *(hour for hour, _ in run(values, rules=rules, threshold=threshold))]
     gaps = [later - earlier for earlier, later in pairwise(hours)]
-    assert all(6 < gap <= 72 for gap in gaps)
+    assert all(rules.min_gap_h < gap <= 72 for gap in gaps)
     assert len(values) - 1 - hours[-1] < 72
 
 
@@ -109,6 +110,22 @@ def test_the_unit_of_the_intensity_does_not_matter(values, factor):
     mean = sum(values) / len(values) * 1.000_1
     scaled = [value * 2.0 ** round(factor) for value in values]
     assert run(values, threshold=mean) == run(scaled, threshold=mean * 2.0 ** round(factor))
+
+
+def test_it_runs_in_the_lowest_fifth_of_the_trailing_week_at_least_twelve_hours_apart():
+    assert LOW.threshold([500.0, 100.0, 300.0, 400.0, 200.0, 600.0]) == 200.0
+    assert LOW.threshold([300.0]) == 300.0
+    assert USUAL.threshold([100.0, 300.0]) == PUBLISHED.threshold([100.0, 300.0]) == 200.0
+    day = [500, 400, 300, 200, 150, 140, 130, 120, 110, 100, 150, 200, *[500] * 12]
+    # Readings of 150 and less are low; the second evaluation waits for the next day's.
+    assert run(day * 2, rules=LOW, threshold=150.0, last=-24) == [(4, "low_intensity"), (28, "low_intensity")]
+    assert run([100] * 30, rules=LOW, threshold=100.0) == [(13, "low_intensity"), (26, "low_intensity")]
+
+
+@pytest.mark.parametrize(("variant", "gap"), [("low_intensity", 12), ("urgency", 6), ("published", 6)])
+def test_the_gap_between_evaluations_follows_the_rule_unless_it_is_set(variant, gap):
+    assert OpportunityRules(variant=variant).min_gap_h == gap
+    assert OpportunityRules(variant=variant, grace_h=3).min_gap_h == 3
 
 
 def windows():

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.evaluator.cost import Call, Energy, Work, estimate_cost, evaluation_energy
-from services.evaluator.plan import Candidate, PlanError, allocate, candidates_of, interleave
+from services.evaluator.plan import Candidate, PlanError, allocate, candidates_of, interleave, served_candidate
 from services.evaluator.preference import PREFERENCE
 from services.evaluator.quality import tally
 from shared.fleet import Fleet
-from shared.messages import Footprint
+from shared.messages import Footprint, ServedAnswer
 from tests.support.evaluator import judged_answer, judged_prompt
 from tests.support.router import MODEL, fleet_toml
 
@@ -46,6 +46,24 @@ def test_other_weights_are_compared_too():
 def test_more_answers_than_a_judge_can_compare_are_a_plan_error():
     with pytest.raises(PlanError, match=r"9 answers to compare .* a judge can compare 8: remove"):
         candidates_of(fleet('variant = "a"', 'variant = "b"'), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("option", "directive", "tokens", "place"),
+    [
+        ("q0/L1", None, 50, 1),
+        ("p/L0", "", 50, 0),
+        ("p/L1", None, 51, None),
+        ("p/L1", "Be brief, as last week.", 50, None),
+        ("gone/L1", None, 50, None),
+    ],
+)
+def test_a_served_answer_counts_if_the_evaluator_could_have_got_it(option, directive, tokens, place):
+    two = fleet("")
+    text = two.directive_text(option[-2:]) if directive is None else directive
+    served = ServedAnswer(option=option, directive=text, text="Yes.", completion_tokens=tokens, processing_s=1.0)
+    assert served_candidate(served, candidates_of(two, MODEL), two, max_tokens=50) == place
+    assert served_candidate(None, candidates_of(two, MODEL), two, max_tokens=50) is None
 
 
 def test_prompts_follow_traffic_with_a_minimum_per_group():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry
 
+from services.evaluator.budget import MIN_PROMPTS, EvaluationSize
 from services.evaluator.evaluation import EvaluationResult, EvaluationTrigger
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.scheduler import Scheduler
@@ -58,13 +59,14 @@ class Fixture:
     def __init__(self, *, last=None, interrupted=None, samples=100, results=(), switchback=OFF, **settings) -> None:
         self.triggers: list[EvaluationTrigger] = []
         self.results = list(results)
+        self.sizes: list[EvaluationSize] = []
         self.started = asyncio.Event()
         self.reachable = True
         self.store = FakeStore(last=last, interrupted=interrupted, samples=samples)
         self.registry = CollectorRegistry()
         self.scheduler = Scheduler(
             {"m": ZONE},
-            settings=EvaluatorSettings(**settings),
+            settings=EvaluatorSettings(**{"variant": "urgency", **settings}),
             intensities=LatestIntensities(),
             switchback=SwitchbackSchedule(switchback),
             clock=ManualClock(NOW),
@@ -74,6 +76,9 @@ class Fixture:
 
     async def publish_unpublished(self) -> None:
         return
+
+    async def size(self, model: str, reason: str) -> EvaluationSize:
+        return self.sizes.pop(0) if self.sizes else EvaluationSize(150, "maximum")
 
     async def evaluate(self, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
         self.triggers.append(trigger)
@@ -88,6 +93,7 @@ class Fixture:
             group_store=self.store,
             status=DatabaseStatus(),
             evaluate=self.evaluate,
+            size=self.size,
             publish_unpublished=self.publish_unpublished,
         )
         health = Health()
@@ -223,3 +229,20 @@ async def test_no_evaluation_starts_in_a_reference_block_or_shortly_before_one()
         fixture.scheduler.on_new_samples()
         assert [one.reason for one in await fixture.evaluations(1)] == ["requested"]
         assert postponed() == 0
+
+
+@pytest.mark.parametrize("limit", ["carbon_ceiling", "not_worthwhile"])
+async def test_an_evaluation_waits_while_too_few_prompts_can_be_paid_for(limit):
+    fixture = Fixture(last=NOW - timedelta(hours=24))
+    fixture.sizes = [EvaluationSize(MIN_PROMPTS - 1, limit), EvaluationSize(MIN_PROMPTS, limit)]
+    async with fixture.running():
+        fixture.scheduler.on_intensity(intensities(NOW, *LOCAL_MINIMUM))
+        async with asyncio.timeout(10):
+            while fixture.state.postponed != limit:  # noqa: ASYNC110 - a state has no event
+                await asyncio.sleep(0.01)
+        assert fixture.triggers == []
+        labels = {"model": "m", "reason": limit}
+        assert fixture.registry.get_sample_value("sprout_evaluator_postponed", labels) == 1
+        fixture.scheduler.on_new_samples()
+        assert await fixture.evaluations(1) == [EvaluationTrigger("local_minimum", NOW, g_per_kwh=220.0)]
+        assert fixture.registry.get_sample_value("sprout_evaluator_postponed", labels) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from services.optimizer.bounds import CurrentIntensity, TrailingRange
 from services.optimizer.estimates import Estimates
-from services.optimizer.policy import Situation, make_policy
+from services.optimizer.policy import Situation, make_policy, margin_g
 from services.optimizer.problem import BOUND_TOLERANCE
 from services.optimizer.program import solve
 from services.optimizer.settings import OptimizerSettings
@@ -73,6 +73,14 @@ def test_the_expected_quality_is_the_lower_confidence_bound():
     assert moved == pytest.approx(0.05 / (0.04 + 1.645 * deviation), rel=1e-2)
     assert made.expected_quality[METRIC] == pytest.approx(0.9, abs=2 * BOUND_TOLERANCE)
     assert made.overall["p/L1"] == pytest.approx(0.05 / (0.04 + 1.645 * 0.02), rel=1e-3)
+
+
+def test_the_cost_of_the_margin_is_what_the_program_would_save_without_it():
+    made = planned(two_groups(), xi={METRIC: 0.1})
+    certain = planned(two_groups(), xi={METRIC: 0.1}, confidence_z_by_metric={METRIC: 0.0})
+    assert margin_g(made) == pytest.approx(made.expected_g_per_request - certain.expected_g_per_request)
+    assert margin_g(made) > 0.0
+    assert margin_g(certain) == 0.0
 
 
 def test_a_floor_limits_the_overall_distribution_by_its_lower_confidence_bound():

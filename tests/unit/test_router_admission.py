@@ -20,13 +20,22 @@ from services.router.admission import (
     parsed_bytes,
     rejection,
 )
-from services.router.handler import error_response, sample_of
+from services.router.handler import error_response, sample_of, served_answer
 from services.router.settings import RouterSettings
 from services.router.streaming import Chunker
 from shared.fleet import Fleet
 from shared.inference.attempts import RetrySettings
 from shared.kafka.parsing import PoisonMessageError, parse
-from shared.messages import ErrorDetail, GenerationRequest, GenerationResponse, Policy
+from shared.messages import (
+    MAX_SERVED_CHARS,
+    Decision,
+    ErrorDetail,
+    GenerationRequest,
+    GenerationResponse,
+    Policy,
+    Timing,
+    Usage,
+)
 from shared.runtime.clock import Clock
 from tests.support.router import fleet_toml
 
@@ -200,16 +209,44 @@ def test_a_tenant_can_keep_its_prompts_out_of_the_samples():
     assert not parsed(tenant="desk", fleet=fleet, evaluation_allowed=True).request.evaluation_allowed
     sold = parsed(tenant="shop", fleet=fleet)
     assert sold.request.evaluation_allowed
-    assert sample_of(sold, clock=Clock()).tenant == "shop"
+    assert sample_of(sold, None, clock=Clock()).tenant == "shop"
+
+
+def answered(**fields) -> GenerationResponse:
+    decision = Decision(source="policy", group="qa", pool="p", level="L1", zone="GB", propensity=1.0)
+    timing = Timing(received_at=NOON, started_at=NOON, finished_at=NOON + timedelta(seconds=3))
+    return GenerationResponse(
+        **{
+            "request_id": "r1", "model": "m", "status": "ok", "text": "Because.", "finish_reason": "stop",
+            "decision": decision, "endpoint": "e", "timing": timing, "requested_at": NOON,
+            "usage": Usage(completion_tokens=2, source="server"), **fields,
+        }
+    )  # fmt: skip
+
+
+def test_a_sample_carries_the_served_answer_with_its_option_and_directive():
+    served = served_answer(answered(), FLEET)
+    assert served is not None
+    assert (served.option, served.directive) == ("p/L1", FLEET.directive_text("L1"))
+    assert (served.text, served.completion_tokens, served.processing_s) == ("Because.", 2, 3.0)
+    assert "Because" not in repr(sample_of(parsed(), served, clock=Clock()))
+    assert served_answer(answered(finish_reason="length"), FLEET) is not None
+
+
+@pytest.mark.parametrize(
+    "fields", [{"finish_reason": "cancelled"}, {"finish_reason": "deadline"}, {"text": "x" * (MAX_SERVED_CHARS + 1)}]
+)
+def test_an_answer_that_was_cut_off_or_is_too_long_is_not_kept_with_its_sample(fields):
+    assert served_answer(answered(**fields), FLEET) is None
 
 
 def test_a_reference_reaches_the_sample_and_nothing_else():
     incoming = parsed(reference=" Canberra ")
-    assert sample_of(incoming, clock=Clock()).reference == "Canberra"
+    assert sample_of(incoming, None, clock=Clock()).reference == "Canberra"
     detail = ErrorDetail(code="upstream_error", message="down")
     assert "Canberra" not in error_response(incoming, detail).model_dump_json()
     assert "Canberra" not in str(incoming.request.conversation()) + repr(incoming)
-    assert sample_of(parsed(reference=" "), clock=Clock()).reference is None
+    assert sample_of(parsed(reference=" "), None, clock=Clock()).reference is None
     with pytest.raises(PoisonMessageError, match="reference: String should have at most 8000 characters") as raised:
         parse(GenerationRequest, json.dumps({"prompt": "p", "reference": "secret" * 2_000}).encode())
     assert "secret" not in str(raised.value)

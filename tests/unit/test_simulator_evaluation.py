@@ -30,13 +30,19 @@ def by_task(learn: Measured, cost: JudgeCost | None = None) -> LevelJudge:
     return LevelJudge(learn, learn.task, learn.tasks, cost or JudgeCost(), traffic=traffic, half_life_s=HALF_LIFE_S)
 
 
+LEVELS = ("L0", "L1", "L2")
+NOTHING = np.zeros((1, 3))
+SERVED = [np.tile(row, (2, 1)) for row in np.eye(3)]
+"""Everything is served at one level."""
+
+
 def preferences(counts: Iterable[QualityCount]) -> list[QualityCount]:
     return [one for one in counts if one.metric == "preference"]
 
 
 def wins(judge: LevelJudge, prompts: int, rng: np.random.Generator, *, at_s: float) -> np.ndarray:
     """How often each level is preferred among prompts of the first task, in one evaluation."""
-    counts = judge.draw(np.array([1.0, 0.0]), prompts, rng, at_s=at_s).counts
+    counts = judge.draw(np.array([1.0, 0.0]), prompts, rng, served=NOTHING, at_s=at_s).counts
     return np.array([one.successes for one in preferences(counts)])
 
 
@@ -61,10 +67,8 @@ def test_a_prompt_never_counts_as_more_than_one():
     counts = QualityCounts(settings=settings)
     counts.add_counts(judge.evaluate_all(at_s=0.0).counts, at_s=0.0)
     for hour in range(1, 20):
-        found = judge.draw(np.array([0.5, 0.5]), 100, rng, at_s=hour * 600.0)
-        assert {used.requests for row in found.generations.values() for used in row.values()} == {100.0}, (
-            "generations are charged again"
-        )
+        found = judge.draw(np.array([0.5, 0.5]), 100, rng, served=NOTHING, at_s=hour * 600.0)
+        assert {used.requests for row in found.answers.values() for used in row.values()} == {100.0}
         for count in found.counts:
             assert count.paired is not None
             assert count.paired.both <= min(count.successes, count.paired.successes) <= count.trials
@@ -114,26 +118,37 @@ def test_without_decay_a_judgment_counts_once():
     assert trials == [{60.0}, {0.0}]
 
 
-def test_an_evaluation_draws_by_the_mix_and_uses_energy_at_every_level():
+def test_an_evaluation_draws_by_the_mix_and_generates_what_was_not_served():
     learn = measured(200)
-    cost = JudgeCost(energy_j=3.6e6, time_s=1.0)
-    judge = by_task(learn, cost)
-    found = judge.draw(np.array([0.25, 0.75]), 80, np.random.default_rng(1), at_s=0.0)
-    requests = {task: {used.requests for used in row.values()} for task, row in found.generations.items()}
+    cost = JudgeCost(energy_j=3.6e6, time_s=1.0, differing_share=0.5)
+    mix = np.array([0.25, 0.75])
+    by_level = [by_task(learn, cost).draw(mix, 80, np.random.default_rng(1), served=one, at_s=0.0) for one in SERVED]
+    requests = {task: {used.requests for used in row.values()} for task, row in by_level[0].answers.items()}
     assert sum(next(iter(counts)) for counts in requests.values()) == 80
     assert 8 <= next(iter(requests["facts"])) <= 32
-    assert found.judging_kwh == pytest.approx(80.0 * 3)
-    assert found.judging_s == pytest.approx(80.0 * 3)
-    assert found.energy_kwh > found.judging_kwh
+    # The judge is asked for two of the three orders, and for the third one on half of the prompts.
+    answers_kwh = [sum(row[f"pool/{level}"].energy_kwh for row in by_level[0].answers.values()) for level in LEVELS]
+    for level, found in enumerate(by_level):
+        assert found.energy_kwh == pytest.approx(80.0 * 2.5 + sum(answers_kwh) - answers_kwh[level])
+        assert found.time_s > 80.0 * 2.5
 
 
-def test_the_judge_is_called_once_for_each_cyclic_order_of_the_answers():
+def test_before_the_first_policy_the_reference_was_served():
+    learn = measured(60)
+    found = one_group(learn).evaluate_all(at_s=0.0)
+    levels = found.answers["all"]
+    generated = levels["pool/L1"].energy_kwh + levels["pool/L2"].energy_kwh
+    assert found.energy_kwh == pytest.approx(generated + JudgeCost().of(60, answers=3)[0])
+
+
+def test_orders_of_the_judge_beyond_a_majority_are_asked_where_votes_differ():
     learn, cost, mix = measured(60), JudgeCost(), np.array([0.5, 0.5])
     assert cost.of(1, answers=1) == pytest.approx((600 * 0.3 / 3.6e6, 600 * 0.0003))
-    two_levels = replace(learn, levels=learn.levels[:2], correct=learn.correct[:, :2])
-    rng = np.random.default_rng(1)
-    for requests, answers in ((learn, 3), (two_levels, 2)):
-        found = one_group(requests, cost).draw(mix, 20, rng, at_s=0.0)
-        assert (found.judging_kwh, found.judging_s) == pytest.approx(cost.of(20, answers=answers))
-    models = ModelJudge(learn, np.array([0.5, 0.5]), bootstrap_prompts=10, cost=cost).draw(mix, 20, rng, at_s=0.0)
-    assert (models.judging_kwh, models.judging_s) == pytest.approx(cost.of(20, answers=2))
+    assert cost.of(20, answers=2)[1] == pytest.approx(40 * 600 * 0.0003)
+    assert cost.of(20, answers=3)[1] == pytest.approx((40 + 0.35 * 20) * 600 * 0.0003)
+    served = np.array([[0.25, 0.75]])
+    judge = ModelJudge(learn, np.array([0.5, 0.5]), bootstrap_prompts=10, cost=cost)
+    found = judge.draw(mix, 20, np.random.default_rng(1), served=served, at_s=0.0)
+    large, small = found.answers["all"].values()
+    generated = 0.75 * large.energy_kwh + 0.25 * small.energy_kwh
+    assert found.energy_kwh == pytest.approx(generated + cost.of(20, answers=2)[0])

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar, cast, get_args
 
 import typer
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from tools.cli.console import err, fail, needs_extra, out, say
 
 # The functions import the simulator: other subcommands must start without loading the solver and scikit-learn.
 if TYPE_CHECKING:
+    from services.evaluator.opportunity import Variant as TriggerRule
     from tools.simulator.jobs import Job
     from tools.simulator.outcome import Outcome
     from tools.simulator.schemes import Experiment, Variant
@@ -114,6 +115,13 @@ def simulate(
             help="Whether producers send task labels, which learned groups take into account",
         ),
     ] = True,
+    trigger: Annotated[
+        str,
+        typer.Option(
+            metavar="RULE",
+            help="When the evaluator runs: low_intensity, or the paper's urgency or published (--variant production)",
+        ),
+    ] = "low_intensity",
     fleet: Annotated[
         list[Path] | None,
         typer.Option(
@@ -136,7 +144,10 @@ def simulate(
     ] = None,
     requests_per_hour: Annotated[
         float | None,
-        typer.Option(help="With --fleet: mean number of requests; default: those of --load, else see --peak-batch"),
+        typer.Option(
+            help="Mean number of requests, for the evaluator's share; default: 10000. With --fleet also the servers' "
+            "load; default: that of --load, else see --peak-batch"
+        ),
     ] = None,
     peak_batch: Annotated[
         int | None,
@@ -192,6 +203,8 @@ def simulate(
             period_days=period_days,
             life_cycle=life_cycle,
             task_labels=task_labels,
+            trigger=_trigger(trigger),
+            requests_per_hour=requests_per_hour,
             seed=seed,
         )
         plan = _plan(
@@ -258,17 +271,16 @@ def _plan(
         "--sleep": sleep,
         "--latency-objective": tpot_objective_ms,
         "--target-batch": target_batch,
-        "--requests-per-hour": requests_per_hour,
         "--peak-batch": peak_batch,
         "--load": load,
     }
+    for name, value in (("--latency-objective", tpot_objective_ms), ("--requests-per-hour", requests_per_hour)):
+        if value is not None and not 0.0 < value < float("inf"):
+            raise SimulationInputError(f"{name} must be greater than 0, got {value:g}")
     if not files:
         if unused := [name for name, value in options.items() if value is not None]:
             raise SimulationInputError(f"{unused[0]} needs --fleet: the servers to simulate")
         return None
-    for name, value in (("--latency-objective", tpot_objective_ms), ("--requests-per-hour", requests_per_hour)):
-        if value is not None and not 0.0 < value < float("inf"):
-            raise SimulationInputError(f"{name} must be greater than 0, got {value:g}")
     return Plan(
         fleets=tuple(load_server_fleet(file) for file in files),
         dispatches=dispatches_of(dispatch),
@@ -337,6 +349,15 @@ def _one_of(known: Sequence[Choice], text: str, option: str) -> Choice:
         if text == one:
             return one
     return fail(f"{option} must be {' or '.join(known)}, got {text!r}")
+
+
+def _trigger(text: str) -> "TriggerRule":
+    from services.evaluator.opportunity import Variant as TriggerRule  # noqa: PLC0415
+
+    for known in get_args(TriggerRule):
+        if text == known:
+            return cast("TriggerRule", known)
+    return fail(f"--trigger must be {', '.join(get_args(TriggerRule))}, got {text!r}")
 
 
 def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Number, ...]:

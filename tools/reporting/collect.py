@@ -25,6 +25,7 @@ from tools.reporting.folding import fold_small_groups
 from tools.reporting.frame import Calls, Floats, partition
 from tools.reporting.judging import judge_report
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
+from tools.reporting.out_of_sample import quality_weeks
 from tools.reporting.promise import promised_hours, promised_periods
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policies_below_bound, relative_pct
 from tools.reporting.query import Selection, Snapshot, read_snapshot
@@ -72,6 +73,7 @@ async def collect_report(
 
 def compute_report(snapshot: Snapshot) -> Report:
     """Compute the report of a snapshot. Pure."""
+    weeks = quality_weeks(snapshot.policies, snapshot.qualities)  # by the groups that the policies name
     snapshot, folded = fold_small_groups(snapshot)
     selection = snapshot.selection
     sites = sites_of(snapshot.requests, snapshot.evaluations)
@@ -131,6 +133,7 @@ def compute_report(snapshot: Snapshot) -> Report:
         judge=judge_report(snapshot.qualities),
         promised_periods=promised_periods(published),
         promised_hours=promised_hours(served.calls, snapshot.policies),
+        quality_weeks=weeks,
     )
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from tools.reporting.judging import JudgeReport
 from tools.reporting.meter_model import Metered
+from tools.reporting.out_of_sample import QualityWeek
 from tools.reporting.promise import PromisedHour, PromisedPeriod
 from tools.reporting.quality import JudgedShare
 from tools.reporting.savings import Interval, NetSaving, Saving
@@ -291,6 +292,7 @@ class Report:
         policies: number of policies published in the period, by status.
         judge: what is known of the judge; None: no evaluation says it.
         promised_periods, promised_hours: the account of promises by period; empty with hourly promises.
+        quality_weeks: quality by verdicts that the policies had not learned from.
     """
 
     scope: Scope
@@ -316,6 +318,7 @@ class Report:
     judge: JudgeReport | None = None
     promised_periods: tuple[PromisedPeriod, ...] = ()
     promised_hours: tuple[PromisedHour, ...] = ()
+    quality_weeks: tuple[QualityWeek, ...] = ()
 
     @property
     def empty(self) -> bool:

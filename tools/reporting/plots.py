@@ -241,6 +241,38 @@ def group_figure(report: Report) -> go.Figure:
     return figure
 
 
+def week_figure(report: Report) -> go.Figure:
+    """Control chart: quality out of sample by week with its interval, and what was required."""
+    figure = blank_figure("% of the baseline's")
+    known = [row for row in report.quality_weeks if row.quality_pct is not None]
+    for number, (model, metric) in enumerate(dict.fromkeys((row.model, row.metric) for row in known)):
+        rows = [row for row in known if (row.model, row.metric) == (model, metric)]
+        colour = (GREEN, BLUE, PURPLE, AMBER)[number % 4]
+        figure.add_scatter(
+            x=[row.start for row in rows],
+            y=[row.quality_pct for row in rows],
+            name=f"{metric}, {model}",
+            mode="markers",
+            marker={"size": 10, "color": colour},
+            error_y={
+                "type": "data",
+                "array": [(row.high_pct or 0.0) - (row.quality_pct or 0.0) for row in rows],
+                "arrayminus": [(row.quality_pct or 0.0) - (row.low_pct or 0.0) for row in rows],
+                "color": colour,
+            },
+            hovertemplate="%{y:.1f} %",
+        )
+        figure.add_scatter(
+            x=[row.start for row in rows],
+            y=[row.bound_pct for row in rows],
+            name=f"required, {metric}",
+            mode="lines+markers",
+            line={"color": colour, "dash": "dot"},
+            hovertemplate="%{y:.1f} %",
+        )
+    return figure
+
+
 def plots(report: Report) -> list[Plot]:
     """Every plot for which the report has data."""
     found: list[Plot] = []
@@ -255,6 +287,9 @@ def plots(report: Report) -> list[Plot]:
             Plot("Grams per request", f"Emitted, and if the {BASELINE} had served all.", grams_figure(report)),
             Plot("Quality", f"Judged preference relative to the {BASELINE}.", quality_figure(report)),
         ]
+    if any(row.quality_pct is not None for row in report.quality_weeks):
+        note = "By week, from verdicts that the policies had not learned from, with 95 % intervals."
+        found.append(Plot("Quality out of sample", note, week_figure(report)))
     if report.energy.metered_j > 0 or report.energy.attributed_j > 0:
         found.append(Plot("Energy", "Metered energy and its uses.", energy_figure(report)))
     if report.groups:

@@ -16,6 +16,7 @@ from tools.reporting.format import (
     timestamp,
 )
 from tools.reporting.model import Report
+from tools.reporting.out_of_sample import latest_week
 from tools.reporting.quality import CORRECTNESS
 from tools.reporting.savings import Saving
 
@@ -52,6 +53,7 @@ def summary_lines(report: Report) -> tuple[tuple[str, str], ...]:
             f"{percent_range(saving.saving_interval)}, from {saving.references:,} requests randomly given the baseline",
         ),
         ("answer quality", _quality_line(report)),
+        ("out of sample", _out_of_sample_line(report)),
         ("right answers", _correctness_line(report)),
         ("judge", _judge_line(report)),
         ("emitted", _emitted_line(saving)),
@@ -205,6 +207,21 @@ def _correctness_line(report: Report) -> str:
     return ", ".join(
         f"{names[option]} {share(right, trials)} of {trials:,.0f}" for option, (right, trials) in sums.items()
     )
+
+
+def _out_of_sample_line(report: Report) -> str:
+    """Quality of the last week by verdicts that the policies had not learned from; empty if it is not known."""
+    parts = []
+    for metric in sorted({one.metric for one in report.quality_weeks}):
+        week = latest_week(report.quality_weeks, metric)
+        if week is not None:
+            bound = "" if week.bound_pct is None else f", at least {percent(week.bound_pct)} required"
+            parts.append(
+                f"{metric} {percent(week.quality_pct)} of the {BASELINE}'s (95 %: {percent(week.low_pct)} to "
+                f"{percent(week.high_pct)}{bound}) by {week.prompts:,.0f} verdicts that the policies had not learned "
+                f"from, week of {week.start:%Y-%m-%d}"
+            )
+    return "; ".join(parts)
 
 
 def _judge_line(report: Report) -> str:

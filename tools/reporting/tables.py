@@ -75,6 +75,7 @@ def tables(report: Report, *, hours: bool = True) -> tuple[TextTable, ...]:
         promised_hour_table(report) if hours else None,
         group_table(report),
         evaluation_table(report),
+        week_table(report),
         length_table(report),
     ]
     return tuple(table for table in found if table is not None and table.rows)
@@ -268,6 +269,29 @@ def evaluation_table(report: Report) -> TextTable:
             for row in report.evaluations
         ),
         labels=2,
+    )
+
+
+def week_table(report: Report) -> TextTable:
+    """One row per week: quality out of sample."""
+    return TextTable(
+        "Quality out of sample, % of the baseline's",
+        ("week from", "model", "metric", "evaluations", "verdicts", "quality", "95 %", "required", "promised"),
+        tuple(
+            (
+                f"{row.start:%Y-%m-%d}",
+                row.model,
+                row.metric,
+                str(row.evaluations),
+                f"{row.prompts:,.0f}",
+                percent(row.quality_pct),
+                "–" if row.low_pct is None else f"{percent(row.low_pct)} to {percent(row.high_pct)}",
+                percent(row.bound_pct),
+                percent(row.promised_pct),
+            )
+            for row in report.quality_weeks
+        ),
+        labels=3,
     )
 
 

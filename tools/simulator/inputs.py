@@ -10,10 +10,13 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from services.evaluator.clusters import TooFewPromptsError, learn_groups
+from services.evaluator.opportunity import OpportunityRules
+from services.evaluator.opportunity import Variant as TriggerRule
 from services.optimizer.settings import OptimizerSettings, Promise
 from tools.simulator.grid import Say, Window, read_grids, say_missing_hours, say_missing_past, windows_of
 from tools.simulator.jobs import Job
 from tools.simulator.matches import read_matches
+from tools.simulator.production import DEFAULT_REQUESTS_PER_HOUR
 from tools.simulator.published_case import QualityDraws, draw_quality, read_draws
 from tools.simulator.requests import REFERENCE, Floats, Measured, SimulationInputError, read_measured
 from tools.simulator.schemes import Experiment, Fold, Grouping, Variant
@@ -43,6 +46,8 @@ class Inputs:
         promise, period_days: what keeps the limits: every hour, or the mean over periods of so many days.
         correctness: judged matches; None: `correct` of the requests.
         task_labels: whether learned groups take the task labels into account.
+        trigger: rule that decides when the evaluator runs.
+        requests_per_hour: of the traffic; None: 10,000.
     """
 
     requests: Path
@@ -66,6 +71,8 @@ class Inputs:
     period_days: int = 30
     life_cycle: bool = False
     task_labels: bool = True
+    trigger: TriggerRule = "low_intensity"
+    requests_per_hour: float | None = None
     seed: int = 1
 
 
@@ -99,6 +106,8 @@ def prepare(inputs: Inputs, say: Say) -> tuple[Experiment, list[Job]]:
         constant_bounds=frozenset({CORRECTNESS} if inputs.constant_correctness else ()),
         large_preferred=preferred,
         draws=_draws(inputs, traffic.parts[0].measured, traffic.mix, preferred),
+        trigger=OpportunityRules(variant=inputs.trigger),
+        requests_per_hour=inputs.requests_per_hour or DEFAULT_REQUESTS_PER_HOUR,
         seed=inputs.seed,
     )
     return experiment, _jobs(inputs, windows)

@@ -6,20 +6,28 @@ and judged so far, and solves the program. What is served is the expectation ove
 
 import math
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal
 
 import numpy as np
 
+from services.evaluator.budget import (
+    CEILING_WINDOW,
+    MIN_PROMPTS,
+    Spending,
+    Uncertainty,
+    evaluation_size,
+    judged_prompts,
+)
 from services.evaluator.opportunity import Opportunity, OpportunityRules
 from services.optimizer.bounds import TrailingRange, quality_bounds, range_of
 from services.optimizer.costs import Consumption, ResourceUse
 from services.optimizer.estimates import Estimates, estimate
 from services.optimizer.policy import build_problem
-from services.optimizer.problem import LaterHours, OptionPrice, Solution
+from services.optimizer.problem import LaterHours, OptionPrice, Problem, Solution
 from services.optimizer.program import solve
 from services.optimizer.promise import Account, Period, RestOfPeriod, TrailingHours, plan_rest
 from services.optimizer.settings import OptimizerSettings
@@ -36,6 +44,8 @@ from tools.simulator.world import CORRECTNESS, PREFERENCE, World, pooled
 Rule = Literal["reference", "program", "program_once", "cheapest"]
 """How the options are chosen: always the reference; by the program, every hour or once; by carbon only."""
 
+DEFAULT_REQUESTS_PER_HOUR = 10_000.0
+
 _NO_COST = EvaluationCost(generations=0, judgements=0, completion_tokens=0, processing_s=0.0)
 
 
@@ -46,7 +56,8 @@ class Operation:
     Attributes:
         optimizer: with the quality limits of the scheme.
         trigger: when the evaluator runs.
-        prompts_per_evaluation: drawn each time.
+        prompts_per_evaluation: drawn each time, at most.
+        max_carbon_share: ceiling of the evaluator's carbon as a share of the requests'; None: no ceiling.
         requests_per_hour: of the traffic.
         seed: of the evaluator's draws.
     """
@@ -54,7 +65,8 @@ class Operation:
     optimizer: OptimizerSettings
     trigger: OpportunityRules = field(default_factory=OpportunityRules)
     prompts_per_evaluation: int = 150
-    requests_per_hour: float = 10_000.0
+    max_carbon_share: float | None = 0.02
+    requests_per_hour: float = DEFAULT_REQUESTS_PER_HOUR
     seed: int = 1
 
 
@@ -130,6 +142,12 @@ class _Run:
         self._once: _Decision | None = None
         self._account = Account()
         hours = len(case.window.g_per_kwh)
+        self._operation = case.operation
+        self._solved: deque[tuple[Problem, float]] = deque(maxlen=24)
+        self._judged = 0.0
+        self._prompts = 0
+        self._served = case.world.all_reference(1)[0]
+        self._requests_g = np.zeros(hours)
         self.fallbacks: Counter[str] = Counter()
         self.ineligible: Counter[str] = Counter()
         self.evaluated: list[int] = []
@@ -159,12 +177,8 @@ class _Run:
         if hour == 0:
             self._learn(case.judge.evaluate_all(at_s=now.timestamp()), hour, charged=bool(self._settings.xi))
             self._opportunity.evaluated(now)
-        elif case.rule == "program" and self._opportunity.observe(now, k0, threshold=mean):
-            prompts = case.operation.prompts_per_evaluation
-            draws = case.judge.draw(case.mix[hour - 1], prompts, self._rng, at_s=now.timestamp())
-            self._learn(draws, hour, charged=True)
-            self._opportunity.evaluated(now)
-            self.evaluated.append(hour)
+        elif case.rule == "program" and self._opportunity.observe(now, k0, threshold=self._threshold(values)):
+            self._evaluate(hour)
         trailing_range = range_of(values.tolist(), hours=len(values), settings=self._settings)
         bounds = quality_bounds(trailing_range.position(k0), self._settings)
         for metric, bound in bounds.items():
@@ -204,6 +218,38 @@ class _Run:
         start = hour - hour % hours
         return Period(window.at(start), window.at(min(start + hours, len(window.g_per_kwh))))
 
+    def _evaluate(self, hour: int) -> None:
+        """Evaluate as many prompts as pay for themselves, unless they are too few."""
+        case, now = self._case, self._case.window.at(hour)
+        size = evaluation_size(
+            self._spending(hour),
+            self._uncertainty(),
+            maximum=case.operation.prompts_per_evaluation,
+            max_carbon_share=case.operation.max_carbon_share,
+            half_life_s=self._settings.quality_half_life_s,
+        )
+        if size.prompts >= MIN_PROMPTS:
+            served, at_s = self._served, now.timestamp()
+            draws = case.judge.draw(case.mix[hour - 1], size.prompts, self._rng, served=served, at_s=at_s)
+            self._learn(draws, hour, charged=True)
+            self._opportunity.evaluated(now)
+            self.evaluated.append(hour)
+
+    def _spending(self, hour: int) -> Spending:
+        """Carbon of the requests and of the evaluations so far; the bootstrap evaluation is the first one."""
+        since, per_hour = max(0, hour - int(CEILING_WINDOW.total_seconds() / 3_600)), self._operation.requests_per_hour
+        return Spending(
+            requests_g=float(self._requests_g[since:hour].sum()),
+            evaluator_g=float(self.evaluator_grams[max(1, since) : hour].sum()) * per_hour,
+            requests_per_s=per_hour / 3_600.0,
+            g_per_prompt=float(self.evaluator_grams[:hour].sum()) * per_hour / self._prompts,
+        )
+
+    def _uncertainty(self) -> Uncertainty:
+        """What the safety margin cost on average in some hours of the last day."""
+        margins = [g - solve(replace(problem, confidence_z={})).g_per_request for problem, g in list(self._solved)[::6]]
+        return Uncertainty(max(0.0, float(np.mean(margins))), self._judged)
+
     def _serve(self, hour: int, x: Floats) -> None:
         """Add what an hour's requests used to the optimizer's consumption."""
         case, world = self._case, self._case.world
@@ -212,12 +258,21 @@ class _Run:
         requests = per_hour * np.tensordot(mix, world.share, 1)[:, None] * x
         energy = per_hour * np.tensordot(mix, world.energy_kwh, 1) * x
         time_s = per_hour * np.tensordot(mix, world.time_s, 1) * x
+        self._served = x
+        grams = energy * case.window.g_per_kwh[hour] + DEFAULT_EMBODIED_G_PER_S * time_s
+        self._requests_g[hour] = float(grams.sum())
         at_s = case.window.at(hour + 1).timestamp()
         for g, o in zip(*np.nonzero(requests), strict=True):
             used = ResourceUse(float(requests[g, o]), float(energy[g, o]), float(time_s[g, o]))
             self._consumption.add(
                 world.groups[g], world.options[o], used, at_s=at_s, settings=self._settings, traffic=used.requests
             )
+
+    def _threshold(self, trailing: Floats) -> float:
+        """Intensity above which the evaluator does not start."""
+        trigger = self._case.operation.trigger
+        hours = min(len(trailing), trigger.threshold_window_h)
+        return trigger.threshold(trailing[-int(hours) :].tolist())
 
     def _trailing(self, hour: int) -> TrailingHours:
         """Intensities of the trailing window, this hour's last; hours without a value are left out."""
@@ -236,7 +291,8 @@ class _Run:
                 prompts=1, abstentions=0, cost=_NO_COST,
             )
         )  # fmt: skip
-        for group, row in findings.generations.items():
+        self._prompts += findings.prompts
+        for group, row in findings.answers.items():
             for option, used in row.items():
                 traffic = used.requests if hour == 0 else 0.0
                 self._consumption.add(
@@ -278,6 +334,8 @@ class _Run:
             settings=self._settings,
         )
         solution = solve(problem)
+        self._solved.append((problem, solution.g_per_request))
+        self._judged = judged_prompts(estimates.groups)
         for g, group in enumerate(world.groups):
             row = solution.rows.get(group, {reference: 1.0})
             x[g] = [row.get(option, 0.0) for option in world.options]
@@ -311,7 +369,8 @@ def _fallback(solution: Solution, estimates: Estimates) -> str | None:
 
 def _outcome(case: ProductionCase, world: World, x: Floats, runs: Sequence[_Run]) -> Outcome:
     window, mix = case.window, case.mix
-    # Evaluation hours and bounds depend on the carbon intensity only: they are the same in every run.
+    # Bounds depend on the carbon intensity only: they are the same in every run. So are evaluation hours, unless an
+    # evaluation is too small in one of them.
     first = runs[0]
     reference = world.all_reference(len(mix))
 

@@ -6,12 +6,13 @@ from typing import Literal
 
 import numpy as np
 
+from services.evaluator.opportunity import OpportunityRules
 from services.optimizer.settings import OptimizerSettings
 from tools.simulator import published
 from tools.simulator.evaluation import JudgeCost, LevelJudge, ModelJudge
 from tools.simulator.grid import Window
 from tools.simulator.outcome import Outcome
-from tools.simulator.production import Operation, ProductionCase, Rule, simulate
+from tools.simulator.production import DEFAULT_REQUESTS_PER_HOUR, Operation, ProductionCase, Rule, simulate
 from tools.simulator.published_case import PublishedCase, QualityDraws
 from tools.simulator.requests import Floats, Ints, Measured, SimulationInputError, joined
 from tools.simulator.world import CORRECTNESS, PREFERENCE, world_of_levels, world_of_models
@@ -79,6 +80,8 @@ class Experiment:
         constant_bounds: metrics whose full loss is tolerated in every hour.
         large_preferred: (tasks,), share of prompts on which the larger model is preferred; None: not compared.
         draws: quality draws for the published variant.
+        trigger: when the evaluator runs.
+        requests_per_hour: of the traffic.
     """
 
     variant: Variant
@@ -88,6 +91,8 @@ class Experiment:
     constant_bounds: frozenset[str] = frozenset()
     large_preferred: Floats | None = None
     draws: QualityDraws | None = None
+    trigger: OpportunityRules = field(default_factory=OpportunityRules)
+    requests_per_hour: float = DEFAULT_REQUESTS_PER_HOUR
     prompts_per_evaluation: int = 150
     judge: JudgeCost = field(default_factory=JudgeCost)
     seed: int = 1
@@ -217,6 +222,8 @@ def _operation(experiment: Experiment, xi: Mapping[str, float]) -> Operation:
                 },
             }
         ),
+        trigger=experiment.trigger,
+        requests_per_hour=experiment.requests_per_hour,
         prompts_per_evaluation=experiment.prompts_per_evaluation,
         seed=experiment.seed,
     )

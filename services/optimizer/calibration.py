@@ -1,0 +1,108 @@
+"""Quality out of sample of every model, and a wider safety margin where promises were missed too often. No I/O.
+
+The safety margin promises that quality is at least the published lower bound with 95 % confidence. Evaluations check
+that before they are learned from. If more of the last 30 days' evaluations missed the promise than chance explains, the
+margin is widened; it narrows again as they pass (docs/decisions/0042-quality-out-of-sample.md).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from services.optimizer.bounds import joint_confidence_z
+from services.optimizer.settings import OptimizerSettings
+from shared.messages import Policy, Quality
+from shared.prequential import PoliciesInForce, QualityInterval, QualityScore, combined, excess_of_misses, is_missed
+
+MEMORY: Final = timedelta(days=30)
+"""Evaluations that decide on the margin."""
+
+WEEK: Final = timedelta(days=7)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How often a metric's promise was missed, and what that adds to its confidence z.
+
+    Attributes:
+        scored: evaluations in `MEMORY`.
+        missed: of these, evaluations that show a quality below what was promised.
+        extra_z: 0 unless chance does not explain so many misses.
+    """
+
+    scored: int
+    missed: int
+    extra_z: float
+
+    def describe(self, metric: str, z: float) -> str:
+        """For people, in the reason of a policy."""
+        return (
+            f"{metric} missed its promise in {self.missed} of {self.scored} evaluations, more often than 5 %: "
+            f"{z + self.extra_z:.2f} standard errors are taken off instead of {z:.2f}"
+        )
+
+
+class QualityScores:
+    """The policies in force of every model, and the scores of the last `MEMORY`."""
+
+    def __init__(self, settings: OptimizerSettings) -> None:
+        """Start without any score.
+
+        Args:
+            settings: the confidence level, and the most that is added to it.
+        """
+        self._settings = settings
+        self._in_force: dict[str, PoliciesInForce] = defaultdict(PoliciesInForce)
+        self._scores: dict[tuple[str, str], dict[str, QualityScore]] = defaultdict(dict)
+
+    def update_policy(self, policy: Policy) -> None:
+        """A policy is in force from now on."""
+        self._in_force[policy.model].add(policy)
+
+    def score(self, evaluation: Quality) -> list[QualityScore]:
+        """Score the policies in force before an evaluation; empty if none was, or if it was scored before."""
+        in_force = self._in_force[evaluation.model]
+        return in_force.scored(evaluation.evaluation_id, evaluation.counts, evaluation.evaluated_at)
+
+    def add(self, scores: Iterable[QualityScore]) -> None:
+        """Count scores, each once; those older than `MEMORY` before the newest one are forgotten."""
+        for one in scores:
+            known = self._scores[one.model, one.metric]
+            known[one.evaluation_id] = one
+            oldest = max(score.until for score in known.values()) - MEMORY
+            self._scores[one.model, one.metric] = {
+                name: score for name, score in known.items() if score.until >= oldest
+            }
+
+    def recent(self, model: str, metric: str, now: datetime) -> QualityInterval | None:
+        """Quality of the last week, relative to the baseline's; None without enough verdicts."""
+        scores = [one for one in self._scores.get((model, metric), {}).values() if one.until > now - WEEK]
+        return combined(scores) if scores else None
+
+    def calibrations(self, model: str, now: datetime) -> dict[str, Calibration]:
+        """By limited metric with a score."""
+        found = {}
+        for metric in self._settings.xi:
+            scores = [one for one in self._scores.get((model, metric), {}).values() if one.until > now - MEMORY]
+            if scores:
+                missed = sum(map(is_missed, scores))
+                extra_z = min(excess_of_misses(missed, len(scores)), self._settings.max_extra_confidence_z)
+                found[metric] = Calibration(len(scores), missed, extra_z)
+        return found
+
+
+def calibrated(
+    settings: OptimizerSettings, calibrations: Mapping[str, Calibration]
+) -> tuple[OptimizerSettings, list[str]]:
+    """The settings with the margins that the calibrations ask for, and what to say of them; unchanged if none does."""
+    wider = {metric: one for metric, one in calibrations.items() if one.extra_z > 0.0}
+    if not wider:
+        return settings, []
+    z = joint_confidence_z({metric: 1.0 - loss for metric, loss in settings.xi.items()}, settings)
+    by_metric = {metric: z[metric] + one.extra_z for metric, one in wider.items() if metric in z}
+    notes = [one.describe(metric, z[metric]) for metric, one in wider.items() if metric in z]
+    return settings.model_copy(
+        update={"confidence_z_by_metric": {**settings.confidence_z_by_metric, **by_metric}}
+    ), notes
