@@ -162,15 +162,17 @@ async def test_it_estimates_its_cost_from_footprints_and_survives_a_restart(kafk
             footprint = Footprint(
                 request_id=f"f{number}", purpose=purpose, model=MODEL, group="qa", pool=pool, level="L0", zone=ZONE,
                 endpoint="e0", started_at=now, finished_at=now, processing_s=1.0, completion_tokens=tokens,
-                energy_j=energy_j, embodied_g=0.0,
+                energy_j=energy_j, embodied_g=0.0, total_g=energy_j / 3.6e6 * 100.0,
+                evaluation_id=None if purpose == "request" else first.evaluation_id,
             )  # fmt: skip
             await producer.post(FOOTPRINTS, footprint, footprint.request_id)
         evaluators.supervisor.stop(name)
         again = evaluators.start()
         for _ in range(200):
-            if len(await stored(database, "SELECT 1 FROM evaluator.energy")) == 2:
+            if len(await stored(database, "SELECT 1 FROM evaluator.carbon")) == 2:
                 break
             await asyncio.sleep(0.1)
+        assert len(await stored(database, "SELECT 1 FROM evaluator.energy")) == 2
         # The restarted process knows the first evaluation, so it waits for the next minimum.
         await producer.post(CARBON_INTENSITY, intensities(CLOCK.now(), 400, 420, 300, 200, 100, 130, hours=0.01), ZONE)
         await found.read(until=2)
