@@ -48,7 +48,7 @@ async def gateway_router_killed(run: ScenarioRun) -> None:
     """One of two routers behind the gateways is killed in the middle of its streams and restarted, three times."""
 
     async def kill(fault: Fault, _: list[str]) -> None:
-        victim = run.routers[fault.victim]
+        victim = await run.busy_router(fault.victim)
         await run.inject("SIGKILL", victim, signal.SIGKILL)
         await asyncio.sleep(fault.hold_s)
         await run.restart(victim)
