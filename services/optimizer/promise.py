@@ -107,7 +107,9 @@ class Account:
             now: event time.
             since: earlier times are not booked any more.
         """
-        start, self.booked_until = self.booked_until, now
+        start = self.booked_until
+        # Another process's clock may be a little ahead: no time is booked twice.
+        self.booked_until = now if start is None else max(start, now)
         if start is None or policy is None:
             return
         for begin, end in _pieces(max(start, since), now, policy.valid_until):

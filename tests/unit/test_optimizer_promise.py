@@ -106,6 +106,12 @@ def test_nothing_is_booked_before_the_first_policy_nor_twice():
     assert account.booked_until == MONDAY + 2 * HOUR
 
 
+def test_a_clock_that_is_behind_books_nothing_and_forgets_nothing():
+    account = Account(booked_until=MONDAY + HOUR)
+    account.book(policy(MONDAY), MONDAY + 0.5 * HOUR, since=MONDAY)
+    assert (account.hours, account.booked_until) == ({}, MONDAY + HOUR)
+
+
 def test_a_period_that_ended_while_the_optimizer_was_away_is_closed():
     """The policy was served for three hours, the reference afterwards; the new period owes nothing for the old one."""
     away_since = MONDAY - 5 * HOUR
