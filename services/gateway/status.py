@@ -232,6 +232,8 @@ class Monitor:
                 quality=(), expected_g_per_request=None, reference_g_per_request=None,
             )  # fmt: skip
         valid = now <= policy.valid_until
+        # A promise by period bounds a single hour by its floors only.
+        bounds = policy.bounds if policy.promise is None else policy.promise.hourly_floors
         return ModelStatus(
             model=model,
             policy="in force" if valid else "expired",
@@ -240,9 +242,7 @@ class Monitor:
             mix=level_mix(policy) if valid else {split_option(policy.reference)[1]: 1.0},
             served=dict(sorted(served.items())),
             quality=tuple(
-                QualityStatus(
-                    metric=metric, expected=policy.expected_quality.get(metric), required=policy.bounds.get(metric)
-                )
+                QualityStatus(metric=metric, expected=policy.expected_quality.get(metric), required=bounds.get(metric))
                 for metric in sorted(policy.expected_quality.keys() | policy.bounds.keys())
             ),
             expected_g_per_request=policy.expected_g_per_request,

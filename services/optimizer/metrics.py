@@ -57,6 +57,13 @@ class OptimizerMetrics:
             ("model", "metric"),
             registry=registry,
         )
+        self._promise = Gauge(
+            "sprout_optimizer_promise",
+            "Promise by period, means over its requests relative to the baseline: promised and kept so far, and needed "
+            "in the rest of the period",
+            ("model", "metric", "what"),
+            registry=registry,
+        )
         self._ages = Gauge(
             "sprout_optimizer_age_seconds",
             "Event time since the latest policy or evaluation of a model, or intensity of a zone; NaN without one",
@@ -115,6 +122,13 @@ class OptimizerMetrics:
             self._bound.labels(policy.model, metric).set(bound)
         for metric, quality in policy.expected_quality.items():
             self._quality.labels(policy.model, metric).set(quality)
+
+        if policy.promise is not None:
+            account = policy.promise.current
+            figures = {"promised": account.promised, "kept": account.kept, "rest": policy.promise.rest}
+            for what, by_metric in figures.items():
+                for metric, quality in by_metric.items():
+                    self._promise.labels(policy.model, metric, what).set(quality)
 
     def set_capacity(self, plan: PoolCapacity) -> None:
         """Show the current plan of a pool."""

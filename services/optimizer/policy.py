@@ -1,22 +1,23 @@
 """Policies: the program of a model's current situation, the message made from its solution, and its comparison."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
 from services.optimizer.bounds import CurrentIntensity, TrailingRange, joint_confidence_z, quality_bounds
 from services.optimizer.estimates import Estimates, price_bases, relative_change
-from services.optimizer.holdout import AUTO, Holdout, choose_holdout
+from services.optimizer.holdout import AUTO, choose_holdout
 from services.optimizer.prices import describe_price
-from services.optimizer.problem import Failure, OptionPrice, Problem, Solution
+from services.optimizer.problem import Failure, LaterHours, OptionPrice, Problem, Solution
 from services.optimizer.program import TIME_LIMIT_S, solve
+from services.optimizer.promise import RestOfPeriod
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
-from shared.messages import Policy, PolicyInputs, option_key
-from shared.messages.policies import OptionInputs
+from shared.messages import PeriodPromise, Policy, PolicyInputs, option_key
+from shared.messages.policies import LaterHoursInputs, OptionInputs
 
-Trigger = Literal["start", "intensity", "groups", "quality", "estimates", "validity"]
+Trigger = Literal["start", "intensity", "groups", "quality", "estimates", "validity", "period"]
 """The events that make the optimizer solve."""
 
 ALL_TRAFFIC = "*"
@@ -29,6 +30,7 @@ _TRIGGERED_BY: dict[Trigger, str] = {
     "quality": "an evaluation arrived",
     "estimates": "energy, time, traffic or the price of a token changed",
     "validity": "the last policy was about to expire",
+    "period": "a new period began",
 }
 _FAILURE: dict[Failure, str] = {
     "time limit": f"the solver reached its time limit of {TIME_LIMIT_S:g} s",
@@ -39,6 +41,9 @@ _FAILURE: dict[Failure, str] = {
 
 OVERLOAD_EPSILON = 1e-4
 """Overloads below this are rounding errors."""
+
+SHORTFALL_EPSILON = 1e-5
+"""Shortfalls below this are rounding errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,7 @@ class Situation:
         range: k0_min and k0_max of the reference's zone.
         estimates: e, p and q.
         group_version: version of the learned prompt groups that the estimates are by; None: task labels.
+        rest: with a promise by period, what the rest of the period needs; None: every hour keeps the limits.
     """
 
     model: str
@@ -62,6 +68,7 @@ class Situation:
     range: TrailingRange
     estimates: Estimates
     group_version: str | None = None
+    rest: RestOfPeriod | None = None
 
 
 def build_problem(
@@ -71,6 +78,8 @@ def build_problem(
     prices: Mapping[str, OptionPrice],
     bounds: Mapping[str, float],
     settings: OptimizerSettings,
+    rest_bounds: Mapping[str, float] | None = None,
+    later: Sequence[LaterHours] = (),
     holdout: float = 0.0,
     capacities: Mapping[str, float] | None = None,
     overall: bool = False,
@@ -81,8 +90,10 @@ def build_problem(
         estimates: e, p and q.
         reference: the baseline option.
         prices: by option; an option without a price is not used.
-        bounds: b_m by metric.
+        bounds: b_m of the present hour by metric.
         settings: confidence level and floors.
+        rest_bounds: with a promise by period, what the present hour and the later ones need together, by metric.
+        later: those later hours.
         holdout: minimum probability of the reference in every group.
         capacities: concurrent requests by pool; None: unlimited.
         overall: state the program for all traffic as one group, `ALL_TRAFFIC`.
@@ -94,7 +105,9 @@ def build_problem(
         families=estimates.families,
         estimates={ALL_TRAFFIC: estimates.overall} if overall else estimates.groups,
         confidence_z=joint_confidence_z(bounds, settings),
-        bounds=bounds,
+        bounds=bounds if rest_bounds is None else rest_bounds,
+        hourly_floors={} if rest_bounds is None else settings.hourly_floors,
+        later=later,
         floors=settings.floors,
         capacities=capacities or {},
         requests_per_s=estimates.requests_per_s,
@@ -116,8 +129,13 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
     zone = fleet.pools_of(situation.model)[0].zone
     k0 = situation.intensities[zone].g_per_kwh
     bounds = quality_bounds(situation.range.position(k0), settings)
+    rest = situation.rest
     estimates = situation.estimates
     prices = _prices(situation, fleet)
+    later = [
+        LaterHours(share=hours.share, options=_prices_of(fleet, situation.model, hours.g_per_kwh))
+        for hours in (() if rest is None else rest.later)
+    ]
     capacities = {
         pool.name: float(pool.concurrency) for pool in fleet.pools_of(situation.model) if pool.concurrency is not None
     }
@@ -128,6 +146,8 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             reference=reference,
             prices=prices,
             bounds=bounds,
+            rest_bounds=None if rest is None else rest.bounds,
+            later=later,
             settings=settings,
             holdout=holdout,
             capacities=capacities,
@@ -141,6 +161,15 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
     if holdout.probability > least:
         solution = solve(replace(problem, holdout=holdout.probability))
     overall = solve(problem_with(holdout.probability, overall=True)) if estimates.weights else solution
+    promise = None
+    if rest is not None:
+        promise = PeriodPromise(
+            current=rest.current,
+            previous=rest.previous,
+            rest=rest.bounds,
+            hourly_floors=settings.hourly_floors,
+            shortfall=solution.shortfall if solution.shortfall > SHORTFALL_EPSILON else 0.0,
+        )
     return Policy(
         model=situation.model,
         version=version,
@@ -149,11 +178,12 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         valid_until=situation.now + settings.validity,
         status=solution.status,
         overload=solution.overload if solution.overload > OVERLOAD_EPSILON else 0.0,
-        reason=_reason(situation, solution, bounds, zone, holdout),
+        reason=f"{_reason(situation, solution, bounds, promise, zone)}; {holdout.reason}",
         reference=reference,
         groups=solution.rows if estimates.weights else {},
         overall=overall.rows[ALL_TRAFFIC],
         bounds=bounds,
+        promise=promise,
         expected_quality=solution.quality,
         expected_g_per_request=solution.g_per_request,
         reference_g_per_request=solution.reference_g_per_request,
@@ -182,6 +212,12 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             capacities=capacities,
             requests_per_s=estimates.requests_per_s,
             traffic_requests=estimates.traffic_requests if estimates.weights else None,
+            later=tuple(
+                LaterHoursInputs(
+                    share=hours.share, g_per_kwh={option: price.g_per_kwh for option, price in hours.options.items()}
+                )
+                for hours in later
+            ),
         ),
     )
 
@@ -214,14 +250,23 @@ def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
             )
         prices = _prices_of(fleet, policy.model, inputs.intensity_g_per_kwh)
     weights = inputs.weights or dict.fromkeys(inputs.estimates, 1.0)
+    promise = policy.promise
     return Problem(
         reference=policy.reference,
         options=prices,
+        later=[
+            LaterHours(
+                share=hours.share,
+                options={name: replace(price, g_per_kwh=hours.g_per_kwh[name]) for name, price in prices.items()},
+            )
+            for hours in inputs.later
+        ],
         weights=weights,
         families=inputs.families,
         estimates=inputs.estimates,
         confidence_z=inputs.cautions,
-        bounds=policy.bounds,
+        bounds=policy.bounds if promise is None else promise.rest,
+        hourly_floors={} if promise is None else promise.hourly_floors,
         floors=inputs.floors,
         capacities=capacities,
         requests_per_s=inputs.requests_per_s,
@@ -280,7 +325,9 @@ def _prices_of(fleet: Fleet, model: str, g_per_kwh: Mapping[str, float]) -> dict
     }
 
 
-def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float], zone: str, holdout: Holdout) -> str:
+def _reason(
+    situation: Situation, solution: Solution, bounds: Mapping[str, float], promise: PeriodPromise | None, zone: str
+) -> str:
     k0 = situation.intensities[zone]
     parts = [f"{_TRIGGERED_BY[situation.trigger]}: {k0.g_per_kwh:.0f} g/kWh in {zone}"]
     estimated = [name for name, one in situation.intensities.items() if one.source == "hour_mean"]
@@ -290,15 +337,27 @@ def _reason(situation: Situation, solution: Solution, bounds: Mapping[str, float
         )
     if situation.range.k0_min >= situation.range.k0_max:
         parts.append("too little history of the carbon intensity: no quality loss is tolerated")
-    parts.extend(f"{metric} at least {bound:.3f} of the baseline's" for metric, bound in bounds.items())
+    if promise is None:
+        parts.extend(f"{metric} at least {bound:.3f} of the baseline's" for metric, bound in bounds.items())
+    else:
+        parts.extend(_promise_in_words(promise, bounds))
     if solution.overload > OVERLOAD_EPSILON:
         parts.append(f"{solution.overload:.1%} more load than the pools' capacities: more endpoints are needed")
     if solution.failure is not None:
         parts.append(_FAILURE[solution.failure])
     if solution.status == "reference":
         parts.append("the reference is served")
-    else:
-        parts.append(holdout.reason)
     parts.extend(f"{option} not used: {why}" for option, why in situation.estimates.ineligible.items())
     parts.extend(describe_price(pool, price) for pool, price in situation.estimates.prices.items())
     return "; ".join(parts)
+
+
+def _promise_in_words(promise: PeriodPromise, bounds: Mapping[str, float]) -> Iterator[str]:
+    account = promise.current
+    yield f"promise for {account.start:%Y-%m-%d} to {account.end:%Y-%m-%d}"
+    for metric, rest in promise.rest.items():
+        booked = metric in account.promised
+        so_far = f"{account.kept[metric]:.3f} kept of {account.promised[metric]:.3f} so far, " if booked else ""
+        yield f"{metric}: {so_far}{bounds[metric]:.3f} for this hour, at least {rest:.3f} needed in the rest"
+    if promise.shortfall:
+        yield f"what is missing so far cannot be made up for: {promise.shortfall:.3f} are missing in the rest"

@@ -59,17 +59,36 @@ class OptionPrice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LaterHours:
+    """Later hours of a period with similar carbon intensities.
+
+    Attributes:
+        share: of the requests of the present hour and all later ones.
+        options: prices by option; those of `Problem.options`.
+    """
+
+    share: float
+    options: Mapping[str, OptionPrice]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One instance of the program.
+
+    With `later` the quality limits hold for the mean over the present hour and later ones, and the options of both are
+    chosen together; only the present hour is served by the solution. Groups and estimates are the same in all hours.
 
     Attributes:
         reference: the baseline option, which quality is relative to.
         options: prices of the options that may be used, the reference among them; of equal options the first is used.
+        later: later hours by carbon intensity; empty: the limits hold for the present hour.
         weights: traffic share w_g by group; sums to 1.
         families: families of groups about similar things, by group; groups of a family share an error component.
         estimates: e, p and q by group, then option; a group cannot use an option without an estimate.
         confidence_z: standard errors of the quality of all traffic taken off its mean, by metric.
-        bounds: b_m by metric, in [0, 1]: minimum quality of all traffic, relative to the reference's.
+        bounds: b_m by metric: minimum quality of all traffic, relative to the reference's. A bound above 1 makes up for
+            earlier hours; it is missed by the least possible shortfall where it cannot be kept.
+        hourly_floors: by metric, in [0, 1]: minimum quality of all traffic in the present hour and in each later one.
         floors: f_m by metric, in [0, 1]: minimum quality of each group, relative to the reference's.
         capacities: concurrent requests by pool; a pool that is not named is unlimited.
         requests_per_s: request rate of the model, for the capacities.
@@ -81,9 +100,11 @@ class Problem:
     options: Mapping[str, OptionPrice]
     weights: Mapping[str, float]
     estimates: Mapping[str, Mapping[str, OptionEstimate]]
+    later: Sequence[LaterHours] = ()
     families: Mapping[str, str] = field(default_factory=dict)
     confidence_z: Mapping[str, float] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
+    hourly_floors: Mapping[str, float] = field(default_factory=dict)
     floors: Mapping[str, float] = field(default_factory=dict)
     capacities: Mapping[str, float] = field(default_factory=dict)
     requests_per_s: float = 0.0
@@ -93,10 +114,20 @@ class Problem:
     def __post_init__(self) -> None:
         if not math.isclose(sum(self.weights.values()), 1.0, abs_tol=1e-6):
             raise ValueError(f"weights must sum to 1, got {sum(self.weights.values()):.6f}")
-        for name, limits in (("bounds", self.bounds), ("floors", self.floors), ("holdout", {"": self.holdout})):
+        if not all(0.0 <= bound < math.inf for bound in self.bounds.values()):
+            raise ValueError(f"bounds must not be negative, got {dict(self.bounds)}")
+        of_groups_and_hours = {"floors": self.floors, "hourly_floors": self.hourly_floors}
+        for name, limits in {**of_groups_and_hours, "holdout": {"": self.holdout}}.items():
             if not all(0.0 <= limit <= 1.0 for limit in limits.values()):
                 raise ValueError(f"{name} must lie in [0, 1], got {dict(limits)}: the reference could not keep them")
-        limited = {*self.bounds, *self.floors}
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"the later hours must leave a share for the present one, got {1.0 - self.share:.6f}")
+        if any(self.options.keys() - hours.options.keys() for hours in self.later):
+            raise ValueError("every option needs a price in all later hours")
+        self._check_estimates()
+
+    def _check_estimates(self) -> None:
+        limited = {*self.bounds, *self.floors, *self.hourly_floors}
         if not all(capacity > 0.0 for capacity in self.capacities.values()):
             raise ValueError(f"capacities must be greater than 0, got {dict(self.capacities)}")
         for group in self.weights:
@@ -107,6 +138,11 @@ class Problem:
                 if missing := sorted(limited - estimate.quality.keys()) if len(row) > 1 else []:
                     raise ValueError(f"group {group!r}, option {option!r}: no quality for {', '.join(missing)}")
 
+    @property
+    def share(self) -> float:
+        """Share of the present hour in the requests that the limits hold for."""
+        return 1.0 - sum(hours.share for hours in self.later)
+
     def row(self, group: str) -> dict[str, OptionEstimate]:
         """The options that a group may use, in the order of `options`."""
         known = self.estimates[group]
@@ -115,7 +151,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """Probabilities to draw from, and what they are expected to achieve.
+    """Probabilities of the present hour to draw from, and what they are expected to achieve.
 
     Attributes:
         status: `optimal`, or `reference` if the solver failed or there is no other option.
@@ -123,6 +159,7 @@ class Solution:
         g_per_request: expected gCO2eq of a request.
         reference_g_per_request: expected gCO2eq of a request if the reference served all requests.
         quality: lower confidence bound of the quality of all traffic, relative to the reference's, by limited metric.
+        shortfall: by how much the bounds above 1 are missed, at most; 0 if they are kept.
         overload: share by which the pools' capacities are exceeded; 0 if they suffice.
         failure: why the solver found no solution.
     """
@@ -132,6 +169,7 @@ class Solution:
     g_per_request: float
     reference_g_per_request: float
     quality: dict[str, float]
+    shortfall: float = 0.0
     overload: float = 0.0
     failure: Failure | None = None
 
@@ -144,7 +182,8 @@ class Cells:
         names: (group, option).
         reference: 1 where the option is the reference, else 0.
         weights: traffic share of the group.
-        grams, seconds: of a request.
+        grams, seconds: of a request in the present hour.
+        later_grams: of a request in each of the problem's later hours.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -154,8 +193,8 @@ class Cells:
         self._estimates = [estimate for row in rows.values() for estimate in row.values()]
         self.weights = np.array([problem.weights[group] for group, _ in self.names])
         self.reference = np.array([float(option == problem.reference) for _, option in self.names])
-        prices = [problem.options[option] for _, option in self.names]
-        self.grams = np.array([one.grams(estimate) for one, estimate in zip(prices, self._estimates, strict=True)])
+        self.grams = self._grams(problem.options)
+        self.later_grams = [self._grams(hours.options) for hours in problem.later]
         self.seconds = np.array([estimate.processing_s for estimate in self._estimates])
 
     @property
@@ -163,20 +202,32 @@ class Cells:
         """gCO2eq that 1 means in the objective: the most expensive option's, so that the solver's tolerances mean the
         same at every carbon intensity.
         """
-        return float(self.grams.max()) or 1.0
+        return max(float(grams.max()) for grams in (self.grams, *self.later_grams)) or 1.0
+
+    @property
+    def mean_reference_g(self) -> float:
+        """Expected gCO2eq of a request over the present and the later hours if the reference served all requests."""
+        shares = [self.problem.share, *(hours.share for hours in self.problem.later)]
+        hours = zip(shares, (self.grams, *self.later_grams), strict=True)
+        return sum(share * float((self.weights * grams) @ self.reference) for share, grams in hours)
 
     @cached_property
     def bounds(self) -> "dict[str, QualityBound]":
-        """The quality limits by metric."""
+        """The quality limits by metric, on the mean over all hours."""
         return {metric: QualityBound(self, metric, bound) for metric, bound in self.problem.bounds.items()}
 
-    def costs(self) -> Floats:
-        """Objective coefficients: expected grams in units of `cost_unit_g`, plus the tie-break."""
+    @cached_property
+    def hourly_floors(self) -> "dict[str, QualityBound]":
+        """The quality limits of every single hour, by metric."""
+        return {metric: QualityBound(self, metric, floor) for metric, floor in self.problem.hourly_floors.items()}
+
+    def costs(self, grams: Floats) -> Floats:
+        """Objective coefficients of an hour: its expected grams in units of `cost_unit_g`, plus the tie-break."""
         problem = self.problem
         order = [problem.reference, *(one for one in problem.options if one != problem.reference)]
         tie_break = {option: place * TIE_BREAK for place, option in enumerate(order)}
         places = np.array([tie_break[option] for _, option in self.names])
-        return np.asarray(self.weights * (self.grams / self.cost_unit_g + places))
+        return np.asarray(self.weights * (grams / self.cost_unit_g + places))
 
     def of_group(self, group: str) -> list[int]:
         """Places of a group's cells."""
@@ -188,6 +239,10 @@ class Cells:
         for place, (group, _) in enumerate(self.names):
             places[group].append(place)
         return places
+
+    def _grams(self, prices: Mapping[str, OptionPrice]) -> Floats:
+        pairs = zip(self.names, self._estimates, strict=True)
+        return np.array([prices[option].grams(estimate) for (_, option), estimate in pairs])
 
     def in_pool(self, name: str) -> Floats:
         """1 for the cells that the pool serves, else 0."""
@@ -243,8 +298,10 @@ class Cells:
         loads = (float(self.in_pool(pool) @ concurrent) / of for pool, of in self.problem.capacities.items())
         return max(0.0, *(load - 1.0 for load in loads)) if self.problem.capacities else 0.0
 
-    def solution(self, rows: Rows, status: PolicyStatus, failure: Failure | None = None) -> Solution:
-        """A solution with these probabilities, their expected carbon and their quality."""
+    def solution(
+        self, rows: Rows, status: PolicyStatus, failure: Failure | None = None, *, shortfall: float = 0.0
+    ) -> Solution:
+        """A solution with these probabilities of the present hour, their expected carbon and their quality."""
         x = self.values(rows)
         # If the reference serves everything its relative quality is 1, whether it is known or not.
         only_reference = bool((x == self.reference).all())
@@ -256,6 +313,7 @@ class Cells:
             quality={
                 metric: 1.0 if only_reference else self.bounds[metric].lower_bound(x) for metric in self.problem.bounds
             },
+            shortfall=shortfall,
             overload=self.overload(x),
             failure=failure,
         )
@@ -296,9 +354,9 @@ class QualityBound:
         """Mean minus margin."""
         return self.mean(x) - self.margin(x)
 
-    def is_violated(self, x: Floats) -> bool:
-        """Whether the limit is missed by more than the tolerance."""
-        return self.lower_bound(x) < self.bound - BOUND_TOLERANCE
+    def is_violated(self, x: Floats, *, shortfall: float = 0.0) -> bool:
+        """Whether the limit less a shortfall is missed by more than the tolerance."""
+        return self.lower_bound(x) < self.bound - shortfall - BOUND_TOLERANCE
 
 
 def error_factors(standard_errors: Floats, groups: Sequence[str], families: Sequence[str]) -> Floats:

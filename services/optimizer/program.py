@@ -31,8 +31,11 @@ SOLVER_TOLERANCE = 1e-9
 TIME_LIMIT_S = 10.0
 """Wall time of a program, all rounds of cuts together."""
 
-OVERLOAD_TOLERANCE = 1e-6
-"""What the overload may be above the least possible one, so that the solver finds the least carbon within it."""
+RELIEF_TOLERANCE = 1e-6
+"""What overload and shortfall may be above the least possible ones, so that the solver finds the least carbon."""
+
+SHORTFALL_WEIGHT = 1e-3
+"""What a shortfall counts for while overload and shortfall are minimised: rather miss a bound than overload a pool."""
 
 _MAX_ROUNDS = 50
 """Rounds of cuts; about five are enough."""
@@ -49,8 +52,9 @@ def solve(problem: Problem, *, time_limit_s: float = TIME_LIMIT_S) -> Solution:
 def solve_program(problem: Problem, *, time_limit_s: float = TIME_LIMIT_S) -> "tuple[Solution, Program | None]":
     """Solve the program; there is always a solution.
 
-    The reference keeps all limits and floors, so only capacities can be too small; see `Program.solve`. If the solver
-    fails, the reference is served. If the reference is the only option, the status is `reference` as well.
+    The reference keeps all limits up to 1 and all floors, so only capacities can be too small, and bounds above 1 too
+    high; see `Program.solve`. If the solver fails, the reference is served. If the reference is the only option, the
+    status is `reference` as well.
 
     Returns:
         The solution, and the solved program with its shadow prices; None if the reference is served.
@@ -61,7 +65,7 @@ def solve_program(problem: Problem, *, time_limit_s: float = TIME_LIMIT_S) -> "t
         program = Program(cells)
         failure = program.solve(time_limit_s=time_limit_s)
         if failure is None:
-            return cells.solution(program.rows(), "optimal"), program
+            return cells.solution(program.rows(), "optimal", shortfall=program.shortfall), program
     only_reference = {group: {problem.reference: 1.0} for group in problem.weights}
     return cells.solution(only_reference, "reference", failure), None
 
@@ -78,15 +82,17 @@ class NormConstraint:
         sigma: the variable.
     """
 
-    def __init__(self, lp: pulp.LpProblem, name: str, factors: Floats) -> None:
+    def __init__(self, lp: pulp.LpProblem, name: str, factors: Floats, variables: Sequence[pulp.LpVariable]) -> None:
         """Add the variables and `sigma >= sum_k t_k` to a program that is not solved yet.
 
         Args:
             lp: the program.
-            name: the metric's name; the variables are `sigma[name]` and `term[name,k]`, the row is `norm[name]`.
+            name: the variables are `sigma[name]` and `term[name,k]`, the row is `norm[name]`.
             factors: P, (components, cells).
+            variables: x, of the cells.
         """
         self._factors = factors
+        self._variables = variables
         self._name = name
         self._cuts: list[tuple[int, float, Floats]] = []
         self.sigma = lp.add_variable(f"sigma[{name}]", lowBound=0.0)
@@ -98,12 +104,11 @@ class NormConstraint:
         """|P x|."""
         return float(np.linalg.norm(self._factors @ x))
 
-    def add_cuts(self, solver: highspy.Highs, variables: Sequence[pulp.LpVariable], x: Floats) -> None:
+    def add_cuts(self, solver: highspy.Highs, x: Floats) -> None:
         """Add the cuts that are tangent at x to the solver's live model.
 
         Args:
             solver: of the program, after its first solve.
-            variables: of the cells.
             x: (cells,), probabilities at which the norm is too small.
         """
         values = self._factors @ x
@@ -112,16 +117,16 @@ class NormConstraint:
             # t_k - 2 a (P x)_k + a^2 sigma >= 0
             row = -2.0 * slopes[k] * self._factors[k]
             cells = np.flatnonzero(row).tolist()
-            columns = [*(variables[cell].index for cell in cells), self._terms[k].index, self.sigma.index]
+            columns = [*(self._variables[cell].index for cell in cells), self._terms[k].index, self.sigma.index]
             coefficients = np.concatenate([row[cells], [1.0, slopes[k] ** 2]])
             solver.addRow(0.0, highspy.kHighsInf, len(columns), np.array(columns, dtype=np.int32), coefficients)
             self._cuts.append((k, float(slopes[k] ** 2), row))
 
-    def state_cuts(self, lp: pulp.LpProblem, variables: Sequence[pulp.LpVariable]) -> None:
+    def state_cuts(self, lp: pulp.LpProblem) -> None:
         """Add the cuts to the PuLP program as well, named `cut[name,n]`, so that its text contains them."""
         for number, (k, slope_squared, row) in enumerate(self._cuts):
             terms = [(self._terms[k], 1.0), (self.sigma, slope_squared)]
-            terms += [(variables[cell], float(row[cell])) for cell in np.flatnonzero(row).tolist()]
+            terms += [(self._variables[cell], float(row[cell])) for cell in np.flatnonzero(row).tolist()]
             lp.addConstraint(pulp.LpAffineExpression(terms) >= 0.0, f"cut[{self._name},{number}]")
 
 
@@ -130,7 +135,9 @@ class Program:
 
     Attributes:
         cells: the problem.
-        x: (cells,), probabilities of the last solve.
+        x: (cells,), probabilities of the present hour in the last solve.
+        mean: (cells,), their mean over the present and the later hours.
+        shortfall: by how much bounds above 1 are missed.
     """
 
     def __init__(self, cells: Cells) -> None:
@@ -141,49 +148,56 @@ class Program:
         """
         self.cells = cells
         self.x: Floats = np.array([])
+        self.mean: Floats = np.array([])
+        self.shortfall = 0.0
         self._lp = pulp.LpProblem("sprout", pulp.LpMinimize)
         self._names: set[str] = set()
         self._constraints: dict[str, pulp.LpConstraint] = {}
-        self._norms: dict[str, NormConstraint] = {}
+        self._limits: list[tuple[QualityBound, NormConstraint, list[pulp.LpVariable]]] = []
         self._cuts_stated = False
-        holdout = cells.problem.holdout
-        self._x = [
-            self._lp.add_variable(self._unique(f"x[{group},{option}]"), lowBound=holdout if reference else 0.0)
-            for (group, option), reference in zip(cells.names, cells.reference, strict=True)
-        ]
-        self._lp.setObjective(self._expression(cells.costs(), keep_zeros=True))
-        for group in cells.problem.weights:
-            places = cells.of_group(group)
-            self._add(f"one[{group}]", pulp.LpAffineExpression([(self._x[p], 1.0) for p in places]) == 1.0)
-        for metric, floor in cells.problem.floors.items():
-            self._add_floors(metric, floor)
-        self._overload: pulp.LpVariable | None = None
-        for pool, capacity in cells.problem.capacities.items():
-            self._add_capacity(pool, capacity)
+        problem = cells.problem
+        self._reliefs: dict[str, pulp.LpVariable] = {}
+        self._x = self._variables("x")
+        later = [self._variables(f"x{number}") for number in range(1, len(problem.later) + 1)]
+        shares = [problem.share, *(hours.share for hours in problem.later)]
+        hours = list(zip((self._x, *later), (cells.grams, *cells.later_grams), shares, strict=True))
+        costs = [share * cells.costs(grams) for _, grams, share in hours]
+        self._lp.setObjective(
+            _expression([one for variables, _, _ in hours for one in variables], np.concatenate(costs), keep_zeros=True)
+        )
+        for number, (variables, _, _) in enumerate(hours):
+            self._add_hour(variables, "" if number == 0 else f"{number}")
+        self._mean = self._mean_of([(variables, share) for variables, _, share in hours]) if later else self._x
         for metric, bound in cells.bounds.items():
             if bound.is_active:
-                self._add_bound(metric, bound)
+                self._add_bound(f"bound[{metric}]", metric, bound, self._mean)
 
     def solve(self, *, time_limit_s: float = TIME_LIMIT_S) -> Failure | None:
-        """Solve. Where no solution keeps the capacities, the least overload is found first, then the least carbon.
+        """Solve. Where no solution keeps the capacities and the bounds above 1, the least overload and shortfall are
+        found first, then the least carbon.
 
         Returns:
             None once `x` is optimal; else why there is no solution.
         """
         self._lp.solve(_highs(time_limit_s))
         failure = self._add_cuts()
-        if failure != "infeasible" or self._overload is None:
+        if failure != "infeasible" or not self._reliefs:
             return failure
-        solver, overload = self._solver, self._overload.index
+        solver = self._solver
+        weights = {"overload": 1.0, "shortfall": SHORTFALL_WEIGHT}
         columns, costs = np.arange(solver.getNumCol(), dtype=np.int32), np.array(solver.getLp().col_cost_)
-        solver.changeColBounds(overload, 0.0, highspy.kHighsInf)
-        solver.changeColsCost(len(columns), columns, (columns == overload).astype(float))
+        relaxed = np.zeros(len(costs))
+        for name, relief in self._reliefs.items():
+            solver.changeColBounds(relief.index, 0.0, highspy.kHighsInf)
+            relaxed[relief.index] = weights[name]
+        solver.changeColsCost(len(columns), columns, relaxed)
         solver.run()
         failure = self._add_cuts()
         if failure is not None:
             return failure
-        least = solver.getSolution().col_value[overload]
-        solver.changeColBounds(overload, 0.0, least + OVERLOAD_TOLERANCE)
+        least = solver.getSolution().col_value
+        for relief in self._reliefs.values():
+            solver.changeColBounds(relief.index, 0.0, least[relief.index] + RELIEF_TOLERANCE)
         solver.changeColsCost(len(columns), columns, costs)
         solver.run()
         return self._add_cuts()
@@ -196,21 +210,36 @@ class Program:
             if failure is not None:
                 return failure
             values = np.asarray(self._solver.getSolution().col_value)
-            self.x = values[[variable.index for variable in self._x]]
-            violated = [norm for metric, norm in self._norms.items() if self.cells.bounds[metric].is_violated(self.x)]
+            self.x, self.mean = _values(values, self._x), _values(values, self._mean)
+            shortfall = self._reliefs.get("shortfall")
+            self.shortfall = 0.0 if shortfall is None else float(values[shortfall.index])
+            violated = [
+                (norm, x)
+                for bound, norm, variables in self._limits
+                if bound.is_violated(x := _values(values, variables), shortfall=self._shortfall_of(bound))
+            ]
             if not violated:
                 return None
-            for norm in violated:
-                norm.add_cuts(self._solver, self._x, self.x)
+            for norm, x in violated:
+                norm.add_cuts(self._solver, x)
             self._solver.run()
         return "no convergence"
+
+    def _shortfall_of(self, bound: QualityBound) -> float:
+        return self.shortfall if bound.bound > 1.0 else 0.0
 
     def rows(self) -> Rows:
         """Probabilities by group, then option."""
         return self.cells.rows(self.x)
 
+    def mean_g_per_request(self) -> float:
+        """Expected gCO2eq of a request over the present and the later hours."""
+        return float(self._solver.getObjectiveValue()) * self.cells.cost_unit_g
+
     def shadow_prices(self) -> dict[str, float]:
-        """By constraint: change of the expected gCO2eq per request for one more unit of its right-hand side."""
+        """By constraint: change of the expected gCO2eq per request, over all hours, for one more unit of its right-hand
+        side.
+        """
         duals = self._solver.getSolution().row_dual
         unit = self.cells.cost_unit_g
         return {name: float(duals[constraint.index]) * unit for name, constraint in self._constraints.items()}
@@ -223,8 +252,8 @@ class Program:
     def lp_text(self) -> str:
         """The program in CPLEX LP format, with the cuts added so far."""
         if not self._cuts_stated:
-            for norm in self._norms.values():
-                norm.state_cuts(self._lp, self._x)
+            for _, norm, _ in self._limits:
+                norm.state_cuts(self._lp)
             self._cuts_stated = True
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "program.lp"
@@ -237,47 +266,86 @@ class Program:
         solver: highspy.Highs = self._lp.solverModel
         return solver
 
-    def _add_bound(self, metric: str, bound: QualityBound) -> None:
-        quality = self._expression(bound.mean_factors)
+    def _variables(self, name: str) -> list[pulp.LpVariable]:
+        """One variable for every cell, at least the holdout."""
+        holdout, cells = self.cells.problem.holdout, self.cells
+        return [
+            self._lp.add_variable(self._unique(f"{name}[{group},{option}]"), lowBound=holdout if reference else 0.0)
+            for (group, option), reference in zip(cells.names, cells.reference, strict=True)
+        ]
+
+    def _add_hour(self, x: list[pulp.LpVariable], hour: str) -> None:
+        """Add the constraints that hold in every single hour.
+
+        Args:
+            x: of the cells.
+            hour: number of the later hours; empty: the present hour, whose constraints have shadow prices.
+        """
+        problem, cells = self.cells.problem, self.cells
+        for group in problem.weights:
+            row = pulp.LpAffineExpression([(x[place], 1.0) for place in cells.of_group(group)])
+            self._add(f"one[{group}]", row == 1.0, hour)
+        for metric, floor in problem.floors.items():
+            self._add_floors(metric, floor, x, hour)
+        for pool, capacity in problem.capacities.items():
+            self._add_capacity(pool, capacity, x, hour)
+        for metric, bound in cells.hourly_floors.items():
+            if bound.is_active:
+                self._add_bound(f"hourly[{metric}]", f"hourly_{metric}{hour}", bound, x, hour)
+
+    def _mean_of(self, hours: Sequence[tuple[Sequence[pulp.LpVariable], float]]) -> list[pulp.LpVariable]:
+        """Variables for the mean over hours, given with their shares."""
+        mean = self._variables("mean")
+        for place, ((group, option), variable) in enumerate(zip(self.cells.names, mean, strict=True)):
+            row = [(variable, -1.0), *((x[place], share) for x, share in hours)]
+            self._lp.addConstraint(pulp.LpAffineExpression(row) == 0.0, self._unique(f"mean[{group},{option}]"))
+        return mean
+
+    def _add_bound(
+        self, name: str, norm_name: str, bound: QualityBound, x: list[pulp.LpVariable], hour: str = ""
+    ) -> None:
+        quality = _expression(x, bound.mean_factors)
         if bound.z > 0.0 and len(bound.error_factors):
             _require_finite(bound.error_factors)
-            norm = NormConstraint(self._lp, self._unique(metric), bound.error_factors)
-            self._norms[metric] = norm
+            norm = NormConstraint(self._lp, self._unique(norm_name), bound.error_factors, x)
+            self._limits.append((bound, norm, x))
             quality[norm.sigma] = -bound.z
-        self._add(f"bound[{metric}]", quality >= bound.bound)
+        if bound.bound > 1.0:
+            quality[self._relief("shortfall")] = 1.0
+        self._add(name, quality >= bound.bound, hour)
 
-    def _add_capacity(self, pool: str, capacity: float) -> None:
-        """Limit the concurrent requests of a pool to (1 + overload) times its capacity; overload is 0 at first."""
+    def _add_capacity(self, pool: str, capacity: float, x: Sequence[pulp.LpVariable], hour: str) -> None:
+        """Limit the concurrent requests of a pool to (1 + overload) times its capacity."""
         problem = self.cells.problem
         concurrent = self.cells.in_pool(pool) * problem.requests_per_s * self.cells.weights * self.cells.seconds
         if not concurrent.any():
             return
-        if self._overload is None:
-            # One for all pools, so that the least overload is shared evenly.
-            self._overload = self._lp.add_variable(self._unique("overload"), lowBound=0.0, upBound=0.0)
-        row = self._expression(concurrent)
-        row[self._overload] = -capacity
-        self._add(f"capacity[{pool}]", row <= capacity)
+        row = _expression(x, concurrent)
+        row[self._relief("overload")] = -capacity
+        self._add(f"capacity[{pool}]", row <= capacity, hour)
 
-    def _add_floors(self, metric: str, floor: float) -> None:
+    def _relief(self, name: str) -> pulp.LpVariable:
+        """A variable that is 0 unless the program has no solution otherwise; one for all pools, so that the least
+        overload is shared evenly, and one for all bounds.
+        """
+        if name not in self._reliefs:
+            self._reliefs[name] = self._lp.add_variable(self._unique(name), lowBound=0.0, upBound=0.0)
+        return self._reliefs[name]
+
+    def _add_floors(self, metric: str, floor: float, x: Sequence[pulp.LpVariable], hour: str) -> None:
         quality, group_quality = self.cells.quality(metric), self.cells.group_quality(metric)
         _require_finite(quality, group_quality)
         for group in self.cells.problem.weights:
             places = self.cells.of_group(group)
             of_reference = float(quality[places] @ self.cells.reference[places])
-            row = [
-                (self._x[p], value) for p, value in zip(places, group_quality[places].tolist(), strict=True) if value
-            ]
-            self._add(f"floor[{metric},{group}]", pulp.LpAffineExpression(row) >= floor * of_reference)
+            row = [(x[p], value) for p, value in zip(places, group_quality[places].tolist(), strict=True) if value]
+            self._add(f"floor[{metric},{group}]", pulp.LpAffineExpression(row) >= floor * of_reference, hour)
 
-    def _expression(self, coefficients: Floats, *, keep_zeros: bool = False) -> pulp.LpAffineExpression:
-        _require_finite(coefficients)
-        pairs = zip(self._x, coefficients.tolist(), strict=True)
-        return pulp.LpAffineExpression([pair for pair in pairs if keep_zeros or pair[1]])
-
-    def _add(self, name: str, constraint: pulp.LpConstraint) -> None:
-        self._constraints[name] = constraint
-        self._lp.addConstraint(constraint, self._unique(name))
+    def _add(self, name: str, constraint: pulp.LpConstraint, hour: str) -> None:
+        """Add a constraint; those of the present hour and of all hours have shadow prices."""
+        if not hour:
+            self._constraints[name] = constraint
+        self._lp.addConstraint(constraint, self._unique(f"{name}{hour}"))
 
     def _unique(self, name: str) -> str:
         """The name, with a number if PuLP spells another one alike: groups may differ in a space or a dash only."""
@@ -330,6 +398,18 @@ def _failure(status: highspy.HighsModelStatus) -> Failure | None:
             return "time limit"
         case _:
             return "solver error"
+
+
+def _expression(
+    variables: Sequence[pulp.LpVariable], coefficients: Floats, *, keep_zeros: bool = False
+) -> pulp.LpAffineExpression:
+    _require_finite(coefficients)
+    pairs = zip(variables, coefficients.tolist(), strict=True)
+    return pulp.LpAffineExpression([pair for pair in pairs if keep_zeros or pair[1]])
+
+
+def _values(values: Floats, variables: Sequence[pulp.LpVariable]) -> Floats:
+    return values[[variable.index for variable in variables]]
 
 
 def _require_finite(*arrays: Floats) -> None:

@@ -19,6 +19,7 @@ from services.optimizer.estimates import Estimates, estimate, estimates_changed
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.policy import Situation, Trigger, make_policy, policy_difference
 from services.optimizer.prices import PoolPrices
+from services.optimizer.promise import Period, RestOfPeriod, plan_rest, trailing_hours
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import OptimizerState
 from services.optimizer.store import Store
@@ -285,6 +286,8 @@ class PolicyService:
             estimates=inputs.estimates,
             group_version=inputs.groups,
         )
+        if self._settings.promise == "period":
+            situation = replace(situation, rest=await self._rest_of_period(situation))
         started = time.perf_counter()
         policy = await self._in_solver(
             lambda: make_policy(situation, fleet=self._fleet, settings=self._settings, version=1)
@@ -301,6 +304,28 @@ class PolicyService:
         self._set_published(policy)
         self._metrics.policies.labels(model, policy.status).inc()
         _log.info("policy", model=model, version=policy.version, status=policy.status, reason=policy.reason)
+
+    async def _rest_of_period(self, situation: Situation) -> RestOfPeriod:
+        """Book what the published policy kept until now, and plan what is left of the period."""
+        model, now = situation.model, situation.now
+        period, zone = Period.at(now, days=self._settings.period_days), self._zone(situation.model)
+        before = period.before().start
+        published = self._published.get(model)
+        account = await self.store.book_promise(
+            model,
+            lambda account: account.book(published, now, since=before),
+            since=min(before, now - timedelta(hours=self._settings.window_h)),
+        )
+        return plan_rest(
+            account,
+            trailing_hours(self.intensities, situation.intensities, zone, self._settings),
+            period=period,
+            now=now,
+            k0=situation.intensities[zone].g_per_kwh,
+            trailing_range=situation.range,
+            requests_per_s=situation.estimates.requests_per_s,
+            settings=self._settings,
+        )
 
     # Ages, for the metrics
 

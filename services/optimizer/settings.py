@@ -8,6 +8,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.messages.base import Probability
 
+Promise = Literal["hourly", "period"]
+"""What keeps the quality limits: every hour, or the mean over a period."""
+
 _HOUR_S = 3_600.0
 _PREFIX = "SPROUT_OPTIMIZER_"
 
@@ -41,6 +44,22 @@ class OptimizerSettings(BaseSettings):
     floors: dict[str, Probability] = Field(
         default={},
         description="Minimum quality of every prompt group, relative to the baseline's, by metric of xi: JSON",
+    )
+    promise: Promise = Field(
+        default="hourly",
+        description="hourly: every hour keeps the quality limits; period: the mean over a period keeps the mean of the "
+        "hourly limits, so that clean hours pay for dirty ones",
+    )
+    period_days: int = Field(
+        default=30,
+        ge=1,
+        le=92,
+        description="Length of that period: 1 (midnight to midnight, UTC), 7 (from Monday), 30, or other whole days",
+    )
+    hourly_floors: dict[str, Probability] = Field(
+        default={},
+        description="With a promise by period: minimum quality of every single hour, relative to the baseline's, by "
+        'metric of xi: JSON {"preference": 0.9}; other metrics have none',
     )
     confidence_z: float = Field(
         default=1.645,
@@ -233,12 +252,30 @@ class OptimizerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _metrics_are_in_xi(self) -> Self:
-        for name, metrics in (("FLOORS", self.floors.keys()), ("CONSTANT_BOUNDS", self.constant_bounds)):
+        named = {
+            "FLOORS": self.floors.keys(),
+            "HOURLY_FLOORS": self.hourly_floors.keys(),
+            "CONSTANT_BOUNDS": self.constant_bounds,
+        }
+        for name, metrics in named.items():
             if unknown := sorted(metrics - self.xi.keys()):
                 raise ValueError(
                     f"{_PREFIX}{name} names {', '.join(unknown)}, which {_PREFIX}XI does not: add it there "
                     "(1.0 sets no limit on all traffic)"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _promise_is_stated(self) -> Self:
+        if self.promise == "period" and "xi" not in self.model_fields_set:
+            raise ValueError(
+                f"{_PREFIX}PROMISE=period needs {_PREFIX}XI: the loss that the promise tolerates, by metric, such as "
+                '{"preference": 0.05}; {"preference": 0} promises none'
+            )
+        if self.hourly_floors and self.promise != "period":
+            raise ValueError(
+                f"{_PREFIX}HOURLY_FLOORS needs {_PREFIX}PROMISE=period: an hourly promise is {_PREFIX}XI itself"
+            )
         return self
 
     def confidence_z_of(self, metric: str) -> float:

@@ -1,15 +1,21 @@
-"""The optimizer's tables in PostgreSQL: consumption, evaluations, last policies, and arrivals by hour of day."""
+"""The optimizer's tables in PostgreSQL: consumption, evaluations, last policies, the account of the promise by period,
+and arrivals by hour of day.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import asyncpg
 
 from services.optimizer.costs import Consumption
+from services.optimizer.promise import Account, Sums
 from shared.messages import Footprint, Policy, Quality
 from shared.runtime.database import DatabaseStatus
+
+ACCOUNT_RETENTION = timedelta(days=366)
+"""How long an account is kept after the optimizer needs it."""
 
 Apply = Callable[[Consumption, Sequence[Footprint]], None]
 """Counts footprints into a model's consumption."""
@@ -110,6 +116,50 @@ class Store:
                     "UPDATE policies SET message = $2 WHERE model = $1", policy.model, numbered.model_dump_json()
                 )
         return numbered
+
+    async def book_promise(self, model: str, book: Callable[[Account], None], *, since: datetime) -> Account:
+        """Book the time up to now into a model's account of the promise, in one transaction; returns the account.
+
+        Args:
+            model: its account is locked meanwhile, so that no time is booked twice.
+            book: books into the account.
+            since: earlier hours are not read; those before the retention are deleted.
+        """
+        with self.status.watch():
+            async with self._pool.acquire() as connection, connection.transaction():
+                await connection.execute("INSERT INTO promise_booked (model) VALUES ($1) ON CONFLICT DO NOTHING", model)
+                account = Account(
+                    booked_until=await connection.fetchval(
+                        "SELECT until FROM promise_booked WHERE model = $1 FOR UPDATE", model
+                    )
+                )
+                rows = await connection.fetch(
+                    "SELECT hour, metric, requests, promised, kept FROM promise_account "
+                    "WHERE model = $1 AND hour >= $2",
+                    model,
+                    since,
+                )
+                for row in rows:
+                    sums = Sums(row["requests"], row["promised"], row["kept"])
+                    account.hours.setdefault(row["hour"], {})[row["metric"]] = sums
+                book(account)
+                await connection.executemany(
+                    "INSERT INTO promise_account (model, hour, metric, requests, promised, kept) "
+                    "VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (model, hour, metric) DO UPDATE "
+                    "SET requests = excluded.requests, promised = excluded.promised, kept = excluded.kept",
+                    [
+                        (model, hour, metric, sums.requests, sums.promised, sums.kept)
+                        for hour in sorted(account.changed)
+                        for metric, sums in account.hours[hour].items()
+                    ],
+                )
+                await connection.execute(
+                    "UPDATE promise_booked SET until = $2 WHERE model = $1", model, account.booked_until
+                )
+                await connection.execute(
+                    "DELETE FROM promise_account WHERE model = $1 AND hour < $2", model, since - ACCOUNT_RETENTION
+                )
+        return account
 
     async def arrival_profiles(self) -> dict[str, dict[str, Any]]:
         """Arrivals by hour of day, by pool."""

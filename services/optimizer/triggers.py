@@ -53,15 +53,15 @@ def solve_trigger(
     """
     if last is None:
         return "start"
-    if intensities != last.intensities:
-        return "intensity"
-    if groups != last.groups:
-        return "groups"
-    if evaluation != last.evaluation:
-        return "quality"
-    if published is not None and must_renew(published, now, settings):
-        return "validity"
-    return None
+    period_ended = published is not None and published.promise is not None and now >= published.promise.current.end
+    reasons: dict[Trigger, bool] = {
+        "intensity": intensities != last.intensities,
+        "groups": groups != last.groups,
+        "quality": evaluation != last.evaluation,
+        "period": period_ended,
+        "validity": published is not None and must_renew(published, now, settings),
+    }
+    return next((trigger for trigger, is_given in reasons.items() if is_given), None)
 
 
 def awaits_footprints(last: SolveInputs, now: datetime, settings: OptimizerSettings) -> bool:

@@ -67,6 +67,36 @@ class PoolPrice(Value):
     reason: str
 
 
+class LaterHoursInputs(Value):
+    """Later hours of the period with similar carbon intensities."""
+
+    share: Probability = Field(description="Of the requests that are still to come in the period")
+    g_per_kwh: dict[str, float] = Field(description="By option: PUE times the carbon intensity of the pool's zone")
+
+
+class PeriodAccount(Value):
+    """What was promised to the requests of a period and what was kept: means over them, relative to the reference."""
+
+    start: UtcDatetime
+    end: UtcDatetime
+    requests: float = Field(ge=0, description="Requests that were booked so far; estimated by the request rate")
+    promised: dict[str, float] = Field(description="By metric: mean of what the hourly promise would require")
+    kept: dict[str, float] = Field(description="By metric: mean of the lower confidence bounds that were served")
+
+
+class PeriodPromise(Value):
+    """A promise by period: its account when the policy was made, and what it leaves for the rest of the period."""
+
+    current: PeriodAccount
+    previous: PeriodAccount | None = Field(default=None, description="The period before, closed")
+    rest: dict[str, float] = Field(
+        description="By metric: mean quality needed in the rest of the period, relative to the reference; above 1 to "
+        "make up for what was served so far"
+    )
+    hourly_floors: dict[str, Probability] = Field(default={}, description="By metric: required in every single hour")
+    shortfall: float = Field(default=0.0, ge=0, description="By how much `rest` cannot be kept, at most")
+
+
 class PolicyInputs(Value):
     """The inputs of the program."""
 
@@ -105,6 +135,9 @@ class PolicyInputs(Value):
     traffic_requests: float | None = Field(
         default=None, gt=0, description="Effective requests that `weights` were counted from; null in older policies"
     )
+    later: tuple[LaterHoursInputs, ...] = Field(
+        default=(), description="With a promise by period: the hours that the options were chosen together with"
+    )
 
 
 class Policy(Message):
@@ -123,7 +156,13 @@ class Policy(Message):
     reference: str = Field(description="Baseline option (no directive): served without a policy, and to the holdout")
     groups: dict[str, dict[str, Probability]] = Field(description="By group, then option")
     overall: dict[str, Probability] = Field(description="Probabilities for a group that is not in `groups`, by option")
-    bounds: dict[str, float] = Field(description="By metric: required quality, relative to the reference")
+    bounds: dict[str, float] = Field(
+        description="By metric: required quality, relative to the reference. With a promise by period this hour is "
+        "credited with it, and may be served below or above"
+    )
+    promise: PeriodPromise | None = Field(
+        default=None, description="Promise by period; null: every hour keeps the bounds by itself"
+    )
     expected_quality: dict[str, float] = Field(
         description="By metric: lower confidence bound of the quality, relative to the reference"
     )

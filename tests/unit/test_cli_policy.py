@@ -16,9 +16,10 @@ from services.optimizer.bounds import CurrentIntensity, TrailingRange
 from services.optimizer.estimates import Estimates
 from services.optimizer.policy import Situation, make_policy, problem_of
 from services.optimizer.program import solve
+from services.optimizer.promise import ExpectedHours, Period, RestOfPeriod
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
-from shared.messages import OptionEstimate, Policy, PoolPrice
+from shared.messages import OptionEstimate, PeriodAccount, Policy, PoolPrice
 from shared.runtime.settings import KafkaSettings
 from tests.support.fleets import MODEL, fleet_toml
 from tools.cli import policy as policy_command
@@ -39,7 +40,12 @@ def row(loss: float) -> dict[str, OptionEstimate]:
 
 
 def made(
-    *, groups: bool = True, names: tuple[str, str] = ("sums", "facts"), fleet: Fleet = FLEET, **settings: Any
+    *,
+    groups: bool = True,
+    names: tuple[str, str] = ("sums", "facts"),
+    fleet: Fleet = FLEET,
+    rest: RestOfPeriod | None = None,
+    **settings: Any,
 ) -> Policy:
     """A policy of two groups, or of none; brief answers lose more in the first group."""
     first, second = names
@@ -56,8 +62,25 @@ def made(
         intensities={ZONE: CurrentIntensity(300.0, NOW)},
         range=TrailingRange(100.0, 300.0),
         estimates=estimates,
+        rest=rest,
     )
     return make_policy(situation, fleet=fleet, settings=OptimizerSettings(**settings), version=7)
+
+
+def by_period(**settings: Any) -> Policy:
+    """A policy of a promise by period, a day and a half into the week."""
+    week = Period.at(NOW, days=7)
+    account = PeriodAccount(start=week.start, end=week.end, requests=1e4, promised={METRIC: 0.95}, kept={METRIC: 0.94})
+    rest = RestOfPeriod(
+        current=account,
+        previous=account.model_copy(update={"start": week.before().start, "end": week.start}),
+        bounds={METRIC: 0.955},
+        later=(
+            ExpectedHours(share=0.5, g_per_kwh={ZONE: 100.0}),
+            ExpectedHours(share=0.4, g_per_kwh={ZONE: 400.0}),
+        ),
+    )
+    return made(rest=rest, promise="period", xi={METRIC: 0.1}, **settings)
 
 
 def run(*arguments: str, **env: str):
@@ -88,6 +111,27 @@ def test_the_rebuilt_program_has_the_solution_of_the_policy(settings):
     if found.groups:
         assert solution.rows == {group: pytest.approx(one) for group, one in found.groups.items()}
     assert explain_policy(found).agrees
+
+
+@pytest.mark.parametrize("floors", [{}, {METRIC: 0.9}])
+def test_a_promise_by_period_is_rebuilt_and_explained(tmp_path, floors):
+    found = by_period(hourly_floors=floors)
+    explanation = explain_policy(Policy.model_validate_json(found.model_dump_json()))
+    assert explanation.agrees
+    assert explanation.problem.hourly_floors == floors
+    (limit,) = explanation.limits
+    assert limit.required == 0.955
+    assert limit.slack == pytest.approx(0.0, abs=1e-4)
+    result = run(MODEL, "--file", written(tmp_path / "policy.json", found))
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    for part in (
+        "Promise by period", "2025-12-29", "so far", "closed", "95.00 %", "94.00 %", "of the rest of the period",
+        "promise for 2025-12-29 to 2026-01-05", "0.940 kept of 0.950 so far, 0.900 for this hour, at least 0.955",
+    ):  # fmt: skip
+        assert part in text
+    as_json = json.loads(run(MODEL, "--json", "--file", written(tmp_path / "policy.json", found)).stdout)
+    assert as_json["promise"]["rest"] == {METRIC: 0.955}
 
 
 def test_it_explains_limits_prices_and_probabilities(tmp_path):

@@ -37,6 +37,16 @@ def test_without_options_it_uses_the_shipped_inputs(tmp_path):
     assert "sprout_context" in result.stdout
 
 
+def test_a_promise_by_period_is_simulated(tmp_path):
+    options = ("--schemes", "base,sprout_sta,sprout", "--hours", "48", "--jobs", "1", "--out", str(tmp_path))
+    result = run("--promise", "period", "--period-days", "1", *options)
+    assert result.exit_code == 0, result.output
+    base, _, sprout = json.loads((tmp_path / "summary.json").read_text())
+    assert (sprout["promise"], sprout["period_kept_pct"]) == ("period", 100.0)
+    assert base["period_kept_pct"] is None
+    assert "does not change base, sprout_sta" in " ".join(result.stderr.split())
+
+
 def test_a_fleet_adds_what_its_meters_would_show(tmp_path):
     options = ("--schemes", "base,sprout,oracle", "--hours", "48", "--jobs", "1")
     result = run(*options, "--fleet", FLEET, "--latency-objective", "25", "--out", str(tmp_path))
@@ -73,6 +83,8 @@ def test_a_fleet_adds_what_its_meters_would_show(tmp_path):
         (("--quality-draws", "q.csv"), "--quality-draws needs --variant published"),
         (("--requests", "none.jsonl"), "none.jsonl cannot be read"),
         (("--model", "gpt"), "has no model 'gpt'; it has llama-2-13b-chat"),
+        (("--promise", "monthly"), "--promise must be hourly or period, got 'monthly'"),
+        (("--promise", "period", "--variant", "published"), "--promise period needs --variant production"),
         (("--target-batch", "8"), "--target-batch needs --fleet"),
         (("--fleet", "none.toml"), "--fleet none.toml cannot be read"),
         (("--fleet", FLEET, "--dispatch", "hurl"), "--dispatch must be of spread, pack, got 'hurl'"),

@@ -103,6 +103,52 @@ def test_there_is_no_look_ahead(experiment, usual, scheme):
     ]
 
 
+def by_period(experiment: Experiment, *, days: int = 1, **settings) -> Experiment:
+    """The same with a promise for the mean over so many days."""
+    update = {"promise": "period", "period_days": days, **settings}
+    return replace(experiment, optimizer=experiment.optimizer.model_copy(update=update))
+
+
+@pytest.fixture(scope="module")
+def period(experiment: Experiment) -> Outcome:
+    return outcome(by_period(experiment, days=3), "sprout_task", xi=0.02)
+
+
+def test_a_promise_by_period_saves_more_and_moves_the_loss_to_dirty_hours(usual, period):
+    hourly = usual("sprout_task", 0.02)
+    assert period.saving_pct > hourly.saving_pct
+    assert (period.promise, hourly.promise) == ("period", "hourly")
+    dirty = period.g_per_kwh > np.median(period.g_per_kwh)
+    assert period.preference[dirty].mean() < hourly.preference[dirty].mean()
+    assert period.preference[~dirty].mean() > hourly.preference[~dirty].mean()
+    # The limits of the hours are credited unchanged, and their mean is the promise.
+    np.testing.assert_allclose(period.bound, hourly.bound)
+    assert period.preference.mean() > period.bound.mean()
+    assert period.kept_pct < period.period_kept_pct == 100.0
+
+
+def test_a_promise_by_period_does_not_look_ahead(experiment, period):
+    known = grid()
+    other = known.g_per_kwh.copy()
+    other[START + 48 :] = other[START + 48 :][::-1] * 3.0
+    after = outcome(by_period(experiment, days=3), "sprout_task", xi=0.02, on=replace(known, g_per_kwh=other))
+    np.testing.assert_allclose(period.mix[:48], after.mix[:48])
+
+
+def test_an_hourly_floor_is_kept_in_every_hour_of_a_period(experiment, period):
+    certain = {"hourly_floors": {"preference": 0.97}, "confidence_z": 0.0}
+    floored = outcome(by_period(experiment, days=3, **certain), "sprout_task", xi=0.02)
+    free = outcome(by_period(experiment, days=3, confidence_z=0.0), "sprout_task", xi=0.02)
+    assert floored.saving_pct < free.saving_pct
+    assert floored.preference.min() > free.preference.min()
+
+
+def test_the_last_period_of_a_window_may_be_shorter(experiment):
+    found = outcome(by_period(experiment, days=2), "sprout_task", xi=0.02)
+    assert found.period_kept_pct in (0.0, 50.0, 100.0)
+    assert found.summary()["period_kept_pct"] == found.period_kept_pct
+
+
 def test_evaluations_are_charged_at_the_intensity_at_which_they_ran(usual):
     sprout = usual("sprout")
     assert sprout.evaluation_hours

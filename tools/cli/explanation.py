@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from services.optimizer.policy import problem_of
-from services.optimizer.problem import Cells, Problem, Rows
+from services.optimizer.problem import Cells, Floats, Problem, Rows
 from services.optimizer.program import Program, solve_program
 from shared.fleet import Fleet
 from shared.messages import Policy
@@ -27,6 +27,8 @@ _SAME = 1e-3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitExplanation:
     """A quality limit on all traffic; every quality is relative to the reference's.
+
+    With a promise by period it is the limit on the rest of the period, and the mean is that of the rebuilt program.
 
     Attributes:
         required: b.
@@ -100,12 +102,13 @@ def explain_policy(policy: Policy, *, fleet: Fleet | None = None) -> Explanation
     solution, program = solve_program(problem)
     rows = policy.groups or dict.fromkeys(problem.weights, policy.overall)
     prices = {} if program is None else program.shadow_prices()
-    reference_g = policy.reference_g_per_request or 1.0
+    cells = Cells(problem)
+    reference_g = cells.mean_reference_g or 1.0
     return Explanation(
         policy=policy,
         problem=problem,
         rows=rows,
-        limits=_limits(problem, rows, prices, reference_g),
+        limits=_limits(cells, cells.values(rows) if program is None or not problem.later else program.mean, prices),
         binding=_binding(problem, program, prices, reference_g),
         rebuilt_g_per_request=solution.g_per_request,
         program=program,
@@ -147,6 +150,7 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
             }
             for one in explanation.limits
         ],
+        "promise": None if policy.promise is None else policy.promise.model_dump(mode="json"),
         "binding": [
             {"constraint": one.name, "shadow_price_g": one.price_g, "meaning": one.meaning}
             for one in explanation.binding
@@ -154,11 +158,10 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
     }
 
 
-def _limits(problem: Problem, rows: Rows, prices: dict[str, float], reference_g: float) -> tuple[LimitExplanation, ...]:
-    cells = Cells(problem)
-    x = cells.values(rows)
+def _limits(cells: Cells, x: Floats, prices: dict[str, float]) -> tuple[LimitExplanation, ...]:
     # If only the reference is served, its quality may be unknown; relative to itself it is 1.
     only_reference = bool((x == cells.reference).all())
+    problem, reference_g = cells.problem, cells.mean_reference_g or 1.0
     found = []
     for metric, required in problem.bounds.items():
         limit = None if only_reference else cells.bounds[metric]
@@ -198,6 +201,8 @@ def _meaning(name: str, price_g: float, problem: Problem, reference_g: float) ->
     match kind:
         case "bound":
             return f"one point more {subject} costs {_points(points)} of carbon"
+        case "hourly":
+            return f"the hourly floor of {subject} is reached"
         case "floor":
             metric, _, group = subject.partition(",")
             of_reference = problem.estimates[group][problem.reference].quality[metric]
@@ -233,6 +238,7 @@ def print_explanation(explanation: Explanation) -> None:
             "inputs, or it was made by another release"
         )
     _print_prices(policy)
+    _print_promise(policy)
     _print_limits(explanation)
     if explanation.binding:
         out.print("\nBinding constraints", style="bold")
@@ -259,10 +265,37 @@ def _print_prices(policy: Policy) -> None:
     out.print(table)
 
 
+def _print_promise(policy: Policy) -> None:
+    """The account of a promise by period; nothing with an hourly promise."""
+    promise = policy.promise
+    if promise is None:
+        return
+    table = _table("Promise by period", "metric", "from", "to", "state", "promised", "kept", "hourly floor")
+    closed = [] if promise.previous is None else [(promise.previous, "closed")]
+    for account, state in (*closed, (promise.current, "so far")):
+        for metric, promised in account.promised.items():
+            floor = promise.hourly_floors.get(metric)
+            _add_row(
+                table,
+                metric,
+                *(f"{time:%Y-%m-%d}" for time in (account.start, account.end)),
+                state,
+                f"{100.0 * promised:.2f} %",
+                f"{100.0 * account.kept[metric]:.2f} %",
+                "" if floor is None else f"{100.0 * floor:.2f} %",
+            )
+    out.print()
+    if table.rows:
+        out.print(table)
+    else:
+        out.print("Promise by period: nothing is booked yet")
+
+
 def _print_limits(explanation: Explanation) -> None:
     if not explanation.limits:
         return
-    table = _table("Quality limits", "metric", "required", "mean", "margin", "mean - margin", "slack", "price")
+    of = "" if explanation.policy.promise is None else " of the rest of the period"
+    table = _table(f"Quality limits{of}", "metric", "required", "mean", "margin", "mean - margin", "slack", "price")
     for one in explanation.limits:
         price = one.carbon_points_per_point
         _add_row(

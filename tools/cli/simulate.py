@@ -27,6 +27,7 @@ SCHEME_NAMES = "base, co2_opt, model_opt, sprout_sta, sprout, sprout_task, sprou
 """For the help; those of `tools.simulator.schemes.SCHEMES`."""
 
 Number = TypeVar("Number", int, float)
+Choice = TypeVar("Choice", bound=str)
 
 
 def simulate(
@@ -97,6 +98,12 @@ def simulate(
             help="Judged matches (CSV: task, option, prompt, match) as correctness; default: 'correct' in --requests",
         ),
     ] = None,
+    promise: Annotated[
+        str, typer.Option(metavar="P", help="hourly: every hour keeps the limits; period: the mean over a period")
+    ] = "hourly",
+    period_days: Annotated[
+        int, typer.Option(min=1, max=92, help="Length of the periods, which start with the window")
+    ] = 30,
     life_cycle: Annotated[
         bool, typer.Option("--life-cycle", help="Use life-cycle instead of direct intensities")
     ] = False,
@@ -153,25 +160,27 @@ def simulate(
     """
     with needs_extra("optimizer", "evaluator"):
         from deploy.triton.models import SHIPPED_WORKLOAD  # noqa: PLC0415
-        from tools.simulator.inputs import Inputs, prepare  # noqa: PLC0415
+        from tools.simulator.inputs import PROMISES, Inputs, prepare  # noqa: PLC0415
         from tools.simulator.report import print_summary, render_page  # noqa: PLC0415
         from tools.simulator.requests import SimulationInputError  # noqa: PLC0415
+        from tools.simulator.schemes import VARIANTS  # noqa: PLC0415
         from tools.simulator.what_if import simulate_fleets  # noqa: PLC0415
 
+    protocol = _one_of(VARIANTS, variant, "--variant")
     summary, page = out_dir / "summary.json", out_dir / "report.html"
     _check_writable(out_dir, summary, page)
     try:
         inputs = Inputs(
             requests=requests or SHIPPED_WORKLOAD,
             carbon=tuple(carbon or (shipped_trace(),)),
-            schemes=_schemes(schemes, _variant(variant), models_compared=model_preference is not None),
+            schemes=_schemes(schemes, protocol, models_compared=model_preference is not None),
             xi=_numbers(xi, float, "--xi"),
             learn=learn,
             folds=folds,
             mix=mix,
             model_preference=model_preference,
             model=model,
-            variant=_variant(variant),
+            variant=protocol,
             quality_draws=quality_draws,
             zones=tuple(zone.strip() for zone in zones.split(",") if zone.strip()),
             windows=_numbers(windows, int, "--windows"),
@@ -179,6 +188,8 @@ def simulate(
             xi_correctness=xi_correctness,
             constant_correctness=constant_correctness,
             correctness=correctness,
+            promise=_one_of(PROMISES, promise, "--promise"),
+            period_days=period_days,
             life_cycle=life_cycle,
             task_labels=task_labels,
             seed=seed,
@@ -321,13 +332,11 @@ def _schemes(text: str, variant: "Variant", *, models_compared: bool) -> tuple[s
     return tuple(name for name in names if name != "model_opt")
 
 
-def _variant(text: str) -> "Variant":
-    from tools.simulator.schemes import VARIANTS  # noqa: PLC0415
-
-    for known in VARIANTS:
-        if text == known:
-            return known
-    return fail(f"--variant must be {' or '.join(VARIANTS)}, got {text!r}")
+def _one_of(known: Sequence[Choice], text: str, option: str) -> Choice:
+    for one in known:
+        if text == one:
+            return one
+    return fail(f"{option} must be {' or '.join(known)}, got {text!r}")
 
 
 def _numbers(text: str, kind: Callable[[str], Number], option: str) -> tuple[Number, ...]:

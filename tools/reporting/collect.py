@@ -25,6 +25,7 @@ from tools.reporting.folding import fold_small_groups
 from tools.reporting.frame import Calls, Floats, partition
 from tools.reporting.judging import judge_report
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
+from tools.reporting.promise import promised_hours, promised_periods
 from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policies_below_bound, relative_pct
 from tools.reporting.query import Selection, Snapshot, read_snapshot
 from tools.reporting.savings import Comparison, estimate_saving, net_of_evaluator
@@ -128,6 +129,8 @@ def compute_report(snapshot: Snapshot) -> Report:
         grid=_grid(snapshot),
         policies=Counter(policy.status for policy in published),
         judge=judge_report(snapshot.qualities),
+        promised_periods=promised_periods(published),
+        promised_hours=promised_hours(served.calls, snapshot.policies),
     )
 
 

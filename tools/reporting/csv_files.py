@@ -8,7 +8,17 @@ from typing import Any
 
 from tools.reporting.model import Report, to_json
 
-TABLES = ("hours", "groups", "zones", "measured", "evaluations", "groupings", "grid")
+TABLES = (
+    "hours",
+    "groups",
+    "zones",
+    "measured",
+    "evaluations",
+    "groupings",
+    "grid",
+    "promised_periods",
+    "promised_hours",
+)
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes a text that begins so for a formula."""
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from tools.reporting.judging import JudgeReport
 from tools.reporting.meter_model import Metered
+from tools.reporting.promise import PromisedHour, PromisedPeriod
 from tools.reporting.quality import JudgedShare
 from tools.reporting.savings import Interval, NetSaving, Saving
 
@@ -289,6 +290,7 @@ class Report:
         measured: mean energy and time by group and option.
         policies: number of policies published in the period, by status.
         judge: what is known of the judge; None: no evaluation says it.
+        promised_periods, promised_hours: the account of promises by period; empty with hourly promises.
     """
 
     scope: Scope
@@ -312,6 +314,8 @@ class Report:
     grid: tuple[GridPoint, ...]
     policies: Mapping[str, int]
     judge: JudgeReport | None = None
+    promised_periods: tuple[PromisedPeriod, ...] = ()
+    promised_hours: tuple[PromisedHour, ...] = ()
 
     @property
     def empty(self) -> bool:

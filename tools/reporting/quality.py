@@ -79,14 +79,19 @@ def policy_expectation(calls: Calls, policies: PolicyHistory, metric: str) -> Po
 
 
 def policies_below_bound(policies: Iterable[Policy]) -> int:
-    """Number of policies that expected a quality below one of their bounds."""
-    return sum(
-        any(
-            metric in policy.expected_quality and policy.expected_quality[metric] < bound - BOUND_TOLERANCE
-            for metric, bound in policy.bounds.items()
-        )
-        for policy in policies
-    )
+    """Number of policies that expected a quality below one of their bounds.
+
+    With a promise by period a single hour has only its floors, and the rest of the period must not fall short.
+    """
+    return sum(_is_below_bound(policy) for policy in policies)
+
+
+def _is_below_bound(policy: Policy) -> bool:
+    promise, expected = policy.promise, policy.expected_quality
+    if promise is not None and promise.shortfall > BOUND_TOLERANCE:
+        return True
+    bounds = policy.bounds if promise is None else promise.hourly_floors
+    return any(expected.get(metric, bound) < bound - BOUND_TOLERANCE for metric, bound in bounds.items())
 
 
 @dataclass(frozen=True, slots=True)

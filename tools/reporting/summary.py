@@ -59,6 +59,7 @@ def summary_lines(report: Report) -> tuple[tuple[str, str], ...]:
         ("saving by policies", _policies_line(report)),
         ("not compared", _excluded_line(report)),
         ("quality bound", _bound_line(report)),
+        ("promise", _promise_line(report)),
         ("prompt groups", _groups_line(report)),
         ("energy", _energy_line(report)),
         ("all carbon", _carbon_line(report)),
@@ -264,6 +265,18 @@ def _bound_line(report: Report) -> str:
     met = published - report.quality.policies_below_bound
     statuses = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in sorted(report.policies.items()))
     return f"{met:,} of {published:,} policies expected to meet it ({statuses})"
+
+
+def _promise_line(report: Report) -> str:
+    """The newest period of every metric; empty with hourly promises."""
+    newest = {(row.model, row.metric): row for row in report.promised_periods}
+    return "; ".join(
+        f"{row.metric} {percent(100.0 * row.kept, 2)} kept of {percent(100.0 * row.promised, 2)} promised, "
+        f"{row.start:%Y-%m-%d} to {row.end:%Y-%m-%d}"
+        + (", closed" if row.closed else f" so far; the rest needs {percent(100.0 * (row.rest or 0.0), 2)}")
+        + (f", of which {percent(100.0 * row.shortfall, 2)} cannot be kept" if row.shortfall else "")
+        for row in newest.values()
+    )
 
 
 def _evaluations_line(report: Report) -> str:

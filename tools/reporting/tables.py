@@ -70,7 +70,9 @@ def tables(report: Report, *, hours: bool = True) -> tuple[TextTable, ...]:
         capacity_table(report),
         latency_table(report),
         zone_table(report),
+        promise_table(report),
         hour_table(report) if hours else None,
+        promised_hour_table(report) if hours else None,
         group_table(report),
         evaluation_table(report),
         length_table(report),
@@ -167,6 +169,51 @@ def hour_table(report: Report) -> TextTable:
             )
             for row in report.hours
         ),
+    )
+
+
+def promise_table(report: Report) -> TextTable:
+    """One row per model, period and metric of promises by period."""
+    return TextTable(
+        "Promise by period, relative to the baseline (requests are estimated)",
+        ("model", "metric", "from (UTC)", "to", "state", "requests", "promised", "kept", "difference", "rest needs"),
+        tuple(
+            (
+                row.model,
+                row.metric,
+                timestamp(row.start),
+                timestamp(row.end),
+                "closed" if row.closed else "so far",
+                f"{row.requests:,.0f}",
+                percent(100.0 * row.promised, 2),
+                percent(100.0 * row.kept, 2),
+                f"{100.0 * (row.kept - row.promised):+.2f} points",
+                percent(_percentage(row.rest), 2),
+            )
+            for row in report.promised_periods
+        ),
+        labels=5,
+    )
+
+
+def promised_hour_table(report: Report) -> TextTable:
+    """One row per hour, model and metric of promises by period."""
+    return TextTable(
+        "Promise by hour (UTC)",
+        ("hour", "model", "metric", "requests", "promised", "kept", "difference"),
+        tuple(
+            (
+                f"{row.start:%m-%d %H:%M}",
+                row.model,
+                row.metric,
+                f"{row.requests:,}",
+                percent(100.0 * row.promised, 2),
+                percent(100.0 * row.kept, 2),
+                f"{100.0 * (row.kept - row.promised):+.2f} points",
+            )
+            for row in report.promised_hours
+        ),
+        labels=3,
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from services.evaluator.clusters import TooFewPromptsError, learn_groups
-from services.optimizer.settings import OptimizerSettings
+from services.optimizer.settings import OptimizerSettings, Promise
 from tools.simulator.grid import Say, Window, read_grids, say_missing_hours, say_missing_past, windows_of
 from tools.simulator.jobs import Job
 from tools.simulator.matches import read_matches
@@ -20,10 +20,13 @@ from tools.simulator.schemes import Experiment, Fold, Grouping, Variant
 from tools.simulator.traffic import Part, Traffic, check_shares_by_hour, constant_mix, read_mix, read_model_preference
 from tools.simulator.world import CORRECTNESS, PREFERENCE
 
+PROMISES: tuple[Promise, ...] = ("hourly", "period")
+
 WITHOUT_BOUND = frozenset({"base", "co2_opt"})
 """Schemes that run once, whatever the list of xi."""
 
 NOT_BOUND_BY_CORRECTNESS = frozenset({"base", "co2_opt", "model_opt", "oracle"})
+WITHOUT_PERIOD = frozenset({"base", "co2_opt", "sprout_sta", "oracle"})
 PUBLISHED_LEVELS = 3
 """Number of levels in the published rules and draws."""
 
@@ -37,6 +40,7 @@ class Inputs:
         learn: None: a part of the requests, chosen by hash.
         folds: number of parts of the requests, each measured by what was learned from the others; None: one half is
             measured by what was learned from the other.
+        promise, period_days: what keeps the limits: every hour, or the mean over periods of so many days.
         correctness: judged matches; None: `correct` of the requests.
         task_labels: whether learned groups take the task labels into account.
     """
@@ -58,6 +62,8 @@ class Inputs:
     xi_correctness: float | None = None
     constant_correctness: bool = False
     correctness: Path | None = None
+    promise: Promise = "hourly"
+    period_days: int = 30
     life_cycle: bool = False
     task_labels: bool = True
     seed: int = 1
@@ -72,7 +78,7 @@ def prepare(inputs: Inputs, say: Say) -> tuple[Experiment, list[Job]]:
     Raises:
         SimulationInputError: an input is invalid.
     """
-    optimizer = _optimizer()
+    optimizer = _with_promise(_optimizer(), inputs)
     say("reading requests and traces")
     grids = read_grids(inputs.carbon, column="life-cycle" if inputs.life_cycle else "direct", zones=inputs.zones)
     windows = windows_of(grids, inputs.windows, inputs.hours)
@@ -81,6 +87,7 @@ def prepare(inputs: Inputs, say: Say) -> tuple[Experiment, list[Job]]:
     say_missing_past(windows, inputs.schemes, published=published, trailing_hours=int(optimizer.window_h), say=say)
     traffic = _traffic(inputs, len(windows[0].g_per_kwh), say)
     _check_correctness(traffic, inputs, say)
+    _check_promise(inputs, say)
     preferred = None
     if inputs.model_preference is not None:
         preferred = read_model_preference(inputs.model_preference, traffic.parts[0].measured.tasks)
@@ -114,6 +121,13 @@ def _optimizer() -> OptimizerSettings:
             for one in error.errors(include_url=False, include_context=False, include_input=False)
         ]
         raise SimulationInputError(f"{'; '.join(wrong)}: correct it, or unset it") from error
+
+
+def _with_promise(optimizer: OptimizerSettings, inputs: Inputs) -> OptimizerSettings:
+    floors = optimizer.hourly_floors if inputs.promise == "period" else {}
+    return optimizer.model_copy(
+        update={"promise": inputs.promise, "period_days": inputs.period_days, "hourly_floors": floors}
+    )
 
 
 def _traffic(inputs: Inputs, hours: int, say: Say) -> Traffic:
@@ -214,6 +228,18 @@ def _check_correctness(traffic: Traffic, inputs: Inputs, say: Say) -> None:
             )
     if unbound := [name for name in inputs.schemes if name in NOT_BOUND_BY_CORRECTNESS]:
         say(f"--xi-correctness does not bind {', '.join(unbound)}: they have no such bound")
+
+
+def _check_promise(inputs: Inputs, say: Say) -> None:
+    """Check that a promise by period is one of the program's; report the schemes without it."""
+    if inputs.promise == "hourly":
+        return
+    if inputs.variant == "published":
+        raise SimulationInputError(
+            "--promise period needs --variant production: the published code limits every hour by itself"
+        )
+    if unbound := [name for name in inputs.schemes if name in WITHOUT_PERIOD]:
+        say(f"--promise period does not change {', '.join(unbound)}: they do not solve the program by the hour")
 
 
 def _fold(part: Part, inputs: Inputs, say: Say) -> Fold:

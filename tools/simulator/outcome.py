@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from services.optimizer.settings import Promise
 from tools.simulator.requests import Flags, Floats
 
 KEPT_TOLERANCE = 1e-6
@@ -46,6 +47,8 @@ class Outcome:
         base_tokens: the same if the reference served all requests.
         evaluator_tokens: of the evaluator in the hour; the judge's reading counts as the tokens of the same energy.
         evaluation_hours: in which the evaluator ran.
+        promise: what was to keep the limits: every hour, or the mean over a period.
+        period_days: length of the periods, which start with the window.
         fallbacks: hours in which the program could only serve the reference, by reason.
         ineligible: hours in which an option could not be used because too little was known about it, by option.
     """
@@ -71,6 +74,8 @@ class Outcome:
     base_tokens: Floats | None = None
     evaluator_tokens: Floats | None = None
     evaluation_hours: tuple[int, ...] = ()
+    promise: Promise = "hourly"
+    period_days: int = 30
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     ineligible: Mapping[str, int] = field(default_factory=dict)
 
@@ -97,6 +102,15 @@ class Outcome:
     @property
     def kept_pct(self) -> float | None:
         """Share of the hours in which every limit held; None without a limit, or if a quality is unknown."""
+        return self._kept_pct(hours=1)
+
+    @property
+    def period_kept_pct(self) -> float | None:
+        """Share of the periods whose mean quality kept the mean of every limit; None as for the hours."""
+        return self._kept_pct(hours=24 * self.period_days)
+
+    def _kept_pct(self, *, hours: int) -> float | None:
+        """Share of the stretches of so many hours, the last one possibly shorter, whose means kept every limit."""
         held = ~np.isnan(self.bound)
         if not held.any():
             return None
@@ -105,8 +119,11 @@ class Outcome:
             bounded.append((self.correctness, self.correctness_bound))
         if any(np.isnan(quality[held]).any() for quality, _ in bounded):
             return None
-        kept = np.logical_and.reduce([quality[held] >= bound[held] - KEPT_TOLERANCE for quality, bound in bounded])
-        return float(100.0 * kept.mean())
+        excess = [(quality - bound)[held] for quality, bound in bounded]
+        starts = np.arange(0, len(excess[0]), hours)
+        lengths = np.diff([*starts, len(excess[0])])
+        means = [np.add.reduceat(values, starts) / lengths for values in excess]
+        return float(100.0 * np.logical_and.reduce([mean >= -KEPT_TOLERANCE for mean in means]).mean())
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -147,6 +164,8 @@ class Outcome:
             "fallback_hours": sum(self.fallbacks.values()),
             "fallback_reasons": dict(self.fallbacks),
             "withheld_hours": dict(self.ineligible),
+            "promise": self.promise,
+            "period_kept_pct": self.period_kept_pct,
             "notes": list(self.notes),
         }
 

@@ -15,18 +15,19 @@ from typing import Literal
 import numpy as np
 
 from services.evaluator.opportunity import Opportunity, OpportunityRules
-from services.optimizer.bounds import quality_bounds, range_of
+from services.optimizer.bounds import TrailingRange, quality_bounds, range_of
 from services.optimizer.costs import Consumption, ResourceUse
 from services.optimizer.estimates import Estimates, estimate
 from services.optimizer.policy import build_problem
-from services.optimizer.problem import OptionPrice, Solution
+from services.optimizer.problem import LaterHours, OptionPrice, Solution
 from services.optimizer.program import solve
+from services.optimizer.promise import Account, Period, RestOfPeriod, TrailingHours, plan_rest
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import QualityCounts
 from shared.fleet import DEFAULT_EMBODIED_G_PER_S
 from shared.messages import EvaluationCost, Quality
 from tools.simulator.evaluation import Findings, Judge
-from tools.simulator.grid import Window
+from tools.simulator.grid import HOUR, Window
 from tools.simulator.outcome import Outcome, relative
 from tools.simulator.published_case import NO_SOLUTION
 from tools.simulator.requests import Floats
@@ -93,11 +94,13 @@ class _Decision:
 
     Attributes:
         x: (G, O), probabilities.
+        quality: lower confidence bound by limited metric, relative to the reference's.
         fallback: why only the reference could be served; None if there was a choice.
         ineligible: options that could not be used because too little is known about them.
     """
 
     x: Floats
+    quality: Mapping[str, float] = field(default_factory=dict)
     fallback: str | None = None
     ineligible: tuple[str, ...] = ()
 
@@ -125,6 +128,7 @@ class _Run:
         self._opportunity = Opportunity(case.operation.trigger)
         self._rng = np.random.default_rng([case.operation.seed, case.window.start_hour])
         self._once: _Decision | None = None
+        self._account = Account()
         hours = len(case.window.g_per_kwh)
         self.fallbacks: Counter[str] = Counter()
         self.ineligible: Counter[str] = Counter()
@@ -148,7 +152,8 @@ class _Run:
         case, now = self._case, self._case.window.at(hour)
         k0 = float(case.window.g_per_kwh[hour])
         trailing = self._trailing(hour)
-        mean = float(trailing.mean())
+        values = trailing.g_per_kwh[:, 0]
+        mean = float(values.mean())
         # A scheme without quality limits needs no evaluation and is charged none; one that decides once needs only the
         # first.
         if hour == 0:
@@ -160,12 +165,13 @@ class _Run:
             self._learn(draws, hour, charged=True)
             self._opportunity.evaluated(now)
             self.evaluated.append(hour)
-        trailing_range = range_of(trailing.tolist(), hours=len(trailing), settings=self._settings)
+        trailing_range = range_of(values.tolist(), hours=len(values), settings=self._settings)
         bounds = quality_bounds(trailing_range.position(k0), self._settings)
         for metric, bound in bounds.items():
             self.bounds[metric][hour] = bound
         if case.rule != "program_once":
-            decision = self._solve(now, k0, bounds)
+            decision = self._solve(now, k0, bounds, rest=self._rest(hour, trailing, trailing_range))
+            self._account.add(now, case.operation.requests_per_hour, promised=bounds, kept=decision.quality)
         else:
             if self._once is None:
                 at_mean = quality_bounds(trailing_range.position(mean), self._settings)
@@ -175,6 +181,28 @@ class _Run:
             self.fallbacks[decision.fallback] += 1
         self.ineligible.update(decision.ineligible)
         return decision.x
+
+    def _rest(self, hour: int, trailing: TrailingHours, trailing_range: TrailingRange) -> RestOfPeriod | None:
+        """What the rest of the period needs; None with an hourly promise."""
+        if self._settings.promise == "hourly":
+            return None
+        window = self._case.window
+        return plan_rest(
+            self._account,
+            trailing,
+            period=self._period(hour),
+            now=window.at(hour),
+            k0=float(window.g_per_kwh[hour]),
+            trailing_range=trailing_range,
+            requests_per_s=self._case.operation.requests_per_hour / HOUR.total_seconds(),
+            settings=self._settings,
+        )
+
+    def _period(self, hour: int) -> Period:
+        """Periods start with the window, and the last one ends with it."""
+        window, hours = self._case.window, 24 * self._settings.period_days
+        start = hour - hour % hours
+        return Period(window.at(start), window.at(min(start + hours, len(window.g_per_kwh))))
 
     def _serve(self, hour: int, x: Floats) -> None:
         """Add what an hour's requests used to the optimizer's consumption."""
@@ -191,12 +219,14 @@ class _Run:
                 world.groups[g], world.options[o], used, at_s=at_s, settings=self._settings, traffic=used.requests
             )
 
-    def _trailing(self, hour: int) -> Floats:
+    def _trailing(self, hour: int) -> TrailingHours:
         """Intensities of the trailing window, this hour's last; hours without a value are left out."""
         window = self._case.window
         length = math.ceil(self._settings.window_h)
         values = np.concatenate([window.past[-length:], window.g_per_kwh[: hour + 1]])[-length:]
-        return np.asarray(values[~np.isnan(values)])
+        of_day = (window.at(hour).hour - np.arange(len(values))[::-1]) % 24
+        known = ~np.isnan(values)
+        return TrailingHours((window.zone,), of_day[known], values[known][:, None])
 
     def _learn(self, findings: Findings, hour: int, *, charged: bool) -> None:
         case, now = self._case, self._case.window.at(hour)
@@ -218,7 +248,9 @@ class _Run:
             self.evaluator_grams[hour] += grams / case.operation.requests_per_hour
             self.evaluator_kwh[hour] += findings.energy_kwh
 
-    def _solve(self, now: datetime, k0: float, bounds: Mapping[str, float]) -> _Decision:
+    def _solve(
+        self, now: datetime, k0: float, bounds: Mapping[str, float], *, rest: RestOfPeriod | None = None
+    ) -> _Decision:
         world = self._case.world
         reference = world.options[0]
         x = np.zeros((len(world.groups), len(world.options)))
@@ -232,18 +264,38 @@ class _Run:
         )
         if estimates is None:
             x[:, 0] = 1.0
-            return _Decision(x=x, fallback="no footprint of the reference")
-        prices = {
-            option: OptionPrice(pool=option.partition("/")[0], g_per_kwh=k0, embodied_g_per_s=DEFAULT_EMBODIED_G_PER_S)
-            for option in world.options
-        }
-        solution = solve(
-            build_problem(estimates, reference=reference, prices=prices, bounds=bounds, settings=self._settings)
+            return _Decision(x=x, quality=dict.fromkeys(bounds, 1.0), fallback="no footprint of the reference")
+        problem = build_problem(
+            estimates,
+            reference=reference,
+            prices=_prices(world.options, k0),
+            bounds=bounds,
+            rest_bounds=None if rest is None else rest.bounds,
+            later=[
+                LaterHours(share=hours.share, options=_prices(world.options, hours.g_per_kwh[self._case.window.zone]))
+                for hours in (() if rest is None else rest.later)
+            ],
+            settings=self._settings,
         )
+        solution = solve(problem)
         for g, group in enumerate(world.groups):
             row = solution.rows.get(group, {reference: 1.0})
             x[g] = [row.get(option, 0.0) for option in world.options]
-        return _Decision(x=x, fallback=_fallback(solution, estimates), ineligible=tuple(estimates.ineligible))
+        return _Decision(
+            x=x,
+            quality=solution.quality,
+            fallback=_fallback(solution, estimates),
+            ineligible=tuple(estimates.ineligible),
+        )
+
+
+def _prices(options: Sequence[str], g_per_kwh: float) -> dict[str, OptionPrice]:
+    return {
+        option: OptionPrice(
+            pool=option.partition("/")[0], g_per_kwh=g_per_kwh, embodied_g_per_s=DEFAULT_EMBODIED_G_PER_S
+        )
+        for option in options
+    }
 
 
 def _fallback(solution: Solution, estimates: Estimates) -> str | None:
@@ -302,6 +354,8 @@ def _outcome(case: ProductionCase, world: World, x: Floats, runs: Sequence[_Run]
         base_tokens=base_tokens,
         evaluator_tokens=None if base_tokens is None else evaluator_kwh * _quotient(base_tokens, base_kwh),
         evaluation_hours=tuple(first.evaluated),
+        promise=case.operation.optimizer.promise,
+        period_days=case.operation.optimizer.period_days,
         fallbacks=_mean_hours([one.fallbacks for one in runs]),
         ineligible=_mean_hours([one.ineligible for one in runs]),
     )

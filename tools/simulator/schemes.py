@@ -212,6 +212,9 @@ def _operation(experiment: Experiment, xi: Mapping[str, float]) -> Operation:
                 "xi": dict(xi),
                 "constant_bounds": experiment.constant_bounds & xi.keys(),
                 "floors": {metric: floor for metric, floor in experiment.optimizer.floors.items() if metric in xi},
+                "hourly_floors": {
+                    metric: floor for metric, floor in experiment.optimizer.hourly_floors.items() if metric in xi
+                },
             }
         ),
         prompts_per_evaluation=experiment.prompts_per_evaluation,
