@@ -7,7 +7,7 @@ from typing import Literal
 
 from services.optimizer.bounds import CurrentIntensity, TrailingRange, joint_confidence_z, quality_bounds
 from services.optimizer.estimates import Estimates, price_bases, relative_change
-from services.optimizer.holdout import AUTO, choose_holdout
+from services.optimizer.holdout import AUTO, Holdout, choose_holdout
 from services.optimizer.prices import describe_price
 from services.optimizer.problem import Failure, LaterHours, OptionPrice, Problem, Solution
 from services.optimizer.program import TIME_LIMIT_S, solve
@@ -178,7 +178,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
         valid_until=situation.now + settings.validity,
         status=solution.status,
         overload=solution.overload if solution.overload > OVERLOAD_EPSILON else 0.0,
-        reason=f"{_reason(situation, solution, bounds, promise, zone)}; {holdout.reason}",
+        reason=_reason(situation, solution, bounds, promise=promise, zone=zone, holdout=holdout),
         reference=reference,
         groups=solution.rows if estimates.weights else {},
         overall=overall.rows[ALL_TRAFFIC],
@@ -211,13 +211,13 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             floors=dict(settings.floors),
             capacities=capacities,
             requests_per_s=estimates.requests_per_s,
-            traffic_requests=estimates.traffic_requests if estimates.weights else None,
             later=tuple(
                 LaterHoursInputs(
                     share=hours.share, g_per_kwh={option: price.g_per_kwh for option, price in hours.options.items()}
                 )
                 for hours in later
             ),
+            traffic_requests=estimates.traffic_requests if estimates.weights else None,
         ),
     )
 
@@ -326,7 +326,13 @@ def _prices_of(fleet: Fleet, model: str, g_per_kwh: Mapping[str, float]) -> dict
 
 
 def _reason(
-    situation: Situation, solution: Solution, bounds: Mapping[str, float], promise: PeriodPromise | None, zone: str
+    situation: Situation,
+    solution: Solution,
+    bounds: Mapping[str, float],
+    *,
+    promise: PeriodPromise | None,
+    zone: str,
+    holdout: Holdout,
 ) -> str:
     k0 = situation.intensities[zone]
     parts = [f"{_TRIGGERED_BY[situation.trigger]}: {k0.g_per_kwh:.0f} g/kWh in {zone}"]
@@ -347,6 +353,8 @@ def _reason(
         parts.append(_FAILURE[solution.failure])
     if solution.status == "reference":
         parts.append("the reference is served")
+    else:
+        parts.append(holdout.reason)
     parts.extend(f"{option} not used: {why}" for option, why in situation.estimates.ineligible.items())
     parts.extend(describe_price(pool, price) for pool, price in situation.estimates.prices.items())
     return "; ".join(parts)

@@ -249,6 +249,19 @@ class Program:
         duals = np.asarray(self._solver.getSolution().col_dual)[[variable.index for variable in self._x]]
         return float(duals @ self.cells.reference) * self.cells.cost_unit_g
 
+    def extra_g(self) -> Rows:
+        """By group, then option: gCO2eq by which the whole traffic emits more for one more request with that option.
+
+        The reduced costs of the present hour: quality that the request loses is made up for elsewhere. 0 for the
+        options that the solution uses, but for the reference where the holdout forces it.
+        """
+        duals = np.asarray(self._solver.getSolution().col_dual)[[variable.index for variable in self._x]]
+        unit = self.cells.cost_unit_g / self.cells.problem.share
+        rows: Rows = {}
+        for (group, option), dual, weight in zip(self.cells.names, duals, self.cells.weights, strict=True):
+            rows.setdefault(group, {})[option] = unit * float(dual) / float(weight) if weight else 0.0
+        return rows
+
     def lp_text(self) -> str:
         """The program in CPLEX LP format, with the cuts added so far."""
         if not self._cuts_stated:

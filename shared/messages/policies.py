@@ -132,11 +132,11 @@ class PolicyInputs(Value):
     )
     capacities: dict[str, float] = Field(default={}, description="Concurrent requests by pool with a limit")
     requests_per_s: float = Field(default=0.0, ge=0, description="Request rate that capacities are compared with")
-    traffic_requests: float | None = Field(
-        default=None, gt=0, description="Effective requests that `weights` were counted from; null in older policies"
-    )
     later: tuple[LaterHoursInputs, ...] = Field(
         default=(), description="With a promise by period: the hours that the options were chosen together with"
+    )
+    traffic_requests: float | None = Field(
+        default=None, gt=0, description="Effective requests that `weights` were counted from; null in older policies"
     )
 
 

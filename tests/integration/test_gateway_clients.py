@@ -99,6 +99,8 @@ def test_the_openapi_document_is_kept(gateways: GatewayProcess, bearer: dict[str
 
     schema = schemathesis.openapi.from_url(f"{gateways.urls[0]}/v1/openapi.json")
     checked = []
+    # Its check of missing keys takes out this spelling only.
+    capitalised = {"Authorization": bearer["authorization"]}
     for found in schema.get_all_operations():
         operation = found.ok()
         if operation.path.startswith(("/v1/files", "/v1/batches")):
@@ -111,7 +113,7 @@ def test_the_openapi_document_is_kept(gateways: GatewayProcess, bearer: dict[str
         @hypothesis.given(case=operation.as_strategy())
         def check(case):
             # A schema cannot say, for example, that the last turn is the user's.
-            case.call_and_validate(headers=bearer, timeout=30, excluded_checks=[positive_data_acceptance])
+            case.call_and_validate(headers=capitalised, timeout=30, excluded_checks=[positive_data_acceptance])
 
         check()
         checked.append(operation.path)

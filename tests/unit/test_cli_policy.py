@@ -150,6 +150,30 @@ def test_it_explains_limits_prices_and_probabilities(tmp_path):
     assert "other groups" in text
 
 
+def test_it_says_why_an_option_is_not_used(tmp_path):
+    found = made(xi={METRIC: 0.05}, holdout=0.0)
+    choices = explain_policy(found).choices
+    unused, extra_g = choices["sums"]["p/L1"], choices["sums"]["p/L1"].extra_g
+    assert "p/L1" not in found.groups["sums"]
+    assert 0.0 < found.groups["facts"]["p/L1"] < 1.0
+    assert choices["facts"]["p/L1"].extra_g == pytest.approx(0.0, abs=1e-9)
+    assert unused.quality == {METRIC: pytest.approx(0.84)}
+    assert extra_g is not None
+    assert extra_g > 0.0
+    # It would be used if a request emitted so much less.
+    problem = problem_of(found)
+    for share, used in ((0.98, False), (1.02, True)):
+        cheaper = dict(problem.estimates["sums"])
+        less_kwh = share * extra_g / problem.options["p/L1"].g_per_kwh
+        cheaper["p/L1"] = cheaper["p/L1"].model_copy(update={"energy_kwh": cheaper["p/L1"].energy_kwh - less_kwh})
+        rows = solve(replace(problem, estimates={**problem.estimates, "sums": cheaper})).rows
+        assert ("p/L1" in rows["sums"]) is used
+    file = written(tmp_path / "policy.json", found)
+    line = next(line for line in run(MODEL, "--file", file).stdout.splitlines() if "p/L1" in line and "84.0 %" in line)
+    assert f"{extra_g:.2g} g" in line
+    assert json.loads(run(MODEL, "--json", "--file", file).stdout)["choices"]["sums"]["p/L1"]["extra_g"] == extra_g
+
+
 def test_it_shows_what_a_token_costs_and_why(tmp_path):
     price = PoolPrice(
         basis="marginal", batch=12.5, token_j=0.0379, prompt_token_j=0.01, meter_token_j=0.31, reason="servers run on"

@@ -20,6 +20,9 @@ from tools.cli.console import out
 _BINDING = 1e-6
 """Shadow price, relative to the reference's grams, from which a constraint is binding."""
 
+_MOST_GROUPS = 12
+"""Groups whose options are explained on the screen, the largest first."""
+
 _SAME = 1e-3
 """Relative difference in grams up to which the rebuilt program agrees with the policy."""
 
@@ -62,12 +65,29 @@ class BindingConstraint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What one option means for the requests of one group.
+
+    Attributes:
+        grams: expected gCO2eq of a request.
+        quality: by metric, relative to the reference's in this group; metrics without an estimate are left out.
+        extra_g: gCO2eq by which all traffic emits more if one more request of the group has this option and the quality
+            that it loses is made up for elsewhere; 0 for the options in use. None if the reference is served.
+    """
+
+    grams: float
+    quality: dict[str, float]
+    extra_g: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
     """A policy and the program that it was solved from.
 
     Attributes:
         rows: probabilities by group, then option.
         binding: constraints with a shadow price, the most expensive first.
+        choices: what speaks for and against each option, by group, then option.
         rebuilt_g_per_request: expected grams of the rebuilt program's solution.
         program: None if the reference is served.
     """
@@ -77,6 +97,7 @@ class Explanation:
     rows: Rows
     limits: tuple[LimitExplanation, ...]
     binding: tuple[BindingConstraint, ...]
+    choices: dict[str, dict[str, Choice]]
     rebuilt_g_per_request: float
     program: Program | None
 
@@ -110,6 +131,7 @@ def explain_policy(policy: Policy, *, fleet: Fleet | None = None) -> Explanation
         rows=rows,
         limits=_limits(cells, cells.values(rows) if program is None or not problem.later else program.mean, prices),
         binding=_binding(problem, program, prices, reference_g),
+        choices=_choices(problem, program),
         rebuilt_g_per_request=solution.g_per_request,
         program=program,
     )
@@ -150,6 +172,13 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
             }
             for one in explanation.limits
         ],
+        "choices": {
+            group: {
+                option: {"grams": one.grams, "quality": one.quality, "extra_g": one.extra_g}
+                for option, one in row.items()
+            }
+            for group, row in explanation.choices.items()
+        },
         "promise": None if policy.promise is None else policy.promise.model_dump(mode="json"),
         "binding": [
             {"constraint": one.name, "shadow_price_g": one.price_g, "meaning": one.meaning}
@@ -215,6 +244,27 @@ def _meaning(name: str, price_g: float, problem: Problem, reference_g: float) ->
             return ""
 
 
+def _choices(problem: Problem, program: Program | None) -> dict[str, dict[str, Choice]]:
+    extra = {} if program is None else program.extra_g()
+    found: dict[str, dict[str, Choice]] = {}
+    for group in problem.weights:
+        row = problem.row(group)
+        of_reference = row[problem.reference].quality
+        found[group] = {
+            option: Choice(
+                grams=problem.options[option].grams(one),
+                quality={
+                    metric: value / of_reference[metric]
+                    for metric, value in one.quality.items()
+                    if of_reference.get(metric, 0.0) > 0.0
+                },
+                extra_g=extra.get(group, {}).get(option),
+            )
+            for option, one in row.items()
+        }
+    return found
+
+
 def _points(value: float) -> str:
     return f"{value:.2g} point{'' if f'{value:.2g}' == '1' else 's'}"
 
@@ -247,6 +297,7 @@ def print_explanation(explanation: Explanation) -> None:
     else:
         out.print("\nno constraint is binding")
     _print_probabilities(explanation)
+    _print_choices(explanation)
 
 
 def _print_prices(policy: Policy) -> None:
@@ -324,6 +375,36 @@ def _print_probabilities(explanation: Explanation) -> None:
         _add_row(table, "other groups", "", *(_share(explanation.policy.overall, option) for option in options))
     out.print()
     out.print(table)
+
+
+def _print_choices(explanation: Explanation) -> None:
+    """Why each of the largest groups has its options."""
+    if explanation.program is None:
+        return
+    metrics = list(explanation.problem.bounds)
+    table = _table(
+        "Why: what one request more with an option changes",
+        "group", "option", "probability", "grams", *metrics, "all traffic emits more by",
+    )  # fmt: skip
+    table.columns[0].no_wrap = True
+    weights = explanation.problem.weights
+    largest = sorted(explanation.choices, key=lambda group: -weights[group])[:_MOST_GROUPS]
+    for group in largest:
+        for option, one in explanation.choices[group].items():
+            in_use = one.extra_g is None or abs(one.extra_g) <= _BINDING * max(one.grams, 1e-12)
+            _add_row(
+                table,
+                group,
+                option,
+                _share(explanation.rows.get(group, {}), option),
+                f"{one.grams:.3g}",
+                *(f"{100.0 * one.quality[metric]:.1f} %" if metric in one.quality else "" for metric in metrics),
+                "0: in use" if in_use else f"{one.extra_g:.2g} g",
+            )
+    out.print()
+    out.print(table)
+    if len(explanation.choices) > _MOST_GROUPS:
+        out.print(f"the {_MOST_GROUPS} largest of {len(explanation.choices)} groups; all are in --json")
 
 
 def _table(title: str, *headings: str) -> Table:
