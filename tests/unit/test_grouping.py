@@ -143,7 +143,7 @@ def test_learning_is_deterministic_also_with_few_distinct_prompts(distinct):
     assert np.array_equal(first.leave_one_out, second.leave_one_out)
 
 
-def test_topics_are_theprincipal_components_of_the_features():
+def test_topics_are_the_principal_components_of_the_features():
     features = [extract_features(prompt) for prompt in made(200, seed=7)[0]]
     matrix = scaled_matrix(features, fit_scaling(features))
     judged = topics(principal_components(matrix), matrix).judged

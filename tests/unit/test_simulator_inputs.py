@@ -54,6 +54,25 @@ def inputs(tmp_path: Path) -> Inputs:
     return Inputs(requests=requests, carbon=(shipped_trace(),), schemes=("sprout",), xi=(0.1,), hours=HOURS)
 
 
+def test_learned_groups_follow_the_task_labels_unless_these_are_left_out(inputs, tmp_path):
+    """The prompts of both tasks are alike."""
+    lines = [prompt(number, "one") | {"task": ("one", "other")[number % 2]} for number in range(400)]
+    requests = written(tmp_path / "alike.jsonl", lines)
+
+    def tasks_by_group(*, task_labels: bool) -> list[set[int]]:
+        made = replace(inputs, requests=requests, schemes=("sprout_context",), task_labels=task_labels)
+        fold = prepare(made, lambda _: None)[0].folds[0]
+        assert fold.contexts is not None
+        places = zip(fold.contexts.measured.tolist(), fold.measured.task.tolist(), strict=True)
+        found: dict[int, set[int]] = {}
+        for place, task in places:
+            found.setdefault(place, set()).add(task)
+        return list(found.values())
+
+    assert all(len(tasks) == 1 for tasks in tasks_by_group(task_labels=True))
+    assert any(len(tasks) == 2 for tasks in tasks_by_group(task_labels=False))
+
+
 def rejection(inputs: Inputs) -> str:
     with pytest.raises(SimulationInputError) as error:
         prepare(inputs, lambda _: None)
