@@ -77,7 +77,7 @@ def test_a_file_of_another_form_is_refused(tmp_path, name, text, message):
 
 def test_a_missing_file_is_named(tmp_path):
     for read in (load_prompts, lambda path: load_candidates(path, FLEET)):
-        with pytest.raises(InputError, match="missing.*cannot be read: No such file"):
+        with pytest.raises(InputError, match=r"missing.*cannot be read: No such file"):
             read(tmp_path / "missing")
 
 

@@ -110,7 +110,7 @@ def load_prompts(path: Path) -> list[TrialPrompt]:
 
 def draw_prompts(prompts: Sequence[TrialPrompt], number: int, *, seed: int) -> list[TrialPrompt]:
     """Draw prompts at random; all of them if there are no more than `number`."""
-    return random.Random(seed).sample(prompts, min(number, len(prompts)))  # noqa: S311 - no secret
+    return random.Random(seed).sample(prompts, min(number, len(prompts)))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
