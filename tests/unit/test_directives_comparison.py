@@ -31,11 +31,11 @@ def measured(level: str, ratio: float, *, worse: int = 0, right: int | None = No
     )
 
 
-REFERENCE = measured("L0", 1.0, joules=1_000.0)
+REFERENCE = measured("L0", 1.0, joules=10.0)
 
 
 def test_lengths_and_energy_are_relative_to_no_directive():
-    (one,) = compare(REFERENCE, [measured("L1", 0.5, joules=600.0)])
+    (one,) = compare(REFERENCE, [measured("L1", 0.5, joules=6.0)])
     assert one.tokens_ratio == pytest.approx((0.5, 0.5, 0.5))
     assert one.tokens == pytest.approx(LENGTHS.mean() / 2)
     assert (one.joules, one.joules_ratio) == (6.0, pytest.approx(0.6))

@@ -207,7 +207,7 @@ def _print(trial: "Trial", results: "list[Result]", *, new: set[str], drawn: int
     if trial.prompts < drawn:
         say(f"{drawn - trial.prompts} prompts do not count: not every directive got an answer to them")
     table = Table("", "tokens", "of L0's", "s", "J", "not worse than L0", "right, against L0", "on the front", "advice")
-    joules = "" if reference.joules is None else f"{reference.joules / trial.prompts:.1f}"
+    joules = "" if reference.joules is None else f"{reference.joules:.1f}"
     table.add_row("L0", f"{reference.tokens.mean():.0f}", "", f"{reference.seconds.mean():.2f}", joules)
     for one in results:
         right = "" if one.right_change is None else _interval(one.right_change, signed=True)
@@ -257,7 +257,7 @@ def _document(trial: "Trial", results: "list[Result]", *, setup: "TrialSetup", s
             "level": reference.directive.level,
             "tokens": float(reference.tokens.mean()),
             "seconds": float(reference.seconds.mean()),
-            "joules": None if reference.joules is None else reference.joules / trial.prompts,
+            "joules": reference.joules,
         },
         "directives": [one.to_json() | {"in_catalogue": one.level in setup.fleet.levels} for one in results],
     }

@@ -45,7 +45,7 @@ class Measurement:
         not_worse: 1 where the judge prefers it to the answer without a directive, or finds a tie; 0 where it is worse;
             nan without a verdict.
         right: 1 for a right answer, 0 for a wrong one, nan where that is not known.
-        joules: of all its answers; None: unmetered.
+        joules: mean of an answer; None: unmetered.
     """
 
     directive: Directive
@@ -176,7 +176,6 @@ def _result(
     beaten_by: tuple[str, ...],
     better_mix: tuple[str, str] | None,
 ) -> Result:
-    prompts = len(one.tokens)
     verdicts = one.not_worse[~np.isnan(one.not_worse)]
     rated = one.right[_both_rated(one, reference)]
     metered = one.joules is not None and reference.joules is not None and reference.joules > 0.0
@@ -186,7 +185,7 @@ def _result(
         tokens=float(one.tokens.mean()),
         tokens_ratio=tokens_ratio,
         seconds=float(one.seconds.mean()),
-        joules=None if one.joules is None else one.joules / prompts,
+        joules=one.joules,
         joules_ratio=(one.joules or 0.0) / (reference.joules or 1.0) if metered else None,
         not_worse=wilson(float(verdicts.sum()), len(verdicts)) if len(verdicts) else None,
         verdicts=len(verdicts),

@@ -230,8 +230,9 @@ class _RunningTrial:
             before = await meter.read(clock.now())
             found = await _all([self._answer(directive.level, one) for one in samples])
             answers.append(found)
-            joules.append(meter.joules(before, await meter.read(clock.now())))
+            spent_j = meter.joules(before, await meter.read(clock.now()))
             tokens = [one.call.tokens for one in found if one is not None]
+            joules.append(None if spent_j is None else spent_j / max(1, len(tokens)))
             self._say(f"{directive.level}: {len(tokens)} answers, {sum(tokens) / max(1, len(tokens)):.0f} tokens each")
         complete = [number for number in range(len(samples)) if all(found[number] is not None for found in answers)]
         if not complete:
