@@ -8,7 +8,17 @@ from pathlib import Path
 from deploy.local.config import ModelName, StackConfig
 from shared.fleet import load_fleet
 
-DIRECTIVES = (("L0", ""), ("L1", "Always answer briefly."), ("L2", "Always answer very briefly."))
+DIRECTIVES: dict[ModelName, tuple[tuple[str, str], ...]] = {
+    "llama-2-13b-chat": (("L0", ""), ("L1", "Always answer briefly."), ("L2", "Always answer very briefly.")),
+    # With "very briefly" this model answers no more briefly than with "briefly".
+    "smollm2": (
+        ("L0", ""),
+        ("L1", "Always answer briefly."),
+        ("L2", "Answer in one short sentence, with no explanation."),
+    ),
+}
+"""Level and text of the directives, which the model obeys."""
+
 CHAT_TEMPLATES: dict[ModelName, str] = {"llama-2-13b-chat": "llama-2", "smollm2": "chatml"}
 POOLS: dict[ModelName, str] = {"llama-2-13b-chat": "local-13b", "smollm2": "local-smollm2"}
 JUDGE_POOL = "judge"
@@ -60,7 +70,7 @@ class LocalFleet:
         config = self.config
         lines = ["# Written by the local stack at every start.", "", "[switchback]"]
         lines += [f"{name} = {_value(value)}" for name, value in config.switchback.model_dump().items()]
-        for level, text in DIRECTIVES:
+        for level, text in DIRECTIVES[config.model]:
             lines += ["", "[[directives]]", f"level = {_value(level)}"]
             if text:
                 lines.append(f"text = {_value(text)}")

@@ -128,7 +128,7 @@ class TritonModels:
 
     def _models(self, config: StackConfig, settings: Mapping[str, str], number: int) -> list[RepositoryModel]:
         """The models of a server: the model, and on the first server the judge."""
-        catalogue = [{"level": level, "text": text} for level, text in DIRECTIVES if text]
+        catalogue = [{"level": level, "text": text} for level, text in DIRECTIVES[config.model] if text]
         options = arguments(
             [
                 f"--workload={config.workload or SHIPPED_WORKLOAD}",

@@ -66,9 +66,9 @@ def intensities(at: datetime, *values: float, hours: float = 1.0) -> CarbonInten
     return CarbonIntensity(zone=ZONE, latest=latest, history=tuple(reversed(history)), source="test", published_at=at)
 
 
-def judged_fleet(address: str) -> str:
+def judged_fleet(address: str, *, levels: Sequence[str] = tuple(LEVELS)) -> str:
     """Fleet file of the router's tests, with a judge."""
-    return fleet_toml([address]) + "\n".join(
+    return fleet_toml([address], levels=levels) + "\n".join(
         [
             "[[pools]]", 'name = "judge"', 'triton_model = "judge"', f'zone = "{ZONE}"', "[[pools.endpoints]]",
             'name = "judge-0"', f'grpc = "{address}"', "[judge]", 'pool = "judge"', "",

@@ -117,6 +117,14 @@ class TestFleet:
         judge = read.pool(read.judge.pool)
         assert (judge.model, judge.triton_model, judge.endpoints[0].gpus) == (None, "judge", ("gpu-judge",))
 
+    def test_every_model_has_a_catalogue_that_it_obeys(self, tmp_path):
+        texts = {}
+        for model in ("llama-2-13b-chat", "smollm2"):
+            fleet(model=model).write(tmp_path / "fleet.toml")
+            texts[model] = [one.text for one in load_fleet(tmp_path / "fleet.toml").directives]
+        assert texts["llama-2-13b-chat"] == ["", "Always answer briefly.", "Always answer very briefly."]
+        assert texts["smollm2"][1:] == ["Always answer briefly.", "Answer in one short sentence, with no explanation."]
+
     def test_by_default_servers_are_spread_over_and_nothing_sleeps(self, tmp_path):
         fleet().write(tmp_path / "fleet.toml")
         read = load_fleet(tmp_path / "fleet.toml")

@@ -51,6 +51,10 @@ with suppress(ModuleNotFoundError):
     from tools.cli.policy import app as policy
 
     app.add_typer(policy, name="policy")
+with suppress(ModuleNotFoundError):
+    from tools.cli.directives import app as directives
+
+    app.add_typer(directives, name="directives")
 
 app.command()(send)
 app.command()(report)

@@ -246,6 +246,9 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             "SPROUT_OPTIMIZER_CAPACITY_SHORTEST_S": "1",
         },
         "evaluator": {
+            # A day from nothing: there is no trailing week yet, and most of the evaluating falls into the first day.
+            "SPROUT_EVALUATOR_OPPORTUNITY_RULE": "urgency",
+            "SPROUT_EVALUATOR_MAX_CARBON_SHARE": "0.06",
             "SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION": str(day.pace.evaluated_prompts),
             "SPROUT_EVALUATOR_MIN_SAMPLES": str(day.pace.min_samples),
             "SPROUT_EVALUATOR_CONCURRENCY": str(day.pace.evaluator_concurrency),

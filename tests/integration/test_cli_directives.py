@@ -1,0 +1,84 @@
+"""`sprout directives try` on a real Triton server with the stand-in model and judge."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deploy.local.triton import metrics_url
+from deploy.triton.models import stand_in_judge, stand_in_llm
+from deploy.triton.stand_in.judge import JudgeRules
+from shared.runtime.clock import Clock
+from tests.support.evaluator import judged_fleet, write_judged_workload
+from tests.support.fleets import DIRECTIVES
+from tests.support.router import LEVELS, MODEL
+from tests.support.triton import ServingTriton, serving_triton
+from tools.cli.main import app
+
+pytestmark = pytest.mark.integration
+
+PROMPTS = 40
+J_PER_TOKEN = 6.0
+NOT_OBEYED = "Answer as you like."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("directives")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServingTriton]:
+    workload = write_judged_workload(folder / "w.jsonl", prompts=PROMPTS)
+    models = [
+        stand_in_llm(workload, model=MODEL, idle_power_w=0.0),
+        stand_in_judge(workload, rules=JudgeRules(position_bias=0.0)),
+    ]
+    clock = Clock.starting(datetime(2023, 2, 10, tzinfo=UTC), rate=60.0)
+    with serving_triton(folder, models, clock=clock) as running:
+        yield running
+
+
+def test_candidates_are_measured_judged_and_rated(server, folder, monkeypatch):
+    for name, value in (server.clock.environment() | {"SPROUT_LOCAL_STATE": str(folder)}).items():
+        monkeypatch.setenv(name, value)
+    metered = f'grpc = "{server.address}"\nmetrics = "{metrics_url(server.ports)}"\ngpus = ["stand-in-{MODEL}"]'
+    fleet = judged_fleet(server.address, levels=("L0", "L1")).replace(f'grpc = "{server.address}"', metered)
+    (folder / "fleet.toml").write_text(fleet)
+    candidates = {"L2": DIRECTIVES["L2"], "L3": NOT_OBEYED}
+    (folder / "candidates.json").write_text(
+        json.dumps({"directives": [{"level": level, "text": text} for level, text in candidates.items()]})
+    )
+    result = CliRunner().invoke(
+        app,
+        [
+            "directives",
+            "try",
+            *("--candidates", str(folder / "candidates.json")),
+            *("--fleet", str(folder / "fleet.toml")),
+            *("--prompts", str(folder / "w.jsonl")),
+            *("--number", str(PROMPTS)),
+            *("--json", str(folder / "result.json")),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    assert "worth adding: L2" in result.output
+    document = json.loads((folder / "result.json").read_text())
+    assert (document["model"], document["prompts"], document["energy"]) == (MODEL, PROMPTS, "meter")
+    assert document["judge_fault"] is None
+    tokens = {level: count for level, (count, _) in LEVELS.items()}
+    assert document["reference"]["joules"] == pytest.approx(tokens["L0"] * J_PER_TOKEN)
+    found = {one["level"]: one for one in document["directives"]}
+    assert {level: one["in_catalogue"] for level, one in found.items()} == {"L1": True, "L2": False, "L3": False}
+    for level in ("L1", "L2"):
+        assert found[level]["tokens_ratio"] == pytest.approx(tokens[level] / tokens["L0"])
+        assert found[level]["joules"] == pytest.approx(tokens[level] * J_PER_TOKEN)
+        assert found[level]["verdicts"] == found[level]["rated"] == PROMPTS
+        assert 0.0 < found[level]["not_worse"] < 1.0
+    assert found["L1"]["right"] == 1.0
+    assert found["L2"]["right_change"] < 0.0  # its answers to odd prompts are wrong
+    # The stand-in does not know the text, so it answers as without a directive: the same answer is a tie.
+    assert (found["L3"]["tokens_ratio"], found["L3"]["not_worse"], found["L3"]["advice"]) == (1.0, 1.0, "not shorter")
