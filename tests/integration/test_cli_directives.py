@@ -1,20 +1,23 @@
 """`sprout directives try` on a real Triton server with the stand-in model and judge."""
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from deploy.local.triton import metrics_url
 from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.stand_in.judge import JudgeRules
 from shared.runtime.clock import Clock
+from shared.topics import USAGE
 from tests.support.evaluator import judged_fleet, write_judged_workload
 from tests.support.fleets import DIRECTIVES
-from tests.support.router import LEVELS, MODEL
+from tests.support.router import LEVELS, MODEL, reading
 from tests.support.triton import ServingTriton, serving_triton
 from tools.cli.main import app
 
@@ -42,7 +45,9 @@ def server(folder: Path) -> Iterator[ServingTriton]:
         yield running
 
 
-def test_candidates_are_measured_judged_and_rated(server, folder, monkeypatch):
+@pytest.fixture
+def command(server: ServingTriton, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command, with the catalogue's L2 and a text that the model does not know as candidates."""
     for name, value in (server.clock.environment() | {"SPROUT_LOCAL_STATE": str(folder)}).items():
         monkeypatch.setenv(name, value)
     metered = f'grpc = "{server.address}"\nmetrics = "{metrics_url(server.ports)}"\ngpus = ["stand-in-{MODEL}"]'
@@ -52,18 +57,18 @@ def test_candidates_are_measured_judged_and_rated(server, folder, monkeypatch):
     (folder / "candidates.json").write_text(
         json.dumps({"directives": [{"level": level, "text": text} for level, text in candidates.items()]})
     )
-    result = CliRunner().invoke(
-        app,
-        [
-            "directives",
-            "try",
-            *("--candidates", str(folder / "candidates.json")),
-            *("--fleet", str(folder / "fleet.toml")),
-            *("--prompts", str(folder / "w.jsonl")),
-            *("--number", str(PROMPTS)),
-            *("--json", str(folder / "result.json")),
-        ],
-    )
+    files = {
+        "--candidates": "candidates.json",
+        "--fleet": "fleet.toml",
+        "--prompts": "w.jsonl",
+        "--json": "result.json",
+    }
+    options = [part for option, name in files.items() for part in (option, str(folder / name))]
+    return lambda *more: CliRunner().invoke(app, ["directives", "try", *options, *more])
+
+
+def test_candidates_are_measured_judged_and_rated(command, folder):
+    result = command("--number", str(PROMPTS))
     assert result.exit_code == 0, result.output
     assert "worth adding: L2" in result.output
     document = json.loads((folder / "result.json").read_text())
@@ -82,3 +87,17 @@ def test_candidates_are_measured_judged_and_rated(server, folder, monkeypatch):
     assert found["L2"]["right_change"] < 0.0  # its answers to odd prompts are wrong
     # The stand-in does not know the text, so it answers as without a directive: the same answer is a tie.
     assert (found["L3"]["tokens_ratio"], found["L3"]["not_worse"], found["L3"]["advice"]) == (1.0, 1.0, "not shorter")
+
+
+async def test_with_kafka_every_call_is_reported_to_the_ledger(command, kafka, monkeypatch):
+    monkeypatch.setenv("SPROUT_KAFKA_TOPIC_PREFIX", kafka.topic_prefix)
+    async with reading(kafka, USAGE) as usage:
+        result = await asyncio.to_thread(command, "--number", "3", "--bootstrap", kafka.bootstrap_servers)
+        assert result.exit_code == 0, result.output
+        assert "too few verdicts" in result.output
+        # Three prompts without a directive and with three; the judge sees the answers at L1 and L2 in two orders.
+        records = await usage.read(until=3 * 4 + 3 * 2 * 2)
+    answers = [one for one in records if one.purpose == "evaluation"]
+    assert sorted(one.level for one in answers) == sorted(["L0", "L1", "L2", "L3"] * 3)
+    assert {one.model for one in answers} == {MODEL}
+    assert len({one.evaluation_id for one in records}) == 1

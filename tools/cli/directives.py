@@ -13,13 +13,11 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 from rich.table import Table
-from rich.text import Text
 
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.parsing import describe
 from shared.messages import UsageRecord
 from shared.runtime.clock import Clock, ClockConfigurationError
-from shared.runtime.printable import printable
 from shared.runtime.settings import FleetSettings, KafkaSettings
 from shared.topics import USAGE
 from tools.cli.console import (
@@ -210,7 +208,7 @@ def _print(trial: "Trial", results: "list[Result]", *, new: set[str], drawn: int
     joules = "" if reference.joules is None else f"{reference.joules:.1f}"
     table.add_row("L0", f"{reference.tokens.mean():.0f}", "", f"{reference.seconds.mean():.2f}", joules)
     for one in results:
-        right = "" if one.right_change is None else _interval(one.right_change, signed=True)
+        right = "" if one.right_change is None else _points(one.right_change)
         table.add_row(
             one.level,
             f"{one.tokens:.0f}",
@@ -237,10 +235,14 @@ def _print(trial: "Trial", results: "list[Result]", *, new: set[str], drawn: int
     print_text(f"worth adding: {', '.join(worth) if worth and trial.judge_fault is None else 'none'}")
 
 
-def _interval(estimate: "Estimate", *, signed: bool = False) -> Text:
-    sign = "+" if signed else ""
+def _interval(estimate: "Estimate") -> str:
     value, low, high = (100.0 * part for part in estimate)
-    return Text(printable(f"{value:{sign}.0f} % ({low:{sign}.0f} to {high:{sign}.0f})"))
+    return f"{value:.0f} % ({low:.0f} to {high:.0f})"
+
+
+def _points(change: "Estimate") -> str:
+    value, low, high = (100.0 * part for part in change)
+    return f"{value:+.0f} points ({low:+.0f} to {high:+.0f})"
 
 
 def _document(trial: "Trial", results: "list[Result]", *, setup: "TrialSetup", seed: int) -> dict[str, Any]:

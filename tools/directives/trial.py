@@ -27,7 +27,7 @@ from services.evaluator.preference import PreferenceMetric
 from services.evaluator.quality import QualityMetric
 from services.evaluator.settings import EvaluatorSettings
 from services.ledger.meters import MeteringError, Reading, counters_of, intervals_between, parse_meters
-from shared.fleet import Directive, Fleet, Pool
+from shared.fleet import Directive, Fleet, FleetError, Pool
 from shared.inference.attempts import Attempts
 from shared.inference.base import StreamTimeouts
 from shared.inference.pools import Pools
@@ -94,12 +94,12 @@ class TrialSetup:
         """The judge's pool; None if the judge is not of the fleet.
 
         Raises:
-            TrialError: the fleet should have a judge, and has none.
+            FleetError: the fleet should have a judge, and has none.
         """
         if self.settings.judge != "fleet":
             return None
         if self.fleet.judge is None:
-            raise TrialError(
+            raise FleetError(
                 "the fleet file has no [judge]: name a pool there, or set SPROUT_EVALUATOR_JUDGE=openai with a URL"
             )
         return self.fleet.judge.pool
@@ -134,7 +134,8 @@ async def run_trial(setup: TrialSetup, *, publish_usage: PublishUsage, say: Call
 
     Raises:
         TrialError: too many calls fail, or no server responds.
-        ChatTemplateError, FleetError: the fleet's chat templates, tokenizers or files for TLS cannot be used.
+        ChatTemplateError, FleetError: the fleet has no judge, or chat templates, tokenizers or files for TLS that
+            cannot be used.
     """
     settings = setup.settings
     async with AsyncExitStack() as stack:
@@ -162,6 +163,7 @@ async def _open_pools(setup: TrialSetup) -> AsyncIterator[Pools]:
 
     Raises:
         TrialError: the model's reference pool or the judge's does not respond.
+        FleetError, ChatTemplateError: see `run_trial`.
     """
     settings, judge = setup.settings, setup.judge_pool
     pools = Pools(
