@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from deploy.local.triton import metrics_url
 from deploy.triton.models import stand_in_judge, stand_in_llm
 from deploy.triton.stand_in.judge import JudgeRules
+from shared.messages import UsageRecord
 from shared.runtime.clock import Clock
 from shared.topics import USAGE
 from tests.support.evaluator import judged_fleet, write_judged_workload
@@ -96,7 +97,8 @@ async def test_with_kafka_every_call_is_reported_to_the_ledger(command, kafka, m
         assert result.exit_code == 0, result.output
         assert "too few verdicts" in result.output
         # Three prompts without a directive and with three; the judge sees the answers at L1 and L2 in two orders.
-        records = await usage.read(until=3 * 4 + 3 * 2 * 2)
+        read = await usage.read(until=3 * 4 + 3 * 2 * 2)
+    records = [UsageRecord.model_validate_json(one.value) for one in read]
     answers = [one for one in records if one.purpose == "evaluation"]
     assert sorted(one.level for one in answers) == sorted(["L0", "L1", "L2", "L3"] * 3)
     assert {one.model for one in answers} == {MODEL}
