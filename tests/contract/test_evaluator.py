@@ -103,9 +103,9 @@ async def test_a_sample_with_a_nul_in_its_id_is_skipped(fixture: Fixture, medium
 
 async def test_an_intensity_is_evaluated_with_its_trailing_window(fixture: Fixture, medium: Medium) -> None:
     fixture.state.opportunity.evaluated(NOW - timedelta(hours=24))
-    await fixture.publish(CARBON_INTENSITY, intensities(NOW, 400, 420, 300, 200, 220))
+    await fixture.publish(CARBON_INTENSITY, intensities(NOW, 400, 420, 300, 220, 200))
     await medium.until(lambda: fixture.state.pending is not None)
-    assert (fixture.state.pending.reason, fixture.state.pending.at) == ("local_minimum", NOW)
+    assert (fixture.state.pending.reason, fixture.state.pending.at) == ("low_intensity", NOW)
 
 
 async def test_a_stale_intensity_triggers_no_evaluation(fixture: Fixture, medium: Medium) -> None:

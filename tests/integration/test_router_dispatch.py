@@ -131,7 +131,12 @@ async def test_in_a_reference_block_the_reference_serves_and_requests_are_spread
                         break
                     await asyncio.sleep(0.05)
             names = [f"r{100 * number + one}" for one in range(9)]
-            await producer.ask(*(request(int(one[1:]), directive="L1" if one.endswith("8") else None) for one in names))
+            # Long answers: all are in flight at once.
+            made = [
+                request(int(one[1:]), prompt=LONG_PROMPT, directive="L1" if one.endswith("8") else None)
+                for one in names
+            ]
+            await producer.ask(*made)
             await answers.ids(names)
             found = [answers.responses()[one] for one in names]
             assert {one.status for one in found} == {"ok"}
