@@ -90,7 +90,7 @@ PACES: dict[ModelName, Pace] = {
         # A server's batch: the evaluation is short and its server full.
         evaluator_concurrency=128,
         sample_share=1.0,
-        confidence_z=0.5,
+        confidence_z=0.25,
         batched=BatchedServers(),
     ),
     # This model shares the CPU with all other processes, so only about 30 prompts are judged: too few to save anything
