@@ -62,7 +62,7 @@ class Producer:
             id=planned.id,
             model=self._model,
             prompt=planned.prompt,
-            task=planned.task,
+            # No task label: groups are learned from the prompts alone, which tell the workload's few prompts apart.
             reference=planned.reference,
             sampling=self._sampling,
             requested_at=planned.at,

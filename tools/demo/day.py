@@ -90,7 +90,7 @@ PACES: dict[ModelName, Pace] = {
         # A server's batch: the evaluation is short and its server full.
         evaluator_concurrency=128,
         sample_share=1.0,
-        confidence_z=0.25,
+        confidence_z=0.5,
         batched=BatchedServers(),
     ),
     # This model shares the CPU with all other processes, so only about 30 prompts are judged: too few to save anything
@@ -249,6 +249,8 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             # A day from nothing: there is no trailing week yet, and most of the evaluating falls into the first day.
             "SPROUT_EVALUATOR_OPPORTUNITY_RULE": "urgency",
             "SPROUT_EVALUATOR_MAX_CARBON_SHARE": "0.06",
+            # Requests without a task label are one group until groups are learned.
+            "SPROUT_EVALUATOR_SAMPLES_PER_GROUP": "1000",
             "SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION": str(day.pace.evaluated_prompts),
             "SPROUT_EVALUATOR_MIN_SAMPLES": str(day.pace.min_samples),
             "SPROUT_EVALUATOR_CONCURRENCY": str(day.pace.evaluator_concurrency),
