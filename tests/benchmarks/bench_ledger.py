@@ -176,9 +176,10 @@ def memory_mib(process: psutil.Process) -> float:
     return total / MIB
 
 
-async def run(arguments: argparse.Namespace) -> int:
-    """Run the benchmark; returns the exit status."""
-    with tempfile.TemporaryDirectory(prefix="sprout-bench-", dir=arguments.folder) as folder:
+@asynccontextmanager
+async def servers(parent: str | None) -> AsyncIterator[tuple[Environment, str, psutil.Process]]:
+    """Kafka with all topics, and PostgreSQL with a database, below a folder; yields its URL and process too."""
+    with tempfile.TemporaryDirectory(prefix="sprout-bench-", dir=parent) as folder:
         async with Environment(Path(folder), answers={}, model_servers=0, say=lambda _: None) as environment:
             spec, url = postgres_spec(Path(folder) / "postgres")
             options = [part for option in POSTGRES for part in ("-c", option)]
@@ -187,9 +188,15 @@ async def run(arguments: argparse.Namespace) -> int:
             kafka = KafkaSettings(
                 bootstrap_servers=environment.bootstrap_servers, topic_prefix=PREFIX, group_prefix=PREFIX
             )
-            # The backlog is written late.
+            # A backlog is written late, and a busy machine may be late.
             await create_topics(kafka, specs=[replace(one, max_age_ms=None) for one in TOPICS])
-            return await _measure(arguments, environment, Path(folder), url, psutil.Process(server.pid))
+            yield environment, url, psutil.Process(server.pid)
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Run the benchmark; returns the exit status."""
+    async with servers(arguments.folder) as (environment, url, postgres):
+        return await _measure(arguments, environment, environment.folder, url, postgres)
 
 
 async def _measure(

@@ -11,7 +11,6 @@ import asyncio
 import json
 import statistics
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -22,20 +21,17 @@ import asyncpg
 import psutil
 from aiokafka import AIOKafkaProducer
 
-from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import ProcessSpec, free_ports, http_probe
 from deploy.local.services import ServiceEnvironment, service_spec
-from shared.kafka.admin import create_topics
-from shared.runtime.settings import KafkaSettings
-from shared.topics import TOPICS
-from tests.benchmarks.bench_ledger import POSTGRES, PREFIX, Answers, fleet_toml, memory_mib, meters, publish
+from tests.benchmarks.bench_ledger import PREFIX, Answers, fleet_of, memory_mib, meters, publish, servers
 from tests.benchmarks.results import record
 from tests.support.environment import KAFKA, Environment
+from tests.support.fleets import ZONE
 
 SERVICES = ("carbon_feed", "router", "ledger", "optimizer", "evaluator", "gateway")
 SETTINGS = {
     "carbon_feed": {
-        "SPROUT_CARBON_FEED_PROVIDERS": json.dumps({"Z": [{"kind": "constant", "intensity_g_per_kwh": 250}]})
+        "SPROUT_CARBON_FEED_PROVIDERS": json.dumps({ZONE: [{"kind": "constant", "intensity_g_per_kwh": 250}]})
     },
     "ledger": {"SPROUT_LEDGER_SETTLE_DELAY_S": "10"},
 }
@@ -50,25 +46,14 @@ MOST_OPEN_S = 120.0
 
 async def run(arguments: argparse.Namespace) -> int:
     """Run the soak; returns the exit status."""
-    with tempfile.TemporaryDirectory(prefix="sprout-soak-", dir=arguments.folder) as folder:
-        async with Environment(Path(folder), answers={}, model_servers=0, say=lambda _: None) as environment:
-            spec, url = postgres_spec(Path(folder) / "postgres")
-            options = [part for option in POSTGRES for part in ("-c", option)]
-            (postgres,) = await environment.start(replace(spec, command=(*spec.command, *options)))
-            await create_database(url)
-            kafka = KafkaSettings(
-                bootstrap_servers=environment.bootstrap_servers, topic_prefix=PREFIX, group_prefix=PREFIX
-            )
-            # A busy machine may be late.
-            await create_topics(kafka, specs=[replace(one, max_age_ms=None) for one in TOPICS])
-            async with meters(time.time()) as metrics:
-                fleet = Path(folder) / "fleet.toml"
-                fleet.write_text(fleet_toml(metrics) + '[judge]\npool = "p"\n', encoding="utf-8")
-                started = await environment.start(*_services(environment, url, fleet))
-                processes = {one.spec.name: psutil.Process(one.pid) for one in started}
-                (kafka_process,) = await environment.running([KAFKA])
-                processes |= {KAFKA: psutil.Process(kafka_process.pid), "postgres": psutil.Process(postgres.pid)}
-                return await _watch(arguments, environment, url, processes)
+    async with servers(arguments.folder) as (environment, url, postgres), meters(time.time()) as metrics:
+        fleet = environment.folder / "fleet.toml"
+        fleet.write_text(fleet_of(metrics) + '[judge]\npool = "p"\n', encoding="utf-8")
+        started = await environment.start(*_services(environment, url, fleet))
+        processes = {one.spec.name: psutil.Process(one.pid) for one in started}
+        (kafka,) = await environment.running([KAFKA])
+        processes |= {KAFKA: psutil.Process(kafka.pid), "postgres": postgres}
+        return await _watch(arguments, environment, url, processes)
 
 
 def _services(environment: Environment, url: str, fleet: Path) -> list[ProcessSpec]:
