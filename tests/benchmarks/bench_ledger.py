@@ -213,9 +213,10 @@ async def _measure(
         [(f"e{n}", datetime.fromtimestamp(since_s, UTC), f"g{n}") for n in range(ENDPOINTS)],
     )
     await pool.execute(
-        "INSERT INTO intensity SELECT 'Z', $1::timestamptz + n * interval '5 minutes', 200 + n % 50, false, 'bench' "
+        "INSERT INTO intensity SELECT $2, $1::timestamptz + n * interval '5 minutes', 200 + n % 50, false, 'bench' "
         "FROM generate_series(-1, 1000) AS n",
         datetime.fromtimestamp(since_s, UTC),
+        ZONE,
     )
     answers = Answers(seed=1)
     async with meters(since_s) as metrics:
