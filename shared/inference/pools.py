@@ -77,6 +77,7 @@ class Pools:
         self._beside_evaluators = beside_evaluators
         self._check_interval_s = check_interval_s
         self._check_timeout_s = check_timeout_s
+        self._dispatches_reference = False
         self._refresh()
 
     def __getitem__(self, name: str) -> ServingPool:
@@ -103,8 +104,12 @@ class Pools:
             self._refresh()
 
     def reference_block(self) -> bool:
-        """Whether a reference block of the switchback schedule is running."""
-        return self._switchback.is_reference(self._clock.now())
+        """Whether a reference block of the switchback schedule is running. The pools dispatch accordingly."""
+        running = self._switchback.is_reference(self._clock.now())
+        if running is not self._dispatches_reference:
+            # A busy event loop may not have applied the change yet. A request must not see half of it.
+            self._refresh()
+        return running
 
     def on_capacity(self, callback: Callable[[], None]) -> None:
         """Call back when an endpoint may have capacity for one more request."""
@@ -133,8 +138,9 @@ class Pools:
             tasks.create_task(self._follow_time())
 
     def _refresh(self) -> None:
-        dispatch = self._fleet.switchback.dispatch if self.reference_block() else None
         now = self._clock.now()
+        self._dispatches_reference = self._switchback.is_reference(now)
+        dispatch = self._fleet.switchback.dispatch if self._dispatches_reference else None
         for pool in self:
             pool.refresh(now, share=self.share, reference_dispatch=dispatch, beside_evaluators=self._beside_evaluators)
         self._on_capacity()
