@@ -72,7 +72,7 @@ COMMIT_TIMEOUT_S = 60.0
 HEARTBEAT_MAX_S = 3.0
 """Longest wall time between two heartbeats: a rebalance waits for the next heartbeat of every member."""
 
-POLL_MS = 5
+POLL_MS = 3
 """Wall milliseconds that FastStream waits for records, and then sleeps if there are none: the longest delay that this
 adds to a request. Shorter costs processor time while idle."""
 

@@ -25,7 +25,10 @@ from shared.runtime.settings import KafkaSettings
 from shared.topics import TopicSpec
 
 POLL_MS = 100
-"""Wall milliseconds between two polls of a consumer."""
+"""Wall milliseconds that FastStream waits for records, and then sleeps if there are none."""
+
+STATE_POLL_MS = 250
+"""The same for compacted topics, whose messages are rare: a router reads five of them beside its requests."""
 
 MAX_RECORDS = 500
 """Records that a consumer without a group receives at once: a batch of 1 MB may hold millions."""
@@ -92,7 +95,13 @@ def subscribe_compacted(
             FastStream cannot describe both directions of a channel.
     """
     return _subscribe_ungrouped(
-        broker, kafka, dead_letters, spec, auto_offset_reset="earliest", include_in_schema=not is_own
+        broker,
+        kafka,
+        dead_letters,
+        spec,
+        auto_offset_reset="earliest",
+        poll_ms=STATE_POLL_MS,
+        include_in_schema=not is_own,
     )
 
 
@@ -103,7 +112,7 @@ def subscribe_newest(
 
     It belongs to no consumer group: every process reads every message. The handler receives a list of messages.
     """
-    return _subscribe_ungrouped(broker, kafka, dead_letters, spec, auto_offset_reset="latest")
+    return _subscribe_ungrouped(broker, kafka, dead_letters, spec, auto_offset_reset="latest", poll_ms=POLL_MS)
 
 
 def subscribe_partition(
@@ -140,6 +149,7 @@ def _subscribe_ungrouped(
     spec: TopicSpec,
     *,
     auto_offset_reset: Literal["earliest", "latest"],
+    poll_ms: int,
     include_in_schema: bool = True,
 ) -> Subscriber:
     unreadable = unreadable_records(broker, kafka)
@@ -153,7 +163,7 @@ def _subscribe_ungrouped(
         spec,
         decoder=batch_decoder(spec, dead_letters),
         batch=True,
-        batch_timeout_ms=POLL_MS,
+        batch_timeout_ms=poll_ms,
         max_records=MAX_RECORDS,
         auto_offset_reset=auto_offset_reset,
         include_in_schema=include_in_schema,
