@@ -1,7 +1,7 @@
 """The requests of every key in PostgreSQL: admitted within its limits, and booked with their footprints.
 
-Admission is one round trip. What became of a request is written in batches in the background; a gateway that dies loses
-its last batch, whose tokens and energy then arrive with the footprints.
+Admission is one round trip (see `admission`). What became of a request is written in batches in the background; a
+gateway that dies loses its last batch, whose tokens and energy then arrive with the footprints.
 """
 
 import asyncio
@@ -9,13 +9,13 @@ import contextlib
 import json
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import uuid4
 
 import asyncpg
 
+from services.gateway.admission import Admission, AdmissionQueue
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimate, Estimates
 from services.gateway.keys import ApiKey
@@ -24,7 +24,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.settings import GatewaySettings
 from shared.messages import Footprint, GenerationRequest, GenerationResponse
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, within
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 from shared.runtime.logs import get_logger
 
 BATCH: Final = 500
@@ -56,25 +56,6 @@ _FOOTPRINT_FIELDS: Final = (
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """A request that may be published.
-
-    Attributes:
-        request: with the directive that its budgets force.
-        key: whose request it is.
-        at: event time.
-        headers: of its answer.
-        holds_place: whether it counts among a limited number of concurrent requests.
-    """
-
-    request: GenerationRequest
-    key: ApiKey
-    at: datetime
-    headers: dict[str, str]
-    holds_place: bool = False
-
-
 class Accounts:
     """Admits requests, and keeps what became of them."""
 
@@ -100,6 +81,13 @@ class Accounts:
         self._clock = clock
         self._metrics = metrics
         self._instance = uuid4().hex
+        self._admissions = AdmissionQueue(
+            pool,
+            status,
+            instance=self._instance,
+            lease_s=settings.deadline_s + LEASE_MARGIN_S,
+            timeout_s=settings.admission_timeout_s,
+        )
         self._finished: deque[dict[str, Any]] = deque()
         self._written = 0
         self._accepted = 0
@@ -115,28 +103,16 @@ class Accounts:
         """
         now, tokens = self._clock.now(), counted_tokens(request)
         try:
-            with self._status.watch():
-                found = await within(
-                    self._settings.admission_timeout_s,
-                    self._pool.fetchval(
-                        "SELECT admit($1, $2, $3, $4, $5, $6, $7, $8)",
-                        key.id,
-                        key.tenant,
-                        request.id,
-                        request.model,
-                        tokens,
-                        now,
-                        self._instance,
-                        self._settings.deadline_s + LEASE_MARGIN_S,
-                    ),
-                )
+            verdict = await self._admissions.decide(key, request, tokens=tokens, at=now)
+        except asyncio.CancelledError:
+            self.finish(Admission(request, key, now, {}), None)  # it may be counted yet
+            raise
         except DatabaseUnavailableError as error:
             if isinstance(error.__cause__, TimeoutError):
                 self.finish(Admission(request, key, now, {}), None)  # it may have been counted
             if not self._settings.serve_without_database:
                 raise ApiError.unavailable("the limits of this API key cannot be checked at the moment") from None
             return Admission(request, key, now, {})
-        verdict = Verdict.model_validate_json(found)
         refused = verdict.error(tokens, now)
         if refused is not None:
             self._metrics.refused.labels(verdict.refusal or "").inc()

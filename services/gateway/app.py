@@ -205,7 +205,7 @@ def build_app(
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
-        async with await open_pool(database, schema=NAME) as pool:
+        async with await open_pool(database, schema=NAME, stateless=True) as pool:
             with status.watch():
                 await migrate(pool, schema=NAME, package="services.gateway.migrations")
             await _open_stores(gateway, pool, status)

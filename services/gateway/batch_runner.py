@@ -15,7 +15,8 @@ import asyncpg
 from aiokafka.errors import KafkaError
 from faststream.exceptions import IncorrectState
 
-from services.gateway.accounts import Accounts, Admission
+from services.gateway.accounts import Accounts
+from services.gateway.admission import Admission
 from services.gateway.batch_lines import InputLine, LineReader, LineSplitter, Result, Task
 from services.gateway.batch_state import Event, Status
 from services.gateway.batch_store import Batch, BatchStore, LeaseLostError

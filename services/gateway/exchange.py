@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 
-from services.gateway.accounts import Accounts, Admission
+from services.gateway.accounts import Accounts
+from services.gateway.admission import Admission
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimates
 from services.gateway.publisher import RequestPublisher
@@ -91,7 +91,7 @@ class Exchange:
         estimate = self.estimates.of(response.model, response.decision, response.usage)
         content = self.answers.whole(response, estimate)
         headers = sprout_headers(usage_of(response, estimate).sprout) | self.admission.headers
-        return JSONResponse(content.model_dump(mode="json"), headers=headers)
+        return Response(content.model_dump_json(), headers=headers, media_type="application/json")
 
     async def stream(self, *, include_usage: bool) -> Response:
         """The answer as server-sent events."""

@@ -183,6 +183,7 @@ async def open_pool(
     wait_s: float = 120.0,
     server_settings: Mapping[str, str] | None = None,
     metrics: DatabaseMetrics | None = None,
+    stateless: bool = False,
 ) -> asyncpg.Pool:
     """Connect, waiting for the server to start; every connection's `search_path` is the service's schema.
 
@@ -191,6 +192,8 @@ async def open_pool(
         wait_s: how long to wait, wall.
         server_settings: further parameters of every session.
         metrics: of the pool's queries and connections.
+        stateless: no statement leaves anything in its session (a setting, a session's lock), so that sessions need not
+            be reset: that is a round trip after each use of a connection.
 
     Raises:
         OSError, asyncpg.PostgresError: the server did not answer within `wait_s`, or rejected the login.
@@ -208,10 +211,15 @@ async def open_pool(
                     **(server_settings or {}),
                 },
                 init=None if metrics is None else metrics.observe_connection,
+                reset=_leave if stateless else None,
             )
     if metrics is not None:
         metrics.observe_pool(pool)
     return pool
+
+
+async def _leave(connection: asyncpg.Connection) -> None:
+    """Nothing is to be reset; asyncpg itself rolls an open transaction back."""
 
 
 async def migrate(pool: asyncpg.Pool, *, schema: str, package: str) -> list[str]:

@@ -15,7 +15,8 @@ from pydantic import SecretStr
 
 from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import Supervisor
-from services.gateway.accounts import Accounts, Admission
+from services.gateway.accounts import Accounts
+from services.gateway.admission import Admission
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimate
 from services.gateway.keys import ApiKey, KeyStore, Limits, create_key, revoke_key, set_limits, store_key
@@ -75,25 +76,26 @@ async def bench(database: DatabaseSettings) -> AsyncIterator[Bench]:
     pool = await open_pool(database, schema="gateway")
     await migrate(pool, schema="gateway", package="services.gateway.migrations")
     clock = ManualClock(NOON)
-    both = tuple(
-        Accounts(
-            pool,
-            DatabaseStatus(),
-            levels=("L0", "L1", "L2"),
-            settings=GatewaySettings(lease_s=600, admission_timeout_s=30, **changes),
-            clock=clock,
-            metrics=GatewayMetrics(CollectorRegistry()),
-        )
-        for changes in ({}, {"serve_without_database": True})
-    )
+    both = make_accounts(pool, clock), make_accounts(pool, clock, serve_without_database=True)
     for one in both:
         await one.renew()
     running = [asyncio.create_task(one.run()) for one in both]
-    yield Bench(pool, clock, (both[0], both[1]))
+    yield Bench(pool, clock, both)
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
     await pool.close()
+
+
+def make_accounts(pool: asyncpg.Pool, clock: ManualClock, **changes: Any) -> Accounts:
+    return Accounts(
+        pool,
+        DatabaseStatus(),
+        levels=("L0", "L1", "L2"),
+        settings=GatewaySettings(lease_s=600, admission_timeout_s=30, **changes),
+        clock=clock,
+        metrics=GatewayMetrics(CollectorRegistry()),
+    )
 
 
 async def refusal(attempt: Any) -> str:
@@ -349,15 +351,34 @@ async def test_old_requests_are_removed_and_their_sums_stay(bench: Bench):
     assert (await bench.sums(key))["grams"] == 2.0
 
 
+async def test_requests_that_come_at_once_share_a_statement_and_one_bad_one_costs_only_itself(bench: Bench):
+    """The identifier of a request is used twice: PostgreSQL refuses the second one, and with it its statement."""
+    key = await bench.key(Limits(requests_per_minute=12), tenant="t")
+    accounts = bench.accounts[0]
+    requests = [bench.request() for _ in range(20)]
+    requests[7] = requests[3]
+    outcomes = await asyncio.gather(*(accounts.admit(key, one) for one in requests), return_exceptions=True)
+    admitted = [one for one in outcomes if isinstance(one, Admission)]
+    assert [one.request.id for one in admitted] == [
+        one.id for number, one in enumerate(requests) if number <= 12 and number != 7
+    ]
+    assert isinstance(outcomes[7], asyncpg.UniqueViolationError)
+    assert all(isinstance(one, ApiError) and one.status == 429 for one in outcomes[13:])
+    other = await bench.key()
+    await asyncio.gather(*(accounts.admit(other, bench.request()) for _ in range(20)))
+    transactions = await bench.pool.fetchval(
+        "SELECT count(DISTINCT xmin::text) FROM requests WHERE key_id = $1", other.id
+    )
+    assert transactions <= 2  # the first may have been alone
+
+
 async def test_requests_admitted_while_postgresql_was_away_are_booked_later(bench: Bench, database: DatabaseSettings):
     key = await bench.key(Limits(requests_per_minute=1), tenant="t")
     away = await open_pool(database, schema="gateway")
     await away.close()
-    for accounts in bench.accounts:
-        accounts._pool = away
-    assert "cannot be checked" in await refusal(bench.accounts[0].admit(key, bench.request()))
-    admissions = [await bench.accounts[1].admit(key, bench.request()) for _ in range(2)]
-    bench.accounts[1]._pool = bench.pool
+    assert "cannot be checked" in await refusal(make_accounts(away, bench.clock).admit(key, bench.request()))
+    serving = make_accounts(away, bench.clock, serve_without_database=True)
+    admissions = [await serving.admit(key, bench.request()) for _ in range(2)]
     for one in admissions:
         bench.accounts[1].finish(one, response(one.request), Estimate(1.0, 2.0, "option_mean"))
     await bench.accounts[1].written()
