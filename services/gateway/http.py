@@ -53,8 +53,10 @@ class HttpLimits:
             if message["type"] == "http.response.start":
                 self._metrics.requests.labels(endpoint, str(message["status"])).inc()
                 self._metrics.first_byte.labels(endpoint).observe(perf_counter() - started_s)
-            # Streams of events limit this themselves.
-            async with asyncio.timeout(self._settings.send_timeout_s if endpoint == UPLOADS else None):
+            if endpoint != UPLOADS:  # a stream of events limits this itself, and the kernel the rest
+                await send(message)
+                return
+            async with asyncio.timeout(self._settings.send_timeout_s):
                 await send(message)
 
         await self._app(scope, limited_receive, counted_send)

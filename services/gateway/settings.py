@@ -32,7 +32,7 @@ class GatewaySettings(BaseSettings):
     max_body_bytes: int = Field(
         default=1024 * 1024 - 65_536, ge=1_024, description="Larger JSON bodies get 413: a Kafka message holds 1 MiB"
     )
-    poll_ms: int = Field(default=5, ge=1, le=1_000, description="How often replies are read from Kafka, wall")
+    poll_ms: int = Field(default=3, ge=1, le=1_000, description="How often replies are read from Kafka, wall")
     linger_ms: int = Field(default=2, ge=0, le=1_000, description="How long a send waits for more messages, wall")
     require_key: bool = Field(
         default=True, description="False: requests need no API key; only behind something that authenticates"

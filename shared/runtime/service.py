@@ -29,6 +29,10 @@ from shared.topics import TopicSpec
 
 VERSION = "0.1.0"
 
+KEEP_ALIVE_S = 75
+"""Wall seconds until an idle connection is closed: longer than common clients and proxies keep one for their next
+request, which would otherwise meet a connection that is being closed."""
+
 GC_THRESHOLDS = (20_000, 20, 50)
 """Thresholds of Python's garbage collector. With the default of 700 allocations it would run every few requests and,
 with hundreds of requests in flight, free nothing; see `docs/decisions/0014-processor-time.md`."""
@@ -151,7 +155,15 @@ def run_service(
     except configuration_errors as error:
         sys.exit(printable(f"{name}: {error}", keep="\n"))
     configure_logging(name, logs)
-    config = uvicorn.Config(app, host=http.host, port=http.port, lifespan="on", log_config=None, access_log=False)
+    config = uvicorn.Config(
+        app,
+        host=http.host,
+        port=http.port,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
     server = uvicorn.Server(config)
     send_timeout_s = app.send_timeout_s if isinstance(app, Service) else None
     sockets = None if send_timeout_s is None else [_bind(config, send_timeout_s)]
