@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -98,11 +99,11 @@ class Run:
         self.memory.pids.add(process.pid)
         return process.spec.url or ""
 
-    async def until(self, client: httpx.AsyncClient, batch_id: str, completed: int) -> dict[str, object]:
+    async def until(self, client: httpx.AsyncClient, batch_id: str, completed: int) -> dict[str, Any]:
         """Wait until so many lines are completed, or the batch has ended; prints the progress."""
         printed = 0.0
         while True:
-            batch = (await client.get(f"/v1/batches/{batch_id}")).raise_for_status().json()
+            batch: dict[str, Any] = (await client.get(f"/v1/batches/{batch_id}")).raise_for_status().json()
             if batch["status"] in ENDED or batch["request_counts"]["completed"] >= completed:
                 return batch
             if time.perf_counter() - printed > 10:

@@ -17,11 +17,12 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -71,7 +72,7 @@ class Figures:
     busy: list[float] = field(default_factory=list)
 
 
-Ask = Callable[[int, bool], Awaitable[float]]
+Ask = Callable[[int, bool], Coroutine[Any, Any, float]]
 """Asks one question, as a stream or not; returns the seconds until the first text, or until the whole answer."""
 
 
@@ -145,7 +146,8 @@ class Direct:
         began = time.perf_counter()
         self._sent += 1
         name = f"direct-{self._sent}"
-        waiting = self._waiting[name] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._waiting[name] = waiting
         messages = [{"role": "user", "content": prompt(number)}]
         request = {"id": name, "messages": messages, "stream": stream, "sampling": {"max_tokens": 512}}
         await self._producer.send(
@@ -191,7 +193,7 @@ async def paced(ask: Ask, rate: float, *, seconds: float) -> tuple[list[float], 
     """Evenly spaced streams: times to first token, ms, and the share of busy cores."""
     psutil.cpu_percent()
     begin = time.perf_counter()
-    asked = []
+    asked: list[asyncio.Task[float]] = []
     for number in range(round(seconds * rate)):
         await asyncio.sleep(max(0.0, begin + number / rate - time.perf_counter()))
         asked.append(asyncio.create_task(ask(number, True)))

@@ -289,7 +289,7 @@ async def _watch(
     settled."""
     intake_s, shown = 0.0, 0.0
     while True:
-        found = await pool.fetchrow(PROGRESS)
+        (found,) = await pool.fetch(PROGRESS)
         now = time.perf_counter() - started
         peaks.ledger = max(peaks.ledger, *(memory_mib(one) for one in processes))
         peaks.postgres = max(peaks.postgres, memory_mib(postgres))
@@ -326,7 +326,7 @@ SELECT (SELECT count(*) FROM settled_calls) AS calls, (SELECT count(DISTINCT id)
 async def _report(
     pool: asyncpg.Pool, arguments: argparse.Namespace, peaks: Peaks, count: int, took_s: float, intake_s: float
 ) -> int:
-    books = await pool.fetchrow(BOOKS, timeout=300.0)
+    (books,) = await pool.fetch(BOOKS, timeout=300.0)
     energy = abs((books["calls_j"] + books["rest_j"]) / books["metered_j"] - 1.0)
     seconds = abs((books["server_s"] + books["idle_s"]) / books["length_s"] - 1.0)
     figures = {

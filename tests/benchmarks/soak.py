@@ -104,7 +104,7 @@ async def _watch(
         thousands = arguments.minutes * 60.0 * arguments.per_second / 1_000.0
         cpu_s = {name: (_cpu_s(process) - cpu_s[name]) / thousands for name, process in processes.items()}
         stored = {name: (size - stored[name]) / thousands for name, size in _stored(environment.folder).items()}
-        settled, waiting = await connection.fetchrow(
+        ((settled, waiting),) = await connection.fetch(
             "SELECT (SELECT coalesce(sum(calls), 0) FROM chunks), (SELECT count(*) FROM open_calls)"
         )
     finally:
