@@ -60,11 +60,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 @pytest.fixture(scope="session")
 def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
     """Runs the session's servers and stops them at its end; they also end with this process."""
-    running = Supervisor(tmp_path_factory.mktemp("server-logs"))
-    try:
+    with Supervisor(tmp_path_factory.mktemp("server-logs")) as running:
         yield running
-    finally:
-        running.stop_all()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from deploy.local import signals
 from deploy.local.state import ProcessRecord
@@ -158,7 +159,8 @@ class Supervisor:
     """Starts, checks and stops child processes.
 
     By default processes end with the thread that started them (see `deploy.local.signals`): start them from a thread
-    that lives long enough. Detached processes outlive this process; keep `records()` to stop them later.
+    that lives long enough. Detached processes outlive this process; keep `records()` to stop them later. The end of a
+    `with` block stops them all.
     """
 
     def __init__(self, log_dir: Path, *, detached: bool = False) -> None:
@@ -264,6 +266,12 @@ class Supervisor:
         if name in self._processes:
             self.stop(name)
         return self.spawn(spec)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop_all()
 
     def stop_all(self) -> None:
         """Stop every process: tier by tier, within a tier in parallel, the last started first."""

@@ -47,11 +47,8 @@ def prepared(folder: Path, clock: Clock | None = None, **changes: object) -> Pre
 
 @pytest.fixture
 def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
-    running = Supervisor(tmp_path / "logs")
-    try:
+    with Supervisor(tmp_path / "logs") as running:
         yield running
-    finally:
-        running.stop_all()
 
 
 def energy_j(models: PreparedModels, gpu: str) -> float:

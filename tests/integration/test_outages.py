@@ -34,11 +34,8 @@ GROUPS = (("ledger.responses", RESPONSES), ("optimizer", FOOTPRINTS), ("evaluato
 @pytest.fixture(scope="module")
 def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
     """Servers of this module: those of the session serve other tests, and have topics that make a restart long."""
-    running = Supervisor(tmp_path_factory.mktemp("server-logs"))
-    try:
+    with Supervisor(tmp_path_factory.mktemp("server-logs")) as running:
         yield running
-    finally:
-        running.stop_all()
 
 
 @pytest.fixture(scope="module")

@@ -85,8 +85,7 @@ def serving_triton(
     installation = install(default_state_dir(), say=print)
     write_repository(folder / "models", models)
     ports = free_triton_ports()
-    supervisor = Supervisor(folder / "logs")
-    try:
+    with Supervisor(folder / "logs") as supervisor:
         process = supervisor.start(
             ProcessSpec(
                 name="triton",
@@ -96,8 +95,6 @@ def serving_triton(
             )
         )
         yield ServingTriton(ports, clock, process.pid, process.log)
-    finally:
-        supervisor.stop_all()
 
 
 def text_of(number: int, level: str) -> str:

@@ -32,9 +32,8 @@ def python(code: str, **fields: object) -> ProcessSpec:
 
 @pytest.fixture
 def supervisor(tmp_path: Path):
-    running = Supervisor(tmp_path / "logs")
-    yield running
-    running.stop_all()
+    with Supervisor(tmp_path / "logs") as running:
+        yield running
 
 
 def gone(pid: int) -> bool:
