@@ -45,7 +45,7 @@ def postgres_spec(data_dir: Path, *, name: str = "postgres", database: str = "sp
     Raises:
         PostgresError: the cluster could not be created.
     """
-    programs = _programs()
+    programs = program_folder()
     shutil.rmtree(data_dir, ignore_errors=True)
     data_dir.mkdir(parents=True, mode=0o700)
     prefix = _unprivileged_prefix(data_dir, programs)
@@ -139,7 +139,7 @@ def _initialise(data_dir: Path, password: str, *, prefix: tuple[str, ...], progr
         raise PostgresError(f"PostgreSQL's cluster in {data_dir} could not be created:\n{answer.stderr.strip()}")
 
 
-def _programs() -> Path:
+def program_folder() -> Path:
     """The folder of PostgreSQL's programs; importing the wheel has side effects, so it is only located."""
     wheel = importlib.util.find_spec(WHEEL)
     folder = None if wheel is None or wheel.origin is None else Path(wheel.origin).parent / PROGRAMS

@@ -1,15 +1,19 @@
 """The ledger as a process, on real Kafka, PostgreSQL, and a real Triton server with the stand-in model."""
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 
 import asyncpg
 import pytest
+from aiokafka import AIOKafkaConsumer
 
 from deploy.local.config import default_state_dir
+from deploy.local.postgres import program_folder
 from deploy.local.processes import ProcessSpec, Supervisor, free_ports
 from deploy.local.services import ServiceEnvironment, service_spec
 from deploy.local.triton import free_triton_ports, install, metrics_url, ready_probe
@@ -42,6 +46,7 @@ from shared.topics import (
     POWER_CURVES,
     RESPONSES,
     USAGE,
+    TopicSpec,
 )
 from tests.support.deadlines import until
 from tests.support.router import LEVELS, MODEL, ZONE, Producer, producing, question, reading, write_workload
@@ -108,11 +113,12 @@ class Ledgers:
         self, supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettings, clock: Clock, fleet: Path
     ) -> None:
         self._supervisor, self._kafka, self._database = supervisor, kafka, database
-        self._clock, self._fleet, self.names = clock, fleet, []
+        self._clock, self._fleet, self._numbers = clock, fleet, count()
+        self.names: list[str] = []
 
     def start(self, **changes: str) -> str:
         (port,) = free_ports(1)
-        name = f"{self._kafka.topic_prefix}ledger{len(self.names)}"
+        name = f"{self._kafka.topic_prefix}ledger{next(self._numbers)}"
         environment = ServiceEnvironment(
             bootstrap_servers=self._kafka.bootstrap_servers,
             topic_prefix=self._kafka.topic_prefix,
@@ -136,7 +142,13 @@ class Ledgers:
         self._supervisor.process(name).kill()
 
     def stop(self, name: str) -> None:
+        self.names.remove(name)
         self._supervisor.stop(name)
+
+    def run_postgres(self, program: str, *arguments: str) -> None:
+        """Run a client program of PostgreSQL on the ledger's database."""
+        url = self._database.url.get_secret_value()
+        subprocess.run([program_folder() / program, "--dbname", url, *arguments], check=True)
 
     async def fetch(self, query: str) -> list[asyncpg.Record]:
         connection = await asyncpg.connect(
@@ -161,8 +173,8 @@ def ledgers(
     )
     running = Ledgers(supervisor, kafka, database, server.clock, fleet)
     yield running
-    for name in running.names:
-        supervisor.stop(name)
+    for name in list(running.names):
+        running.stop(name)
 
 
 @pytest.fixture
@@ -315,6 +327,58 @@ async def test_a_killed_ledger_or_two_at_once_lose_and_duplicate_nothing(kafka, 
         "AS g WHERE gap <> interval '0'"
     )
     assert gaps[0] == 0
+
+
+async def rewind(kafka: KafkaSettings, spec: TopicSpec, group: str, at: datetime) -> None:
+    """Commit the offsets of a time for a group, as `kafka-consumer-groups.sh --reset-offsets --to-datetime` does."""
+    consumer = AIOKafkaConsumer(
+        kafka.topic(spec),
+        bootstrap_servers=kafka.bootstrap_servers,
+        group_id=kafka.group(group),
+        enable_auto_commit=False,
+    )
+    await consumer.start()
+    try:
+        while not consumer.assignment():
+            await consumer.getmany(timeout_ms=100)
+        ends = await consumer.end_offsets(consumer.assignment())
+        since = await consumer.offsets_for_times(dict.fromkeys(ends, int(at.timestamp() * 1_000)))
+        await consumer.commit({one: ends[one] if found is None else found.offset for one, found in since.items()})
+    finally:
+        await consumer.stop()
+
+
+async def test_a_restored_backup_gets_the_later_calls_from_kafka(kafka, ledgers, producer, server, tmp_path):
+    """As docs/operations.md says: the meter's energy of the time without readings is divided over its calls."""
+    await give_intensity(producer, server.clock)
+    first = ledgers.start()
+    expected = await serve(producer, server, range(30))
+    await ledgers.until(PUBLISHED, 30)
+    at, backup = datetime.now(UTC), str(tmp_path / "ledger.dump")
+    ledgers.run_postgres("pg_dump", "--format=custom", "--schema=ledger", f"--file={backup}")
+    expected |= await serve(producer, server, range(30, 60))
+    await ledgers.until(PUBLISHED, 60)
+    ledgers.stop(first)
+    await ledgers.fetch("DROP SCHEMA ledger CASCADE")
+    ledgers.run_postgres("pg_restore", backup)
+    await rewind(kafka, RESPONSES, "ledger.responses", at - timedelta(minutes=1))
+    await rewind(kafka, USAGE, "ledger.usage", at - timedelta(minutes=1))
+    ledgers.start()
+    expected |= await serve(producer, server, range(60, 75))
+    await ledgers.until(PUBLISHED, 75)
+    await ledgers.until("SELECT count(*) FROM open_calls", 0)
+    (sums,) = await ledgers.fetch(BALANCE)
+    assert sums["metered"] == pytest.approx(sums["counter"], rel=1e-9)
+    assert sums["footprints"] + sums["idle"] + sums["unattributed"] == pytest.approx(sums["counter"], rel=1e-9)
+    assert sums["footprints"] == pytest.approx(sum(expected.values()), rel=0.1)
+    assert [tuple(row) for row in await ledgers.fetch("SELECT count(*), count(DISTINCT id) FROM settled_calls")] == [
+        (75, 75)
+    ]
+    # What the first ledger had published after the backup is published again, with its record.
+    async with reading(kafka, FOOTPRINTS) as published:
+        await published.read(until=105)
+        found = [Footprint.model_validate_json(record.value) for record in published.records]
+    assert {one.request_id for one in found} == set(expected)
 
 
 MARKS = """
