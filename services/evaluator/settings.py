@@ -79,7 +79,9 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
         "first evaluation and those that a person requests; null: no ceiling",
     )
     quality_half_life_h: float = Field(
-        default=720.0, gt=0, description="Half-life of a judged prompt in the optimizer, event: what a verdict is worth"
+        default=2_160.0,
+        gt=0,
+        description="Half-life of a judged prompt in the optimizer, event: what a verdict is worth",
     )
     min_samples: int = Field(default=60, ge=1, description="Samples of a model required for its first evaluation")
     min_prompts_per_group: int = Field(

@@ -10,7 +10,7 @@ from services.optimizer.estimates import Estimates, price_bases, relative_change
 from services.optimizer.holdout import AUTO, Holdout, choose_holdout
 from services.optimizer.prices import describe_price
 from services.optimizer.problem import Failure, LaterHours, OptionPrice, Problem, Solution
-from services.optimizer.program import TIME_LIMIT_S, solve
+from services.optimizer.program import RELIEF_TOLERANCE, TIME_LIMIT_S, solve, solve_program
 from services.optimizer.promise import RestOfPeriod
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
@@ -38,6 +38,12 @@ _FAILURE: dict[Failure, str] = {
     "infeasible": "the solver found no solution",
     "solver error": "the solver failed",
 }
+
+SLACK_SHARES = (0.1, 0.02)
+"""Shares of the probability of missing a limit that are tried for limits with room to spare."""
+
+_SLACK = 1e-3
+"""Room to spare, relative to the reference's quality."""
 
 OVERLOAD_EPSILON = 1e-4
 """Overloads below this are rounding errors."""
@@ -102,6 +108,7 @@ def build_problem(
         reference=reference,
         options=prices,
         weights={ALL_TRAFFIC: 1.0} if overall else estimates.weights,
+        later_weights={} if overall or not later else estimates.usual_weights,
         families=estimates.families,
         estimates={ALL_TRAFFIC: estimates.overall} if overall else estimates.groups,
         confidence_z=joint_confidence_z(bounds, settings),
@@ -114,6 +121,35 @@ def build_problem(
         holdout=holdout,
         traffic_requests=None if overall else estimates.traffic_requests,
     )
+
+
+def solve_jointly(problem: Problem, settings: OptimizerSettings) -> tuple[Problem, Solution]:
+    """Solve, with the probability of missing a limit allotted to the limits so that carbon is least.
+
+    Whatever the shares, the limits hold together as often as a single one would. A limit that the solution keeps with
+    room to spare needs a small share only, and the others' margins shrink; of a few shares the best one is taken.
+
+    Returns:
+        The problem with the chosen confidence levels, and its solution.
+    """
+    best, program = solve_program(problem)
+    limited = [metric for metric, bound in problem.bounds.items() if bound > 0.0]
+    if program is None or any(metric in settings.confidence_z_by_metric for metric in limited):
+        return problem, best
+    of_plan = program.cells.bounds
+    slack = [metric for metric in limited if of_plan[metric].lower_bound(program.plan) > of_plan[metric].bound + _SLACK]
+    if len(slack) in (0, len(limited)):
+        return problem, best
+    least_g = program.mean_g_per_request()
+    for share in SLACK_SHARES:
+        active = (1.0 - share) / (len(limited) - len(slack))
+        shares = {metric: share / len(slack) if metric in slack else active for metric in limited}
+        other = replace(problem, confidence_z=joint_confidence_z(problem.bounds, settings, shares=shares))
+        solution, program = solve_program(other)
+        missed = max(solution.shortfall - best.shortfall, solution.overload - best.overload)
+        if program is not None and missed <= RELIEF_TOLERANCE and program.mean_g_per_request() < least_g:
+            problem, best, least_g = other, solution, program.mean_g_per_request()
+    return problem, best
 
 
 def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettings, version: int) -> Policy:
@@ -156,7 +192,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
 
     least = settings.holdout_minimum if settings.holdout == AUTO else settings.holdout
     problem = problem_with(least, overall=not estimates.weights)
-    solution = solve(problem)
+    problem, solution = solve_jointly(problem, settings)
     holdout = choose_holdout(problem, solution.rows, variation=estimates.variation, settings=settings)
     if holdout.probability > least:
         solution = solve(replace(problem, holdout=holdout.probability))
@@ -197,7 +233,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             xi=dict(settings.xi),
             weights=estimates.weights,
             families=estimates.families,
-            cautions=joint_confidence_z(bounds, settings),
+            cautions=problem.confidence_z,
             estimates=estimates.groups or {ALL_TRAFFIC: estimates.overall},
             holdout=holdout.probability,
             saving_half_width_pct=holdout.half_width_pct,
@@ -211,6 +247,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             floors=dict(settings.floors),
             capacities=capacities,
             requests_per_s=estimates.requests_per_s,
+            later_weights=problem.later_weights,
             later=tuple(
                 LaterHoursInputs(
                     share=hours.share, g_per_kwh={option: price.g_per_kwh for option, price in hours.options.items()}
@@ -262,6 +299,7 @@ def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
             for hours in inputs.later
         ],
         weights=weights,
+        later_weights=inputs.later_weights,
         families=inputs.families,
         estimates=inputs.estimates,
         confidence_z=inputs.cautions,

@@ -142,7 +142,7 @@ class OptimizerSettings(BaseSettings):
     max_groups: int = Field(default=64, ge=1, le=1_000, description="Groups with probabilities of their own, at most")
 
     # Estimates of quality
-    quality_half_life_h: float = Field(default=720.0, gt=0, description="Half-life of a judged prompt, event")
+    quality_half_life_h: float = Field(default=2_160.0, gt=0, description="Half-life of a judged prompt, event")
     pseudo_trials: float = Field(
         default=20.0,
         gt=0,

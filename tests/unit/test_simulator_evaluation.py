@@ -145,7 +145,7 @@ def test_orders_of_the_judge_beyond_a_majority_are_asked_where_votes_differ():
     learn, cost, mix = measured(60), JudgeCost(), np.array([0.5, 0.5])
     assert cost.of(1, answers=1) == pytest.approx((600 * 0.3 / 3.6e6, 600 * 0.0003))
     assert cost.of(20, answers=2)[1] == pytest.approx(40 * 600 * 0.0003)
-    assert cost.of(20, answers=3)[1] == pytest.approx((40 + 0.35 * 20) * 600 * 0.0003)
+    assert cost.of(20, answers=3)[1] == pytest.approx((40 + 0.47 * 20) * 600 * 0.0003)
     served = np.array([[0.25, 0.75]])
     judge = ModelJudge(learn, np.array([0.5, 0.5]), bootstrap_prompts=10, cost=cost)
     found = judge.draw(mix, 20, np.random.default_rng(1), served=served, at_s=0.0)

@@ -26,7 +26,7 @@ from services.evaluator.opportunity import Opportunity, OpportunityRules
 from services.optimizer.bounds import TrailingRange, quality_bounds, range_of
 from services.optimizer.costs import Consumption, ResourceUse
 from services.optimizer.estimates import Estimates, estimate
-from services.optimizer.policy import build_problem
+from services.optimizer.policy import build_problem, solve_jointly
 from services.optimizer.problem import LaterHours, OptionPrice, Problem, Solution
 from services.optimizer.program import solve
 from services.optimizer.promise import Account, Period, RestOfPeriod, TrailingHours, plan_rest
@@ -333,7 +333,7 @@ class _Run:
             ],
             settings=self._settings,
         )
-        solution = solve(problem)
+        problem, solution = solve_jointly(problem, self._settings)
         self._solved.append((problem, solution.g_per_request))
         self._judged = judged_prompts(estimates.groups)
         for g, group in enumerate(world.groups):
