@@ -13,7 +13,13 @@ from datetime import date, datetime
 
 import numpy as np
 
-from services.evaluator.clusters import Doubles, Indices, TooFewPromptsError, learn_groups_from_features
+from services.evaluator.clusters import (
+    PROMPTS_PER_GROUP,
+    Doubles,
+    Indices,
+    TooFewPromptsError,
+    learn_groups_from_features,
+)
 from services.evaluator.cost import EnergyByPool
 from services.evaluator.preference import PREFERENCE
 from services.evaluator.quality import JudgedPrompt, prompt_hashes, tally
@@ -125,6 +131,7 @@ def learn_grouping(
     traffic: Mapping[str, float],
     energy: EnergyByPool,
     learned_at: datetime,
+    prompts_per_group: int = PROMPTS_PER_GROUP,
 ) -> LearnedGrouping:
     """Learn groups from the newest verdicts, and re-aggregate all verdicts by them.
 
@@ -137,6 +144,7 @@ def learn_grouping(
         learn_from: most prompts to learn from.
         traffic: frequency of each stratum in any unit.
         energy: gives the energy per token.
+        prompts_per_group: see `learn_groups_from_features`.
 
     Raises:
         TooFewPromptsError: the prompts form no two groups; then task labels are the better groups.
@@ -148,6 +156,7 @@ def learn_grouping(
         training.energy_kwh(energy),
         training.other_metrics(),
         [one.task for one in training.prompts],
+        prompts_per_group=prompts_per_group,
     )
     if len(learned.groups.names) < 2:
         raise TooFewPromptsError(f"{len(training.prompts)} judged prompts do not form two groups")
@@ -245,6 +254,7 @@ class GroupLearner:
                 traffic=traffic,
                 energy=energy,
                 learned_at=now,
+                prompts_per_group=self._settings.prompts_per_group,
             )
         except TooFewPromptsError as error:
             _log.info("prompt groups not learned yet", model=model, reason=str(error))

@@ -152,6 +152,11 @@ class OptimizerSettings(BaseSettings):
     prior_trials: float = Field(
         default=2.0, gt=0, description="Weight, in judged prompts, of the prior that an option changes nothing"
     )
+    sampling_unit: Literal["prompt", "request"] = Field(
+        default="prompt",
+        description="What standard errors count. prompt: different judged prompts, because traffic brings new prompts; "
+        "request: every verdict, for traffic that keeps repeating the same prompts as often as the samples do",
+    )
     min_trials: float = Field(
         default=20.0, gt=0, description="Effective judged prompts of an option, over all groups, before it may be used"
     )

@@ -135,7 +135,9 @@ class QualityCounts:
         )
 
     def _independent_shares(self, now_s: float) -> dict[str, float]:
-        """Independent prompts per verdict, by group; a group without known prompts is left out."""
+        """Independent prompts per verdict, by group; a group where every verdict counts is left out."""
+        if self._settings.sampling_unit == "request":
+            return {}
         half_life_s = self._settings.quality_half_life_s
         return {group: one.independent_share(now_s, half_life_s) for group, one in self._repetitions.items()}
 
