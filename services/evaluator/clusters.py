@@ -140,7 +140,7 @@ def learn_groups_from_features(
     # More threads mostly wait for each other: for 3,000 prompts on two cores they took at least twice the CPU time.
     with threadpool_limits(limits=1):
         labels = tasks or [None] * len(features)
-        return _learn(features, preferred, energy_kwh, other_metrics, labels, prompts_per_group)
+        return _learn(features, preferred, energy_kwh, other_metrics, labels, prompts_per_group=prompts_per_group)
 
 
 def _learn(
@@ -149,6 +149,7 @@ def _learn(
     energy_kwh: Doubles,
     other_metrics: Sequence[Doubles],
     tasks: Sequence[str | None],
+    *,
     prompts_per_group: int,
 ) -> LearnedGroups:
     scaling = fit_scaling(features)
