@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
+from services.optimizer.allotment import solve_jointly
 from services.optimizer.bounds import CurrentIntensity, TrailingRange, joint_confidence_z, quality_bounds
 from services.optimizer.estimates import Estimates, price_bases, relative_change
 from services.optimizer.holdout import AUTO, Holdout, choose_holdout
 from services.optimizer.prices import describe_price
 from services.optimizer.problem import Failure, LaterHours, OptionPrice, Problem, Solution
-from services.optimizer.program import RELIEF_TOLERANCE, TIME_LIMIT_S, solve, solve_program
+from services.optimizer.program import TIME_LIMIT_S, solve
 from services.optimizer.promise import RestOfPeriod
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
@@ -38,12 +39,6 @@ _FAILURE: dict[Failure, str] = {
     "infeasible": "the solver found no solution",
     "solver error": "the solver failed",
 }
-
-SLACK_SHARES = (0.1, 0.02)
-"""Shares of the probability of missing a limit that are tried for limits with room to spare."""
-
-_SLACK = 1e-3
-"""Room to spare, relative to the reference's quality."""
 
 OVERLOAD_EPSILON = 1e-4
 """Overloads below this are rounding errors."""
@@ -121,35 +116,6 @@ def build_problem(
         holdout=holdout,
         traffic_requests=None if overall else estimates.traffic_requests,
     )
-
-
-def solve_jointly(problem: Problem, settings: OptimizerSettings) -> tuple[Problem, Solution]:
-    """Solve, with the probability of missing a limit allotted to the limits so that carbon is least.
-
-    Whatever the shares, the limits hold together as often as a single one would. A limit that the solution keeps with
-    room to spare needs a small share only, and the others' margins shrink; of a few shares the best one is taken.
-
-    Returns:
-        The problem with the chosen confidence levels, and its solution.
-    """
-    best, program = solve_program(problem)
-    limited = [metric for metric, bound in problem.bounds.items() if bound > 0.0]
-    if program is None or any(metric in settings.confidence_z_by_metric for metric in limited):
-        return problem, best
-    of_plan = program.cells.bounds
-    slack = [metric for metric in limited if of_plan[metric].lower_bound(program.plan) > of_plan[metric].bound + _SLACK]
-    if len(slack) in (0, len(limited)):
-        return problem, best
-    least_g = program.mean_g_per_request()
-    for share in SLACK_SHARES:
-        active = (1.0 - share) / (len(limited) - len(slack))
-        shares = {metric: share / len(slack) if metric in slack else active for metric in limited}
-        other = replace(problem, confidence_z=joint_confidence_z(problem.bounds, settings, shares=shares))
-        solution, program = solve_program(other)
-        missed = max(solution.shortfall - best.shortfall, solution.overload - best.overload)
-        if program is not None and missed <= RELIEF_TOLERANCE and program.mean_g_per_request() < least_g:
-            problem, best, least_g = other, solution, program.mean_g_per_request()
-    return problem, best
 
 
 def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettings, version: int) -> Policy:

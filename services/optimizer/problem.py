@@ -324,15 +324,15 @@ class Cells:
         x = self.values(rows)
         # If the reference serves everything its relative quality is 1, whether it is known or not.
         only_reference = bool((x == self.reference).all())
+        bounds = self.bounds
+        if self.problem.later:
+            bounds = {metric: QualityBound(self, metric, bound) for metric, bound in self.problem.bounds.items()}
         return Solution(
             status=status,
             rows=rows,
             g_per_request=float((self.weights * self.grams) @ x),
             reference_g_per_request=float((self.weights * self.grams) @ self.reference),
-            quality={
-                metric: 1.0 if only_reference else QualityBound(self, metric, bound).lower_bound(x)
-                for metric, bound in self.problem.bounds.items()
-            },
+            quality={metric: 1.0 if only_reference else bound.lower_bound(x) for metric, bound in bounds.items()},
             shortfall=shortfall,
             overload=self.overload(x),
             failure=failure,
