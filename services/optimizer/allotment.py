@@ -19,7 +19,7 @@ def solve_jointly(problem: Problem, settings: OptimizerSettings) -> tuple[Proble
 
     Whatever the shares, the limits hold together as often as a single one would. A limit that the solution keeps with
     room to spare needs a small share only, and the others' margins shrink; of a few shares the best one is taken. That
-    the same estimates choose the shares is a second-order effect: the limits with a small share are far from being missed.
+    the same estimates choose the shares matters little: the limits with a small share are far from being missed.
 
     Returns:
         The problem with the chosen confidence levels, and its solution.
