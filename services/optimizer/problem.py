@@ -322,21 +322,26 @@ class Cells:
     ) -> Solution:
         """A solution with these probabilities of the present hour, their expected carbon and their quality."""
         x = self.values(rows)
-        # If the reference serves everything its relative quality is 1, whether it is known or not.
-        only_reference = bool((x == self.reference).all())
-        bounds = self.bounds
-        if self.problem.later:
-            bounds = {metric: QualityBound(self, metric, bound) for metric, bound in self.problem.bounds.items()}
         return Solution(
             status=status,
             rows=rows,
             g_per_request=float((self.weights * self.grams) @ x),
             reference_g_per_request=float((self.weights * self.grams) @ self.reference),
-            quality={metric: 1.0 if only_reference else bound.lower_bound(x) for metric, bound in bounds.items()},
+            quality=self._present_quality(x),
             shortfall=shortfall,
             overload=self.overload(x),
             failure=failure,
         )
+
+    def _present_quality(self, x: Floats) -> dict[str, float]:
+        """Lower confidence bound of the present hour's quality by limited metric, relative to the reference's."""
+        # If the reference serves everything its relative quality is 1, whether it is known or not.
+        if (x == self.reference).all():
+            return dict.fromkeys(self.problem.bounds, 1.0)
+        bounds = self.bounds
+        if self.problem.later:
+            bounds = {metric: QualityBound(self, metric, bound) for metric, bound in self.problem.bounds.items()}
+        return {metric: bound.lower_bound(x) for metric, bound in bounds.items()}
 
 
 class QualityBound:
