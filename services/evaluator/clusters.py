@@ -51,7 +51,7 @@ MAX_TASKS: Final = 32
 
 MAX_GROUPS: Final = 12
 PROMPTS_PER_GROUP: Final = 40
-"""Judged prompts per group while there are too few for `MAX_GROUPS`."""
+"""Judged prompts per group while there are too few for `MAX_GROUPS`, by default."""
 
 MIN_GROUP_PROMPTS: Final = 20
 """Smaller clusters are merged into their neighbours."""
@@ -120,6 +120,8 @@ def learn_groups_from_features(
     energy_kwh: Doubles,
     other_metrics: Sequence[Doubles] = (),
     tasks: Sequence[str | None] = (),
+    *,
+    prompts_per_group: int = PROMPTS_PER_GROUP,
 ) -> LearnedGroups:
     """Learn groups from the features of judged prompts.
 
@@ -128,6 +130,7 @@ def learn_groups_from_features(
         energy_kwh: (prompts, levels) of the judged answers, all greater than 0.
         other_metrics: (prompts, levels) outcomes of every other metric; NaN where the metric is not defined.
         tasks: (prompts,) the producer's task label, None where there is none; empty: there are none at all.
+        prompts_per_group: number of prompts for each group while there are too few for `MAX_GROUPS`.
 
     Raises:
         TooFewPromptsError: fewer prompts than two groups need.
@@ -136,7 +139,8 @@ def learn_groups_from_features(
         raise TooFewPromptsError(f"{len(features)} judged prompts, at least {2 * MIN_GROUP_PROMPTS} are needed")
     # More threads mostly wait for each other: for 3,000 prompts on two cores they took at least twice the CPU time.
     with threadpool_limits(limits=1):
-        return _learn(features, preferred, energy_kwh, other_metrics, tasks or [None] * len(features))
+        labels = tasks or [None] * len(features)
+        return _learn(features, preferred, energy_kwh, other_metrics, labels, prompts_per_group=prompts_per_group)
 
 
 def _learn(
@@ -145,6 +149,8 @@ def _learn(
     energy_kwh: Doubles,
     other_metrics: Sequence[Doubles],
     tasks: Sequence[str | None],
+    *,
+    prompts_per_group: int,
 ) -> LearnedGroups:
     scaling = fit_scaling(features)
     matrix = scaled_matrix(features, scaling)
@@ -159,7 +165,9 @@ def _learn(
         [*(part.judged for part in parts), np.array([labels.get(task or "", unlabelled) for task in tasks])]
     )
     centres = _centres(
-        judged, min(MAX_GROUPS, max(1, len(features) // PROMPTS_PER_GROUP)), min_members=MIN_GROUP_PROMPTS
+        judged,
+        min(MAX_GROUPS, max(1, len(features) // prompts_per_group)),
+        min_members=min(MIN_GROUP_PROMPTS, 2 * prompts_per_group // 3),
     )
     # |s - c|² is smallest where s·c - |c|²/2 is largest, which is linear in the features too.
     of_prompt, of_task = np.split(centres, [centres.shape[1] - len(labels)], axis=1)

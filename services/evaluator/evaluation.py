@@ -25,7 +25,7 @@ from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import Candidate, allocate, interleave, served_candidate
 from services.evaluator.preference import PREFERENCE
-from services.evaluator.quality import JudgedAnswer, JudgedPrompt, QualityMetric, tally
+from services.evaluator.quality import JudgedAnswer, JudgedPrompt, QualityMetric, hash_of, prompt_hashes, tally
 from services.evaluator.samples import SampleStore
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import EvaluationStore, GroupStore
@@ -197,6 +197,7 @@ class EvaluationRunner:
             trigger=trigger.reason,
             intensity_g_per_kwh=trigger.g_per_kwh,
             counts=tally((one.group, one) for one in judging.judged),
+            prompt_hashes=prompt_hashes((one.group, one) for one in judging.judged),
             prompts=len(judging.evaluated),
             abstentions=judging.abstentions,
             judge=judging.work.card,
@@ -415,6 +416,7 @@ class PromptJudging:
             evaluated_at=self._at,
             features=extract_features(prompt_text(sample.messages)),
             tenant=sample.tenant,
+            prompt_hash=hash_of(sample.messages, self._runner.settings.draw_key_bytes),
             answers=tuple(
                 JudgedAnswer(
                     level=candidate.level,

@@ -13,10 +13,16 @@ from datetime import date, datetime
 
 import numpy as np
 
-from services.evaluator.clusters import Doubles, Indices, TooFewPromptsError, learn_groups_from_features
+from services.evaluator.clusters import (
+    PROMPTS_PER_GROUP,
+    Doubles,
+    Indices,
+    TooFewPromptsError,
+    learn_groups_from_features,
+)
 from services.evaluator.cost import EnergyByPool
 from services.evaluator.preference import PREFERENCE
-from services.evaluator.quality import JudgedPrompt, tally
+from services.evaluator.quality import JudgedPrompt, prompt_hashes, tally
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import GroupStore
 from shared.grouping import CLASSIFIER, FEATURES, GroupingError, PromptGroups, pack, prompt_text, unpack
@@ -50,11 +56,18 @@ class TrainingSet:
         """
         wanted = tuple(levels)
         found = [one for one in prompts if tuple(answer.level for answer in one.answers[: len(wanted)]) == wanted]
-        if len(found) < minimum:
+        different = len({one.prompt for one in found})
+        if different < minimum:
             raise TooFewPromptsError(
-                f"{len(found)} prompts were judged at levels {', '.join(wanted)}, {minimum} are needed"
+                f"{different} different prompts were judged at levels {', '.join(wanted)}, {minimum} are needed"
             )
         return cls(found, wanted)
+
+    def newest_of_each_prompt(self, limit: int) -> "TrainingSet":
+        """The newest verdict on each of the prompts that were judged last, at most `limit` of them, the newest last."""
+        newest = {one.prompt: one for one in self.prompts}
+        order = list(dict.fromkeys(one.prompt for one in reversed(self.prompts)))[:limit]
+        return TrainingSet([newest[prompt] for prompt in reversed(order)], self.levels)
 
     def preferred(self) -> Indices:
         """(prompts,) index of the level that won, whichever weights won; the less brief one of equal answers."""
@@ -118,40 +131,47 @@ def learn_grouping(
     traffic: Mapping[str, float],
     energy: EnergyByPool,
     learned_at: datetime,
+    prompts_per_group: int = PROMPTS_PER_GROUP,
 ) -> LearnedGrouping:
     """Learn groups from the newest verdicts, and re-aggregate all verdicts by them.
 
-    Every verdict counts in the group that a model which has not seen it assigns: those learned from by leave-one-out,
-    the earlier ones by the learned groups themselves.
+    Of each prompt one verdict is learned from: a prompt that was judged several times would be predicted from its own
+    other verdicts. Every verdict counts in the group that a model which has not seen its prompt assigns: those learned
+    from by leave-one-out, the earlier ones by the learned groups themselves.
 
     Args:
         judged: all judged prompts, the newest last.
         learn_from: most prompts to learn from.
         traffic: frequency of each stratum in any unit.
         energy: gives the energy per token.
+        prompts_per_group: see `learn_groups_from_features`.
 
     Raises:
         TooFewPromptsError: the prompts form no two groups; then task labels are the better groups.
     """
-    training = TrainingSet(judged.prompts[-learn_from:], judged.levels)
-    earlier = judged.prompts[:-learn_from]
+    training = judged.newest_of_each_prompt(learn_from)
     learned = learn_groups_from_features(
         [one.features for one in training.prompts],
         training.preferred(),
         training.energy_kwh(energy),
         training.other_metrics(),
         [one.task for one in training.prompts],
+        prompts_per_group=prompts_per_group,
     )
     if len(learned.groups.names) < 2:
         raise TooFewPromptsError(f"{len(training.prompts)} judged prompts do not form two groups")
-    names = [learned.groups.assign_features(one.features, one.task) for one in earlier]
-    names += [learned.groups.names[index] for index in learned.leave_one_out]
-    labelled = list(zip(names, judged.prompts, strict=True))
+    names = {
+        one.prompt: learned.groups.names[index]
+        for one, index in zip(training.prompts, learned.leave_one_out, strict=True)
+    }
+    labelled = [
+        (names.get(one.prompt) or learned.groups.assign_features(one.features, one.task), one) for one in judged.prompts
+    ]
     message = PromptGrouping(
         model=model,
         version=learned.groups.version,
         learned_at=learned_at,
-        prompts=len(labelled),
+        prompts=len({one.prompt for one in judged.prompts}),
         names=learned.groups.names,
         families=learned.families,
         features=FEATURES,
@@ -234,6 +254,7 @@ class GroupLearner:
                 traffic=traffic,
                 energy=energy,
                 learned_at=now,
+                prompts_per_group=self._settings.prompts_per_group,
             )
         except TooFewPromptsError as error:
             _log.info("prompt groups not learned yet", model=model, reason=str(error))
@@ -289,7 +310,11 @@ def _evidence(labelled: LabelledPrompts) -> Iterator[GroupEvidence]:
     for group, prompt in labelled:
         days[prompt.evaluated_at.date()].append((group, prompt))
     for _, found in sorted(days.items()):
-        yield GroupEvidence(evaluated_at=max(prompt.evaluated_at for _, prompt in found), counts=tally(found))
+        yield GroupEvidence(
+            evaluated_at=max(prompt.evaluated_at for _, prompt in found),
+            counts=tally(found),
+            prompt_hashes=prompt_hashes(found),
+        )
 
 
 def _resource_use(labelled: LabelledPrompts, energy: EnergyByPool) -> Iterator[GroupTaken]:

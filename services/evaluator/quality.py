@@ -5,15 +5,17 @@ A quality metric scores the answers to one prompt, one outcome in [0, 1] per can
 learning and messages treat all metrics alike.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol, Self
 
 from services.evaluator.cost import CallContext
 from shared.grouping import DEFAULT_GROUP, PromptFeatures
-from shared.messages import Paired, QualityCount, Sample
+from shared.messages import ChatMessage, Paired, QualityCount, Sample
 
 
 class QualityMetric(Protocol):
@@ -88,6 +90,7 @@ class JudgedPrompt:
         evaluated_at: event time.
         answers: of every candidate, the reference first.
         tenant: None: none, or stored by an earlier release.
+        prompt_hash: the same for every request with this conversation; empty: stored by an earlier release.
     """
 
     id: str
@@ -98,6 +101,12 @@ class JudgedPrompt:
     features: PromptFeatures
     answers: tuple[JudgedAnswer, ...]
     tenant: str | None = None
+    prompt_hash: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """Identifies the conversation, or the request where the conversation's hash is not known."""
+        return self.prompt_hash or self.id
 
     @property
     def task(self) -> str | None:
@@ -113,6 +122,25 @@ class JudgedPrompt:
                 for one in self.answers
             ),
         )
+
+
+def hash_of(messages: Sequence[ChatMessage], key: bytes) -> str:
+    """Keyed hash of a conversation: it recognises a prompt that is sent again, and tells nobody else its text.
+
+    Args:
+        key: secret of the deployment, at most `MAX_KEY_BYTES`; empty: none, so whoever knows the text can compute it.
+    """
+    text = json.dumps([(one.role, one.content) for one in messages])
+    return blake2b(text.encode(), digest_size=6, key=key).hexdigest()
+
+
+def prompt_hashes(judged: Iterable[tuple[str, JudgedPrompt]]) -> dict[str, tuple[str, ...]]:
+    """Hashes of the judged conversations by group, one for each verdict; prompts without one are left out."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for group, prompt in judged:
+        if prompt.prompt_hash:
+            found[group].append(prompt.prompt_hash)
+    return {group: tuple(hashes) for group, hashes in sorted(found.items())}
 
 
 class _Outcome(NamedTuple):

@@ -79,7 +79,9 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
         "first evaluation and those that a person requests; null: no ceiling",
     )
     quality_half_life_h: float = Field(
-        default=720.0, gt=0, description="Half-life of a judged prompt in the optimizer, event: what a verdict is worth"
+        default=2_160.0,
+        gt=0,
+        description="Half-life of a judged prompt in the optimizer, event: what a verdict is worth",
     )
     min_samples: int = Field(default=60, ge=1, description="Samples of a model required for its first evaluation")
     min_prompts_per_group: int = Field(
@@ -94,7 +96,12 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
         default="learned",
         description="learned: groups learned from judged prompts, once there are enough; task: task labels",
     )
-    min_judged_to_learn: int = Field(default=600, ge=40, description="Judged prompts required to learn groups")
+    min_judged_to_learn: int = Field(
+        default=600, ge=40, description="Different judged prompts required to learn groups"
+    )
+    prompts_per_group: int = Field(
+        default=40, ge=15, description="Different judged prompts for each learned group, until there are 12 groups"
+    )
     relearn_growth: float = Field(
         default=0.5,
         gt=0,

@@ -26,11 +26,11 @@ class InterruptedEvaluation:
 
 @dataclass(frozen=True, slots=True)
 class LearningProgress:
-    """Number of judged prompts that prompt groups can be learned from.
+    """Number of judged prompts that prompt groups can be learned from; one that was judged again counts once.
 
     Attributes:
         judged: stored prompts.
-        unused: of these, judged since the current version was learned.
+        unused: of these, first judged since the current version was learned.
         learned_from: prompts that the current version was learned from; None: there is no version.
     """
 
@@ -228,9 +228,10 @@ class GroupStore:
         """Number of judged prompts of a model."""
         with self._status.watch():
             (row,) = await self._pool.fetch(
-                "SELECT count(*) AS judged, count(*) FILTER (WHERE learned_at IS NULL OR evaluated_at > learned_at) "
-                "AS unused, max(prompts) AS learned_from FROM judged LEFT JOIN prompt_groups ON version IS NOT NULL "
-                "AND prompt_groups.model = judged.model WHERE judged.model = $1 AND features = $2",
+                "SELECT count(*) AS judged, count(*) FILTER (WHERE learned_at IS NULL OR first_at > learned_at) "
+                "AS unused, max(prompts) AS learned_from FROM (SELECT min(evaluated_at) AS first_at FROM judged "
+                "WHERE model = $1 AND features = $2 GROUP BY coalesce(nullif(prompt_hash, ''), id)) AS prompt "
+                "LEFT JOIN prompt_groups ON version IS NOT NULL AND model = $1",
                 model,
                 FEATURES,
             )
@@ -320,9 +321,11 @@ async def _save_judged(
     """Store judged prompts in the caller's transaction; a newer verdict replaces an older one on the same prompt."""
     await connection.executemany(
         "INSERT INTO judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, looks, answers, "
-        "tenant) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (model, id) DO UPDATE SET "
+        "tenant, prompt_hash) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) "
+        "ON CONFLICT (model, id) DO UPDATE SET "
         "stratum = excluded.stratum, prompt_group = excluded.prompt_group, evaluated_at = excluded.evaluated_at, "
-        "features = excluded.features, looks = excluded.looks, answers = excluded.answers, tenant = excluded.tenant",
+        "features = excluded.features, looks = excluded.looks, answers = excluded.answers, tenant = excluded.tenant, "
+        "prompt_hash = excluded.prompt_hash",
         [
             (
                 model,
@@ -335,6 +338,7 @@ async def _save_judged(
                 one.features.to_bytes(),
                 json.dumps([answer.to_json() for answer in one.answers]),
                 one.tenant,
+                one.prompt_hash,
             )
             for one in prompts
         ],
@@ -351,4 +355,5 @@ def _judged_prompt(row: asyncpg.Record) -> JudgedPrompt:
         features=PromptFeatures.from_bytes(row["looks"]),
         answers=tuple(JudgedAnswer.from_json(one) for one in json.loads(row["answers"])),
         tenant=row["tenant"],
+        prompt_hash=row["prompt_hash"],
     )

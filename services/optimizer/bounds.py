@@ -114,19 +114,27 @@ def quality_bounds(position: float, settings: OptimizerSettings) -> dict[str, fl
     }
 
 
-def joint_confidence_z(bounds: Mapping[str, float], settings: OptimizerSettings) -> dict[str, float]:
+def joint_confidence_z(
+    bounds: Mapping[str, float], settings: OptimizerSettings, *, shares: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """Standard errors to take off each metric so that all limits hold together as often as a single one would.
 
-    With n limits each may be missed with probability 0.05/n (Bonferroni). `confidence_z` is multiplied by the ratio of
-    the normal quantiles of 0.05/n and 0.05: for two limits 1.645 becomes 1.96. `confidence_z_by_metric` is used as is.
+    The limits may be missed with probability 0.05 together, and each with its share of that (Bonferroni).
+    `confidence_z` is multiplied by the ratio of the normal quantiles of that probability and of 0.05: for two limits
+    with equal shares 1.645 becomes 1.96. `confidence_z_by_metric` is used as is.
 
     Args:
         bounds: b_m by metric; 0 is no limit and left out.
         settings: the confidence level of a single limit.
+        shares: by limited metric, sum to 1; None: equal ones.
     """
     limited = [metric for metric, bound in bounds.items() if bound > 0.0]
-    factor = _normal_quantile(_ONE_SIDED_LEVEL / max(len(limited), 1)) / _normal_quantile(_ONE_SIDED_LEVEL)
-    return {metric: settings.confidence_z_by_metric.get(metric, settings.confidence_z * factor) for metric in limited}
+    shares = shares or {metric: 1.0 / len(limited) for metric in limited}
+    unit = settings.confidence_z / _normal_quantile(_ONE_SIDED_LEVEL)
+    return {
+        metric: settings.confidence_z_by_metric.get(metric, unit * _normal_quantile(_ONE_SIDED_LEVEL * shares[metric]))
+        for metric in limited
+    }
 
 
 def _normal_quantile(upper_tail: float) -> float:

@@ -64,7 +64,7 @@ class QualityScores:
     def score(self, evaluation: Quality) -> list[QualityScore]:
         """Score the policies in force before an evaluation; empty if none was, or if it was scored before."""
         in_force = self._in_force[evaluation.model]
-        return in_force.scored(evaluation.evaluation_id, evaluation.counts, evaluation.evaluated_at)
+        return in_force.scored(evaluation.evaluation_id, evaluation.independent_counts(), evaluation.evaluated_at)
 
     def add(self, scores: Iterable[QualityScore]) -> None:
         """Count scores, each once; those older than `MEMORY` before the newest one are forgotten."""

@@ -25,6 +25,8 @@ class Estimates:
 
     Attributes:
         weights: traffic share by group with probabilities of its own; sums to 1, empty without traffic.
+        usual_weights: shares of the same groups over a day or more, for the hours to come: the half-life is that of
+            energy and time, and prompts of the evaluator are among them. Empty without traffic.
         groups: estimates by group, then option. Ineligible options are left out, the reference never is.
         overall: by option, the traffic-weighted mean: for groups without probabilities of their own.
         families: families of groups about similar things, by group.
@@ -36,6 +38,7 @@ class Estimates:
     """
 
     weights: dict[str, float]
+    usual_weights: dict[str, float] = field(default_factory=dict)
     groups: dict[str, Row]
     overall: Row
     families: dict[str, str] = field(default_factory=dict)
@@ -126,8 +129,11 @@ def estimate(
         return {option: _estimate_cell(group, option, costs, models, settings) for option in eligible}
 
     rows = {group: row(group) for group in groups}
+    usual = {group: sum(used.requests for used in totals.get(group, {}).values()) for group in groups}
+    usual_total = sum(usual.values())
     return Estimates(
         weights=weights,
+        usual_weights={group: count / usual_total for group, count in usual.items()} if usual_total > 0.0 else {},
         groups=rows,
         overall=_overall(
             {group: rows.get(group) or row(group) for group in all_weights}, all_weights, models, settings

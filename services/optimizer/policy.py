@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
+from services.optimizer.allotment import solve_jointly
 from services.optimizer.bounds import CurrentIntensity, TrailingRange, joint_confidence_z, quality_bounds
 from services.optimizer.estimates import Estimates, price_bases, relative_change
 from services.optimizer.holdout import AUTO, Holdout, choose_holdout
@@ -102,6 +103,7 @@ def build_problem(
         reference=reference,
         options=prices,
         weights={ALL_TRAFFIC: 1.0} if overall else estimates.weights,
+        later_weights={} if overall or not later else estimates.usual_weights,
         families=estimates.families,
         estimates={ALL_TRAFFIC: estimates.overall} if overall else estimates.groups,
         confidence_z=joint_confidence_z(bounds, settings),
@@ -156,7 +158,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
 
     least = settings.holdout_minimum if settings.holdout == AUTO else settings.holdout
     problem = problem_with(least, overall=not estimates.weights)
-    solution = solve(problem)
+    problem, solution = solve_jointly(problem, settings)
     holdout = choose_holdout(problem, solution.rows, variation=estimates.variation, settings=settings)
     if holdout.probability > least:
         solution = solve(replace(problem, holdout=holdout.probability))
@@ -197,7 +199,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             xi=dict(settings.xi),
             weights=estimates.weights,
             families=estimates.families,
-            cautions=joint_confidence_z(bounds, settings),
+            cautions=problem.confidence_z,
             estimates=estimates.groups or {ALL_TRAFFIC: estimates.overall},
             holdout=holdout.probability,
             saving_half_width_pct=holdout.half_width_pct,
@@ -211,6 +213,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             floors=dict(settings.floors),
             capacities=capacities,
             requests_per_s=estimates.requests_per_s,
+            later_weights=problem.later_weights,
             later=tuple(
                 LaterHoursInputs(
                     share=hours.share, g_per_kwh={option: price.g_per_kwh for option, price in hours.options.items()}
@@ -262,6 +265,7 @@ def problem_of(policy: Policy, *, fleet: Fleet | None = None) -> Problem:
             for hours in inputs.later
         ],
         weights=weights,
+        later_weights=inputs.later_weights,
         families=inputs.families,
         estimates=inputs.estimates,
         confidence_z=inputs.cautions,

@@ -83,6 +83,7 @@ class Problem:
         options: prices of the options that may be used, the reference among them; of equal options the first is used.
         later: later hours by carbon intensity; empty: the limits hold for the present hour.
         weights: traffic share w_g by group; sums to 1.
+        later_weights: those expected in the later hours, of the same groups; empty: those of the present hour.
         families: families of groups about similar things, by group; groups of a family share an error component.
         estimates: e, p and q by group, then option; a group cannot use an option without an estimate.
         confidence_z: standard errors of the quality of all traffic taken off its mean, by metric.
@@ -101,6 +102,7 @@ class Problem:
     weights: Mapping[str, float]
     estimates: Mapping[str, Mapping[str, OptionEstimate]]
     later: Sequence[LaterHours] = ()
+    later_weights: Mapping[str, float] = field(default_factory=dict)
     families: Mapping[str, str] = field(default_factory=dict)
     confidence_z: Mapping[str, float] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
@@ -112,8 +114,11 @@ class Problem:
     traffic_requests: float | None = None
 
     def __post_init__(self) -> None:
-        if not math.isclose(sum(self.weights.values()), 1.0, abs_tol=1e-6):
-            raise ValueError(f"weights must sum to 1, got {sum(self.weights.values()):.6f}")
+        for weights in (self.weights, self.later_weights or self.weights):
+            if not math.isclose(sum(weights.values()), 1.0, abs_tol=1e-6):
+                raise ValueError(f"weights must sum to 1, got {sum(weights.values()):.6f}")
+        if self.later_weights and self.later_weights.keys() != self.weights.keys():
+            raise ValueError("later_weights must be of the groups of weights")
         if not all(0.0 <= bound < math.inf for bound in self.bounds.values()):
             raise ValueError(f"bounds must not be negative, got {dict(self.bounds)}")
         of_groups_and_hours = {"floors": self.floors, "hourly_floors": self.hourly_floors}
@@ -181,7 +186,7 @@ class Cells:
         problem: what the arrays are made from.
         names: (group, option).
         reference: 1 where the option is the reference, else 0.
-        weights: traffic share of the group.
+        weights: traffic share of the group, and `later_weights` the one in later hours.
         grams, seconds: of a request in the present hour.
         later_grams: of a request in each of the problem's later hours.
     """
@@ -192,6 +197,8 @@ class Cells:
         self.names = [(group, option) for group, row in rows.items() for option in row]
         self._estimates = [estimate for row in rows.values() for estimate in row.values()]
         self.weights = np.array([problem.weights[group] for group, _ in self.names])
+        later_weights = problem.later_weights or problem.weights
+        self.later_weights = np.array([later_weights[group] for group, _ in self.names])
         self.reference = np.array([float(option == problem.reference) for _, option in self.names])
         self.grams = self._grams(problem.options)
         self.later_grams = [self._grams(hours.options) for hours in problem.later]
@@ -207,27 +214,30 @@ class Cells:
     @property
     def mean_reference_g(self) -> float:
         """Expected gCO2eq of a request over the present and the later hours if the reference served all requests."""
-        shares = [self.problem.share, *(hours.share for hours in self.problem.later)]
-        hours = zip(shares, (self.grams, *self.later_grams), strict=True)
-        return sum(share * float((self.weights * grams) @ self.reference) for share, grams in hours)
+        later = zip(self.problem.later, self.later_grams, strict=True)
+        return self.problem.share * float((self.weights * self.grams) @ self.reference) + sum(
+            hours.share * float((self.later_weights * grams) @ self.reference) for hours, grams in later
+        )
 
     @cached_property
     def bounds(self) -> "dict[str, QualityBound]":
-        """The quality limits by metric, on the mean over all hours."""
-        return {metric: QualityBound(self, metric, bound) for metric, bound in self.problem.bounds.items()}
+        """The quality limits by metric, on the mean over all hours: of the present one and of all later ones."""
+        share = self.problem.share
+        hours = [(share, self.weights), (1.0 - share, self.later_weights)] if self.problem.later else None
+        return {metric: QualityBound(self, metric, bound, hours) for metric, bound in self.problem.bounds.items()}
 
-    @cached_property
-    def hourly_floors(self) -> "dict[str, QualityBound]":
-        """The quality limits of every single hour, by metric."""
-        return {metric: QualityBound(self, metric, floor) for metric, floor in self.problem.hourly_floors.items()}
+    def hourly_floors(self, weights: Floats) -> "dict[str, QualityBound]":
+        """The quality limits of a single hour with these traffic shares, by metric."""
+        floors = self.problem.hourly_floors
+        return {metric: QualityBound(self, metric, floor, [(1.0, weights)]) for metric, floor in floors.items()}
 
-    def costs(self, grams: Floats) -> Floats:
+    def costs(self, grams: Floats, weights: Floats) -> Floats:
         """Objective coefficients of an hour: its expected grams in units of `cost_unit_g`, plus the tie-break."""
         problem = self.problem
         order = [problem.reference, *(one for one in problem.options if one != problem.reference)]
         tie_break = {option: place * TIE_BREAK for place, option in enumerate(order)}
         places = np.array([tie_break[option] for _, option in self.names])
-        return np.asarray(self.weights * (grams / self.cost_unit_g + places))
+        return np.asarray(weights * (grams / self.cost_unit_g + places))
 
     def of_group(self, group: str) -> list[int]:
         """Places of a group's cells."""
@@ -256,16 +266,25 @@ class Cells:
         """Lower confidence bound of q_m of every cell, for the group floors."""
         return np.array([estimate.group_quality.get(metric, estimate.quality[metric]) for estimate in self._estimates])
 
-    def error_factors(self, metric: str) -> Floats:
-        """P of a metric, (components, cells): the standard error of all traffic's quality is |P x|."""
-        errors = np.array([estimate.doubt.get(metric, NO_ERROR) for estimate in self._estimates])
-        weighted = self.weights[:, None] * errors
-        weighted[:, 0] = np.hypot(weighted[:, 0], self._share_errors(metric))
-        groups = [group for group, _ in self.names]
-        families = [self.problem.families.get(group, "") for group in groups]
-        return error_factors(weighted, groups, families)
+    def error_factors(self, metric: str, hours: Sequence[tuple[float, Floats]]) -> Floats:
+        """P of a metric, (components, hours * cells): the standard error of all traffic's quality is |P x|.
 
-    def _share_errors(self, metric: str) -> Floats:
+        The errors are the same in all hours.
+
+        Args:
+            hours: what the quality of each hour counts for, and its traffic shares by cell.
+        """
+        errors = np.array([estimate.doubt.get(metric, NO_ERROR) for estimate in self._estimates])
+        parts = []
+        for factor, weights in hours:
+            weighted = weights[:, None] * errors
+            weighted[:, 0] = np.hypot(weighted[:, 0], self._share_errors(metric, weights))
+            parts.append(factor * weighted)
+        groups = [group for group, _ in self.names] * len(parts)
+        families = [self.problem.families.get(group, "") for group in groups]
+        return error_factors(np.concatenate(parts), groups, families)
+
+    def _share_errors(self, metric: str, weights: Floats) -> Floats:
         """Standard error of all traffic's quality due to the group's traffic share, for every cell.
 
         Of n requests the share w of a group has the variance w / n, apart from what all groups have in common. An error
@@ -277,7 +296,7 @@ class Cells:
             return np.zeros(len(self.names))
         of_reference = {group: row[self.problem.reference] for group, row in self.problem.estimates.items()}
         change = self.quality(metric) - np.array([of_reference[group].quality[metric] for group, _ in self.names])
-        return np.asarray(np.sqrt(self.weights / max(requests, 1.0)) * np.abs(change))
+        return np.asarray(np.sqrt(weights / max(requests, 1.0)) * np.abs(change))
 
     def rows(self, x: Floats) -> Rows:
         """Probabilities as distributions by group, from the solver's values."""
@@ -303,44 +322,62 @@ class Cells:
     ) -> Solution:
         """A solution with these probabilities of the present hour, their expected carbon and their quality."""
         x = self.values(rows)
-        # If the reference serves everything its relative quality is 1, whether it is known or not.
-        only_reference = bool((x == self.reference).all())
         return Solution(
             status=status,
             rows=rows,
             g_per_request=float((self.weights * self.grams) @ x),
             reference_g_per_request=float((self.weights * self.grams) @ self.reference),
-            quality={
-                metric: 1.0 if only_reference else self.bounds[metric].lower_bound(x) for metric in self.problem.bounds
-            },
+            quality=self._present_quality(x),
             shortfall=shortfall,
             overload=self.overload(x),
             failure=failure,
         )
 
+    def _present_quality(self, x: Floats) -> dict[str, float]:
+        """Lower confidence bound of the present hour's quality by limited metric, relative to the reference's."""
+        # If the reference serves everything its relative quality is 1, whether it is known or not.
+        if (x == self.reference).all():
+            return dict.fromkeys(self.problem.bounds, 1.0)
+        bounds = self.bounds
+        if self.problem.later:
+            bounds = {metric: QualityBound(self, metric, bound) for metric, bound in self.problem.bounds.items()}
+        return {metric: bound.lower_bound(x) for metric, bound in bounds.items()}
+
 
 class QualityBound:
     """The limit on one metric of all traffic: q.x - z |P x| >= b, all relative to the reference's quality.
 
-    Relative, so that the solver's tolerances mean the same for a metric that is defined for few prompts.
+    Relative, so that the solver's tolerances mean the same for a metric that is defined for few prompts. Over several
+    hours it is the mean of what is relative to each hour's reference, and x has the cells of all of them.
 
     Attributes:
         bound: b.
         z: standard errors taken off the mean.
         is_active: a limit of 0 is none, and nothing is relative to a reference that never succeeds.
-        mean_factors: q, (cells,).
-        error_factors: P, (components, cells).
+        mean_factors: q, (hours * cells,).
+        error_factors: P, (components, hours * cells).
     """
 
-    def __init__(self, cells: Cells, metric: str, bound: float) -> None:
-        quality = cells.weights * cells.quality(metric)
-        reference = float(quality @ cells.reference)
+    def __init__(
+        self, cells: Cells, metric: str, bound: float, hours: Sequence[tuple[float, Floats]] | None = None
+    ) -> None:
+        """State the limit.
+
+        Args:
+            hours: share of each hour in the mean, and its traffic shares by cell; None: the present hour.
+        """
+        hours = hours or [(1.0, cells.weights)]
+        quality = cells.quality(metric)
+        references = [float((weights * quality) @ cells.reference) for _, weights in hours]
         self.bound = bound
         self.z = cells.problem.confidence_z.get(metric, 0.0)
-        self.is_active = bound > 0.0 and reference > 0.0
-        self._is_known = reference > 0.0
-        self.mean_factors = quality / (reference or 1.0)
-        self.error_factors = cells.error_factors(metric) / (reference or 1.0)
+        self._is_known = min(references) > 0.0
+        self.is_active = bound > 0.0 and self._is_known
+        relative = [
+            (share / (reference or 1.0), weights) for (share, weights), reference in zip(hours, references, strict=True)
+        ]
+        self.mean_factors = np.concatenate([factor * weights * quality for factor, weights in relative])
+        self.error_factors = cells.error_factors(metric, relative)
 
     def mean(self, x: Floats) -> float:
         """Mean quality of all traffic, relative to the reference's; 1 if that is 0."""

@@ -136,7 +136,7 @@ class Program:
     Attributes:
         cells: the problem.
         x: (cells,), probabilities of the present hour in the last solve.
-        mean: (cells,), their mean over the present and the later hours.
+        plan: what the quality limits hold for: `x`, and where there are later hours the mean over them, (2 * cells,).
         shortfall: by how much bounds above 1 are missed.
     """
 
@@ -148,7 +148,7 @@ class Program:
         """
         self.cells = cells
         self.x: Floats = np.array([])
-        self.mean: Floats = np.array([])
+        self.plan: Floats = np.array([])
         self.shortfall = 0.0
         self._lp = pulp.LpProblem("sprout", pulp.LpMinimize)
         self._names: set[str] = set()
@@ -161,16 +161,17 @@ class Program:
         later = [self._variables(f"x{number}") for number in range(1, len(problem.later) + 1)]
         shares = [problem.share, *(hours.share for hours in problem.later)]
         hours = list(zip((self._x, *later), (cells.grams, *cells.later_grams), shares, strict=True))
-        costs = [share * cells.costs(grams) for _, grams, share in hours]
+        weights = [cells.weights, *(cells.later_weights for _ in problem.later)]
+        costs = [share * cells.costs(grams, w) for (_, grams, share), w in zip(hours, weights, strict=True)]
         self._lp.setObjective(
             _expression([one for variables, _, _ in hours for one in variables], np.concatenate(costs), keep_zeros=True)
         )
         for number, (variables, _, _) in enumerate(hours):
-            self._add_hour(variables, "" if number == 0 else f"{number}")
-        self._mean = self._mean_of([(variables, share) for variables, _, share in hours]) if later else self._x
+            self._add_hour(variables, "" if number == 0 else f"{number}", weights[number])
+        self._plan = self._x + (self._mean_of_later(later, shares[1:]) if later else [])
         for metric, bound in cells.bounds.items():
             if bound.is_active:
-                self._add_bound(f"bound[{metric}]", metric, bound, self._mean)
+                self._add_bound(f"bound[{metric}]", metric, bound, self._plan)
 
     def solve(self, *, time_limit_s: float = TIME_LIMIT_S) -> Failure | None:
         """Solve. Where no solution keeps the capacities and the bounds above 1, the least overload and shortfall are
@@ -210,7 +211,7 @@ class Program:
             if failure is not None:
                 return failure
             values = np.asarray(self._solver.getSolution().col_value)
-            self.x, self.mean = _values(values, self._x), _values(values, self._mean)
+            self.x, self.plan = _values(values, self._x), _values(values, self._plan)
             shortfall = self._reliefs.get("shortfall")
             self.shortfall = 0.0 if shortfall is None else float(values[shortfall.index])
             violated = [
@@ -287,12 +288,13 @@ class Program:
             for (group, option), reference in zip(cells.names, cells.reference, strict=True)
         ]
 
-    def _add_hour(self, x: list[pulp.LpVariable], hour: str) -> None:
+    def _add_hour(self, x: list[pulp.LpVariable], hour: str, weights: Floats) -> None:
         """Add the constraints that hold in every single hour.
 
         Args:
             x: of the cells.
             hour: number of the later hours; empty: the present hour, whose constraints have shadow prices.
+            weights: traffic shares of the hour, by cell.
         """
         problem, cells = self.cells.problem, self.cells
         for group in problem.weights:
@@ -301,17 +303,19 @@ class Program:
         for metric, floor in problem.floors.items():
             self._add_floors(metric, floor, x, hour)
         for pool, capacity in problem.capacities.items():
-            self._add_capacity(pool, capacity, x, hour)
-        for metric, bound in cells.hourly_floors.items():
+            self._add_capacity(pool, capacity, x, hour, weights)
+        for metric, bound in cells.hourly_floors(weights).items():
             if bound.is_active:
                 self._add_bound(f"hourly[{metric}]", f"hourly_{metric}{hour}", bound, x, hour)
 
-    def _mean_of(self, hours: Sequence[tuple[Sequence[pulp.LpVariable], float]]) -> list[pulp.LpVariable]:
-        """Variables for the mean over hours, given with their shares."""
-        mean = self._variables("mean")
+    def _mean_of_later(
+        self, later: Sequence[Sequence[pulp.LpVariable]], shares: Sequence[float]
+    ) -> list[pulp.LpVariable]:
+        """Variables for the mean over the later hours, by cell."""
+        mean, total = self._variables("later"), sum(shares)
         for place, ((group, option), variable) in enumerate(zip(self.cells.names, mean, strict=True)):
-            row = [(variable, -1.0), *((x[place], share) for x, share in hours)]
-            self._lp.addConstraint(pulp.LpAffineExpression(row) == 0.0, self._unique(f"mean[{group},{option}]"))
+            row = [(variable, -1.0), *((x[place], share / total) for x, share in zip(later, shares, strict=True))]
+            self._lp.addConstraint(pulp.LpAffineExpression(row) == 0.0, self._unique(f"later[{group},{option}]"))
         return mean
 
     def _add_bound(
@@ -327,10 +331,12 @@ class Program:
             quality[self._relief("shortfall")] = 1.0
         self._add(name, quality >= bound.bound, hour)
 
-    def _add_capacity(self, pool: str, capacity: float, x: Sequence[pulp.LpVariable], hour: str) -> None:
+    def _add_capacity(
+        self, pool: str, capacity: float, x: Sequence[pulp.LpVariable], hour: str, weights: Floats
+    ) -> None:
         """Limit the concurrent requests of a pool to (1 + overload) times its capacity."""
         problem = self.cells.problem
-        concurrent = self.cells.in_pool(pool) * problem.requests_per_s * self.cells.weights * self.cells.seconds
+        concurrent = self.cells.in_pool(pool) * problem.requests_per_s * weights * self.cells.seconds
         if not concurrent.any():
             return
         row = _expression(x, concurrent)

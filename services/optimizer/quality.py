@@ -10,7 +10,7 @@ overall mean, and that towards zero. How strongly is estimated from the data (em
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from services.optimizer.settings import OptimizerSettings
 
@@ -48,6 +48,10 @@ class Outcomes:
     def rate(self) -> float:
         """Success rate; 0 without trials."""
         return self.successes / self.trials if self.trials > 0.0 else 0.0
+
+    def scaled(self, factor: float) -> "Outcomes":
+        """The same rates of another number of prompts."""
+        return Outcomes(*(factor * value for value in astuple(self)))
 
     def __add__(self, other: "Outcomes") -> "Outcomes":
         return Outcomes(

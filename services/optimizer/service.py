@@ -34,8 +34,8 @@ from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.logs import get_logger
 
-EXPIRY_HALF_LIVES = 10
-"""Evaluations older than this weigh less than a thousandth and are deleted."""
+EXPIRY_HALF_LIVES = 4
+"""Evaluations older than this weigh less than a sixteenth and are deleted."""
 
 _MAX_WARNINGS = 1_000
 

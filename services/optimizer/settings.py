@@ -142,7 +142,7 @@ class OptimizerSettings(BaseSettings):
     max_groups: int = Field(default=64, ge=1, le=1_000, description="Groups with probabilities of their own, at most")
 
     # Estimates of quality
-    quality_half_life_h: float = Field(default=720.0, gt=0, description="Half-life of a judged prompt, event")
+    quality_half_life_h: float = Field(default=2_160.0, gt=0, description="Half-life of a judged prompt, event")
     pseudo_trials: float = Field(
         default=20.0,
         gt=0,
@@ -151,6 +151,11 @@ class OptimizerSettings(BaseSettings):
     )
     prior_trials: float = Field(
         default=2.0, gt=0, description="Weight, in judged prompts, of the prior that an option changes nothing"
+    )
+    sampling_unit: Literal["prompt", "request"] = Field(
+        default="prompt",
+        description="What standard errors count. prompt: different judged prompts, because traffic brings new prompts; "
+        "request: every verdict, for traffic that keeps repeating the same prompts as often as the samples do",
     )
     min_trials: float = Field(
         default=20.0, gt=0, description="Effective judged prompts of an option, over all groups, before it may be used"

@@ -6,9 +6,10 @@ counted by other groups are ignored, because the version contains them already; 
 kept, because they say how much an option uses relative to another.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 
-from services.optimizer.costs import Consumption, DecayedSums, ResourceUse
+from services.optimizer.costs import Consumption, DecayedSums, ResourceUse, decay_factor
 from services.optimizer.quality import Outcomes, QualityModel
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
@@ -16,6 +17,37 @@ from shared.messages import Footprint, PromptGrouping, Quality, QualityCount
 
 TRAFFIC_REQUESTS = 100.0
 """Requests that the traffic shares of a new version of groups count as, until requests name its groups."""
+
+
+class _Repetitions:
+    """How often each prompt of a group was judged.
+
+    Verdicts on the same prompt share its effect and are not independent. They are taken for copies of each other: n_i
+    verdicts on prompt i are worth (sum n_i)^2 / (sum n_i^2) prompts (Kish's effective sample size). Means keep the
+    prompts' frequencies, as the traffic has them.
+    """
+
+    def __init__(self) -> None:
+        # By prompt: verdicts, each discounted by its time to the newest one, and that time.
+        self._prompts: dict[str, tuple[float, float]] = {}
+
+    def add(self, hashes: Iterable[str], *, at_s: float, half_life_s: float) -> None:
+        """Add one verdict for every hash, judged at an event time."""
+        for name in hashes:
+            count, newest_s = self._prompts.get(name, (0.0, at_s))
+            discount = decay_factor(abs(at_s - newest_s), half_life_s)
+            added = count * discount + 1.0 if at_s >= newest_s else count + discount
+            self._prompts[name] = added, max(at_s, newest_s)
+
+    def independent_share(self, now_s: float, half_life_s: float) -> float:
+        """Independent prompts per verdict, in (0, 1]; 1 without any prompt."""
+        verdicts = squares = 0.0
+        for count, newest_s in self._prompts.values():
+            weight = decay_factor(now_s - newest_s, half_life_s)
+            verdicts += count * weight
+            # A prompt whose newest verdict has the weight w counts for no more than w prompts.
+            squares += count**2 * weight
+        return verdicts / squares if squares > 0.0 else 1.0
 
 
 class QualityCounts:
@@ -43,6 +75,7 @@ class QualityCounts:
         self._families = families
         # By metric, group, and (option, reference): reference None holds all prompts, another the paired outcomes.
         self._sums: dict[str, dict[str, dict[tuple[str, str | None], DecayedSums]]] = {}
+        self._repetitions: dict[str, _Repetitions] = defaultdict(_Repetitions)
         self.latest: Quality | None = None
         for evaluation in evaluations:
             self.add(evaluation)
@@ -50,12 +83,21 @@ class QualityCounts:
     def add(self, evaluation: Quality, *, groups: Container[str] | None = None) -> None:
         """Count one evaluation; only the counts of `groups` unless that is None."""
         counts = [count for count in evaluation.counts if groups is None or count.group in groups]
-        self.add_counts(counts, at_s=evaluation.evaluated_at.timestamp())
+        hashes = {name: one for name, one in evaluation.prompt_hashes.items() if groups is None or name in groups}
+        self.add_counts(counts, hashes, at_s=evaluation.evaluated_at.timestamp())
         if self.latest is None or evaluation.evaluated_at > self.latest.evaluated_at:
             self.latest = evaluation
 
-    def add_counts(self, counts: Iterable[QualityCount], *, at_s: float) -> None:
-        """Count outcomes that were judged at an event time."""
+    def add_counts(
+        self, counts: Iterable[QualityCount], prompt_hashes: Mapping[str, Iterable[str]], *, at_s: float
+    ) -> None:
+        """Count outcomes that were judged at an event time.
+
+        Args:
+            prompt_hashes: of the judged prompts, by group; without a group's, its prompts are taken for different ones.
+        """
+        for group, hashes in prompt_hashes.items():
+            self._repetitions[group].add(hashes, at_s=at_s, half_life_s=self._settings.quality_half_life_s)
         for count in counts:
             row = self._sums.setdefault(count.metric, {}).setdefault(count.group, {})
             for reference, outcome in _outcome_rows(count):
@@ -76,23 +118,31 @@ class QualityCounts:
             equivalent: options that give the reference's own answers.
         """
         outcomes: dict[str, dict[str, Outcomes]] = {}
+        shares = self._independent_shares(now_s)
         for group, row in self._sums.get(metric, {}).items():
             of_group = outcomes.setdefault(group, {})
             for (option, paired_with), sums in row.items():
                 if paired_with in (None, reference):
                     one = Outcomes(*sums.at(now_s, self._settings.quality_half_life_s))
-                    of_group[option] = of_group.get(option, Outcomes()) + one
+                    of_group[option] = of_group.get(option, Outcomes()) + one.scaled(shares.get(group, 1.0))
         return QualityModel(
             outcomes,
             reference,
             self._settings,
-            counts=self._judged_prompts(now_s),
+            counts={group: shares.get(group, 1.0) * count for group, count in self._judged_prompts(now_s).items()},
             families=self._families,
             equivalent=equivalent,
         )
 
+    def _independent_shares(self, now_s: float) -> dict[str, float]:
+        """Independent prompts per verdict, by group; a group where every verdict counts is left out."""
+        if self._settings.sampling_unit == "request":
+            return {}
+        half_life_s = self._settings.quality_half_life_s
+        return {group: one.independent_share(now_s, half_life_s) for group, one in self._repetitions.items()}
+
     def _judged_prompts(self, now_s: float) -> dict[str, float]:
-        """Effective judged prompts by group, whichever metrics are defined for them."""
+        """Decayed verdicts by group, whichever metrics are defined for them."""
         found: dict[str, float] = {}
         for rows in self._sums.values():
             for group, row in rows.items():
@@ -192,7 +242,8 @@ def counts_by_groups(
     """Outcomes by learned groups: those that the version carries, and those of evaluations that name its groups."""
     counts = QualityCounts(settings=settings, families=grouping.families)
     for aggregated in grouping.evidence:
-        counts.add_counts(aggregated.counts, at_s=aggregated.evaluated_at.timestamp())
+        at_s = aggregated.evaluated_at.timestamp()
+        counts.add_counts(aggregated.counts, aggregated.prompt_hashes, at_s=at_s)
     names = frozenset(grouping.names)
     for evaluation in evaluations:
         counts.add(evaluation, groups=names)

@@ -1,6 +1,7 @@
 """Topics `samples`, `usage` and `quality`: the evaluator's prompts, its own calls on model servers, its results."""
 
-from typing import Final, Literal
+from collections import Counter
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -9,6 +10,12 @@ from shared.messages.generation import ChatMessage, ReferenceAnswer, SamplingPar
 from shared.messages.judging import JudgeCard
 
 MAX_SERVED_CHARS: Final = 32_000
+
+PromptHash = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+"""Keyed hash of a conversation: the same prompt in another request has the same."""
+
+PromptHashes = dict[Identifier, tuple[PromptHash, ...]]
+"""By prompt group: the hash of each judged prompt, once for every verdict on it."""
 
 
 class ServedAnswer(Value):
@@ -79,6 +86,14 @@ class QualityCount(Value):
     trials: float = Field(ge=0, description="Prompts with a verdict")
     paired: Paired | None = Field(default=None, description="null where it is not known for all of these prompts")
 
+    def scaled(self, factor: float) -> "QualityCount":
+        """The same rates of another number of prompts."""
+        paired = self.paired and self.paired.model_copy(
+            update={"successes": factor * self.paired.successes, "both": factor * self.paired.both}
+        )
+        update = {"successes": factor * self.successes, "trials": factor * self.trials, "paired": paired}
+        return self.model_copy(update=update)
+
 
 class EvaluationCost(Value):
     """The work of an evaluation; its energy and carbon are in the footprints with the evaluation's id."""
@@ -109,6 +124,11 @@ class Quality(Message):
     )
     intensity_g_per_kwh: float | None = Field(default=None, ge=0, description="Of the evaluator's zone at that time")
     counts: tuple[QualityCount, ...]
+    prompt_hashes: PromptHashes = Field(
+        default={},
+        description="By group: a keyed hash of each judged conversation, once per verdict; verdicts on the same "
+        "conversation are not independent. Empty from earlier evaluators",
+    )
     prompts: int = Field(ge=0, description="Prompts evaluated")
     abstentions: int = Field(ge=0, description="Prompts without a usable verdict")
     judge: JudgeCard | None = Field(default=None, description="How the judge voted; null from earlier evaluators")
@@ -117,3 +137,15 @@ class Quality(Message):
         default={}, description="Metrics whose outcomes do not count because the judge failed, with the reason"
     )
     cost: EvaluationCost
+
+    def independent_counts(self) -> tuple[QualityCount, ...]:
+        """The counts with as many trials as independent prompts would have had the same standard error.
+
+        With n_i verdicts on prompt i of a group these are (sum n_i)^2 / (sum n_i^2) prompts (Kish's effective sample
+        size): a prompt's verdicts are taken for copies of each other.
+        """
+        factors = {}
+        for group, hashes in self.prompt_hashes.items():
+            verdicts = Counter(hashes).values()
+            factors[group] = sum(verdicts) / max(sum(n * n for n in verdicts), 1)
+        return tuple(one.scaled(factors.get(one.group, 1.0)) for one in self.counts)

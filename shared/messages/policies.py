@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from shared.messages.base import Identifier, Message, Probability, UtcDatetime, Value
-from shared.messages.evaluation import QualityCount
+from shared.messages.evaluation import PromptHashes, QualityCount
 
 PolicyStatus = Literal["optimal", "floors_dropped", "capacity_dropped", "reference"]
 """`floors_dropped` and `capacity_dropped` occur in policies of earlier releases only."""
@@ -135,6 +135,9 @@ class PolicyInputs(Value):
     later: tuple[LaterHoursInputs, ...] = Field(
         default=(), description="With a promise by period: the hours that the options were chosen together with"
     )
+    later_weights: dict[str, Probability] = Field(
+        default={}, description="By group: share of the traffic in the `later` hours; empty: `weights`"
+    )
     traffic_requests: float | None = Field(
         default=None, gt=0, description="Effective requests that `weights` were counted from; null in older policies"
     )
@@ -203,6 +206,7 @@ class GroupEvidence(Value):
 
     evaluated_at: UtcDatetime = Field(description="Event time from which the counts are discounted")
     counts: tuple[QualityCount, ...]
+    prompt_hashes: PromptHashes = Field(default={}, description="As in `quality`")
 
 
 class GroupTaken(Value):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -10,11 +11,11 @@ import pytest
 from services.evaluator.clusters import TooFewPromptsError
 from services.evaluator.cost import Energy
 from services.evaluator.learning import GroupLearner, TrainingSet, learning_due
-from services.evaluator.quality import JudgedAnswer, JudgedPrompt
+from services.evaluator.quality import JudgedAnswer, JudgedPrompt, hash_of
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import LearningProgress
 from shared.grouping import unpack
-from shared.messages import PromptGrouping
+from shared.messages import ChatMessage, PromptGrouping
 from tests.support.grouping import NOW, judged_kinds, learned_grouping, question, sum_of
 
 SETTINGS = EvaluatorSettings(min_judged_to_learn=600, relearn_growth=0.5, max_judged_to_learn=3_000)
@@ -45,7 +46,7 @@ def test_groups_are_learned_from_enough_verdicts_and_again_once_enough_are_new(j
 def test_prompts_answered_at_other_levels_are_left_out():
     prompts = judged_kinds(4, seed=2)
     assert TrainingSet.select(prompts, LEVELS, minimum=4).prompts == prompts
-    with pytest.raises(TooFewPromptsError, match="0 prompts were judged at levels L0, L1, L2, 4 are needed"):
+    with pytest.raises(TooFewPromptsError, match="0 different prompts were judged at levels L0, L1, L2, 4 are needed"):
         TrainingSet.select(prompts, ("L0", "L1", "L2"), minimum=4)
 
 
@@ -70,6 +71,33 @@ def test_every_verdict_is_counted_once_on_its_day(learned):
         assert sum(count.trials for count in one.counts if count.option == "p/L0") == 200
         assert sum(count.successes for count in one.counts) == pytest.approx(200)
         assert {count.group for count in one.counts} <= set(learned.message.names)
+
+
+def test_of_a_prompt_that_was_judged_again_one_verdict_is_learned_from():
+    """Verdicts on the same prompt count in its group, in which a model without any of them puts it."""
+    once = [replace(one, prompt_hash=f"{place:012x}") for place, one in enumerate(judged_kinds(200, seed=1))]
+    again = [replace(one, id=f"again-{one.id}", evaluated_at=NOW) for one in once[:100]]
+    judged = TrainingSet.select([*once, *again], LEVELS, minimum=200)
+    newest = judged.newest_of_each_prompt(150).prompts
+    assert [one.id for one in newest] == [one.id for one in (*once[150:], *again)]
+    learned = learned_grouping("m", judged.prompts)
+    assert learned.message.prompts == 200
+    assert all(learned.group_of[one.id] == learned.group_of[f"again-{one.id}"] for one in once[:100])
+    hashes = Counter(name for one in learned.message.evidence for row in one.prompt_hashes.values() for name in row)
+    assert Counter(hashes.values()) == {1: 100, 2: 100}
+    with pytest.raises(TooFewPromptsError, match="200 different prompts were judged at levels L0, L1, 201 are needed"):
+        TrainingSet.select(judged.prompts, LEVELS, minimum=201)
+
+
+def test_a_hash_recognises_a_conversation_and_needs_the_key():
+    def conversation(*texts: str) -> tuple[ChatMessage, ...]:
+        return tuple(ChatMessage(role="user", content=text) for text in texts)
+
+    assert hash_of(conversation("Why?"), b"key") == hash_of(conversation("Why?"), b"key")
+    others = [(conversation("Why?"), b"other"), (conversation("Who?"), b"key"), (conversation("Wh", "y?"), b"key")]
+    assert all(hash_of(*one) != hash_of(conversation("Why?"), b"key") for one in others)
+    # JSON can carry lone surrogates.
+    assert len(hash_of(conversation("\ud800"), b"")) == 12
 
 
 def test_traffic_shares_are_those_of_the_strata(learned):

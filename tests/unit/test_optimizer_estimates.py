@@ -343,6 +343,11 @@ def test_several_limits_hold_together_as_often_as_one():
     assert joint_confidence_z({"a": 0.9, "b": 0.9, "c": 0.9}, SETTINGS)["b"] == pytest.approx(2.128, abs=1e-3)
 
 
+def test_limits_may_have_unequal_shares_of_the_probability_of_missing_one():
+    found = joint_confidence_z({"a": 0.9, "b": 0.9}, SETTINGS, shares={"a": 0.02, "b": 0.98})
+    assert found == {"a": pytest.approx(3.09, abs=2e-3), "b": pytest.approx(1.654, abs=1e-3)}
+
+
 def test_a_limit_of_zero_is_not_counted():
     assert joint_confidence_z({"preference": 0.9, "correctness": 0.0}, SETTINGS) == {"preference": pytest.approx(1.645)}
 

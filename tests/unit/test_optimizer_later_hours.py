@@ -86,8 +86,10 @@ def test_errors_of_a_group_do_not_cancel_out_between_hours(later):
     made = with_errors(two_levels(0.95, now=300.0, later=later, bounds={METRIC: 0.9}))
     _, program = solve_program(made)
     assert program is not None
-    mean = dict(zip(program.cells.names, program.mean, strict=True))
-    assert mean["g", "p/L1"] == pytest.approx(0.1 / (0.05 + 2.0 * 0.04 / 0.5), rel=1e-3)
+    hours = [made.share, 1.0 - made.share] if later else [1.0]
+    mean = hours @ program.plan.reshape(len(hours), -1)
+    share = dict(zip(program.cells.names, mean, strict=True))["g", "p/L1"]
+    assert share == pytest.approx(0.1 / (0.05 + 2.0 * 0.04 / 0.5), rel=1e-3)
 
 
 def test_a_bound_above_1_is_kept_by_better_options():
@@ -133,7 +135,8 @@ def over_hours(seed: int, groups: int = 5, options: int = 3) -> Problem:
         for share, factor in zip(chance.dirichlet(np.ones(4))[:3], chance.uniform(0.2, 2.0, 3), strict=True)
     )
     bounds = {"preference": chance.uniform(0.93, 1.03), "correctness": chance.uniform(0.95, 1.0)}
-    return replace(made, later=later, bounds=bounds, floors={}, capacities={}, holdout=0.0)
+    usual = dict(zip(made.weights, chance.dirichlet(np.ones(groups)).tolist(), strict=True))
+    return replace(made, later=later, later_weights=usual, bounds=bounds, floors={}, capacities={}, holdout=0.0)
 
 
 def cone_optimum(made: Problem) -> tuple[str, float]:
@@ -151,12 +154,13 @@ def cone_optimum(made: Problem) -> tuple[str, float]:
     )
     kinds = [clarabel.ZeroConeT(len(limits[0])), clarabel.NonnegativeConeT(blocks * count)]
     for bound in cells.bounds.values():
-        mean = -np.vstack([bound.mean_factors / bound.z, bound.error_factors])
-        rows.append(np.kron(np.array(shares)[None, :], mean))
+        now, then = np.split(-np.vstack([bound.mean_factors / bound.z, bound.error_factors]), 2, axis=1)
+        rows.append(np.hstack([now, *(share / sum(shares[1:]) * then for share in shares[1:])]))
         limits.append(np.concatenate([[-bound.bound / bound.z], np.zeros(len(bound.error_factors))]))
         kinds.append(clarabel.SecondOrderConeT(1 + len(bound.error_factors)))
     grams = [cells.grams, *cells.later_grams]
-    costs = np.concatenate([share * cells.costs(one) for share, one in zip(shares, grams, strict=True)])
+    weights = [cells.weights, *(cells.later_weights for _ in made.later)]
+    costs = np.concatenate([share * cells.costs(one, w) for share, one, w in zip(shares, grams, weights, strict=True)])
     quiet = clarabel.DefaultSettings()
     quiet.verbose = False
     nothing = sparse.csc_matrix((blocks * count, blocks * count))
@@ -177,7 +181,7 @@ def test_the_optimum_is_that_of_a_cone_solver(seed):
         return
     assert program.shortfall == 0.0
     for bound in program.cells.bounds.values():
-        assert not bound.is_violated(program.mean)
+        assert not bound.is_violated(program.plan)
     assert program.mean_g_per_request() == pytest.approx(optimum * program.cells.cost_unit_g, rel=1e-3)
 
 
@@ -201,8 +205,8 @@ def test_the_present_hour_keeps_floors_capacity_and_holdout(seed, floor):
 
 def test_without_later_hours_the_program_is_the_hourly_one():
     made = synthetic(6, 3)
-    assert "mean[" not in solve_program(made)[1].lp_text()  # type: ignore[union-attr]
-    assert "mean" in solve_program(replace(over_hours(1), bounds={METRIC: 0.95}))[1].lp_text()  # type: ignore[union-attr]
+    assert "later_" not in solve_program(made)[1].lp_text()  # type: ignore[union-attr]
+    assert "later_" in solve_program(replace(over_hours(1), bounds={METRIC: 0.95}))[1].lp_text()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -222,3 +226,31 @@ def test_every_option_needs_a_price_in_later_hours():
     made = two_levels(0.9, now=300.0, later={})
     with pytest.raises(ValueError, match="every option needs a price"):
         replace(made, later=hours((REFERENCE,), {100.0: 0.5}))
+
+
+def test_an_hour_with_unusual_prompts_is_made_up_for_by_usual_ones():
+    """L1 loses on the prompts that are frequent now and gains on those that are frequent later."""
+    options = (REFERENCE, "p/L1")
+    quality = {"loses": 0.4, "gains": 0.6}
+    made = Problem(
+        reference=REFERENCE,
+        options=dict.fromkeys(options, price(200.0)),
+        later=hours(options, {200.0: 0.5}),
+        weights={"loses": 1.0, "gains": 0.0},
+        later_weights={"loses": 0.0, "gains": 1.0},
+        bounds={METRIC: 1.0},
+        estimates={
+            group: {
+                REFERENCE: OptionEstimate(energy_kwh=1.0, processing_s=1.0, quality={METRIC: 0.5}),
+                "p/L1": OptionEstimate(energy_kwh=0.5, processing_s=1.0, quality={METRIC: value}),
+            }
+            for group, value in quality.items()
+        },
+    )
+    assert solve(made).rows["loses"] == {"p/L1": pytest.approx(1.0)}
+    assert solve(replace(made, later_weights={})).rows["loses"][REFERENCE] == pytest.approx(1.0)
+
+
+def test_later_shares_must_be_of_the_same_groups():
+    with pytest.raises(ValueError, match="later_weights must be of the groups"):
+        two_levels(0.9, now=300.0, later={100.0: 0.5}, later_weights={"other": 1.0})

@@ -12,7 +12,7 @@ from services.optimizer.bounds import CurrentIntensity, TrailingRange
 from services.optimizer.estimates import Estimates
 from services.optimizer.policy import Situation, make_policy, margin_g
 from services.optimizer.problem import BOUND_TOLERANCE
-from services.optimizer.program import solve
+from services.optimizer.program import solve_program
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy
@@ -83,6 +83,38 @@ def test_the_cost_of_the_margin_is_what_the_program_would_save_without_it():
     assert margin_g(certain) == 0.0
 
 
+def two_limits(preference: float) -> Policy:
+    """L1 loses correctness, and this share of the preference; both are estimated with a standard error of 0.01."""
+    metrics = (METRIC, "correctness")
+    row = {
+        "p/L0": OptionEstimate(energy_kwh=1e-4, processing_s=1.0, quality=dict.fromkeys(metrics, 0.5)),
+        "p/L1": OptionEstimate(
+            energy_kwh=4e-5, processing_s=1.0, quality={METRIC: preference, "correctness": 0.47},
+            doubt=dict.fromkeys(metrics, (0.01, 0.0, 0.0)),
+        ),
+    }  # fmt: skip
+    estimates = Estimates(weights={"a": 1.0}, groups={"a": row}, overall=row, requests_per_s=1.0)
+    return planned(estimates, xi={METRIC: 0.1, "correctness": 0.05}, constant_bounds=frozenset(metrics))
+
+
+def test_a_limit_with_room_to_spare_leaves_the_others_a_smaller_margin():
+    made = two_limits(preference=0.49)
+    assert made.inputs.cautions == {
+        METRIC: pytest.approx(3.09, abs=2e-3),
+        "correctness": pytest.approx(1.654, abs=1e-3),
+    }
+    assert made.groups["a"]["p/L1"] == pytest.approx(0.025 / (0.03 + 1.654 * 0.01), rel=1e-3)
+    assert all(made.expected_quality[metric] >= made.bounds[metric] - 2 * BOUND_TOLERANCE for metric in made.bounds)
+
+
+def test_of_the_margins_that_are_tried_those_with_the_least_carbon_are_taken():
+    """With a share of 2 % the correctness, which has little room, would limit L1 more than the preference does."""
+    made = two_limits(preference=0.40)
+    assert made.inputs.cautions[METRIC] == pytest.approx(1.695, abs=2e-3)
+    assert made.inputs.cautions["correctness"] == pytest.approx(2.576, abs=2e-3)
+    assert made.groups["a"]["p/L1"] == pytest.approx(0.05 / (0.1 + 1.695 * 0.01), rel=1e-3)
+
+
 def test_a_floor_limits_the_overall_distribution_by_its_lower_confidence_bound():
     made = planned(two_groups(group_quality={METRIC: 0.3}), xi={METRIC: 1.0}, floors={METRIC: 0.9})
     for one in (*made.groups.values(), made.overall):
@@ -94,7 +126,7 @@ def test_a_limit_of_zero_has_no_effect():
 
 
 def test_a_time_limit_of_the_solver_is_named_in_the_reason(monkeypatch):
-    monkeypatch.setattr("services.optimizer.policy.solve", partial(solve, time_limit_s=0.0))
+    monkeypatch.setattr("services.optimizer.allotment.solve_program", partial(solve_program, time_limit_s=0.0))
     made = planned(two_groups(), floors={METRIC: 0.9})
     assert made.status == "reference"
     assert "the solver reached its time limit of 10 s; the reference is served" in made.reason

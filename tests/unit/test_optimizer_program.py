@@ -308,7 +308,9 @@ def cone_optimum(made: Problem) -> float:
     quiet.verbose = False
     no_quadratic = sparse.csc_matrix((count, count))
     rows, right = sparse.csc_matrix(np.vstack(blocks)), np.concatenate(limits)
-    found = clarabel.DefaultSolver(no_quadratic, cells.costs(cells.grams), rows, right, kinds, quiet).solve()
+    found = clarabel.DefaultSolver(
+        no_quadratic, cells.costs(cells.grams, cells.weights), rows, right, kinds, quiet
+    ).solve()
     assert str(found.status) == "Solved"
     return float(found.obj_val)
 

@@ -1,20 +1,24 @@
 """Estimates by learned groups: from the version's own data on, without counts by other groups."""
 
+import math
+import random
 import tomllib
 from datetime import timedelta
+from statistics import fmean
 
 import pytest
 
 from services.optimizer.costs import Consumption, ResourceUse
 from services.optimizer.estimates import Estimates, estimate
 from services.optimizer.settings import OptimizerSettings
-from services.optimizer.state import OptimizerState
+from services.optimizer.state import OptimizerState, QualityCounts
 from shared.fleet import Fleet
 from shared.messages import (
     EvaluationCost,
     GroupEvidence,
     GroupTaken,
     PackedArray,
+    Paired,
     PromptGrouping,
     Quality,
     QualityCount,
@@ -190,3 +194,129 @@ def test_a_group_is_shrunk_towards_its_family():
     }
     assert change["v.08"] > 0.2
     assert change["v.09"] < -0.2
+
+
+def judged_again(verdicts: list[str], *, at=NOW, trials: float | None = None) -> Quality:
+    """An evaluation with one verdict for each name of a prompt, all of them on group "a"."""
+    found = counts("a", (0.5, 0.3, 0.2), trials=trials or len(verdicts))
+    hashes = tuple(f"{int(name, 36):012x}" for name in verdicts)
+    return evaluation(f"e{at}", found, at=at).model_copy(update={"prompt_hashes": {"a": hashes}})
+
+
+def effective_trials(*evaluations: Quality, now=NOW) -> float:
+    found = QualityCounts(evaluations, settings=SETTINGS)
+    return found.model("preference", "p/L0", now.timestamp()).trials("p/L0")
+
+
+def test_verdicts_on_the_same_prompt_count_as_one_prompt():
+    assert effective_trials(judged_again(["a", "b", "c", "d"])) == pytest.approx(4.0)
+    assert effective_trials(judged_again(["a", "a", "b", "b", "c", "c"])) == pytest.approx(3.0)
+    # (3 + 1 + 1)^2 / (3^2 + 1 + 1)
+    assert effective_trials(judged_again(["a", "a", "a", "b", "c"])) == pytest.approx(25.0 / 11.0)
+
+
+def test_a_prompt_of_an_earlier_evaluation_is_recognised():
+    later = judged_again(["a", "b", "e"], at=LATER)
+    before = judged_again(["a", "b", "c"])
+    # Prompts a and b were judged twice, c and e once.
+    expected = pytest.approx(36.0 / 10.0, rel=0.01)
+    assert effective_trials(before, later, now=LATER) == expected
+    assert effective_trials(later, before, now=LATER) == expected
+
+
+def test_repeated_verdicts_age_as_single_ones_do():
+    half_life = timedelta(hours=SETTINGS.quality_half_life_h)
+    repeated = judged_again(["a", "a", "b", "b"])
+    assert effective_trials(repeated, now=NOW + half_life) == pytest.approx(1.0)
+    # Half of the first verdict is left, and the second is new: together one prompt.
+    again = judged_again(["a"], at=NOW + half_life)
+    assert effective_trials(judged_again(["a"]), again, now=NOW + half_life) == pytest.approx(1.0)
+
+
+def test_evaluations_without_hashes_are_taken_for_different_prompts():
+    assert effective_trials(evaluation("e", counts("a", (0.5, 0.3, 0.2), trials=7))) == pytest.approx(7.0)
+
+
+def test_where_traffic_repeats_its_prompts_every_verdict_counts():
+    settings = OptimizerSettings(sampling_unit="request")
+    counted = QualityCounts([judged_again(["a", "a", "b", "b"])], settings=settings)
+    assert counted.model("preference", "p/L0", NOW.timestamp()).trials("p/L0") == pytest.approx(4.0)
+
+
+def test_means_keep_the_frequencies_of_the_prompts():
+    model = QualityCounts([judged_again(["a", "a", "a", "b"])], settings=SETTINGS).model(
+        "preference", "p/L0", NOW.timestamp()
+    )
+    plain = QualityCounts([judged_again(["a", "b", "c", "d"])], settings=SETTINGS).model(
+        "preference", "p/L0", NOW.timestamp()
+    )
+    assert model.mean("a", "p/L0") == pytest.approx(plain.mean("a", "p/L0"))
+
+
+def test_a_version_of_the_groups_carries_which_prompts_were_judged_again():
+    evidence = [
+        GroupEvidence(evaluated_at=NOW, counts=counts("v.00", (9, 5, 6), trials=20), prompt_hashes=hashes)
+        for hashes in ({}, {"v.00": tuple(f"{n % 10:012x}" for n in range(20))})
+    ]
+    all_different, repeated = (
+        state(grouping(evidence=[one])).counts_of(MODEL).model("preference", "p/L0", NOW.timestamp())
+        for one in evidence
+    )
+    assert repeated.trials("p/L0") == pytest.approx(all_different.trials("p/L0") / 2.0)
+
+
+def repeated_verdicts(groups: int, prompts: int, chance: random.Random) -> tuple[dict[str, float], Quality]:
+    """The true effect of brief answers by group, and an evaluation with 2.5 verdicts a prompt on average.
+
+    A prompt suits brief answers or does not; one verdict in ten goes the other way.
+    """
+    truth, found, hashes = {}, [], {}
+    for place in range(groups):
+        name, gained, lost = f"g{place}", chance.uniform(0.0, 0.2), chance.uniform(0.05, 0.35)
+        sums = {"right": 0.0, "brief": 0.0, "both": 0.0}
+        verdicts: list[str] = []
+        for prompt in range(prompts):
+            right = chance.random() < 0.5
+            brief = chance.random() < ((1.0 - lost) if right else gained)
+            for _ in range(chance.choice((1, 2, 3, 4))):
+                first, second = (one ^ (chance.random() < 0.1) for one in (right, brief))
+                sums["right"] += first
+                sums["brief"] += second
+                sums["both"] += first and second
+                verdicts.append(f"{place * prompts + prompt:012x}")
+        truth[name] = 0.8 * (0.5 * gained - 0.5 * lost)
+        hashes[name] = tuple(verdicts)
+        for option, won, both in (("p/L0", "right", "right"), ("p/L1", "brief", "both")):
+            paired = Paired(reference="p/L0", successes=sums["right"], both=sums[both])
+            found.append(
+                QualityCount(
+                    group=name, option=option, metric="correctness", successes=sums[won], trials=len(verdicts),
+                    paired=paired,
+                )
+            )  # fmt: skip
+    return truth, evaluation("e", tuple(found)).model_copy(update={"prompt_hashes": hashes})
+
+
+@pytest.mark.parametrize(("moved", "least"), [(1.0, 0.92), (0.5, 0.88)])
+def test_the_lower_confidence_bound_holds_as_often_as_promised_with_repeated_prompts(moved, least):
+    """The groups with the best estimates are served briefly, as the program would choose them."""
+    chance, z = random.Random(5), OptimizerSettings().confidence_z
+    kept: dict[bool, list[bool]] = {True: [], False: []}
+    for _ in range(300):
+        truth, found = repeated_verdicts(8, 40, chance)
+        for recognised, found_kept in kept.items():
+            counted = found if recognised else found.model_copy(update={"prompt_hashes": {}})
+            model = QualityCounts([counted], settings=SETTINGS).model("correctness", "p/L0", NOW.timestamp())
+            effect = {name: model.mean(name, "p/L1") - model.mean(name, "p/L0") for name in truth}
+            best = sorted(effect, key=lambda name: -effect[name])[: int(len(truth) * moved)]
+            error = model.overall_standard_error("p/L1", dict.fromkeys(best, 1.0 / len(best)))
+            found_kept.append(fmean(effect[name] for name in best) - z * error <= fmean(truth[name] for name in best))
+    assert least <= fmean(kept[True]) <= 0.995
+    # Taken for independent, the verdicts promise too much.
+    assert fmean(kept[False]) < fmean(kept[True]) - 0.04
+
+
+def test_the_counts_of_one_evaluation_are_scaled_to_independent_prompts():
+    scored = judged_again(["a", "a", "b", "b"]).independent_counts()
+    assert [one.trials for one in scored] == pytest.approx([2.0, 2.0, 2.0])
+    assert math.isclose(scored[0].successes / scored[0].trials, 0.5 / 4.0)

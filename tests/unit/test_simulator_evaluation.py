@@ -65,14 +65,14 @@ def test_a_prompt_never_counts_as_more_than_one():
         quality_half_life_h=HALF_LIFE_S / 3600.0, pseudo_trials=1, prior_trials=1, min_trials=1
     )
     counts = QualityCounts(settings=settings)
-    counts.add_counts(judge.evaluate_all(at_s=0.0).counts, at_s=0.0)
+    counts.add_counts(judge.evaluate_all(at_s=0.0).counts, {}, at_s=0.0)
     for hour in range(1, 20):
         found = judge.draw(np.array([0.5, 0.5]), 100, rng, served=NOTHING, at_s=hour * 600.0)
         assert {used.requests for row in found.answers.values() for used in row.values()} == {100.0}
         for count in found.counts:
             assert count.paired is not None
             assert count.paired.both <= min(count.successes, count.paired.successes) <= count.trials
-        counts.add_counts(found.counts, at_s=hour * 600.0)
+        counts.add_counts(found.counts, {}, at_s=hour * 600.0)
     model = counts.model("preference", "pool/L0", 19 * 600.0)
     assert 55.0 < model.trials("pool/L0") <= 60.0
 
@@ -145,7 +145,7 @@ def test_orders_of_the_judge_beyond_a_majority_are_asked_where_votes_differ():
     learn, cost, mix = measured(60), JudgeCost(), np.array([0.5, 0.5])
     assert cost.of(1, answers=1) == pytest.approx((600 * 0.3 / 3.6e6, 600 * 0.0003))
     assert cost.of(20, answers=2)[1] == pytest.approx(40 * 600 * 0.0003)
-    assert cost.of(20, answers=3)[1] == pytest.approx((40 + 0.35 * 20) * 600 * 0.0003)
+    assert cost.of(20, answers=3)[1] == pytest.approx((40 + 0.47 * 20) * 600 * 0.0003)
     served = np.array([[0.25, 0.75]])
     judge = ModelJudge(learn, np.array([0.5, 0.5]), bootstrap_prompts=10, cost=cost)
     found = judge.draw(mix, 20, np.random.default_rng(1), served=served, at_s=0.0)

@@ -129,7 +129,7 @@ def explain_policy(policy: Policy, *, fleet: Fleet | None = None) -> Explanation
         policy=policy,
         problem=problem,
         rows=rows,
-        limits=_limits(cells, cells.values(rows) if program is None or not problem.later else program.mean, prices),
+        limits=_limits(cells, cells.values(rows) if program is None or not problem.later else program.plan, prices),
         binding=_binding(problem, program, prices, reference_g),
         choices=_choices(problem, program),
         rebuilt_g_per_request=solution.g_per_request,
@@ -189,7 +189,7 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
 
 def _limits(cells: Cells, x: Floats, prices: dict[str, float]) -> tuple[LimitExplanation, ...]:
     # If only the reference is served, its quality may be unknown; relative to itself it is 1.
-    only_reference = bool((x == cells.reference).all())
+    only_reference = bool((x.reshape(-1, len(cells.reference)) == cells.reference).all())
     problem, reference_g = cells.problem, cells.mean_reference_g or 1.0
     found = []
     for metric, required in problem.bounds.items():

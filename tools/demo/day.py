@@ -57,7 +57,7 @@ class Pace:
         max_tokens: maximum length of an answer.
         evaluated_prompts: prompts per evaluation at most; each is answered at every level and judged in every order.
         min_samples: samples before the first evaluation. The optimizer needs 20 judged prompts per option.
-        min_judged_to_learn: judged prompts before prompt groups are learned.
+        min_judged_to_learn: different judged prompts before prompt groups are learned.
         evaluator_concurrency: concurrent calls of the evaluator.
         sample_share: share of the requests that become samples for the evaluator.
         confidence_z: safety margin of the quality bounds, in standard errors; lower than the default, because few
@@ -86,7 +86,8 @@ PACES: dict[ModelName, Pace] = {
         max_tokens=1024,
         evaluated_prompts=300,
         min_samples=400,
-        min_judged_to_learn=270,
+        # Of the 120 prompts of the workload the first evaluation judges about 110, most of them several times.
+        min_judged_to_learn=80,
         # A server's batch: the evaluation is short and its server full.
         evaluator_concurrency=128,
         sample_share=1.0,
@@ -242,6 +243,8 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
         "optimizer": {
             "SPROUT_OPTIMIZER_XI": json.dumps({"preference": 0.1}),
             "SPROUT_OPTIMIZER_CONFIDENCE_Z": str(day.pace.confidence_z),
+            # The traffic repeats the prompts of the workload, and nothing else.
+            "SPROUT_OPTIMIZER_SAMPLING_UNIT": "request",
             "SPROUT_OPTIMIZER_CAPACITY_INTERVAL_S": "0.5",
             "SPROUT_OPTIMIZER_CAPACITY_SHORTEST_S": "1",
         },
@@ -256,6 +259,7 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             "SPROUT_EVALUATOR_CONCURRENCY": str(day.pace.evaluator_concurrency),
             "SPROUT_EVALUATOR_MAX_TOKENS": str(day.pace.max_tokens),
             "SPROUT_EVALUATOR_MIN_JUDGED_TO_LEARN": str(day.pace.min_judged_to_learn),
+            "SPROUT_EVALUATOR_PROMPTS_PER_GROUP": "15",
             "SPROUT_EVALUATOR_LOAD_REPORT_INTERVAL_S": "0.25",
         },
         "ledger": {

@@ -43,7 +43,8 @@ def quality_weeks(policies: PolicyHistory, qualities: Iterable[Quality]) -> tupl
             in_force.add(policy)
         for evaluation in evaluations:
             if evaluation.model == model:
-                for one in in_force.scored(evaluation.evaluation_id, evaluation.counts, evaluation.evaluated_at):
+                counts = evaluation.independent_counts()
+                for one in in_force.scored(evaluation.evaluation_id, counts, evaluation.evaluated_at):
                     by_week[model, one.metric, _monday(one.until)].append(one)
     return tuple(_week(*key, scores) for key, scores in sorted(by_week.items()))
 

@@ -23,6 +23,7 @@ from services.evaluator.budget import (
     judged_prompts,
 )
 from services.evaluator.opportunity import Opportunity, OpportunityRules
+from services.optimizer.allotment import solve_jointly
 from services.optimizer.bounds import TrailingRange, quality_bounds, range_of
 from services.optimizer.costs import Consumption, ResourceUse
 from services.optimizer.estimates import Estimates, estimate
@@ -333,7 +334,7 @@ class _Run:
             ],
             settings=self._settings,
         )
-        solution = solve(problem)
+        problem, solution = solve_jointly(problem, self._settings)
         self._solved.append((problem, solution.g_per_request))
         self._judged = judged_prompts(estimates.groups)
         for g, group in enumerate(world.groups):
