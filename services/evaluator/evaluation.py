@@ -8,25 +8,26 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Final, Literal
 from uuid import uuid4
 
 from faststream.kafka import KafkaBroker
 
 from services.evaluator.answers import contradicted
-from services.evaluator.budget import EvaluationSize, PolicyMemory, evaluation_size
+from services.evaluator.budget import MIN_PROMPTS, EvaluationSize, PolicyMemory, evaluation_size
 from services.evaluator.cost import estimate_cost
 from services.evaluator.generate import ModelCalls
 from services.evaluator.judging import EvaluationFailedError, PromptJudging
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
-from services.evaluator.plan import Candidate, allocate, interleave
+from services.evaluator.plan import Candidate, allocate, interleave, thin
 from services.evaluator.quality import QualityMetric, tally
 from services.evaluator.samples import SampleStore
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import EvaluationStore, GroupStore
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
+from shared.hashing import uniform
 from shared.kafka.leader import Leadership
 from shared.kafka.publish import declare_publisher, publish_with_retry
 from shared.messages import PromptGrouping, Quality, Sample, UsageRecord
@@ -35,6 +36,8 @@ from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 from shared.topics import PROMPT_GROUPS, QUALITY, USAGE
+
+_SALT: Final = "settled"
 
 _log = get_logger(__name__)
 
@@ -146,16 +149,25 @@ class EvaluationRunner:
         settings = self.settings
         if reason in ("first", "requested"):
             return EvaluationSize(settings.prompts_per_evaluation, "maximum")
-        to_learn = settings.prompt_groups == "learned" and (
-            (await self.group_store.progress(model)).judged < settings.min_judged_to_learn
-        )
         return evaluation_size(
             await self.store.spending(model, now=self.clock.now()),
-            None if to_learn else self.policies.uncertainty(model),
+            None if await self._too_few_to_learn(model) else self.policies.uncertainty(model),
             maximum=settings.prompts_per_evaluation,
             max_carbon_share=settings.max_carbon_share,
             half_life_s=settings.quality_half_life_h * 3_600.0,
         )
+
+    async def _too_few_to_learn(self, model: str) -> bool:
+        """Whether groups cannot be learned yet, for which every verdict is needed."""
+        if self.settings.prompt_groups != "learned":
+            return False
+        return (await self.group_store.progress(model)).judged < self.settings.min_judged_to_learn
+
+    async def _settled(self, model: str, reason: str) -> frozenset[str]:
+        """Groups that are judged thinly; none in an evaluation that a person requests, or before groups are learned."""
+        if reason in ("first", "requested") or await self._too_few_to_learn(model):
+            return frozenset()
+        return self.policies.settled(model, self.clock.now())
 
     async def publish_unpublished(self) -> None:
         """Publish every result that Kafka may not have, then every version of groups."""
@@ -169,14 +181,30 @@ class EvaluationRunner:
     async def _run(self, evaluation_id: str, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
         log = _log.bind(model=model, evaluation=evaluation_id, trigger=trigger.reason)
         size = await self.size(model, trigger.reason)
-        samples = self._without_contradictions(await self._choose_samples(model, size.prompts))
-        log.info("evaluation started", prompts=len(samples), limit=size.limit, g_per_kwh=trigger.g_per_kwh)
-        group_of = await self.learner.assignment(model, samples)
+        found = self._without_contradictions(await self._choose_samples(model, size.prompts))
+        group_of = await self.learner.assignment(model, found)
+        stands_for = thin(
+            {one.identity: group_of(one) for one in found},
+            await self._settled(model, trigger.reason),
+            share=self.settings.settled_share,
+            minimum=MIN_PROMPTS,
+            draw=lambda identity: uniform(_SALT, f"{evaluation_id} {identity}", self.settings.draw_key_bytes),
+        )
+        samples = [one for one in found if one.identity in stands_for]
+        skipped = [one.identity for one in found if one.identity not in stands_for]
+        log.info(
+            "evaluation started",
+            prompts=len(samples),
+            skipped=len(skipped),
+            limit=size.limit,
+            g_per_kwh=trigger.g_per_kwh,
+        )
         judging = PromptJudging(
             evaluation_id,
             model,
             at=trigger.at,
             group_of=group_of,
+            stands_for=stands_for,
             candidates=self.candidates[model],
             quality_metrics=self.quality_metrics,
             calls=self.calls,
@@ -201,17 +229,19 @@ class EvaluationRunner:
             counts=tally((one.group, one) for one in judging.judged),
             prompts=len(judging.evaluated),
             abstentions=judging.abstentions,
+            skipped=len(skipped),
             judge=judging.work.card,
             rubric=rubric_name(self.settings.rubric),
             discarded=judging.discarded,
             cost=estimate_cost(judging.work, energy=energy, intensities=self._current_intensities(), fleet=self.fleet),
         )
         finished = await self.status.retry(
-            lambda: self.store.finish(quality, evaluated=judging.evaluated, judged=judging.judged)
+            lambda: self.store.finish(quality, evaluated=[*judging.evaluated, *skipped], judged=judging.judged)
         )
         if not finished:
             log.warning("the evaluation is dropped: another copy of the evaluator has taken over")
             return EvaluationResult("claimed_by_other")
+        self.metrics.skipped_prompts.labels(model).inc(len(skipped))
         await self.publish_unpublished()
         await self._learn_groups(model)
         log.info(

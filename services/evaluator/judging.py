@@ -45,6 +45,7 @@ class PromptJudging:
         *,
         at: datetime,
         group_of: Callable[[Sample], str],
+        stands_for: Mapping[str, float],
         candidates: Sequence[Candidate],
         quality_metrics: Sequence[QualityMetric],
         calls: ModelCalls,
@@ -57,6 +58,7 @@ class PromptJudging:
         Args:
             at: event time to which the evaluation is assigned.
             group_of: the group in which a sample is counted.
+            stands_for: by identity of a sample, the number of samples that it stands for; 1 for others.
             candidates: answers to compare.
             quality_metrics: computed for every prompt; a prompt is judged if one of them has outcomes.
         """
@@ -70,6 +72,7 @@ class PromptJudging:
         self._model = model
         self._at = at
         self._group_of = group_of
+        self._stands_for = stands_for
         self._candidates = candidates
         self._quality_metrics = quality_metrics
         self._calls = calls
@@ -186,6 +189,7 @@ class PromptJudging:
             evaluated_at=self._at,
             features=extract_features(prompt_text(sample.messages)),
             tenant=sample.tenant,
+            weight=self._stands_for.get(sample.identity, 1.0),
             answers=tuple(
                 JudgedAnswer(
                     level=candidate.level,

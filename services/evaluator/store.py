@@ -103,7 +103,7 @@ class EvaluationStore:
         A sample that was deleted meanwhile, perhaps at its tenant's request, leaves no judged prompt behind.
 
         Args:
-            evaluated: ids of the samples that took part.
+            evaluated: ids of the samples that took part, or were passed over.
             judged: those with a verdict.
 
         Returns:
@@ -320,9 +320,10 @@ async def _save_judged(
     """Store judged prompts in the caller's transaction; a newer verdict replaces an older one on the same prompt."""
     await connection.executemany(
         "INSERT INTO judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, looks, answers, "
-        "tenant) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (model, id) DO UPDATE SET "
+        "tenant, weight) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT (model, id) DO UPDATE SET "
         "stratum = excluded.stratum, prompt_group = excluded.prompt_group, evaluated_at = excluded.evaluated_at, "
-        "features = excluded.features, looks = excluded.looks, answers = excluded.answers, tenant = excluded.tenant",
+        "features = excluded.features, looks = excluded.looks, answers = excluded.answers, tenant = excluded.tenant, "
+        "weight = excluded.weight",
         [
             (
                 model,
@@ -335,6 +336,7 @@ async def _save_judged(
                 one.features.to_bytes(),
                 json.dumps([answer.to_json() for answer in one.answers]),
                 one.tenant,
+                one.weight,
             )
             for one in prompts
         ],
@@ -351,4 +353,5 @@ def _judged_prompt(row: asyncpg.Record) -> JudgedPrompt:
         features=PromptFeatures.from_bytes(row["looks"]),
         answers=tuple(JudgedAnswer.from_json(one) for one in json.loads(row["answers"])),
         tenant=row["tenant"],
+        weight=row["weight"],
     )

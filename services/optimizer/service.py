@@ -18,7 +18,7 @@ from services.optimizer.calibration import QualityScores, calibrated
 from services.optimizer.costs import Consumption
 from services.optimizer.estimates import Estimates, estimate, estimates_changed
 from services.optimizer.metrics import OptimizerMetrics
-from services.optimizer.policy import Situation, Trigger, make_policy, margin_g, policy_difference
+from services.optimizer.policy import Situation, Trigger, make_policy, margin_g, policy_difference, settled_since
 from services.optimizer.prices import PoolPrices
 from services.optimizer.promise import Period, RestOfPeriod, plan_rest, trailing_hours
 from services.optimizer.settings import OptimizerSettings
@@ -313,8 +313,9 @@ class PolicyService:
             if difference is None:
                 return
         margin = await self._in_solver(lambda: margin_g(policy))
+        settled = await self._in_solver(lambda: settled_since(policy, published, settings=self._settings))
         reason = "; ".join([policy.reason, *notes])
-        policy = policy.model_copy(update={"margin_g_per_request": margin, "reason": reason})
+        policy = policy.model_copy(update={"margin_g_per_request": margin, "settled": settled, "reason": reason})
         policy = await self.store.add_policy(policy, after=0 if published is None else published.version)
         await self._publish(policy)
         self._set_published(policy)

@@ -64,6 +64,7 @@ def judging(*metrics, calls: FakeCalls | None = None, max_consecutive_failures: 
         "m",
         at=AT,
         group_of=lambda one: one.group,
+        stands_for={},
         candidates=CANDIDATES,
         quality_metrics=metrics,
         calls=calls or FakeCalls(),  # type: ignore[arg-type]
@@ -154,7 +155,7 @@ async def test_an_evaluation_whose_judge_cannot_be_used_ends_without_outcomes_an
     run = judging(CardedMetric("preference", LOCKED))
     await run.run([sample(number) for number in range(20)])
     assert (run.judged, len(run.evaluated)) == ([], 20)
-    registry = run._runner.metrics
+    registry = run._metrics
     assert registry.judge_usable.labels("m", "preference")._value.get() == 0.0
     assert registry.judge_usable.labels("m", "correctness")._value.get() == 1.0
 
