@@ -9,6 +9,7 @@ kept, because they say how much an option uses relative to another.
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 
 from services.optimizer.costs import Consumption, DecayedSums, ResourceUse
+from services.optimizer.prior import ModelPrior
 from services.optimizer.quality import Outcomes, QualityModel
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
@@ -66,7 +67,15 @@ class QualityCounts:
         """Family of a group; None if it is unknown."""
         return None if self._families is None else self._families.get(group)
 
-    def model(self, metric: str, reference: str, now_s: float, *, equivalent: Collection[str] = ()) -> QualityModel:
+    def model(
+        self,
+        metric: str,
+        reference: str,
+        now_s: float,
+        *,
+        equivalent: Collection[str] = (),
+        prior: ModelPrior | None = None,
+    ) -> QualityModel:
         """Estimate the quality of a metric at an event time.
 
         Args:
@@ -74,6 +83,7 @@ class QualityCounts:
             reference: the baseline option.
             now_s: event time.
             equivalent: options that give the reference's own answers.
+            prior: what an earlier fleet knew.
         """
         outcomes: dict[str, dict[str, Outcomes]] = {}
         for group, row in self._sums.get(metric, {}).items():
@@ -82,11 +92,18 @@ class QualityCounts:
                 if paired_with in (None, reference):
                     one = Outcomes(*sums.at(now_s, self._settings.quality_half_life_s))
                     of_group[option] = of_group.get(option, Outcomes()) + one
+        counts = self._judged_prompts(now_s)
+        before = {} if prior is None else prior.outcomes(metric, self._settings.prior_requests)
+        for group, known in before.items():
+            of_group = outcomes.setdefault(group, {})
+            for option, one in known.items():
+                of_group[option] = of_group.get(option, Outcomes()) + one
+            counts[group] = counts.get(group, 0.0) + max(one.trials for one in known.values())
         return QualityModel(
             outcomes,
             reference,
             self._settings,
-            counts=self._judged_prompts(now_s),
+            counts=counts,
             families=self._families,
             equivalent=equivalent,
         )
