@@ -101,6 +101,9 @@ def explain(
 def export_prior_command(
     output: Annotated[Path, typer.Argument(metavar="FILE", help="Written; an existing file is replaced")],
     *,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the policy, a JSON message, from a file instead of Kafka")
+    ] = None,
     bootstrap: Bootstrap = None,
 ) -> None:
     """Write what the newest policies know of energy, time and quality, for the optimizer of another fleet.
@@ -112,10 +115,12 @@ def export_prior_command(
     """
     with needs_extra("optimizer"):
         from services.optimizer.prior import PriorFile, export_prior  # noqa: PLC0415
-    target = find_target(bootstrap)
-    quiet_clients()
-    policies = _read(target)
-    fleet = target.fleet() or _fleet_of_environment()
+    if file is not None:
+        policies, fleet = _read_file(file), _fleet_of_environment()
+    else:
+        target = find_target(bootstrap)
+        quiet_clients()
+        policies, fleet = _read(target), target.fleet() or _fleet_of_environment()
     if fleet is None:
         fail("the fleet file is not known", remedy="name it: SPROUT_FLEET_FILE")
     newest = {one.model: one for one in sorted(policies, key=lambda one: one.version)}
