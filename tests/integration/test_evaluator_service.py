@@ -14,7 +14,7 @@ import pytest
 
 from deploy.local.processes import Supervisor
 from shared.grouping import unpack
-from shared.messages import Footprint, PromptGrouping, Quality, UsageRecord
+from shared.messages import Footprint, Policy, PromptGrouping, Quality, UsageRecord
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY, SAMPLES, USAGE
@@ -196,10 +196,13 @@ async def test_prompts_of_settled_groups_are_judged_thinly_unless_a_person_asks(
     await send_samples(producer, range(60), group="qa")
     await send_samples(producer, range(60, 90), group="code")
     now = CLOCK.now()
-    policy = EXAMPLES["policies"].model_copy(
+    example = EXAMPLES["policies"]
+    assert isinstance(example, Policy)
+    policy = example.model_copy(
         update={
             "model": MODEL,
             "created_at": now,
+            "inputs": example.inputs.model_copy(update={"solved_for": now}),
             "valid_until": now + timedelta(days=2),
             "settled": {"qa": now - timedelta(hours=30), "code": now - timedelta(hours=3)},
         }
