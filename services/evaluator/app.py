@@ -16,7 +16,8 @@ from services.evaluator.budget import PolicyMemory
 from services.evaluator.correctness import CORRECTNESS, CorrectnessMetric
 from services.evaluator.evaluation import EvaluationRunner, Publishers
 from services.evaluator.generate import ModelCalls
-from services.evaluator.judges import Judge, OpenAIJudge, TritonJudge
+from services.evaluator.judge_clients import judge_pool, open_judge
+from services.evaluator.judges import Judge
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import PlanError, candidates_of
@@ -90,11 +91,7 @@ class Evaluator:
         self._fleet = fleet
         self._clock = clock
         self._candidates = {model.name: candidates_of(fleet, model.name) for model in fleet.models}
-        self._judge_pool = fleet.judge.pool if fleet.judge is not None and settings.judge == "fleet" else None
-        if settings.judge == "fleet" and self._judge_pool is None:
-            raise PlanError(
-                "the fleet file has no [judge]: name a pool there, or set SPROUT_EVALUATOR_JUDGE=openai with a URL"
-            )
+        self._judge_pool = judge_pool(fleet, settings)
         self._intensities = LatestIntensities()
         self.leadership = join_leadership(broker, kafka, service=NAME, registry=registry)
         self._publishers = Publishers(broker, kafka, self.leadership)
@@ -171,6 +168,7 @@ class Evaluator:
             group_store = GroupStore(pool, status, max_judged_age=timedelta(hours=settings.max_judged_age_h))
             self.inputs.connect(samples, store)
             await self.scheduler.restore(store)
+            judge = await stack.enter_async_context(open_judge(self._fleet, settings, self._calls))
             runner = EvaluationRunner(
                 samples=samples,
                 store=store,
@@ -179,7 +177,7 @@ class Evaluator:
                 learner=GroupLearner(group_store, settings, levels=self._fleet.levels),
                 publishers=self._publishers,
                 calls=self._calls,
-                quality_metrics=self._quality_metrics(self._open_judge(stack)),
+                quality_metrics=self._quality_metrics(judge),
                 candidates=self._candidates,
                 intensities=self._intensities,
                 policies=self._policies,
@@ -236,21 +234,6 @@ class Evaluator:
             return mode == "always" or (mode == "bounded" and self._policies.bounds(model, CORRECTNESS))
 
         return preference, CorrectnessMetric(judge, asks_judge=asks_judge)
-
-    def _open_judge(self, stack: AsyncExitStack) -> Judge:
-        settings = self.settings
-        if self._judge_pool is not None:
-            return TritonJudge(self._calls, pool=self._judge_pool, max_tokens=settings.judge_max_tokens)
-        judge = OpenAIJudge(
-            str(settings.judge_url),
-            model=settings.judge_model or "",
-            api_key=settings.judge_api_key,
-            timeout_s=settings.judge_timeout_s,
-            concurrency=settings.concurrency,
-            max_tokens=settings.judge_max_tokens,
-        )
-        stack.push_async_callback(judge.close)
-        return judge
 
     def _is_reachable(self, model: str) -> bool:
         """Whether every pool that an evaluation of the model needs has a reachable endpoint."""

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final, Literal
 
 from shared.messages import OptionEstimate, Policy
@@ -23,6 +23,9 @@ CEILING_WINDOW: Final = timedelta(days=7)
 
 MARGIN_MEMORY: Final = timedelta(hours=24)
 """The margin's cost follows the quality limit, which follows the grid through the day: it is averaged over a day."""
+
+SETTLED_FOR: Final = timedelta(hours=24)
+"""A group is judged thinly once it has been settled this long: the quality limit follows the grid through the day."""
 
 _LIFETIME_OF_HALF_LIFE: Final = 1.0 / math.log(2)
 
@@ -163,6 +166,13 @@ class PolicyMemory:
         """Whether the policy in force limits a metric."""
         policy = self._newest.get(model)
         return policy is not None and policy.bounds.get(metric, 0.0) > 0.0
+
+    def settled(self, model: str, now: datetime) -> frozenset[str]:
+        """Groups in which further verdicts would change nothing, under every policy of the last day."""
+        policy = self._newest.get(model)
+        if policy is None or policy.valid_until < now:
+            return frozenset()
+        return frozenset(group for group, since in policy.settled.items() if now - since >= SETTLED_FOR)
 
     def uncertainty(self, model: str) -> Uncertainty | None:
         """What uncertainty costs; None if no policy says so, or the reference serves because too little is known."""

@@ -4,48 +4,42 @@ Only the leader of the evaluator's copies evaluates. One that lost its lease in 
 process was suspended, finds its evaluation marked as interrupted by the next leader, and stores and publishes nothing.
 """
 
-import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Final, Literal
 from uuid import uuid4
 
 from faststream.kafka import KafkaBroker
 
 from services.evaluator.answers import contradicted
-from services.evaluator.budget import EvaluationSize, PolicyMemory, evaluation_size
-from services.evaluator.card import card_of_outcomes, check_fault, comparison_fault
-from services.evaluator.correctness import CORRECTNESS
-from services.evaluator.cost import Call, CallContext, Work, estimate_cost
-from services.evaluator.generate import Answer, CallError, ModelCalls, all_or_first_error
-from services.evaluator.judges import JudgeError
+from services.evaluator.budget import MIN_PROMPTS, EvaluationSize, PolicyMemory, evaluation_size
+from services.evaluator.cost import estimate_cost
+from services.evaluator.generate import ModelCalls
+from services.evaluator.judging import EvaluationFailedError, PromptJudging
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
-from services.evaluator.plan import Candidate, allocate, interleave, served_candidate
-from services.evaluator.preference import PREFERENCE
-from services.evaluator.quality import JudgedAnswer, JudgedPrompt, QualityMetric, hash_of, prompt_hashes, tally
+from services.evaluator.plan import Candidate, allocate, interleave, thin
+from services.evaluator.quality import QualityMetric, prompt_hashes, tally
 from services.evaluator.samples import SampleStore
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import EvaluationStore, GroupStore
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
-from shared.grouping import extract_features, prompt_text
+from shared.hashing import uniform
 from shared.kafka.leader import Leadership
 from shared.kafka.publish import declare_publisher, publish_with_retry
-from shared.messages import PromptGrouping, Quality, Sample, UsageRecord, option_key, split_option
+from shared.messages import PromptGrouping, Quality, Sample, UsageRecord
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 from shared.topics import PROMPT_GROUPS, QUALITY, USAGE
 
+_SALT: Final = "settled"
+
 _log = get_logger(__name__)
-
-
-class EvaluationFailedError(RuntimeError):
-    """An evaluation has no result; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +149,25 @@ class EvaluationRunner:
         settings = self.settings
         if reason in ("first", "requested"):
             return EvaluationSize(settings.prompts_per_evaluation, "maximum")
-        to_learn = settings.prompt_groups == "learned" and (
-            (await self.group_store.progress(model)).judged < settings.min_judged_to_learn
-        )
         return evaluation_size(
             await self.store.spending(model, now=self.clock.now()),
-            None if to_learn else self.policies.uncertainty(model),
+            None if await self._too_few_to_learn(model) else self.policies.uncertainty(model),
             maximum=settings.prompts_per_evaluation,
             max_carbon_share=settings.max_carbon_share,
             half_life_s=settings.quality_half_life_h * 3_600.0,
         )
+
+    async def _too_few_to_learn(self, model: str) -> bool:
+        """Whether groups cannot be learned yet, for which every verdict is needed."""
+        if self.settings.prompt_groups != "learned":
+            return False
+        return (await self.group_store.progress(model)).judged < self.settings.min_judged_to_learn
+
+    async def _settled(self, model: str, reason: str) -> frozenset[str]:
+        """Groups that are judged thinly; none in an evaluation that a person requests, or before groups are learned."""
+        if reason in ("first", "requested") or await self._too_few_to_learn(model):
+            return frozenset()
+        return self.policies.settled(model, self.clock.now())
 
     async def publish_unpublished(self) -> None:
         """Publish every result that Kafka may not have, then every version of groups."""
@@ -178,10 +181,37 @@ class EvaluationRunner:
     async def _run(self, evaluation_id: str, model: str, trigger: EvaluationTrigger) -> EvaluationResult:
         log = _log.bind(model=model, evaluation=evaluation_id, trigger=trigger.reason)
         size = await self.size(model, trigger.reason)
-        samples = self._without_contradictions(await self._choose_samples(model, size.prompts))
-        log.info("evaluation started", prompts=len(samples), limit=size.limit, g_per_kwh=trigger.g_per_kwh)
-        group_of = await self.learner.assignment(model, samples)
-        judging = PromptJudging(self, evaluation_id, model, at=trigger.at, group_of=group_of)
+        found = self._without_contradictions(await self._choose_samples(model, size.prompts))
+        group_of = await self.learner.assignment(model, found)
+        stands_for = thin(
+            {one.identity: group_of(one) for one in found},
+            await self._settled(model, trigger.reason),
+            share=self.settings.settled_share,
+            minimum=MIN_PROMPTS,
+            draw=lambda identity: uniform(_SALT, f"{evaluation_id} {identity}", self.settings.draw_key_bytes),
+        )
+        samples = [one for one in found if one.identity in stands_for]
+        skipped = [one.identity for one in found if one.identity not in stands_for]
+        log.info(
+            "evaluation started",
+            prompts=len(samples),
+            skipped=len(skipped),
+            limit=size.limit,
+            g_per_kwh=trigger.g_per_kwh,
+        )
+        judging = PromptJudging(
+            evaluation_id,
+            model,
+            at=trigger.at,
+            group_of=group_of,
+            stands_for=stands_for,
+            candidates=self.candidates[model],
+            quality_metrics=self.quality_metrics,
+            calls=self.calls,
+            fleet=self.fleet,
+            settings=self.settings,
+            metrics=self.metrics,
+        )
         try:
             await judging.run(samples)
         except EvaluationFailedError as error:
@@ -200,17 +230,19 @@ class EvaluationRunner:
             prompt_hashes=prompt_hashes((one.group, one) for one in judging.judged),
             prompts=len(judging.evaluated),
             abstentions=judging.abstentions,
+            skipped=len(skipped),
             judge=judging.work.card,
             rubric=rubric_name(self.settings.rubric),
             discarded=judging.discarded,
             cost=estimate_cost(judging.work, energy=energy, intensities=self._current_intensities(), fleet=self.fleet),
         )
         finished = await self.status.retry(
-            lambda: self.store.finish(quality, evaluated=judging.evaluated, judged=judging.judged)
+            lambda: self.store.finish(quality, evaluated=[*judging.evaluated, *skipped], judged=judging.judged)
         )
         if not finished:
             log.warning("the evaluation is dropped: another copy of the evaluator has taken over")
             return EvaluationResult("claimed_by_other")
+        self.metrics.skipped_prompts.labels(model).inc(len(skipped))
         await self.publish_unpublished()
         await self._learn_groups(model)
         log.info(
@@ -265,178 +297,6 @@ class EvaluationRunner:
             return
         if learned is not None:
             await self.publish_unpublished()
-
-
-class PromptJudging:
-    """Generates and judges the answers to all prompts of one evaluation.
-
-    Attributes:
-        judged: prompts with a verdict.
-        evaluated: ids of the prompts that were answered and judged, with or without a verdict.
-        abstentions: prompts without a verdict.
-        dropped: prompts that were removed because a call failed.
-        discarded: metrics whose outcomes do not count because the judge failed, with the reason.
-        work: of all prompts, including dropped ones.
-    """
-
-    def __init__(
-        self,
-        runner: EvaluationRunner,
-        evaluation_id: str,
-        model: str,
-        *,
-        at: datetime,
-        group_of: Callable[[Sample], str],
-    ) -> None:
-        """Prepare.
-
-        Args:
-            at: event time to which the evaluation is assigned.
-            group_of: the group in which a sample is counted.
-        """
-        self.judged: list[JudgedPrompt] = []
-        self.evaluated: list[str] = []
-        self.abstentions = 0
-        self.dropped = 0
-        self.discarded: dict[str, str] = {}
-        self.work = Work()
-        self._runner = runner
-        self._evaluation_id = evaluation_id
-        self._model = model
-        self._at = at
-        self._group_of = group_of
-        self._candidates = runner.candidates[model]
-        self._consecutive_failures = 0
-
-    async def run(self, samples: Sequence[Sample]) -> None:
-        """Evaluate all prompts concurrently; `ModelCalls` limits the calls.
-
-        Raises:
-            EvaluationFailedError: too many prompts in a row failed, or no prompt has a verdict.
-        """
-        failure: BaseException | None = None
-        try:
-            async with asyncio.TaskGroup() as group:
-                for number, sample in enumerate(samples):
-                    group.create_task(self._evaluate(sample, number))
-        except* EvaluationFailedError as failures:
-            failure = failures.exceptions[0]
-        if failure is not None:
-            raise failure
-        self._rate_judge()
-        # Repeating an evaluation costs energy and would not improve the judge.
-        if not self.judged and not self.discarded:
-            raise EvaluationFailedError(
-                f"none of {len(samples)} prompts has a verdict: {self.abstentions} abstentions, {self.dropped} could "
-                "not be answered or judged"
-            )
-
-    async def _evaluate(self, sample: Sample, number: int) -> None:
-        context = CallContext(self._evaluation_id, self._model, self._group_of(sample), self.work)
-        try:
-            answers = await self._generate(sample, context, number)
-            scores = {
-                metric.name: await metric.score(sample, [one.text for one in answers], context)
-                for metric in self._runner.quality_metrics
-            }
-        except (CallError, JudgeError) as error:
-            self._drop(error)
-            return
-        self._consecutive_failures = 0
-        self.evaluated.append(sample.identity)
-        outcomes = {name: found for name, found in scores.items() if found is not None}
-        if not outcomes:
-            self.abstentions += 1
-            self._runner.metrics.abstentions.labels(self._model).inc()
-            return
-        if PREFERENCE in outcomes:
-            options = [candidate.options[0] for candidate in self._candidates]
-            texts = [one.text for one in answers]
-            self.work.card += card_of_outcomes(options, texts, outcomes[PREFERENCE], sample.reference)
-        self._runner.metrics.judged_prompts.labels(self._model).inc()
-        self.judged.append(self._judged_prompt(sample, context.group, answers, outcomes))
-
-    def _rate_judge(self) -> None:
-        """Discard the outcomes of metrics for which the judge cannot be relied on."""
-        metrics, card = self._runner.metrics, self.work.card
-        metrics.count_card(card)
-        faults = {
-            PREFERENCE: comparison_fault(card, self._runner.settings),
-            CORRECTNESS: check_fault(card, self._runner.settings),
-        }
-        for name, reason in faults.items():
-            metrics.judge_usable.labels(self._model, name).set(reason is None)
-            if reason is not None:
-                self.discarded[name] = reason
-                _log.warning("the judge's verdicts do not count", model=self._model, metric=name, reason=reason)
-        if self.discarded:
-            kept = (one.without(self.discarded) for one in self.judged)
-            self.judged = [one for one in kept if any(answer.outcomes for answer in one.answers)]
-
-    async def _generate(self, sample: Sample, context: CallContext, number: int) -> list[Answer]:
-        """The answer of every candidate, the served one as it is; waits for all of them even if one fails."""
-        limit = min(sample.sampling.max_tokens, self._runner.settings.max_tokens)
-        sampling = sample.sampling.model_copy(update={"max_tokens": limit})
-        served, fleet = sample.served, self._runner.fleet
-        reused = served_candidate(served, self._candidates, fleet, max_tokens=limit)
-        results = await asyncio.gather(
-            *(
-                self._runner.calls.generate(
-                    context,
-                    purpose="evaluation",
-                    pool=candidate.pool_for(number),
-                    level=candidate.level,
-                    messages=sample.messages,
-                    sampling=sampling,
-                )
-                for place, candidate in enumerate(self._candidates)
-                if place != reused
-            ),
-            return_exceptions=True,
-        )
-        answers = all_or_first_error(results)
-        if served is not None and reused is not None:
-            (pool, _) = split_option(served.option)
-            call = Call("evaluation", pool, served.completion_tokens, served.processing_s)
-            answers.insert(reused, Answer(served.text, call))
-            context.work.reused += 1
-        counted = self._runner.metrics.answers
-        counted.labels(self._model, "generated").inc(len(results))
-        counted.labels(self._model, "served").inc(len(answers) - len(results))
-        return answers
-
-    def _judged_prompt(
-        self, sample: Sample, group: str, answers: Sequence[Answer], outcomes: Mapping[str, Sequence[float]]
-    ) -> JudgedPrompt:
-        return JudgedPrompt(
-            id=sample.identity,
-            request_id=sample.request_id,
-            stratum=sample.group,
-            group=group,
-            evaluated_at=self._at,
-            features=extract_features(prompt_text(sample.messages)),
-            tenant=sample.tenant,
-            prompt_hash=hash_of(sample.messages, self._runner.settings.draw_key_bytes),
-            answers=tuple(
-                JudgedAnswer(
-                    level=candidate.level,
-                    options=candidate.options,
-                    generated_by=option_key(answer.call.pool, candidate.level),
-                    tokens=answer.call.tokens,
-                    seconds=answer.call.seconds,
-                    outcomes={name: found[index] for name, found in outcomes.items()},
-                )
-                for index, (candidate, answer) in enumerate(zip(self._candidates, answers, strict=True))
-            ),
-        )
-
-    def _drop(self, error: Exception) -> None:
-        self.dropped += 1
-        self._consecutive_failures += 1
-        self._runner.metrics.dropped_prompts.labels(self._model).inc()
-        _log.info("prompt dropped", model=self._model, evaluation=self._evaluation_id, error=str(error))
-        if self._consecutive_failures >= self._runner.settings.max_consecutive_failures:
-            raise EvaluationFailedError(f"{self._consecutive_failures} prompts in a row failed; the last: {error}")
 
 
 def rubric_name(rubric: str | None) -> str:

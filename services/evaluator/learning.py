@@ -292,15 +292,15 @@ def _joules_per_token(option: str, energy: EnergyByPool) -> float | None:
 
 def _traffic_shares(labelled: LabelledPrompts, traffic: Mapping[str, float]) -> dict[str, float]:
     """Traffic share by group. Strata are sampled unevenly, so each prompt is weighted by its stratum's traffic."""
-    judged: dict[str, int] = defaultdict(int)
+    judged: dict[str, float] = defaultdict(float)
     for _, prompt in labelled:
-        judged[prompt.stratum] += 1
+        judged[prompt.stratum] += prompt.weight
     if not any(traffic.get(stratum) for stratum in judged):
         traffic = judged
     total = sum(traffic.get(stratum, 0.0) for stratum in judged)
     shares: dict[str, float] = defaultdict(float)
     for group, prompt in labelled:
-        shares[group] += traffic.get(prompt.stratum, 0.0) / judged[prompt.stratum] / total
+        shares[group] += prompt.weight * traffic.get(prompt.stratum, 0.0) / judged[prompt.stratum] / total
     return {group: min(1.0, share) for group, share in sorted(shares.items())}
 
 
@@ -319,17 +319,17 @@ def _evidence(labelled: LabelledPrompts) -> Iterator[GroupEvidence]:
 
 def _resource_use(labelled: LabelledPrompts, energy: EnergyByPool) -> Iterator[GroupTaken]:
     """Energy, time and tokens of the judged answers by group and option, where the energy is known."""
-    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+    sums: dict[tuple[str, str], Doubles] = defaultdict(lambda: np.zeros(5))
     for group, prompt in labelled:
         for answer in prompt.answers:
             joules = _joules_per_token(answer.generated_by, energy)
             if joules is not None:
-                total = sums[group, answer.generated_by]
-                total[0] += 1.0
-                total[1] += answer.tokens * joules / JOULES_PER_KWH
-                total[2] += answer.seconds
-                total[3] += answer.tokens
-    for (group, option), (requests, energy_kwh, seconds, tokens) in sorted(sums.items()):
+                energy_kwh = answer.tokens * joules / JOULES_PER_KWH
+                used = (1.0, energy_kwh, answer.seconds, answer.tokens, prompt.weight)
+                sums[group, answer.generated_by] += prompt.weight * np.array(used)
+    for (group, option), (weight, *_, squares) in sorted(sums.items()):
+        # Weighted means of the effective number of answers, as in `tally`.
+        requests, energy_kwh, seconds, tokens = (sums[group, option][:4] * weight / squares).tolist()
         yield GroupTaken(
             group=group,
             option=option,

@@ -1,6 +1,8 @@
 """Plans an evaluation: which answers are compared, and which prompts are taken. Pure functions."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,6 +11,8 @@ from shared.messages import ServedAnswer, option_key
 
 MAX_CANDIDATES: Final = 8
 """Answers that a judge can compare in one prompt."""
+
+_ROUNDING: Final = 1e-9
 
 
 class PlanError(ValueError):
@@ -110,3 +114,30 @@ def interleave(chosen: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     return [
         (group, prompts[index]) for index in range(longest) for group, prompts in chosen.items() if index < len(prompts)
     ]
+
+
+def thin(
+    groups: Mapping[str, str], settled: Collection[str], *, share: float, minimum: int, draw: Callable[[str], float]
+) -> dict[str, float]:
+    """The prompts to judge, each with the number of prompts that it stands for.
+
+    Prompts of settled groups are sampled at random, at least one of every group; all others are judged.
+
+    Args:
+        groups: by prompt, the group in which it is counted.
+        share: of the prompts of settled groups.
+        minimum: prompts to judge at least, as far as there are so many.
+        draw: a random number of a prompt; the smallest are judged.
+    """
+    settled_prompts: dict[str, list[str]] = defaultdict(list)
+    for prompt, group in groups.items():
+        if group in settled:
+            settled_prompts[group].append(prompt)
+    number = sum(map(len, settled_prompts.values()))
+    if number:
+        share = min(1.0, max(share, (minimum - (len(groups) - number)) / number))
+    stands_for = {prompt: 1.0 for prompt, group in groups.items() if group not in settled}
+    for prompts in settled_prompts.values():
+        kept = sorted(prompts, key=draw)[: math.ceil(share * len(prompts) - _ROUNDING)]
+        stands_for |= dict.fromkeys(kept, len(prompts) / len(kept))
+    return stands_for

@@ -91,6 +91,7 @@ class JudgedPrompt:
         answers: of every candidate, the reference first.
         tenant: None: none, or stored by an earlier release.
         prompt_hash: the same for every request with this conversation; empty: stored by an earlier release.
+        weight: number of sampled prompts that it stands for; more than 1 in a group that is judged thinly.
     """
 
     id: str
@@ -101,6 +102,7 @@ class JudgedPrompt:
     features: PromptFeatures
     answers: tuple[JudgedAnswer, ...]
     tenant: str | None = None
+    weight: float = 1.0
     prompt_hash: str = ""
 
     @property
@@ -144,6 +146,7 @@ def prompt_hashes(judged: Iterable[tuple[str, JudgedPrompt]]) -> dict[str, tuple
 
 
 class _Outcome(NamedTuple):
+    weight: float
     value: float
     reference_option: str
     reference_value: float | None
@@ -151,6 +154,9 @@ class _Outcome(NamedTuple):
 
 def tally(judged: Iterable[tuple[str, JudgedPrompt]]) -> tuple[QualityCount, ...]:
     """Count outcomes by group, option and metric. A prompt is a trial of every option for which it was answered.
+
+    Where prompts stand for different numbers of prompts, means are weighted, and the number of trials is the effective
+    one (Kish): as many prompts of one weight would know the mean as well.
 
     Args:
         judged: prompts, each with the group in which to count it.
@@ -160,7 +166,7 @@ def tally(judged: Iterable[tuple[str, JudgedPrompt]]) -> tuple[QualityCount, ...
         reference = prompt.answers[0]
         for answer in prompt.answers:
             for metric, value in answer.outcomes.items():
-                outcome = _Outcome(value, reference.options[0], reference.outcomes.get(metric))
+                outcome = _Outcome(prompt.weight, value, reference.options[0], reference.outcomes.get(metric))
                 for option in answer.options:
                     outcomes[metric, group, option].append(outcome)
     return tuple(
@@ -168,8 +174,8 @@ def tally(judged: Iterable[tuple[str, JudgedPrompt]]) -> tuple[QualityCount, ...
             group=group,
             option=option,
             metric=metric,
-            successes=sum(one.value for one in found),
-            trials=len(found),
+            successes=_sum((one.weight, one.value) for one in found),
+            trials=effective_number([one.weight for one in found]),
             paired=_paired(found),
         )
         for (metric, group, option), found in sorted(outcomes.items())
@@ -178,12 +184,24 @@ def tally(judged: Iterable[tuple[str, JudgedPrompt]]) -> tuple[QualityCount, ...
 
 def _paired(outcomes: Sequence[_Outcome]) -> Paired | None:
     """Joint counts with the reference; None if it has no outcome on some prompt, or if the reference changed."""
-    known = [(one.value, one.reference_value) for one in outcomes if one.reference_value is not None]
+    known = [(one.weight, one.value, one.reference_value) for one in outcomes if one.reference_value is not None]
     references = {one.reference_option for one in outcomes}
     if len(known) < len(outcomes) or len(references) > 1:
         return None
     return Paired(
         reference=references.pop(),
-        successes=sum(reference for _, reference in known),
-        both=sum(min(value, reference) for value, reference in known),
+        successes=_sum((weight, reference) for weight, _, reference in known),
+        both=_sum((weight, min(value, reference)) for weight, value, reference in known),
     )
+
+
+def effective_number(weights: Collection[float]) -> float:
+    """Number of prompts of one weight that know a mean as well as these; their own number if all weights are equal."""
+    return sum(weights) ** 2 / sum(weight**2 for weight in weights)
+
+
+def _sum(weighted: Iterable[tuple[float, float]]) -> float:
+    """Weighted mean of values, given as (weight, value), times their effective number."""
+    found = list(weighted)
+    scale = sum(weight for weight, _ in found) / sum(weight**2 for weight, _ in found)
+    return scale * sum(weight * value for weight, value in found)

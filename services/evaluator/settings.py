@@ -83,6 +83,13 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
         gt=0,
         description="Half-life of a judged prompt in the optimizer, event: what a verdict is worth",
     )
+    settled_share: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="Share of the prompts that are judged in groups in which further verdicts would change nothing; "
+        "1: all",
+    )
     min_samples: int = Field(default=60, ge=1, description="Samples of a model required for its first evaluation")
     min_prompts_per_group: int = Field(
         default=5, ge=0, description="Prompts taken from each group before the rest is divided by traffic share"

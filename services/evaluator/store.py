@@ -103,7 +103,7 @@ class EvaluationStore:
         A sample that was deleted meanwhile, perhaps at its tenant's request, leaves no judged prompt behind.
 
         Args:
-            evaluated: ids of the samples that took part.
+            evaluated: ids of the samples that took part, or were passed over.
             judged: those with a verdict.
 
         Returns:
@@ -321,11 +321,11 @@ async def _save_judged(
     """Store judged prompts in the caller's transaction; a newer verdict replaces an older one on the same prompt."""
     await connection.executemany(
         "INSERT INTO judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, looks, answers, "
-        "tenant, prompt_hash) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) "
+        "tenant, weight, prompt_hash) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) "
         "ON CONFLICT (model, id) DO UPDATE SET "
         "stratum = excluded.stratum, prompt_group = excluded.prompt_group, evaluated_at = excluded.evaluated_at, "
         "features = excluded.features, looks = excluded.looks, answers = excluded.answers, tenant = excluded.tenant, "
-        "prompt_hash = excluded.prompt_hash",
+        "weight = excluded.weight, prompt_hash = excluded.prompt_hash",
         [
             (
                 model,
@@ -338,6 +338,7 @@ async def _save_judged(
                 one.features.to_bytes(),
                 json.dumps([answer.to_json() for answer in one.answers]),
                 one.tenant,
+                one.weight,
                 one.prompt_hash,
             )
             for one in prompts
@@ -355,5 +356,6 @@ def _judged_prompt(row: asyncpg.Record) -> JudgedPrompt:
         features=PromptFeatures.from_bytes(row["looks"]),
         answers=tuple(JudgedAnswer.from_json(one) for one in json.loads(row["answers"])),
         tenant=row["tenant"],
+        weight=row["weight"],
         prompt_hash=row["prompt_hash"],
     )

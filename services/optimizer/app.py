@@ -15,6 +15,7 @@ from services.optimizer.capacity import CapacityPlanner
 from services.optimizer.capacity_service import CapacityService
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
+from services.optimizer.prior import PriorError, load_priors
 from services.optimizer.program import warm_up
 from services.optimizer.service import PolicyService
 from services.optimizer.settings import OptimizerSettings
@@ -135,7 +136,7 @@ def build_app(  # noqa: PLR0915 - it only wires
     """The optimizer's application, not connected yet; arguments that are None are read from the environment.
 
     Raises:
-        FleetError, ValidationError: the configuration is invalid; the message says why.
+        FleetError, PriorError, ValidationError: the configuration is invalid; the message says why.
     """
     kafka = kafka or KafkaSettings()
     settings = settings or OptimizerSettings()
@@ -159,7 +160,13 @@ def build_app(  # noqa: PLR0915 - it only wires
         await leadership.publish(lambda: plans.publish(plan, key=plan.pool.encode()))
 
     service = PolicyService(
-        fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices, publish=publish_policy
+        fleet=fleet,
+        clock=clock,
+        settings=settings,
+        metrics=metrics,
+        prices=prices,
+        publish=publish_policy,
+        priors={} if settings.prior_file is None else load_priors(settings.prior_file, fleet),
     )
     planner = CapacityPlanner(fleet, settings, event_per_wall=clock.rate)
     capacity = CapacityService(
@@ -237,7 +244,7 @@ def build_app(  # noqa: PLR0915 - it only wires
 def main() -> None:
     """Run until stopped by a signal."""
     warm_up()
-    run_service(build_app, name=NAME, configuration_errors=(FleetError,))
+    run_service(build_app, name=NAME, configuration_errors=(FleetError, PriorError))
 
 
 def _watch_ages(service: PolicyService, metrics: OptimizerMetrics, fleet: Fleet) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from services.optimizer.costs import Consumption, CostModel, ResourceUse
 from services.optimizer.prices import request_energy_j, request_server_s, without_prompts, without_tokens
+from services.optimizer.prior import ModelPrior
 from services.optimizer.quality import QualityModel, lower_confidence_bound
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import QualityCounts
@@ -90,6 +91,7 @@ def estimate(
     now_s: float,
     equivalent: Collection[str] = (),
     prices: Mapping[str, PoolPrice] | None = None,
+    prior: ModelPrior | None = None,
 ) -> Estimates | None:
     """Estimate e, p and q at an event time.
 
@@ -102,11 +104,14 @@ def estimate(
         now_s: event time.
         equivalent: options that give the reference's own answers.
         prices: what a token costs, by pool; None: the energy is that attributed to earlier requests.
+        prior: what an earlier fleet knew.
 
     Returns:
         The estimates; None as long as there is no footprint of the reference.
     """
     of_fleet = set(options)
+    if prior is not None:
+        consumption = prior.added_to(consumption, requests=settings.prior_requests, now_s=now_s, settings=settings)
     totals = {
         group: kept
         for group, row in consumption.totals(now_s, settings).items()
@@ -115,7 +120,9 @@ def estimate(
     requests = {option: sum(row[option].requests for row in totals.values() if option in row) for option in options}
     if requests[reference] <= 0.0:
         return None
-    models = {metric: counts.model(metric, reference, now_s, equivalent=equivalent) for metric in settings.xi}
+    models = {
+        metric: counts.model(metric, reference, now_s, equivalent=equivalent, prior=prior) for metric in settings.xi
+    }
     ineligible = _ineligible(options, reference, requests, models, settings)
     eligible = [option for option in options if option not in ineligible]
     groups = _groups_with_probabilities(consumption.requests(now_s, settings), settings)

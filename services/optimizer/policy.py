@@ -11,9 +11,10 @@ from services.optimizer.estimates import Estimates, price_bases, relative_change
 from services.optimizer.holdout import AUTO, Holdout, choose_holdout
 from services.optimizer.prices import describe_price
 from services.optimizer.problem import Failure, LaterHours, OptionPrice, Problem, Solution
-from services.optimizer.program import TIME_LIMIT_S, solve
+from services.optimizer.program import TIME_LIMIT_S, solve, solve_program
 from services.optimizer.promise import RestOfPeriod
 from services.optimizer.settings import OptimizerSettings
+from services.optimizer.settled import settled_groups
 from shared.fleet import Fleet
 from shared.messages import PeriodPromise, Policy, PolicyInputs, option_key
 from shared.messages.policies import LaterHoursInputs, OptionInputs
@@ -287,6 +288,24 @@ def margin_g(policy: Policy) -> float:
     """
     without_margins = solve(replace(problem_of(policy), confidence_z={}))
     return max(0.0, policy.expected_g_per_request - without_margins.g_per_request)
+
+
+def settled_since(policy: Policy, before: Policy | None, *, settings: OptimizerSettings) -> dict[str, datetime]:
+    """Groups in which further verdicts would change nothing, with the time since when that is so.
+
+    Args:
+        policy: with the prices of its options.
+        before: the policy that it replaces; None: there is none.
+        settings: the minimum of judged prompts.
+    """
+    if not policy.groups:
+        return {}
+    (_, program) = solve_program(problem_of(policy))
+    if program is None:
+        return {}
+    earlier = {} if before is None or before.valid_until < policy.created_at else before.settled
+    found = settled_groups(program, min_trials=settings.min_trials)
+    return {group: earlier.get(group, policy.created_at) for group in sorted(found)}
 
 
 def policy_difference(old: Policy, new: Policy, settings: OptimizerSettings) -> str | None:

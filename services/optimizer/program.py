@@ -206,6 +206,11 @@ class Program:
     def _add_cuts(self) -> Failure | None:
         """Add cuts, and solve again, until every limit holds with its safety margin."""
         for _ in range(_MAX_ROUNDS):
+            if self._solver.getModelStatus() == highspy.HighsModelStatus.kUnknown:
+                # Seen where the limits cannot be kept: HiGHS's scaling of the cuts. Without it, and from the beginning.
+                self._solver.setOptionValue("simplex_scale_strategy", 0)
+                self._solver.clearSolver()
+                self._solver.run()
             # PuLP reports a time limit as optimal, so HiGHS is asked.
             failure = _failure(self._solver.getModelStatus())
             if failure is not None:

@@ -7,7 +7,7 @@ optimizer all take messages in, and only the leader solves and publishes.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -18,8 +18,9 @@ from services.optimizer.calibration import QualityScores, calibrated
 from services.optimizer.costs import Consumption
 from services.optimizer.estimates import Estimates, estimate, estimates_changed
 from services.optimizer.metrics import OptimizerMetrics
-from services.optimizer.policy import Situation, Trigger, make_policy, margin_g, policy_difference
+from services.optimizer.policy import Situation, Trigger, make_policy, margin_g, policy_difference, settled_since
 from services.optimizer.prices import PoolPrices
+from services.optimizer.prior import ModelPrior
 from services.optimizer.promise import Period, RestOfPeriod, plan_rest, trailing_hours
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import OptimizerState
@@ -61,6 +62,7 @@ class PolicyService:
         metrics: OptimizerMetrics,
         prices: PoolPrices,
         publish: Publish,
+        priors: Mapping[str, ModelPrior] | None = None,
     ) -> None:
         """Start without any state; await `restore` before the first message.
 
@@ -72,6 +74,7 @@ class PolicyService:
             prices: what a token costs in each pool.
             publish: returns once Kafka has acknowledged the policy, however long that takes; raises `NotLeaderError`
                 if another copy of the optimizer may be the leader.
+            priors: what an earlier fleet knew, by model.
         """
         self.intensities = LatestIntensities()
         self._fleet = fleet
@@ -80,6 +83,7 @@ class PolicyService:
         self._metrics = metrics
         self._prices = prices
         self._publish = publish
+        self._priors = priors or {}
         self._options = {model.name: frozenset(fleet.options_of(model.name)) for model in fleet.models}
         self._store: Store | None = None
         self._state = OptimizerState(fleet, settings)
@@ -313,8 +317,9 @@ class PolicyService:
             if difference is None:
                 return
         margin = await self._in_solver(lambda: margin_g(policy))
+        settled = await self._in_solver(lambda: settled_since(policy, published, settings=self._settings))
         reason = "; ".join([policy.reason, *notes])
-        policy = policy.model_copy(update={"margin_g_per_request": margin, "reason": reason})
+        policy = policy.model_copy(update={"margin_g_per_request": margin, "settled": settled, "reason": reason})
         policy = await self.store.add_policy(policy, after=0 if published is None else published.version)
         await self._publish(policy)
         self._set_published(policy)
@@ -379,6 +384,7 @@ class PolicyService:
             now_s=now.timestamp(),
             equivalent=self._fleet.same_as_reference(model),
             prices=prices,
+            prior=self._priors.get(model),
         )
 
     def _count(self, consumption: Consumption, footprints: Sequence[Footprint]) -> None:

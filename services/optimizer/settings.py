@@ -1,6 +1,7 @@
 """Configuration of the optimizer, from `SPROUT_OPTIMIZER_*`."""
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
@@ -159,6 +160,18 @@ class OptimizerSettings(BaseSettings):
     )
     min_trials: float = Field(
         default=20.0, gt=0, description="Effective judged prompts of an option, over all groups, before it may be used"
+    )
+
+    # Prior from an earlier fleet
+    prior_file: Path | None = Field(
+        default=None, description="File with the estimates of an earlier fleet: sprout policy export-prior"
+    )
+    prior_requests: float = Field(
+        default=50.0,
+        gt=0,
+        le=10_000,
+        description="What that prior counts as: requests of every option, and as many judged prompts in all, or fewer "
+        "if it is uncertain",
     )
 
     # When to solve and to publish

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 
 from services.optimizer.costs import Consumption, DecayedSums, ResourceUse, decay_factor
+from services.optimizer.prior import ModelPrior
 from services.optimizer.quality import Outcomes, QualityModel
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet
@@ -108,7 +109,15 @@ class QualityCounts:
         """Family of a group; None if it is unknown."""
         return None if self._families is None else self._families.get(group)
 
-    def model(self, metric: str, reference: str, now_s: float, *, equivalent: Collection[str] = ()) -> QualityModel:
+    def model(
+        self,
+        metric: str,
+        reference: str,
+        now_s: float,
+        *,
+        equivalent: Collection[str] = (),
+        prior: ModelPrior | None = None,
+    ) -> QualityModel:
         """Estimate the quality of a metric at an event time.
 
         Args:
@@ -116,6 +125,7 @@ class QualityCounts:
             reference: the baseline option.
             now_s: event time.
             equivalent: options that give the reference's own answers.
+            prior: what an earlier fleet knew.
         """
         outcomes: dict[str, dict[str, Outcomes]] = {}
         shares = self._independent_shares(now_s)
@@ -125,11 +135,18 @@ class QualityCounts:
                 if paired_with in (None, reference):
                     one = Outcomes(*sums.at(now_s, self._settings.quality_half_life_s))
                     of_group[option] = of_group.get(option, Outcomes()) + one.scaled(shares.get(group, 1.0))
+        counts = {group: shares.get(group, 1.0) * count for group, count in self._judged_prompts(now_s).items()}
+        before = {} if prior is None else prior.outcomes(metric, self._settings.prior_requests)
+        for group, known in before.items():
+            of_group = outcomes.setdefault(group, {})
+            for option, one in known.items():
+                of_group[option] = of_group.get(option, Outcomes()) + one
+            counts[group] = counts.get(group, 0.0) + max(one.trials for one in known.values())
         return QualityModel(
             outcomes,
             reference,
             self._settings,
-            counts={group: shares.get(group, 1.0) * count for group, count in self._judged_prompts(now_s).items()},
+            counts=counts,
             families=self._families,
             equivalent=equivalent,
         )

@@ -131,6 +131,9 @@ class Quality(Message):
     )
     prompts: int = Field(ge=0, description="Prompts evaluated")
     abstentions: int = Field(ge=0, description="Prompts without a usable verdict")
+    skipped: int = Field(
+        default=0, ge=0, description="Sampled prompts that were not judged: the decision of their group is settled"
+    )
     judge: JudgeCard | None = Field(default=None, description="How the judge voted; null from earlier evaluators")
     rubric: Identifier | None = Field(default=None, description="Judge's rubric: `default`, or a hash of its text")
     discarded: dict[str, str] = Field(

@@ -178,6 +178,11 @@ class Policy(Message):
         ge=0,
         description="Grams per request that the safety margins of the quality limits cost; null in older policies",
     )
+    settled: dict[str, UtcDatetime] = Field(
+        default={},
+        description="By group: since when every policy found that further verdicts in it would change neither its "
+        "option nor, noticeably, the safety margin; empty in older policies",
+    )
     inputs: PolicyInputs
 
     @model_validator(mode="after")

@@ -10,9 +10,8 @@ from prometheus_client import CollectorRegistry
 
 from services.evaluator.app import Evaluator, build_app
 from services.evaluator.cost import CallSums, CarbonKey, Energy
-from services.evaluator.plan import PlanError
 from services.evaluator.settings import EvaluatorSettings
-from shared.fleet import Fleet
+from shared.fleet import Fleet, FleetError
 from shared.kafka.broker import build_broker
 from shared.messages import DeadLetter, Footprint, Sample
 from shared.runtime.clock import ManualClock
@@ -139,6 +138,6 @@ async def test_samples_are_redelivered_while_the_database_is_unavailable(medium:
         assert fixture.letters == []
 
 
-def test_a_fleet_without_a_judge_is_a_plan_error() -> None:
-    with pytest.raises(PlanError, match=r"no \[judge\].*SPROUT_EVALUATOR_JUDGE=openai"):
+def test_a_fleet_without_a_judge_is_an_error() -> None:
+    with pytest.raises(FleetError, match=r"no \[judge\].*SPROUT_EVALUATOR_JUDGE=openai"):
         build_app(settings=EvaluatorSettings(), fleet=FLEET.model_copy(update={"judge": None}))

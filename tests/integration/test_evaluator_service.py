@@ -6,7 +6,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import asyncpg
@@ -14,10 +14,11 @@ import pytest
 
 from deploy.local.processes import Supervisor
 from shared.grouping import unpack
-from shared.messages import Footprint, PromptGrouping, Quality, UsageRecord
+from shared.messages import Footprint, Policy, PromptGrouping, Quality, UsageRecord
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
-from shared.topics import CARBON_INTENSITY, FOOTPRINTS, PROMPT_GROUPS, QUALITY, SAMPLES, USAGE
+from shared.topics import CARBON_INTENSITY, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY, SAMPLES, USAGE
+from tests.support.contract import EXAMPLES
 from tests.support.deadlines import DEADLINE_S, REPLY_S
 from tests.support.evaluator import (
     KINDS,
@@ -189,6 +190,50 @@ async def test_it_estimates_its_cost_from_footprints_and_survives_a_restart(kafk
         assert qualities(found)[2].trigger == "requested"
         await found.read(settle_s=0.5)
         assert len(found.records) == 3
+
+
+async def test_prompts_of_settled_groups_are_judged_thinly_unless_a_person_asks(kafka, database, evaluators, producer):
+    await send_samples(producer, range(60), group="qa")
+    await send_samples(producer, range(60, 90), group="code")
+    now = CLOCK.now()
+    example = EXAMPLES["policies"]
+    assert isinstance(example, Policy)
+    policy = example.model_copy(
+        update={
+            "model": MODEL,
+            "created_at": now,
+            "inputs": example.inputs.model_copy(update={"solved_for": now}),
+            "valid_until": now + timedelta(days=2),
+            "settled": {"qa": now - timedelta(hours=30), "code": now - timedelta(hours=3)},
+        }
+    )
+    await producer.post(POLICIES, policy, MODEL)
+    name = evaluators.start(
+        SPROUT_EVALUATOR_MIN_SAMPLES="90",
+        SPROUT_EVALUATOR_PROMPT_GROUPS="task",
+        SPROUT_EVALUATOR_MAX_CARBON_SHARE="null",
+    )
+    async with reading(kafka, QUALITY) as found:
+        await found.read(until=1)
+        assert (qualities(found)[0].prompts, qualities(found)[0].skipped) == (90, 0)
+        await producer.post(CARBON_INTENSITY, intensities(CLOCK.now(), 400, 420, 300, 200, 100, 130, hours=0.01), ZONE)
+        await found.read(until=2)
+        second = qualities(found)[1]
+        assert (second.trigger, second.prompts, second.skipped) == ("local_minimum", 36, 54)
+        trials = {one.group: one.trials for one in second.counts if one.option == "p/L0"}
+        assert trials == pytest.approx({"qa": 6.0, "code": 30.0})
+        kept = await stored(database, "SELECT prompt_group, weight FROM evaluator.judged WHERE weight > 1")
+        assert {(row["prompt_group"], row["weight"]) for row in kept} == {("qa", 10.0)}
+        # Prompts that were passed over give way to new ones like those that were judged.
+        (used,) = await stored(
+            database, "SELECT min(evaluations) AS least, max(evaluations) AS most FROM evaluator.reservoir"
+        )
+        assert (used["least"], used["most"]) == (2, 2)
+        text = await asyncio.to_thread(page, f"{evaluators.url(name)}/metrics")
+        assert f'sprout_evaluator_skipped_prompts_total{{model="{MODEL}"}} 54.0' in text
+        await ask_for_evaluation(evaluators.url(name))
+        await found.read(until=3)
+        assert (qualities(found)[2].prompts, qualities(found)[2].skipped) == (90, 0)
 
 
 async def test_prompt_groups_are_learned_from_judged_prompts_and_withdrawn_when_disabled(

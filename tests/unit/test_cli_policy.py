@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from services.optimizer.bounds import CurrentIntensity, TrailingRange
 from services.optimizer.estimates import Estimates
 from services.optimizer.policy import Situation, make_policy, problem_of
+from services.optimizer.prior import load_priors
 from services.optimizer.program import solve
 from services.optimizer.promise import ExpectedHours, Period, RestOfPeriod
 from services.optimizer.settings import OptimizerSettings
@@ -132,6 +133,20 @@ def test_a_promise_by_period_is_rebuilt_and_explained(tmp_path, floors):
         assert part in text
     as_json = json.loads(run(MODEL, "--json", "--file", written(tmp_path / "policy.json", found)).stdout)
     assert as_json["promise"]["rest"] == {METRIC: 0.955}
+
+
+def test_a_prior_for_another_fleet_is_written(tmp_path, monkeypatch):
+    (tmp_path / "fleet.toml").write_text(fleet_toml(["h:1"]))
+    monkeypatch.setenv("SPROUT_FLEET_FILE", str(tmp_path / "fleet.toml"))
+    file, prior = written(tmp_path / "policy.json", made()), tmp_path / "prior.json"
+    result = CliRunner().invoke(app, ["policy", "export-prior", str(prior), "--file", file])
+    assert result.exit_code == 0, result.output
+    found = load_priors(prior, FLEET)[MODEL]
+    assert found.quality["sums"][METRIC]["p/L1"].mean == pytest.approx(0.42)
+    assert found.quality["sums"][METRIC]["p/L1"].standard_error == pytest.approx(0.0245, abs=1e-4)
+    monkeypatch.setenv("SPROUT_FLEET_FILE", str(tmp_path / "none.toml"))
+    refused = CliRunner().invoke(app, ["policy", "export-prior", str(prior), "--file", file])
+    assert (refused.exit_code, "SPROUT_FLEET_FILE" in refused.output) == (1, True)
 
 
 def test_it_explains_limits_prices_and_probabilities(tmp_path):

@@ -95,6 +95,23 @@ def test_the_cost_of_the_margin_is_averaged_over_a_day_of_policies():
     assert memory.uncertainty("m") is None
 
 
+def test_a_group_is_judged_thinly_once_policies_found_it_settled_for_a_day():
+    memory, example = PolicyMemory(), EXAMPLES["policies"]
+    assert memory.settled("m", NOW) == frozenset()
+    policy = example.model_copy(
+        update={
+            "valid_until": NOW + timedelta(hours=3),
+            "settled": {"long": NOW - timedelta(hours=24), "short": NOW - timedelta(hours=23)},
+        }
+    )
+    memory.update(policy)
+    assert memory.settled("m", NOW) == {"long"}
+    assert memory.settled("m", NOW + timedelta(hours=1)) == {"long", "short"}
+    assert memory.settled("m", NOW + timedelta(hours=4)) == frozenset()  # the policy has expired
+    memory.update(policy.model_copy(update={"version": 2, "settled": {}}))
+    assert memory.settled("m", NOW) == frozenset()
+
+
 def test_carbon_is_summed_by_model_hour_and_evaluation():
     request = EXAMPLES["footprints"]
     assert isinstance(request, Footprint)

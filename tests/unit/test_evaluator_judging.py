@@ -15,12 +15,12 @@ from pydantic import SecretStr, ValidationError
 from deploy.triton.stand_in.judge import Judge, JudgeRules, parse_judge_prompt
 from deploy.triton.stand_in.workload import Entry, Recorded, Workload
 from services.evaluator.cost import CallContext
+from services.evaluator.judge_clients import OpenAIJudge
 from services.evaluator.judges import (
     DEFAULT_RUBRIC,
     JudgeError,
     JudgeTask,
     JudgeVote,
-    OpenAIJudge,
     majority,
     question_text,
 )

@@ -1,6 +1,7 @@
 """Which prompts an evaluation takes, which answers it compares, how outcomes are counted, and the cost estimate."""
 
 import tomllib
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.evaluator.cost import Call, Energy, Work, estimate_cost, evaluation_energy
-from services.evaluator.plan import Candidate, PlanError, allocate, candidates_of, interleave, served_candidate
+from services.evaluator.plan import Candidate, PlanError, allocate, candidates_of, interleave, served_candidate, thin
 from services.evaluator.preference import PREFERENCE
 from services.evaluator.quality import tally
 from shared.fleet import Fleet
@@ -188,3 +189,40 @@ def test_the_estimate_is_none_where_energy_or_intensity_is_unknown():
     no_intensity = estimate_cost(Work(calls[:1]), energy=energy, intensities={}, fleet=fleet())
     assert no_intensity.energy_kwh == pytest.approx(1_200 / 3.6e6)
     assert no_intensity.carbon_g is None
+
+
+GROUPS = {f"{group}{number}": group for group, size in (("a", 40), ("b", 30), ("c", 3)) for number in range(size)}
+
+
+def by_number(prompt: str) -> float:
+    return float(prompt[1:])
+
+
+def test_prompts_of_settled_groups_are_judged_thinly_and_stand_for_the_others():
+    found = thin(GROUPS, {"a", "c", "gone"}, share=0.1, minimum=20, draw=by_number)
+    assert [one for one in found if one.startswith("a")] == ["a0", "a1", "a2", "a3"]
+    assert {found[one] for one in found if one.startswith("a")} == {10.0}
+    assert {one: found[one] for one in found if one.startswith("c")} == {"c0": 3.0}  # at least one of every group
+    assert sum(found.values()) == pytest.approx(len(GROUPS))
+    assert all(found[one] == 1.0 for one, group in GROUPS.items() if group == "b")
+
+
+def test_without_a_settled_group_all_prompts_are_judged_and_never_fewer_than_the_minimum():
+    assert thin(GROUPS, (), share=0.1, minimum=20, draw=by_number) == dict.fromkeys(GROUPS, 1.0)
+    assert len(thin(GROUPS, {"a", "b", "c"}, share=0.1, minimum=20, draw=by_number)) >= 20
+    assert len(thin({"a0": "a", "a1": "a"}, {"a"}, share=0.1, minimum=20, draw=by_number)) == 2
+
+
+def test_counts_of_prompts_with_different_weights_have_weighted_means_and_the_effective_number_of_trials():
+    won, lost = (
+        judged_prompt(name, answers=[judged_answer("L0", preference=1.0 - x), judged_answer("L1", preference=x)])
+        for name, x in (("w", 1.0), ("l", 0.0))
+    )
+    judged = [("g", replace(won, weight=3.0)), ("g", lost)]
+    counts = {one.option: one for one in tally(judged)}
+    assert counts["p/L1"].trials == pytest.approx(16.0 / 10.0)
+    assert counts["p/L1"].successes / counts["p/L1"].trials == pytest.approx(0.75)
+    assert counts["p/L1"].paired is not None
+    assert counts["p/L1"].paired.successes / counts["p/L1"].trials == pytest.approx(0.25)
+    thinly = {one.option: one for one in tally([("g", replace(one, weight=10.0)) for one in (won, lost)])}
+    assert (thinly["p/L1"].trials, thinly["p/L1"].successes) == pytest.approx((2.0, 1.0))

@@ -13,9 +13,21 @@ from pydantic import ValidationError
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.parsing import PoisonMessageError, describe, parse
 from shared.messages import Policy
+from shared.runtime.printable import printable
 from shared.runtime.settings import FleetSettings, KafkaSettings
 from shared.topics import POLICIES
-from tools.cli.console import Bootstrap, Exit, fail, find_target, needs_extra, print_text, quiet_clients, unreachable
+from tools.cli.console import (
+    Bootstrap,
+    Exit,
+    Target,
+    fail,
+    find_target,
+    needs_extra,
+    out,
+    print_text,
+    quiet_clients,
+    unreachable,
+)
 from tools.cli.offsets import existing_partitions
 
 POLL_MS = 500
@@ -67,16 +79,7 @@ def explain(
     else:
         target = find_target(bootstrap)
         quiet_clients()
-        try:
-            policies = asyncio.run(read_policies(target.kafka))
-        except ReadTimeoutError as error:
-            fail(
-                str(error),
-                remedy="does each partition have a leader? See the broker's log, and try again",
-                code=Exit.TIMED_OUT,
-            )
-        except (KafkaError, OSError) as error:
-            unreachable(target, error)
+        policies = _read(target)
         found = _choose(policies, model, version, where=f"topic {target.kafka.topic(POLICIES)}")
         fleet = target.fleet()
     warm_up()
@@ -92,6 +95,59 @@ def explain(
         print(json.dumps(to_json(explanation), indent=2))
     else:
         print_explanation(explanation)
+
+
+@app.command("export-prior")
+def export_prior_command(
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="Written; an existing file is replaced")],
+    *,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the policy, a JSON message, from a file instead of Kafka")
+    ] = None,
+    bootstrap: Bootstrap = None,
+) -> None:
+    """Write what the newest policies know of energy, time and quality, for the optimizer of another fleet.
+
+    Name the file there with SPROUT_OPTIMIZER_PRIOR_FILE. It contains no prompts; its groups are task labels.
+
+    Exit codes: 0 written, 1 failed, 2 wrong usage, 3 no Kafka, or no policy that knows more than the baseline, 4 Kafka
+    did not send every policy in time.
+    """
+    with needs_extra("optimizer"):
+        from services.optimizer.prior import PriorFile, export_prior  # noqa: PLC0415
+    if file is not None:
+        policies, fleet = _read_file(file), _fleet_of_environment()
+    else:
+        target = find_target(bootstrap)
+        quiet_clients()
+        policies, fleet = _read(target), target.fleet() or _fleet_of_environment()
+    if fleet is None:
+        fail("the fleet file is not known", remedy="name it: SPROUT_FLEET_FILE")
+    newest = {one.model: one for one in sorted(policies, key=lambda one: one.version)}
+    try:
+        priors = {model: prior for model, one in newest.items() if (prior := export_prior(one, fleet)) is not None}
+    except KeyError as error:
+        fail(f"the fleet file has no level {error}", remedy="name the fleet file of these policies: SPROUT_FLEET_FILE")
+    if not priors:
+        fail("no policy knows more than the baseline yet", remedy="wait for an evaluation", code=Exit.NOT_RUNNING)
+    try:
+        output.write_text(PriorFile(models=priors).model_dump_json(indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        fail(f"{output} cannot be written: {error.strerror}")
+    out.print(printable(f"wrote {output}: {', '.join(priors)}"), markup=False)
+
+
+def _read(target: Target) -> list[Policy]:
+    try:
+        return asyncio.run(read_policies(target.kafka))
+    except ReadTimeoutError as error:
+        fail(
+            str(error),
+            remedy="does each partition have a leader? See the broker's log, and try again",
+            code=Exit.TIMED_OUT,
+        )
+    except (KafkaError, OSError) as error:
+        unreachable(target, error)
 
 
 def _choose(policies: list[Policy], model: str | None, version: int | None, *, where: str) -> Policy:

@@ -122,6 +122,12 @@ def simulate(
             help="When the evaluator runs: low_intensity, or the paper's urgency or published (--variant production)",
         ),
     ] = "low_intensity",
+    settled_share: Annotated[
+        float,
+        typer.Option(
+            metavar="S", help="Share of the prompts that are judged in groups whose decision is settled; 1: all"
+        ),
+    ] = 0.1,
     fleet: Annotated[
         list[Path] | None,
         typer.Option(
@@ -204,6 +210,7 @@ def simulate(
             life_cycle=life_cycle,
             task_labels=task_labels,
             trigger=_trigger(trigger),
+            settled_share=_share(settled_share),
             requests_per_hour=requests_per_hour,
             seed=seed,
         )
@@ -349,6 +356,12 @@ def _one_of(known: Sequence[Choice], text: str, option: str) -> Choice:
         if text == one:
             return one
     return fail(f"{option} must be {' or '.join(known)}, got {text!r}")
+
+
+def _share(value: float) -> float:
+    if not 0.0 < value <= 1.0:
+        fail(f"--settled-share must be larger than 0 and at most 1, got {value:g}")
+    return value
 
 
 def _trigger(text: str) -> "TriggerRule":

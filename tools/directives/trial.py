@@ -9,11 +9,9 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TypeVar
 from uuid import uuid4
 
-import httpx
 import numpy as np
 from prometheus_client import CollectorRegistry
 
@@ -21,21 +19,21 @@ from services.evaluator.card import comparison_fault
 from services.evaluator.correctness import CorrectnessMetric
 from services.evaluator.cost import CallContext
 from services.evaluator.generate import Answer, CallError, ModelCalls
-from services.evaluator.judges import Judge, JudgeError, OpenAIJudge, TritonJudge
+from services.evaluator.judge_clients import judge_pool, open_judge
+from services.evaluator.judges import Judge, JudgeError
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.preference import PreferenceMetric
 from services.evaluator.quality import QualityMetric
 from services.evaluator.settings import EvaluatorSettings
-from services.ledger.meters import MeteringError, Reading, counters_of, intervals_between, parse_meters
-from shared.fleet import Directive, Fleet, FleetError, Pool
+from shared.fleet import Directive, Fleet, Pool
 from shared.inference.attempts import Attempts
 from shared.inference.base import StreamTimeouts
 from shared.inference.pools import Pools
-from shared.inference.tls import tls_context
 from shared.messages import ChatMessage, Sample, SamplingParameters, UsageRecord
 from shared.runtime.clock import Clock
 from tools.directives.comparison import Floats, Measurement
 from tools.directives.inputs import TrialPrompt
+from tools.directives.meter import PoolMeter
 
 GROUP = "directives"
 """Prompt group of a trial's calls."""
@@ -90,21 +88,6 @@ class TrialSetup:
         return self.fleet.pools_of(self.model)[0]
 
     @property
-    def judge_pool(self) -> str | None:
-        """The judge's pool; None if the judge is not of the fleet.
-
-        Raises:
-            FleetError: the fleet should have a judge, and has none.
-        """
-        if self.settings.judge != "fleet":
-            return None
-        if self.fleet.judge is None:
-            raise FleetError(
-                "the fleet file has no [judge]: name a pool there, or set SPROUT_EVALUATOR_JUDGE=openai with a URL"
-            )
-        return self.fleet.judge.pool
-
-    @property
     def directives(self) -> tuple[Directive, ...]:
         """All that are tried, no directive first."""
         return (*self.fleet.directives, *self.candidates)
@@ -154,7 +137,8 @@ async def run_trial(setup: TrialSetup, *, publish_usage: PublishUsage, say: Call
             concurrency=settings.concurrency,
             timeout_s=settings.call_timeout_s,
         )
-        return await _RunningTrial(setup, calls, _open_judge(stack, setup, calls), say).run()
+        judge = await stack.enter_async_context(open_judge(setup.fleet, settings, calls))
+        return await _RunningTrial(setup, calls, judge, say).run()
 
 
 @asynccontextmanager
@@ -165,7 +149,7 @@ async def _open_pools(setup: TrialSetup) -> AsyncIterator[Pools]:
         TrialError: the model's reference pool or the judge's does not respond.
         FleetError, ChatTemplateError: see `run_trial`.
     """
-    settings, judge = setup.settings, setup.judge_pool
+    settings, judge = setup.settings, judge_pool(setup.fleet, setup.settings)
     pools = Pools(
         setup.fleet,
         clock=setup.clock,
@@ -190,22 +174,6 @@ async def _open_pools(setup: TrialSetup) -> AsyncIterator[Pools]:
             with suppress(asyncio.CancelledError):
                 await watching
         await pools.close()
-
-
-def _open_judge(stack: AsyncExitStack, setup: TrialSetup, calls: ModelCalls) -> Judge:
-    settings, pool = setup.settings, setup.judge_pool
-    if pool is not None:
-        return TritonJudge(calls, pool=pool, max_tokens=settings.judge_max_tokens)
-    judge = OpenAIJudge(
-        str(settings.judge_url),
-        model=settings.judge_model or "",
-        api_key=settings.judge_api_key,
-        timeout_s=settings.judge_timeout_s,
-        concurrency=settings.concurrency,
-        max_tokens=settings.judge_max_tokens,
-    )
-    stack.push_async_callback(judge.close)
-    return judge
 
 
 class _RunningTrial:
@@ -323,54 +291,6 @@ class _RunningTrial:
         self._failures += 1
         if self._failures >= self._settings.max_consecutive_failures:
             raise TrialError(f"{self._failures} calls in a row failed, the last one: {error}") from error
-
-
-class PoolMeter:
-    """Energy of a pool's endpoints, idle energy and that of other requests included.
-
-    Attributes:
-        problem: why the pool is unmetered; None: every reading so far succeeded.
-    """
-
-    def __init__(self, pool: Pool, *, timeout_s: float) -> None:
-        """Create; nothing connects yet.
-
-        Args:
-            timeout_s: of reading one endpoint, wall.
-        """
-        self._pool = pool
-        self._timeout_s = timeout_s
-        without = [endpoint.name for endpoint in pool.endpoints if endpoint.metrics is None]
-        self.problem = f"endpoint {without[0]} has no 'metrics' in the fleet file" if without else None
-
-    async def read(self, at: datetime) -> list[Reading]:
-        """The counters of every endpoint; empty if the pool is unmetered."""
-        found: list[Reading] = []
-        for endpoint in self._pool.endpoints if self.problem is None else ():
-            security = endpoint.over(self._pool)
-            secure = endpoint.metrics is not None and endpoint.metrics.scheme == "https"
-            verify = tls_context(security, endpoint=endpoint.name) if secure else True
-            extensions = {} if security.tls_server_name is None else {"sni_hostname": security.tls_server_name}
-            try:
-                async with httpx.AsyncClient(timeout=self._timeout_s, verify=verify) as client:
-                    response = await client.get(str(endpoint.metrics), extensions=extensions)
-                response.raise_for_status()
-                counters = counters_of(endpoint.gpus, parse_meters(response.text))
-            except (httpx.HTTPError, MeteringError) as error:
-                self.problem = f"the meter of endpoint {endpoint.name} cannot be read: {error or type(error).__name__}"
-                return []
-            found.append(Reading(at.timestamp(), counters))
-        return found
-
-    def joules(self, before: Sequence[Reading], after: Sequence[Reading]) -> float | None:
-        """Energy between two readings, J; None if the pool is unmetered or a counter was reset."""
-        if self.problem is not None:
-            return None
-        intervals = [one for pair in zip(before, after, strict=True) for one in intervals_between(pair)]
-        if any(one.restarted for one in intervals):
-            self.problem = "a model server was restarted during the trial"
-            return None
-        return math.fsum(one.metered_j for one in intervals)
 
 
 async def _all(parts: Sequence[Awaitable[T]]) -> list[T]:

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
+from services.evaluator.budget import MIN_PROMPTS
 from services.evaluator.judges import majority
+from services.evaluator.plan import thin
 from services.optimizer.costs import ResourceUse, decay_factor
 from shared.messages import Paired, QualityCount
 from shared.units import JOULES_PER_KWH
@@ -56,6 +58,24 @@ class Findings:
     time_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Thinning:
+    """Groups whose decision is settled, and the share of their prompts that is evaluated all the same."""
+
+    settled: frozenset[str] = frozenset()
+    share: float = 1.0
+
+    def kept(self, groups: Sequence[str], rng: np.random.Generator) -> Ints:
+        """Places of the prompts to evaluate, of prompts of some groups."""
+        names = {str(place): group for place, group in enumerate(groups)}
+        kept = thin(names, self.settled, share=self.share, minimum=MIN_PROMPTS, draw=lambda _: float(rng.random()))
+        return np.array(sorted(map(int, kept)), dtype=np.int64)
+
+
+ALL: Final = Thinning()
+"""Every drawn prompt is evaluated."""
+
+
 class Judge(Protocol):
     """Evaluates prompts. Of every prompt one answer was served and is not generated again."""
 
@@ -63,11 +83,21 @@ class Judge(Protocol):
         """Evaluate all prompts to learn from once: the bootstrap evaluation before the first policy."""
         ...
 
-    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator, *, served: Floats, at_s: float) -> Findings:
+    def draw(
+        self,
+        mix: Floats,
+        prompts: int,
+        rng: np.random.Generator,
+        *,
+        served: Floats,
+        at_s: float,
+        thinning: Thinning = ALL,
+    ) -> Findings:
         """Evaluate `prompts` prompts drawn by `mix`, (tasks,), each answered under every option.
 
         Args:
             served: (G, O), probabilities with which the prompts were served.
+            thinning: groups of which only a share of the drawn prompts is evaluated.
         """
         ...
 
@@ -139,7 +169,16 @@ class LevelJudge:
         served[:, 0] = 1.0
         return self._findings(np.arange(len(self._learn)), served, at_s)
 
-    def draw(self, mix: Floats, prompts: int, rng: np.random.Generator, *, served: Floats, at_s: float) -> Findings:
+    def draw(
+        self,
+        mix: Floats,
+        prompts: int,
+        rng: np.random.Generator,
+        *,
+        served: Floats,
+        at_s: float,
+        thinning: Thinning = ALL,
+    ) -> Findings:
         """See `Judge`; a task without a judged prompt is left out.
 
         Prompts of a task are drawn without replacement until all were drawn: traffic seldom repeats a prompt.
@@ -147,8 +186,10 @@ class LevelJudge:
         has_prompts = np.array([len(rows) > 0 for rows in self._by_task])
         shares = np.where(has_prompts, mix, 0.0)
         numbers = rng.multinomial(prompts, shares / shares.sum())
-        rows = [self._next(task, number, rng) for task, number in enumerate(numbers) if number]
-        return self._findings(np.concatenate(rows), served, at_s)
+        rows = np.concatenate([self._next(task, number, rng) for task, number in enumerate(numbers) if number])
+        return self._findings(
+            rows[thinning.kept([self._groups[place] for place in self._group[rows]], rng)], served, at_s
+        )
 
     def _next(self, task: int, number: int, rng: np.random.Generator) -> Ints:
         while len(self._fresh[task]) < number:
@@ -224,6 +265,7 @@ class ModelJudge:
         *,
         served: Floats,
         at_s: float,  # noqa: ARG002
+        thinning: Thinning = ALL,  # noqa: ARG002
     ) -> Findings:
         """See `Judge`; every judgment is a new one."""
         won = float(rng.binomial(prompts, float(mix @ self._large)))

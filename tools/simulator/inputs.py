@@ -47,6 +47,7 @@ class Inputs:
         correctness: judged matches; None: `correct` of the requests.
         task_labels: whether learned groups take the task labels into account.
         trigger: rule that decides when the evaluator runs.
+        settled_share: share of the prompts that are evaluated in groups whose decision is settled.
         requests_per_hour: of the traffic; None: 10,000.
     """
 
@@ -72,6 +73,7 @@ class Inputs:
     life_cycle: bool = False
     task_labels: bool = True
     trigger: TriggerRule = "low_intensity"
+    settled_share: float = 0.1
     requests_per_hour: float | None = None
     seed: int = 1
 
@@ -107,6 +109,7 @@ def prepare(inputs: Inputs, say: Say) -> tuple[Experiment, list[Job]]:
         large_preferred=preferred,
         draws=_draws(inputs, traffic.parts[0].measured, traffic.mix, preferred),
         trigger=OpportunityRules(variant=inputs.trigger),
+        settled_share=inputs.settled_share,
         requests_per_hour=inputs.requests_per_hour or DEFAULT_REQUESTS_PER_HOUR,
         seed=inputs.seed,
     )

@@ -47,6 +47,7 @@ class Outcome:
         base_tokens: the same if the reference served all requests.
         evaluator_tokens: of the evaluator in the hour; the judge's reading counts as the tokens of the same energy.
         evaluation_hours: in which the evaluator ran.
+        judged_prompts: in them, without those of the first evaluation; mean over the folds.
         promise: what was to keep the limits: every hour, or the mean over a period.
         period_days: length of the periods, which start with the window.
         fallbacks: hours in which the program could only serve the reference, by reason.
@@ -74,6 +75,7 @@ class Outcome:
     base_tokens: Floats | None = None
     evaluator_tokens: Floats | None = None
     evaluation_hours: tuple[int, ...] = ()
+    judged_prompts: float = 0.0
     promise: Promise = "hourly"
     period_days: int = 30
     fallbacks: Mapping[str, int] = field(default_factory=dict)
@@ -152,6 +154,7 @@ class Outcome:
             "correctness_pct": self.correctness_pct,
             "hours_bound_kept_pct": self.kept_pct,
             "evaluations": len(self.evaluation_hours),
+            "judged_prompts": self.judged_prompts,
             "evaluation_hours": list(self.evaluation_hours),
             "evaluator_share_pct": self.evaluator_share_pct,
             "mean_gco2_per_request": float(self.grams.mean() + self.evaluator_grams.mean()),

@@ -29,13 +29,14 @@ from services.optimizer.costs import Consumption, ResourceUse
 from services.optimizer.estimates import Estimates, estimate
 from services.optimizer.policy import build_problem
 from services.optimizer.problem import LaterHours, OptionPrice, Problem, Solution
-from services.optimizer.program import solve
+from services.optimizer.program import solve, solve_program
 from services.optimizer.promise import Account, Period, RestOfPeriod, TrailingHours, plan_rest
 from services.optimizer.settings import OptimizerSettings
+from services.optimizer.settled import settled_groups
 from services.optimizer.state import QualityCounts
 from shared.fleet import DEFAULT_EMBODIED_G_PER_S
 from shared.messages import EvaluationCost, Quality
-from tools.simulator.evaluation import Findings, Judge
+from tools.simulator.evaluation import Findings, Judge, Thinning
 from tools.simulator.grid import HOUR, Window
 from tools.simulator.outcome import Outcome, relative
 from tools.simulator.published_case import NO_SOLUTION
@@ -59,6 +60,7 @@ class Operation:
         trigger: when the evaluator runs.
         prompts_per_evaluation: drawn each time, at most.
         max_carbon_share: ceiling of the evaluator's carbon as a share of the requests'; None: no ceiling.
+        settled_share: share of the prompts that are evaluated in groups whose decision is settled.
         requests_per_hour: of the traffic.
         seed: of the evaluator's draws.
     """
@@ -67,6 +69,7 @@ class Operation:
     trigger: OpportunityRules = field(default_factory=OpportunityRules)
     prompts_per_evaluation: int = 150
     max_carbon_share: float | None = 0.02
+    settled_share: float = 0.1
     requests_per_hour: float = DEFAULT_REQUESTS_PER_HOUR
     seed: int = 1
 
@@ -124,7 +127,7 @@ class _Run:
     Attributes:
         fallbacks: hours in which only the reference could be served, by reason.
         ineligible: hours in which an option could not be used, by option.
-        evaluated: hours in which the evaluator ran.
+        evaluated: hours in which the evaluator ran, and `judged_prompts` how many prompts it judged in them.
         evaluator_grams: (hours,), of the evaluator, per request of the traffic.
         evaluator_kwh: (hours,), of the evaluator.
         bounds: by limited metric, (hours,).
@@ -152,6 +155,7 @@ class _Run:
         self.fallbacks: Counter[str] = Counter()
         self.ineligible: Counter[str] = Counter()
         self.evaluated: list[int] = []
+        self.judged_prompts = 0
         self.evaluator_grams = np.zeros(hours)
         self.evaluator_kwh = np.zeros(hours)
         self.bounds: dict[str, Floats] = {metric: np.full(hours, np.nan) for metric in self._settings.xi}
@@ -231,10 +235,25 @@ class _Run:
         )
         if size.prompts >= MIN_PROMPTS:
             served, at_s = self._served, now.timestamp()
-            draws = case.judge.draw(case.mix[hour - 1], size.prompts, self._rng, served=served, at_s=at_s)
+            thinning = Thinning(self._settled(), case.operation.settled_share)
+            draws = case.judge.draw(
+                case.mix[hour - 1], size.prompts, self._rng, served=served, at_s=at_s, thinning=thinning
+            )
             self._learn(draws, hour, charged=True)
+            self.judged_prompts += draws.prompts
             self._opportunity.evaluated(now)
             self.evaluated.append(hour)
+
+    def _settled(self) -> frozenset[str]:
+        """Groups whose decision was settled in all hours of the last day, of which every sixth is looked at."""
+        if self._operation.settled_share >= 1.0 or len(self._solved) < 24:
+            return frozenset()
+        programs = [solve_program(problem)[1] for problem, _ in list(self._solved)[::6]]
+        found = [
+            frozenset() if one is None else settled_groups(one, min_trials=self._settings.min_trials)
+            for one in programs
+        ]
+        return frozenset.intersection(*found)
 
     def _spending(self, hour: int) -> Spending:
         """Carbon of the requests and of the evaluations so far; the bootstrap evaluation is the first one."""
@@ -414,6 +433,7 @@ def _outcome(case: ProductionCase, world: World, x: Floats, runs: Sequence[_Run]
         base_tokens=base_tokens,
         evaluator_tokens=None if base_tokens is None else evaluator_kwh * _quotient(base_tokens, base_kwh),
         evaluation_hours=tuple(first.evaluated),
+        judged_prompts=float(np.mean([one.judged_prompts for one in runs])),
         promise=case.operation.optimizer.promise,
         period_days=case.operation.optimizer.period_days,
         fallbacks=_mean_hours([one.fallbacks for one in runs]),

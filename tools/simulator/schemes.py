@@ -81,6 +81,7 @@ class Experiment:
         large_preferred: (tasks,), share of prompts on which the larger model is preferred; None: not compared.
         draws: quality draws for the published variant.
         trigger: when the evaluator runs.
+        settled_share: share of the prompts that are evaluated in groups whose decision is settled.
         requests_per_hour: of the traffic.
     """
 
@@ -92,6 +93,7 @@ class Experiment:
     large_preferred: Floats | None = None
     draws: QualityDraws | None = None
     trigger: OpportunityRules = field(default_factory=OpportunityRules)
+    settled_share: float = 0.1
     requests_per_hour: float = DEFAULT_REQUESTS_PER_HOUR
     prompts_per_evaluation: int = 150
     judge: JudgeCost = field(default_factory=JudgeCost)
@@ -223,6 +225,7 @@ def _operation(experiment: Experiment, xi: Mapping[str, float]) -> Operation:
             }
         ),
         trigger=experiment.trigger,
+        settled_share=experiment.settled_share,
         requests_per_hour=experiment.requests_per_hour,
         prompts_per_evaluation=experiment.prompts_per_evaluation,
         seed=experiment.seed,

@@ -3,15 +3,14 @@
 import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from services.evaluator.cost import Call, CallContext
-from services.evaluator.evaluation import EvaluationFailedError, PromptJudging
 from services.evaluator.generate import Answer, CallError
 from services.evaluator.judges import JudgeError
+from services.evaluator.judging import EvaluationFailedError, PromptJudging
 from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.plan import Candidate
 from services.evaluator.settings import EvaluatorSettings
@@ -60,15 +59,19 @@ class FailingMetric:
 
 
 def judging(*metrics, calls: FakeCalls | None = None, max_consecutive_failures: int = 10) -> PromptJudging:
-    runner = SimpleNamespace(
-        calls=calls or FakeCalls(),
+    return PromptJudging(
+        "e",
+        "m",
+        at=AT,
+        group_of=lambda one: one.group,
+        stands_for={},
+        candidates=CANDIDATES,
         quality_metrics=metrics,
-        candidates={"m": CANDIDATES},
+        calls=calls or FakeCalls(),  # type: ignore[arg-type]
         fleet=FLEET,
         settings=EvaluatorSettings(max_consecutive_failures=max_consecutive_failures),
         metrics=EvaluatorMetrics(CollectorRegistry()),
     )
-    return PromptJudging(runner, "e", "m", at=AT, group_of=lambda one: one.group)  # type: ignore[arg-type]
 
 
 async def test_every_metric_adds_outcomes_and_a_prompt_without_any_is_an_abstention():
@@ -152,7 +155,7 @@ async def test_an_evaluation_whose_judge_cannot_be_used_ends_without_outcomes_an
     run = judging(CardedMetric("preference", LOCKED))
     await run.run([sample(number) for number in range(20)])
     assert (run.judged, len(run.evaluated)) == ([], 20)
-    registry = run._runner.metrics
+    registry = run._metrics
     assert registry.judge_usable.labels("m", "preference")._value.get() == 0.0
     assert registry.judge_usable.labels("m", "correctness")._value.get() == 1.0
 
