@@ -154,7 +154,6 @@ class Outcome:
             "correctness_pct": self.correctness_pct,
             "hours_bound_kept_pct": self.kept_pct,
             "evaluations": len(self.evaluation_hours),
-            "judged_prompts": self.judged_prompts,
             "evaluation_hours": list(self.evaluation_hours),
             "evaluator_share_pct": self.evaluator_share_pct,
             "mean_gco2_per_request": float(self.grams.mean() + self.evaluator_grams.mean()),
@@ -169,6 +168,7 @@ class Outcome:
             "withheld_hours": dict(self.ineligible),
             "promise": self.promise,
             "period_kept_pct": self.period_kept_pct,
+            "judged_prompts": self.judged_prompts,
             "notes": list(self.notes),
         }
 
