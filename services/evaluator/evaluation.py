@@ -23,6 +23,7 @@ from services.evaluator.generate import Answer, CallError, ModelCalls, all_or_fi
 from services.evaluator.judges import JudgeError
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
+from services.evaluator.not_worse import NOT_WORSE
 from services.evaluator.plan import Candidate, allocate, interleave, served_candidate
 from services.evaluator.preference import PREFERENCE
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt, QualityMetric, tally
@@ -361,6 +362,7 @@ class PromptJudging:
         metrics.count_card(card)
         faults = {
             PREFERENCE: comparison_fault(card, self._runner.settings),
+            NOT_WORSE: comparison_fault(card, self._runner.settings),
             CORRECTNESS: check_fault(card, self._runner.settings),
         }
         for name, reason in faults.items():

@@ -62,6 +62,8 @@ class Pace:
         sample_share: share of the requests that become samples for the evaluator.
         confidence_z: safety margin of the quality bounds, in standard errors; lower than the default, because few
             prompts are judged in one day.
+        metric: the limited quality metric; up to a tenth of it may be lost.
+        holdout: share of the requests that is always served without a directive; None: as the optimizer's default.
         tasks: tasks of the prompts; empty: all.
         batched: the simulated model servers; None: one real server.
     """
@@ -75,6 +77,8 @@ class Pace:
     evaluator_concurrency: int
     sample_share: float
     confidence_z: float = 1.0
+    metric: str = "preference"
+    holdout: float | None = None
     tasks: frozenset[str] = frozenset()
     batched: BatchedServers | None = None
 
@@ -91,14 +95,16 @@ PACES: dict[ModelName, Pace] = {
         evaluator_concurrency=128,
         sample_share=1.0,
         confidence_z=0.5,
+        # The share of an n-way choice would depend on how many options there are.
+        metric="not_worse",
         batched=BatchedServers(),
     ),
-    # This model shares the CPU with all other processes, so only about 30 prompts are judged: too few to save anything
-    # with a safety margin. The tasks are those that a model of this size can answer.
+    # This model shares the CPU with all other processes, so few prompts are judged: too few to save anything with a
+    # safety margin. Few requests need a large control group. The tasks are those that a model of this size can answer.
     "smollm2": Pace(
         requests=160,
-        wall_s=200.0,
-        max_tokens=96,
+        wall_s=400.0,
+        max_tokens=192,
         evaluated_prompts=30,
         min_samples=26,
         # More than are judged in a day: too few to learn groups.
@@ -106,6 +112,7 @@ PACES: dict[ModelName, Pace] = {
         evaluator_concurrency=4,
         sample_share=1.0,
         confidence_z=0.0,
+        holdout=0.25,
         tasks=frozenset({"factual", "reading", "summary"}),
     ),
 }
@@ -124,6 +131,7 @@ class DemoDay:
         mean_tokens: mean length of an answer without a directive.
         dispatch: of the requests to the servers.
         sleep: whether servers that are not needed sleep.
+        small: whether there is a server with a smaller variant of the model.
     """
 
     model: ModelName
@@ -138,6 +146,7 @@ class DemoDay:
     mean_tokens: float = 1.0
     dispatch: Dispatch = "pack"
     sleep: bool = True
+    small: bool = False
 
     def __post_init__(self) -> None:
         if self.hours <= 0 or self.requests <= 0:
@@ -214,6 +223,7 @@ def stack_config(day: DemoDay, config: StackConfig, world: World = "sprout") -> 
                 "dispatch": day.dispatch,
                 "target_batch": batched.target_batch,
                 "sleep": day.sleep,
+                "small": day.small,
                 "switchback": day.switchback,
             }
     if world == "reference":
@@ -228,6 +238,7 @@ def stack_config(day: DemoDay, config: StackConfig, world: World = "sprout") -> 
 def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
     """Environment variables by service."""
     settle_delay_s = LATENESS_WALL_S * day.rate
+    holdout = {} if day.pace.holdout is None else {"SPROUT_OPTIMIZER_HOLDOUT": str(day.pace.holdout)}
     return {
         # Answers are streamed in parts of many tokens: at this rate a server generates thousands a second.
         "triton": {"SPROUT_TRITON_TICK_MS": "100"},
@@ -240,10 +251,11 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             "SPROUT_ROUTER_STREAM_ALWAYS": "true",
         },
         "optimizer": {
-            "SPROUT_OPTIMIZER_XI": json.dumps({"preference": 0.1}),
+            "SPROUT_OPTIMIZER_XI": json.dumps({day.pace.metric: 0.1}),
             "SPROUT_OPTIMIZER_CONFIDENCE_Z": str(day.pace.confidence_z),
             "SPROUT_OPTIMIZER_CAPACITY_INTERVAL_S": "0.5",
             "SPROUT_OPTIMIZER_CAPACITY_SHORTEST_S": "1",
+            **holdout,
         },
         "evaluator": {
             # A day from nothing: there is no trailing week yet, and most of the evaluating falls into the first day.
