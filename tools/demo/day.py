@@ -252,6 +252,9 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
         },
         "optimizer": {
             "SPROUT_OPTIMIZER_XI": json.dumps({day.pace.metric: 0.1}),
+            # Hardly any answer beats the baseline's on every prompt, so with no loss tolerated on a clean grid the
+            # baseline would serve there.
+            "SPROUT_OPTIMIZER_CONSTANT_BOUNDS": json.dumps(["not_worse"] if day.pace.metric == "not_worse" else []),
             "SPROUT_OPTIMIZER_CONFIDENCE_Z": str(day.pace.confidence_z),
             "SPROUT_OPTIMIZER_CAPACITY_INTERVAL_S": "0.5",
             "SPROUT_OPTIMIZER_CAPACITY_SHORTEST_S": "1",
