@@ -264,8 +264,11 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             # A day from nothing: there is no trailing week yet, and most of the evaluating falls into the first day.
             "SPROUT_EVALUATOR_OPPORTUNITY_RULE": "urgency",
             "SPROUT_EVALUATOR_MAX_CARBON_SHARE": "0.06",
-            # Requests without a task label are one group until groups are learned.
-            "SPROUT_EVALUATOR_SAMPLES_PER_GROUP": "1000",
+            # Requests without a task label are one group until groups are learned. A sample that makes room for another
+            # one while it is judged leaves no verdict, and at this rate an evaluation takes an hour or more.
+            "SPROUT_EVALUATOR_SAMPLES_PER_GROUP": "5000",
+            # From the first prompt on, even if the first policy comes late on a busy machine.
+            "SPROUT_EVALUATOR_NOT_WORSE": "always" if day.pace.metric == "not_worse" else "bounded",
             "SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION": str(day.pace.evaluated_prompts),
             "SPROUT_EVALUATOR_MIN_SAMPLES": str(day.pace.min_samples),
             "SPROUT_EVALUATOR_CONCURRENCY": str(day.pace.evaluator_concurrency),
