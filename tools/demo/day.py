@@ -102,11 +102,11 @@ PACES: dict[ModelName, Pace] = {
     # This model shares the CPU with all other processes, so few prompts are judged: too few to save anything with a
     # safety margin. Few requests need a large control group. The tasks are those that a model of this size can answer.
     "smollm2": Pace(
-        requests=160,
+        requests=140,
         wall_s=400.0,
-        max_tokens=192,
-        evaluated_prompts=30,
-        min_samples=26,
+        max_tokens=160,
+        evaluated_prompts=24,
+        min_samples=24,
         # More than are judged in a day: too few to learn groups.
         min_judged_to_learn=600,
         evaluator_concurrency=4,
