@@ -263,7 +263,7 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
         "evaluator": {
             # A day from nothing: there is no trailing week yet, and most of the evaluating falls into the first day.
             "SPROUT_EVALUATOR_OPPORTUNITY_RULE": "urgency",
-            "SPROUT_EVALUATOR_MAX_CARBON_SHARE": "0.06",
+            "SPROUT_EVALUATOR_MAX_CARBON_SHARE": "0.03",
             # Requests without a task label are one group until groups are learned. A sample that makes room for another
             # one while it is judged leaves no verdict, and at this rate an evaluation takes an hour or more.
             "SPROUT_EVALUATOR_SAMPLES_PER_GROUP": "5000",
