@@ -108,7 +108,8 @@ def test_an_invalid_option_is_named_with_the_remedy(tmp_path, arguments, message
     ],
 )
 def test_what_the_published_variant_lacks_is_named(tmp_path, arguments, message):
-    workload = write_workload(tmp_path / "w.jsonl", {"Why?": {"L0": (90, 2.0), "L1": (20, 0.5), "L2": (5, 0.1)}})
+    answers = {"L0": (90, 2.0), "L1": (20, 0.5), "L2": (5, 0.1)}
+    workload = write_workload(tmp_path / "w.jsonl", {f"Why {number}?": answers for number in range(60)})
     result = run("--jobs", "1", "--variant", "published", "--requests", str(workload), *arguments)
     assert result.exit_code == 1
     assert message in " ".join(result.stderr.split())

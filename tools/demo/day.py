@@ -62,7 +62,7 @@ class Pace:
         sample_share: share of the requests that become samples for the evaluator.
         confidence_z: safety margin of the quality bounds, in standard errors; lower than the default, because few
             prompts are judged in one day.
-        metric: the limited quality metric; up to a tenth of it may be lost.
+        metric: the limited quality metric, and `xi` the share of it that may be lost.
         holdout: share of the requests that is always served without a directive; None: as the optimizer's default.
         tasks: tasks of the prompts; empty: all.
         batched: the simulated model servers; None: one real server.
@@ -78,6 +78,7 @@ class Pace:
     sample_share: float
     confidence_z: float = 1.0
     metric: str = "preference"
+    xi: float = 0.1
     holdout: float | None = None
     tasks: frozenset[str] = frozenset()
     batched: BatchedServers | None = None
@@ -97,6 +98,7 @@ PACES: dict[ModelName, Pace] = {
         confidence_z=0.5,
         # The share of an n-way choice would depend on how many options there are.
         metric="not_worse",
+        xi=0.05,
         batched=BatchedServers(),
     ),
     # This model shares the CPU with all other processes, so few prompts are judged: too few to save anything with a
@@ -251,7 +253,7 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             "SPROUT_ROUTER_STREAM_ALWAYS": "true",
         },
         "optimizer": {
-            "SPROUT_OPTIMIZER_XI": json.dumps({day.pace.metric: 0.1}),
+            "SPROUT_OPTIMIZER_XI": json.dumps({day.pace.metric: day.pace.xi}),
             # Hardly any answer beats the baseline's on every prompt, so with no loss tolerated on a clean grid the
             # baseline would serve there.
             "SPROUT_OPTIMIZER_CONSTANT_BOUNDS": json.dumps(["not_worse"] if day.pace.metric == "not_worse" else []),
