@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
@@ -75,6 +75,7 @@ async def test_equal_answers_are_compared_once_and_those_of_the_baseline_not_at_
     assert len(compared) == 2
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f"]), min_size=1, max_size=6, unique=True), st.randoms())
 async def test_what_else_is_in_the_catalogue_changes_nothing(others, chance):
     ranking = [FULL, *others]
