@@ -8,7 +8,7 @@ LOCK := requirements/dev.lock
 SERVICES := carbon-feed router optimizer evaluator ledger gateway cli
 
 # For `make demo` and `make up`; empty: the default. `make demo WORKLOAD=... CARBON=... ZONE=... MODEL=smollm2`
-# `make demo COMPARE=1` plays the day a second time without Sprout.
+# `make demo COMPARE=1` plays the day a second time without Sprout; `make demo SMALL=1` also serves a smaller variant.
 WORKLOAD ?=
 MODEL ?=
 CARBON ?=

@@ -91,6 +91,7 @@ class StackConfig(BaseModel):
         description="Power and speed of the stand-ins by batch size, see `shared/batch_curve.py`; or `recorded`: each "
         "request's recorded energy and time",
     )
+    small: bool = Field(default=False, description="Also serve a smaller variant of the model, a pool of one server")
     stretch: float = Field(
         default=1.0, gt=0, description="With a curve: steps take this many times as long, at its power"
     )
@@ -142,6 +143,8 @@ class StackConfig(BaseModel):
             raise ValueError("'rate' is for a replay: give 'event_start' as well, or leave the rate at 1")
         if self.stretch != 1 and self.curve == "recorded":
             raise ValueError("'stretch' is for a curve: choose one, or leave it at 1")
+        if self.model == "smollm2" and self.small:
+            raise ValueError("smollm2 has no smaller variant: leave out 'small', or choose another model")
         if self.model == "smollm2" and self.servers > 1:
             raise ValueError("smollm2 uses this machine's processor and its meter, so 'servers' must be 1")
         self._check_pool()

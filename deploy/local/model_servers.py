@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from deploy.local.config import StackConfig
-from deploy.local.fleet import DIRECTIVES, LocalFleet, LocalServer
+from deploy.local.fleet import DIRECTIVES, SMALL_MODEL, LocalFleet, LocalServer
 from deploy.local.java import Say
 from deploy.local.processes import LOOPBACK, ProcessSpec
 from deploy.local.triton import (
@@ -24,6 +24,7 @@ from deploy.local.triton import (
 from deploy.triton.models import JUDGE_NAME, LLM_NAME, SHIPPED_WORKLOAD
 from deploy.triton.repository import RepositoryModel, write_repository
 from deploy.triton.serve import RECORDED, SMOLLM2_MODEL, arguments, chosen_models
+from deploy.triton.stand_in.workload import WorkloadError, load_workload
 
 MODEL_TIER: Final = 1
 """The tier of model servers: stopped after the services, before Kafka."""
@@ -31,6 +32,14 @@ MODEL_TIER: Final = 1
 PROCESS_NAME: Final = "triton"
 """Name of the process, if there is one server; several are `triton-0`, `triton-1`, ... Also the key of the servers'
 settings (`SPROUT_TRITON_*`) in `StackConfig.settings`."""
+
+SMALL_PROCESS_NAME: Final = "triton-small"
+
+SMALL_CURVE: Final = "llama-3.1-8b-h100"
+"""Curve of the smaller variant, where the model has one."""
+
+Directives = tuple[tuple[str, str], ...]
+"""Level and text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +104,17 @@ class TritonModels:
         if self._installation is None:
             raise ModelServerError("call install before prepare")
         settings = config.settings.get(PROCESS_NAME, {})
-        repositories = [self._models(config, settings, number) for number in range(config.servers)]
+        directives = _directives(config)
+        repositories = [self._models(config, settings, number, directives) for number in range(config.servers)]
+        names = [
+            PROCESS_NAME if config.servers == 1 else f"{PROCESS_NAME}-{number}" for number in range(config.servers)
+        ]
+        if config.small:
+            repositories.append(self._models(config, settings, config.servers, directives, small=True))
+            names.append(SMALL_PROCESS_NAME)
         processes, servers = [], []
-        for number, ports in enumerate(ports_of_servers(config.servers)):
-            name = PROCESS_NAME if config.servers == 1 else f"{PROCESS_NAME}-{number}"
+        for number, ports in enumerate(ports_of_servers(len(names))):
+            name = names[number]
             repository = config.state_dir / "models" / name
             write_repository(repository, repositories[number])
             process = ProcessSpec(
@@ -119,25 +135,37 @@ class TritonModels:
         model, judge = repositories[0]
         fleet = LocalFleet(
             config=config,
-            servers=tuple(servers),
+            servers=tuple(servers[: config.servers]),
+            small_server=servers[-1] if config.small else None,
+            directives=directives,
             judge=replace(servers[0], gpu=judge.gpu_uuid),
             idle_power_w=model.idle_power_w,
             judge_idle_power_w=judge.idle_power_w,
         )
         return PreparedModels(processes=tuple(processes), fleet=fleet, description=_description(config, model))
 
-    def _models(self, config: StackConfig, settings: Mapping[str, str], number: int) -> list[RepositoryModel]:
-        """The models of a server: the model, and on the first server the judge."""
-        catalogue = [{"level": level, "text": text} for level, text in DIRECTIVES[config.model] if text]
+    def _models(
+        self,
+        config: StackConfig,
+        settings: Mapping[str, str],
+        number: int,
+        directives: Directives,
+        *,
+        small: bool = False,
+    ) -> list[RepositoryModel]:
+        """The models of a server: the model or its smaller variant, and on the first server the judge."""
+        catalogue = [{"level": level, "text": text} for level, text in directives if text]
+        model = SMALL_MODEL if small else config.model
+        curve = SMALL_CURVE if small and config.curve != RECORDED else config.curve
         options = arguments(
             [
                 f"--workload={config.workload or SHIPPED_WORKLOAD}",
-                f"--models={LLM_NAME}={config.model}",
+                f"--models={LLM_NAME}={model}",
                 f"--judge={JUDGE_NAME if number == 0 else 'none'}",
                 f"--directives={json.dumps(catalogue)}",
-                f"--curve={config.curve}",
+                f"--curve={curve}",
                 f"--stretch={config.stretch}",
-                *([f"--gpu-uuid=stand-in-{config.model}-{number}"] if config.servers > 1 else []),
+                *([f"--gpu-uuid=stand-in-{model}-{number}"] if config.servers > 1 or small else []),
             ],
             {**os.environ, **settings},
         )
@@ -148,15 +176,32 @@ class TritonModels:
             raise ModelServerError(str(error)) from error
 
 
+def _directives(config: StackConfig) -> Directives:
+    """The model's directives; of a workload of one's own, those that it records.
+
+    Raises:
+        ModelServerError: the workload cannot be used.
+    """
+    known = DIRECTIVES[config.model]
+    if config.workload is None or config.workload == SHIPPED_WORKLOAD or config.model == SMOLLM2_MODEL:
+        return known
+    try:
+        recorded = load_workload(config.workload).levels_of(config.model)
+    except WorkloadError as error:
+        raise ModelServerError(str(error)) from error
+    return tuple((level, text) for level, text in known if level in recorded or not text)
+
+
 def _description(config: StackConfig, model: RepositoryModel) -> str:
     if config.model == SMOLLM2_MODEL:
         source = "measured by RAPL" if model.idle_power_w is None else "modelled from CPU time"
         return f"SmolLM2-135M-Instruct on the CPU, its energy {source}, and a stand-in judge"
     count = "a stand-in" if config.servers == 1 else f"{config.servers} stand-ins"
+    variant = f", one for {SMALL_MODEL}" if config.small else ""
     workload = (config.workload or SHIPPED_WORKLOAD).name
     if config.curve == RECORDED:
         source = f"recorded answers and energy of {workload}"
     else:
         stretched = "" if config.stretch == 1 else f", steps {config.stretch:g} times as long"
         source = f"recorded answers of {workload}, power and speed of {config.curve}{stretched}"
-    return f"{count} for {config.model} ({source}) and a stand-in judge"
+    return f"{count} for {config.model} ({source}){variant} and a stand-in judge"

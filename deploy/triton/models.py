@@ -14,7 +14,7 @@ from deploy.triton.stand_in.parameters import DEFAULT_DIRECTIVES, StandInParamet
 from deploy.triton.stand_in.prompt import Directive
 from deploy.triton.stand_in.workload import Workload, load_workload
 
-SHIPPED_WORKLOAD = Path(__file__).parent / "workload" / "small.jsonl"
+SHIPPED_WORKLOAD = Path(__file__).parent / "workload" / "shipped.jsonl.gz"
 """The workload written for this project."""
 
 LLM_NAME = "ensemble"

@@ -1,7 +1,7 @@
 """Wires the evaluator: subscribers, stores, model servers, judge, scheduler."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from functools import partial
@@ -20,6 +20,7 @@ from services.evaluator.judge_clients import judge_pool, open_judge
 from services.evaluator.judges import Judge
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
+from services.evaluator.not_worse import NOT_WORSE, NotWorseMetric
 from services.evaluator.plan import PlanError, candidates_of
 from services.evaluator.preference import PreferenceMetric
 from services.evaluator.quality import QualityMetric
@@ -226,14 +227,16 @@ class Evaluator:
         preference = PreferenceMetric(
             judge, self.metrics, rubric=self.settings.rubric, draw_key=self.settings.draw_key_bytes
         )
-        mode = self.settings.correctness
-        if mode == "off":
-            return (preference,)
+        settings, metrics = self.settings, list[QualityMetric]([preference])
 
-        def asks_judge(model: str) -> bool:
-            return mode == "always" or (mode == "bounded" and self._policies.bounds(model, CORRECTNESS))
+        def asks_about(metric: str, mode: str) -> Callable[[str], bool]:
+            return lambda model: mode == "always" or (mode == "bounded" and self._policies.bounds(model, metric))
 
-        return preference, CorrectnessMetric(judge, asks_judge=asks_judge)
+        if settings.not_worse != "off":
+            metrics.append(NotWorseMetric(preference, asks_judge=asks_about(NOT_WORSE, settings.not_worse)))
+        if settings.correctness != "off":
+            metrics.append(CorrectnessMetric(judge, asks_judge=asks_about(CORRECTNESS, settings.correctness)))
+        return tuple(metrics)
 
     def _is_reachable(self, model: str) -> bool:
         """Whether every pool that an evaluation of the model needs has a reachable endpoint."""

@@ -10,6 +10,7 @@ from services.evaluator.cost import Call, CallContext, Work
 from services.evaluator.generate import Answer, CallError, ModelCalls, all_or_first_error
 from services.evaluator.judges import JudgeError
 from services.evaluator.metrics import EvaluatorMetrics
+from services.evaluator.not_worse import NOT_WORSE
 from services.evaluator.plan import Candidate, served_candidate
 from services.evaluator.preference import PREFERENCE
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt, QualityMetric, hash_of
@@ -135,6 +136,7 @@ class PromptJudging:
         metrics.count_card(card)
         faults = {
             PREFERENCE: comparison_fault(card, self._settings),
+            NOT_WORSE: comparison_fault(card, self._settings),
             CORRECTNESS: check_fault(card, self._settings),
         }
         for name, reason in faults.items():

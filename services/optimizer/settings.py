@@ -34,9 +34,9 @@ class OptimizerSettings(BaseSettings):
         default={"preference": 0.1},
         min_length=1,
         description='Maximum relative quality loss by metric, JSON: {"preference": 0.1}. The full loss is tolerated at '
-        "the highest carbon intensity of the trailing window, none at the lowest. The evaluator judges preference; "
-        "counts of any other metric must come from another producer on the topic `quality`, and until there are enough "
-        "of them the baseline (no directive) is served",
+        "the highest carbon intensity of the trailing window, none at the lowest. The evaluator judges preference, "
+        "not_worse and correctness; counts of any other metric must come from another producer on the topic `quality`, "
+        "and until there are enough of them the baseline (no directive) is served",
     )
     constant_bounds: frozenset[str] = Field(
         default=frozenset(),

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.local.grid import shipped_trace
+from tests.support.fleets import write_workload
 from tools.cli.main import app
 from tools.cli.simulate import SCHEME_NAMES
 from tools.simulator.schemes import SCHEMES
@@ -79,12 +80,11 @@ def test_a_fleet_adds_what_its_meters_would_show(tmp_path):
         (("--schemes", "sprout,wish"), "there is no scheme 'wish'"),
         (("--schemes", "model_opt"), "needs --model-preference"),
         (("--variant", "dream"), "--variant must be production or published, got 'dream'"),
-        (("--variant", "published", "--schemes", "sprout_context"), "was not published"),
+        (("--variant", "published"), "needs a model measured at 3 levels; 'llama-2-13b-chat' was at L0, L1, L2, L3"),
         (("--quality-draws", "q.csv"), "--quality-draws needs --variant published"),
         (("--requests", "none.jsonl"), "none.jsonl cannot be read"),
         (("--model", "gpt"), "has no model 'gpt'; it has llama-2-13b-chat"),
         (("--promise", "monthly"), "--promise must be hourly or period, got 'monthly'"),
-        (("--promise", "period", "--variant", "published"), "--promise period needs --variant production"),
         (("--target-batch", "8"), "--target-batch needs --fleet"),
         (("--fleet", "none.toml"), "--fleet none.toml cannot be read"),
         (("--fleet", FLEET, "--dispatch", "hurl"), "--dispatch must be of spread, pack, got 'hurl'"),
@@ -98,6 +98,21 @@ def test_an_invalid_option_is_named_with_the_remedy(tmp_path, arguments, message
     assert result.exit_code == 1
     assert message in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--schemes", "sprout_context"), "was not published"),
+        (("--promise", "period"), "--promise period needs --variant production"),
+    ],
+)
+def test_what_the_published_variant_lacks_is_named(tmp_path, arguments, message):
+    answers = {"L0": (90, 2.0), "L1": (20, 0.5), "L2": (5, 0.1)}
+    workload = write_workload(tmp_path / "w.jsonl", {f"Why {number}?": answers for number in range(60)})
+    result = run("--jobs", "1", "--variant", "published", "--requests", str(workload), *arguments)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The configuration of a demo: how its simulated servers are stretched, and its two worlds."""
 
 import itertools
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from deploy.local.config import StackConfig
 from shared.batch_curve import MEASURED
 from shared.switchback import SwitchbackSchedule
-from tools.demo.day import PACES, BatchedServers, DemoDay, stack_config
+from tools.demo.day import PACES, BatchedServers, DemoDay, service_settings, stack_config
 from tools.demo.traffic import Prompt, load_at, mean_tokens, peak_load
 
 START = datetime(2024, 2, 8, tzinfo=UTC)
@@ -71,3 +72,19 @@ def test_every_task_counts_alike_in_the_mean_length():
     prompts = [Prompt("a", "1", 10), Prompt("a", "2", 30), Prompt("b", "3", 100), Prompt("b", "4", None)]
     assert mean_tokens(prompts) == pytest.approx(60.0)
     assert mean_tokens([Prompt("a", "1")]) == 1.0
+
+
+def test_the_limit_of_the_simulated_model_does_not_depend_on_the_number_of_options():
+    settings = service_settings(replace(DAY, small=True))["optimizer"]
+    assert json.loads(settings["SPROUT_OPTIMIZER_XI"]) == {"not_worse": 0.05}
+    assert json.loads(settings["SPROUT_OPTIMIZER_CONSTANT_BOUNDS"]) == ["not_worse"]
+    assert "SPROUT_OPTIMIZER_HOLDOUT" not in settings
+    assert stack_config(replace(DAY, small=True), StackConfig()).small
+    assert not stack_config(replace(DAY, small=True), StackConfig(), "reference").small
+
+
+def test_few_requests_of_the_real_model_have_a_large_control_group():
+    pace = PACES["smollm2"]
+    settings = service_settings(replace(DAY, model="smollm2", pace=pace))["optimizer"]
+    assert json.loads(settings["SPROUT_OPTIMIZER_XI"]) == {"preference": 0.1}
+    assert float(settings["SPROUT_OPTIMIZER_HOLDOUT"]) * pace.requests >= 30

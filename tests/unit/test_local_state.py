@@ -107,7 +107,7 @@ class TestFleet:
     def test_the_file_is_a_valid_fleet_with_a_reference_and_a_judge(self, tmp_path):
         fleet().write(tmp_path / "fleet.toml")
         read = load_fleet(tmp_path / "fleet.toml")
-        assert read.levels == ("L0", "L1", "L2")
+        assert read.levels == ("L0", "L3", "L1", "L2")
         assert read.reference_of("llama-2-13b-chat") == "local-13b/L0"
         assert read.zones == ("US-CAL-CISO",)
         pool = read.pool("local-13b")
@@ -122,8 +122,31 @@ class TestFleet:
         for model in ("llama-2-13b-chat", "smollm2"):
             fleet(model=model).write(tmp_path / "fleet.toml")
             texts[model] = [one.text for one in load_fleet(tmp_path / "fleet.toml").directives]
-        assert texts["llama-2-13b-chat"] == ["", "Always answer briefly.", "Always answer very briefly."]
+        concise = "Think step by step in as few words as you can, then give the answer."
+        assert texts["llama-2-13b-chat"] == ["", concise, "Always answer briefly.", "Always answer very briefly."]
         assert texts["smollm2"][1:] == ["Always answer briefly.", "Answer in one short sentence, with no explanation."]
+
+    def test_a_smaller_variant_has_a_pool_of_its_own(self, tmp_path):
+        config = StackConfig(small=True, servers=2, dispatch="pack", target_batch=8, sleep=True, min_awake=2)
+        one, two, small = (LocalServer(grpc=f"h:{n}", metrics=f"http://h:{n}/m", gpu=f"g{n}") for n in (1, 2, 3))
+        LocalFleet(
+            config=config,
+            servers=(one, two),
+            small_server=small,
+            judge=one,
+            idle_power_w=1.0,
+            judge_idle_power_w=0.0,
+            directives=(("L0", ""), ("L1", "Always answer briefly.")),
+        ).write(tmp_path / "fleet.toml")
+        read = load_fleet(tmp_path / "fleet.toml")
+        pool = read.pool("local-7b")
+        assert (pool.model, pool.variant, pool.dispatch, pool.min_awake) == (
+            "llama-2-13b-chat", "llama-2-7b-chat", "pack", 1,
+        )  # fmt: skip
+        assert len(read.options_of("llama-2-13b-chat")) == 4
+        assert read.reference_of("llama-2-13b-chat") == "local-13b/L0"
+        with pytest.raises(ValidationError, match="smollm2 has no smaller variant"):
+            StackConfig(small=True, model="smollm2")
 
     def test_by_default_servers_are_spread_over_and_nothing_sleeps(self, tmp_path):
         fleet().write(tmp_path / "fleet.toml")

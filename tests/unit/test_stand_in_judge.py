@@ -223,3 +223,26 @@ def test_the_measured_preferences_are_reproduced(measured_data):
         named, wanted = texts["ABC".index(verdict)], texts[["L0", "L1", "L2"].index(one.preferred)]
         right += named.split() == wanted.split()
     assert right == len(judged)
+
+
+def compared_entry(**worse):
+    """The baseline of model `m` at L0 without a verdict, the other answers with one."""
+    found = entry(preferred="L0")
+    return replace(
+        found, responses={key: replace(one, worse=worse.get(key[1])) for key, one in found.responses.items()}
+    )
+
+
+def test_of_a_pair_with_the_baseline_the_recorded_comparison_decides():
+    judge = Judge(Workload([compared_entry(L1=False, L2=True)]), FAIR)
+    for pair in permutations((TEXTS["L0"], TEXTS["L1"])):
+        assert chosen(judge, pair) == TEXTS["L1"]
+    for pair in permutations((TEXTS["L0"], TEXTS["L2"])):
+        assert chosen(judge, pair) == TEXTS["L0"]
+    # Of all three, and of a pair without the baseline, the preferred level decides.
+    assert chosen(judge, tuple(TEXTS.values())) == TEXTS["L0"]
+
+
+def test_a_workload_without_comparisons_is_judged_by_the_preferred_level():
+    judge = Judge(Workload([compared_entry()]), FAIR)
+    assert chosen(judge, (TEXTS["L1"], TEXTS["L0"])) == TEXTS["L0"]

@@ -10,9 +10,10 @@ import pytest
 from deploy.triton.models import SHIPPED_WORKLOAD
 from deploy.triton.stand_in.workload import WorkloadError, load_workload
 from deploy.triton.workload.build import text as built_text
+from services.evaluator.answers import is_right
 
 MODEL = "llama-2-13b-chat"
-LEVELS = ("L0", "L1", "L2")
+LEVELS = ("L0", "L1", "L2", "L3")
 
 LINE = {
     "task": "trivia",
@@ -107,6 +108,7 @@ def test_preference_shares_are_of_the_task_otherwise_of_all_tasks_otherwise_even
         (answer(energy_j=True), "'energy_j' must be a number"),
         (answer(tokens=0), "'tokens' must be a whole number from 1"),
         (answer(text=3), "'text' must be a text, or absent, got int"),
+        (answer(worse="no"), "'worse' must be true, false or absent, got str"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -146,38 +148,65 @@ def shipped():
     return load_workload(SHIPPED_WORKLOAD)
 
 
-def test_the_shipped_file_matches_its_sources():
-    assert SHIPPED_WORKLOAD.read_text(encoding="utf-8") == built_text()
+def test_the_shipped_file_is_what_the_program_writes():
+    assert gzip.decompress(SHIPPED_WORKLOAD.read_bytes()).decode() == built_text()
 
 
-def test_the_shipped_workload_has_six_tasks_of_twenty_unique_prompts_without_a_broken_line(shipped):
+def test_the_shipped_workload_has_six_tasks_of_two_hundred_unique_prompts_without_a_broken_line(shipped):
     assert shipped.problems == []
     assert Counter(entry.task for entry in shipped.entries) == dict.fromkeys(
-        ("factual", "instruction", "math", "reading", "reasoning", "summary"), 20
+        ("factual", "instruction", "math", "reading", "reasoning", "summary"), 200
     )
-    assert len({entry.prompt for entry in shipped.entries}) == 120
+    assert len({entry.prompt for entry in shipped.entries}) == 1_200
 
 
-def test_every_prompt_has_a_text_at_every_level_and_a_preferred_one(shipped):
+def test_every_prompt_has_a_text_of_both_models_at_every_level_and_a_preferred_one(shipped):
     for entry in shipped.entries:
-        assert all(entry.responses[MODEL, level].text for level in LEVELS), entry.prompt
+        assert all(entry.responses[model, level].text for model in shipped.models for level in LEVELS), entry.prompt
         assert entry.preferred in LEVELS
+        assert not entry.responses[MODEL, entry.preferred].worse
 
 
-def test_in_every_task_each_level_takes_less_energy_than_the_one_before(shipped):
+def test_every_level_takes_less_energy_than_the_one_before(shipped):
     for task in {entry.task for entry in shipped.entries}:
         answers = [entry.responses for entry in shipped.entries if entry.task == task]
         for model in shipped.models:
-            energy = [fmean(one[model, level].energy_j for one in answers) for level in LEVELS]
-            assert energy[0] > 1.5 * energy[1] > 1.5 * energy[2], (task, model)
+            energy = {level: fmean(one[model, level].energy_j for one in answers) for level in LEVELS}
+            assert energy["L0"] > 1.5 * energy["L1"] > 1.5 * energy["L2"], (task, model)
+            assert energy["L0"] > 2 * energy["L3"] > 1.9 * energy["L1"], (task, model)
+        large, small = (fmean(one[model, "L0"].energy_j for one in answers) for model in shipped.models)
+        assert small < 0.6 * large
+
+
+def test_an_answer_is_right_if_it_contains_the_reference(shipped):
+    for entry in shipped.entries:
+        for recorded in entry.responses.values():
+            assert (recorded.correct is None) == (entry.reference is None)
+            if recorded.correct and entry.reference is not None:
+                assert entry.reference in (recorded.text or ""), entry.prompt
+
+
+def test_no_wrong_answer_of_a_number_contains_the_right_one(shipped):
+    numbers = [entry for entry in shipped.entries if (entry.reference or "").isdigit()]
+    assert len(numbers) > 300
+    for entry in numbers:
+        wrong = [one.text for one in entry.responses.values() if one.correct is False]
+        assert not any(is_right(text, entry.reference) for text in wrong), entry.prompt
+
+
+def test_equal_answers_have_equal_verdicts(shipped):
+    for entry in shipped.entries:
+        verdicts = {}
+        for one in entry.responses.values():
+            assert verdicts.setdefault(one.text, bool(one.worse)) == bool(one.worse), entry.prompt
 
 
 def test_preferences_differ_by_task_so_that_prompt_groups_can_gain(shipped):
-    shares = {
-        task: Counter(entry.preferred for entry in shipped.entries if entry.task == task)
+    worse = {
+        task: fmean(bool(entry.responses[MODEL, "L2"].worse) for entry in shipped.entries if entry.task == task)
         for task in {entry.task for entry in shipped.entries}
     }
-    assert shares["math"]["L0"] > 10
-    assert shares["factual"]["L0"] < 6
+    assert worse["factual"] < 0.1
+    assert worse["math"] > 0.4
     overall = Counter(entry.preferred for entry in shipped.entries)
-    assert all(overall[level] >= 24 for level in LEVELS)
+    assert all(overall[level] >= 150 for level in LEVELS)

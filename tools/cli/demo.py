@@ -42,6 +42,12 @@ def demo(
         typer.Option(help="pack: fill one model server before the next is used; spread: use the least busy one"),
     ] = "pack",
     sleep: Annotated[bool, typer.Option(help="Put model servers that are not needed to sleep")] = True,
+    small: Annotated[
+        bool,
+        typer.Option(
+            "--small", envvar="SMALL", help="Also serve a smaller variant of the model, on a server of its own"
+        ),
+    ] = False,
     compare: Annotated[
         bool,
         typer.Option("--compare", envvar="COMPARE", help="Play the same day without Sprout too, for the true saving"),
@@ -82,6 +88,7 @@ def demo(
             pace=pace,
             dispatch=dispatch,
             sleep=sleep and dispatch == "pack",
+            small=small,
         )
         config = StackConfig()
     except ValidationError as error:

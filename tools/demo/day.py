@@ -62,6 +62,8 @@ class Pace:
         sample_share: share of the requests that become samples for the evaluator.
         confidence_z: safety margin of the quality bounds, in standard errors; lower than the default, because few
             prompts are judged in one day.
+        metric: the limited quality metric, and `xi` the share of it that may be lost.
+        holdout: share of the requests that is always served without a directive; None: as the optimizer's default.
         tasks: tasks of the prompts; empty: all.
         batched: the simulated model servers; None: one real server.
     """
@@ -75,6 +77,9 @@ class Pace:
     evaluator_concurrency: int
     sample_share: float
     confidence_z: float = 1.0
+    metric: str = "preference"
+    xi: float = 0.1
+    holdout: float | None = None
     tasks: frozenset[str] = frozenset()
     batched: BatchedServers | None = None
 
@@ -92,21 +97,25 @@ PACES: dict[ModelName, Pace] = {
         evaluator_concurrency=128,
         sample_share=1.0,
         confidence_z=0.5,
+        # The share of an n-way choice would depend on how many options there are.
+        metric="not_worse",
+        xi=0.05,
         batched=BatchedServers(),
     ),
-    # This model shares the CPU with all other processes, so only about 30 prompts are judged: too few to save anything
-    # with a safety margin. The tasks are those that a model of this size can answer.
+    # This model shares the CPU with all other processes, so few prompts are judged: too few to save anything with a
+    # safety margin. Few requests need a large control group. The tasks are those that a model of this size can answer.
     "smollm2": Pace(
-        requests=160,
-        wall_s=200.0,
-        max_tokens=96,
-        evaluated_prompts=30,
-        min_samples=26,
+        requests=140,
+        wall_s=400.0,
+        max_tokens=160,
+        evaluated_prompts=24,
+        min_samples=24,
         # More than are judged in a day: too few to learn groups.
         min_judged_to_learn=600,
         evaluator_concurrency=4,
         sample_share=1.0,
         confidence_z=0.0,
+        holdout=0.25,
         tasks=frozenset({"factual", "reading", "summary"}),
     ),
 }
@@ -125,6 +134,7 @@ class DemoDay:
         mean_tokens: mean length of an answer without a directive.
         dispatch: of the requests to the servers.
         sleep: whether servers that are not needed sleep.
+        small: whether there is a server with a smaller variant of the model.
     """
 
     model: ModelName
@@ -139,6 +149,7 @@ class DemoDay:
     mean_tokens: float = 1.0
     dispatch: Dispatch = "pack"
     sleep: bool = True
+    small: bool = False
 
     def __post_init__(self) -> None:
         if self.hours <= 0 or self.requests <= 0:
@@ -215,6 +226,7 @@ def stack_config(day: DemoDay, config: StackConfig, world: World = "sprout") -> 
                 "dispatch": day.dispatch,
                 "target_batch": batched.target_batch,
                 "sleep": day.sleep,
+                "small": day.small,
                 "switchback": day.switchback,
             }
     if world == "reference":
@@ -229,6 +241,7 @@ def stack_config(day: DemoDay, config: StackConfig, world: World = "sprout") -> 
 def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
     """Environment variables by service."""
     settle_delay_s = LATENESS_WALL_S * day.rate
+    holdout = {} if day.pace.holdout is None else {"SPROUT_OPTIMIZER_HOLDOUT": str(day.pace.holdout)}
     return {
         # Answers are streamed in parts of many tokens: at this rate a server generates thousands a second.
         "triton": {"SPROUT_TRITON_TICK_MS": "100"},
@@ -241,25 +254,29 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             "SPROUT_ROUTER_STREAM_ALWAYS": "true",
         },
         "optimizer": {
-            "SPROUT_OPTIMIZER_XI": json.dumps({"preference": 0.1}),
+            "SPROUT_OPTIMIZER_XI": json.dumps({day.pace.metric: day.pace.xi}),
+            # Hardly any answer beats the baseline's on every prompt, so with no loss tolerated on a clean grid the
+            # baseline would serve there.
+            "SPROUT_OPTIMIZER_CONSTANT_BOUNDS": json.dumps(["not_worse"] if day.pace.metric == "not_worse" else []),
             "SPROUT_OPTIMIZER_CONFIDENCE_Z": str(day.pace.confidence_z),
-            # The traffic repeats the prompts of the workload, and nothing else.
-            "SPROUT_OPTIMIZER_SAMPLING_UNIT": "request",
             "SPROUT_OPTIMIZER_CAPACITY_INTERVAL_S": "0.5",
             "SPROUT_OPTIMIZER_CAPACITY_SHORTEST_S": "1",
+            **holdout,
         },
         "evaluator": {
             # A day from nothing: there is no trailing week yet, and most of the evaluating falls into the first day.
             "SPROUT_EVALUATOR_OPPORTUNITY_RULE": "urgency",
-            "SPROUT_EVALUATOR_MAX_CARBON_SHARE": "0.06",
-            # Requests without a task label are one group until groups are learned.
-            "SPROUT_EVALUATOR_SAMPLES_PER_GROUP": "1000",
+            "SPROUT_EVALUATOR_MAX_CARBON_SHARE": "0.03",
+            # Requests without a task label are one group until groups are learned. A sample that makes room for another
+            # one while it is judged leaves no verdict, and at this rate an evaluation takes an hour or more.
+            "SPROUT_EVALUATOR_SAMPLES_PER_GROUP": "5000",
+            # From the first prompt on, even if the first policy comes late on a busy machine.
+            "SPROUT_EVALUATOR_NOT_WORSE": "always" if day.pace.metric == "not_worse" else "bounded",
             "SPROUT_EVALUATOR_PROMPTS_PER_EVALUATION": str(day.pace.evaluated_prompts),
             "SPROUT_EVALUATOR_MIN_SAMPLES": str(day.pace.min_samples),
             "SPROUT_EVALUATOR_CONCURRENCY": str(day.pace.evaluator_concurrency),
             "SPROUT_EVALUATOR_MAX_TOKENS": str(day.pace.max_tokens),
             "SPROUT_EVALUATOR_MIN_JUDGED_TO_LEARN": str(day.pace.min_judged_to_learn),
-            "SPROUT_EVALUATOR_PROMPTS_PER_GROUP": "15",
             "SPROUT_EVALUATOR_LOAD_REPORT_INTERVAL_S": "0.25",
         },
         "ledger": {

@@ -63,6 +63,7 @@ def evaluate_demo(
         "energy_idle_j": energy.idle_j,
         "energy_unattributed_j": energy.unattributed_j,
         "preference_pct": report.quality.preference_pct,
+        "not_worse_pct": report.quality.not_worse_pct,
         "evaluations": len(report.evaluations),
         "evaluation_share_pct": report.carbon.evaluation_share_pct,
         "prompt_groups_learned": len(report.groupings),

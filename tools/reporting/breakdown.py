@@ -30,12 +30,16 @@ class Served:
         reference: reference option; shape `(calls,)`.
         quality: expected share preferred of the served option; shape `(calls,)`, NaN if never judged.
         reference_quality: likewise of the reference.
+        limited_metric: the metric that is shown by the hour, and `limited_quality`, `limited_reference` by this metric.
     """
 
     calls: Calls
     reference: Texts
     quality: Floats
     reference_quality: Floats
+    limited_metric: str
+    limited_quality: Floats
+    limited_reference: Floats
 
 
 def zone_row(
@@ -114,8 +118,8 @@ def _hour_row(
     policies: PolicyHistory,
 ) -> HourRow:
     calls = served.calls.select(here)
-    quality = policy_expectation(calls, policies, PREFERENCE)
-    judged = relative_pct(served.quality[here], served.reference_quality[here], calls.count)
+    quality = policy_expectation(calls, policies, served.limited_metric)
+    judged = relative_pct(served.limited_quality[here], served.limited_reference[here], calls.count)
     reference = float(allocation.reference_g[compared].sum())
     half = None if allocation.half_width_g is None else float(allocation.half_width_g[compared].sum())
     counted = compared[comparison.in_subset[compared]]

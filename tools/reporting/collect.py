@@ -27,7 +27,14 @@ from tools.reporting.judging import judge_report
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
 from tools.reporting.out_of_sample import quality_weeks
 from tools.reporting.promise import promised_hours, promised_periods
-from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policies_below_bound, relative_pct
+from tools.reporting.quality import (
+    PREFERENCE,
+    JudgedShares,
+    PolicyHistory,
+    limited_metric,
+    policies_below_bound,
+    relative_pct,
+)
 from tools.reporting.query import Selection, Snapshot, read_snapshot
 from tools.reporting.savings import Comparison, estimate_saving, net_of_evaluator
 
@@ -103,6 +110,8 @@ def compute_report(snapshot: Snapshot) -> Report:
         carbon=carbon_account(snapshot, sites),
         quality=QualitySummary(
             preference_pct=relative_pct(served.quality, served.reference_quality, served.calls.count),
+            limited_metric=served.limited_metric,
+            limited_pct=relative_pct(served.limited_quality, served.limited_reference, served.calls.count),
             unjudged=int(served.calls.count[np.isnan(served.quality) | np.isnan(served.reference_quality)].sum()),
             abstentions=sum(quality.abstentions for quality in snapshot.qualities),
             prompts=sum(quality.prompts for quality in snapshot.qualities),
@@ -148,11 +157,15 @@ def _served(snapshot: Snapshot) -> Served:
         calls = calls.select(calls.zone == snapshot.selection.zone)
     judged = _judged_shares(snapshot)
     reference = references_of(calls, snapshot.policies)
+    metric = limited_metric(snapshot.policies.by_version.values())
     return Served(
         calls=calls,
         reference=reference,
         quality=judged.expected(calls, calls.option, PREFERENCE),
         reference_quality=judged.expected(calls, reference, PREFERENCE),
+        limited_metric=metric,
+        limited_quality=judged.expected(calls, calls.option, metric),
+        limited_reference=judged.expected(calls, reference, metric),
     )
 
 

@@ -12,7 +12,7 @@ from tools.reporting.judging import JudgeReport
 from tools.reporting.meter_model import Metered
 from tools.reporting.out_of_sample import QualityWeek
 from tools.reporting.promise import PromisedHour, PromisedPeriod
-from tools.reporting.quality import JudgedShare
+from tools.reporting.quality import NOT_WORSE, JudgedShare
 from tools.reporting.savings import Interval, NetSaving, Saving
 
 
@@ -141,6 +141,8 @@ class QualitySummary:
 
     Attributes:
         preference_pct: preference rate of the served options relative to the reference, from all judged counts.
+        limited_metric: preference, or not_worse if the policies limit only that; `limited_pct` is its value for the
+            served options relative to the reference, likewise.
         unjudged: requests served at an option that was never judged; not in `preference_pct`.
         abstentions: judged prompts without a conclusive judgment.
         prompts: judged prompts.
@@ -149,11 +151,18 @@ class QualitySummary:
     """
 
     preference_pct: float | None
+    limited_metric: str
+    limited_pct: float | None
     unjudged: int
     abstentions: int
     prompts: int
     judged: tuple[JudgedShare, ...]
     policies_below_bound: int
+
+    @property
+    def not_worse_pct(self) -> float | None:
+        """Share of the served answers that are not worse than the reference's, %; None if it is not limited."""
+        return self.limited_pct if self.limited_metric == NOT_WORSE else None
 
     @property
     def bound_kept(self) -> bool:
@@ -368,6 +377,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "energy_metered_j": report.energy.metered_j,
         "energy_difference_pct": report.energy.difference_pct,
         "preference_pct": report.quality.preference_pct,
+        "not_worse_pct": report.quality.not_worse_pct,
         "evaluations": len(report.evaluations),
         "policies_published": report.policies_published,
         "report": _plain(report),

@@ -118,6 +118,12 @@ def _tiles(report: Report) -> tuple[Tile, ...]:
             "answer quality",
             percent(quality.preference_pct),
             f"of the baseline's preference{f', {change}' if change else ''}; {bound_summary(report)}",
+        )
+        if quality.not_worse_pct is None
+        else Tile(
+            "answers not worse",
+            percent(quality.not_worse_pct),
+            f"than the baseline's, by judged samples; {bound_summary(report)}",
         ),
         Tile(
             "servers needed",

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from tools.reporting.format import option_names
 from tools.reporting.model import HourRow, Report
+from tools.reporting.quality import NOT_WORSE
 from tools.reporting.savings import Interval
 from tools.reporting.summary import BASELINE
 from tools.reporting.tables import hour_saving_pct
@@ -144,8 +145,8 @@ def grams_figure(report: Report) -> go.Figure:
 
 
 def quality_figure(report: Report) -> go.Figure:
-    """Preference relative to the baseline: expected by the policies, from judged samples, and the bound."""
-    figure = blank_figure("preference, % of the baseline's")
+    """Quality relative to the baseline: expected by the policies, from judged samples, and the bound."""
+    figure = blank_figure(f"{_metric_name(report)}, % of the baseline's")
     lines: tuple[tuple[str, list[float | None], dict[str, Any]], ...] = (
         ("quality bound", [row.quality_bound for row in report.hours], {"color": RED, "dash": "dot", "shape": "hvh"}),
         ("expected by the policies", [row.expected_quality for row in report.hours], {"color": BLUE}),
@@ -166,6 +167,10 @@ def quality_figure(report: Report) -> go.Figure:
                 hovertemplate="%{y:.1f} %",
             )
     return figure
+
+
+def _metric_name(report: Report) -> str:
+    return {NOT_WORSE: "share of answers not worse"}.get(report.quality.limited_metric, report.quality.limited_metric)
 
 
 def energy_figure(report: Report) -> go.Figure:
@@ -285,7 +290,7 @@ def plots(report: Report) -> list[Plot]:
         found += [
             Plot("Directive mix", f"Share of every option by hour; the {BASELINE} is grey.", mix_figure(report)),
             Plot("Grams per request", f"Emitted, and if the {BASELINE} had served all.", grams_figure(report)),
-            Plot("Quality", f"Judged preference relative to the {BASELINE}.", quality_figure(report)),
+            Plot("Quality", f"Judged {_metric_name(report)} relative to the {BASELINE}.", quality_figure(report)),
         ]
     if any(row.quality_pct is not None for row in report.quality_weeks):
         note = "By week, from verdicts that the policies had not learned from, with 95 % intervals."

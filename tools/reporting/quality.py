@@ -12,6 +12,7 @@ from tools.reporting.frame import Calls, Floats, Texts, partition
 
 PREFERENCE = "preference"
 CORRECTNESS = "correctness"
+NOT_WORSE = "not_worse"
 BOUND_TOLERANCE = 2e-5
 """A quality below its bound by less than this meets it within the solver's tolerance."""
 
@@ -76,6 +77,12 @@ def policy_expectation(calls: Calls, policies: PolicyHistory, metric: str) -> Po
             expected[where] = policy.expected_quality.get(metric, np.nan)
             bound[where] = policy.bounds.get(metric, np.nan)
     return PolicyExpectation(expected, bound)
+
+
+def limited_metric(policies: Iterable[Policy]) -> str:
+    """The metric whose quality is shown by the hour: preference, or not_worse if the policies limit only that."""
+    limited = {metric for policy in policies for metric in policy.bounds}
+    return NOT_WORSE if NOT_WORSE in limited and PREFERENCE not in limited else PREFERENCE
 
 
 def policies_below_bound(policies: Iterable[Policy]) -> int:

@@ -190,8 +190,11 @@ def _quality_line(report: Report) -> str:
         return "not known: no served option was judged"
     change = quality_change(quality.preference_pct)
     unjudged = f"; {quality.unjudged:,} requests were served at options never judged" if quality.unjudged else ""
+    known = quality.not_worse_pct
+    not_worse = "" if known is None else f"{percent(known)} of the answers not worse than the baseline's; "
     return (
-        f"preferred {percent(quality.preference_pct)} as often as the baseline ({change}), by judged samples{unjudged}"
+        f"{not_worse}preferred {percent(quality.preference_pct)} as often as the baseline ({change}), by judged "
+        f"samples{unjudged}"
     )
 
 

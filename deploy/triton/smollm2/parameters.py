@@ -22,7 +22,8 @@ class SmolLm2Parameters:
         core_power_w: for `modelled`: power of one busy core, W.
         slots: requests that are decoded together; further ones wait.
         context_tokens: most tokens of a request, prompt and answer together.
-        threads: of llama.cpp; 0 means one per core.
+        threads: of llama.cpp; 0 means all cores but one. Its threads wait for each other at every step, so a thread
+            that other processes keep from running holds up all of them.
         temperature, top_p: for requests that do not set them.
     """
 
@@ -50,7 +51,7 @@ class SmolLm2Parameters:
     @property
     def thread_count(self) -> int:
         """Number of threads for llama.cpp."""
-        return self.threads or os.cpu_count() or 1
+        return self.threads or max(1, (os.cpu_count() or 1) - 1)
 
     def to_texts(self) -> dict[str, str]:
         """As string parameters of a model configuration."""

@@ -1,6 +1,7 @@
 """The stand-in judge: reads only the judge prompt, and prefers the level that the workload names as `preferred`.
 
-Asked whether two texts mean the same, it replies by the workload too (checks.py).
+Of two answers, one of them the baseline's, it prefers the baseline's if the workload calls the other one `worse`. Asked
+whether two texts mean the same, it replies by the workload too (checks.py).
 
 It looks the question up in the workload, recognises each answer's level by its text, and names the answer of the
 preferred level. With given probabilities it names the first answer instead (the position bias of LLM judges), or gives
@@ -16,7 +17,7 @@ from math import log
 from deploy.triton.request import GenerationRequest
 from deploy.triton.stand_in.answers import PlannedAnswer, estimated_tokens, recorded_text
 from deploy.triton.stand_in.checks import YES, check_reply, parse_check
-from deploy.triton.stand_in.prompt import normalised, parse_chat
+from deploy.triton.stand_in.prompt import REFERENCE_LEVEL, normalised, parse_chat
 from deploy.triton.stand_in.workload import Entry, Workload, unit_hash
 
 LETTERS = "ABCDEFGH"
@@ -139,6 +140,9 @@ class Judge:
         entry = self._workload.find(prompt.question)
         if entry is None:
             return self._by_hash(range(len(prompt.answers)), prompt, key)
+        compared = _compared_with_baseline(entry, prompt.answers)
+        if compared is not None:
+            return compared
         levels = [recognised_levels(entry, answer) for answer in prompt.answers]
         preferred = self._preferred_level(entry, sorted(set().union(*levels)))
         matching = [index for index, found in enumerate(levels) if preferred in found]
@@ -186,16 +190,33 @@ class Judge:
 
 def recognised_levels(entry: Entry, answer: str) -> frozenset[str]:
     """Levels at which some model gave this answer; the beginning of a recorded text is recognised as well."""
+    return frozenset(level for _, level in _recognised(entry, answer))
+
+
+def _recognised(entry: Entry, answer: str) -> set[tuple[str, str]]:
+    """Models and levels that gave this answer, or one that begins like it."""
     wanted = normalised(answer)
-    cut: set[str] = set()
-    same: set[str] = set()
+    cut: set[tuple[str, str]] = set()
+    same: set[tuple[str, str]] = set()
     for (model, level), recorded in entry.responses.items():
         text = normalised(recorded_text(entry, model, level, recorded))
         if text == wanted:
-            same.add(level)
+            same.add((model, level))
         elif len(wanted) >= _SHORTEST_RECOGNISED and text.startswith(wanted):
-            cut.add(level)
-    return frozenset(same or cut)
+            cut.add((model, level))
+    return same or cut
+
+
+def _compared_with_baseline(entry: Entry, answers: Sequence[str]) -> int | None:
+    """Index of the better of two answers, one of them the baseline's; None if the workload has not compared them."""
+    if len(answers) != 2:
+        return None
+    verdicts = [{entry.responses[key].worse for key in _recognised(entry, answer)} for answer in answers]
+    levels = [recognised_levels(entry, answer) for answer in answers]
+    for baseline, other in ((0, 1), (1, 0)):
+        if REFERENCE_LEVEL in levels[baseline] and None in verdicts[baseline] and verdicts[other] in ({True}, {False}):
+            return baseline if verdicts[other] == {True} else other
+    return None
 
 
 def _split_answers(text: str) -> list[str]:

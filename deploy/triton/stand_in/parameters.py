@@ -18,8 +18,12 @@ from shared.batch_curve import MEASURED, BatchCurve
 Role = Literal["llm", "judge"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
-DEFAULT_DIRECTIVES = (Directive("L1", "Always answer briefly."), Directive("L2", "Always answer very briefly."))
-"""The paper's directives, without L0, which has no text."""
+DEFAULT_DIRECTIVES = (
+    Directive("L3", "Think step by step in as few words as you can, then give the answer."),
+    Directive("L1", "Always answer briefly."),
+    Directive("L2", "Always answer very briefly."),
+)
+"""Concise reasoning, and the paper's directives; without L0, which has no text."""
 
 _RULES = {"batch": RecordedRules, "curve": BatchCurve, "judge": JudgeRules, "faults": FaultRules}
 _INTEGERS = frozenset({"slots", "seed"})

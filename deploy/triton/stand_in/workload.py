@@ -6,8 +6,9 @@
 ```
 
 `preferred` is the level that a judge preferred, or JSON null. Optional are `reference` (the right answer, a text), and
-of an answer `text`, `tokens` and `correct` (whether it agrees with `reference`); a missing token count is estimated as
-the energy divided by the model's mean energy per token.
+of an answer `text`, `tokens`, `correct` (whether it agrees with `reference`) and `worse` (whether a judge found it
+worse than the baseline's answer, which is the L0 answer without this field); a missing token count is estimated as the
+energy divided by the model's mean energy per token.
 """
 
 import gzip
@@ -45,6 +46,7 @@ class Recorded:
         energy_j: of this request, J.
         time_s: from the request to its last token, with no other request on the GPU, s.
         correct: whether the answer agrees with the prompt's `reference`; None where it was not checked.
+        worse: whether it was judged worse than the baseline's answer; None for that one, and where it was not compared.
     """
 
     text: str | None
@@ -52,6 +54,7 @@ class Recorded:
     energy_j: float
     time_s: float
     correct: bool | None = None
+    worse: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +232,10 @@ def _check_answer(key: str, answer: object) -> None:
     text = answer.get("text")
     if text is not None and not isinstance(text, str):
         raise WorkloadError(f"{where}: 'text' must be a text, or absent, got {_kind(text)}")
-    correct = answer.get("correct")
-    if correct is not None and not isinstance(correct, bool):
-        raise WorkloadError(f"{where}: 'correct' must be true, false or absent, got {_kind(correct)}")
+    for name in ("correct", "worse"):
+        value = answer.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise WorkloadError(f"{where}: '{name}' must be true, false or absent, got {_kind(value)}")
 
 
 def _kind(value: object) -> str:
@@ -260,7 +264,7 @@ def _entry(line: dict[str, Any], j_per_token: Mapping[str, float]) -> Entry:
             tokens = max(1, round(answer["energy_j"] / j_per_token.get(model, DEFAULT_J_PER_TOKEN)))
         text = answer.get("text") or None
         responses[model, level] = Recorded(
-            text, tokens, float(answer["energy_j"]), float(answer["time_s"]), answer.get("correct")
+            text, tokens, float(answer["energy_j"]), float(answer["time_s"]), answer.get("correct"), answer.get("worse")
         )
     return Entry(line["prompt"], line["task"], line.get("preferred"), responses, _reference(line.get("reference")))
 
