@@ -99,7 +99,7 @@ PACES: dict[ModelName, Pace] = {
         confidence_z=0.5,
         # The share of an n-way choice would depend on how many options there are.
         metric="not_worse",
-        xi=0.05,
+        xi=0.1,
         batched=BatchedServers(),
     ),
     # This model shares the CPU with all other processes, so few prompts are judged: too few to save anything with a
