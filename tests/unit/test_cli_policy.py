@@ -251,6 +251,17 @@ def test_a_policy_that_serves_the_reference_is_explained(tmp_path):
     assert "no program" in run("--file", str(tmp_path / "policy.json"), "--lp").stdout
 
 
+def test_settled_groups_are_marked(tmp_path):
+    file = written(tmp_path / "policy.json", made())
+    assert "settled since" not in run("--file", file).stdout
+    since = datetime(2024, 2, 3, 4, 5, tzinfo=UTC)
+    file = written(tmp_path / "policy.json", made().model_copy(update={"settled": {"facts": since}}))
+    shown = run("--file", file).stdout
+    assert "settled since" in shown
+    assert shown.count("2024-02-03 04:05") == 1
+    assert json.loads(run("--file", file, "--json").stdout)["settled"] == {"facts": since.isoformat()}
+
+
 def test_a_policy_of_the_first_release_takes_prices_from_the_fleet_file(tmp_path, monkeypatch):
     found = made()
     document = json.loads(found.model_dump_json())

@@ -160,6 +160,7 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
         "weights": dict(explanation.problem.weights),
         "probabilities": {group: dict(row) for group, row in explanation.rows.items()},
         "overall": dict(policy.overall),
+        "settled": {group: since.isoformat() for group, since in policy.settled.items()},
         "limits": [
             {
                 "metric": one.metric,
@@ -365,14 +366,17 @@ def _print_limits(explanation: Explanation) -> None:
 
 def _print_probabilities(explanation: Explanation) -> None:
     options = list(explanation.problem.options)
-    table = _table("Probabilities", "group", "share of traffic", *options)
+    settled = explanation.policy.settled
+    table = _table("Probabilities", "group", "share of traffic", *options, *(["settled since"] if settled else []))
     table.columns[0].no_wrap = True
     weights = explanation.problem.weights
     for group, row in sorted(explanation.rows.items(), key=lambda one: -weights.get(one[0], 0.0)):
         share = f"{100.0 * weights.get(group, 0.0):.1f} %"
-        _add_row(table, group, share, *(_share(row, option) for option in options))
+        since = [f"{settled[group]:%Y-%m-%d %H:%M}" if group in settled else ""] if settled else []
+        _add_row(table, group, share, *(_share(row, option) for option in options), *since)
     if explanation.policy.groups:
-        _add_row(table, "other groups", "", *(_share(explanation.policy.overall, option) for option in options))
+        others = [_share(explanation.policy.overall, option) for option in options]
+        _add_row(table, "other groups", "", *others, *([""] if settled else []))
     out.print()
     out.print(table)
 

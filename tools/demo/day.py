@@ -19,7 +19,7 @@ from tools.demo.traffic import peak_load
 World = Literal["sprout", "reference"]
 """`reference`: the same day without Sprout. No directives, requests spread over all servers, none asleep."""
 
-LEAD_S = 16.0
+LEAD_S = 26.0
 """Wall seconds between the start of the services and the start of the traffic."""
 LATENESS_WALL_S = 2.5
 """Latency of messages on a busy machine of two cores, wall seconds."""
@@ -86,7 +86,7 @@ class Pace:
 
 PACES: dict[ModelName, Pace] = {
     "llama-2-13b-chat": Pace(
-        requests=20_000,
+        requests=16_000,
         wall_s=195.0,
         max_tokens=1024,
         evaluated_prompts=300,
