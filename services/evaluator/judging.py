@@ -139,9 +139,10 @@ class PromptJudging:
             NOT_WORSE: comparison_fault(card, self._settings),
             CORRECTNESS: check_fault(card, self._settings),
         }
+        measured = {name for one in self.judged for answer in one.answers for name in answer.outcomes}
         for name, reason in faults.items():
             metrics.judge_usable.labels(self._model, name).set(reason is None)
-            if reason is not None:
+            if reason is not None and name in measured:
                 self.discarded[name] = reason
                 _log.warning("the judge's verdicts do not count", model=self._model, metric=name, reason=reason)
         if self.discarded:

@@ -76,7 +76,7 @@ def test_every_task_counts_alike_in_the_mean_length():
 
 def test_the_limit_of_the_simulated_model_does_not_depend_on_the_number_of_options():
     settings = service_settings(replace(DAY, small=True))["optimizer"]
-    assert json.loads(settings["SPROUT_OPTIMIZER_XI"]) == {"not_worse": 0.05}
+    assert json.loads(settings["SPROUT_OPTIMIZER_XI"]) == {"not_worse": 0.1}
     assert json.loads(settings["SPROUT_OPTIMIZER_CONSTANT_BOUNDS"]) == ["not_worse"]
     assert "SPROUT_OPTIMIZER_HOLDOUT" not in settings
     assert stack_config(replace(DAY, small=True), StackConfig()).small
