@@ -67,8 +67,8 @@ test-extended: install  ## The tests that take minutes or need a machine without
 # One BLAS thread per test process: with more, the processes wait for each other.
 test test-unit test-extended: export OPENBLAS_NUM_THREADS = 1
 
-test-unit: install  ## The unit tests without those of measured data, under a minute on two cores
-	$(BIN)/pytest tests/unit -m "not measured_data" -n 2 --dist worksteal --quiet
+test-unit: install  ## The unit tests without the slowest kinds, about a minute on two cores
+	$(BIN)/pytest tests/unit -m "not measured_data and not statistical" -n 2 --dist worksteal --quiet
 
 up: install  ## Start the local stack in the background
 	$(BIN)/sprout up $(OPTIONS) $(SERVER_OPTIONS)

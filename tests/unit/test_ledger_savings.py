@@ -174,6 +174,7 @@ def test_a_call_does_not_predict_itself():
     assert comparable.comparison.predicted_g / g_per_j == pytest.approx([400.0, 350.0, 150.0])
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("holdout", [0.1, 0.3])
 def test_the_estimate_is_unbiased_and_its_interval_covers_the_truth(holdout):
     errors, covered, runs = [], 0, 120

@@ -181,6 +181,7 @@ def test_quantiles_are_those_of_students_distribution(degrees: int) -> None:
         assert student_t(confidence, degrees) == pytest.approx(stats.t.ppf(0.5 + confidence / 2.0, degrees), rel=1e-9)
 
 
+@pytest.mark.statistical
 def test_the_interval_covers_the_truth_of_simulated_days() -> None:
     covered, halves = [], []
     for seed in (101, 102):

@@ -409,6 +409,7 @@ async def test_without_postgresql_the_arrivals_are_stored_later(service, monkeyp
     task.cancel()
 
 
+@pytest.mark.statistical
 def test_over_a_day_of_random_arrivals_the_awake_endpoints_carry_the_load_and_seldom_change():
     plan = Planned(fleet(target_batch=16), capacity_margin=2.0)
     rng = np.random.default_rng(1)

@@ -184,6 +184,7 @@ DRAWS = pytest.mark.parametrize(
 )  # fmt: skip
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(
     ("moved", "least", "least_unlike"), [(1.0, 0.9, 0.84), (5 / 6, 0.9, 0.84), (1 / 2, 0.86, 0.78)]
 )

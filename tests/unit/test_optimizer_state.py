@@ -297,6 +297,7 @@ def repeated_verdicts(groups: int, prompts: int, chance: random.Random) -> tuple
     return truth, evaluation("e", tuple(found)).model_copy(update={"prompt_hashes": hashes})
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("moved", "least"), [(1.0, 0.92), (0.5, 0.88)])
 def test_the_lower_confidence_bound_holds_as_often_as_promised_with_repeated_prompts(moved, least):
     """The groups with the best estimates are served briefly, as the program would choose them."""

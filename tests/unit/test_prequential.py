@@ -106,6 +106,7 @@ class World:
         return float((self.weights[:, None] * x * self.rates).sum() / (self.weights @ self.rates[:, 0]))
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("metric", ["preference", "correctness"])
 @pytest.mark.parametrize(("groups", "prompts"), [(4, 40), (12, 150)])
 def test_the_interval_covers_the_true_quality_in_at_least_93_percent_of_weeks(metric, groups, prompts):
