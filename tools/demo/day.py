@@ -189,11 +189,11 @@ class DemoDay:
 
     @property
     def switchback(self) -> Switchback:
-        """Four blocks without Sprout; answers that began before a change end within the washout."""
+        """Four blocks or more without Sprout; answers that began before a change end within the washout."""
         if self.pace.batched is None:
             return Switchback(share=0.0)
         return Switchback(
-            share=1 / 15,
+            share=1 / 12,
             block_s=max(self.hours * 3600.0 / 60, 1.9 * self.answer_s),
             washout_s=1.2 * self.answer_s,
             key=f"demo-{self.seed}",
