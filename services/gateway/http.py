@@ -42,7 +42,9 @@ class HttpLimits:
                 async with asyncio.timeout(self._settings.send_timeout_s):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, "the rest of the body did not arrive in time") from None
+                raise HTTPException(
+                    408, "the rest of the body did not arrive in time", {"connection": "close"}
+                ) from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if limit is not None and received > limit:
