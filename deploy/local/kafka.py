@@ -213,6 +213,8 @@ def _properties(port: int, controller_port: int, log_dir: Path, listeners: Seque
         "share.coordinator.state.topic.min.isr": "1",
         # No other broker could take over from one that is late because the machine is busy; the default is 9,000.
         "broker.session.timeout.ms": "60000",
+        # A broker that was killed cannot register again before its old session has ended; the default is 60,000, too.
+        "initial.broker.registration.timeout.ms": "120000",
         # The first consumer waits until they are created; the default is 50.
         "offsets.topic.num.partitions": "4",
         "transaction.state.log.num.partitions": "2",
