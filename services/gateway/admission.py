@@ -110,14 +110,14 @@ class AdmissionQueue:
             return
         try:
             verdicts: Sequence[Verdict | Exception] = await self._ask(key, batch)
-        except asyncpg.PostgresError as error:
-            if len(batch) > 1:  # one of them is the reason
+        except DatabaseUnavailableError as error:
+            verdicts = [error] * len(batch)
+        except Exception as error:  # noqa: BLE001 - somebody waits for each verdict
+            if len(batch) > 1:  # one of them may be the reason
                 for one in batch:
                     await self._decide(key, [one])
                 return
             verdicts = [error]
-        except DatabaseUnavailableError as error:
-            verdicts = [error] * len(batch)
         for one, verdict in zip(batch, verdicts, strict=True):
             if one.verdict.done():
                 continue
