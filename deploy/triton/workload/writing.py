@@ -39,8 +39,7 @@ def note(chance: random.Random) -> Case:
         f"to manage everything at once. Because of you I could breathe again and look after the things that could not "
         f"wait. Warm regards, {sender}.",
         more=KIND,
-        steps=f"Reason: {deed} on {day}. Dear {to}, thank you for {deed}; it helped me a lot. I owe you one. "
-        f"{sender}",
+        steps=f"Reason: {deed} on {day}. Dear {to}, thank you for {deed}; it helped me a lot. I owe you one. {sender}",
         brief=f"Dear {to}, thank you very much for {deed} on {day}. It helped me a lot. {sender}",
         shortest=f"Thanks for {short}, {to}! {sender}",
     )
