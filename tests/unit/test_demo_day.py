@@ -11,7 +11,15 @@ import pytest
 from deploy.local.config import StackConfig
 from shared.batch_curve import MEASURED
 from shared.switchback import SwitchbackSchedule
-from tools.demo.day import PACES, BatchedServers, DemoDay, service_settings, stack_config
+from tools.demo.day import (
+    LARGEST_SLOWDOWN,
+    PACES,
+    BatchedServers,
+    DemoDay,
+    machine_slowdown,
+    service_settings,
+    stack_config,
+)
 from tools.demo.traffic import Prompt, load_at, mean_tokens, peak_load
 
 START = datetime(2024, 2, 8, tzinfo=UTC)
@@ -88,3 +96,7 @@ def test_few_requests_of_the_real_model_have_a_large_control_group():
     settings = service_settings(replace(DAY, model="smollm2", pace=pace))["optimizer"]
     assert json.loads(settings["SPROUT_OPTIMIZER_XI"]) == {"preference": 0.1}
     assert float(settings["SPROUT_OPTIMIZER_HOLDOUT"]) * pace.requests >= 30
+
+
+def test_the_slowdown_of_this_machine_lies_within_its_bounds():
+    assert 1.0 <= machine_slowdown(during_s=0.05) <= LARGEST_SLOWDOWN

@@ -16,7 +16,7 @@ from tests.support.report import (
     snapshot_of,
 )
 from tools.demo.clients import Tally
-from tools.demo.result import LARGEST_DISAGREEMENT_POINTS, evaluate_demo
+from tools.demo.result import LARGEST_DISAGREEMENT_POINTS, evaluate_demo, fell_behind
 from tools.reporting.collect import compute_report
 
 SENT = 200
@@ -62,6 +62,15 @@ def test_a_successful_demo_has_no_problems_and_every_figure(tally, report):
         "requests_sent", "implied_saving_pct", "energy_metered_j", "preference_pct", "evaluations",
         "policies_published", "broker",
     } <= found.figures.keys()  # fmt: skip
+
+
+@pytest.mark.parametrize(("tpot_p95_ms", "behind"), [(29.0, False), (60.0, True), (None, False)])
+def test_tokens_far_beyond_the_objective_mean_that_the_machine_fell_behind(report, tpot_p95_ms, behind):
+    latency = replace(report.metered.latency, tpot_p95_ms=tpot_p95_ms)
+    assert (
+        fell_behind(replace(report, metered=replace(report.metered, latency=latency, tpot_objective_ms=30.0))) is behind
+    )
+    assert not fell_behind(replace(report, metered=replace(report.metered, latency=latency, tpot_objective_ms=None)))
 
 
 def test_the_true_saving_is_that_of_the_meters_of_both_worlds(tally, report):

@@ -117,12 +117,13 @@ def test_a_sequence_that_is_cancelled_while_it_waits_never_runs():
     assert not first.cancelled
 
 
-def test_the_times_of_the_next_token_and_the_next_end_are_known():
+def test_the_times_of_the_first_token_and_the_next_end_are_known():
     gpu = batch(slowdown=0.0)
     sequence = added(gpu)
+    gpu.advance(0.05)
+    assert gpu.first_token_s(sequence) == pytest.approx(0.1)
     gpu.advance(0.55)
-    assert gpu.next_token_s(sequence, after=5) == pytest.approx(0.6)
-    assert gpu.next_token_s(sequence, after=2) == pytest.approx(0.55)  # overdue: now
+    assert gpu.first_token_s(sequence) == pytest.approx(0.55)  # overdue: now
     assert gpu.next_end_s() == pytest.approx(2.0)
 
 
@@ -185,7 +186,7 @@ def test_a_prompt_is_read_before_the_first_step_and_slows_no_other_sequence():
     second, third = added(gpu, at_s=1.0, tokens=10), added(gpu, at_s=1.0, tokens=10)
     gpu.advance(0.25)
     assert (gpu.produced(first), gpu.energy_j) == (0, pytest.approx(5.0))  # half of a prompt of 5 tokens
-    assert gpu.next_token_s(first, after=0) == pytest.approx(0.5 + 0.011)
+    assert gpu.first_token_s(first) == pytest.approx(0.5 + 0.011)
     assert gpu.next_change_s() == pytest.approx(0.5)
     gpu.advance(1.1)
     assert (gpu.produced(first), gpu.produced(second)) == (54, 0)

@@ -14,7 +14,7 @@ from deploy.local.grid import SAMPLE_ZONE, default_day, shipped_trace, zone_of
 from shared.kafka.parsing import describe
 from tools.cli.console import err, fail, out, quiet_clients, say
 from tools.cli.stack import Carbon, Model, Workload, Zone
-from tools.demo.day import PACES, DemoDay
+from tools.demo.day import PACES, DemoDay, Pace, machine_slowdown
 
 
 def demo(
@@ -34,7 +34,10 @@ def demo(
         int | None, typer.Option(min=1, help="Number of requests; default: depends on the model")
     ] = None,
     day_seconds: Annotated[
-        float | None, typer.Option(min=10.0, help="Wall seconds for 24 event hours; default: depends on the model")
+        float | None,
+        typer.Option(
+            min=10.0, help="Wall seconds for 24 event hours; default: depends on the model and on this machine's speed"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(envvar="SEED", help="Seed of the random traffic")] = 1,
     dispatch: Annotated[
@@ -68,14 +71,14 @@ def demo(
     from deploy.local.stack import STACK_ERRORS  # noqa: PLC0415
     from deploy.triton.models import SHIPPED_WORKLOAD  # noqa: PLC0415
     from deploy.triton.stand_in.workload import WorkloadError  # noqa: PLC0415
-    from tools.demo.result import evaluate_demo  # noqa: PLC0415
+    from tools.demo.result import evaluate_demo, fell_behind  # noqa: PLC0415
     from tools.demo.run import run_demo  # noqa: PLC0415
     from tools.reporting import render_html, render_tables  # noqa: PLC0415
 
     try:
         trace = carbon if carbon is not None else shipped_trace(zone or SAMPLE_ZONE)
         chosen = _model_named(model)
-        pace = PACES[chosen] if day_seconds is None else replace(PACES[chosen], wall_s=day_seconds)
+        pace = replace(PACES[chosen], wall_s=day_seconds or _day_seconds(PACES[chosen]))
         day = DemoDay(
             model=chosen,
             zone=zone_of(trace, wanted=zone),
@@ -120,9 +123,22 @@ def demo(
     html.write_text(render_html(run.report, title=title), encoding="utf-8")
     render_tables(run.report, out)
     out.print(f"wrote {html} and {json_file} after {run.seconds:.0f} s")
+    if fell_behind(run.report):
+        say(
+            "this machine could not keep up with the replay: the simulated servers' latencies and the saving on the "
+            f"meter are worse than they should be; stop other work, or try `--day-seconds {2 * pace.wall_s:.0f}`"
+        )
     if result.problems:
         fail("checks of the demo failed:", remedy="\n".join(f"- {problem}" for problem in result.problems))
     out.print("every request was answered exactly once, and the energy balance is complete", style="green")
+
+
+def _day_seconds(pace: Pace) -> float:
+    slowdown = 1.0 if pace.batched is None else machine_slowdown()
+    if slowdown > 1.2:
+        say(f"this machine is slow now: the day takes {pace.wall_s * slowdown:.0f} s instead of {pace.wall_s:.0f}")
+        return pace.wall_s * slowdown
+    return pace.wall_s
 
 
 def _existing(workload: Path) -> Path:

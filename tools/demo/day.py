@@ -6,14 +6,17 @@ the evaluator's grace period, the trailing window) are the production defaults.
 """
 
 import json
+import time
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from deploy.local.config import ModelName, StackConfig
 from shared.batch_curve import MEASURED
 from shared.fleet import Dispatch, Switchback
+from shared.messages import GenerationRequest
 from tools.demo.traffic import peak_load
 
 World = Literal["sprout", "reference"]
@@ -23,6 +26,9 @@ LEAD_S = 26.0
 """Wall seconds between the start of the services and the start of the traffic."""
 LATENESS_WALL_S = 2.5
 """Latency of messages on a busy machine of two cores, wall seconds."""
+USUAL_PARSE_S = 9.5e-6
+"""Time to read and write a request on the machine that the paces are for: two cores of an AMD EPYC, wall seconds."""
+LARGEST_SLOWDOWN = 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +59,7 @@ class Pace:
 
     Attributes:
         requests: number of requests in 24 hours.
-        wall_s: wall seconds for 24 hours of event time.
+        wall_s: wall seconds for 24 hours of event time, on a machine of usual speed.
         max_tokens: maximum length of an answer.
         evaluated_prompts: prompts per evaluation at most; each is answered at every level and judged in every order.
         min_samples: samples before the first evaluation. The optimizer needs 20 judged prompts per option.
@@ -244,7 +250,7 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
     holdout = {} if day.pace.holdout is None else {"SPROUT_OPTIMIZER_HOLDOUT": str(day.pace.holdout)}
     return {
         # Answers are streamed in parts of many tokens: at this rate a server generates thousands a second.
-        "triton": {"SPROUT_TRITON_TICK_MS": "100"},
+        "triton": {"SPROUT_TRITON_TICK_MS": "500"},
         "router": {
             "SPROUT_ROUTER_LOAD_REPORT_INTERVAL_S": "0.25",
             "SPROUT_ROUTER_SAMPLE_SHARE": str(day.pace.sample_share),
@@ -285,3 +291,25 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             "SPROUT_LEDGER_SETTLE_INTERVAL_S": "1",
         },
     }
+
+
+def machine_slowdown(during_s: float = 3.0) -> float:
+    """How many times as long as on the usual machine a task takes here and now, between 1 and `LARGEST_SLOWDOWN`.
+
+    The clients and services of a replay must keep up with its clock: if they lag, the simulated servers seem slow.
+
+    Args:
+        during_s: how long to measure; virtual machines have moments of very different speeds.
+    """
+    request = GenerationRequest(
+        id="demo", model="demo", prompt="word " * 60, requested_at=datetime(2024, 1, 1, tzinfo=UTC)
+    )
+    text = request.model_dump_json()
+    end = time.perf_counter() + during_s
+    rounds: list[float] = []
+    while not rounds or time.perf_counter() < end:
+        began = time.perf_counter()
+        for _ in range(500):
+            GenerationRequest.model_validate_json(text).model_dump_json()
+        rounds.append((time.perf_counter() - began) / 500)
+    return min(LARGEST_SLOWDOWN, max(1.0, fmean(rounds) / USUAL_PARSE_S))

@@ -75,6 +75,12 @@ def evaluate_demo(
     return DemoResult(figures, tuple(_problems(planned, sent, tally, report)))
 
 
+def fell_behind(report: Report) -> bool:
+    """Whether tokens took so much longer than the objective that the replay's clients and services must have lagged."""
+    latency_ms, objective_ms = report.metered.latency.tpot_p95_ms, report.metered.tpot_objective_ms
+    return latency_ms is not None and objective_ms is not None and latency_ms > 1.3 * objective_ms
+
+
 def _comparison(report: Report, without_sprout: Report | None) -> dict[str, object]:
     """What the meters showed with and without Sprout, if both worlds were played."""
     if without_sprout is None:

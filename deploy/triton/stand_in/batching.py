@@ -238,9 +238,9 @@ class InFlightBatch:
         share = (self._progress - sequence.started_at) / sequence.work.progress
         return min(generation.tokens, int(share * generation.tokens + _ROUNDING))
 
-    def next_token_s(self, sequence: Sequence, *, after: int) -> float:
-        """Event time of token number `after` + 1 of a running sequence, if no other begins or ends before."""
-        needed = (after + 1) * sequence.work.progress / sequence.generation.tokens
+    def first_token_s(self, sequence: Sequence) -> float:
+        """Event time of a running sequence's first token, if no other begins or ends before; never in the past."""
+        needed = sequence.work.progress / sequence.generation.tokens
         if sequence in self._decoding and sequence.started_at is not None:
             due = sequence.started_at + needed
             return self._now_s + max(0.0, due - self._progress) / self._rules.speed(len(self._decoding))

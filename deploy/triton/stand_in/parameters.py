@@ -41,7 +41,7 @@ class StandInParameters:
         gpu_uuid: label of its energy counters.
         idle_power_w: power while no request runs, W; 0 with a curve, because the companion meters the idle power.
         directives: the list of directives, to find the level in a prompt.
-        tick_ms: least wall time between two rounds of parts after the first tokens; tokens that are due by then are
+        tick_ms: wall time between two rounds of parts after the first tokens; tokens that are due by then are
             sent together.
         batch: how the batch size acts on speed and energy; with a curve, `curve.*` parameters are written.
         judge: a judge's error rates, energy and time.
