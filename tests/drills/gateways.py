@@ -63,10 +63,12 @@ class Outcome:
     Attributes:
         kind: `answer`; `error event` of a stream; `status 503` and others; `connection ended`; `hung`.
         seconds: from its start, wall.
+        error: why the connection ended.
     """
 
     kind: str
     seconds: float
+    error: str = ""
 
 
 async def _with_clients(
@@ -94,7 +96,8 @@ async def _with_clients(
     run.check(slowest_s <= WITHIN_S, f"a client waited {slowest_s:.1f} s")
     run.check(not counts["hung"], f"{counts['hung']} clients hung")
     ended = counts["connection ended"]
-    run.check(may_end or not ended, f"{ended} connections ended without an answer and without an error")
+    errors = Counter(one.error or "no [DONE]" for one in outcomes if one.kind == "connection ended")
+    run.check(may_end or not ended, f"{ended} connections ended without an answer and without an error: {dict(errors)}")
     neither = number - counts["answer"] - counts["error event"]
     run.check(not neither, f"{neither} requests had neither an answer nor an error event: {dict(counts)}")
     await _count_published(run)
@@ -156,6 +159,7 @@ async def _ask(client: httpx.AsyncClient, url: str, index: int, *, stream: bool)
     body = {"model": MODEL, "messages": [{"role": "user", "content": prompt(index)}], "stream": stream}
     headers = {"x-sprout-directive": "L0"}  # the longest answers
     began = time.monotonic()
+    error = ""
     try:
         async with (
             asyncio.timeout(HUNG_S),
@@ -171,9 +175,9 @@ async def _ask(client: httpx.AsyncClient, url: str, index: int, *, stream: bool)
         )
     except (TimeoutError, httpx.TimeoutException):
         kind = "hung"
-    except httpx.TransportError:
-        kind = "connection ended"
-    return Outcome(kind, time.monotonic() - began)
+    except httpx.TransportError as transport:
+        kind, error = "connection ended", f"{type(transport).__name__}: {transport}"
+    return Outcome(kind, time.monotonic() - began, error)
 
 
 def _kind(answer: httpx.Response, lines: list[str]) -> str:
