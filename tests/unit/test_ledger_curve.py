@@ -129,6 +129,7 @@ def test_the_energy_of_prompts_is_told_from_that_of_tokens():
     assert found.curve.prompt_token_j == pytest.approx(truth.prompt_token_j, rel=0.15)
 
 
+@pytest.mark.statistical
 def test_the_stated_errors_cover_the_truth():
     truth = replace(QWEN, prompt_token_j=0.02).stretched(300)
     errors = []
