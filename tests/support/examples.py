@@ -4,5 +4,5 @@ from hypothesis import settings
 
 
 def examples(thorough: int) -> int:
-    """For `max_examples`: so many in `make test`, a quarter of them in `make test-unit` (profiles in tests/conftest.py)."""
+    """So many in `make test`, a quarter of them in `make test-unit` (see the profiles in tests/conftest.py)."""
     return max(1, thorough * settings.default.max_examples // 100)
