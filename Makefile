@@ -57,18 +57,23 @@ $(STAMP): $(LOCK) pyproject.toml
 demo: install  ## Replay a day through the real services in four minutes; see demo-report.html
 	$(BIN)/sprout demo $(OPTIONS) $(DEMO_OPTIONS)
 
+# The longest file runs first and the others in their order, so that the workers end at about the same time.
 test: install lint types  ## Lint, types and every test but the extended ones
 	$(BIN)/pytest tests/unit -n 2 --dist worksteal
-	$(BIN)/pytest tests/contract tests/integration tests/end_to_end -m "not extended" -n $(JOBS) --dist loadfile
+	$(BIN)/pytest tests/end_to_end tests/contract tests/integration -m "not extended" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-extended: install  ## The tests that take minutes or need a machine without other work
 	$(BIN)/pytest tests/integration tests/end_to_end -m extended
 
+# Compiled modules are kept, whatever the environment says: compiling their packages takes each process that a test
+# starts longer than everything else that it does at its start.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One BLAS thread per test process: with more, the processes wait for each other.
 test test-unit test-extended: export OPENBLAS_NUM_THREADS = 1
 
-test-unit: install  ## The unit tests without the slowest kinds, about a minute on two cores
-	$(BIN)/pytest tests/unit -m "not measured_data and not statistical" -n 2 --dist worksteal --quiet
+test-unit: install  ## The unit tests without the slowest kinds, under a minute on two cores
+	$(BIN)/pytest tests/unit -m "not measured_data and not statistical" -n 2 --dist worksteal --hypothesis-profile quick --quiet
 
 up: install  ## Start the local stack in the background
 	$(BIN)/sprout up $(OPTIONS) $(SERVER_OPTIONS)

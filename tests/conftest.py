@@ -11,6 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
+import hypothesis
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from pydantic import SecretStr
@@ -29,6 +30,12 @@ os.environ["COLUMNS"] = "200"
 INSPECT_AT_START = "SPROUT_KAFKA_INSPECT_AT_START"
 os.environ.setdefault(INSPECT_AT_START, "false")
 """Services of tests start without it; the tests of hostile records set it (fixture `inspecting`)."""
+
+
+# No example is late because the machine is busy. `make test-unit` tries a quarter of the examples.
+hypothesis.settings.register_profile("thorough", hypothesis.settings.default, deadline=None)
+hypothesis.settings.register_profile("quick", hypothesis.settings.default, deadline=None, max_examples=25)
+hypothesis.settings.load_profile("thorough")
 
 
 @dataclass(frozen=True, slots=True)

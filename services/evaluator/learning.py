@@ -1,113 +1,25 @@
-"""Prompt groups of every model: the current version, when to learn a new one, and re-aggregation of past verdicts.
+"""Prompt groups of every model: the current version, and when to learn a new one.
 
-A new version re-aggregates all stored verdicts. Each judged prompt is assigned to the group that a model without its
-verdict predicts (leave-one-out), so that quality counted by group is not biased by overfitting
-(docs/decisions/0008-prompt-groups.md).
+A new version re-aggregates all stored verdicts (`services/evaluator/training.py`).
 """
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import date, datetime
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from services.evaluator.clusters import (
-    PROMPTS_PER_GROUP,
-    Doubles,
-    Indices,
-    TooFewPromptsError,
-    learn_groups_from_features,
-)
 from services.evaluator.cost import EnergyByPool
-from services.evaluator.preference import PREFERENCE
-from services.evaluator.quality import JudgedPrompt, prompt_hashes, tally
+from services.evaluator.quality import JudgedPrompt
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import GroupStore
-from shared.grouping import CLASSIFIER, FEATURES, GroupingError, PromptGroups, pack, prompt_text, unpack
-from shared.messages import GroupEvidence, GroupTaken, PromptGrouping, Sample
+from shared.grouping import GroupingError, PromptGroups, prompt_text, unpack
+from shared.messages import PromptGrouping, Sample
 from shared.runtime.logs import get_logger
-from shared.units import JOULES_PER_KWH
+
+if TYPE_CHECKING:
+    from services.evaluator.training import LearnedGrouping
 
 _log = get_logger(__name__)
-
-LabelledPrompts = Sequence[tuple[str, JudgedPrompt]]
-"""Judged prompts, each with the group in which it is counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSet:
-    """Judged prompts that were answered at the same levels.
-
-    Attributes:
-        levels: of the fleet, the reference first.
-    """
-
-    prompts: Sequence[JudgedPrompt]
-    levels: tuple[str, ...]
-
-    @classmethod
-    def select(cls, prompts: Sequence[JudgedPrompt], levels: Sequence[str], *, minimum: int) -> "TrainingSet":
-        """Take the prompts that were answered at exactly these levels by the reference's weights.
-
-        Raises:
-            TooFewPromptsError: fewer than `minimum`.
-        """
-        wanted = tuple(levels)
-        found = [one for one in prompts if tuple(answer.level for answer in one.answers[: len(wanted)]) == wanted]
-        different = len({one.prompt for one in found})
-        if different < minimum:
-            raise TooFewPromptsError(
-                f"{different} different prompts were judged at levels {', '.join(wanted)}, {minimum} are needed"
-            )
-        return cls(found, wanted)
-
-    def newest_of_each_prompt(self, limit: int) -> "TrainingSet":
-        """The newest verdict on each of the prompts that were judged last, at most `limit` of them, the newest last."""
-        newest = {one.prompt: one for one in self.prompts}
-        order = list(dict.fromkeys(one.prompt for one in reversed(self.prompts)))[:limit]
-        return TrainingSet([newest[prompt] for prompt in reversed(order)], self.levels)
-
-    def preferred(self) -> Indices:
-        """(prompts,) index of the level that won, whichever weights won; the less brief one of equal answers."""
-        index = {level: number for number, level in enumerate(self.levels)}
-        winners = [max(one.answers, key=lambda answer: answer.outcomes.get(PREFERENCE, 0.0)) for one in self.prompts]
-        return np.array([index[winner.level] for winner in winners], dtype=np.int64)
-
-    def energy_kwh(self, energy: EnergyByPool) -> Doubles:
-        """(prompts, levels) energy of the reference's weights; proportional to tokens where it is unknown."""
-        return np.array(
-            [
-                [
-                    max(1, answer.tokens) * (_joules_per_token(answer.generated_by, energy) or 1.0) / JOULES_PER_KWH
-                    for answer in prompt.answers[: len(self.levels)]
-                ]
-                for prompt in self.prompts
-            ]
-        )
-
-    def other_metrics(self) -> list[Doubles]:
-        """(prompts, levels) outcomes of every metric except preference; NaN where a metric has no outcome."""
-        answers = [prompt.answers[: len(self.levels)] for prompt in self.prompts]
-        names = {name for row in answers for answer in row for name in answer.outcomes} - {PREFERENCE}
-        return [
-            np.array([[answer.outcomes.get(name, np.nan) for answer in row] for row in answers])
-            for name in sorted(names)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class LearnedGrouping:
-    """A new version of prompt groups.
-
-    Attributes:
-        message: to be published.
-        group_of: group in which each judged prompt is counted from now on, by its id.
-    """
-
-    message: PromptGrouping
-    group_of: Mapping[str, str]
 
 
 def learning_due(settings: EvaluatorSettings, *, judged: int, unused: int, learned_from: int | None) -> bool:
@@ -121,68 +33,6 @@ def learning_due(settings: EvaluatorSettings, *, judged: int, unused: int, learn
     if judged < settings.min_judged_to_learn:
         return False
     return learned_from is None or unused >= settings.relearn_growth * min(learned_from, settings.max_judged_to_learn)
-
-
-def learn_grouping(
-    model: str,
-    judged: TrainingSet,
-    *,
-    learn_from: int,
-    traffic: Mapping[str, float],
-    energy: EnergyByPool,
-    learned_at: datetime,
-    prompts_per_group: int = PROMPTS_PER_GROUP,
-) -> LearnedGrouping:
-    """Learn groups from the newest verdicts, and re-aggregate all verdicts by them.
-
-    Of each prompt one verdict is learned from: a prompt that was judged several times would be predicted from its own
-    other verdicts. Every verdict counts in the group that a model which has not seen its prompt assigns: those learned
-    from by leave-one-out, the earlier ones by the learned groups themselves.
-
-    Args:
-        judged: all judged prompts, the newest last.
-        learn_from: most prompts to learn from.
-        traffic: frequency of each stratum in any unit.
-        energy: gives the energy per token.
-        prompts_per_group: see `learn_groups_from_features`.
-
-    Raises:
-        TooFewPromptsError: the prompts form no two groups; then task labels are the better groups.
-    """
-    training = judged.newest_of_each_prompt(learn_from)
-    learned = learn_groups_from_features(
-        [one.features for one in training.prompts],
-        training.preferred(),
-        training.energy_kwh(energy),
-        training.other_metrics(),
-        [one.task for one in training.prompts],
-        prompts_per_group=prompts_per_group,
-    )
-    if len(learned.groups.names) < 2:
-        raise TooFewPromptsError(f"{len(training.prompts)} judged prompts do not form two groups")
-    names = {
-        one.prompt: learned.groups.names[index]
-        for one, index in zip(training.prompts, learned.leave_one_out, strict=True)
-    }
-    labelled = [
-        (names.get(one.prompt) or learned.groups.assign_features(one.features, one.task), one) for one in judged.prompts
-    ]
-    message = PromptGrouping(
-        model=model,
-        version=learned.groups.version,
-        learned_at=learned_at,
-        prompts=len({one.prompt for one in judged.prompts}),
-        names=learned.groups.names,
-        families=learned.families,
-        features=FEATURES,
-        classifier=CLASSIFIER,
-        arrays=pack(learned.groups),
-        task_scores={task: tuple(scores.tolist()) for task, scores in learned.groups.task_scores.items()},
-        traffic=_traffic_shares(labelled, traffic),
-        evidence=tuple(_evidence(labelled)),
-        taken=tuple(_resource_use(labelled, energy)),
-    )
-    return LearnedGrouping(message, {prompt.id: name for name, prompt in labelled})
 
 
 class GroupLearner:
@@ -244,20 +94,8 @@ class GroupLearner:
         if not learning_due(self._settings, judged=progress.judged, unused=progress.unused, learned_from=learned_from):
             return None
         prompts = await self._store.judged_prompts(model, limit=self._settings.max_judged)
-        try:
-            judged = TrainingSet.select(prompts, self._levels, minimum=self._settings.min_judged_to_learn)
-            learned = await asyncio.to_thread(
-                learn_grouping,
-                model,
-                judged,
-                learn_from=self._settings.max_judged_to_learn,
-                traffic=traffic,
-                energy=energy,
-                learned_at=now,
-                prompts_per_group=self._settings.prompts_per_group,
-            )
-        except TooFewPromptsError as error:
-            _log.info("prompt groups not learned yet", model=model, reason=str(error))
+        learned = await asyncio.to_thread(self._learn, model, prompts, traffic, energy, now)
+        if learned is None:
             return None
         await self._store.save(learned.message, learned.group_of)
         _log.info(
@@ -268,6 +106,38 @@ class GroupLearner:
             prompts=learned.message.prompts,
         )
         return learned.message
+
+    def _learn(
+        self,
+        model: str,
+        prompts: Sequence[JudgedPrompt],
+        traffic: Mapping[str, float],
+        energy: EnergyByPool,
+        now: datetime,
+    ) -> "LearnedGrouping | None":
+        """Learn a version; None if there are too few prompts. Takes seconds of CPU time."""
+        # It loads scikit-learn and SciPy, which takes longer than all other imports of the evaluator together.
+        from services.evaluator.training import (  # noqa: PLC0415
+            TooFewPromptsError,
+            TrainingSet,
+            learn_grouping,
+        )
+
+        settings = self._settings
+        try:
+            judged = TrainingSet.select(prompts, self._levels, minimum=settings.min_judged_to_learn)
+            return learn_grouping(
+                model,
+                judged,
+                learn_from=settings.max_judged_to_learn,
+                traffic=traffic,
+                energy=energy,
+                learned_at=now,
+                prompts_per_group=settings.prompts_per_group,
+            )
+        except TooFewPromptsError as error:
+            _log.info("prompt groups not learned yet", model=model, reason=str(error))
+            return None
 
     async def _current(self, model: str) -> PromptGroups | None:
         """The newest version, whichever process learned it; None if there is none that this release can use."""
@@ -283,58 +153,3 @@ class GroupLearner:
                 groups = None
             self._cached[model] = version, groups
         return self._cached[model][1]
-
-
-def _joules_per_token(option: str, energy: EnergyByPool) -> float | None:
-    known = energy.get(("evaluation", option.rpartition("/")[0]))
-    return None if known is None else known.joules_per_token
-
-
-def _traffic_shares(labelled: LabelledPrompts, traffic: Mapping[str, float]) -> dict[str, float]:
-    """Traffic share by group. Strata are sampled unevenly, so each prompt is weighted by its stratum's traffic."""
-    judged: dict[str, float] = defaultdict(float)
-    for _, prompt in labelled:
-        judged[prompt.stratum] += prompt.weight
-    if not any(traffic.get(stratum) for stratum in judged):
-        traffic = judged
-    total = sum(traffic.get(stratum, 0.0) for stratum in judged)
-    shares: dict[str, float] = defaultdict(float)
-    for group, prompt in labelled:
-        shares[group] += prompt.weight * traffic.get(prompt.stratum, 0.0) / judged[prompt.stratum] / total
-    return {group: min(1.0, share) for group, share in sorted(shares.items())}
-
-
-def _evidence(labelled: LabelledPrompts) -> Iterator[GroupEvidence]:
-    """Counts by day, so that readers can discount older days."""
-    days: dict[date, list[tuple[str, JudgedPrompt]]] = defaultdict(list)
-    for group, prompt in labelled:
-        days[prompt.evaluated_at.date()].append((group, prompt))
-    for _, found in sorted(days.items()):
-        yield GroupEvidence(
-            evaluated_at=max(prompt.evaluated_at for _, prompt in found),
-            counts=tally(found),
-            prompt_hashes=prompt_hashes(found),
-        )
-
-
-def _resource_use(labelled: LabelledPrompts, energy: EnergyByPool) -> Iterator[GroupTaken]:
-    """Energy, time and tokens of the judged answers by group and option, where the energy is known."""
-    sums: dict[tuple[str, str], Doubles] = defaultdict(lambda: np.zeros(5))
-    for group, prompt in labelled:
-        for answer in prompt.answers:
-            joules = _joules_per_token(answer.generated_by, energy)
-            if joules is not None:
-                energy_kwh = answer.tokens * joules / JOULES_PER_KWH
-                used = (1.0, energy_kwh, answer.seconds, answer.tokens, prompt.weight)
-                sums[group, answer.generated_by] += prompt.weight * np.array(used)
-    for (group, option), (weight, *_, squares) in sorted(sums.items()):
-        # Weighted means of the effective number of answers, as in `tally`.
-        requests, energy_kwh, seconds, tokens = (sums[group, option][:4] * weight / squares).tolist()
-        yield GroupTaken(
-            group=group,
-            option=option,
-            requests=requests,
-            energy_kwh=energy_kwh,
-            processing_s=max(0.0, seconds),
-            completion_tokens=tokens,
-        )

@@ -108,13 +108,13 @@ async def test_sleeping_endpoints_are_not_used_and_woken_ones_are(kafka, routers
 
 
 async def test_in_a_reference_block_the_reference_serves_and_requests_are_spread(kafka, routers, producer, triton):
-    """A block of ten hours takes 30 s. The model server runs in real time."""
+    """A block of ten hours takes 20 s. The model server runs in real time."""
     settings = Switchback(share=0.5, block_s=36_000, washout_s=60, key="test")
     schedule = SwitchbackSchedule(settings)
     start = datetime(2024, 2, 3, tzinfo=UTC)
     while schedule.is_reference(start) or not schedule.is_reference(start + timedelta(hours=10)):
         start += timedelta(hours=10)
-    routers.clock = Clock.starting(start, rate=1_200.0)
+    routers.clock = Clock.starting(start, rate=1_800.0)
     switchback = 'share = 0.5\nblock_s = 36000\nwashout_s = 60\nkey = "test"'
     routers.fleet.write_text(packing(triton.address, pool="target_batch = 9", switchback=switchback))
     name = routers.start(SPROUT_ROUTER_MAX_INTENSITY_AGE_S="null")
@@ -127,7 +127,7 @@ async def test_in_a_reference_block_the_reference_serves_and_requests_are_spread
                 while True:
                     now = routers.clock.now()
                     left = schedule.next_change(now) - now
-                    if schedule.is_reference(now) is reference and left > timedelta(hours=4):
+                    if schedule.is_reference(now) is reference and left > timedelta(hours=5):
                         break
                     await asyncio.sleep(0.05)
             names = [f"r{100 * number + one}" for one in range(9)]

@@ -269,11 +269,11 @@ def values(text: str, metric: str) -> list[float]:
 
 
 async def test_metrics_show_the_backlog(kafka, routers, producer):
-    """With capacity for two of twelve requests: two run, one record waits for capacity, twelve are unfinished."""
+    """With capacity for two of six requests: two run, one record waits for capacity, six are unfinished."""
     await producer.prepare({"L1": 1.0})
     name = routers.start(SPROUT_ROUTER_MAX_IN_FLIGHT="2")
     url = routers.supervisor.process(name).spec.url
-    await producer.ask(*(request(number, prompt=LONG_PROMPT) for number in range(12)))
+    await producer.ask(*(request(number, prompt=LONG_PROMPT) for number in range(6)))
     text = await until_page(
         f"{url}/metrics",
         lambda text: (
@@ -284,7 +284,7 @@ async def test_metrics_show_the_backlog(kafka, routers, producer):
     assert waiting_s > 0
     assert len(values(text, "sprout_router_lag_records")) <= REQUESTS.partitions
     async with reading(kafka) as answers:
-        await answers.read(until=12)
+        await answers.read(until=6)
     text = await until_page(
         f"{url}/metrics",
         lambda text: len(lags := values(text, "sprout_router_lag_records")) == REQUESTS.partitions and not any(lags),

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from services.evaluator.cost import EnergyByPool
-from services.evaluator.learning import LearnedGrouping, TrainingSet, learn_grouping
 from services.evaluator.quality import JudgedPrompt
+from services.evaluator.training import LearnedGrouping, TrainingSet, learn_grouping
 from tests.support.evaluator import judged_answer, judged_prompt
 
 CITIES = ("Oslo", "Lima", "Cairo", "Delhi", "Quito", "Seoul", "Tunis", "Dakar", "Hanoi", "Minsk")

@@ -8,12 +8,12 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
-from services.evaluator.clusters import TooFewPromptsError
 from services.evaluator.cost import Energy
-from services.evaluator.learning import GroupLearner, TrainingSet, learning_due
+from services.evaluator.learning import GroupLearner, learning_due
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt, hash_of
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import LearningProgress
+from services.evaluator.training import TooFewPromptsError, TrainingSet
 from shared.grouping import unpack
 from shared.messages import ChatMessage, PromptGrouping
 from tests.support.grouping import NOW, judged_kinds, learned_grouping, question, sum_of

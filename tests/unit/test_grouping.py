@@ -53,7 +53,7 @@ def thousand():
 
 
 def test_groups_separate_prompts_with_different_outcomes_also_those_that_were_not_judged():
-    prompts, kinds, preferred, energy = made(600, seed=1)
+    prompts, kinds, preferred, energy = made(400, seed=1)
     learned = learn_groups(prompts, preferred, energy)
     new_prompts, new_kinds, _, _ = made(300, seed=2)
     for places, truth in ((learned.leave_one_out, kinds), (learned.groups.assign_all(new_prompts), new_kinds)):
@@ -85,16 +85,16 @@ def test_other_metrics_separate_prompts_that_preference_and_energy_do_not():
 
 
 def test_groups_separate_prompts_by_coverage_of_a_metric_but_not_by_noise():
-    prompts, kinds, preferred, energy = made(600, seed=8)
-    right = np.ones((600, 2))
+    prompts, kinds, preferred, energy = made(300, seed=8)
+    right = np.ones((300, 2))
     right[kinds == 0] = np.nan
     checkable = learn_groups(prompts, preferred, energy, [right])
     assert checkable.groups.version != learn_groups(prompts, preferred, energy).groups.version
     for place in np.unique(checkable.leave_one_out):
         assert len(set(kinds[checkable.leave_one_out == place])) == 1
     # Random coverage is ignored: the groups still follow the kinds.
-    random_coverage = np.ones((600, 2))
-    random_coverage[np.random.default_rng(1).random(600) < 0.5] = np.nan
+    random_coverage = np.ones((300, 2))
+    random_coverage[np.random.default_rng(1).random(300) < 0.5] = np.nan
     places = learn_groups(prompts, preferred, energy, [random_coverage]).leave_one_out
     assert all(np.mean(kinds[places == place]) in (0.0, 1.0) for place in np.unique(places))
 
@@ -134,17 +134,17 @@ def test_the_version_is_a_hash_of_the_model():
 @pytest.mark.parametrize("distinct", [2, 3, 10])
 def test_learning_is_deterministic_also_with_few_distinct_prompts(distinct):
     texts = made(100, seed=4)[0]
-    prompts = (list(dict.fromkeys(texts))[:distinct] * 600)[:600]
+    prompts = (list(dict.fromkeys(texts))[:distinct] * 300)[:300]
     rng = np.random.default_rng(1)
-    preferred = rng.integers(0, 2, 600)
-    energy = np.tile([8e-5, 3e-5], (600, 1)) * rng.uniform(0.8, 1.2, (600, 2))
+    preferred = rng.integers(0, 2, 300)
+    energy = np.tile([8e-5, 3e-5], (300, 1)) * rng.uniform(0.8, 1.2, (300, 2))
     first, second = (learn_groups(prompts, preferred, energy) for _ in range(2))
     assert first.groups.version == second.groups.version
     assert np.array_equal(first.leave_one_out, second.leave_one_out)
 
 
 def test_topics_are_the_principal_components_of_the_features():
-    features = [extract_features(prompt) for prompt in made(200, seed=7)[0]]
+    features = [extract_features(prompt) for prompt in made(60, seed=7)[0]]
     matrix = scaled_matrix(features, fit_scaling(features))
     judged = topics(principal_components(matrix), matrix).judged
     dense = matrix.toarray()
@@ -183,7 +183,7 @@ def labelled(count: int, *, seed: int, labels: Sequence[str]):
 
 
 def test_prompts_with_different_labels_are_in_different_groups():
-    learned, prompts, tasks = labelled(600, seed=11, labels=("support", "search"))
+    learned, prompts, tasks = labelled(400, seed=11, labels=("support", "search"))
     names = [learned.groups.names[place] for place in learned.leave_one_out]
     of_label = {label: {name for name, task in zip(names, tasks, strict=True) if task == label} for label in set(tasks)}
     assert not of_label["support"] & of_label["search"]
@@ -195,7 +195,7 @@ def test_prompts_with_different_labels_are_in_different_groups():
 
 
 def test_prompts_without_a_label_or_with_an_unknown_one_are_grouped_by_their_text():
-    learned, prompts, tasks = labelled(600, seed=12, labels=("support", "search", ""))
+    learned, prompts, tasks = labelled(400, seed=12, labels=("support", "search", ""))
     unlabelled = [prompt for prompt, task in zip(prompts, tasks, strict=True) if task is None]
     groups = [learned.groups.assign(prompt) for prompt in unlabelled]
     assert len(set(groups)) > 1
@@ -203,9 +203,7 @@ def test_prompts_without_a_label_or_with_an_unknown_one_are_grouped_by_their_tex
 
 
 def test_the_number_of_labels_is_bounded_and_rare_ones_count_as_none():
-    many, _, _ = labelled(
-        2 * MIN_GROUP_PROMPTS * (MAX_TASKS + 8), seed=13, labels=[f"t{n}" for n in range(MAX_TASKS + 8)]
-    )
+    many, _, _ = labelled(MIN_GROUP_PROMPTS * (MAX_TASKS + 8), seed=13, labels=[f"t{n}" for n in range(MAX_TASKS + 8)])
     assert len(many.groups.task_scores) == MAX_TASKS
     assert len(many.groups.names) <= MAX_GROUPS
     rare, _, _ = labelled(200, seed=13, labels=[f"t{n}" for n in range(100)])

@@ -189,6 +189,7 @@ def test_the_estimate_is_unbiased_and_its_interval_covers_the_truth(holdout):
     assert 0.92 <= covered / runs <= 0.99
 
 
+@pytest.mark.statistical
 def test_the_counterfactual_is_unbiased_even_with_a_wrong_prediction():
     errors, runs = [], 120
     for seed in range(runs):
@@ -206,6 +207,7 @@ def test_the_counterfactual_is_unbiased_even_with_a_wrong_prediction():
     assert abs(np.mean(errors)) < 3 * np.std(errors) / runs**0.5
 
 
+@pytest.mark.statistical
 def test_each_of_two_zones_is_compared_with_the_baseline_of_its_own_requests():
     errors, covered, runs = {ZONE: [], "NORTH": []}, 0, 100
     for seed in range(runs):

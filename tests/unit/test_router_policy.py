@@ -49,9 +49,9 @@ def test_every_drawn_number_is_in_the_unit_interval(text):
 
 
 def test_options_are_drawn_as_often_as_the_policy_says():
-    drawn = Counter(decide(f"request-{number}").level for number in range(20_000))
+    drawn = Counter(decide(f"request-{number}").level for number in range(5_000))
     for level, probability in ROW.items():
-        assert drawn[level] / 20_000 == pytest.approx(probability, abs=0.012)
+        assert drawn[level] / 5_000 == pytest.approx(probability, abs=0.024)
 
 
 def test_draws_of_different_models_and_the_choice_of_samples_are_independent():
@@ -244,8 +244,8 @@ def test_the_draw_depends_on_the_record_and_the_key_and_not_on_the_producers_id(
 
 def test_records_that_draw_the_cheapest_level_without_the_key_draw_as_the_policy_says_with_it():
     """Timestamps, which a producer may set, are ground until they draw L2."""
-    ground = [one for time in range(8_000) if decide(one := f"requests/0/7/{time}").level == "L2"]
+    ground = [one for time in range(4_000) if decide(one := f"requests/0/7/{time}").level == "L2"]
     drawn = Counter(decide(one, draw_key=b"a secret of the deployment").level for one in ground)
-    assert len(ground) > 2_000
+    assert len(ground) > 1_000
     for level, probability in ROW.items():
-        assert drawn[level] / len(ground) == pytest.approx(probability, abs=0.03)
+        assert drawn[level] / len(ground) == pytest.approx(probability, abs=0.04)

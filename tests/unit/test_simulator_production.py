@@ -21,7 +21,8 @@ from tools.simulator.requests import Measured, SimulationInputError
 from tools.simulator.schemes import Experiment, Fold, run
 from tools.simulator.traffic import constant_mix
 
-HOURS = 72
+HOURS = 48
+HALF = 24
 START = 200
 KEYS = (
     "zone", "window_start_hour", "scheme", "xi", "carbon_saving_pct", "preference_pct", "correctness_pct",
@@ -95,11 +96,11 @@ def test_a_limit_on_correctness_costs_saving_and_keeps_answers_right(experiment,
 def test_there_is_no_look_ahead(experiment, usual, scheme):
     known = grid()
     other = known.g_per_kwh.copy()
-    other[START + 48 :] = other[START + 48 :][::-1] * 3.0
+    other[START + HALF :] = other[START + HALF :][::-1] * 3.0
     before, after = usual(scheme), outcome(experiment, scheme, on=replace(known, g_per_kwh=other))
-    np.testing.assert_allclose(before.mix[:48], after.mix[:48])
-    assert [hour for hour in before.evaluation_hours if hour < 48] == [
-        hour for hour in after.evaluation_hours if hour < 48
+    np.testing.assert_allclose(before.mix[:HALF], after.mix[:HALF])
+    assert [hour for hour in before.evaluation_hours if hour < HALF] == [
+        hour for hour in after.evaluation_hours if hour < HALF
     ]
 
 
@@ -111,7 +112,7 @@ def by_period(experiment: Experiment, *, days: int = 1, **settings) -> Experimen
 
 @pytest.fixture(scope="module")
 def period(experiment: Experiment) -> Outcome:
-    return outcome(by_period(experiment, days=3), "sprout_task", xi=0.02)
+    return outcome(by_period(experiment, days=2), "sprout_task", xi=0.02)
 
 
 def test_a_promise_by_period_saves_more_and_moves_the_loss_to_dirty_hours(usual, period):
@@ -130,21 +131,23 @@ def test_a_promise_by_period_saves_more_and_moves_the_loss_to_dirty_hours(usual,
 def test_a_promise_by_period_does_not_look_ahead(experiment, period):
     known = grid()
     other = known.g_per_kwh.copy()
-    other[START + 48 :] = other[START + 48 :][::-1] * 3.0
-    after = outcome(by_period(experiment, days=3), "sprout_task", xi=0.02, on=replace(known, g_per_kwh=other))
-    np.testing.assert_allclose(period.mix[:48], after.mix[:48])
+    other[START + HALF :] = other[START + HALF :][::-1] * 3.0
+    after = outcome(by_period(experiment, days=2), "sprout_task", xi=0.02, on=replace(known, g_per_kwh=other))
+    np.testing.assert_allclose(period.mix[:HALF], after.mix[:HALF])
 
 
 def test_an_hourly_floor_is_kept_in_every_hour_of_a_period(experiment, period):
     certain = {"hourly_floors": {"preference": 0.97}, "confidence_z": 0.0}
-    floored = outcome(by_period(experiment, days=3, **certain), "sprout_task", xi=0.02)
-    free = outcome(by_period(experiment, days=3, confidence_z=0.0), "sprout_task", xi=0.02)
+    floored = outcome(by_period(experiment, days=2, **certain), "sprout_task", xi=0.02)
+    free = outcome(by_period(experiment, days=2, confidence_z=0.0), "sprout_task", xi=0.02)
     assert floored.saving_pct < free.saving_pct
     assert floored.preference.min() > free.preference.min()
 
 
 def test_the_last_period_of_a_window_may_be_shorter(experiment):
-    found = outcome(by_period(experiment, days=2), "sprout_task", xi=0.02)
+    hours = HALF + 12
+    shorter = replace(by_period(experiment), mix=experiment.mix[:hours])
+    found = run(shorter, "sprout_task", grid().window(START, hours), {"preference": 0.02})
     assert found.period_kept_pct in (0.0, 50.0, 100.0)
     assert found.summary()["period_kept_pct"] == found.period_kept_pct
 

@@ -37,6 +37,7 @@ def partly_known(*, of_sums: bool) -> Measured:
     )
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(
     ("metric", "of_sums"),
     [(PREFERENCE, True), (CORRECTNESS, True), (CORRECTNESS, False)],

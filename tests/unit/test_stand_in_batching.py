@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from deploy.triton.stand_in.answers import PlannedAnswer
 from deploy.triton.stand_in.batching import CurveRules, InFlightBatch, RecordedRules, Sequence
 from shared.batch_curve import MEASURED, BatchCurve
+from tests.support.examples import examples
 from tests.unit.test_batch_curve import MEASURED_ROWS
 
 CURVE = BatchCurve(idle_w=100, step_j=4, token_j=0.5, step_s=0.01, token_s=0.001, prompt_token_j=2, prompt_token_s=0.1)
@@ -144,7 +145,7 @@ def test_invalid_parameters_are_rejected(rules, message):
         RecordedRules(**rules)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 8), slowdown=st.floats(0, 1))
 def test_every_sequence_ends_once_and_no_energy_is_lost(seed, slots, slowdown):
     chance = random.Random(seed)
@@ -233,7 +234,7 @@ def test_power_and_speed_at_a_constant_batch_are_the_measured_ones(name, size):
     assert sum(map(gpu.produced, gpu.running)) / 60 == pytest.approx(tokens_per_s, rel=0.03)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     seed=st.integers(0, 2**32),
     name=st.sampled_from([*MEASURED]),
@@ -271,7 +272,7 @@ def test_ends_and_energy_are_those_of_a_simulation_step_by_step(seed, name, stre
     assert {one: one.finished_s for one in ends} == pytest.approx(ends)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 8))
 def test_with_a_curve_the_step_size_changes_nothing_and_energy_never_falls(seed, slots):
     chance = random.Random(seed)
