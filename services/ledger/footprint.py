@@ -8,6 +8,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from shared.carbon import embodied_g, operational_g
@@ -41,6 +42,9 @@ class IntensitySteps:
         index = bisect_right(self._at_s, started_s) - 1
         if index < 0:
             return None
+        if index + 1 == len(self._at_s) or finished_s <= self._at_s[index + 1]:
+            within = max(started_s, finished_s) - self._at_s[index] <= self._max_age_s
+            return self._values[index] if within else None
         parts: list[float] = []
         position_s = started_s
         while True:
@@ -104,8 +108,8 @@ def footprint_json(head: str, row: Mapping[str, Any]) -> bytes:
     operational, embodied, intensity = row["operational_g"], row["embodied_g"], row["intensity_g_per_kwh"]
     prompt_tokens = row["prompt_tokens"]
     return (
-        f'{head},"request_id":{json.dumps(key if request_id is None else request_id)},'
-        f'"record":{"null" if request_id is None else json.dumps(key)},'
+        f'{head},"request_id":{quoted(key if request_id is None else request_id)},'
+        f'"record":{"null" if request_id is None else quoted(key)},'
         f'"started_at":"{started.isoformat()}","finished_at":"{finished.isoformat()}",'
         f'"processing_s":{max(0.0, (finished - started).total_seconds())!r},"server_s":{_number(server_s)},'
         f'"prompt_tokens":{"null" if prompt_tokens is None else prompt_tokens},'
