@@ -37,7 +37,7 @@ class FootprintOutbox:
         self._publisher = publisher
         self._storage = storage
         self._metrics = metrics
-        self._heads: dict[int, str] = {}
+        self._heads: dict[int, bytes] = {}
 
     async def publish_pending(self) -> None:
         """Publish all unpublished footprints. What Kafka does not acknowledge stays for the next call.
@@ -89,7 +89,7 @@ class FootprintOutbox:
                 row["id"]: footprint_head(dict(row)) for row in await connection.fetch(sql.DIMENSIONS, list(new))
             }
 
-    async def _publish(self, footprints: Iterable[tuple[Mapping[str, Any], str]], *, partition: int) -> bool:
+    async def _publish(self, footprints: Iterable[tuple[Mapping[str, Any], bytes]], *, partition: int) -> bool:
         """Publish footprints, each with the beginning of its message; false if Kafka did not take them all.
 
         Args:
