@@ -1,8 +1,8 @@
 """The report over a month at 1,000 calls per second: `python -m tests.benchmarks.bench_report [--days 30]`.
 
-The roll-ups of the month are written to a new PostgreSQL, then `sprout report` runs as a process. Measured are its time,
-its processor time and its memory. Fails if time or memory exceed their limits, or if the report does not count every
-call.
+The roll-ups of the month are written to a new PostgreSQL, then `sprout report` runs as a process. Measured are its
+time, its processor time and its memory. Fails if time or memory exceed their limits, or if the report does not count
+every call.
 """
 
 import argparse
