@@ -47,6 +47,8 @@ from shared.topics import (
 NAME = "ledger"
 DESCRIPTION = SERVICES[NAME].description
 LINGER_MS = 5
+BATCH_BYTES = 256 * 1024
+"""Large batches: footprints are published by the thousand, and compress better."""
 
 LONGEST_ROUND_S = 300.0
 """Wall seconds that one round of settlement may take before the ledger reports that it is not ready."""
@@ -145,7 +147,9 @@ def build_app(
     clock = clock or Clock.from_environment()
     registry = CollectorRegistry()
     health = Health()
-    broker, dead_letters = build_broker(kafka, service=NAME, clock=clock, registry=registry, linger_ms=LINGER_MS)
+    broker, dead_letters = build_broker(
+        kafka, service=NAME, clock=clock, registry=registry, linger_ms=LINGER_MS, batch_bytes=BATCH_BYTES
+    )
     ledger = Ledger(broker, dead_letters, kafka=kafka, settings=settings, fleet=fleet, clock=clock, registry=registry)
     health.add_check("postgresql", ledger.storage.status.problem)
     health.add_check("settlement", ledger.loop.settlement_problem)

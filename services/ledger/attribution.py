@@ -25,8 +25,9 @@ share it by running time. Without calls it is unattributed.
 Pure arithmetic of this project (docs/decisions/0006); no library does it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +38,7 @@ from shared.batch_curve import BatchCurve
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """A call on a model server. Times in seconds since the Unix epoch, event time."""
 
     id: str
@@ -86,8 +86,7 @@ class Speed:
     token_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class CallUse:
+class CallUse(NamedTuple):
     """A call's part of one interval.
 
     Attributes:
@@ -124,7 +123,9 @@ class Attribution:
 
     Attributes:
         idle_s: time in which no call ran.
-        uses: by call id; every call that ran in the interval.
+        ids: of all calls that were given.
+        calls: the calls that ran in the interval, as indices of `ids`; each once.
+        parts: their uses, a row each with the fields of `CallUse`.
     """
 
     interval: Interval
@@ -133,7 +134,14 @@ class Attribution:
     unattributed_j: float
     idle_s: float
     work: Work
-    uses: Mapping[str, CallUse] = field(default_factory=dict)
+    ids: Sequence[str]
+    calls: NDArray[np.intp]
+    parts: Floats
+
+    @property
+    def uses(self) -> dict[str, CallUse]:
+        """By call id; every call that ran in the interval."""
+        return {self.ids[call]: CallUse(*part) for call, part in zip(self.calls, self.parts.tolist(), strict=True)}
 
     @property
     def shares_j(self) -> dict[str, float]:
@@ -161,7 +169,9 @@ def attribute(
     """
     if not intervals:
         return []
-    ordered = sorted(calls, key=lambda call: call.id)
+    # In the order of their ids, so that sums do not depend on the order in which the calls are given.
+    order = sorted(range(len(calls)), key=lambda index: calls[index].id)
+    ordered = [calls[index] for index in order]
     starts = np.array([one.started_s for one in intervals])
     ends = np.array([one.finished_s for one in intervals])
     timeline = _Timeline(ordered, speed)
@@ -173,20 +183,25 @@ def attribute(
     shares = pairs.shares(_weights(pairs, prefill_weight, curve))
     prompt_tokens = pairs.by_interval(pairs.prompt_tokens)
     busy_s = pairs.by_interval(pairs.server_s)
-    uses: list[dict[str, CallUse]] = [{} for _ in intervals]
     rest_j = [one.metered_j - min(idle_power_w * one.length_s, one.metered_j) for one in intervals]
-    parts = np.stack((shares, pairs.server_s, pairs.steps, pairs.batch_tokens), axis=1).tolist()
-    for call, index, (share, *others) in zip(pairs.call.tolist(), pairs.interval.tolist(), parts, strict=True):
-        uses[index][ordered[call].id] = CallUse(rest_j[index] * share, *others)
+    energy_j = np.array(rest_j)[pairs.interval] * shares
+    parts = np.stack((energy_j, pairs.server_s, pairs.steps, pairs.batch_tokens), axis=1)
+    users = np.array(order, dtype=np.intp)[pairs.call]
+    by_interval = np.argsort(pairs.interval, kind="stable")
+    bounds = np.searchsorted(pairs.interval[by_interval], np.arange(len(intervals) + 1))
+    rows = [by_interval[bounds[index] : bounds[index + 1]] for index in range(len(intervals))]
+    ids = [call.id for call in calls]
     return [
         Attribution(
             interval=one,
             idle_j=one.metered_j - rest_j[index],
-            attributed_j=rest_j[index] if uses[index] else 0.0,
-            unattributed_j=0.0 if uses[index] else rest_j[index],
+            attributed_j=rest_j[index] if rows[index].size else 0.0,
+            unattributed_j=0.0 if rows[index].size else rest_j[index],
             idle_s=max(0.0, one.length_s - float(busy_s[index])),
             work=Work(float(steps[index]), float(tokens[index]), float(prompt_tokens[index])),
-            uses=uses[index],
+            ids=ids,
+            calls=users[rows[index]],
+            parts=parts[rows[index]],
         )
         for index, one in enumerate(intervals)
     ]

@@ -8,9 +8,8 @@ key then.
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import MAXYEAR, datetime, timedelta
+from collections.abc import Mapping, Sequence
+from datetime import MAXYEAR, UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -40,14 +39,13 @@ class Labels(NamedTuple):
     policy_version: int | None
     decision_source: str | None
     propensity: float
-    propensities: str
-    """JSON text."""
+    propensities: tuple[tuple[str, float], ...]
+    """By option."""
     finish_reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NewCall:
-    """A call as it arrives.
+class NewCall(NamedTuple):
+    """A call as it arrives: a tuple, because thousands a second are made.
 
     Attributes:
         id: the key.
@@ -74,9 +72,9 @@ def request_call(response: GenerationResponse) -> NewCall:
     if decision is None or usage is None or timing is None or response.endpoint is None:
         raise ValueError("a response with status 'ok' must carry decision, usage, timing and endpoint")
     return NewCall(
-        id=storable(response.record or response.request_id),
-        request_id=None if response.record is None else storable(response.request_id),
-        labels=Labels(
+        storable(response.record or response.request_id),
+        None if response.record is None else storable(response.request_id),
+        Labels(
             "request",
             None,
             response.model,
@@ -90,29 +88,35 @@ def request_call(response: GenerationResponse) -> NewCall:
             decision.policy_version,
             decision.source,
             decision.propensity,
-            json.dumps(decision.propensities) if decision.propensities else "{}",
+            tuple(decision.propensities.items()),
             response.finish_reason,
         ),
-        **_times(timing.started_at, timing.first_token_at, timing.finished_at),
-        prompt_tokens=None if usage.prompt_tokens is None else min(usage.prompt_tokens, LARGEST_INTEGER),
-        completion_tokens=min(usage.completion_tokens, LARGEST_INTEGER),
+        *_times(timing.started_at, timing.first_token_at, timing.finished_at),
+        _count(usage.prompt_tokens),
+        min(usage.completion_tokens, LARGEST_INTEGER),
     )
 
 
-def _times(started_at: datetime, first_token_at: datetime | None, finished_at: datetime) -> dict[str, Any]:
+def _times(
+    started_at: datetime, first_token_at: datetime | None, finished_at: datetime
+) -> tuple[datetime, datetime | None, datetime]:
     """The times of a call in order, also if a clock was set back while it ran."""
     finished_at = max(started_at, finished_at)
     if first_token_at is not None:
         first_token_at = min(max(started_at, first_token_at), finished_at)
-    return {"started_at": started_at, "first_token_at": first_token_at, "finished_at": finished_at}
+    return started_at, first_token_at, finished_at
+
+
+def _count(tokens: int | None) -> int | None:
+    return None if tokens is None else min(tokens, LARGEST_INTEGER)
 
 
 def usage_call(record: UsageRecord) -> NewCall:
     """The call of a usage record of the evaluator."""
     return NewCall(
-        id=storable(record.id),
-        request_id=None,
-        labels=Labels(
+        storable(record.id),
+        None,
+        Labels(
             record.purpose,
             record.evaluation_id,
             record.model,
@@ -126,11 +130,11 @@ def usage_call(record: UsageRecord) -> NewCall:
             None,
             None,
             1.0,
-            "{}",
+            (),
         ),
-        **_times(record.started_at, record.first_token_at, record.finished_at),
-        prompt_tokens=None if record.prompt_tokens is None else min(record.prompt_tokens, LARGEST_INTEGER),
-        completion_tokens=min(record.completion_tokens, LARGEST_INTEGER),
+        *_times(record.started_at, record.first_token_at, record.finished_at),
+        _count(record.prompt_tokens),
+        min(record.completion_tokens, LARGEST_INTEGER),
     )
 
 
@@ -175,29 +179,33 @@ class Dimensions:
         Raises:
             asyncpg.PostgresError, OSError: nothing is remembered of this call.
         """
-        latest: dict[Labels, datetime] = {}
-        for call in calls:
-            known = self._known.get(call.labels)
-            if known is None or call.finished_at > known[1]:
-                latest[call.labels] = max(latest.get(call.labels, call.finished_at), call.finished_at)
-        if latest:
-            rows = {_digest(labels): (labels, at) for labels, at in latest.items()}
+        numbers: dict[Labels, int] = {}
+        number_of = [numbers.setdefault(call.labels, len(numbers)) for call in calls]
+        ends = [datetime.min.replace(tzinfo=UTC)] * len(numbers)
+        for number, call in zip(number_of, calls, strict=True):
+            ends[number] = max(ends[number], call.finished_at)
+        new = [
+            (labels, end)
+            for labels, end in zip(numbers, ends, strict=True)
+            if (known := self._known.get(labels)) is None or end > known[1]
+        ]
+        if new:
+            rows = {_digest(labels): (labels, end) for labels, end in new}
             content = json.dumps([_row(digest, *found) for digest, found in sorted(rows.items())])
             by_digest = {row["digest"]: row["id"] for row in await connection.fetch(_ADD_DIMENSIONS, content)}
-            for labels, at in latest.items():
-                self._known[labels] = (by_digest[_digest(labels)], _used_at(at))
-        found = []
-        for call in calls:
-            found.append(self._known[call.labels][0])
-            self._known.move_to_end(call.labels)
+            for labels, end in new:
+                self._known[labels] = (by_digest[_digest(labels)], _used_at(end))
+        for labels in numbers:
+            self._known.move_to_end(labels)
+        ids = [self._known[labels][0] for labels in numbers]
         while len(self._known) > CACHED:
             self._known.popitem(last=False)
-        return found
+        return [ids[number] for number in number_of]
 
 
 def _row(digest: UUID, labels: Labels, at: datetime) -> Mapping[str, Any]:
     columns = storable_row(labels._asdict())
-    columns["propensities"] = storable(json.loads(labels.propensities))
+    columns["propensities"] = storable(dict(labels.propensities))
     return {**columns, "digest": str(digest), "used_at": _used_at(at).isoformat()}
 
 
@@ -206,24 +214,15 @@ def _used_at(at: datetime) -> datetime:
 
 
 def _digest(labels: Labels) -> UUID:
-    content = json.dumps([storable(one) for one in labels], ensure_ascii=False).encode()
+    # The propensities as text within the text: so it was from the beginning, and dimensions must stay the same.
+    columns = labels._replace(propensities=json.dumps(dict(labels.propensities)))  # type: ignore[arg-type]
+    content = json.dumps([storable(one) for one in columns], ensure_ascii=False).encode()
     return UUID(bytes=hashlib.md5(content, usedforsecurity=False).digest())
 
 
-def columns_of(calls: Iterable[NewCall], dimensions: Sequence[int]) -> tuple[list[Any], ...]:
+def columns_of(calls: Sequence[NewCall], dimensions: Sequence[int]) -> tuple[Sequence[Any], ...]:
     """The calls as columns, in the order in which `sql.ADD_CALLS` takes them."""
-    rows = [
-        (
-            one.id,
-            one.request_id,
-            dimension,
-            storable(one.labels.endpoint),
-            one.started_at,
-            one.first_token_at,
-            one.finished_at,
-            one.prompt_tokens,
-            one.completion_tokens,
-        )
-        for one, dimension in zip(calls, dimensions, strict=True)
-    ]
-    return tuple(list(column) for column in zip(*rows, strict=True)) if rows else ()
+    if not calls:
+        return ()
+    ids, request_ids, labels, *others = zip(*calls, strict=True)
+    return (ids, request_ids, dimensions, [storable(one.endpoint) for one in labels], *others)

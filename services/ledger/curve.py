@@ -12,6 +12,7 @@ only where the server also idled. At a constant batch steps and tokens cannot be
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -148,8 +149,7 @@ class IntervalSample:
     work: Work
 
 
-@dataclass(frozen=True, slots=True)
-class CallSample:
+class CallSample(NamedTuple):
     """A finished call to learn from.
 
     Attributes:

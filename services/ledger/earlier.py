@@ -5,6 +5,7 @@ up to this version alone: an earlier one needs a lock for each, and every ledger
 """
 
 import asyncio
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -127,7 +128,12 @@ def _new_call(row: Mapping[str, Any]) -> NewCall:
     return NewCall(
         id=row["id"],
         request_id=None,
-        labels=Labels(**{name: row[name] for name in Labels._fields if name in row}),
+        labels=Labels(
+            **{
+                **{name: row[name] for name in Labels._fields if name in row},
+                "propensities": tuple(json.loads(row["propensities"]).items()),
+            }
+        ),
         started_at=row["started_at"],
         first_token_at=row["first_token_at"],
         finished_at=row["finished_at"],

@@ -5,9 +5,11 @@ call to another after settlement.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
 
 from services.ledger.attribution import Attribution, Call, CallUse, attribute
 from services.ledger.curve import CallSample, CurveState, Estimate, IntervalSample
@@ -16,6 +18,8 @@ from services.ledger.settings import LedgerSettings
 from shared.batch_curve import BatchCurve
 
 DAY_S = 86_400.0
+NOTHING = CallUse()
+SERVER_S = CallUse._fields.index("server_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,7 @@ def update_idle_power(known: IdlePower, intervals: Iterable[tuple[Interval, int]
     return known
 
 
-@dataclass(frozen=True, slots=True)
-class OpenCall:
+class OpenCall(NamedTuple):
     """A call without a footprint.
 
     Attributes:
@@ -65,7 +68,7 @@ class OpenCall:
     """
 
     call: Call
-    used: CallUse = field(default_factory=CallUse)
+    used: CallUse = NOTHING
     accounted: bool = False
     partial: bool = False
     timed: bool = True
@@ -144,8 +147,7 @@ class EndpointState:
         return self.learned.power_w if curve is None else curve.idle_w
 
 
-@dataclass(frozen=True, slots=True)
-class CallResult:
+class CallResult(NamedTuple):
     """A call after a settlement.
 
     Attributes:
@@ -216,39 +218,24 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
         curve=curve,
         speed=state.curve.speed,
     )
-    late = {opened.call.id: opened.call for opened in state.calls if opened.is_late(settled_until_s)}
-    reallocated = _reallocate(state.settled, list(late.values()), settings.prefill_weight)
+    late = [index for index, opened in enumerate(state.calls) if opened.is_late(settled_until_s)]
+    reallocated = _reallocate(state.settled, [state.calls[index].call for index in late], settings.prefill_weight)
     stalled, still_s = _stalled(new, state.curve.still_s, after_s=state.still_after_s)
-    flawed = {name for one in new if one.interval.restarted or one.interval.started_s in stalled for name in one.uses}
-    uses: dict[str, list[CallUse]] = defaultdict(list)
-    for one in (*new, *reallocated):
-        for name, use in one.uses.items():
-            uses[name].append(use)
-    with_energy = {name for one in (*new, *reallocated) if one.interval.metered_j > 0 for name in one.uses}
-    results = []
-    for opened in state.calls:
-        call = opened.call
-        used = _sum(opened.used, uses.get(call.id, ()))
-        # The meter did not move in all of its time: its energy is missing, not 0.
-        unread = call.completion_tokens > 0 and used.energy_j == 0 and call.id not in with_energy
-        results.append(
-            CallResult(
-                id=call.id,
-                used=used,
-                partial=opened.partial
-                or call.id in flawed
-                or call.started_s < state.metered_from_s
-                or (
-                    call.id in late
-                    and (call.started_s < state.settled_from_s or _charged_to_others(call, state.settled))
-                )
-                or (unread and call.finished_s <= until_s),
-                finished=call.finished_s <= until_s,
-                metered=call.finished_s > state.metered_from_s,
-                late=call.id in late,
-                server_s=used.server_s if opened.timed else None,
-            )
+    uses = np.zeros((len(state.calls), len(CallUse._fields)))
+    flawed, with_energy = np.zeros((2, len(state.calls)), dtype=bool)
+    for one, users in (
+        *((one, one.calls) for one in new),
+        *((one, np.array(late)[one.calls]) for one in reallocated),
+    ):
+        uses[users] += one.parts
+        flawed[users] |= one.interval.restarted or one.interval.started_s in stalled
+        with_energy[users] |= one.interval.metered_j > 0
+    results = [
+        _result(state, opened, _sum(opened.used, CallUse(*used)), flawed=is_flawed, with_energy=has_energy)
+        for opened, used, is_flawed, has_energy in zip(
+            state.calls, uses.tolist(), flawed.tolist(), with_energy.tolist(), strict=True
         )
+    ]
     awake, idle_seen = _awake(state, new)
     learned = state.curve.learned(
         _interval_samples(new, results, stalled=stalled, idle_seen=idle_seen, idle_power_w=idle_w),
@@ -260,15 +247,13 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
         intervals=tuple(new),
         stalled=stalled,
         reallocated_j=tuple((one.interval.started_s, one.attributed_j) for one in reallocated if one.attributed_j > 0),
-        reallocated_s=tuple(
-            (one.interval.started_s, math.fsum(use.server_s for use in one.uses.values())) for one in reallocated
-        ),
+        reallocated_s=tuple((one.interval.started_s, math.fsum(one.parts[:, SERVER_S])) for one in reallocated),
         calls=tuple(results),
         settled_until_s=until_s,
         learned=update_idle_power(
             state.learned,
             (
-                (one.interval, len(one.uses) or not idles or one.interval.divided)
+                (one.interval, one.calls.size or not idles or one.interval.divided)
                 for one, idles in zip(new, idle_seen, strict=True)
             ),
             window_s=settings.idle_window_s,
@@ -277,16 +262,37 @@ def settle_endpoint(state: EndpointState, settings: LedgerSettings) -> EndpointS
     )
 
 
-def _sum(first: CallUse, others: Sequence[CallUse]) -> CallUse:
-    if not others:
-        return first
-    energy_j, server_s, steps, batch_tokens = first.energy_j, first.server_s, first.steps, first.batch_tokens
-    for one in others:
-        energy_j += one.energy_j
-        server_s += one.server_s
-        steps += one.steps
-        batch_tokens += one.batch_tokens
-    return CallUse(energy_j, server_s, steps, batch_tokens)
+def _result(state: EndpointState, opened: OpenCall, used: CallUse, *, flawed: bool, with_energy: bool) -> CallResult:
+    """A call after a settlement.
+
+    Args:
+        used: its part of all intervals settled so far.
+        flawed: the meter was reset or stood still in one of the new ones.
+        with_energy: the meter moved in one of them.
+    """
+    call, until_s = opened.call, state.readings[-1].at_s
+    late = opened.is_late(state.readings[0].at_s)
+    finished = call.finished_s <= until_s
+    return CallResult(
+        id=call.id,
+        used=used,
+        partial=opened.partial
+        or flawed
+        or call.started_s < state.metered_from_s
+        or (late and (call.started_s < state.settled_from_s or _charged_to_others(call, state.settled)))
+        # The meter did not move in all of its time: its energy is missing, not 0.
+        or (finished and not with_energy and call.completion_tokens > 0 and used.energy_j == 0),
+        finished=finished,
+        metered=call.finished_s > state.metered_from_s,
+        late=late,
+        server_s=used.server_s if opened.timed else None,
+    )
+
+
+def _sum(one: CallUse, other: CallUse) -> CallUse:
+    if one is NOTHING:
+        return other
+    return CallUse(*(first + second for first, second in zip(one, other, strict=True)))
 
 
 def _charged_to_others(call: Call, settled: Sequence[SettledInterval]) -> bool:
@@ -305,17 +311,17 @@ def _interval_samples(
     idle_power_w: float | None,
 ) -> list[IntervalSample]:
     """The intervals whose energy and work are both known."""
-    unknown = {one.id for one in results if one.partial or one.late}
+    unknown = np.array([one.partial or one.late for one in results], dtype=bool)
     return [
         IntervalSample(one.interval.length_s, one.idle_s, one.interval.metered_j, one.work)
         for one, idles in zip(intervals, idle_seen, strict=True)
         if not one.interval.restarted
         and not one.interval.divided
         and one.interval.started_s not in stalled
-        and unknown.isdisjoint(one.uses)
+        and not unknown[one.calls].any()
         and (idles or one.idle_s < 1e-6 * one.interval.length_s)
         # Without a call, more than twice the idle energy means that somebody else uses the server.
-        and (one.uses or idle_power_w is None or one.unattributed_j <= one.idle_j)
+        and (one.calls.size or idle_power_w is None or one.unattributed_j <= one.idle_j)
     ]
 
 
@@ -367,7 +373,7 @@ def _awake(state: EndpointState, intervals: Sequence[Attribution]) -> tuple[bool
     for one in intervals:
         needed = state.kept_awake is None or state.kept_awake(one.interval.started_s, one.interval.finished_s)
         seen.append(awake and needed)
-        awake = needed and (awake or bool(one.uses))
+        awake = needed and (awake or bool(one.calls.size))
     return awake, seen
 
 
@@ -378,12 +384,11 @@ def _reallocate(settled: Sequence[SettledInterval], late: Sequence[Call], prefil
     ordered = sorted(settled, key=lambda one: one.started_s)
     left = [Interval(one.started_s, one.finished_s, one.unattributed_j) for one in ordered]
     found = attribute(left, late, idle_power_w=0.0, prefill_weight=prefill_weight)
-    return [_within(one, before.idle_s) for one, before in zip(found, ordered, strict=True) if one.uses]
+    return [_within(one, before.idle_s) for one, before in zip(found, ordered, strict=True) if one.calls.size]
 
 
 def _within(attribution: Attribution, idle_s: float) -> Attribution:
     """The same attribution, with no more of the server's time than was idle, and without steps."""
-    wanted_s = math.fsum(use.server_s for use in attribution.uses.values())
+    wanted_s = math.fsum(attribution.parts[:, SERVER_S])
     share = min(1.0, idle_s / wanted_s) if wanted_s > 0 else 0.0
-    uses = {name: CallUse(use.energy_j, use.server_s * share) for name, use in attribution.uses.items()}
-    return replace(attribution, uses=uses)
+    return replace(attribution, parts=attribution.parts * (1.0, share, 0.0, 0.0))

@@ -10,6 +10,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pydantic_core import to_json
+
 from shared.carbon import embodied_g, operational_g
 from shared.fleet import Pool
 from shared.messages.base import SCHEMA_VERSION
@@ -41,6 +43,9 @@ class IntensitySteps:
         index = bisect_right(self._at_s, started_s) - 1
         if index < 0:
             return None
+        if index + 1 == len(self._at_s) or finished_s <= self._at_s[index + 1]:
+            within = max(started_s, finished_s) - self._at_s[index] <= self._max_age_s
+            return self._values[index] if within else None
         parts: list[float] = []
         position_s = started_s
         while True:
@@ -76,7 +81,7 @@ def footprint_grams(
     return {"operational_g": operational, "embodied_g": embodied, "total_g": operational + embodied}
 
 
-def footprint_head(dimension: Mapping[str, Any]) -> str:
+def footprint_head(dimension: Mapping[str, Any]) -> bytes:
     """The beginning of the messages of all calls with a dimension: JSON without its end.
 
     Args:
@@ -87,10 +92,10 @@ def footprint_head(dimension: Mapping[str, Any]) -> str:
     content = {"schema_version": SCHEMA_VERSION, **{name: dimension[name] for name in names}}
     content["group"] = dimension["grp"]
     content["propensities"] = json.loads(dimension["distribution"])
-    return json.dumps(content, separators=(",", ":"))[:-1]
+    return to_json(content)[:-1] + b","
 
 
-def footprint_json(head: str, row: Mapping[str, Any]) -> bytes:
+def footprint_json(head: bytes, row: Mapping[str, Any]) -> bytes:
     """The message `Footprint` of a row of `settled_calls`.
 
     The text is put together from its parts, which takes a tenth of the time of a validated message. A test compares
@@ -99,21 +104,22 @@ def footprint_json(head: str, row: Mapping[str, Any]) -> bytes:
     Args:
         head: of the row's dimension, see `footprint_head`.
     """
-    started, finished, server_s = row["started_at"], row["finished_at"], row["server_s"]
+    started, finished = row["started_at"], row["finished_at"]
     key, request_id = row["id"], row["request_id"]
-    operational, embodied, intensity = row["operational_g"], row["embodied_g"], row["intensity_g_per_kwh"]
-    prompt_tokens = row["prompt_tokens"]
-    return (
-        f'{head},"request_id":{json.dumps(key if request_id is None else request_id)},'
-        f'"record":{"null" if request_id is None else json.dumps(key)},'
-        f'"started_at":"{started.isoformat()}","finished_at":"{finished.isoformat()}",'
-        f'"processing_s":{max(0.0, (finished - started).total_seconds())!r},"server_s":{_number(server_s)},'
-        f'"prompt_tokens":{"null" if prompt_tokens is None else prompt_tokens},'
-        f'"completion_tokens":{row["completion_tokens"]},"energy_j":{row["energy_j"]!r},'
-        f'"intensity_g_per_kwh":{_number(intensity)},"operational_g":{_number(operational)},'
-        f'"embodied_g":{embodied!r},"total_g":{_number(None if operational is None else operational + embodied)}}}'
-    ).encode()
-
-
-def _number(value: float | None) -> str:
-    return "null" if value is None else repr(value)
+    operational, embodied = row["operational_g"], row["embodied_g"]
+    content = {
+        "request_id": key if request_id is None else request_id,
+        "record": None if request_id is None else key,
+        "started_at": started,
+        "finished_at": finished,
+        "processing_s": max(0.0, (finished - started).total_seconds()),
+        "server_s": row["server_s"],
+        "prompt_tokens": row["prompt_tokens"],
+        "completion_tokens": row["completion_tokens"],
+        "energy_j": row["energy_j"],
+        "intensity_g_per_kwh": row["intensity_g_per_kwh"],
+        "operational_g": operational,
+        "embodied_g": embodied,
+        "total_g": None if operational is None else operational + embodied,
+    }
+    return head + to_json(content)[1:]

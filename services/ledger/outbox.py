@@ -37,7 +37,7 @@ class FootprintOutbox:
         self._publisher = publisher
         self._storage = storage
         self._metrics = metrics
-        self._heads: dict[int, str] = {}
+        self._heads: dict[int, bytes] = {}
 
     async def publish_pending(self) -> None:
         """Publish all unpublished footprints. What Kafka does not acknowledge stays for the next call.
@@ -61,7 +61,8 @@ class FootprintOutbox:
                 return False
             rows = await connection.fetch(sql.CHUNK_CALLS, *chunk)
             await self._read_heads(connection, {row["dimension"] for row in rows})
-            if not await self._publish((dict(row), self._heads[row["dimension"]]) for row in rows):
+            footprints = ((row, self._heads[row["dimension"]]) for row in rows)
+            if not await self._publish(footprints, partition=chunk["chunk"]):
                 return False
             await connection.execute(sql.MARK_PUBLISHED, chunk["chunk"])
         self._metrics.published.inc(len(rows))
@@ -72,7 +73,7 @@ class FootprintOutbox:
         async with self._storage.pool.acquire() as connection, connection.transaction():
             rows = await connection.fetch(sql.EARLIER_FOOTPRINTS, EARLIER_BATCH)
             known = [({**row, "request_id": None}, footprint_head(dict(row))) for row in rows]
-            if not await self._publish(known):
+            if not await self._publish(known, partition=0):
                 return 0
             await connection.execute(sql.MARK_EARLIER_PUBLISHED, [row["id"] for row in rows])
         self._metrics.published.inc(len(rows))
@@ -88,8 +89,13 @@ class FootprintOutbox:
                 row["id"]: footprint_head(dict(row)) for row in await connection.fetch(sql.DIMENSIONS, list(new))
             }
 
-    async def _publish(self, footprints: Iterable[tuple[Mapping[str, Any], str]]) -> bool:
-        """Publish footprints, each with the beginning of its message; false if Kafka did not take them all."""
+    async def _publish(self, footprints: Iterable[tuple[Mapping[str, Any], bytes]], *, partition: int) -> bool:
+        """Publish footprints, each with the beginning of its message; false if Kafka did not take them all.
+
+        Args:
+            partition: of them all, modulo the number of the topic's partitions. What is published again goes to the
+                same one.
+        """
         messages = [
             KafkaPublishMessage(footprint_json(head, row), key=(row["request_id"] or row["id"]).encode())
             for row, head in footprints
@@ -97,7 +103,11 @@ class FootprintOutbox:
         if not messages:
             return True
         try:
-            await self._publisher.publish(*messages, headers={"content-type": "application/json"})
+            await self._publisher.publish(
+                *messages,
+                headers={"content-type": "application/json"},
+                partition=partition if len(messages) > 1 else None,  # a single message goes by its key
+            )
         except KafkaError as error:
             _log.warning("could not publish footprints; retrying later", error=type(error).__name__)
             return False

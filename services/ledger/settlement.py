@@ -19,7 +19,7 @@ import asyncpg
 
 from services.ledger import sql
 from services.ledger.division import divide
-from services.ledger.endpoint import CallResult, EndpointSettlement, EndpointState, settle_endpoint
+from services.ledger.endpoint import DAY_S, CallResult, EndpointSettlement, EndpointState, settle_endpoint
 from services.ledger.footprint import IntensitySteps, footprint_grams
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.reports import AwakeEndpoints
@@ -180,7 +180,7 @@ class IntervalSettlement:
                 "idle_j": one.idle_j,
                 "unattributed_j": one.unattributed_j,
                 "restarted": one.interval.restarted,
-                "calls": len(one.uses),
+                "calls": one.calls.size,
                 "idle_s": one.idle_s,
                 "stalled": one.interval.started_s in result.stalled,
             }
@@ -232,11 +232,11 @@ class IntervalSettlement:
         if not done:
             return set()
         rows = [chunk.rows[one.id] for one in done]
-        ends = [row["finished_at"] for row in rows]
-        days = {sql.day_of(one) for one in ends}
+        ends = [row["finished_s"] for row in rows]
+        days = {to_datetime(DAY_S * number) for number in {one // DAY_S for one in ends}}
         for day in sorted(days - self._days):
             await sql.add_partition(connection, day)
-        number = await connection.fetchval(sql.ADD_CHUNK, len(done), min(ends), max(ends))
+        number = await connection.fetchval(sql.ADD_CHUNK, len(done), to_datetime(min(ends)), to_datetime(max(ends)))
         steps = await read_intensity(connection, rows, max_age_s=self._settings.max_intensity_age_s)
         footprints = [_footprint(one, row, pool, steps) for one, row in zip(done, rows, strict=True)]
         await connection.execute(sql.MOVE_CALLS, number, *map(list, zip(*footprints, strict=True)))
@@ -327,7 +327,7 @@ class IntervalSettlement:
 
 def _footprint(call: CallResult, row: asyncpg.Record, pool: Pool, steps: Mapping[str, IntensitySteps]) -> Footprint:
     """The computed columns of a settled call, in the order in which `sql.MOVE_CALLS` takes them."""
-    started_s, finished_s = row["started_at"].timestamp(), row["finished_at"].timestamp()
+    started_s, finished_s = row["started_s"], row["finished_s"]
     intensity = steps[row["zone"]].mean(started_s, finished_s)
     grams = footprint_grams(
         energy_j=call.used.energy_j,

@@ -117,8 +117,13 @@ CHUNK_END = """
 SELECT started_at FROM open_calls WHERE endpoint = $1 AND started_at > $2 ORDER BY started_at OFFSET $3 LIMIT 1
 """
 # All calls of the chunk that ends at $2 and begins at $3, and at most $4 late ones, which had ended before it.
+# Times in seconds: exact to the microsecond, and cheaper to read than timestamps.
 OPEN_CALLS = """
-SELECT o.*, d.zone, d.purpose, d.pool, d.level FROM (
+SELECT o.id, date_part('epoch', o.started_at) AS started_s, date_part('epoch', o.first_token_at) AS first_token_s,
+       date_part('epoch', o.finished_at) AS finished_s, o.prompt_tokens, o.completion_tokens,
+       o.energy_j, o.server_s, o.steps, o.batch_tokens, o.accounted_until, o.partial,
+       d.zone, d.purpose, d.pool, d.level
+FROM (
     (SELECT * FROM open_calls WHERE endpoint = $1 AND started_at <= $2 AND finished_at > $3)
     UNION ALL
     (SELECT * FROM open_calls WHERE endpoint = $1 AND started_at <= $2 AND finished_at <= $3
@@ -134,8 +139,8 @@ RETURNING id
 """
 # All that a division of an interval needs of the calls that started by $2.
 CALLS_BY_START = """
-SELECT extract(epoch FROM started_at)::float8 AS started_s, extract(epoch FROM first_token_at)::float8 AS first_s,
-       extract(epoch FROM finished_at)::float8 AS finished_s, coalesce(prompt_tokens, 0) AS prompt_tokens,
+SELECT date_part('epoch', started_at) AS started_s, date_part('epoch', first_token_at) AS first_s,
+       date_part('epoch', finished_at) AS finished_s, coalesce(prompt_tokens, 0) AS prompt_tokens,
        completion_tokens
 FROM open_calls WHERE endpoint = $1 AND started_at <= $2 AND finished_at >= $3 ORDER BY started_at
 """

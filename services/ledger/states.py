@@ -78,11 +78,14 @@ async def read_chunk(
     first, last = to_datetime(state.readings[0].at_s), to_datetime(state.readings[-1].at_s)
     rows = {row["id"]: row for row in await connection.fetch(sql.OPEN_CALLS, endpoint, last, first, calls)}
     opened = [_open_call(row) for row in rows.values()]
-    if any(one.is_late(state.readings[0].at_s) for one in opened):
+    settled_until_s = state.readings[0].at_s
+    late = [one for one in opened if one.is_late(settled_until_s)]
+    if late:
         removed = await connection.fetch(sql.REMOVE_DUPLICATES, endpoint, first)
         rows = {name: row for name, row in rows.items() if name not in {one["id"] for one in removed}}
         opened = [_open_call(row) for row in rows.values()]
-    settled, settled_from_s = await _settled_intervals(connection, endpoint, state.readings[0].at_s, opened)
+        late = [one for one in opened if one.is_late(settled_until_s)]
+    settled, settled_from_s = await _settled_intervals(connection, endpoint, settled_until_s, late)
     return Chunk(replace(state, calls=opened, settled=settled, settled_from_s=settled_from_s), rows)
 
 
@@ -126,7 +129,7 @@ async def _endpoint_state(
         calls=(),
         metered_from_s=readings[0].at_s if meter is None else meter["metered_from"].timestamp(),
         idle_power_w=pool.idle_power_w,
-        pool_idle_w=_pool_idle_w(pool, curves),
+        pool_idle_w=_pool_idle_w(curves) if pool.idle_power_w is None else None,
         learned=IdlePower() if meter is None else IdlePower(meter["idle_power_w"], meter["quiet_s"], meter["quiet_j"]),
         curve=curves.get(endpoint, CurveState()),
         kept_awake=partial(awake.kept, pool.name, endpoint) if pool.sleep else None,
@@ -134,21 +137,20 @@ async def _endpoint_state(
     )
 
 
-def _pool_idle_w(pool: Pool, curves: Mapping[str, CurveState]) -> float | None:
+def _pool_idle_w(curves: Mapping[str, CurveState]) -> float | None:
     """Median idle power of the pool's endpoints that have learned it."""
-    estimates = [curve.estimate(idle_power_w=pool.idle_power_w) for curve in curves.values()]
+    estimates = [curve.estimate(idle_power_w=None) for curve in curves.values()]
     found = [one.curve.idle_w for one in estimates if one is not None and one.identifiable]
     return statistics.median(found) if found else None
 
 
 async def _settled_intervals(
-    connection: Connection, endpoint: str, settled_until_s: float, calls: Sequence[OpenCall]
+    connection: Connection, endpoint: str, settled_until_s: float, late: Sequence[OpenCall]
 ) -> tuple[list[SettledInterval], float]:
     """The settled intervals in which late calls ran, and the time from which they are all there."""
-    starts = [one.call.started_s for one in calls if one.is_late(settled_until_s)]
-    if not starts:
+    if not late:
         return [], settled_until_s
-    since_s = max(min(starts), settled_until_s - LATE_SPAN.total_seconds())
+    since_s = max(min(one.call.started_s for one in late), settled_until_s - LATE_SPAN.total_seconds())
     rows = await connection.fetch(sql.SETTLED_INTERVALS, endpoint, to_datetime(since_s), to_datetime(settled_until_s))
     return [
         SettledInterval(
@@ -168,8 +170,8 @@ async def read_intensity(
 ) -> dict[str, IntensitySteps]:
     """The intensity of every zone of some calls, while they ran."""
     zones = {row["zone"] for row in calls}
-    since = to_datetime(min(row["started_at"] for row in calls).timestamp() - max_age_s)
-    until = max(row["finished_at"] for row in calls)
+    since = to_datetime(min(row["started_s"] for row in calls) - max_age_s)
+    until = to_datetime(max(row["finished_s"] for row in calls))
     points: dict[str, list[tuple[float, float]]] = {zone: [] for zone in zones}
     for row in await connection.fetch(sql.INTENSITY, list(zones), since, until):
         points[row["zone"]].append((row["at"].timestamp(), row["intensity_g_per_kwh"]))
@@ -177,17 +179,15 @@ async def read_intensity(
 
 
 def _open_call(row: asyncpg.Record) -> OpenCall:
-    first = row["first_token_at"]
     call = Call(
-        id=row["id"],
-        started_s=row["started_at"].timestamp(),
-        first_token_s=None if first is None else first.timestamp(),
-        finished_s=row["finished_at"].timestamp(),
-        prompt_tokens=row["prompt_tokens"] or 0,
-        completion_tokens=row["completion_tokens"],
+        row["id"],
+        row["started_s"],
+        row["first_token_s"],
+        row["finished_s"],
+        row["prompt_tokens"] or 0,
+        row["completion_tokens"],
     )
-    accounted = row["accounted_until"] is not None
-    if not accounted:
+    if row["accounted_until"] is None:
         return OpenCall(call)
     return OpenCall(
         call,

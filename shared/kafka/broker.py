@@ -21,6 +21,8 @@ from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
+BATCH_BYTES = 16 * 1024
+"""Size at which a batch of messages is sent, before compression."""
 
 _log = get_logger(__name__)
 
@@ -39,6 +41,7 @@ class ServiceBroker(KafkaBroker):
         dead_letters: DeadLetterPublisher,
         registry: CollectorRegistry | None,
         linger_ms: int,
+        batch_bytes: int,
     ) -> None:
         self.dead_letters = dead_letters
         self.unreadable = UnreadableRecords(kafka)
@@ -49,6 +52,7 @@ class ServiceBroker(KafkaBroker):
             enable_idempotence=True,
             max_request_size=MAX_REQUEST_BYTES,
             linger_ms=linger_ms,
+            max_batch_size=batch_bytes,
             compression_type=None if kafka.compression == "none" else kafka.compression,
         )
         super().__init__(
@@ -105,6 +109,7 @@ def build_broker(
     registry: CollectorRegistry,
     message_metrics: bool = True,
     linger_ms: int = 0,
+    batch_bytes: int = BATCH_BYTES,
 ) -> tuple[KafkaBroker, DeadLetterPublisher]:
     """A broker that is not connected yet, and the publisher of its dead letters.
 
@@ -116,6 +121,7 @@ def build_broker(
         registry: for the metrics.
         message_metrics: whether FastStream counts received and published messages.
         linger_ms: how long the producer waits for more messages of a batch, wall milliseconds.
+        batch_bytes: size at which a batch of messages is sent, before compression.
     """
     dead_letters = DeadLetterPublisher(kafka=kafka, service=service, clock=clock, registry=registry)
     broker = ServiceBroker(
@@ -124,6 +130,7 @@ def build_broker(
         dead_letters=dead_letters,
         registry=registry if message_metrics else None,
         linger_ms=linger_ms,
+        batch_bytes=batch_bytes,
     )
     dead_letters.attach(broker)
     return broker, dead_letters

@@ -9,9 +9,9 @@
 import base64
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiokafka import ConsumerRecord
 from aiokafka.errors import KafkaError
@@ -33,8 +33,7 @@ class RetryLaterError(RuntimeError):
     """The message is valid but the handler cannot process it now; it is delivered again."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedRecord:
+class ParsedRecord(NamedTuple):
     """A record of a batch with its message."""
 
     record: "ConsumerRecord[bytes, bytes]"

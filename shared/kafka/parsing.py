@@ -86,7 +86,8 @@ def check_size(record: "ConsumerRecord[bytes, bytes]", limit: int) -> None:
         PoisonMessageError: value, key and headers together are larger than `limit` bytes.
     """
     size = len(record.value or b"") + len(record.key or b"")
-    size += sum(len(name) + len(content or b"") for name, content in record.headers)
+    for name, content in record.headers:
+        size += len(name) + len(content or b"")
     if size > limit:
         raise PoisonMessageError("too_large", f"the record has {size} bytes, the limit is {limit}")
 

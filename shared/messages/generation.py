@@ -186,8 +186,8 @@ class GenerationResponse(RequestMessage):
         if self.status == "error" and self.error is None:
             raise ValueError("a response with status 'error' must carry 'error'")
         if self.status == "ok":
-            needed = {"text", "decision", "endpoint", "usage", "timing"}
-            missing = sorted(name for name in needed if getattr(self, name) is None)
+            needed = ("decision", "endpoint", "text", "timing", "usage")
+            missing = [name for name in needed if getattr(self, name) is None]
             if missing:
                 raise ValueError(f"a response with status 'ok' must carry {', '.join(missing)}")
         return self

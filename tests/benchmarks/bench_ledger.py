@@ -2,8 +2,9 @@
 
 A backlog of valid responses waits in Kafka, as after an hour at 1,000 answers per second; nobody has read the meters
 meanwhile. A ledger starts and works it off, while new answers go on arriving. Measured are the calls per second from
-its start until the last footprint is published, the memory of the ledgers and of PostgreSQL with all its backends, and
-the bytes of a settled call. Afterwards the books are checked: every call once, joules and seconds as on the meters.
+its start until the last footprint is published, the processor time per call and the memory of the ledgers and of
+PostgreSQL with all its backends, and the bytes of a settled call. Afterwards the books are checked: every call once,
+joules and seconds as on the meters.
 
 Fails if a process takes more memory than its limit, or the books are wrong.
 """
@@ -17,8 +18,8 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from aiokafka import AIOKafkaProducer
 from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import free_ports, http_probe
 from deploy.local.services import ServiceEnvironment, service_spec
-from services.ledger.sql import SERVER_SETTINGS
+from services.ledger.sql import SERVER_SETTINGS, to_iso
 from shared.kafka.admin import create_topics
 from shared.messages import Decision, GenerationResponse, Timing, Usage
 from shared.runtime.database import migrate, open_pool
@@ -48,6 +49,8 @@ POWER_W = 400.0
 LEDGER_LIMIT_MIB = 256
 POSTGRES_LIMIT_MIB = 512
 POSTGRES = ("shared_buffers=96MB", "work_mem=4MB", "maintenance_work_mem=32MB", "max_wal_size=512MB")
+LEVELS = {"L0": 0.3, "L1": 0.7}
+"""Shares of the levels."""
 TEXTS = 256
 PREFIX = "bench."
 MIB = 1024 * 1024
@@ -65,11 +68,13 @@ def fleet_of(metrics: str) -> str:
 
 @dataclass
 class Peaks:
-    """The most memory seen, MiB."""
+    """The most memory seen, MiB, and processor time from the start of the ledgers, s."""
 
     ledger: float = 0.0
     postgres: float = 0.0
-    samples: list[tuple[float, float]] = field(default_factory=list)
+    ledger_cpu_s: float = 0.0
+    postgres_cpu_s: float = 0.0
+    published: int = 0
 
 
 class Answers:
@@ -78,52 +83,52 @@ class Answers:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         words = [f"{a}{b}" for a in ("car", "sun", "wind", "grid", "load", "heat") for b in ("s", "ing", "er", "", "y")]
-        self._texts = [" ".join(self._random.choices(words, k=90)) for _ in range(TEXTS)]
-        at = datetime(2024, 1, 1, tzinfo=UTC)
-        self._made = {
-            level: json.loads(
-                GenerationResponse(
-                    request_id="R", record="K", model="m", status="ok", text="T", finish_reason="stop", endpoint="E",
-                    decision=Decision(
-                        source="policy", group="G", pool="p", level=level, zone=ZONE, policy_version=3,
-                        propensity=share,
-                        propensities={"p/L0": 0.3, "p/L1": 0.7},
-                    ),
-                    usage=Usage(prompt_tokens=100, completion_tokens=1, source="server"),
-                    timing=Timing(received_at=at, started_at=at, first_token_at=at, finished_at=at),
-                    requested_at=at, task="qa", tenant="acme",
-                ).model_dump_json()
-            )
-            for level, share in (("L0", 0.3), ("L1", 0.7))
-        }  # fmt: skip
+        texts = [" ".join(self._random.choices(words, k=90)) for _ in range(TEXTS)]
+        self._made = {level: [self._template(level, share, text) for text in texts] for level, share in LEVELS.items()}
         self.count = 0
+
+    @staticmethod
+    def _template(level: str, share: float, text: str) -> str:
+        """A response as JSON for the operator %, to be filled in by name."""
+        at = datetime(2024, 1, 1, tzinfo=UTC)
+        message = GenerationResponse(
+            request_id="R", record="K", model="m", status="ok", text=text, finish_reason="stop", endpoint="E",
+            decision=Decision(
+                source="policy", group="G", pool="p", level=level, zone=ZONE, policy_version=3, propensity=share,
+                propensities={f"p/{one}": likely for one, likely in LEVELS.items()},
+            ),
+            usage=Usage(prompt_tokens=100, completion_tokens=1, source="server"),
+            timing=Timing(received_at=at, started_at=at, first_token_at=at, finished_at=at),
+            requested_at=at, task="qa", tenant="acme",
+        ).model_dump(mode="json")  # fmt: skip
+        message |= {"request_id": "%(id)s", "record": "%(record)s", "endpoint": "%(endpoint)s"}
+        message["decision"]["group"] = "%(group)s"
+        message["usage"]["completion_tokens"] = "%(tokens)d"
+        message["timing"] = {
+            "received_at": "%(start)s", "started_at": "%(start)s", "first_token_at": "%(first)s",
+            "finished_at": "%(end)s",
+        }  # fmt: skip
+        message["requested_at"] = "%(start)s"
+        return json.dumps(message).replace('"%(tokens)d"', "%(tokens)d")
 
     def make(self, started_s: float) -> tuple[bytes, bytes]:
         """The key and value of a response to a call that started at a time."""
         number, draw = self.count, self._random.random
         self.count += 1
-        made = self._made["L0" if draw() < 0.3 else "L1"]
+        level = "L0" if draw() < LEVELS["L0"] else "L1"
         seconds = CALL_S * (0.2 + 1.6 * draw())
-        start = datetime.fromtimestamp(started_s, UTC)
         request_id = f"{number:08x}-6e1f-4a44-9a7c-{self._random.getrandbits(48):012x}"
-        timing = {
-            "received_at": start.isoformat(),
-            "started_at": start.isoformat(),
-            "first_token_at": (start + timedelta(seconds=0.1)).isoformat(),
-            "finished_at": (start + timedelta(seconds=seconds)).isoformat(),
-        }
-        content = {
-            **made,
-            "request_id": request_id,
+        content = self._made[level][number % TEXTS] % {
+            "id": request_id,
             "record": f"requests/{number % 12}/{number // 12}/{round(1000 * started_s)}",
-            "text": self._texts[number % TEXTS],
             "endpoint": f"e{number % ENDPOINTS}",
-            "decision": {**made["decision"], "group": f"v1:g{int(30 * draw())}"},
-            "usage": {**made["usage"], "completion_tokens": 10 + int(60 * seconds)},
-            "timing": timing,
-            "requested_at": timing["received_at"],
+            "group": f"v1:g{int(30 * draw())}",
+            "tokens": 10 + int(60 * seconds),
+            "start": to_iso(started_s),
+            "first": to_iso(started_s + 0.1),
+            "end": to_iso(started_s + seconds),
         }
-        return request_id.encode(), json.dumps(content).encode()
+        return request_id.encode(), content.encode()
 
 
 async def publish(
@@ -176,6 +181,17 @@ def memory_mib(process: psutil.Process) -> float:
     return total / MIB
 
 
+def cpu_s(process: psutil.Process) -> float:
+    """Processor time of a process and its children, also of those that have ended, seconds."""
+    total = sum(process.cpu_times()[:4])
+    for one in process.children(recursive=True):
+        try:
+            total += sum(one.cpu_times()[:2])
+        except psutil.Error:
+            continue
+    return float(total)
+
+
 @asynccontextmanager
 async def servers(parent: str | None) -> AsyncIterator[tuple[Environment, str, psutil.Process]]:
     """Kafka with all topics, and PostgreSQL with a database, below a folder; yields its URL and process too."""
@@ -222,7 +238,7 @@ async def _measure(
     async with meters(since_s) as metrics:
         producer = AIOKafkaProducer(
             bootstrap_servers=environment.bootstrap_servers, acks="all", max_batch_size=256 * 1024,
-            max_request_size=4 * MIB, compression_type="lz4",
+            max_request_size=4 * MIB, compression_type="lz4", request_timeout_ms=300_000,
         )  # fmt: skip
         await producer.start()
         try:
@@ -235,10 +251,10 @@ async def _measure(
             started = time.perf_counter()
             processes = [psutil.Process(one.pid) for one in await environment.start(*specs)]
             going_on = asyncio.create_task(_go_on(producer, answers, arguments.meanwhile))
-            peaks = Peaks()
-            took_s, intake_s = await _watch(pool, processes, postgres, peaks, count, started)
+            peaks = Peaks(postgres_cpu_s=-cpu_s(postgres))
+            took_s, intake_s = await _watch(pool, processes, postgres, peaks, count, started, arguments.seconds)
             going_on.cancel()
-            return await _report(pool, arguments, peaks, count, took_s, intake_s)
+            return await _report(pool, arguments, peaks, min(count, peaks.published), took_s, intake_s)
         finally:
             await producer.stop()
             await pool.close()
@@ -284,9 +300,10 @@ async def _watch(
     peaks: Peaks,
     count: int,
     started: float,
+    most_s: float,
 ) -> tuple[float, float]:
-    """Wait until all calls of the backlog are published; returns the seconds until then, and until the first was
-    settled."""
+    """Wait until all calls of the backlog are published, at most for some seconds; returns the seconds until then, and
+    until the first was settled."""
     intake_s, shown = 0.0, 0.0
     while True:
         (found,) = await pool.fetch(PROGRESS)
@@ -297,13 +314,17 @@ async def _watch(
             intake_s = now
         if now > shown + 10.0:
             shown = now
-            cpu = ", ".join(f"{sum(one.cpu_times()[:2]):.0f}" for one in processes)
+            cpu = ", ".join(f"{cpu_s(one):.0f}" for one in processes)
             print(
                 f"{now:5.0f} s: settled {found['settled']:,}, published {found['published']:,}; ledger "
-                f"{peaks.ledger:.0f} MiB, {cpu} s CPU; PostgreSQL {peaks.postgres:.0f} MiB",
+                f"{peaks.ledger:.0f} MiB, {cpu} s CPU; PostgreSQL {peaks.postgres:.0f} MiB, "
+                f"{peaks.postgres_cpu_s + cpu_s(postgres):.0f} s CPU",
                 flush=True,
             )
-        if found["published"] >= count:
+        if found["published"] >= count or now > most_s:
+            peaks.published = found["published"]
+            peaks.ledger_cpu_s = sum(cpu_s(one) for one in processes)
+            peaks.postgres_cpu_s += cpu_s(postgres)
             return now, intake_s
         await asyncio.sleep(0.5)
 
@@ -337,6 +358,8 @@ async def _report(
         "seconds_until_settlement_began": intake_s,
         "ledger_mib": peaks.ledger,
         "postgres_mib": peaks.postgres,
+        "ledger_cpu_us_per_call": 1e6 * peaks.ledger_cpu_s / books["calls"],
+        "postgres_cpu_us_per_call": 1e6 * peaks.postgres_cpu_s / books["calls"],
         "bytes_per_call": float(books["bytes"]) / books["calls"],
         "energy_error": energy,
         "time_error": seconds,
@@ -362,6 +385,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=20_000, help="size of the backlog")
     parser.add_argument("--ledgers", type=int, default=1)
     parser.add_argument("--meanwhile", type=float, default=200.0, help="new answers per second")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="then report what was done until then")
     parser.add_argument("--folder", default=None, help="for Kafka's and PostgreSQL's data")
     sys.exit(asyncio.run(run(parser.parse_args())))
 

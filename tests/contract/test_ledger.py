@@ -1,6 +1,5 @@
 """How the ledger stores the messages of other services; a fake takes the place of its database."""
 
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -46,7 +45,7 @@ class MemoryStorage:
     put = add
 
     async def add_calls(self, calls: list[NewCall]) -> None:
-        await self.add("open_calls", [asdict(call) for call in calls])
+        await self.add("open_calls", [call._asdict() for call in calls])
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ import jsonschema
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import MessageSizeTooLargeError, OutOfOrderSequenceNumber
+from faststream.kafka import KafkaPublishMessage
 from prometheus_client import CollectorRegistry
 
 from shared.kafka.broker import build_broker
-from shared.kafka.publish import declare_publisher
+from shared.kafka.publish import declare_batch_publisher, declare_publisher
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import (
@@ -112,3 +113,27 @@ async def test_a_publisher_goes_on_after_a_message_that_kafka_rejects(kafka: Kaf
         await broker.stop()
     async with reading(kafka, POLICIES) as found:
         assert [record.value for record in await found.read(until=2, settle_s=0.3)] == [b"small", b"small"]
+
+
+async def test_a_batch_goes_to_one_partition_in_its_order_and_a_message_that_is_too_large_costs_no_later_one(
+    kafka: KafkaSettings,
+):
+    broker, _ = build_broker(kafka, service="test", clock=Clock(), registry=CollectorRegistry(), batch_bytes=4_096)
+    publisher = declare_batch_publisher(broker, kafka, FOOTPRINTS)
+    messages = [KafkaPublishMessage(b"%04d" % number * 25, key=b"k%d" % number) for number in range(500)]
+    await broker.start()
+    try:
+        # The topic has six partitions.
+        await publisher.publish(*messages, headers={"content-type": "application/json"}, partition=8)
+        with pytest.raises(MessageSizeTooLargeError):
+            await publisher.publish(*messages[:2], KafkaPublishMessage(TOO_LARGE, key=b"k"), partition=1)
+        await publisher.publish(*messages[:2], partition=1)
+        await publisher.publish(messages[0])
+    finally:
+        await broker.stop()
+    async with reading(kafka, FOOTPRINTS) as found:
+        records = await found.read(until=503, settle_s=0.3)
+    together = [record for record in records if record.partition == 2]
+    assert [(one.key, one.value) for one in together[:500]] == [(one.key, one.body) for one in messages]
+    assert all(dict(one.headers)["content-type"] == b"application/json" for one in together[:500])
+    assert sum(record.partition == 1 for record in records) >= 2

@@ -190,7 +190,7 @@ def _predicted_saving_pct(
         return None
     calls = comparable.calls
     expected, reference = np.full(len(calls), np.nan), np.full(len(calls), np.nan)
-    for (model, version), where in partition(calls.model, calls.policy_version.astype(object)).items():
+    for (model, version), where in partition(calls.model, calls.policy_version).items():
         policy = policies.get(model, int(version))
         if policy is not None:
             expected[where] = policy.expected_g_per_request * calls.priced[where]

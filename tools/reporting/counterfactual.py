@@ -142,7 +142,7 @@ class Counterfactual:
         """The comparison of the requests that were served in one zone."""
         calls = requests.calls
         p_zone = np.zeros(len(calls))
-        for (index,), where in partition(calls.distribution.astype(object)).items():
+        for (index,), where in partition(calls.distribution).items():
             distribution = distributions[int(index)]
             p_zone[where] = sum(share for option, share in distribution.items() if self._lies_in(zone, option))
         in_zone = calls.zone == zone
@@ -164,7 +164,7 @@ class Counterfactual:
             pool: prices_at(requests, pool, self._sites, self._grid)
             for pool in {_pool_of(option) for distribution in distributions for option in distribution}
         }
-        for (group, index), where in partition(requests.group, requests.distribution.astype(object)).items():
+        for (group, index), where in partition(requests.group, requests.distribution).items():
             for option, probability in distributions[int(index)].items():
                 if probability > 0.0 and (zone is None or self._lies_in(zone, option)):
                     expected[where] += probability * self._grams(group, option, prices[_pool_of(option)], where)
@@ -277,7 +277,7 @@ def _leave_one_out(requests: Calls, own: Indices, all_groups: Flags) -> tuple[fl
 def references_of(requests: Calls, policies: PolicyHistory) -> Texts:
     """The reference option of each request: its policy's, or its own if only the reference could serve; else empty."""
     reference = np.full(len(requests), NO_REFERENCE, dtype=object)
-    for (model, version), where in partition(requests.model, requests.policy_version.astype(object)).items():
+    for (model, version), where in partition(requests.model, requests.policy_version).items():
         reference[where] = policies.reference_of(model, int(version)) or NO_REFERENCE
     reference[requests.reference_certain] = requests.option[requests.reference_certain]
     return reference
@@ -290,7 +290,7 @@ def propensities_of(requests: Calls, distributions: DistributionList, reference:
     it saves nothing, with certainty.
     """
     propensity = np.zeros(len(requests))
-    for (option, index), where in partition(reference, requests.distribution.astype(object)).items():
+    for (option, index), where in partition(reference, requests.distribution).items():
         propensity[where] = min(1.0, distributions[int(index)].get(option, 0.0))
     propensity[requests.reference_certain] = 1.0
     return propensity

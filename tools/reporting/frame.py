@@ -113,14 +113,17 @@ class Calls:
         return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
-def partition(*keys: Texts) -> dict[tuple[str, ...], Indices]:
+def partition(*keys: Texts | NDArray[np.integer[Any]]) -> dict[tuple[str, ...], Indices]:
     """Indices of the calls by the values of one or more columns, ordered by these values."""
     if not len(keys[0]):
         return {}
     combined = np.zeros(len(keys[0]), dtype=np.int64)
     for key in keys:
-        names, codes = np.unique(key.astype(str), return_inverse=True)
-        combined = combined * len(names) + codes
+        # Not `np.unique`, which would sort as many texts as there are cells.
+        values = key.tolist()
+        codes = {value: code for code, value in enumerate(sorted(set(values)))}
+        combined *= len(codes)
+        combined += np.fromiter(map(codes.__getitem__, values), dtype=np.int64, count=len(values))
     order = np.argsort(combined, kind="stable")
     starts = np.flatnonzero(np.diff(combined[order], prepend=-1))
     parts = np.split(order, starts[1:])

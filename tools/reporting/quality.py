@@ -71,7 +71,7 @@ class PolicyExpectation:
 def policy_expectation(calls: Calls, policies: PolicyHistory, metric: str) -> PolicyExpectation:
     """Expected quality and quality bound of every call, from the policy that chose its option."""
     expected, bound = np.full(len(calls), np.nan), np.full(len(calls), np.nan)
-    for (model, version), where in partition(calls.model, calls.policy_version.astype(object)).items():
+    for (model, version), where in partition(calls.model, calls.policy_version).items():
         policy = policies.get(model, int(version))
         if policy is not None:
             expected[where] = policy.expected_quality.get(metric, np.nan)
