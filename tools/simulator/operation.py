@@ -29,7 +29,7 @@ from services.optimizer.costs import Consumption, ResourceUse
 from services.optimizer.estimates import Estimates, estimate
 from services.optimizer.policy import build_problem
 from services.optimizer.problem import LaterHours, OptionPrice, Problem, Solution
-from services.optimizer.program import solve, solve_program
+from services.optimizer.program import Program, solve
 from services.optimizer.promise import Account, Period, RestOfPeriod, TrailingHours, plan_rest
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.settled import settled_groups
@@ -135,7 +135,7 @@ class Run:
         self._account = Account()
         hours = len(case.window.g_per_kwh)
         self._operation = case.operation
-        self._solved: deque[tuple[Problem, float]] = deque(maxlen=24)
+        self._solved: deque[tuple[Problem, Solution, Program | None]] = deque(maxlen=24)
         self._judged = 0.0
         self._prompts = 0
         self._served = case.world.all_reference(1)[0]
@@ -236,10 +236,9 @@ class Run:
         """Groups whose decision was settled in all hours of the last day, of which every sixth is looked at."""
         if self._operation.settled_share >= 1.0 or len(self._solved) < 24:
             return frozenset()
-        programs = [solve_program(problem)[1] for problem, _ in list(self._solved)[::6]]
         found = [
-            frozenset() if one is None else settled_groups(one, min_trials=self._settings.min_trials)
-            for one in programs
+            frozenset() if program is None else settled_groups(program, min_trials=self._settings.min_trials)
+            for _, _, program in list(self._solved)[::6]
         ]
         return frozenset.intersection(*found)
 
@@ -255,7 +254,10 @@ class Run:
 
     def _uncertainty(self) -> Uncertainty:
         """What the safety margin cost on average in some hours of the last day."""
-        margins = [g - solve(replace(problem, confidence_z={})).g_per_request for problem, g in list(self._solved)[::6]]
+        margins = [
+            solution.g_per_request - solve(replace(problem, confidence_z={})).g_per_request
+            for problem, solution, _ in list(self._solved)[::6]
+        ]
         return Uncertainty(max(0.0, float(np.mean(margins))), self._judged)
 
     def _serve(self, hour: int, x: Floats) -> None:
@@ -341,8 +343,8 @@ class Run:
             ],
             settings=self._settings,
         )
-        problem, solution = solve_jointly(problem, self._settings)
-        self._solved.append((problem, solution.g_per_request))
+        problem, solution, program = solve_jointly(problem, self._settings)
+        self._solved.append((problem, solution, program))
         self._judged = judged_prompts(estimates.groups)
         for g, group in enumerate(world.groups):
             row = solution.rows.get(group, {reference: 1.0})
