@@ -5,6 +5,7 @@ process was suspended, finds its evaluation marked as interrupted by the next le
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -183,8 +184,9 @@ class EvaluationRunner:
         size = await self.size(model, trigger.reason)
         found = self._without_contradictions(await self._choose_samples(model, size.prompts))
         group_of = await self.learner.assignment(model, found)
+        groups = {one.identity: group_of(one) for one in found}
         stands_for = thin(
-            {one.identity: group_of(one) for one in found},
+            groups,
             await self._settled(model, trigger.reason),
             share=self.settings.settled_share,
             minimum=MIN_PROMPTS,
@@ -231,6 +233,7 @@ class EvaluationRunner:
             prompts=len(judging.evaluated),
             abstentions=judging.abstentions,
             skipped=len(skipped),
+            skipped_by_group=dict(Counter(groups[identity] for identity in skipped)),
             judge=judging.work.card,
             rubric=rubric_name(self.settings.rubric),
             discarded=judging.discarded,

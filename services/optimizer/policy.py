@@ -11,7 +11,7 @@ from services.optimizer.estimates import Estimates, price_bases, relative_change
 from services.optimizer.holdout import AUTO, Holdout, choose_holdout
 from services.optimizer.prices import describe_price
 from services.optimizer.problem import Failure, LaterHours, OptionPrice, Problem, Solution
-from services.optimizer.program import TIME_LIMIT_S, solve, solve_program
+from services.optimizer.program import TIME_LIMIT_S, Program, solve, solve_program
 from services.optimizer.promise import RestOfPeriod
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.settled import settled_groups
@@ -119,7 +119,9 @@ def build_problem(
     )
 
 
-def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettings, version: int) -> Policy:
+def make_policy(
+    situation: Situation, *, fleet: Fleet, settings: OptimizerSettings, version: int
+) -> tuple[Policy, Program | None]:
     """Solve the program of a situation.
 
     Expected grams are those that requests add: where servers run anyway, their idle energy and their embodied carbon
@@ -127,6 +129,9 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
 
     The overall distribution, for groups without one of their own, is the solution of the same program for all traffic
     as one group: it keeps the limits by itself, whatever those groups' shares of the traffic are.
+
+    Returns:
+        The policy, and its solved program; None if the reference is served.
     """
     reference = fleet.reference_of(situation.model)
     zone = fleet.pools_of(situation.model)[0].zone
@@ -159,10 +164,10 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
 
     least = settings.holdout_minimum if settings.holdout == AUTO else settings.holdout
     problem = problem_with(least, overall=not estimates.weights)
-    problem, solution = solve_jointly(problem, settings)
+    problem, solution, program = solve_jointly(problem, settings)
     holdout = choose_holdout(problem, solution.rows, variation=estimates.variation, settings=settings)
     if holdout.probability > least:
-        solution = solve(replace(problem, holdout=holdout.probability))
+        solution, program = solve_program(replace(problem, holdout=holdout.probability))
     overall = solve(problem_with(holdout.probability, overall=True)) if estimates.weights else solution
     promise = None
     if rest is not None:
@@ -173,7 +178,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             hourly_floors=settings.hourly_floors,
             shortfall=solution.shortfall if solution.shortfall > SHORTFALL_EPSILON else 0.0,
         )
-    return Policy(
+    policy = Policy(
         model=situation.model,
         version=version,
         group_version=situation.group_version,
@@ -224,6 +229,7 @@ def make_policy(situation: Situation, *, fleet: Fleet, settings: OptimizerSettin
             traffic_requests=estimates.traffic_requests if estimates.weights else None,
         ),
     )
+    return policy, program
 
 
 class MissingPricesError(ValueError):
@@ -290,18 +296,18 @@ def margin_g(policy: Policy) -> float:
     return max(0.0, policy.expected_g_per_request - without_margins.g_per_request)
 
 
-def settled_since(policy: Policy, before: Policy | None, *, settings: OptimizerSettings) -> dict[str, datetime]:
+def settled_since(
+    policy: Policy, program: Program | None, before: Policy | None, *, settings: OptimizerSettings
+) -> dict[str, datetime]:
     """Groups in which further verdicts would change nothing, with the time since when that is so.
 
     Args:
-        policy: with the prices of its options.
+        policy: as it is to be published.
+        program: its solved program; None: the reference is served.
         before: the policy that it replaces; None: there is none.
         settings: the minimum of judged prompts.
     """
-    if not policy.groups:
-        return {}
-    (_, program) = solve_program(problem_of(policy))
-    if program is None:
+    if not policy.groups or program is None:
         return {}
     earlier = {} if before is None or before.valid_until < policy.created_at else before.settled
     found = settled_groups(program, min_trials=settings.min_trials)

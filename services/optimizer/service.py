@@ -308,7 +308,9 @@ class PolicyService:
         )
         settings, notes = calibrated(self._settings, calibrations)
         started = time.perf_counter()
-        policy = await self._in_solver(lambda: make_policy(situation, fleet=self._fleet, settings=settings, version=1))
+        policy, program = await self._in_solver(
+            lambda: make_policy(situation, fleet=self._fleet, settings=settings, version=1)
+        )
         self._metrics.solve_s.labels(model).observe(time.perf_counter() - started)
         self._metrics.solves.labels(model, trigger, policy.status).inc()
         published = self._published.get(model)
@@ -317,7 +319,7 @@ class PolicyService:
             if difference is None:
                 return
         margin = await self._in_solver(lambda: margin_g(policy))
-        settled = await self._in_solver(lambda: settled_since(policy, published, settings=self._settings))
+        settled = await self._in_solver(lambda: settled_since(policy, program, published, settings=self._settings))
         reason = "; ".join([policy.reason, *notes])
         policy = policy.model_copy(update={"margin_g_per_request": margin, "settled": settled, "reason": reason})
         policy = await self.store.add_policy(policy, after=0 if published is None else published.version)

@@ -26,29 +26,34 @@ class _Repetitions:
     Verdicts on the same prompt share its effect and are not independent. They are taken for copies of each other: n_i
     verdicts on prompt i are worth (sum n_i)^2 / (sum n_i^2) prompts (Kish's effective sample size). Means keep the
     prompts' frequencies, as the traffic has them.
+
+    One entry is kept for each different prompt among the verdicts that count.
     """
 
     def __init__(self) -> None:
         # By prompt: verdicts, each discounted by its time to the newest one, and that time.
         self._prompts: dict[str, tuple[float, float]] = {}
+        # Sums over the prompts of n_i and n_i^2, discounted: a prompt whose newest verdict has the weight w counts for
+        # no more than w prompts.
+        self._sums: DecayedSums | None = None
 
     def add(self, hashes: Iterable[str], *, at_s: float, half_life_s: float) -> None:
         """Add one verdict for every hash, judged at an event time."""
+        sums = self._sums = self._sums or DecayedSums(at_s, [0.0, 0.0])
         for name in hashes:
             count, newest_s = self._prompts.get(name, (0.0, at_s))
+            sums.add((-count, -(count**2)), at_s=newest_s, half_life_s=half_life_s)
             discount = decay_factor(abs(at_s - newest_s), half_life_s)
-            added = count * discount + 1.0 if at_s >= newest_s else count + discount
-            self._prompts[name] = added, max(at_s, newest_s)
+            count = count * discount + 1.0 if at_s >= newest_s else count + discount
+            newest_s = max(at_s, newest_s)
+            sums.add((count, count**2), at_s=newest_s, half_life_s=half_life_s)
+            self._prompts[name] = count, newest_s
 
-    def independent_share(self, now_s: float, half_life_s: float) -> float:
-        """Independent prompts per verdict, in (0, 1]; 1 without any prompt."""
-        verdicts = squares = 0.0
-        for count, newest_s in self._prompts.values():
-            weight = decay_factor(now_s - newest_s, half_life_s)
-            verdicts += count * weight
-            # A prompt whose newest verdict has the weight w counts for no more than w prompts.
-            squares += count**2 * weight
-        return verdicts / squares if squares > 0.0 else 1.0
+    @property
+    def independent_share(self) -> float:
+        """Independent prompts per verdict, in (0, 1]; the same at any time, because all verdicts age alike."""
+        verdicts, squares = self._sums.values if self._sums is not None else (0.0, 0.0)
+        return min(verdicts / squares, 1.0) if squares > 0.0 else 1.0
 
 
 class QualityCounts:
@@ -128,7 +133,7 @@ class QualityCounts:
             prior: what an earlier fleet knew.
         """
         outcomes: dict[str, dict[str, Outcomes]] = {}
-        shares = self._independent_shares(now_s)
+        shares = self._independent_shares()
         for group, row in self._sums.get(metric, {}).items():
             of_group = outcomes.setdefault(group, {})
             for (option, paired_with), sums in row.items():
@@ -151,12 +156,11 @@ class QualityCounts:
             equivalent=equivalent,
         )
 
-    def _independent_shares(self, now_s: float) -> dict[str, float]:
-        """Independent prompts per verdict, by group; a group where every verdict counts is left out."""
+    def _independent_shares(self) -> dict[str, float]:
+        """Independent prompts per verdict, by group; empty where every verdict counts."""
         if self._settings.sampling_unit == "request":
             return {}
-        half_life_s = self._settings.quality_half_life_s
-        return {group: one.independent_share(now_s, half_life_s) for group, one in self._repetitions.items()}
+        return {group: one.independent_share for group, one in self._repetitions.items()}
 
     def _judged_prompts(self, now_s: float) -> dict[str, float]:
         """Decayed verdicts by group, whichever metrics are defined for them."""

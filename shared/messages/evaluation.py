@@ -134,6 +134,9 @@ class Quality(Message):
     skipped: int = Field(
         default=0, ge=0, description="Sampled prompts that were not judged: the decision of their group is settled"
     )
+    skipped_by_group: dict[Identifier, int] = Field(
+        default={}, description="The same by prompt group; empty from earlier evaluators"
+    )
     judge: JudgeCard | None = Field(default=None, description="How the judge voted; null from earlier evaluators")
     rubric: Identifier | None = Field(default=None, description="Judge's rubric: `default`, or a hash of its text")
     discarded: dict[str, str] = Field(

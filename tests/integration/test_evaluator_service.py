@@ -220,6 +220,7 @@ async def test_prompts_of_settled_groups_are_judged_thinly_unless_a_person_asks(
         await found.read(until=2)
         second = qualities(found)[1]
         assert (second.trigger, second.prompts, second.skipped) == ("local_minimum", 36, 54)
+        assert second.skipped_by_group == {"qa": 54}
         trials = {one.group: one.trials for one in second.counts if one.option == "p/L0"}
         assert trials == pytest.approx({"qa": 6.0, "code": 30.0})
         kept = await stored(database, "SELECT prompt_group, weight FROM evaluator.judged WHERE weight > 1")

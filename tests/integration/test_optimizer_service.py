@@ -8,15 +8,19 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
+from deploy.local.postgres import create_database
 from deploy.local.processes import Supervisor, free_ports
 from deploy.local.services import ServiceEnvironment, service_spec
 from services.optimizer import migrations
 from services.optimizer.promise import Account, Period, Sums
 from services.optimizer.store import ACCOUNT_RETENTION, Store
+from shared.kafka.admin import create_topics
 from shared.messages import (
     CarbonIntensity,
     EndpointCurve,
@@ -101,6 +105,19 @@ def grouping(*, learned_at: datetime) -> PromptGrouping:
         arrays={"weights": PackedArray(dtype="<f4", shape=(0,), data="")}, traffic={"v.00": 0.5, "v.01": 0.5},
         evidence=(GroupEvidence(evaluated_at=learned_at, counts=counts),),
     )  # fmt: skip
+
+
+@pytest.fixture
+async def other_database(database: DatabaseSettings) -> AsyncIterator[DatabaseSettings]:
+    """A second database, of another fleet; dropped after the test."""
+    url = f"{database.url.get_secret_value()}b"
+    await create_database(url)
+    yield database.model_copy(update={"url": SecretStr(url)})
+    connection = await asyncpg.connect(database.url.get_secret_value())
+    try:
+        await connection.execute(f'DROP DATABASE "{url.rpartition("/")[2]}" WITH (FORCE)')
+    finally:
+        await connection.close()
 
 
 class Peers:
@@ -280,6 +297,47 @@ async def test_evidence_becomes_a_policy_and_a_restart_continues_where_it_was(su
             assert again.group_version == "v"  # it waited for the topic of prompt groups to be read
     finally:
         supervisor.stop(name)
+
+
+async def test_a_fleet_without_verdicts_starts_with_what_another_one_knew(
+    supervisor, kafka, database, other_database, tmp_path
+):
+    """`sprout policy export-prior` reads the policies of a running fleet; another optimizer begins with it."""
+    fleet, prior = tmp_path / "fleet.toml", tmp_path / "prior.json"
+    fleet.write_text(FLEET)
+    names = [start(supervisor, kafka, database, fleet)]
+    try:
+        async with peers(kafka) as around:
+            await around.send(CARBON_INTENSITY, "GB", intensity(292.0))
+            for level in ("L0", "L1"):
+                await around.send(FOOTPRINTS, "f", *(footprint(n, level) for n in range(40)))
+            await around.send(QUALITY, "e1", quality("e1", successes={"L0": 60, "L1": 40}))
+            known = await around.policy(lambda one: one.row("qa").get("p/L1", 0.0) > 0)
+        result = await asyncio.to_thread(
+            CliRunner().invoke,
+            app,
+            ["policy", "export-prior", str(prior), "--bootstrap", kafka.bootstrap_servers],
+            env={"SPROUT_KAFKA_TOPIC_PREFIX": kafka.topic_prefix, "SPROUT_FLEET_FILE": str(fleet)},
+        )
+        assert result.exit_code == 0, result.output
+
+        prefix = f"{kafka.topic_prefix}other."
+        other = kafka.model_copy(update={"topic_prefix": prefix, "group_prefix": prefix})
+        await create_topics(other)
+        settings = {"SPROUT_OPTIMIZER_PRIOR_FILE": str(prior)}
+        names.append(start(supervisor, other, other_database, fleet, **settings))
+        async with peers(other) as around:
+            await around.send(CARBON_INTENSITY, "GB", intensity(292.0))
+            await around.send(FOOTPRINTS, "f", *(footprint(n, "L0") for n in range(40)))
+            first = await around.policy(lambda one: one.row("qa").get("p/L1", 0.0) > 0)
+            # 50 verdicts of the earlier fleet instead of its 100: the same means, a wider margin.
+            assert first.inputs.estimates["qa"]["p/L1"].trials == pytest.approx(50.0)
+            assert 0.05 < first.row("qa")["p/L1"] < known.row("qa")["p/L1"]
+            saved = [1.0 - one.expected_g_per_request / one.reference_g_per_request for one in (first, known)]
+            assert 0.0 < saved[0] < saved[1]
+    finally:
+        for name in names:
+            supervisor.stop(name)
 
 
 async def test_footprints_that_follow_an_evaluation_make_a_policy_at_once(supervisor, kafka, database, tmp_path):

@@ -65,7 +65,7 @@ def made(
         estimates=estimates,
         rest=rest,
     )
-    return make_policy(situation, fleet=fleet, settings=OptimizerSettings(**settings), version=7)
+    return make_policy(situation, fleet=fleet, settings=OptimizerSettings(**settings), version=7)[0]
 
 
 def by_period(**settings: Any) -> Policy:

@@ -42,7 +42,7 @@ def planned(estimates: Estimates, *, fleet: Fleet = FLEET, rate: float = 1.0, **
         range=TrailingRange(100.0, 300.0),
         estimates=replace(estimates, requests_per_s=rate),
     )
-    return make_policy(situation, fleet=fleet, settings=OptimizerSettings(holdout=0.0, **settings), version=1)
+    return make_policy(situation, fleet=fleet, settings=OptimizerSettings(holdout=0.0, **settings), version=1)[0]
 
 
 def two_groups(**more: Any) -> Estimates:

@@ -104,7 +104,7 @@ def policy_of(estimates: Estimates, of: Fleet) -> Policy:
         range=TrailingRange(100.0, 300.0),
         estimates=estimates,
     )
-    return make_policy(situation, fleet=of, settings=OptimizerSettings(), version=1)
+    return make_policy(situation, fleet=of, settings=OptimizerSettings(), version=1)[0]
 
 
 def test_where_capacity_follows_the_load_a_token_costs_its_share_of_a_full_batch():

@@ -74,7 +74,7 @@ def earlier_policy(*, trials: float = 400.0, group_version: str | None = None) -
         estimates=estimated(consumption(), verdicts(trials)),
         group_version=group_version,
     )
-    return make_policy(situation, fleet=FLEET, settings=SETTINGS, version=1)
+    return make_policy(situation, fleet=FLEET, settings=SETTINGS, version=1)[0]
 
 
 def exported(**changes: Any) -> ModelPrior:

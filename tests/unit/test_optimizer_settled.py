@@ -110,30 +110,12 @@ def test_a_policy_says_since_when_its_groups_are_settled_and_forgets_what_is_not
     example = EXAMPLES["policies"]
     assert isinstance(example, Policy)
     program = solved(problem(MIXED))
-    made = program.cells.problem
-    policy = example.model_copy(
-        update={
-            "reference": "p/L0",
-            "groups": program.rows(),
-            "bounds": made.bounds,
-            "promise": None,
-            "inputs": example.inputs.model_copy(
-                update={
-                    "weights": made.weights,
-                    "families": {},
-                    "estimates": made.estimates,
-                    "cautions": made.confidence_z,
-                    "options": dict.fromkeys(LEVELS, PRICE),
-                    "holdout": 0.0,
-                }
-            ),
-        }
-    )
-    policy = Policy.model_validate(policy.model_dump())
+    policy = example.model_copy(update={"groups": program.rows()})
     settings, now, earlier = OptimizerSettings(), policy.created_at, policy.created_at - timedelta(hours=30)
-    assert settled_since(policy, None, settings=settings) == {"sums": now}
+    assert settled_since(policy, program, None, settings=settings) == {"sums": now}
     before = policy.model_copy(update={"settled": {"sums": earlier, "long": earlier}})
-    assert settled_since(policy, before, settings=settings) == {"sums": earlier}
+    assert settled_since(policy, program, before, settings=settings) == {"sums": earlier}
     expired = before.model_copy(update={"valid_until": now - timedelta(seconds=1)})
-    assert settled_since(policy, expired, settings=settings) == {"sums": now}
-    assert settled_since(policy.model_copy(update={"groups": {}}), before, settings=settings) == {}
+    assert settled_since(policy, program, expired, settings=settings) == {"sums": now}
+    assert settled_since(policy, None, before, settings=settings) == {}
+    assert settled_since(policy.model_copy(update={"groups": {}}), program, before, settings=settings) == {}

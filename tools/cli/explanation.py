@@ -1,4 +1,4 @@
-"""The program behind a policy, rebuilt: its quality limits, binding constraints and shadow prices, as text and as JSON.
+"""The program behind a policy, rebuilt: its quality limits, binding constraints and shadow prices, also as JSON.
 
 It imports the solver; `tools.cli.policy` imports it only when the command runs.
 """
@@ -6,22 +6,14 @@ It imports the solver; `tools.cli.policy` imports it only when the command runs.
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Column, Table
-from rich.text import Text
-
 from services.optimizer.policy import problem_of
 from services.optimizer.problem import Cells, Floats, Problem, Rows
 from services.optimizer.program import Program, solve_program
 from shared.fleet import Fleet
 from shared.messages import Policy
-from shared.runtime.printable import printable
-from tools.cli.console import out
 
 _BINDING = 1e-6
 """Shadow price, relative to the reference's grams, from which a constraint is binding."""
-
-_MOST_GROUPS = 12
-"""Groups whose options are explained on the screen, the largest first."""
 
 _SAME = 1e-3
 """Relative difference in grams up to which the rebuilt program agrees with the policy."""
@@ -54,6 +46,11 @@ class LimitExplanation:
         """By how much the lower confidence bound exceeds the limit."""
         return self.mean - self.margin - self.required
 
+    @property
+    def is_binding(self) -> bool:
+        """Whether the limit costs carbon."""
+        return self.carbon_points_per_point > _BINDING
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BindingConstraint:
@@ -78,6 +75,11 @@ class Choice:
     grams: float
     quality: dict[str, float]
     extra_g: float | None
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether the program serves requests with it."""
+        return self.extra_g is None or abs(self.extra_g) <= _BINDING * max(self.grams, 1e-12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,17 +232,17 @@ def _meaning(name: str, price_g: float, problem: Problem, reference_g: float) ->
     points = price_g / reference_g
     match kind:
         case "bound":
-            return f"one point more {subject} costs {_points(points)} of carbon"
+            return f"one point more {subject} costs {in_points(points)} of carbon"
         case "hourly":
             return f"the hourly floor of {subject} is reached"
         case "floor":
             metric, _, group = subject.partition(",")
             of_reference = problem.estimates[group][problem.reference].quality[metric]
-            return f"one point more {metric} in group {group} costs {_points(points * of_reference)} of carbon"
+            return f"one point more {metric} in group {group} costs {in_points(points * of_reference)} of carbon"
         case "capacity":
-            return f"one more concurrent request in pool {subject} saves {_points(-100.0 * points)} of carbon"
+            return f"one more concurrent request in pool {subject} saves {in_points(-100.0 * points)} of carbon"
         case "holdout":
-            return f"one point more holdout costs {_points(points)} of carbon"
+            return f"one point more holdout costs {in_points(points)} of carbon"
         case _:
             return ""
 
@@ -266,163 +268,6 @@ def _choices(problem: Problem, program: Program | None) -> dict[str, dict[str, C
     return found
 
 
-def _points(value: float) -> str:
+def in_points(value: float) -> str:
+    """Percentage points in words."""
     return f"{value:.2g} point{'' if f'{value:.2g}' == '1' else 's'}"
-
-
-def print_explanation(explanation: Explanation) -> None:
-    """Print the explanation to standard output."""
-    policy = explanation.policy
-    heading = f"policy {policy.version} of {policy.model}: {policy.status}"
-    out.print(printable(heading), style="bold", markup=False)
-    out.print(f"made {policy.created_at:%Y-%m-%d %H:%M}, valid until {policy.valid_until:%Y-%m-%d %H:%M} (UTC)")
-    out.print(printable(policy.reason), markup=False)
-    saving = 1.0 - policy.expected_g_per_request / (policy.reference_g_per_request or 1.0)
-    out.print(
-        f"expected {policy.expected_g_per_request:.4g} gCO2eq per request, {100.0 * saving:.1f} % less than "
-        f"{policy.reference_g_per_request:.4g} if {policy.reference} served all requests",
-        markup=False,
-    )
-    if not explanation.agrees:
-        out.print(
-            f"the rebuilt program gives {explanation.rebuilt_g_per_request:.4g} g: a limit is missing in this policy's "
-            "inputs, or it was made by another release"
-        )
-    _print_prices(policy)
-    _print_promise(policy)
-    _print_limits(explanation)
-    if explanation.binding:
-        out.print("\nBinding constraints", style="bold")
-        for one in explanation.binding:
-            out.print(printable(f"{one.name}: {one.meaning}"), markup=False)
-    else:
-        out.print("\nno constraint is binding")
-    _print_probabilities(explanation)
-    _print_choices(explanation)
-
-
-def _print_prices(policy: Policy) -> None:
-    if not policy.inputs.prices:
-        return
-    table = _table(
-        "Energy of a token", "pool", "basis", "batch", "generated", "of the prompt", "on the meter", "reason"
-    )
-    for pool, price in policy.inputs.prices.items():
-        batch = "" if price.batch is None else f"{price.batch:.3g}"
-        joules = (price.token_j, price.prompt_token_j, price.meter_token_j)
-        _add_row(
-            table, pool, price.basis, batch, *("" if one is None else f"{one:.3g} J" for one in joules), price.reason
-        )
-    out.print()
-    out.print(table)
-
-
-def _print_promise(policy: Policy) -> None:
-    """The account of a promise by period; nothing with an hourly promise."""
-    promise = policy.promise
-    if promise is None:
-        return
-    table = _table("Promise by period", "metric", "from", "to", "state", "promised", "kept", "hourly floor")
-    closed = [] if promise.previous is None else [(promise.previous, "closed")]
-    for account, state in (*closed, (promise.current, "so far")):
-        for metric, promised in account.promised.items():
-            floor = promise.hourly_floors.get(metric)
-            _add_row(
-                table,
-                metric,
-                *(f"{time:%Y-%m-%d}" for time in (account.start, account.end)),
-                state,
-                f"{100.0 * promised:.2f} %",
-                f"{100.0 * account.kept[metric]:.2f} %",
-                "" if floor is None else f"{100.0 * floor:.2f} %",
-            )
-    out.print()
-    if table.rows:
-        out.print(table)
-    else:
-        out.print("Promise by period: nothing is booked yet")
-
-
-def _print_limits(explanation: Explanation) -> None:
-    if not explanation.limits:
-        return
-    of = "" if explanation.policy.promise is None else " of the rest of the period"
-    table = _table(f"Quality limits{of}", "metric", "required", "mean", "margin", "mean - margin", "slack", "price")
-    for one in explanation.limits:
-        price = one.carbon_points_per_point
-        _add_row(
-            table,
-            one.metric,
-            f"{100.0 * one.required:.2f} %",
-            f"{100.0 * one.mean:.2f} %",
-            f"{100.0 * one.margin:.2f} ({one.z:.2f} standard errors)",
-            f"{100.0 * (one.mean - one.margin):.2f} %",
-            f"{100.0 * one.slack:.2f}",
-            f"{_points(price)} of carbon per point" if price > _BINDING else "not binding",
-        )
-    out.print()
-    out.print(table)
-
-
-def _print_probabilities(explanation: Explanation) -> None:
-    options = list(explanation.problem.options)
-    settled = explanation.policy.settled
-    table = _table("Probabilities", "group", "share of traffic", *options, *(["settled since"] if settled else []))
-    table.columns[0].no_wrap = True
-    weights = explanation.problem.weights
-    for group, row in sorted(explanation.rows.items(), key=lambda one: -weights.get(one[0], 0.0)):
-        share = f"{100.0 * weights.get(group, 0.0):.1f} %"
-        since = [f"{settled[group]:%Y-%m-%d %H:%M}" if group in settled else ""] if settled else []
-        _add_row(table, group, share, *(_share(row, option) for option in options), *since)
-    if explanation.policy.groups:
-        others = [_share(explanation.policy.overall, option) for option in options]
-        _add_row(table, "other groups", "", *others, *([""] if settled else []))
-    out.print()
-    out.print(table)
-
-
-def _print_choices(explanation: Explanation) -> None:
-    """Why each of the largest groups has its options."""
-    if explanation.program is None:
-        return
-    metrics = list(explanation.problem.bounds)
-    table = _table(
-        "Why: what one request more with an option changes",
-        "group", "option", "probability", "grams", *metrics, "all traffic emits more by",
-    )  # fmt: skip
-    table.columns[0].no_wrap = True
-    weights = explanation.problem.weights
-    largest = sorted(explanation.choices, key=lambda group: -weights[group])[:_MOST_GROUPS]
-    for group in largest:
-        for option, one in explanation.choices[group].items():
-            in_use = one.extra_g is None or abs(one.extra_g) <= _BINDING * max(one.grams, 1e-12)
-            _add_row(
-                table,
-                group,
-                option,
-                _share(explanation.rows.get(group, {}), option),
-                f"{one.grams:.3g}",
-                *(f"{100.0 * one.quality[metric]:.1f} %" if metric in one.quality else "" for metric in metrics),
-                "0: in use" if in_use else f"{one.extra_g:.2g} g",
-            )
-    out.print()
-    out.print(table)
-    if len(explanation.choices) > _MOST_GROUPS:
-        out.print(f"the {_MOST_GROUPS} largest of {len(explanation.choices)} groups; all are in --json")
-
-
-def _table(title: str, *headings: str) -> Table:
-    return Table(*(Column(header=_text(heading)) for heading in headings), title=title, title_justify="left")
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    table.add_row(*(_text(cell) for cell in cells))
-
-
-def _text(cell: str) -> Text:
-    """A cell without markup: groups are task labels of clients, and Rich parses strings as markup."""
-    return Text(printable(cell))
-
-
-def _share(row: dict[str, float], option: str) -> str:
-    return f"{100.0 * row[option]:.1f} %" if option in row else ""

@@ -70,7 +70,8 @@ def explain(
     with needs_extra("optimizer"):
         from services.optimizer.policy import MissingPricesError  # noqa: PLC0415
         from services.optimizer.program import warm_up  # noqa: PLC0415
-        from tools.cli.explanation import explain_policy, lp_text, print_explanation, to_json  # noqa: PLC0415
+        from tools.cli.explanation import explain_policy, lp_text, to_json  # noqa: PLC0415
+        from tools.cli.explanation_tables import print_explanation  # noqa: PLC0415
     fleet: Fleet | None = None
     if file is not None:
         found = _choose(_read_file(file), model, version, where=str(file))

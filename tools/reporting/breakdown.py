@@ -65,8 +65,22 @@ def zone_row(
     )
 
 
-def group_rows(served: Served, compared: Calls, comparison: Comparison, folded: FoldedGroups) -> tuple[GroupRow, ...]:
-    """One row per prompt group, ordered by name, the row of folded groups last. `compared` are `comparison`'s calls."""
+def group_rows(
+    served: Served,
+    compared: Calls,
+    comparison: Comparison,
+    folded: FoldedGroups,
+    *,
+    settled: Mapping[str, datetime],
+    not_judged: Mapping[str, int],
+) -> tuple[GroupRow, ...]:
+    """One row per prompt group, ordered by name, the row of folded groups last.
+
+    Args:
+        compared: the calls of `comparison`.
+        settled: since when the groups are settled whose decision is.
+        not_judged: sampled prompts that were not judged for that reason, by group.
+    """
     calls = served.calls
     rows = tuple(
         GroupRow(
@@ -80,6 +94,8 @@ def group_rows(served: Served, compared: Calls, comparison: Comparison, folded: 
             saving=estimate_saving(comparison.select(compared.group == group)),
             preference_pct=relative_pct(served.quality[where], served.reference_quality[where], calls.count[where]),
             groups=len(folded.names) if group == folded.label else 1,
+            settled_since=settled.get(group),
+            not_judged=not_judged.get(group, 0),
         )
         for (group,), where in partition(calls.group).items()
         for task, count in Counter(_mix(calls.task[where], calls.count[where])).most_common(1)

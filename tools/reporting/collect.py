@@ -130,7 +130,14 @@ def compute_report(snapshot: Snapshot) -> Report:
             for zone in zones
         ),
         hours=hour_rows(served, comparable.calls, comparison, snapshot.policies),
-        groups=group_rows(served, comparable.calls, comparison, folded),
+        groups=group_rows(
+            served,
+            comparable.calls,
+            comparison,
+            folded,
+            settled=snapshot.policies.settled(selection.model),
+            not_judged=_not_judged(snapshot),
+        ),
         measured=tuple(
             OptionRow(group, option, cell.calls, float(cell.mean[0]), cell.processing_s)
             for (group, option), cell in sorted(counterfactual.means.measured())
@@ -144,6 +151,11 @@ def compute_report(snapshot: Snapshot) -> Report:
         promised_hours=promised_hours(served.calls, snapshot.policies),
         quality_weeks=weeks,
     )
+
+
+def _not_judged(snapshot: Snapshot) -> Counter[str]:
+    """Sampled prompts that were not judged because the decision of their group is settled."""
+    return sum((Counter(one.skipped_by_group) for one in snapshot.qualities), Counter[str]())
 
 
 def _judged_shares(snapshot: Snapshot) -> JudgedShares:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from shared.messages import QualityCount
+from shared.messages import Quality, QualityCount
 from tools.reporting.frame import Texts
 from tools.reporting.query import Snapshot
 
@@ -59,9 +59,7 @@ def fold_small_groups(snapshot: Snapshot) -> tuple[Snapshot, FoldedGroups]:
             snapshot,
             requests=replace(snapshot.requests, group=_fold(snapshot.requests.group, folded)),
             evaluations=replace(snapshot.evaluations, group=_fold(snapshot.evaluations.group, folded)),
-            qualities=[
-                one.model_copy(update={"counts": _fold_counts(one.counts, folded)}) for one in snapshot.qualities
-            ],
+            qualities=[_fold_quality(one, folded) for one in snapshot.qualities],
             groupings=[replace(one, counts=_fold_counts(one.counts, folded)) for one in snapshot.groupings],
         ),
         folded,
@@ -72,6 +70,14 @@ def _fold(groups: Texts, folded: FoldedGroups) -> Texts:
     label = folded.label
     column: Texts = np.array([label if group in folded.names else group for group in groups], dtype=object)
     return column
+
+
+def _fold_quality(quality: Quality, folded: FoldedGroups) -> Quality:
+    skipped = Counter[str]()
+    for group, prompts in quality.skipped_by_group.items():
+        skipped[folded.label if group in folded.names else group] += prompts
+    counts = _fold_counts(quality.counts, folded)
+    return quality.model_copy(update={"counts": counts, "skipped_by_group": dict(skipped)})
 
 
 def _fold_counts(counts: Sequence[QualityCount], folded: FoldedGroups) -> tuple[QualityCount, ...]:

@@ -224,6 +224,9 @@ class GroupRow:
         task: the most frequent task label; empty if most requests have none, or if few requests have it.
         task_pct: share of its requests with that label.
         groups: number of groups that are counted here.
+        settled_since: since when further verdicts would not change the group's option, by the newest policy; None: they
+            might, or several groups are counted here.
+        not_judged: sampled prompts that were not judged for that reason.
     """
 
     group: str
@@ -236,6 +239,8 @@ class GroupRow:
     saving: Saving
     preference_pct: float | None
     groups: int = 1
+    settled_since: datetime | None = None
+    not_judged: int = 0
 
 
 @dataclass(frozen=True, slots=True)

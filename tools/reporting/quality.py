@@ -44,6 +44,11 @@ class PolicyHistory:
         known = [policy for (name, _), policy in self.by_version.items() if name == model]
         return known[-1].reference if known else None
 
+    def settled(self, model: str | None) -> dict[str, datetime]:
+        """Groups whose decision is settled by the newest policy of each model, with the time since when."""
+        newest = {name: policy for (name, _), policy in self.by_version.items() if model in (None, name)}
+        return {group: since for policy in newest.values() for group, since in policy.settled.items()}
+
     def created_between(self, since: datetime | None, until: datetime | None, model: str | None) -> list[Policy]:
         """The policies published in [since, until)."""
         return [

@@ -221,12 +221,16 @@ def promised_hour_table(report: Report) -> TextTable:
 def group_table(report: Report) -> TextTable:
     """One row per prompt group; small ones together."""
     levels = levels_of(report)
+    settled = any(row.settled_since or row.not_judged for row in report.groups)
     title = "Prompt groups"
     if any(row.groups > 1 for row in report.groups):
         title += f" (those of fewer than {FEWEST_REQUESTS} requests, and all but the {MOST_GROUPS} largest, together)"
     return TextTable(
         title,
-        ("group", "main task", "requests", *levels, "energy", "saving", "95 % interval", "preference"),
+        (
+            *("group", "main task", "requests", *levels, "energy", "saving", "95 % interval", "preference"),
+            *(("settled since (UTC)", "not judged") if settled else ()),
+        ),
         tuple(
             (
                 row.group,
@@ -237,6 +241,7 @@ def group_table(report: Report) -> TextTable:
                 percent(row.saving.saving_pct),
                 percent_range(row.saving.saving_interval),
                 percent(row.preference_pct),
+                *((timestamp(row.settled_since), f"{row.not_judged:,}") if settled else ()),
             )
             for row in report.groups
         ),

@@ -16,7 +16,7 @@ from services.optimizer.settings import OptimizerSettings, Promise
 from tools.simulator.grid import Say, Window, read_grids, say_missing_hours, say_missing_past, windows_of
 from tools.simulator.jobs import Job
 from tools.simulator.matches import read_matches
-from tools.simulator.production import DEFAULT_REQUESTS_PER_HOUR
+from tools.simulator.operation import DEFAULT_REQUESTS_PER_HOUR
 from tools.simulator.published_case import QualityDraws, draw_quality, read_draws
 from tools.simulator.requests import REFERENCE, Floats, Measured, SimulationInputError, read_measured
 from tools.simulator.schemes import Experiment, Fold, Grouping, Variant

@@ -11,8 +11,9 @@ from services.optimizer.settings import OptimizerSettings
 from tools.simulator import published
 from tools.simulator.evaluation import JudgeCost, LevelJudge, ModelJudge
 from tools.simulator.grid import Window
+from tools.simulator.operation import DEFAULT_REQUESTS_PER_HOUR, Operation, ProductionCase, Rule
 from tools.simulator.outcome import Outcome
-from tools.simulator.production import DEFAULT_REQUESTS_PER_HOUR, Operation, ProductionCase, Rule, simulate
+from tools.simulator.production import simulate
 from tools.simulator.published_case import PublishedCase, QualityDraws
 from tools.simulator.requests import Floats, Ints, Measured, SimulationInputError, joined
 from tools.simulator.world import CORRECTNESS, PREFERENCE, world_of_levels, world_of_models
