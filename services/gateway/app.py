@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import asyncpg
 from aiokafka import TopicPartition
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from services import SERVICES
 from services.gateway.accounts import Accounts
 from services.gateway.api import build_api
+from services.gateway.batch_answers import BatchAnswers
 from services.gateway.batch_runner import BatchRunner
 from services.gateway.batch_store import BatchStore
 from services.gateway.estimates import Estimates
@@ -149,16 +151,20 @@ def _batch_runner(gateway: Gateway) -> BatchRunner:
     gateway.batch_runner = BatchRunner(
         files=files,
         batches=batches,
-        accounts=gateway.ready_accounts(),
-        inbox=gateway.inbox,
-        estimates=gateway.estimates,
-        fleet=gateway.fleet,
+        answers_of=partial(
+            BatchAnswers,
+            status=batches.status,
+            accounts=gateway.ready_accounts(),
+            inbox=gateway.inbox,
+            estimates=gateway.estimates,
+            publisher=gateway.publisher,
+            reply_partition=gateway.reply_partition or 0,
+            fleet=gateway.fleet,
+            settings=gateway.settings,
+            clock=gateway.clock,
+        ),
         settings=gateway.settings,
-        clock=gateway.clock,
         metrics=gateway.metrics,
-        publish=gateway.publisher.publish_to_lane,
-        cancel=gateway.publisher.cancel,
-        reply_partition=gateway.reply_partition or 0,
     )
     return gateway.batch_runner
 
