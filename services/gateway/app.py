@@ -190,7 +190,7 @@ def build_app(
     registry, health, status = CollectorRegistry(), Health(), DatabaseStatus()
     metrics = GatewayMetrics(registry)
     broker, dead_letters = build_broker(
-        kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms
+        kafka, service=NAME, clock=clock, registry=registry, message_metrics=False, linger_ms=settings.linger_ms
     )
     publisher = RequestPublisher(broker, kafka, settings=settings, clock=clock, metrics=metrics)
     gateway = Gateway(
