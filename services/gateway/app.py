@@ -30,6 +30,7 @@ from services.gateway.publisher import RequestPublisher
 from services.gateway.replies import ReplyInbox, claim_partition
 from services.gateway.settings import GatewaySettings
 from services.gateway.status import Monitor
+from services.gateway.wire import BoundedHttp
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
@@ -252,6 +253,7 @@ def build_app(
     )
     app.after_startup(begin)
     app.send_timeout_s = settings.send_timeout_s
+    app.http = BoundedHttp
     api = build_api(gateway, version=VERSION, started_at=clock.now())
     add_page(api, monitor, clock=clock, authenticate=gateway.authenticate, host=HttpSettings().host)
     app.api = HttpLimits(api, settings=settings, metrics=metrics)
