@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import asyncpg
 from aiokafka import TopicPartition
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from services import SERVICES
 from services.gateway.accounts import Accounts
 from services.gateway.api import build_api
+from services.gateway.batch_answers import BatchAnswers
 from services.gateway.batch_runner import BatchRunner
 from services.gateway.batch_store import BatchStore
 from services.gateway.estimates import Estimates
@@ -28,6 +30,7 @@ from services.gateway.publisher import RequestPublisher
 from services.gateway.replies import ReplyInbox, claim_partition
 from services.gateway.settings import GatewaySettings
 from services.gateway.status import Monitor
+from services.gateway.wire import BoundedHttp
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
@@ -149,16 +152,20 @@ def _batch_runner(gateway: Gateway) -> BatchRunner:
     gateway.batch_runner = BatchRunner(
         files=files,
         batches=batches,
-        accounts=gateway.ready_accounts(),
-        inbox=gateway.inbox,
-        estimates=gateway.estimates,
-        fleet=gateway.fleet,
+        answers_of=partial(
+            BatchAnswers,
+            status=batches.status,
+            accounts=gateway.ready_accounts(),
+            inbox=gateway.inbox,
+            estimates=gateway.estimates,
+            publisher=gateway.publisher,
+            reply_partition=gateway.reply_partition or 0,
+            fleet=gateway.fleet,
+            settings=gateway.settings,
+            clock=gateway.clock,
+        ),
         settings=gateway.settings,
-        clock=gateway.clock,
         metrics=gateway.metrics,
-        publish=gateway.publisher.publish_to_lane,
-        cancel=gateway.publisher.cancel,
-        reply_partition=gateway.reply_partition or 0,
     )
     return gateway.batch_runner
 
@@ -184,7 +191,7 @@ def build_app(
     registry, health, status = CollectorRegistry(), Health(), DatabaseStatus()
     metrics = GatewayMetrics(registry)
     broker, dead_letters = build_broker(
-        kafka, service=NAME, clock=clock, registry=registry, linger_ms=settings.linger_ms
+        kafka, service=NAME, clock=clock, registry=registry, message_metrics=False, linger_ms=settings.linger_ms
     )
     publisher = RequestPublisher(broker, kafka, settings=settings, clock=clock, metrics=metrics)
     gateway = Gateway(
@@ -246,6 +253,7 @@ def build_app(
     )
     app.after_startup(begin)
     app.send_timeout_s = settings.send_timeout_s
+    app.http = BoundedHttp
     api = build_api(gateway, version=VERSION, started_at=clock.now())
     add_page(api, monitor, clock=clock, authenticate=gateway.authenticate, host=HttpSettings().host)
     app.api = HttpLimits(api, settings=settings, metrics=metrics)

@@ -1,4 +1,4 @@
-"""Works on batches: publishes their lines as requests, collects the answers, and writes the files.
+"""Works on batches: claims them, takes each from state to state, and stores the results of its lines.
 
 A gateway that fails leaves its batches to others, whose lease they get. What it had published and not stored is
 published again, so a line may be answered twice; its first stored result is kept.
@@ -6,34 +6,22 @@ published again, so a line may be answered twice; its first stored result is kep
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Final, Literal
+from datetime import timedelta
+from typing import Final
 
 import asyncpg
-from aiokafka.errors import KafkaError
-from faststream.exceptions import IncorrectState
 
-from services.gateway.accounts import Accounts
 from services.gateway.admission import Admission
-from services.gateway.batch_lines import InputLine, LineReader, LineSplitter, Result, Task
+from services.gateway.batch_answers import BatchAnswers
+from services.gateway.batch_lines import InputLine, LineSplitter, Result, Task
 from services.gateway.batch_state import Event, Status
 from services.gateway.batch_store import Batch, BatchStore, LeaseLostError
 from services.gateway.batches import BatchError
-from services.gateway.errors import ApiError
-from services.gateway.estimates import Estimates
 from services.gateway.file_store import FileStore
-from services.gateway.keys import ApiKey
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.replies import PendingAnswer, ReplyInbox
-from services.gateway.schema import ChatRequest
 from services.gateway.settings import GatewaySettings
-from services.gateway.translate import Answers, to_request
-from shared.fleet import Fleet
-from shared.kafka.publish import TOO_LARGE
-from shared.messages import Cancellation, GenerationRequest, GenerationResponse
-from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.logs import get_logger, where
 
@@ -43,27 +31,11 @@ RENEW_S: Final = 2.0
 POLL_S: Final = 1.0
 """How long a new batch, or one whose gateway died, is not noticed, wall."""
 
-PAUSE_S: Final = 2.0
-"""Before a request that failed is published again, wall."""
-
-ATTEMPTS: Final = 3
-"""Attempts of a line whose model server fails or whose answer gets lost."""
-
-GRACE_S: Final = 15.0
-"""After a request's deadline in which the router's answer may still arrive, wall."""
-
 CLEANING_S: Final = 600.0
 """Between two removals of expired files, wall."""
 
 LINES_AT_ONCE: Final = 16
 """Lines that are read before other work of the gateway gets its turn."""
-
-_AGAIN: Final = frozenset({"no_endpoint", "upstream_error"})
-_ENDINGS: Final = {
-    "batch_expired": "the batch was not done within its completion window",
-    "batch_cancelled": "the batch was cancelled",
-}
-Ending = Literal["batch_expired", "batch_cancelled"]
 
 _log = get_logger(__name__)
 
@@ -73,23 +45,14 @@ class BatchRunner:
     """Works on a few batches at once.
 
     Attributes:
-        publish: publishes a request to the lane of batches.
-        cancel: publishes a cancellation.
-        reply_partition: that this gateway reads.
+        answers_of: what answers the lines of a batch.
     """
 
     files: FileStore
     batches: BatchStore
-    accounts: Accounts
-    inbox: ReplyInbox
-    estimates: Estimates
-    fleet: Fleet
+    answers_of: Callable[[Batch], BatchAnswers]
     settings: GatewaySettings
-    clock: Clock
     metrics: GatewayMetrics
-    publish: Callable[[GenerationRequest], Awaitable[None]]
-    cancel: Callable[[Cancellation], Awaitable[None]]
-    reply_partition: int
     slots: asyncio.Semaphore = field(init=False)
     writing: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
     _news: asyncio.Event = field(init=False, default_factory=asyncio.Event)
@@ -159,11 +122,9 @@ class _Run:
     def __init__(self, runner: BatchRunner, batch: Batch) -> None:
         self._runner = runner
         self._batch = batch
-        self._cancelled = batch.status is Status.CANCELLING
-        self._key = ApiKey(batch.key_id, "", batch.tenant)
+        self._answers = runner.answers_of(batch)
         self._retry = runner.batches.status.retry
-        self._reader = LineReader(batch.id, batch.endpoint)
-        self._results = _ResultWriter(runner, batch.id)
+        self._results = _ResultWriter(runner.batches, batch.id)
 
     async def work(self) -> None:
         """Go on with the batch to its end.
@@ -185,7 +146,8 @@ class _Run:
         while True:
             await asyncio.sleep(pause_s)
             batch = await self._retry(lambda: self._runner.batches.renew(self._batch.id))
-            self._cancelled = self._cancelled or batch.status is Status.CANCELLING
+            if batch.status is Status.CANCELLING:
+                self._answers.cancelled = True
 
     async def _steps(self) -> None:
         batches = self._runner.batches
@@ -240,152 +202,27 @@ class _Run:
             writer = writing.create_task(self._results.run())
             async with asyncio.TaskGroup() as answering:
                 async for line in self._lines():
-                    item = self._reader.read(line)
+                    item = self._answers.reader.read(line)
                     if line.number in finished:
                         continue
                     # Before it takes a slot: batches of other keys need none of this key's tokens.
-                    admitted = await self._admit(item) if isinstance(item, Task) else item
+                    admitted = await self._answers.admit(item) if isinstance(item, Task) else item
                     await slots.acquire()
                     answering.create_task(self._finish(admitted)).add_done_callback(lambda _: slots.release())
             writer.cancel()
 
-    async def _admit(self, task: Task) -> tuple[Task, Admission] | Result:
-        """Count a line against the limits of the batch's key; waits while too few tokens are left in this minute."""
-        accounts = self._runner.accounts
-        try:
-            message = self._message(task, self._runner.clock.now())
-            while (ending := self._ending()) is None:
-                admitted = await self._retry(lambda: accounts.admit_line(self._key, message))
-                if isinstance(admitted, Admission):
-                    return task, admitted
-                while admitted > 0 and self._ending() is None:
-                    await asyncio.sleep(min(POLL_S, admitted))
-                    admitted -= POLL_S
-        except ApiError as error:
-            return self._reader.refused(task.number, task.custom_id, error)
-        return self._reader.unprocessed(task.number, task.custom_id, ending, _ENDINGS[ending])
-
     async def _finish(self, admitted: tuple[Task, Admission] | Result) -> None:
         """Get the result of a line, and store it."""
-        result = admitted if isinstance(admitted, Result) else await self._result(*admitted)
+        result = admitted if isinstance(admitted, Result) else await self._answers.result(*admitted)
         await self._results.write(result)
         self._runner.metrics.batch_lines.labels(result.outcome).inc()
-
-    async def _result(self, task: Task, admission: Admission) -> Result:
-        accounts, estimates = self._runner.accounts, self._runner.estimates
-        with self._runner.inbox.expect(self._reader.request_id(task.number)) as pending:
-            try:
-                result = await self._answer(task, admission, pending)
-            except ApiError as error:
-                result = self._reader.refused(task.number, task.custom_id, error)
-            except Exception as error:  # noqa: BLE001 - a defect that one line shows must not stop the batch
-                _log.error("a line of a batch failed", batch=self._batch.id, line=task.number,
-                           error=type(error).__name__, where=where(error))  # fmt: skip
-                internal = ApiError(500, "the gateway failed on this line", kind="server_error", code="internal_error")
-                result = self._reader.refused(task.number, task.custom_id, internal)
-        if pending.response is None:
-            accounts.finish(admission, None)
-        else:
-            accounts.answered(admission, pending.response, estimates)
-        return result
-
-    async def _answer(self, task: Task, admission: Admission, pending: PendingAnswer) -> Result:
-        """Publish the request of a line until it is answered, or the batch ends.
-
-        Raises:
-            ApiError: the answer is an error.
-        """
-        attempts = 0
-        while (ending := self._ending()) is None:
-            created = self._runner.clock.now()
-            message = self._message(task, created).model_copy(update={"directive": admission.request.directive})
-            if not await self._publish(message):
-                await asyncio.sleep(PAUSE_S)
-                continue
-            response = await self._response(pending, message)
-            if response is None or _is_worth_another_attempt(response):
-                attempts += 1
-            elif not _is_late(response):
-                return self._answered(task, response, created)
-            if attempts >= ATTEMPTS:
-                if response is not None and response.error is not None:
-                    raise ApiError.of_response(response.error)
-                raise ApiError(504, "there was no answer in time", kind="timeout_error", code="timeout")
-            pending.response = None
-            if attempts:
-                await asyncio.sleep(PAUSE_S)
-        return self._reader.unprocessed(task.number, task.custom_id, ending, _ENDINGS[ending])
-
-    def _message(self, task: Task, now: datetime) -> GenerationRequest:
-        settings, clock = self._runner.settings, self._runner.clock
-        limit = now + timedelta(seconds=settings.batch_request_s * clock.rate)
-        message = to_request(
-            task.body,
-            headers={},
-            fleet=self._runner.fleet,
-            tenant=self._batch.tenant,
-            reply_partition=self._runner.reply_partition,
-            now=now,
-            deadline=min(limit, self._batch.expires_at),
-        )
-        return message.model_copy(update={"id": self._reader.request_id(task.number)})
-
-    async def _publish(self, message: GenerationRequest) -> bool:
-        """Publish a request; returns whether Kafka has it for certain.
-
-        Raises:
-            ApiError: it is too large.
-        """
-        try:
-            async with asyncio.timeout(self._runner.settings.publish_timeout_s):
-                await self._runner.publish(message)
-        except TOO_LARGE:
-            raise ApiError(
-                413, "the request is too large: shorten the prompt", param="messages", code="context_length_exceeded"
-            ) from None
-        except (KafkaError, TimeoutError, IncorrectState):
-            return False
-        return True
-
-    async def _response(self, pending: PendingAnswer, message: GenerationRequest) -> GenerationResponse | None:
-        """Wait for the response; None if the batch ends, or if none arrives in time."""
-        deadline = message.deadline or self._batch.expires_at
-        while pending.response is None:
-            if self._cancelled:
-                cancellation = Cancellation(request_id=str(message.id), cancelled_at=self._runner.clock.now())
-                with contextlib.suppress(KafkaError, TimeoutError, IncorrectState):
-                    async with asyncio.timeout(self._runner.settings.publish_timeout_s):
-                        await self._runner.cancel(cancellation)
-                return None
-            if self._runner.clock.wall_seconds_until(deadline) < -GRACE_S:
-                return None
-            await pending.wait(POLL_S)
-        return pending.response
-
-    def _answered(self, task: Task, response: GenerationResponse, created: datetime) -> Result:
-        if response.error is not None:
-            raise ApiError.of_response(response.error)
-        answers = Answers(
-            request_id=response.request_id,
-            model=task.body.model,
-            created=int(created.timestamp()),
-            chat=isinstance(task.body, ChatRequest),
-        )
-        estimate = self._runner.estimates.of(response.model, response.decision, response.usage)
-        return self._reader.answered(task, answers.whole(response, estimate).model_dump(mode="json"))
-
-    def _ending(self) -> Ending | None:
-        """Why no further line is answered."""
-        if self._cancelled:
-            return "batch_cancelled"
-        return "batch_expired" if self._runner.clock.now() >= self._batch.expires_at else None
 
 
 class _ResultWriter:
     """Stores the results of a batch: all that have arrived during a statement with the next one."""
 
-    def __init__(self, runner: BatchRunner, batch_id: str) -> None:
-        self._runner = runner
+    def __init__(self, batches: BatchStore, batch_id: str) -> None:
+        self._batches = batches
         self._batch_id = batch_id
         self._waiting: list[tuple[Result, asyncio.Future[None]]] = []
         self._arrived = asyncio.Event()
@@ -399,7 +236,7 @@ class _ResultWriter:
 
     async def run(self) -> None:
         """Store results until cancelled."""
-        batches = self._runner.batches
+        batches = self._batches
         while True:
             await self._arrived.wait()
             self._arrived.clear()
@@ -409,15 +246,3 @@ class _ResultWriter:
             for _, stored in taken:
                 if not stored.done():
                     stored.set_result(None)
-
-
-def _is_worth_another_attempt(response: GenerationResponse) -> bool:
-    """Whether the model server failed."""
-    return response.error is not None and response.error.code in _AGAIN
-
-
-def _is_late(response: GenerationResponse) -> bool:
-    """Whether the request waited too long, or the answer was cut off because of that."""
-    return response.finish_reason == "deadline" or (
-        response.error is not None and response.error.code == "deadline_exceeded"
-    )

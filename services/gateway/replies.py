@@ -48,6 +48,10 @@ class PendingAnswer:
             self.decision = reply.response.decision or self.decision
         self._arrived.set()
 
+    def wake(self) -> None:
+        """End a wait although nothing has arrived."""
+        self._arrived.set()
+
     def take_text(self) -> str:
         """The text that has arrived and was not taken yet; with the response, all that is left of it."""
         text = "".join(self._pieces)
@@ -63,7 +67,7 @@ class PendingAnswer:
         return self._taken > 0
 
     async def wait(self, seconds: float) -> bool:
-        """Wait for the next part; returns whether one arrived since the last call."""
+        """Wait for the next part, or `wake`; returns whether either came since the last call."""
         try:
             async with asyncio.timeout(seconds):
                 await self._arrived.wait()

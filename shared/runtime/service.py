@@ -1,11 +1,13 @@
 """Runs a service: the FastStream application with health, readiness and metrics over HTTP, until it is stopped."""
 
+import asyncio
 import gc
 import json
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Literal
 
 import uvicorn
 import uvloop
@@ -49,10 +51,12 @@ class Service(AsgiFastStream):
     Attributes:
         api: gets every request that no route of FastStream takes.
         send_timeout_s: a client that takes nothing for this long is disconnected, wall; None: never.
+        http: uvicorn's parser of HTTP, by its name or class. Of its own ones only the default limits headers.
     """
 
     api: ASGIApp | None = None
     send_timeout_s: float | None = None
+    http: type[asyncio.Protocol] | Literal["h11"] = "h11"
 
     async def not_found(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request to the API; see FastStream."""
@@ -159,6 +163,7 @@ def run_service(
         app,
         host=http.host,
         port=http.port,
+        http=app.http if isinstance(app, Service) else "h11",
         lifespan="on",
         log_config=None,
         access_log=False,

@@ -1,31 +1,31 @@
 """The gateway against producers that speak Kafka: `python -m tests.benchmarks.bench_gateway`.
 
 Both use the same Kafka, router and Triton with the stand-in model, which streams answers 720 times as fast as recorded.
-Three measurements, in alternating order, by medians of the rounds:
+Measurements, in alternating order, by medians of the rounds:
 
 - time to first token of evenly spaced requests with streams, at the rate at which the machine's cores are half busy:
   through the gateway until the event with the first text, over Kafka until the first chunk;
-- throughput of whole answers, with the same number of requests open all the time;
+- throughput of whole answers, with the same number of requests open all the time, and the processor time of all
+  processes for an answer, which other work on the machine changes less;
 - memory of a gateway with 1,000 open streams that wait for their first token.
 
-Clients run in this process: what they cost counts as the gateway's or Kafka's, as in an application.
+Clients run in this process and count, as in an application. Both parse answers as JSON and do no more; what a client
+library over HTTP would take is not included. The gateway checks keys and limits in PostgreSQL and keeps accounts; the
+producer does not.
 """
 
 import asyncio
-import json
 import logging
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+import uvloop
 from pydantic import SecretStr
 
 from deploy.local.postgres import create_database, postgres_spec
@@ -34,10 +34,11 @@ from deploy.local.services import ServiceEnvironment, service_spec
 from services.gateway.keys import KeyStore
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, open_pool
-from shared.runtime.settings import DatabaseSettings, KafkaSettings
+from shared.runtime.settings import DatabaseSettings
+from tests.benchmarks.gateway_clients import PROMPTS, Ask, Http, direct, prompt
 from tests.benchmarks.results import record
 from tests.support.environment import Environment
-from tests.support.fleets import LEVELS, MODEL
+from tests.support.fleets import LEVELS
 from tests.support.processes import memory_mib
 
 RATE = 720.0
@@ -50,9 +51,10 @@ PACED_S = 6.0
 TRIAL_S = 2.0
 TRIALS = 5
 STREAMS = 1_000
-PROMPTS = 100
 SLOW = "A question that takes ten minutes."
 TIMEOUT_S = 120.0
+KINDS = ("clients", "services gateway", "services router", "kafka.Kafka", "triton", "postgres")
+"""Parts of the command lines of processes; the one that stands first counts."""
 OTHER_WORK_PCT = 10.0
 """Of the cores; with more the gateway, which takes more processes than Kafka alone, waits longer for each."""
 
@@ -65,128 +67,17 @@ class Figures:
         first_ms: times to first token of the evenly spaced requests, by round.
         throughputs: whole answers per second, by round.
         busy: share of busy cores while requests were evenly spaced, by round.
+        cpu_ms: processor time for a whole answer by what took it, ms, by round.
     """
 
     first_ms: list[list[float]] = field(default_factory=list)
     throughputs: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
+    cpu_ms: list[dict[str, float]] = field(default_factory=list)
 
-
-Ask = Callable[[int, bool], Coroutine[Any, Any, float]]
-"""Asks one question, as a stream or not; returns the seconds until the first text, or until the whole answer."""
-
-
-class Http:
-    """A client of the gateway on kept connections; reads only what it needs, so that it costs little."""
-
-    def __init__(self, port: int, key: str) -> None:
-        self._port = port
-        self._key = key
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-
-    async def ask(self, number: int, stream: bool) -> float:
-        """See `Ask`."""
-        began = time.perf_counter()
-        reader, writer = await self._connection()
-        writer.write(self.request(prompt(number), stream=stream))
-        head = await reader.readuntil(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(head.decode(errors="replace"))
-        first_s = None
-        if stream:
-            while True:
-                line = await reader.readline()
-                if first_s is None and b'"content":"' in line and b'"content":""' not in line:
-                    first_s = time.perf_counter() - began
-                if line == b"0\r\n":
-                    await reader.readline()
-                    break
-        else:
-            length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
-            await reader.readexactly(length)
-        self._idle.append((reader, writer))
-        return time.perf_counter() - began if first_s is None else first_s
-
-    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        while self._idle:
-            reader, writer = self._idle.pop()
-            if not reader.at_eof():  # the server ends idle connections
-                return reader, writer
-            writer.close()
-        return await asyncio.open_connection("127.0.0.1", self._port)
-
-    def request(self, text: str, *, stream: bool) -> bytes:
-        """The bytes of a request."""
-        body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "stream": stream, "max_tokens": 512}
-        content = json.dumps(body).encode()
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\nauthorization: Bearer {self._key}\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-        )
-        return head.encode() + content
-
-    def close(self) -> None:
-        """Close the connections."""
-        for _, writer in self._idle:
-            writer.close()
-
-
-class Direct:
-    """A producer of requests that reads responses and chunks itself."""
-
-    def __init__(self, kafka: KafkaSettings, producer: AIOKafkaProducer, consumer: AIOKafkaConsumer) -> None:
-        self._kafka = kafka
-        self._producer = producer
-        self._consumer = consumer
-        self._waiting: dict[str, asyncio.Future[float]] = {}
-        self._sent = 0
-
-    async def ask(self, number: int, stream: bool) -> float:
-        """See `Ask`."""
-        began = time.perf_counter()
-        self._sent += 1
-        name = f"direct-{self._sent}"
-        waiting: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self._waiting[name] = waiting
-        messages = [{"role": "user", "content": prompt(number)}]
-        request = {"id": name, "messages": messages, "stream": stream, "sampling": {"max_tokens": 512}}
-        await self._producer.send(
-            f"{self._kafka.topic_prefix}requests", json.dumps(request).encode(), key=name.encode()
-        )
-        return await waiting - began
-
-    async def read(self) -> None:
-        """Read answers until cancelled; the first record of a request counts."""
-        while True:
-            batches = await self._consumer.getmany(timeout_ms=5)
-            for batch in batches.values():
-                for answer in batch:
-                    json.loads(answer.value)  # as every client does
-                    waiting = self._waiting.pop(answer.key.decode(), None)
-                    if waiting is not None:
-                        waiting.set_result(time.perf_counter())
-
-
-@asynccontextmanager
-async def direct(kafka: KafkaSettings) -> AsyncIterator[Direct]:
-    """A connected client that starts at the end of the answers."""
-    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, linger_ms=2)
-    consumer = AIOKafkaConsumer(
-        f"{kafka.topic_prefix}responses", f"{kafka.topic_prefix}response-chunks",
-        bootstrap_servers=kafka.bootstrap_servers, auto_offset_reset="latest",
-    )  # fmt: skip
-    await producer.start()
-    await consumer.start()
-    await consumer.seek_to_end()
-    client = Direct(kafka, producer, consumer)
-    reading = asyncio.create_task(client.read())
-    try:
-        yield client
-    finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
-        await producer.stop()
-        await consumer.stop()
+    def cpu_totals_ms(self) -> list[float]:
+        """Processor time for a whole answer, ms, by round."""
+        return [sum(one.values()) for one in self.cpu_ms]
 
 
 async def paced(ask: Ask, rate: float, *, seconds: float) -> tuple[list[float], float]:
@@ -217,13 +108,25 @@ async def throughput(ask: Ask) -> float:
     return REQUESTS / (time.perf_counter() - began)
 
 
+def processor_ms() -> dict[str, float]:
+    """The processor time so far of this process and all that it started, ms, by what they are."""
+    spent = dict.fromkeys((*KINDS, "other"), 0.0)
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.Error):  # it has just ended
+            command = "clients" if process == this else " ".join(process.cmdline())
+            times = process.cpu_times()
+            spent[next((kind for kind in KINDS if kind in command), "other")] += 1e3 * (times.user + times.system)
+    return spent
+
+
 async def half_busy(ask: Ask, most: float) -> float:
     """The rate of streams at which the cores are half busy."""
     rate = most / 8
     for _ in range(TRIALS):
         _, busy = await paced(ask, rate, seconds=TRIAL_S)
         rate = min(most, rate * min(2.0, max(0.5, (0.5 / max(busy, 0.01)) ** 1.2)))
-    return rate
+    return max(1.0, rate)  # other work may keep the cores busy
 
 
 async def memory(client: Http, port: int, pid: int) -> int:
@@ -286,7 +189,10 @@ async def measure(over_http: Ask, over_kafka: Ask) -> dict[str, Figures]:
         await throughput(ask)
     for number in range(ROUNDS):
         for name in asks if number % 2 == 0 else reversed(asks):
+            before = processor_ms()
             found[name].throughputs.append(await throughput(asks[name]))
+            after = processor_ms()
+            found[name].cpu_ms.append({kind: (after[kind] - before[kind]) / REQUESTS for kind in after})
     rate = await half_busy(over_http, statistics.median(found["gateway"].throughputs))
     print(f"evenly spaced: {rate:.0f} streams/s")
     for number in range(ROUNDS):
@@ -307,6 +213,9 @@ def report(figures: dict[str, Figures], used_mib: int) -> None:
             f"{name}: {statistics.median(one.throughputs):.0f} answers/s; first token p50 {cuts[name][0]:.1f} ms, "
             f"p99 {cuts[name][1]:.1f} ms with {statistics.median(one.busy):.0%} of the cores busy"
         )
+        by_kind = {kind: statistics.median(values[kind] for values in one.cpu_ms) for kind in one.cpu_ms[0]}
+        parts = ", ".join(f"{kind} {ms:.2f}" for kind, ms in by_kind.items() if ms >= 0.01)
+        print(f"    {statistics.median(one.cpu_totals_ms()):.2f} ms of processor time for an answer: {parts}")
     gateway, kafka = figures["gateway"], figures["kafka"]
     found = {
         "gateway_added_first_token_p50_ms": cuts["gateway"][0] - cuts["kafka"][0],
@@ -314,16 +223,14 @@ def report(figures: dict[str, Figures], used_mib: int) -> None:
         "gateway_throughput_ratio": statistics.median(
             a / b for a, b in zip(gateway.throughputs, kafka.throughputs, strict=True)
         ),
+        "gateway_cpu_ratio": statistics.median(
+            a / b for a, b in zip(gateway.cpu_totals_ms(), kafka.cpu_totals_ms(), strict=True)
+        ),
         "gateway_1000_streams_mib": float(used_mib),
     }
     for name, value in found.items():
         print(f"{name:38} {value:.3f}")
         record(name, value)
-
-
-def prompt(number: int) -> str:
-    """A prompt with recorded answers."""
-    return f"Question {number % PROMPTS}?"
 
 
 def main() -> None:
@@ -334,7 +241,7 @@ def main() -> None:
         print(f"other work keeps {other:.0f} % of the cores busy: times and ratios say little")
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it logs retries for new topics
     with tempfile.TemporaryDirectory(prefix="sprout-bench-") as folder:
-        asyncio.run(run(Path(folder)))
+        uvloop.run(run(Path(folder)))
 
 
 if __name__ == "__main__":

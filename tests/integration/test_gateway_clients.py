@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
-from contextlib import closing
+from contextlib import closing, suppress
 from urllib.parse import urlsplit
 
 import httpx
@@ -189,6 +189,22 @@ async def test_slow_and_oversized_bodies(gateways: GatewayProcess, key: str, bea
         assert refused.json()["error"]["message"].startswith("the body is larger than")
     finally:
         gateways.stop(url)
+
+
+async def test_headers_are_bounded(gateways: GatewayProcess, key: str):
+    content = json.dumps(body(question(1))).encode()
+    whole = http(key, content, "connection: close").replace(b"\r\n", b"\r\nx-padding: " + b"a" * 8_000 + b"\r\n", 1)
+    with closing(connect(gateways.urls[0])) as large:
+        large.sendall(whole)
+        assert (await asyncio.to_thread(read_to_end, large)).startswith(b"HTTP/1.1 200")
+    with closing(connect(gateways.urls[0])) as endless:
+        endless.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\nx-padding: ")
+        with suppress(ConnectionError):  # the gateway has answered and ended the connection
+            for _ in range(1_000):
+                endless.sendall(b"a" * 1_000)
+                await asyncio.sleep(0.001)
+            pytest.fail("a megabyte of headers was taken")
+        assert b" 200 " not in await asyncio.to_thread(read_to_end, endless)
 
 
 async def test_headers_cannot_be_injected(gateways: GatewayProcess, bearer: dict[str, str], key: str):
