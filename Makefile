@@ -72,7 +72,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One BLAS thread per test process: with more, the processes wait for each other.
 test test-unit test-extended: export OPENBLAS_NUM_THREADS = 1
 
-test-unit: install  ## The unit tests without the slowest kinds, under a minute on two cores
+test-unit: install  ## The unit tests without the slowest kinds, about a minute on two cores
 	$(BIN)/pytest tests/unit -m "not measured_data and not statistical" -n 2 --dist worksteal --hypothesis-profile quick --quiet
 
 up: install  ## Start the local stack in the background
