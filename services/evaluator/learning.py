@@ -117,11 +117,8 @@ class GroupLearner:
     ) -> "LearnedGrouping | None":
         """Learn a version; None if there are too few prompts. Takes seconds of CPU time."""
         # It loads scikit-learn and SciPy, which takes longer than all other imports of the evaluator together.
-        from services.evaluator.training import (  # noqa: PLC0415
-            TooFewPromptsError,
-            TrainingSet,
-            learn_grouping,
-        )
+        from services.evaluator.clusters import TooFewPromptsError  # noqa: PLC0415
+        from services.evaluator.training import TrainingSet, learn_grouping  # noqa: PLC0415
 
         settings = self._settings
         try:

@@ -1,14 +1,13 @@
 """Publishes to Kafka: footprints from PostgreSQL, each at least once (transactional outbox pattern), and curves."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any
 
 from aiokafka.errors import KafkaError
 from faststream.kafka import KafkaPublishMessage
 
 from services.ledger import sql
-from services.ledger.footprint import footprint_head, footprint_json
+from services.ledger.footprint import Row, footprint_head, footprint_json
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.sql import Connection, Storage
 from shared.kafka.publish import BatchPublisher, Publisher
@@ -61,8 +60,8 @@ class FootprintOutbox:
                 return False
             rows = await connection.fetch(sql.CHUNK_CALLS, *chunk)
             await self._read_heads(connection, {row["dimension"] for row in rows})
-            footprints = ((row, self._heads[row["dimension"]]) for row in rows)
-            if not await self._publish(footprints, partition=chunk["chunk"]):
+            known = [(row, self._heads[row["dimension"]]) for row in rows]
+            if not await self._publish(known, partition=chunk["chunk"]):
                 return False
             await connection.execute(sql.MARK_PUBLISHED, chunk["chunk"])
         self._metrics.published.inc(len(rows))
@@ -89,7 +88,7 @@ class FootprintOutbox:
                 row["id"]: footprint_head(dict(row)) for row in await connection.fetch(sql.DIMENSIONS, list(new))
             }
 
-    async def _publish(self, footprints: Iterable[tuple[Mapping[str, Any], bytes]], *, partition: int) -> bool:
+    async def _publish(self, footprints: Iterable[tuple[Row, bytes]], *, partition: int) -> bool:
         """Publish footprints, each with the beginning of its message; false if Kafka did not take them all.
 
         Args:

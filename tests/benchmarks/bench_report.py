@@ -142,8 +142,10 @@ def main() -> None:
     memory = usage.ru_maxrss / 1024
     cpu_s = usage.ru_utime + usage.ru_stime
     print(f"{calls:,} calls in {days} days: {took_s:.1f} s, {cpu_s:.1f} s of processor time, {memory:.0f} MiB")
-    figures = {"days": float(days), "calls": float(calls), "seconds": took_s, "cpu_s": cpu_s, "mib": memory}
-    record("report_month", figures)
+    record(
+        "report_month",
+        {"days": float(days), "calls": float(calls), "seconds": took_s, "cpu_s": cpu_s, "mib": memory},
+    )
     if found != calls or took_s > LIMIT_S or memory > LIMIT_MIB:
         sys.exit(f"FAILED: {found:,} calls counted, {took_s:.1f} s, {memory:.0f} MiB")
 
