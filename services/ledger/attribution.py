@@ -117,7 +117,7 @@ class Work:
     prompt_tokens: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Attribution:
     """The energy and time of one interval, by user.
 
