@@ -97,7 +97,7 @@ async def add_calls(storage: Storage, endpoint: str, calls: Sequence[Call]) -> N
     def at(at_s: float) -> datetime:
         return START + timedelta(seconds=at_s)
 
-    labels = Labels("request", None, "m", "g", None, None, "p", "L0", "Z", endpoint, None, "policy", 1.0, "{}")
+    labels = Labels("request", None, "m", "g", None, None, "p", "L0", "Z", endpoint, None, "policy", 1.0, ())
     await storage.add_calls(
         [
             NewCall(
@@ -263,7 +263,7 @@ async def test_late_calls_are_settled_in_chunks(storage):
 
 
 async def test_two_answers_of_one_record_are_one_call_and_two_records_with_one_id_are_two(storage):
-    labels = Labels("request", None, "m", "g", None, None, "p", "L0", "Z", "e0", None, "policy", 1.0, "{}")
+    labels = Labels("request", None, "m", "g", None, None, "p", "L0", "Z", "e0", None, "policy", 1.0, ())
 
     def call(record: str | None, request_id: str, at_s: float) -> NewCall:
         at = START + timedelta(seconds=at_s)
@@ -311,7 +311,7 @@ async def test_an_upgrade_takes_over_what_an_earlier_version_wrote_and_keeps_it_
         for name in EARLIER_LOCKS:
             assert not await pool.fetchval("SELECT pg_try_advisory_xact_lock(hashtext($1))", name)
         # The message of a call that the earlier version has already stored is read again.
-        labels = Labels("request", None, "m", "g", None, None, "p", "L0", "Z", "e0", None, "policy", 1.0, "{}")
+        labels = Labels("request", None, "m", "g", None, None, "p", "L0", "Z", "e0", None, "policy", 1.0, ())
         at = START + timedelta(seconds=25)
         await storage.add_calls([NewCall("requests/0/7/1", "old2", labels, at, at, at + timedelta(seconds=7), 5, 20)])
         assert await earlier.adopt_calls() == 2
