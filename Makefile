@@ -73,7 +73,7 @@ unexport PYTHONDONTWRITEBYTECODE
 test test-unit test-extended: export OPENBLAS_NUM_THREADS = 1
 
 test-unit: install  ## The unit tests without the slowest kinds, about a minute on two cores
-	$(BIN)/pytest tests/unit -m "not measured_data and not statistical" -n 2 --dist worksteal --hypothesis-profile quick --quiet
+	$(BIN)/pytest tests/unit -m "not (measured_data or simulation or statistical)" -n 2 --dist worksteal --hypothesis-profile quick --quiet
 
 up: install  ## Start the local stack in the background
 	$(BIN)/sprout up $(OPTIONS) $(SERVER_OPTIONS)

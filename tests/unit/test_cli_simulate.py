@@ -24,6 +24,7 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["simulate", *arguments])
 
 
+@pytest.mark.simulation
 def test_without_options_it_uses_the_shipped_inputs(tmp_path):
     result = run("--hours", "24", "--xi", "0,0.1", "--jobs", "1", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
@@ -38,6 +39,7 @@ def test_without_options_it_uses_the_shipped_inputs(tmp_path):
     assert "sprout_context" in result.stdout
 
 
+@pytest.mark.simulation
 def test_a_promise_by_period_is_simulated(tmp_path):
     options = ("--schemes", "base,sprout_sta,sprout", "--hours", "48", "--jobs", "1", "--out", str(tmp_path))
     result = run("--promise", "period", "--period-days", "1", *options)
@@ -48,6 +50,7 @@ def test_a_promise_by_period_is_simulated(tmp_path):
     assert "does not change base, sprout_sta" in " ".join(result.stderr.split())
 
 
+@pytest.mark.simulation
 def test_a_fleet_adds_what_its_meters_would_show(tmp_path):
     options = ("--schemes", "base,sprout,oracle", "--hours", "48", "--jobs", "1")
     result = run(*options, "--fleet", FLEET, "--latency-objective", "25", "--out", str(tmp_path))

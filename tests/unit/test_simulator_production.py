@@ -21,6 +21,8 @@ from tools.simulator.requests import Measured, SimulationInputError
 from tools.simulator.schemes import Experiment, Fold, run
 from tools.simulator.traffic import constant_mix
 
+pytestmark = pytest.mark.simulation
+
 HOURS = 48
 HALF = 24
 START = 200
