@@ -97,7 +97,7 @@ PACES: dict[ModelName, Pace] = {
         max_tokens=1024,
         evaluated_prompts=300,
         min_samples=400,
-        # Of the 120 prompts of the workload the first evaluation judges about 110, most of them several times.
+        # Different prompts: the first evaluation judges 300, some of them several times.
         min_judged_to_learn=80,
         # A server's batch: the evaluation is short and its server full.
         evaluator_concurrency=128,
