@@ -94,9 +94,11 @@ class BatchPublisher(Protocol):
         """Publish messages; returns once Kafka has them all.
 
         Args:
-            partition: of several messages: all of them go there, see `RecoveringProducer.send_batches`.
+            partition: of several messages, which need one: all of them go there, whatever their keys, see
+                `RecoveringProducer.send_batches`.
 
         Raises:
+            ValueError: several messages without a partition.
             KafkaError: some could not be published, or Kafka did not say whether they were.
         """
 
@@ -349,11 +351,13 @@ class ProducerMiddleware(BaseMiddleware[KafkaPublishCommand, Any]):
                 headers=self._headers(cmd, content_type),
             )
         else:
+            if cmd.partition is None:
+                raise ValueError("several messages need a partition: their keys do not choose one")
             _, content_type = self._value(bodies[0], None)
             keys = (cmd.key_for(number) for number in range(len(bodies)))
             sending = self._producer.send_batches(
                 cmd.destination,
-                cmd.partition or 0,
+                cmd.partition,
                 ((key, self._value(body, key)[0]) for key, body in zip(keys, bodies, strict=True)),
                 headers=self._headers(cmd, content_type),
             )
