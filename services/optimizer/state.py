@@ -53,7 +53,7 @@ class _Repetitions:
     def independent_share(self) -> float:
         """Independent prompts per verdict, in (0, 1]; the same at any time, because all verdicts age alike."""
         verdicts, squares = self._sums.values if self._sums is not None else (0.0, 0.0)
-        return min(verdicts / squares, 1.0) if squares > 0.0 else 1.0
+        return min(verdicts / squares, 1.0) if min(verdicts, squares) > 0.0 else 1.0
 
 
 class QualityCounts:
