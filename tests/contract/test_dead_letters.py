@@ -60,7 +60,7 @@ class Fixture:
         """Publish the values, and wait until each is either handled or a dead letter."""
         async with self.medium.running(self.broker):
             if through == "batch":
-                await self.broker.publish_batch(*values, topic=self.topics[through])
+                await self.broker.publish_batch(*values, topic=self.topics[through], partition=0)
             else:
                 for value in values:
                     await self.broker.publish(value, topic=self.topics[through])
@@ -152,11 +152,12 @@ async def test_a_topic_is_not_consumed_any_more_when_nearly_all_records_become_d
     assert service.dead_letters.problem() is None
     async with asyncio.timeout(DEADLINE_S), service.medium.running(service.broker):
         for _ in range(FUSE_RECORDS // 50 + 2):
-            await service.broker.publish_batch(*[b"{broken"] * 50, topic=service.topics["batch"])
+            await service.broker.publish_batch(*[b"{broken"] * 50, topic=service.topics["batch"], partition=0)
         await service.medium.until(lambda: service.dead_letters.problem() is not None)
         assert service.topics["batch"] in (service.dead_letters.problem() or "")
         # Other topics are consumed, and a client's invalid requests stop nothing.
-        await service.broker.publish_batch(*[b"{broken"] * (FUSE_RECORDS + 1), topic=service.topics["single"])
+        malformed = [b"{broken"] * (FUSE_RECORDS + 1)
+        await service.broker.publish_batch(*malformed, topic=service.topics["single"], partition=0)
         await service.broker.publish(b'{"prompt": "fine"}', topic=service.topics["single"])
         await service.medium.until(lambda: bool(service.handled))
         # These letters come after those of the stopped topic.

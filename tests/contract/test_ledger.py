@@ -81,7 +81,7 @@ async def test_an_invalid_record_becomes_a_dead_letter_and_the_others_are_stored
         letters.append(letter)
 
     async with medium.running(broker):
-        await broker.publish_batch(usage("a"), b"{broken", usage("b"), topic=medium.kafka.topic(USAGE))
+        await broker.publish_batch(usage("a"), b"{broken", usage("b"), topic=medium.kafka.topic(USAGE), partition=0)
         await medium.until(lambda: len(memory.tables.get("open_calls", [])) == 2 and bool(letters))
     assert {row["id"] for row in memory.tables["open_calls"]} == {"a", "b"}
     assert [letter.reason for letter in letters] == ["invalid_json"]
@@ -109,7 +109,7 @@ async def test_while_postgresql_is_unavailable_the_batch_is_not_acknowledged(bro
 async def test_a_batch_that_arrived_while_postgresql_was_unavailable_is_redelivered(broker, memory, medium):
     memory.available = False
     async with medium.running(broker):
-        await broker.publish_batch(usage("a"), usage("b"), topic=medium.kafka.topic(USAGE))
+        await broker.publish_batch(usage("a"), usage("b"), topic=medium.kafka.topic(USAGE), partition=0)
         await medium.until(lambda: memory.failed_writes >= 2)
         memory.available = True
         await medium.until(lambda: {row["id"] for row in memory.tables.get("open_calls", [])} == {"a", "b"})
