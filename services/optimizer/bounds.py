@@ -15,10 +15,6 @@ from services.optimizer.settings import OptimizerSettings
 from shared.carbon import LatestIntensities, trailing_points
 from shared.messages import CarbonIntensity
 
-_ONE_SIDED_LEVEL = 0.05
-"""Probability of missing a limit at the default z of 1.645."""
-
-
 @dataclass(frozen=True, slots=True)
 class CurrentIntensity:
     """The carbon intensity that a zone is priced with now.
@@ -119,9 +115,9 @@ def joint_confidence_z(
 ) -> dict[str, float]:
     """Standard errors to take off each metric so that all limits hold together as often as a single one would.
 
-    The limits may be missed with probability 0.05 together, and each with its share of that (Bonferroni).
-    `confidence_z` is multiplied by the ratio of the normal quantiles of that probability and of 0.05: for two limits
-    with equal shares 1.645 becomes 1.96. `confidence_z_by_metric` is used as is.
+    A single limit is missed with the probability that a normal variable exceeds `confidence_z`. All limits together may
+    be missed with that probability, each with its share of it (Bonferroni): for two limits with equal shares 1 becomes
+    1.41, and 1.645 becomes 1.96. `confidence_z_by_metric` is used as is, and 0 is no margin for any of them.
 
     Args:
         bounds: b_m by metric; 0 is no limit and left out.
@@ -130,15 +126,12 @@ def joint_confidence_z(
     """
     limited = [metric for metric, bound in bounds.items() if bound > 0.0]
     shares = shares or {metric: 1.0 / len(limited) for metric in limited}
-    unit = settings.confidence_z / _normal_quantile(_ONE_SIDED_LEVEL)
+    missed = NormalDist().cdf(-settings.confidence_z)
+    joint = {metric: -NormalDist().inv_cdf(missed * shares[metric]) for metric in limited}
     return {
-        metric: settings.confidence_z_by_metric.get(metric, unit * _normal_quantile(_ONE_SIDED_LEVEL * shares[metric]))
+        metric: settings.confidence_z_by_metric.get(metric, joint[metric] if settings.confidence_z else 0.0)
         for metric in limited
     }
-
-
-def _normal_quantile(upper_tail: float) -> float:
-    return NormalDist().inv_cdf(1.0 - upper_tail)
 
 
 def _hour(time: datetime) -> datetime:

@@ -63,12 +63,12 @@ class OptimizerSettings(BaseSettings):
         'metric of xi: JSON {"preference": 0.9}; other metrics have none',
     )
     confidence_z: float = Field(
-        default=1.645,
+        default=1.0,
         ge=0,
         validation_alias=_renamed("CONFIDENCE_Z", "CAUTION"),
         description="Safety margin of a quality limit in standard errors of the quality of all traffic, where one "
-        "metric is limited (1.645: the limit holds with 95 % confidence); with several metrics each takes more, so "
-        "that all limits hold together with the same confidence (1.96 with two)",
+        "metric is limited (1: the limit holds with 84 % confidence, 1.645: with 95 %); with several metrics each takes "
+        "more, so that all limits hold together with the same confidence (1.41 with two); 0: no margin",
     )
     confidence_z_by_metric: dict[str, float] = Field(
         default={},

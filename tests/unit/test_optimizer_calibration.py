@@ -39,10 +39,10 @@ def test_the_margin_is_widened_within_its_limit(missed, kept, extra):
     if found.extra_z == 0.0:
         assert (adapted, notes) == (SETTINGS, [])
         return
-    # Two limits hold together: 1.96 standard errors each.
-    assert adapted.confidence_z_by_metric == {"preference": pytest.approx(1.96 + found.extra_z, abs=0.001)}
+    # Two limits hold together: 1.41 standard errors each.
+    assert adapted.confidence_z_by_metric == {"preference": pytest.approx(1.41 + found.extra_z, abs=0.001)}
     assert notes[0].startswith(f"preference missed its promise in {missed} of {missed + kept} evaluations, more often")
-    assert "instead of 1.96" in notes[0]
+    assert "instead of 1.41" in notes[0]
 
 
 def test_the_margin_is_never_widened_if_the_setting_forbids_it():

@@ -336,20 +336,22 @@ def test_a_setting_for_an_unknown_metric_is_rejected_with_the_remedy(name, setti
 
 
 def test_several_limits_hold_together_as_often_as_one():
-    """Each of two limits may be missed half as often, of three a third: z of 1.645 becomes 1.96 and 2.13."""
-    assert joint_confidence_z({"preference": 0.9}, SETTINGS) == {"preference": pytest.approx(1.645)}
+    """Each of two limits may be missed half as often, of three a third: z of 1 becomes 1.41 and 1.62, 1.645 becomes 1.96."""
+    assert joint_confidence_z({"preference": 0.9}, SETTINGS) == {"preference": pytest.approx(1.0)}
     two = joint_confidence_z({"preference": 0.9, "correctness": 1.0}, SETTINGS)
-    assert two["correctness"] == pytest.approx(1.960, abs=1e-3)
-    assert joint_confidence_z({"a": 0.9, "b": 0.9, "c": 0.9}, SETTINGS)["b"] == pytest.approx(2.128, abs=1e-3)
+    assert two["correctness"] == pytest.approx(1.410, abs=1e-3)
+    wider = joint_confidence_z(two, OptimizerSettings(confidence_z=1.645))
+    assert wider["correctness"] == pytest.approx(1.960, abs=1e-3)
+    assert joint_confidence_z({"a": 0.9, "b": 0.9, "c": 0.9}, SETTINGS)["b"] == pytest.approx(1.618, abs=1e-3)
 
 
 def test_limits_may_have_unequal_shares_of_the_probability_of_missing_one():
     found = joint_confidence_z({"a": 0.9, "b": 0.9}, SETTINGS, shares={"a": 0.02, "b": 0.98})
-    assert found == {"a": pytest.approx(3.09, abs=2e-3), "b": pytest.approx(1.654, abs=1e-3)}
+    assert found == {"a": pytest.approx(2.730, abs=1e-3), "b": pytest.approx(1.013, abs=1e-3)}
 
 
 def test_a_limit_of_zero_is_not_counted():
-    assert joint_confidence_z({"preference": 0.9, "correctness": 0.0}, SETTINGS) == {"preference": pytest.approx(1.645)}
+    assert joint_confidence_z({"preference": 0.9, "correctness": 0.0}, SETTINGS) == {"preference": pytest.approx(1.0)}
 
 
 def test_a_confidence_level_of_a_single_metric_is_used_as_it_is():

@@ -58,7 +58,7 @@ def two_groups(**more: Any) -> Estimates:
 def test_a_policy_contains_what_it_was_solved_with():
     made = planned(two_groups(), xi={METRIC: 0.1})
     assert made.inputs.families == {"a": "sums"}
-    assert made.inputs.cautions == {METRIC: pytest.approx(1.645)}
+    assert made.inputs.cautions == {METRIC: pytest.approx(1.0)}
     assert made.inputs.estimates["b"]["p/L1"].doubt == {METRIC: ERRORS}
 
 
@@ -70,9 +70,9 @@ def test_the_expected_quality_is_the_lower_confidence_bound():
     # The groups have different families: only the component shared with all does not cancel out in part.
     deviation = ((0.02**2 + 0.01**2) / 2 + 0.01**2) ** 0.5
     moved = sum(one.get("p/L1", 0.0) for one in made.groups.values()) / 2
-    assert moved == pytest.approx(0.05 / (0.04 + 1.645 * deviation), rel=1e-2)
+    assert moved == pytest.approx(0.05 / (0.04 + deviation), rel=1e-2)
     assert made.expected_quality[METRIC] == pytest.approx(0.9, abs=2 * BOUND_TOLERANCE)
-    assert made.overall["p/L1"] == pytest.approx(0.05 / (0.04 + 1.645 * 0.02), rel=1e-3)
+    assert made.overall["p/L1"] == pytest.approx(0.05 / (0.04 + 0.02), rel=1e-3)
 
 
 def test_the_cost_of_the_margin_is_what_the_program_would_save_without_it():
@@ -94,7 +94,9 @@ def two_limits(preference: float) -> Policy:
         ),
     }  # fmt: skip
     estimates = Estimates(weights={"a": 1.0}, groups={"a": row}, overall=row, requests_per_s=1.0)
-    return planned(estimates, xi={METRIC: 0.1, "correctness": 0.05}, constant_bounds=frozenset(metrics))
+    return planned(
+        estimates, xi={METRIC: 0.1, "correctness": 0.05}, constant_bounds=frozenset(metrics), confidence_z=1.645
+    )
 
 
 def test_a_limit_with_room_to_spare_leaves_the_others_a_smaller_margin():

@@ -39,7 +39,7 @@ def experiment() -> Experiment:
         variant="production",
         folds=(Fold(learn, test),),
         mix=constant_mix(test, hours=HOURS),
-        optimizer=OptimizerSettings(holdout=0.0),
+        optimizer=OptimizerSettings(holdout=0.0, confidence_z=1.645),
         large_preferred=np.array([0.55, 0.6]),
     )
 
