@@ -17,7 +17,8 @@ from pydantic import (
 
 from services import SERVICES
 from shared.batch_curve import MEASURED
-from shared.fleet import Dispatch, Pool, Switchback
+from shared.fleet import Switchback
+from shared.pools import Dispatch, Pool
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 """The checkout that this package was loaded from."""

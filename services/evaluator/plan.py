@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from shared.fleet import Fleet, Pool
+from shared.fleet import Fleet
 from shared.messages import ServedAnswer, option_key
+from shared.pools import Pool
 
 MAX_CANDIDATES: Final = 8
 """Answers that a judge can compare in one prompt."""

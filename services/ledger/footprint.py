@@ -14,8 +14,8 @@ import asyncpg
 from pydantic_core import to_json
 
 from shared.carbon import embodied_g, operational_g
-from shared.fleet import Pool
 from shared.messages.base import SCHEMA_VERSION
+from shared.pools import Pool
 
 Row = Mapping[str, Any] | asyncpg.Record
 """A row of a table, by the names of its columns."""

@@ -17,8 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Storage
-from shared.fleet import Fleet, TlsFields
+from shared.fleet import Fleet
 from shared.inference.tls import tls_context
+from shared.pools import TlsFields
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
 from shared.runtime.logs import get_logger

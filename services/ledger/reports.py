@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from services.ledger.settings import LedgerSettings
-from shared.fleet import Fleet, Pool
+from shared.fleet import Fleet
 from shared.messages import LoadReport, PoolCapacity
+from shared.pools import Pool
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
 

@@ -26,8 +26,9 @@ from services.ledger.reports import AwakeEndpoints
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Connection, Row, Storage, execute_rows, to_datetime, to_iso
 from services.ledger.states import Chunk, read_chunk, read_intensity
-from shared.fleet import Fleet, Pool
+from shared.fleet import Fleet
 from shared.messages import EndpointCurve
+from shared.pools import Pool
 from shared.runtime.clock import Clock
 from shared.runtime.database import translate_errors
 from shared.runtime.logs import get_logger

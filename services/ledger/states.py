@@ -16,7 +16,7 @@ from services.ledger.footprint import IntensitySteps
 from services.ledger.meters import Reading
 from services.ledger.reports import AwakeEndpoints
 from services.ledger.sql import Connection, to_datetime
-from shared.fleet import Pool
+from shared.pools import Pool
 
 CHUNK_INTERVALS = 60
 """Most intervals of a chunk: a call that is as long as all of them has a share of each."""

@@ -15,6 +15,7 @@ from services.optimizer.settings import OptimizerSettings
 from shared.carbon import LatestIntensities, trailing_points
 from shared.messages import CarbonIntensity
 
+
 @dataclass(frozen=True, slots=True)
 class CurrentIntensity:
     """The carbon intensity that a zone is priced with now.

@@ -18,8 +18,9 @@ from services.optimizer.costs import DecayedSums, decay_factor
 from services.optimizer.loads import PoolDemand
 from services.optimizer.prices import PoolPrices
 from services.optimizer.settings import OptimizerSettings
-from shared.fleet import Fleet, Pool
+from shared.fleet import Fleet
 from shared.messages import CapacityForecast, PoolCapacity
+from shared.pools import Pool
 from shared.switchback import SwitchbackSchedule
 
 HOURS = 24

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from services.optimizer.costs import Consumption
 from services.optimizer.settings import OptimizerSettings
 from shared.batch_curve import BatchCurve, mean_curve
-from shared.fleet import Fleet, Pool
+from shared.fleet import Fleet
 from shared.messages import EndpointCurve, PoolPrice, split_option
+from shared.pools import Pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

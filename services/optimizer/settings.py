@@ -67,8 +67,8 @@ class OptimizerSettings(BaseSettings):
         ge=0,
         validation_alias=_renamed("CONFIDENCE_Z", "CAUTION"),
         description="Safety margin of a quality limit in standard errors of the quality of all traffic, where one "
-        "metric is limited (1: the limit holds with 84 % confidence, 1.645: with 95 %); with several metrics each takes "
-        "more, so that all limits hold together with the same confidence (1.41 with two); 0: no margin",
+        "metric is limited (1: the limit holds with 84 % confidence, 1.645: with 95 %; 0: no margin); with several "
+        "metrics each takes more, so that all limits hold together with the same confidence (1.41 with two)",
     )
     confidence_z_by_metric: dict[str, float] = Field(
         default={},

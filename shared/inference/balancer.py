@@ -23,7 +23,7 @@ from typing import Final, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from shared.fleet import Dispatch
+from shared.pools import Dispatch
 
 CHANCE_DEVIATIONS: Final = 2.0
 """Standard deviations by which a process may exceed its part of the targets before one more endpoint becomes active.

@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 import anyio
 import httpx
 
-from shared.fleet import Endpoint, FleetError, Pool
+from shared.fleet import FleetError
 from shared.inference.base import (
     SAMPLING_FIELDS,
     Capabilities,
@@ -33,6 +33,7 @@ from shared.inference.chat import SERVER_TEMPLATE
 from shared.inference.tls import tls_context
 from shared.inference.tokens import Tokenizer
 from shared.messages import FinishReason, TokenCountSource
+from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock
 
 STANDARD_FIELDS: Final = frozenset({"temperature", "top_p", "presence_penalty", "frequency_penalty", "seed"})

@@ -7,7 +7,6 @@ from datetime import datetime
 from types import TracebackType
 from typing import Final, Protocol
 
-from shared.fleet import Dispatch, Endpoint, Pool
 from shared.inference.balancer import Balancer, CircuitBreakerSettings, PowerState
 from shared.inference.base import EndpointUnavailable, InferenceClient
 from shared.inference.chat import ChatTemplate
@@ -16,6 +15,7 @@ from shared.inference.targets import TargetBatches
 from shared.inference.tokens import Tokenizer
 from shared.inference.triton.client import TritonClient
 from shared.messages import EndpointLoad, PoolCapacity, PoolLoad
+from shared.pools import Dispatch, Endpoint, Pool
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
 

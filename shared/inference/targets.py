@@ -3,8 +3,8 @@
 from dataclasses import fields
 
 from shared.batch_curve import BatchCurve
-from shared.fleet import Pool
 from shared.messages import EndpointCurve
+from shared.pools import Pool
 from shared.runtime.logs import get_logger
 
 _log = get_logger(__name__)

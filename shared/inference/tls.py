@@ -2,7 +2,8 @@
 
 import ssl
 
-from shared.fleet import FleetError, TlsFields
+from shared.fleet import FleetError
+from shared.pools import TlsFields
 
 
 def tls_context(security: TlsFields, *, endpoint: str) -> ssl.SSLContext:

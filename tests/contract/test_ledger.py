@@ -10,10 +10,11 @@ from prometheus_client import CollectorRegistry
 from services.ledger.app import Ledger
 from services.ledger.calls import NewCall, storable
 from services.ledger.settings import LedgerSettings
-from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
+from shared.fleet import Directive, Fleet, Model
 from shared.kafka.broker import build_broker
 from shared.kafka.handling import RetryLaterError
 from shared.messages import DeadLetter, UsageRecord
+from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, POLICIES, USAGE

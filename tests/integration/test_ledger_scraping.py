@@ -15,7 +15,8 @@ from services.ledger.meters import Scraper, scrapers_of
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Storage
-from shared.fleet import Directive, Endpoint, Fleet, FleetError, Model, Pool
+from shared.fleet import Directive, Fleet, FleetError, Model
+from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock, ManualClock
 from shared.runtime.database import migrate, open_pool
 from tests.support.certificate import Authority, Certificate

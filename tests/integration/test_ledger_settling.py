@@ -23,8 +23,9 @@ from services.ledger.settings import LedgerSettings
 from services.ledger.settlement import IntervalSettlement
 from services.ledger.sql import EARLIER_LOCKS, ENDPOINT_LOCK, SERVER_SETTINGS, Storage
 from shared.batch_curve import MEASURED
-from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
+from shared.fleet import Directive, Fleet, Model
 from shared.messages import EndpointCurve, Footprint
+from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
 from shared.runtime.settings import DatabaseSettings

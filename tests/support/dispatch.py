@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shared.fleet import Dispatch
 from shared.inference.balancer import Balancer, CircuitBreakerSettings
+from shared.pools import Dispatch
 
 LOW, HIGH = 0.1, 0.85
 """Load at night and at the peak, as shares of what all endpoints carry at their targets."""

@@ -13,8 +13,9 @@ from scipy.signal import lfilter
 from scipy.stats import gamma
 
 from shared.batch_curve import MEASURED, BatchCurve
-from shared.fleet import Dispatch, Switchback
+from shared.fleet import Switchback
 from shared.metered_saving import DAY_S, FleetBins
+from shared.pools import Dispatch
 from shared.switchback import SwitchbackSchedule
 from shared.units import JOULES_PER_KWH
 from tools.reporting.demand import spread_over_bins

@@ -15,8 +15,9 @@ from services.carbon_feed.providers.base import (
 )
 from services.carbon_feed.providers.constant import ConstantProvider
 from services.carbon_feed.settings import CarbonFeedSettings
-from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
+from shared.fleet import Directive, Fleet, Model
 from shared.messages import CarbonIntensity, IntensityPoint
+from shared.pools import Endpoint, Pool
 from shared.runtime.clock import ManualClock
 
 NOW = datetime(2024, 2, 1, 12, 20, tzinfo=UTC)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ledger.footprint import IntensitySteps, footprint_grams, footprint_head, footprint_json
-from shared.fleet import Endpoint, Pool
 from shared.messages import Footprint
+from shared.pools import Endpoint, Pool
 
 HOUR = 3600.0
 STEPS = IntensitySteps([(HOUR, 300.0), (0.0, 100.0), (2 * HOUR, 200.0)], max_age_s=3 * HOUR)

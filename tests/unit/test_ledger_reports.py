@@ -7,8 +7,9 @@ from structlog.testing import capture_logs
 
 from services.ledger.reports import LISTEN_S, AwakeEndpoints, RunningCalls
 from services.ledger.settings import LedgerSettings
-from shared.fleet import Directive, Endpoint, Fleet, Judge, Model, Pool
+from shared.fleet import Directive, Fleet, Judge, Model
 from shared.messages import EndpointLoad, LoadReport, PoolCapacity, PoolLoad
+from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock
 
 START = datetime(2024, 2, 1, tzinfo=UTC)

@@ -24,7 +24,8 @@ from services.ledger.reports import AwakeEndpoints
 from services.ledger.settings import LedgerSettings
 from services.ledger.settlement import IntervalSettlement
 from services.ledger.sql import Storage
-from shared.fleet import Directive, Endpoint, Fleet, Model, Pool
+from shared.fleet import Directive, Fleet, Model
+from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock
 
 SETTINGS = LedgerSettings()

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from deploy.local.sleeper import DRAIN_WALL_S, REPORT_WALL_S, Action, Backoff, PoolState, Topics, decide, wanted_awake
-from shared.fleet import Pool
 from shared.messages import EndpointLoad, LoadReport, PoolCapacity, PoolLoad
+from shared.pools import Pool
 
 NOW = datetime(2024, 2, 10, tzinfo=UTC)
 NAMES = ("e0", "e1", "e2", "e3")

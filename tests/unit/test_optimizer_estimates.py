@@ -336,7 +336,7 @@ def test_a_setting_for_an_unknown_metric_is_rejected_with_the_remedy(name, setti
 
 
 def test_several_limits_hold_together_as_often_as_one():
-    """Each of two limits may be missed half as often, of three a third: z of 1 becomes 1.41 and 1.62, 1.645 becomes 1.96."""
+    """Each of two limits may be missed half as often, of three a third: z of 1 becomes 1.41 and 1.62."""
     assert joint_confidence_z({"preference": 0.9}, SETTINGS) == {"preference": pytest.approx(1.0)}
     two = joint_confidence_z({"preference": 0.9, "correctness": 1.0}, SETTINGS)
     assert two["correctness"] == pytest.approx(1.410, abs=1e-3)

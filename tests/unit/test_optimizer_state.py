@@ -311,7 +311,9 @@ def test_the_95_percent_lower_confidence_bound_holds_as_often_as_it_says_with_re
             effect = {name: model.mean(name, "p/L1") - model.mean(name, "p/L0") for name in truth}
             best = sorted(effect, key=lambda name: -effect[name])[: int(len(truth) * moved)]
             error = model.overall_standard_error("p/L1", dict.fromkeys(best, 1.0 / len(best)))
-            found_kept.append(fmean(effect[name] for name in best) - 1.645 * error <= fmean(truth[name] for name in best))
+            found_kept.append(
+                fmean(effect[name] for name in best) - 1.645 * error <= fmean(truth[name] for name in best)
+            )
     assert least <= fmean(kept[True]) <= 0.995
     # Taken for independent, the verdicts promise too much.
     assert fmean(kept[False]) < fmean(kept[True]) - 0.04

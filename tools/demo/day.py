@@ -15,8 +15,9 @@ from typing import Literal
 
 from deploy.local.config import ModelName, StackConfig
 from shared.batch_curve import MEASURED
-from shared.fleet import Dispatch, Switchback
+from shared.fleet import Switchback
 from shared.messages import GenerationRequest
+from shared.pools import Dispatch
 from tools.demo.traffic import peak_load
 
 World = Literal["sprout", "reference"]

@@ -7,8 +7,8 @@ from datetime import datetime
 import httpx
 
 from services.ledger.meters import MeteringError, Reading, counters_of, intervals_between, parse_meters
-from shared.fleet import Pool
 from shared.inference.tls import tls_context
+from shared.pools import Pool
 
 
 class PoolMeter:

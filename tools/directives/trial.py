@@ -25,11 +25,12 @@ from services.evaluator.metrics import EvaluatorMetrics
 from services.evaluator.preference import PreferenceMetric
 from services.evaluator.quality import QualityMetric
 from services.evaluator.settings import EvaluatorSettings
-from shared.fleet import Directive, Fleet, Pool
+from shared.fleet import Directive, Fleet
 from shared.inference.attempts import Attempts
 from shared.inference.base import StreamTimeouts
 from shared.inference.pools import Pools
 from shared.messages import ChatMessage, Sample, SamplingParameters, UsageRecord
+from shared.pools import Pool
 from shared.runtime.clock import Clock
 from tools.directives.comparison import Floats, Measurement
 from tools.directives.inputs import TrialPrompt

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.fleet import Fleet, Pool
+from shared.fleet import Fleet
 from shared.messages import Policy
 from shared.messages.policies import PoolPrice
+from shared.pools import Pool
 from tools.reporting.demand import AnswerLengths
 from tools.reporting.frame import Flags, Floats
 from tools.reporting.meters import CELL_S, FleetReadings, Latency, Load, MeterTable

@@ -15,8 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from scipy.ndimage import maximum_filter1d
 
 from shared.batch_curve import MEASURED, BatchCurve
-from shared.fleet import Dispatch
 from shared.messages import Identifier, Zone
+from shared.pools import Dispatch
 from tools.simulator.requests import Floats, SimulationInputError
 
 WAKE_AHEAD_MIN = 5

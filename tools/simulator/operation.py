@@ -34,8 +34,8 @@ from services.optimizer.promise import Account, Period, RestOfPeriod, TrailingHo
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.settled import settled_groups
 from services.optimizer.state import QualityCounts
-from shared.fleet import DEFAULT_EMBODIED_G_PER_S
 from shared.messages import EvaluationCost, Quality
+from shared.pools import DEFAULT_EMBODIED_G_PER_S
 from tools.simulator.evaluation import Findings, Judge, Thinning
 from tools.simulator.grid import HOUR, Window
 from tools.simulator.published_case import NO_SOLUTION

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shared.fleet import DEFAULT_EMBODIED_G_PER_S
+from shared.pools import DEFAULT_EMBODIED_G_PER_S
 from tools.simulator.operation import ProductionCase, Run
 from tools.simulator.outcome import Outcome, relative
 from tools.simulator.requests import Floats

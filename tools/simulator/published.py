@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from services.evaluator.opportunity import PUBLISHED_URGENCY_PER_HOUR, Opportunity, OpportunityRules
-from shared.fleet import DEFAULT_EMBODIED_G_PER_S
+from shared.pools import DEFAULT_EMBODIED_G_PER_S
 from tools.simulator.grid import Window
 from tools.simulator.outcome import Outcome, relative
 from tools.simulator.published_case import PublishedCase, Solver

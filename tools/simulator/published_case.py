@@ -10,8 +10,8 @@ import numpy as np
 from services.optimizer.bounds import TrailingRange
 from services.optimizer.problem import OptionPrice, Problem
 from services.optimizer.program import solve
-from shared.fleet import DEFAULT_EMBODIED_G_PER_S
 from shared.messages import OptionEstimate
+from shared.pools import DEFAULT_EMBODIED_G_PER_S
 from tools.simulator.grid import Window
 from tools.simulator.requests import Floats, Measured, SimulationInputError
 

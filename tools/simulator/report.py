@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from shared.fleet import Dispatch
+from shared.pools import Dispatch
 from tools.reporting.format import UNKNOWN, percent
 from tools.reporting.page import render_page as render
 from tools.reporting.tables import TextTable, rich_table

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from shared.fleet import Dispatch
+from shared.pools import Dispatch
 from tools.simulator.fleet import FleetRun, ServerFleet, needed_servers, run_fleet
 from tools.simulator.grid import HOUR, Grid, Window
 from tools.simulator.outcome import Outcome

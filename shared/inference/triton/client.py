@@ -20,7 +20,6 @@ from tritonclient.grpc.service_pb2 import (
     ModelStreamInferResponse,
 )
 
-from shared.fleet import Endpoint, Pool
 from shared.inference.base import (
     Capabilities,
     Chunk,
@@ -38,6 +37,7 @@ from shared.inference.triton.assembly import AnswerAssembler, BrokenStreamError
 from shared.inference.triton.channel import Connection, credentials_of, shorten, status_error, stream_error
 from shared.inference.triton.contract import ContractError, ModelContract
 from shared.inference.triton.wire import Part, decode, encode
+from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
 
