@@ -66,7 +66,7 @@ class StackConfig(BaseModel):
     time reaches `event_start` `lead_s` wall seconds after the model servers are ready, so that the services have time
     to start. Without `event_start` the stack runs in real time.
 
-    Model servers: the fields from `dispatch` to `switchback` are written to the fleet file, see `shared/fleet.py`.
+    Model servers: the fields from `dispatch` to `switchback` are written to the fleet file, see `shared/pools.py`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
