@@ -44,6 +44,9 @@ from shared.topics import (
 FETCH_MIN_BYTES = 1_000_000
 """Kafka holds back a fetch until it has this many bytes or the poll time is over: few, large batches."""
 
+RESPONSE_READERS = 2
+"""Consumers of the topic with most messages: while PostgreSQL stores a batch of one, another is validated."""
+
 T = TypeVar("T")
 
 Offsets = Mapping[TopicPartition, int]
@@ -67,7 +70,7 @@ class Ingest:
         self._storage = storage
         self._metrics = metrics
 
-        def subscribe(spec: TopicSpec) -> Subscriber:
+        def subscribe(spec: TopicSpec, **options: bool) -> Subscriber:
             return subscribe_batches(
                 broker,
                 kafka,
@@ -78,22 +81,25 @@ class Ingest:
                 poll_ms=settings.poll_ms,
                 fetch_min_bytes=FETCH_MIN_BYTES,
                 fetch_max_wait_ms=settings.poll_ms,
+                **options,
             )
 
-        responses = subscribe(RESPONSES)
+        readers = [subscribe(RESPONSES, include_in_schema=number == 0) for number in range(RESPONSE_READERS)]
         usage = subscribe(USAGE)
         intensities = subscribe(CARBON_INTENSITY)
         policies = subscribe(POLICIES)
         qualities = subscribe(QUALITY)
         groupings = subscribe(PROMPT_GROUPS)
-        self.call_subscribers = {kafka.topic(RESPONSES): responses, kafka.topic(USAGE): usage}
+        self.call_subscribers = {kafka.topic(RESPONSES): readers[0], kafka.topic(USAGE): usage}
         """The subscribers of the topics with calls, by topic name."""
 
-        @responses
         async def on_responses(batch: list[GenerationResponse]) -> None:
             rejected = [rejection_row(one) for one in batch if one.status == "error"]
             await self._add_calls([request_call(one) for one in batch if one.status == "ok"])
             await self._write(storage.add, "rejections", rejected)
+
+        for reader in readers:
+            reader(on_responses)
 
         @usage
         async def on_usage(batch: list[UsageRecord]) -> None:

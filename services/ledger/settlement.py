@@ -36,6 +36,9 @@ from shared.runtime.logs import get_logger
 Footprint = tuple[str, float, float | None, float | None, float | None, float, bool]
 """Of a settled call: id, energy, server time, intensity, operational and embodied grams, partial."""
 
+ENDPOINTS_AT_ONCE = 2
+"""While PostgreSQL works for one endpoint, the ledger computes for another."""
+
 _log = get_logger(__name__)
 
 
@@ -96,7 +99,7 @@ class IntervalSettlement:
     async def run_once(
         self, watermark: datetime, *, limits: Mapping[str, datetime], on_chunk: Callable[[], None] = lambda: None
     ) -> tuple[EndpointCurve, ...]:
-        """Settle all intervals whose calls are known, chunk by chunk.
+        """Settle all intervals whose calls are known, chunk by chunk, of `ENDPOINTS_AT_ONCE` endpoints at once.
 
         Args:
             watermark: time up to which every published call is in PostgreSQL.
@@ -107,18 +110,24 @@ class IntervalSettlement:
             The learned curves of the endpoints that this ledger settled.
 
         Raises:
-            DatabaseUnavailableError: the current chunk was not written.
+            DatabaseUnavailableError: a chunk was not written.
         """
         curves = {}
-        for endpoint in self._pools:
-            if endpoint not in limits:
-                continue
-            progress = Progress(more=True)
-            while progress.more:
-                progress = await self.settle_chunk(endpoint, limits[endpoint], watermark=watermark)
-                on_chunk()
-                if progress.curve is not None:
-                    curves[endpoint] = progress.curve
+        waiting = (endpoint for endpoint in self._pools if endpoint in limits)
+
+        async def settle_next() -> None:
+            for endpoint in waiting:
+                progress = Progress(more=True)
+                while progress.more:
+                    progress = await self.settle_chunk(endpoint, limits[endpoint], watermark=watermark)
+                    on_chunk()
+                    if progress.curve is not None:
+                        curves[endpoint] = progress.curve
+
+        workers = (settle_next() for _ in range(ENDPOINTS_AT_ONCE))
+        for failed in await asyncio.gather(*workers, return_exceptions=True):
+            if failed is not None:
+                raise failed
         return tuple(curves.values())
 
     async def settle_chunk(self, endpoint: str, limit: datetime, *, watermark: datetime) -> Progress:

@@ -220,6 +220,11 @@ SELECT endpoint, count(*) AS calls, min(finished_at) AS oldest FROM open_calls G
 
 # Partitions of settled_calls
 PARTITION_LOCK = "SELECT pg_advisory_xact_lock(hashtext('sprout.ledger.partition'))"
+# Not `to_regclass`: in a transaction that waited for the lock it may not see yet what another one has committed.
+HAS_PARTITION = """
+SELECT EXISTS (SELECT FROM pg_inherits JOIN pg_class AS child ON child.oid = inhrelid
+               WHERE inhparent = 'settled_calls'::regclass AND child.relname = $1)
+"""
 
 # Outbox
 NEXT_CHUNK = """
@@ -350,11 +355,10 @@ async def add_partition(connection: Connection, day: datetime) -> None:
         day: its first moment, UTC.
     """
     name = partition_name(day)
-    exists = f"SELECT to_regclass('{name}') IS NOT NULL"
-    if await connection.fetchval(exists):
+    if await connection.fetchval(HAS_PARTITION, name):
         return
     await connection.execute(PARTITION_LOCK)
-    if await connection.fetchval(exists):
+    if await connection.fetchval(HAS_PARTITION, name):
         return
     # Attaching locks less than creating a partition: others go on reading and writing.
     await connection.execute(f"CREATE TABLE {name} (LIKE settled_calls INCLUDING ALL)")

@@ -68,12 +68,14 @@ def fleet_of(metrics: str) -> str:
 
 @dataclass
 class Peaks:
-    """The most memory seen, MiB, and processor time from the start of the ledgers, s."""
+    """The most memory seen, MiB, and processor time from the start of the ledgers, s; also until calls were settled."""
 
     ledger: float = 0.0
     postgres: float = 0.0
     ledger_cpu_s: float = 0.0
     postgres_cpu_s: float = 0.0
+    ledger_intake_cpu_s: float = 0.0
+    postgres_intake_cpu_s: float = 0.0
     published: int = 0
 
 
@@ -312,6 +314,8 @@ async def _watch(
         peaks.postgres = max(peaks.postgres, memory_mib(postgres))
         if found["settled"] and not intake_s:
             intake_s = now
+            peaks.ledger_intake_cpu_s = sum(cpu_s(one) for one in processes)
+            peaks.postgres_intake_cpu_s = peaks.postgres_cpu_s + cpu_s(postgres)
         if now > shown + 10.0:
             shown = now
             cpu = ", ".join(f"{cpu_s(one):.0f}" for one in processes)
@@ -360,6 +364,8 @@ async def _report(
         "postgres_mib": peaks.postgres,
         "ledger_cpu_us_per_call": 1e6 * peaks.ledger_cpu_s / books["calls"],
         "postgres_cpu_us_per_call": 1e6 * peaks.postgres_cpu_s / books["calls"],
+        "ledger_cpu_s_until_settlement_began": peaks.ledger_intake_cpu_s,
+        "postgres_cpu_s_until_settlement_began": peaks.postgres_intake_cpu_s,
         "bytes_per_call": float(books["bytes"]) / books["calls"],
         "energy_error": energy,
         "time_error": seconds,

@@ -21,7 +21,7 @@ from services.ledger.reports import AwakeEndpoints
 from services.ledger.rollup import RollUps
 from services.ledger.settings import LedgerSettings
 from services.ledger.settlement import IntervalSettlement
-from services.ledger.sql import EARLIER_LOCKS, ENDPOINT_LOCK, SERVER_SETTINGS, Storage
+from services.ledger.sql import EARLIER_LOCKS, ENDPOINT_LOCK, SERVER_SETTINGS, Storage, add_partition
 from shared.batch_curve import MEASURED
 from shared.fleet import Directive, Fleet, Model
 from shared.messages import EndpointCurve, Footprint
@@ -30,6 +30,7 @@ from shared.runtime.clock import Clock
 from shared.runtime.database import migrate, open_pool
 from shared.runtime.settings import DatabaseSettings
 from tests.support.batched_server import DAY_S, diurnal, poisson_arrivals, simulate
+from tests.support.deadlines import until
 
 pytestmark = pytest.mark.integration
 
@@ -374,3 +375,18 @@ async def test_a_call_that_was_stored_again_while_it_was_settled_counts_once(sto
     assert sums["calls_j"] + sums["rest_j"] == pytest.approx(1_000)
     assert await storage.pool.fetchval("SELECT count(*) FROM settled_calls") == 2
     assert await storage.pool.fetchval("SELECT count(*) FROM open_calls") == 0
+
+
+async def test_a_transaction_that_waited_for_another_ones_partition_uses_it(storage):
+    async def add() -> None:
+        async with storage.pool.acquire() as connection, connection.transaction():
+            await add_partition(connection, START)
+
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    async with storage.pool.acquire() as connection, connection.transaction():
+        await add_partition(connection, START)
+        other = asyncio.create_task(add())
+        await until(lambda: storage.pool.fetchval(waiting))
+    await other
+    partitions = "SELECT count(*) FROM pg_inherits WHERE inhparent = 'settled_calls'::regclass"
+    assert await storage.pool.fetchval(partitions) == 1

@@ -315,8 +315,8 @@ async def test_the_database_sums_intervals_by_bin_as_they_are(ledger):
     assert table.metered_j.sum() == pytest.approx(sum(row["metered_j"] for row in days.intervals), rel=1e-9)
     assert table.lost.sum() in (1, 2)
     assert readings.interval_s == pytest.approx(100.0)
-    assert sum(one.requests for one in readings.arrivals) == len(days.records)
-    assert sum(one.tokens for one in readings.arrivals) == sum(record["completion_tokens"] for record in days.records)
+    assert readings.arrivals.requests.sum() == len(days.records)
+    assert readings.arrivals.tokens.sum() == sum(record["completion_tokens"] for record in days.records)
     assert len(readings.quantiles) == 10
     assert np.mean(readings.quantiles) == pytest.approx(1.0, abs=0.05)
 
@@ -328,7 +328,7 @@ async def test_unsettled_requests_count_in_the_demand(ledger):
     await write_calls(ledger, days.records[:1], unsettled={days.records[0]["request_id"]})
     async with ledger.acquire() as connection, connection.transaction():
         readings = await read_fleet(connection, since=None, until=None, fleet=fleet)
-    assert sum(one.requests for one in readings.arrivals) == 50
+    assert readings.arrivals.requests.sum() == 50
 
 
 async def test_a_period_reads_the_reference_blocks_before_it(ledger):

@@ -6,7 +6,7 @@ whose answers last a minute or two.
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from shared.fleet import Fleet
 from shared.switchback import SwitchbackSchedule
 from tests.support.report import DAY, MODEL, POOL, ZONE, record_of
-from tools.reporting.demand import Answers, Arrivals, spread_over_bins
+from tools.reporting.demand import REFERENCE_LEVEL, AnswerLengths, Answers, Arrivals, spread_over_bins
 from tools.reporting.frame import Floats
 from tools.reporting.meters import FleetReadings, MeterTable, meter_table
 
@@ -178,7 +178,7 @@ def _interval(name: str, pool: str, begin_s: float, joules: float, *, idle_w: fl
 
 def table_of(days: FleetDays, bin_s: float = 300.0) -> MeterTable:
     """The intervals in bins, computed without the database."""
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     for name in sorted({row["endpoint"] for row in days.intervals}):
         mine = [row for row in days.intervals if row["endpoint"] == name]
         begins = np.array([row["started_at"].timestamp() for row in mine])
@@ -196,11 +196,7 @@ def table_of(days: FleetDays, bin_s: float = 300.0) -> MeterTable:
             "busy_s": spread_over_bins(begins, ends, ends - begins - [row["idle_s"] for row in mine], edges),
             "lost": np.ceil(spread_over_bins(begins, ends, lost, edges) - 1e-9),
         }
-        rows += [
-            {"endpoint": name, "pool": mine[0]["pool"], "zone": ZONE, "bin": first + place}
-            | {column: float(values[place]) for column, values in columns.items()}
-            for place in range(last - first)
-        ]
+        rows.append({"endpoint": name, "pool": mine[0]["pool"], "zone": ZONE, "bin": np.arange(first, last), **columns})
     table = meter_table(rows, bin_s)
     assert table is not None
     return table
@@ -208,32 +204,38 @@ def table_of(days: FleetDays, bin_s: float = 300.0) -> MeterTable:
 
 def readings_of(days: FleetDays, table: MeterTable | None = None) -> FleetReadings:
     """What the report reads of these days, computed without the database."""
-    arrivals = [
-        Arrivals(
-            at_s=record["started_at"].timestamp(),
-            pool=record["pool"],
-            level=record["level"],
-            group=record["grp"],
-            task=record["task"],
-            source=record["decision_source"],
-            requests=1,
-            tokens=record["completion_tokens"],
-        )
-        for record in days.records
-    ]
     answers = [
         Answers(
-            group=one.group,
-            task=one.task,
-            level=one.level,
-            in_block=one.source == "switchback",
+            group=record["grp"],
+            task=record["task"],
+            level=record["level"],
+            in_block=record["decision_source"] == "switchback",
             requests=1,
-            tokens=one.tokens,
-            seconds=one.tokens * SECONDS_PER_TOKEN,
+            tokens=record["completion_tokens"],
+            seconds=record["completion_tokens"] * SECONDS_PER_TOKEN,
         )
-        for one in arrivals
-        if one.source != "forced"
+        for record in days.records
+        if record["decision_source"] != "forced"
     ]
+    lengths = AnswerLengths(answers)
+    arrivals = arrivals_of(
+        (
+            record["started_at"].timestamp(),
+            record["pool"],
+            record["level"],
+            record["decision_source"],
+            1,
+            record["completion_tokens"],
+            *(lengths.mean(record["grp"], record["task"], level) for level in (REFERENCE_LEVEL, record["level"])),
+        )
+        for record in days.records
+    )
     return FleetReadings(
         interval_s=INTERVAL_S, table=table_of(days) if table is None else table, arrivals=arrivals, answers=answers
     )
+
+
+def arrivals_of(rows: Iterable[tuple[float, str, str, str, int, int, float, float]]) -> Arrivals:
+    """Arrivals of rows with their fields."""
+    columns = zip(*rows, strict=True)
+    return Arrivals(*(np.array(column, dtype=object if isinstance(column[0], str) else None) for column in columns))

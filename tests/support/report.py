@@ -12,7 +12,15 @@ import numpy as np
 from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy, PolicyInputs, Quality, QualityCount
 from shared.messages.evaluation import EvaluationCost
-from tools.reporting.frame import TEXT_COLUMNS, Calls, CallsBuilder, Distributions, IntensitySeries, partition
+from tools.reporting.frame import (
+    NO_POLICY,
+    TEXT_COLUMNS,
+    Calls,
+    CallsBuilder,
+    Distributions,
+    IntensitySeries,
+    partition,
+)
 from tools.reporting.meters import NO_READINGS, FleetReadings
 from tools.reporting.quality import PolicyHistory
 from tools.reporting.query import CallSums, EvaluationSums, IntervalSums, LearnedGroups, Selection, Snapshot
@@ -162,21 +170,27 @@ def calls_of(records: list[dict[str, Any]]) -> tuple[Calls, list[Mapping[str, fl
     """The records as columns, one cell each, and their distributions of options."""
     distributions = Distributions()
     builder = CallsBuilder()
-    builder.add([_cell(record, distributions) for record in records])
+    for record in records:
+        builder.add(_cell(record, distributions))
     return builder.build(), distributions.all
 
 
 def _cell(record: Mapping[str, Any], distributions: Distributions) -> dict[str, Any]:
+    """A row of a single cell."""
     text = _as_json(tuple(record["propensities"].items()))
     energy_j, embodied_g = record["energy_j"], record["embodied_g"]
     server_s = record.get("server_s") or record["processing_s"]
     intensity, operational_g = record["intensity_g_per_kwh"] or 0.0, record["operational_g"]
     total_g = 0.0 if operational_g is None else operational_g + embodied_g
-    return {
-        **{name: record[name] for name in ("model", "task", "pool", "zone", "policy_version")},
+    texts = {
+        **{name: record[name] for name in ("model", "pool", "zone")},
         "group": record["grp"],
+        "task": record["task"] or "",
         "option": f"{record['pool']}/{record['level']}",
-        "source": record["decision_source"],
+        "source": record["decision_source"] or "",
+    }
+    numbers = {
+        "policy_version": NO_POLICY if record["policy_version"] is None else record["policy_version"],
         "distribution": distributions.index(text, text),
         "count": 1,
         "first_s": record["started_at"].timestamp(),
@@ -196,6 +210,7 @@ def _cell(record: Mapping[str, Any], distributions: Distributions) -> dict[str, 
         "total_total": total_g**2,
         "total_intensity": total_g * intensity,
     }
+    return texts | {name: [value] for name, value in numbers.items()}
 
 
 @cache

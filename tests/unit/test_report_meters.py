@@ -14,6 +14,7 @@ from tests.support.metered import (
     ENDPOINTS,
     INTERVAL_S,
     TOKENS,
+    arrivals_of,
     fleet_days,
     metered_fleet,
     readings_of,
@@ -22,7 +23,7 @@ from tests.support.metered import (
 from tests.support.report import DAY, POOL, ZONE, intensity_at, policy_at, snapshot_of
 from tools.reporting.capacity import latest_prices, needed_share, sleeping
 from tools.reporting.collect import compute_report
-from tools.reporting.demand import AnswerLengths, Answers, Arrivals, demand
+from tools.reporting.demand import NO_ARRIVALS, AnswerLengths, Answers, demand
 from tools.reporting.fleet_report import WorldSums, explain
 from tools.reporting.frame import IntensitySeries
 from tools.reporting.metered import worlds_of
@@ -100,8 +101,9 @@ def test_a_bin_in_which_the_world_changes_counts_for_neither(fleet, days):
 # Demand
 
 
-def arrivals(at_s=0.0, *, level="L1", group="long", source="policy", requests=1, tokens=50, task="chat"):
-    return Arrivals(at_s, POOL, level, group, task, source, requests, tokens)
+def arrivals(lengths, at_s=0.0, *, level="L1", source="policy", requests=1, tokens=50):
+    means = (lengths.mean("long", "chat", one) for one in ("L0", level))
+    return arrivals_of([(at_s, POOL, level, source, requests, tokens, *means)])
 
 
 def answers(group="long", *, level="L0", in_block=False, requests=10, tokens=1000, seconds=2000.0, task="chat"):
@@ -120,26 +122,26 @@ def test_demand_is_what_the_requests_would_have_generated(days, readings):
 
 
 def test_before_the_first_request_the_demand_is_unknown():
-    edges = np.arange(0.0, 601.0, 100.0)
-    found = demand([arrivals(250.0)], AnswerLengths([answers()]), edges, np.array(["reference"] * 6))
+    edges, lengths = np.arange(0.0, 601.0, 100.0), AnswerLengths([answers()])
+    found = demand(arrivals(lengths, 250.0), lengths, edges, np.array(["reference"] * 6))
     assert np.isnan(found).tolist() == [True, True, False, False, False, False]
 
 
 def test_a_request_counts_with_the_mean_of_its_group_spread_over_its_answer():
     lengths = AnswerLengths([answers(), answers(level="L1", tokens=400, seconds=400.0)])
     edges = np.arange(0.0, 601.0, 100.0)
-    found = demand([arrivals(requests=3)], lengths, edges, np.array(["sprout"] * 6))
+    found = demand(arrivals(lengths, requests=3), lengths, edges, np.array(["sprout"] * 6))
     # 100 tokens each at 2 s per token.
     assert found == pytest.approx([150.0, 150.0, 0, 0, 0, 0])
-    in_block = demand([arrivals(requests=3)], lengths, edges, np.array(["reference"] * 6))
+    in_block = demand(arrivals(lengths, requests=3), lengths, edges, np.array(["reference"] * 6))
     # A shorter answer from before the block: 40 tokens each at 1 s per token.
     assert in_block == pytest.approx([120.0, 0, 0, 0, 0, 0])
 
 
 def test_a_client_that_chooses_its_level_has_the_same_demand_without_sprout():
     lengths = AnswerLengths([answers()])
-    assert lengths.without_sprout(arrivals(source="forced", tokens=7)) == 7.0
-    assert lengths.without_sprout(arrivals()) == 100.0
+    assert arrivals(lengths, source="forced", tokens=7).without_sprout == [7.0]
+    assert arrivals(lengths).without_sprout == [100.0]
 
 
 def test_an_unknown_group_has_the_mean_of_its_task_then_of_all():
@@ -152,8 +154,8 @@ def test_an_unknown_group_has_the_mean_of_its_task_then_of_all():
 
 def test_without_answers_at_the_reference_the_demand_is_unknown():
     lengths = AnswerLengths([answers(level="L1")])
-    assert np.isnan(demand([arrivals()], lengths, np.array([0.0, 1.0]), np.array(["sprout"]))).all()
-    assert demand([], lengths, np.array([0.0, 1.0]), np.array(["sprout"])).tolist() == [0.0]
+    assert np.isnan(demand(arrivals(lengths), lengths, np.array([0.0, 1.0]), np.array(["sprout"]))).all()
+    assert demand(NO_ARRIVALS, lengths, np.array([0.0, 1.0]), np.array(["sprout"])).tolist() == [0.0]
 
 
 # The estimate
@@ -267,15 +269,15 @@ def test_meters_that_are_read_too_seldom_are_said(snapshot, readings):
 
 
 def test_requests_by_the_policy_in_reference_blocks_are_said(snapshot, readings):
-    drawn = [replace(one, source="policy") for one in readings.arrivals]
+    drawn = replace(readings.arrivals, source=np.full(len(readings.arrivals), "policy", dtype=object))
     assert "in reference blocks were served by the policy" in reason_of(
         snapshot, readings=replace(readings, arrivals=drawn)
     )
 
 
 def test_without_an_answer_at_the_baseline_the_demand_is_said_to_be_unknown(snapshot, readings):
-    brief = [one for one in readings.answers if one.level != "L0"]
-    assert "the demand is unknown" in reason_of(snapshot, readings=replace(readings, answers=brief))
+    unknown = replace(readings.arrivals, reference_mean=np.full(len(readings.arrivals), np.nan))
+    assert "the demand is unknown" in reason_of(snapshot, readings=replace(readings, arrivals=unknown))
 
 
 # Capacity and prices

@@ -1,7 +1,6 @@
 """`sprout report`: how much carbon was saved, at which quality, and how the energy was used."""
 
 import asyncio
-import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import asyncpg
 import typer
 from pydantic import ValidationError
+from pydantic_core import to_json as to_text
 
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.parsing import describe
@@ -158,7 +158,8 @@ def default_database() -> str:
 def _json_text(report: "Report") -> str:
     from tools.reporting import to_json  # noqa: PLC0415 - see `report`
 
-    return json.dumps(to_json(report), indent=2) + "\n"
+    # Python's own encoder takes four times as long with an indent.
+    return to_text(to_json(report), indent=2, inf_nan_mode="constants").decode() + "\n"
 
 
 def _write_tables(folder: Path | None, files: dict[str, str]) -> None:

@@ -13,7 +13,14 @@ from tools.reporting.accounts import Site, grams_per_joule
 from tools.reporting.folding import FEWEST_REQUESTS, FoldedGroups
 from tools.reporting.frame import Calls, Flags, Floats, Indices, IntensitySeries, Texts, partition
 from tools.reporting.model import EvaluationRow, GroupRow, HourRow, ZoneRow
-from tools.reporting.quality import PREFERENCE, JudgedShares, PolicyHistory, policy_expectation, relative_pct
+from tools.reporting.quality import (
+    PREFERENCE,
+    JudgedShares,
+    PolicyExpectation,
+    PolicyHistory,
+    policy_expectation,
+    relative_pct,
+)
 from tools.reporting.query import EvaluationSums, IntervalSums
 from tools.reporting.savings import Allocation, Comparison, Interval, Saving, allocate_total, estimate_saving
 
@@ -108,6 +115,7 @@ def hour_rows(served: Served, compared: Calls, comparison: Comparison, policies:
     """One row per hour with requests, in order of time. `compared` are the calls of `comparison`."""
     compared_in = _by_hour(compared)
     allocation = allocate_total(comparison)
+    quality = policy_expectation(served.calls, policies, served.limited_metric)
     nothing = np.zeros(0, dtype=np.intp)
     return tuple(
         _hour_row(
@@ -117,7 +125,7 @@ def hour_rows(served: Served, compared: Calls, comparison: Comparison, policies:
             comparison=comparison,
             compared=compared_in.get(hour, nothing),
             allocation=allocation,
-            policies=policies,
+            quality=quality,
         )
         for hour, here in _by_hour(served.calls).items()
     )
@@ -131,10 +139,9 @@ def _hour_row(
     comparison: Comparison,
     compared: Indices,
     allocation: Allocation,
-    policies: PolicyHistory,
+    quality: PolicyExpectation,
 ) -> HourRow:
     calls = served.calls.select(here)
-    quality = policy_expectation(calls, policies, served.limited_metric)
     judged = relative_pct(served.limited_quality[here], served.limited_reference[here], calls.count)
     reference = float(allocation.reference_g[compared].sum())
     half = None if allocation.half_width_g is None else float(allocation.half_width_g[compared].sum())
@@ -155,8 +162,8 @@ def _hour_row(
         reference_g=reference,
         reference_interval=None if half is None else Interval(max(0.0, reference - half), reference + half),
         saving=estimate_saving(comparison.select(compared)),
-        expected_quality=known_mean(quality.expected, calls.count),
-        quality_bound=known_mean(quality.bound, calls.count),
+        expected_quality=known_mean(quality.expected[here], calls.count),
+        quality_bound=known_mean(quality.bound[here], calls.count),
         judged_quality=None if judged is None else judged / 100.0,
     )
 

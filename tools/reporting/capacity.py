@@ -10,7 +10,6 @@ from shared.fleet import Fleet
 from shared.messages import Policy
 from shared.messages.policies import PoolPrice
 from shared.pools import Pool
-from tools.reporting.demand import AnswerLengths
 from tools.reporting.frame import Flags, Floats
 from tools.reporting.meters import CELL_S, FleetReadings, Latency, Load, MeterTable
 
@@ -182,9 +181,9 @@ def _brevity_pct(
     if table is None or not bins.any() or price is None or price.token_j is None or metered_j <= 0:
         return None
     since_s, until_s = float(table.start_s[bins].min()), float(table.start_s[bins].max()) + table.bin_s
-    lengths = AnswerLengths(readings.answers)
-    here = [one for one in readings.arrivals if one.pool == pool and since_s <= one.at_s < until_s]
-    saved_j = price.token_j * sum(lengths.without_sprout(one) - one.tokens for one in here)
+    arrivals = readings.arrivals
+    here = (arrivals.pool == pool) & (arrivals.at_s >= since_s) & (arrivals.at_s < until_s)
+    saved_j = price.token_j * float((arrivals.without_sprout - arrivals.tokens)[here].sum())
     return None if math.isnan(saved_j) else 100.0 * saved_j / (metered_j + saved_j)
 
 

@@ -257,14 +257,11 @@ def _counts(snapshot: Snapshot, comparable: ComparableRequests, comparison: Comp
 
 def _grid(snapshot: Snapshot) -> tuple[GridPoint, ...]:
     """The carbon intensity of all zones during the report's time."""
-    times_s = [
-        *snapshot.requests.first_s.tolist(),
-        *snapshot.requests.last_s.tolist(),
-        *(quality.evaluated_at.timestamp() for quality in snapshot.qualities),
-    ]
-    if not times_s:
+    evaluated_s = [quality.evaluated_at.timestamp() for quality in snapshot.qualities]
+    times_s = np.concatenate([snapshot.requests.first_s, snapshot.requests.last_s, evaluated_s])
+    if not len(times_s):
         return ()
-    first, last = min(times_s) - HOUR_S, max(times_s)
+    first, last = times_s.min() - HOUR_S, times_s.max()
     return tuple(
         GridPoint(zone, to_datetime(float(at_s)), float(value), bool(estimated))
         for zone, series in sorted(snapshot.grid.items())

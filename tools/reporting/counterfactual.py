@@ -148,7 +148,9 @@ class Counterfactual:
         in_zone = calls.zone == zone
         # Such a request may have no distribution; its option was certain.
         p_zone[calls.reference_certain] = in_zone[calls.reference_certain]
-        baseline_in_zone = np.array([self._lies_in(zone, option) for option in requests.reference], dtype=bool)
+        baseline_in_zone = np.zeros(len(calls), dtype=bool)
+        for (option,), where in partition(requests.reference).items():
+            baseline_in_zone[where] = self._lies_in(zone, option)
         return requests.comparison.subset(in_zone, np.minimum(1.0, p_zone), baseline_in_zone)
 
     def expected_under_policy(

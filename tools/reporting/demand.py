@@ -5,39 +5,62 @@ over the time in which it would be answered.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tools.reporting.frame import Floats
+from tools.reporting.frame import Flags, Floats, Texts, partition
 
 REFERENCE_LEVEL = "L0"
 MIN_REQUESTS = 5
 """Fewer requests of a group say too little about its answers."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Arrivals:
-    """Requests that started at about the same time, and agree in everything else here.
+    """Requests by the time in which they started, as columns of shape `(cells,)`.
+
+    A cell holds requests that started at about the same time, and agree in pool, level and source.
 
     Attributes:
         at_s: middle of that time, seconds since the Unix epoch.
-        tokens: generated, of all these requests.
-        reference_tokens, served_tokens: expected of all these requests at the reference level and at the level that
-            served them; None: to be computed from their group and task. NaN if unknown.
+        requests: their number.
+        tokens: generated, of all of them.
+        reference_mean, served_mean: tokens expected of one of them at the reference level and at the level that served
+            it, by prompt group and task; NaN if unknown.
     """
 
-    at_s: float
-    pool: str
-    level: str
-    group: str
-    task: str
-    source: str
-    requests: int
-    tokens: int
-    reference_tokens: float | None = None
-    served_tokens: float | None = None
+    at_s: Floats
+    pool: Texts
+    level: Texts
+    source: Texts
+    requests: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    reference_mean: Floats
+    served_mean: Floats
+
+    def __len__(self) -> int:
+        return len(self.at_s)
+
+    def select(self, mask: Flags) -> Self:
+        """The cells for which `mask`, of shape `(cells,)`, is true."""
+        return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
+
+    @property
+    def without_sprout(self) -> Floats:
+        """Expected tokens of each cell. Where the client chose the level, the answer would be the same."""
+        return np.where(self.source == "forced", self.tokens, self.requests * self.reference_mean)
+
+    @property
+    def as_served(self) -> Floats:
+        """Expected tokens of each cell at the level that served it."""
+        known = (self.source != "forced") & ~np.isnan(self.served_mean)
+        return np.where(known, self.requests * self.served_mean, self.tokens)
+
+
+NO_ARRIVALS = Arrivals(*(np.zeros(0, dtype=kind) for kind in (float, object, object, object, int, int, float, float)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +102,6 @@ class AnswerLengths:
         """Mean tokens of a group; else of its task, else of all requests; NaN if nothing is known."""
         return next((self._means[key] for key in _keys(group, task, level) if key in self._means), float("nan"))
 
-    def without_sprout(self, arrivals: Arrivals) -> float:
-        """Expected tokens of all these requests. Where the client chose the level, the answer would be the same."""
-        if arrivals.source == "forced":
-            return float(arrivals.tokens)
-        if arrivals.reference_tokens is not None:
-            return arrivals.reference_tokens
-        return arrivals.requests * self.mean(arrivals.group, arrivals.task, REFERENCE_LEVEL)
-
-    def as_served(self, arrivals: Arrivals) -> float:
-        """Expected tokens of all these requests at the level that served them."""
-        mean = self.mean(arrivals.group, arrivals.task, arrivals.level)
-        if arrivals.served_tokens is not None:
-            mean = arrivals.served_tokens / arrivals.requests
-        return float(arrivals.tokens) if arrivals.source == "forced" or np.isnan(mean) else arrivals.requests * mean
-
     def seconds_per_token(self, level: str, *, in_block: bool) -> float:
         """Mean time per token; of the other world, or of all levels, if that is unknown; NaN without an answer."""
         for key in ((level, in_block), (level, not in_block)):
@@ -107,7 +115,7 @@ def _keys(group: str, task: str, level: str) -> tuple[tuple[str, str, str], ...]
 
 
 def demand(
-    arrivals: Sequence[Arrivals],
+    arrivals: Arrivals,
     lengths: AnswerLengths,
     edges_s: Floats,
     world: NDArray[np.str_],
@@ -122,32 +130,26 @@ def demand(
         world: of the bins, shape `(bins,)`.
         quantiles: lengths of answers relative to their group's mean.
     """
-    if not arrivals:
+    if not len(arrivals):
         return np.zeros(len(world))
+    reference_pace, served_pace = np.zeros((2, len(arrivals)))
+    for (level, source), where in partition(arrivals.level, arrivals.source).items():
+        # A client that chooses its level gets it in reference blocks, too.
+        chosen = level if source == "forced" else REFERENCE_LEVEL
+        reference_pace[where] = lengths.seconds_per_token(chosen, in_block=True)
+        served_pace[where] = lengths.seconds_per_token(level, in_block=source == "switchback")
 
-    def expected(tokens: list[float], paces: list[float]) -> ExpectedAnswers:
-        requests = np.array([one.requests for one in arrivals])
-        return ExpectedAnswers(tokens=np.array(tokens), seconds=np.array(tokens) / requests * np.array(paces))
+    def expected(tokens: Floats, pace: Floats) -> ExpectedAnswers:
+        return ExpectedAnswers(tokens=tokens, seconds=tokens / arrivals.requests * pace)
 
-    # A client that chooses its level gets it in reference blocks, too.
-    reference = expected(
-        [lengths.without_sprout(one) for one in arrivals],
-        [
-            lengths.seconds_per_token(one.level if one.source == "forced" else REFERENCE_LEVEL, in_block=True)
-            for one in arrivals
-        ],
-    )
-    served = expected(
-        [lengths.as_served(one) for one in arrivals],
-        [lengths.seconds_per_token(one.level, in_block=one.source == "switchback") for one in arrivals],
-    )
+    reference = expected(arrivals.without_sprout, reference_pace)
+    served = expected(arrivals.as_served, served_pace)
     if not (np.isfinite(reference.tokens).all() and np.isfinite(reference.seconds).all()):
         return np.full(len(world), np.nan)
-    arrived_s = [one.at_s for one in arrivals]
     found = demand_by_bin(
-        edges_s, world, arrived_s=arrived_s, reference=reference, served=served, lengths=tuple(quantiles)
+        edges_s, world, arrived_s=arrivals.at_s, reference=reference, served=served, lengths=tuple(quantiles)
     )
-    return np.where(edges_s[1:] <= min(arrived_s), np.nan, found)
+    return np.where(edges_s[1:] <= arrivals.at_s.min(), np.nan, found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -163,10 +163,10 @@ def _in_world(found: Estimation, period: Flags, world: World) -> Flags:
 def _world_sums(snapshot: Snapshot, table: MeterTable, roles: Roles, chosen: Flags) -> WorldSums:
     """Sums over some bins. Tokens count in the bin in which their request started."""
     where = table.of_pools(roles.serving)
-    arrivals = [one for one in snapshot.readings.arrivals if one.pool in roles.serving]
-    number = np.array([math.floor(one.at_s / table.bin_s) - table.first for one in arrivals], dtype=np.int64)
-    inside = np.isin(number, np.flatnonzero(chosen))
-    tokens = float(np.array([one.tokens for one in arrivals], dtype=float)[inside].sum())
+    arrivals = snapshot.readings.arrivals
+    number = np.floor(arrivals.at_s / table.bin_s) - table.first
+    inside = np.isin(arrivals.pool, roles.serving) & np.isin(number, np.flatnonzero(chosen))
+    tokens = float(arrivals.tokens[inside].sum())
     return WorldSums(
         metered_j=_sum(table.metered_j, where, chosen),
         idle_j=_sum(table.idle_j, where, chosen),

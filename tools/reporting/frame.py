@@ -5,11 +5,10 @@ Plain numpy: every figure is a masked or grouped sum of a few columns, which a d
 
 import json
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
@@ -124,7 +123,9 @@ def partition(*keys: Texts | NDArray[np.integer[Any]]) -> dict[tuple[str, ...], 
         codes = {value: code for code, value in enumerate(sorted(set(values)))}
         combined *= len(codes)
         combined += np.fromiter(map(codes.__getitem__, values), dtype=np.int64, count=len(values))
-    order = np.argsort(combined, kind="stable")
+    # Numbers of 16 bits are sorted in linear time.
+    small = combined.max() < 2**16
+    order = np.argsort(combined.astype(np.uint16) if small else combined, kind="stable")
     starts = np.flatnonzero(np.diff(combined[order], prepend=-1))
     parts = np.split(order, starts[1:])
     return {tuple(str(key[part[0]]) for key in keys): part for part in parts}
@@ -157,32 +158,29 @@ _INTEGERS = ("policy_version", "count", "prompt_tokens", "completion_tokens", "p
 
 
 class CallsBuilder:
-    """Collects rows of cells into columns; equal texts are stored once."""
+    """Collects cells that agree in their texts; equal texts are stored once."""
 
     def __init__(self) -> None:
         self._texts: dict[str, list[str]] = {name: [] for name in TEXT_COLUMNS}
-        self._numbers: dict[str, list[NDArray[Any]]] = {name: [] for name in NUMBER_COLUMNS}
+        # Not many small arrays, which would take twice the memory once they are put together.
+        self._numbers = {name: bytearray() for name in NUMBER_COLUMNS}
 
-    def add(self, rows: Sequence[Mapping[str, Any] | asyncpg.Record]) -> None:
-        """Add rows with the columns of `Calls`; None becomes an empty text, or -1 for the policy's version."""
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add cells: the texts of them all and an array of each number, by the names of the columns of `Calls`."""
+        cells = len(row["count"])
         for name, texts in self._texts.items():
-            texts.extend(sys.intern(row[name] or "") for row in rows)
-        for name, parts in self._numbers.items():
-            values = (NO_POLICY if row[name] is None else row[name] for row in rows)
-            parts.append(np.fromiter(values, dtype=_number_type(name), count=len(rows)))
+            texts.extend([sys.intern(row[name])] * cells)
+        for name, numbers in self._numbers.items():
+            numbers.extend(np.asarray(row[name], dtype=_number_type(name)).tobytes())
 
     def __len__(self) -> int:
         return len(self._texts["model"])
 
     def build(self) -> Calls:
-        """All rows added so far; the builder is empty then, so that they are in memory once."""
-        columns: dict[str, Any] = {}
-        for name, values in self._texts.items():
-            columns[name] = _text_column(values)
-            values.clear()
-        for name, parts in self._numbers.items():
-            columns[name] = np.concatenate(parts) if parts else np.zeros(0, dtype=_number_type(name))
-            parts.clear()
+        """All cells added so far."""
+        columns: dict[str, Any] = {name: np.array(values, dtype=object) for name, values in self._texts.items()}
+        for name, values in self._numbers.items():
+            columns[name] = np.frombuffer(values, dtype=_number_type(name))
         return Calls(**columns)
 
 
@@ -190,12 +188,6 @@ def _number_type(name: str) -> type:
     if name == "distribution":
         return np.intp
     return np.int64 if name in _INTEGERS else np.float64
-
-
-def _text_column(values: list[str]) -> Texts:
-    column = np.empty(len(values), dtype=object)
-    column[:] = values
-    return column
 
 
 @dataclass(frozen=True, slots=True)

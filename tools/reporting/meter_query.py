@@ -3,22 +3,22 @@
 The database sums by endpoint and bin: two weeks of readings every five seconds are millions of intervals.
 """
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import chain
+from typing import Any
 
 import asyncpg
 import numpy as np
-from asyncpg.pool import PoolConnectionProxy
 
 from shared.fleet import Fleet, Switchback
-from tools.reporting.demand import REFERENCE_LEVEL, AnswerLengths, Answers, Arrivals
-from tools.reporting.meters import CELL_S, FleetReadings, Latency, Load, bin_length_s, meter_table
+from tools.reporting.arrays import Connection, array_columns, read_arrays
+from tools.reporting.demand import NO_ARRIVALS, REFERENCE_LEVEL, AnswerLengths, Answers, Arrivals
+from tools.reporting.frame import Floats
+from tools.reporting.meters import CELL_S, SUMS, FleetReadings, Latency, Load, bin_length_s, meter_table
 
 WINDOW_S = 28 * 86_400.0
 """Reference blocks up to this long before the end of the period are used."""
-PREFETCH = 5_000
+HOUR_S = 3_600.0
 BUCKET = 1.05
 """Ratio of the bounds of a bucket in the histograms of the roll-up."""
 LONGEST_ANSWER_S = 6 * 3_600.0
@@ -42,7 +42,7 @@ SELECT greatest((SELECT max(finished_at) FROM ledger.intervals WHERE $1::timesta
 """
 
 # Energy is spread evenly over an interval. $3 is the length of a bin in seconds.
-_METERS = """
+_INTERVAL_SUMS = """
 SELECT endpoint, pool, zone, bin, sum(metered_j * share)::float8 AS metered_j, sum(idle_j * share)::float8 AS idle_j,
        coalesce(sum(metered_j * share) FILTER (WHERE calls = 0), 0)::float8 AS unused_j,
        sum(length * share)::float8 AS covered_s,
@@ -65,53 +65,61 @@ FROM (
 GROUP BY endpoint, pool, zone, bin
 """
 
-# Likewise the sums by five minutes in the roll-up.
-_METER_SUMS = """
-SELECT endpoint, pool, zone, bin, sum(metered_j * share) AS metered_j, sum(idle_j * share) AS idle_j,
-       sum(unused_j * share) AS unused_j, sum(covered_s * share) AS covered_s, sum(busy_s * share) AS busy_s,
-       max(lost::int) AS lost
+# An array of each column for every endpoint: a month of bins are a hundred thousand rows.
+_METERS = f"""
+SELECT endpoint, pool, zone, {array_columns("bin", *SUMS)} FROM ({_INTERVAL_SUMS}) AS bins
+GROUP BY endpoint, pool, zone
+"""
+
+# Likewise the sums by five minutes in the roll-up, whose parts `meter_table` adds.
+_ROLLED_UP_METERS = f"""
+SELECT endpoint, pool, zone, {array_columns("bin", *SUMS)}
 FROM (
-    SELECT *, (least(since + 300, (bin + 1) * $3::float8) - greatest(since, bin * $3::float8)) / 300 AS share
+    SELECT endpoint, pool, zone, bin, metered_j * share AS metered_j, idle_j * share AS idle_j,
+           unused_j * share AS unused_j, covered_s * share AS covered_s, busy_s * share AS busy_s, lost::int AS lost
     FROM (
-        SELECT *, extract(epoch FROM at)::float8 AS since FROM ledger.meter_sums
-        WHERE ($1::timestamptz IS NULL OR at > $1) AND ($2::timestamptz IS NULL OR at < $2)
-    ) AS cell
-    CROSS JOIN LATERAL
-        generate_series(floor(since / $3::float8)::bigint, ceil((since + 300) / $3::float8)::bigint - 1) AS bin
-) AS part
-GROUP BY endpoint, pool, zone, bin
+        SELECT *, (least(since + 300, (bin + 1) * $3::float8) - greatest(since, bin * $3::float8)) / 300 AS share
+        FROM (
+            SELECT *, extract(epoch FROM at)::float8 AS since FROM ledger.meter_sums
+            WHERE ($1::timestamptz IS NULL OR at > $1) AND ($2::timestamptz IS NULL OR at < $2)
+        ) AS cell
+        CROSS JOIN LATERAL
+            generate_series(floor(since / $3::float8)::bigint, ceil((since + 300) / $3::float8)::bigint - 1) AS bin
+    ) AS parts
+) AS bins
+GROUP BY endpoint, pool, zone
 """
 
 _TIME = "($1::timestamptz IS NULL OR {at} >= $1) AND ($2::timestamptz IS NULL OR {at} < $2)"
 
+# The times in which calls started: arrays for every purpose, pool, level and source.
 _ARRIVALS = f"""
-SELECT extract(epoch FROM at)::float8 + {CELL_S / 2} AS at_s, purpose, pool, level,
-       coalesce(decision_source, '') AS source, sum(calls)::bigint AS requests,
-       sum(completion_tokens)::bigint AS tokens, sum(processing_s) AS seconds
+SELECT purpose, pool, level, source, {array_columns("at_s", "requests", "tokens", "seconds")}
 FROM (
-    SELECT * FROM ledger.all_call_starts WHERE purpose IN ('request', 'evaluation') AND {_TIME.format(at="at")}
-    UNION ALL
-    SELECT date_bin('{CELL_S:.0f} seconds', started_at, 'epoch'), purpose, pool, level, decision_source,
-           1, completion_tokens, greatest(0, extract(epoch FROM finished_at - started_at)::float8)
-    FROM ledger.open_calls JOIN ledger.dimensions AS d ON d.id = dimension
-    WHERE purpose IN ('request', 'evaluation') AND {_TIME.format(at="started_at")}
-) AS starts
-GROUP BY 1, 2, 3, 4, 5 ORDER BY 1
+    SELECT extract(epoch FROM at)::float8 + {CELL_S / 2} AS at_s, purpose, pool, level,
+           coalesce(decision_source, '') AS source, sum(calls)::bigint AS requests,
+           sum(completion_tokens)::bigint AS tokens, sum(processing_s) AS seconds
+    FROM (
+        SELECT * FROM ledger.all_call_starts
+        WHERE purpose IN ('request', 'evaluation') AND {_TIME.format(at="at")}
+        UNION ALL
+        SELECT date_bin('{CELL_S:.0f} seconds', started_at, 'epoch'), purpose, pool, level, decision_source,
+               1, completion_tokens, greatest(0, extract(epoch FROM finished_at - started_at)::float8)
+        FROM ledger.open_calls JOIN ledger.dimensions AS d ON d.id = dimension
+        WHERE purpose IN ('request', 'evaluation') AND {_TIME.format(at="started_at")}
+    ) AS starts
+    GROUP BY 1, 2, 3, 4, 5 ORDER BY 1
+) AS cells
+GROUP BY purpose, pool, level, source
 """
 
-# Who asked in an hour: requests by group, task and level, of each pool, level and source.
+# Requests by group, task and level, of each pool, level and source: who asked in which hour, and all answers.
 _MIX = f"""
-SELECT extract(epoch FROM hour)::float8 AS hour_s, pool, level, coalesce(decision_source, '') AS source, grp,
-       coalesce(task, '') AS task, sum(calls)::bigint AS requests
+SELECT pool, level, coalesce(decision_source, '') AS source, grp, coalesce(task, '') AS task,
+       array_agg(extract(epoch FROM hour)::float8) AS hour_s, array_agg(calls) AS requests,
+       sum(completion_tokens)::bigint AS tokens, sum(processing_s) AS seconds
 FROM ledger.all_hourly_calls
-WHERE purpose = 'request' AND {_TIME.format(at="hour")} GROUP BY 1, 2, 3, 4, 5, 6
-"""
-
-_ANSWERS = f"""
-SELECT grp, coalesce(task, '') AS task, level, decision_source = 'switchback' AS in_block,
-       sum(calls)::bigint AS requests, sum(completion_tokens)::bigint AS tokens, sum(processing_s) AS seconds
-FROM ledger.all_hourly_calls
-WHERE purpose = 'request' AND decision_source <> 'forced' AND {_TIME.format(at="hour")} GROUP BY 1, 2, 3, 4
+WHERE purpose = 'request' AND {_TIME.format(at="hour")} GROUP BY 1, 2, 3, 4, 5
 """
 
 _HISTOGRAMS = f"""
@@ -121,7 +129,7 @@ WHERE kind = ANY($3) AND {_TIME.format(at="hour")} GROUP BY 1, 2, 3, 4 ORDER BY 
 
 
 async def read_fleet(
-    connection: asyncpg.Connection | PoolConnectionProxy,
+    connection: Connection,
     *,
     since: datetime | None,
     until: datetime | None,
@@ -145,98 +153,92 @@ async def read_fleet(
     if interval_s is None:
         return FleetReadings(latencies=latencies, stretch=stretch)
     bin_s = bin_length_s(Switchback() if fleet is None else fleet.switchback, interval_s)
-    rows = await connection.fetch(_METERS, begin, until, bin_s)
-    table = meter_table(chain(rows, await connection.fetch(_METER_SUMS, begin, until, bin_s)), bin_s)
+    meters = [
+        row
+        for statement in (_METERS, _ROLLED_UP_METERS)
+        async for row in read_arrays(connection, statement, begin, until, bin_s, at_once=1)
+    ]
     earlier = None if begin is None else datetime.fromtimestamp(begin.timestamp() - LONGEST_ANSWER_S, UTC)
     day = None if earlier is None else earlier.replace(hour=0, minute=0, second=0, microsecond=0)
-    starts = await connection.fetch(_ARRIVALS, earlier, until)
-    found = [
+    starts = [row async for row in read_arrays(connection, _ARRIVALS, earlier, until)]
+    mix = [row async for row in read_arrays(connection, _MIX, earlier, until)]
+    answers = [
         Answers(
             group=row["grp"],
             task=row["task"],
             level=row["level"],
-            in_block=bool(row["in_block"]),
-            requests=row["requests"],
+            in_block=row["source"] == "switchback",
+            requests=int(row["requests"].sum()),
             tokens=row["tokens"],
             seconds=row["seconds"],
         )
-        for row in await connection.fetch(_ANSWERS, earlier, until)
+        for row in mix
+        if row["source"] not in ("forced", "")
     ]
     quantiles = _relative_lengths(await connection.fetch(_HISTOGRAMS, day, until, ["tokens"]))
     return FleetReadings(
         interval_s=interval_s,
-        table=table,
-        arrivals=await _arrivals(connection, starts, found, earlier, until),
+        table=meter_table(meters, bin_s),
+        arrivals=_arrivals(starts, mix, AnswerLengths(answers)),
         loads=_loads(starts),
-        answers=found,
+        answers=answers,
         quantiles=quantiles,
         latencies=latencies,
         stretch=stretch,
     )
 
 
-async def _arrivals(
-    connection: asyncpg.Connection | PoolConnectionProxy,
-    starts: Sequence[asyncpg.Record],
-    answers: Sequence[Answers],
-    since: datetime | None,
-    until: datetime | None,
-) -> list[Arrivals]:
+def _arrivals(
+    starts: Iterable[Mapping[str, Any]], mix: Iterable[Mapping[str, Any]], lengths: AnswerLengths
+) -> Arrivals:
     """The requests by the time in which they started. Their mix of groups is that of the hour."""
-    lengths, sums = AnswerLengths(answers), dict[tuple[float, str, str, str], list[float]]()
-    expected: dict[tuple[str, str, str], float] = {}
-
-    def mean(group: str, task: str, level: str) -> float:
-        key = (group, task, level)
-        if key not in expected:
-            expected[key] = lengths.mean(*key)
-        return expected[key]
-
-    async for row in connection.cursor(_MIX, since, until, prefetch=PREFETCH):
-        total = sums.setdefault((row["hour_s"], row["pool"], row["level"], row["source"]), [0.0, 0.0, 0.0])
-        total[0] += row["requests"]
-        total[1] += row["requests"] * mean(row["grp"], row["task"], REFERENCE_LEVEL)
-        total[2] += row["requests"] * mean(row["grp"], row["task"], row["level"])
-    arrivals = []
+    mixes: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in mix:
+        mixes.setdefault((row["pool"], row["level"], row["source"]), []).append(row)
+    parts = []
     for row in starts:
-        if row["purpose"] != "request":
-            continue
-        key = (row["at_s"] // 3_600 * 3_600, row["pool"], row["level"], row["source"])
-        requests, reference, served = sums.get(key) or (
-            1.0, mean("", "", REFERENCE_LEVEL), mean("", "", row["level"])
-        )  # fmt: skip
-        arrivals.append(
-            Arrivals(
-                at_s=row["at_s"],
-                pool=sys.intern(row["pool"]),
-                level=sys.intern(row["level"]),
-                group="",
-                task="",
-                source=sys.intern(row["source"]),
-                requests=row["requests"],
-                tokens=row["tokens"],
-                reference_tokens=row["requests"] * reference / requests,
-                served_tokens=row["requests"] * served / requests,
+        if row["purpose"] == "request":
+            labels = row["pool"], row["level"], row["source"]
+            reference, served = (
+                _expected(row["at_s"], mixes.get(labels, []), lengths, level)
+                for level in (REFERENCE_LEVEL, row["level"])
             )
-        )
-    return arrivals
+            texts = (np.full(len(row["at_s"]), label, dtype=object) for label in labels)
+            parts.append((row["at_s"], *texts, row["requests"], row["tokens"], reference, served))
+    return Arrivals(*map(np.concatenate, zip(*parts, strict=True))) if parts else NO_ARRIVALS
 
 
-def _loads(rows: Sequence[asyncpg.Record]) -> dict[str, Load]:
+def _expected(at_s: Floats, mix: Sequence[Mapping[str, Any]], lengths: AnswerLengths, level: str) -> Floats:
+    """Mean tokens at a level of requests that started at some times; that of all requests where the mix is unknown.
+
+    Args:
+        mix: requests by hour, a row for every group and task.
+    """
+    expected = np.full(len(at_s), lengths.mean("", "", level))
+    if mix:
+        hours, place = np.unique(np.concatenate([row["hour_s"] for row in mix]), return_inverse=True)
+        requests = np.concatenate([row["requests"] for row in mix])
+        tokens = np.concatenate([row["requests"] * lengths.mean(row["grp"], row["task"], level) for row in mix])
+        mean = np.bincount(place, weights=tokens) / np.bincount(place, weights=requests)
+        hour_s = at_s // HOUR_S * HOUR_S
+        found = np.minimum(np.searchsorted(hours, hour_s), len(hours) - 1)
+        expected = np.where(hours[found] == hour_s, mean[found], expected)
+    return expected
+
+
+def _loads(rows: Iterable[Mapping[str, Any]]) -> dict[str, Load]:
     """The calls of every pool, of requests and the evaluator, by the time in which they started."""
-    sums: dict[str, dict[float, list[float]]] = {}
+    by_pool: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        cell = sums.setdefault(row["pool"], {}).setdefault(row["at_s"] - CELL_S / 2, [0.0, 0.0])
-        cell[0] += row["requests"]
-        cell[1] += row["seconds"]
-    return {
-        pool: Load(
-            started_s=np.array(list(cells)),
-            calls=np.array([calls for calls, _ in cells.values()]),
-            seconds=np.array([seconds for _, seconds in cells.values()]),
-        )
-        for pool, cells in sums.items()
-    }
+        by_pool.setdefault(row["pool"], []).append(row)
+    return {pool: _load(parts) for pool, parts in by_pool.items()}
+
+
+def _load(rows: Sequence[Mapping[str, Any]]) -> Load:
+    at_s, calls, seconds = (np.concatenate([row[name] for row in rows]) for name in ("at_s", "requests", "seconds"))
+    middle_s, place = np.unique(at_s, return_inverse=True)
+    sums = (np.bincount(place, weights=one).astype(np.float64) for one in (calls, seconds))
+    return Load(middle_s - CELL_S / 2, *sums)
 
 
 def _latencies(rows: Sequence[asyncpg.Record], stretch: float) -> list[Latency]:

@@ -220,7 +220,7 @@ def fleet_bins(
     """The input of the estimator: one column per serving pool; a bin that the judge's meters lack is unknown."""
     edges = np.append(table.start_s, table.start_s[-1] + table.bin_s)
     readings, world = snapshot.readings, worlds_of(table, schedule)
-    arrivals = [one for one in readings.arrivals if one.pool in roles.serving]
+    arrivals = readings.arrivals.select(np.isin(readings.arrivals.pool, roles.serving))
     joules = joules_by_pool(table, roles.serving)
     joules[~np.isfinite(joules_by_pool(table, roles.judging)).all(axis=1)] = np.nan
     factors = _g_per_kwh(snapshot, table, roles.serving, sites)
@@ -238,14 +238,17 @@ def fleet_bins(
 def worlds_of(table: MeterTable, schedule: SwitchbackSchedule) -> NDArray[np.str_]:
     """The world of every bin; `washout` if the world changes in it."""
     inside = 1e-6 * table.bin_s
-    names = [
-        (
-            schedule.world(datetime.fromtimestamp(start_s + inside, UTC)),
-            schedule.world(datetime.fromtimestamp(start_s + table.bin_s - inside, UTC)),
-        )
-        for start_s in table.start_s.tolist()
-    ]
-    return np.array([first if first == last else "washout" for first, last in names])
+    first = _worlds_at(schedule, table.start_s + inside)
+    return np.where(first == _worlds_at(schedule, table.start_s + table.bin_s - inside), first, "washout")
+
+
+def _worlds_at(schedule: SwitchbackSchedule, times_s: Floats) -> NDArray[np.str_]:
+    """The world at each time. It depends on the block of a time, and on that of the time a washout earlier."""
+    settings = schedule.settings
+    blocks = np.floor_divide(np.stack((times_s, times_s - settings.washout_s)), settings.block_s)
+    _, examples, place = np.unique(blocks, axis=1, return_index=True, return_inverse=True)
+    worlds = [schedule.world(datetime.fromtimestamp(at_s, UTC)) for at_s in times_s[examples].tolist()]
+    return np.array(worlds, dtype=np.str_)[place]
 
 
 def joules_by_pool(table: MeterTable, pools: Sequence[str]) -> Floats:
@@ -271,17 +274,16 @@ def _g_per_kwh(snapshot: Snapshot, table: MeterTable, pools: Sequence[str], site
 
 def _mismatch(snapshot: Snapshot, schedule: SwitchbackSchedule) -> str:
     """How the requests contradict the schedule, which then is not the one that the routers used; empty if not."""
-    outside = inside = against = switched = 0
-    minutes = {one.at_s for one in snapshot.readings.arrivals}
-    worlds = {at_s: schedule.world(datetime.fromtimestamp(at_s, UTC)) for at_s in minutes}
-    for one in snapshot.readings.arrivals:
-        world = worlds[one.at_s]
-        if one.source == "switchback":
-            switched += one.requests
-            outside += one.requests if world == "sprout" else 0
-        elif one.source == "policy" and world == "reference":
-            against += one.requests
-        inside += one.requests if world == "reference" and one.source in ("policy", "switchback") else 0
+    arrivals = snapshot.readings.arrivals
+    world = _worlds_at(schedule, arrivals.at_s)
+    by_policy, by_switchback = arrivals.source == "policy", arrivals.source == "switchback"
+
+    def requests(which: Flags) -> int:
+        return int(arrivals.requests[which].sum())
+
+    switched, outside = requests(by_switchback), requests(by_switchback & (world == "sprout"))
+    against = requests(by_policy & (world == "reference"))
+    inside = requests((by_policy | by_switchback) & (world == "reference"))
     if outside > LARGEST_MISMATCH * max(1, switched):
         return (
             f"{outside:,} of {switched:,} requests of the switchback were served outside of the reference blocks of "

@@ -4,17 +4,15 @@ The saving on the meter (`shared/metered_saving.py`) is estimated from it. A met
 nothing here depends on the selected model or zone.
 """
 
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.fleet import Switchback
-from tools.reporting.demand import Answers, Arrivals
+from tools.reporting.demand import NO_ARRIVALS, Answers, Arrivals
 from tools.reporting.frame import Flags, Floats
 
 SHORTEST_BIN_S = 300.0
@@ -89,49 +87,35 @@ class MeterTable:
 SUMS = ("metered_j", "idle_j", "unused_j", "covered_s", "busy_s", "lost")
 
 
-def meter_table(rows: Iterable[Mapping[str, Any] | asyncpg.Record], bin_s: float) -> MeterTable | None:
+def meter_table(rows: Sequence[Mapping[str, Any]], bin_s: float) -> MeterTable | None:
     """Arrange sums by endpoint and bin; None without a row.
 
     Args:
-        rows: `endpoint`, `pool`, `zone`, `bin` and the sums, as `tools/reporting/meter_query.py` selects them.
+        rows: `endpoint`, `pool` and `zone`, and arrays of `bin` and of the sums. An endpoint may have several rows, and
+            a bin several places.
     """
-    names: dict[tuple[str, str, str], int] = {}
-    place, number = array("q"), array("q")
-    columns = {name: array("d") for name in SUMS}
-    for row in rows:
-        # By name, because arrays are a tenth as large as rows.
-        place.append(names.setdefault((row["pool"], row["endpoint"], row["zone"]), len(names)))
-        number.append(row["bin"])
-        for name, column in columns.items():
-            column.append(row[name])
-    if not names:
+    if not rows:
         return None
-    ordered = sorted(names)
-    rank = np.empty(len(names), dtype=np.intp)
-    rank[[names[name] for name in ordered]] = np.arange(len(names))
-    bins = np.array(number)
-    first = int(bins.min())
-    shape = (len(names), int(bins.max()) - first + 1)
-    where = (rank[np.array(place)], bins - first)
-
-    def sums(name: str) -> Floats:
-        total = np.zeros(shape)
-        np.add.at(total, where, np.array(columns[name]))
-        return total
-
+    names = sorted({_name(row) for row in rows})
+    place = {name: number for number, name in enumerate(names)}
+    first = int(min(row["bin"].min() for row in rows))
+    shape = (len(names), int(max(row["bin"].max() for row in rows)) - first + 1)
+    totals: dict[str, Any] = {name: np.zeros(shape) for name in SUMS}
+    for row in rows:
+        for name, total in totals.items():
+            np.add.at(total[place[_name(row)]], row["bin"] - first, row[name])
     return MeterTable(
         bin_s=bin_s,
         first=first,
-        endpoint=tuple(endpoint for _, endpoint, _ in ordered),
-        pool=tuple(pool for pool, _, _ in ordered),
-        zone=tuple(zone for _, _, zone in ordered),
-        metered_j=sums("metered_j"),
-        idle_j=sums("idle_j"),
-        unused_j=sums("unused_j"),
-        covered_s=sums("covered_s"),
-        busy_s=sums("busy_s"),
-        lost=sums("lost") > 0,
+        endpoint=tuple(endpoint for _, endpoint, _ in names),
+        pool=tuple(pool for pool, _, _ in names),
+        zone=tuple(zone for _, _, zone in names),
+        **{**totals, "lost": totals["lost"] > 0},
     )
+
+
+def _name(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["pool"], row["endpoint"], row["zone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +167,7 @@ class FleetReadings:
 
     interval_s: float | None = None
     table: MeterTable | None = None
-    arrivals: Sequence[Arrivals] = ()
+    arrivals: Arrivals = NO_ARRIVALS
     answers: Sequence[Answers] = ()
     quantiles: Sequence[float] = (1.0,)
     latencies: Sequence[Latency] = ()

@@ -4,28 +4,34 @@ The tables are defined by `services/ledger/migrations`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from uuid import UUID
 
 import asyncpg
 import numpy as np
-from asyncpg.pool import PoolConnectionProxy
 
 from shared.fleet import Fleet
 from shared.messages import GroupEvidence, Policy, Quality, QualityCount
-from tools.reporting.frame import MAX_AGE_S, Calls, CallsBuilder, Distributions, IntensitySeries
+from tools.reporting.arrays import Connection, array_columns, read_arrays
+from tools.reporting.frame import (
+    MAX_AGE_S,
+    NO_POLICY,
+    NUMBER_COLUMNS,
+    Calls,
+    CallsBuilder,
+    Distributions,
+    IntensitySeries,
+)
 from tools.reporting.meter_query import read_fleet
 from tools.reporting.meters import NO_READINGS, FleetReadings
 from tools.reporting.quality import PolicyHistory
 
 MAX_CELLS = 1_000_000
-"""Most cells of the roll-ups in one report: about 500 MB and a minute of computation."""
+"""Most cells of the roll-ups in one report, of one purpose: about 500 MB and a minute of computation."""
 MOST_ROWS = 5_000_000
 """Calls up to which those that share their id are counted."""
-_PREFETCH = 2_000
-
-Connection = asyncpg.Connection | PoolConnectionProxy
 
 
 class NoLedgerError(RuntimeError):
@@ -147,13 +153,19 @@ _HOURS = _PERIOD.format(at="hour").replace(">= $1", ">= date_trunc('hour', $1::t
 _MODEL = "($3::text IS NULL OR model = $3)"
 _ZONE = "($4::text IS NULL OR zone = $4)"
 
+# A row for every combination of the texts, with an array of each number: a month has a hundred thousand cells.
 _CALLS = f"""
-SELECT purpose, model, grp AS "group", task, pool || '/' || level AS option, pool, zone, decision_source AS source,
-       policy_version, distribution, calls AS count, first_s, last_s, processing_s, server_s, prompt_tokens,
-       completion_tokens, energy_j, embodied_g, energy_energy, server_server, energy_server, priced, intensity,
-       intensity_intensity, energy_intensity, operational_g, total_g, total_total, total_intensity
-FROM ledger.all_hourly_calls
-WHERE purpose IN ('request', 'evaluation') AND {_HOURS} AND {_MODEL}
+SELECT model, "group", task, option, pool, zone, source, {array_columns(*NUMBER_COLUMNS)}
+FROM (
+    SELECT model, grp AS "group", coalesce(task, '') AS task, pool || '/' || level AS option, pool, zone,
+           coalesce(decision_source, '') AS source, coalesce(policy_version, {NO_POLICY}) AS policy_version,
+           distribution, calls AS count, first_s, last_s, processing_s, server_s, prompt_tokens, completion_tokens,
+           energy_j, embodied_g, energy_energy, server_server, energy_server, priced, intensity, intensity_intensity,
+           energy_intensity, operational_g, total_g, total_total, total_intensity
+    FROM ledger.all_hourly_calls
+    WHERE {_HOURS} AND {_MODEL} AND purpose = $4
+) AS cells
+GROUP BY model, "group", task, option, pool, zone, source
 """
 
 _DISTRIBUTIONS = """
@@ -194,15 +206,11 @@ SELECT code, sum(requests)::bigint AS requests FROM (
 ) AS found GROUP BY code ORDER BY code
 """
 
+# Of all models and of the selected one.
 _PURPOSES = f"""
 SELECT purpose, sum(energy_j) AS energy_j, sum(total_g) AS grams, sum(embodied_g) AS embodied_g,
-       sum(unpriced_j) AS unpriced_j
-FROM ledger.all_hourly_calls WHERE {_HOURS} AND ($3::text IS NULL OR zone = $3) GROUP BY purpose
-"""
-
-_EVALUATOR = f"""
-SELECT coalesce(sum(total_g), 0) FROM ledger.all_hourly_calls
-WHERE purpose <> 'request' AND {_HOURS} AND {_MODEL} AND {_ZONE}
+       sum(unpriced_j) AS unpriced_j, coalesce(sum(total_g) FILTER (WHERE {_MODEL}), 0) AS selected_g
+FROM ledger.all_hourly_calls WHERE {_HOURS} AND {_ZONE} GROUP BY purpose
 """
 
 _INTERVALS = f"""
@@ -287,11 +295,17 @@ async def read_snapshot(
 async def _read(connection: Connection, selection: Selection, fleet: Fleet | None, stretch: float) -> Snapshot:
     since, until, model, zone = selection.since, selection.until, selection.model, selection.zone
     distributions = Distributions()
-    requests, evaluations = await _read_calls(connection, selection, distributions)
+    texts = {row["id"]: row["propensities"] for row in await connection.fetch(_DISTRIBUTIONS)}
+
+    def index(key: UUID) -> int:
+        return distributions.index(key, texts.get(key))
+
+    requests = await _read_calls(connection, selection, "request", index)
+    evaluations = await _read_calls(connection, selection, "evaluation", index)
     (calls,) = await connection.fetch(_UNSETTLED, since, until, model, zone)
     # A rejected request has no zone: rejections are counted for all zones.
     rejections = await connection.fetch(_REJECTIONS, since, until, model)
-    purposes = await connection.fetch(_PURPOSES, since, until, zone)
+    purposes = await connection.fetch(_PURPOSES, since, until, model, zone)
     intervals = await connection.fetch(_INTERVALS, since, until, zone)
     policies = await connection.fetch(_POLICIES, until, model)
     qualities = await connection.fetch(_QUALITY, since, until, model)
@@ -317,7 +331,7 @@ async def _read(connection: Connection, selection: Selection, fleet: Fleet | Non
             row["purpose"]: CallSums(row["energy_j"], row["grams"], row["embodied_g"], row["unpriced_j"])
             for row in purposes
         },
-        evaluator_g=await connection.fetchval(_EVALUATOR, since, until, model, zone),
+        evaluator_g=sum((row["selected_g"] for row in purposes if row["purpose"] != "request"), 0.0),
         intervals=[IntervalSums(**row) for row in intervals],
         grid=await _grid(connection, selection, readings, requests, evaluations),
         policies=PolicyHistory.of(Policy.model_validate_json(row["policy"]) for row in policies),
@@ -339,31 +353,27 @@ def _learned_groups(row: asyncpg.Record) -> LearnedGroups:
 
 
 async def _read_calls(
-    connection: Connection, selection: Selection, distributions: Distributions
-) -> tuple[Calls, Calls]:
-    """Requests, and calls of the evaluator, of all zones: the reference may run in another zone than the selected.
+    connection: Connection, selection: Selection, purpose: str, index: Callable[[UUID], int]
+) -> Calls:
+    """Calls of one purpose, of all zones: the reference may run in another zone than the selected.
+
+    Args:
+        index: of a distribution, by its id.
 
     Raises:
         TooManyCallsError: there are more cells than one report can process.
     """
-    texts = {row["id"]: row["propensities"] for row in await connection.fetch(_DISTRIBUTIONS)}
-    columns = {"request": CallsBuilder(), "evaluation": CallsBuilder()}
-    cursor = await connection.cursor(_CALLS, selection.since, selection.until, selection.model)
-    while rows := await cursor.fetch(_PREFETCH):
-        for purpose, builder in columns.items():
-            builder.add(
-                [
-                    {**row, "distribution": distributions.index(row["distribution"], texts.get(row["distribution"]))}
-                    for row in rows
-                    if row["purpose"] == purpose
-                ]
-            )
-        if sum(map(len, columns.values())) > MAX_CELLS:
+    cells = CallsBuilder()
+    async for row in read_arrays(connection, _CALLS, selection.since, selection.until, selection.model, purpose):
+        ids = row["distribution"].tolist()
+        number = {one: index(one) for one in dict.fromkeys(ids)}
+        cells.add({**row, "distribution": [number[one] for one in ids]})
+        if len(cells) > MAX_CELLS:
             raise TooManyCallsError(
                 f"the period has more than {MAX_CELLS:,} combinations of hour, prompt group, option and policy, "
                 "the most that one report can process: narrow it with --since and --until, or choose a --model"
             )
-    return columns["request"].build(), columns["evaluation"].build()
+    return cells.build()
 
 
 async def _grid(
