@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import ssl
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -30,6 +31,9 @@ WITHIN_S: Final = 30.0
 HUNG_S: Final = 120.0
 """A client that has nothing after this time is given up."""
 DOWN_S: Final = (0.0, 2.0)
+
+_NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""The gateways have none; a client would load the authorities of the system each time."""
 
 
 async def gateway_killed(run: ScenarioRun) -> None:
@@ -82,14 +86,12 @@ async def _with_clients(
     urls, names = await _start(run)
     plan = faults(run.rng, number=run.number(FAULTS), victims=GATEWAYS, hold_s=DOWN_S, within=(0.1, 0.7))
     number = run.number(REQUESTS_SENT)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-    async with httpx.AsyncClient(limits=limits, timeout=HUNG_S) as client:
-        began = time.monotonic()
-        sending = asyncio.create_task(_send(client, urls, number, began))
-        for fault in plan:
-            await asyncio.sleep(max(0.0, began + fault.after * number / RATE - time.monotonic()))
-            await inject(fault, names)
-        outcomes = await sending
+    began = time.monotonic()
+    sending = asyncio.create_task(_send(urls, number, began))
+    for fault in plan:
+        await asyncio.sleep(max(0.0, began + fault.after * number / RATE - time.monotonic()))
+        await inject(fault, names)
+    outcomes = await sending
     counts = Counter(one.kind for one in outcomes)
     slowest_s = max(one.seconds for one in outcomes)
     run.figures.update({**counts, "HTTP requests": len(outcomes), "longest, s": round(slowest_s, 1)})
@@ -131,16 +133,16 @@ async def _start(run: ScenarioRun) -> tuple[list[str], list[str]]:
     return [spec.url or "" for spec in specs], [spec.name for spec in specs]
 
 
-async def _send(client: httpx.AsyncClient, urls: list[str], number: int, began: float) -> list[Outcome]:
+async def _send(urls: list[str], number: int, began: float) -> list[Outcome]:
     """Send evenly spaced requests, half of them streams; returns how each attempt ended."""
     asking = []
     for index in range(number):
         await asyncio.sleep(max(0.0, began + index / RATE - time.monotonic()))
-        asking.append(asyncio.create_task(_ask_until_answered(client, urls, index)))
+        asking.append(asyncio.create_task(_ask_until_answered(urls, index)))
     return [one for outcomes in await asyncio.gather(*asking) for one in outcomes]
 
 
-async def _ask_until_answered(client: httpx.AsyncClient, urls: list[str], index: int) -> list[Outcome]:
+async def _ask_until_answered(urls: list[str], index: int) -> list[Outcome]:
     """Ask; after an error without an event ask the next gateway, as OpenAI's clients do. Returns all attempts."""
     outcomes: list[Outcome] = []
     began = time.monotonic()
@@ -148,14 +150,18 @@ async def _ask_until_answered(client: httpx.AsyncClient, urls: list[str], index:
         if outcomes:
             await asyncio.sleep(0.5)
         url = urls[(index // 2 + len(outcomes)) % len(urls)]
-        outcomes.append(await _ask(client, url, index, stream=index % 2 == 0))
+        outcomes.append(await _ask(url, index, stream=index % 2 == 0))
         if outcomes[-1].kind in {"answer", "error event", "hung"}:
             break
     return outcomes
 
 
-async def _ask(client: httpx.AsyncClient, url: str, index: int, *, stream: bool) -> Outcome:
-    """Ask once."""
+async def _ask(url: str, index: int, *, stream: bool) -> Outcome:
+    """Ask once, on a connection of its own.
+
+    The pool of httpcore 1.0 looks at all its connections for every request, and may close one that it has just given to
+    a request: with hundreds of them the drill would measure its client.
+    """
     body = {"model": MODEL, "messages": [{"role": "user", "content": prompt(index)}], "stream": stream}
     headers = {"x-sprout-directive": "L0"}  # the longest answers
     began = time.monotonic()
@@ -163,6 +169,7 @@ async def _ask(client: httpx.AsyncClient, url: str, index: int, *, stream: bool)
     try:
         async with (
             asyncio.timeout(HUNG_S),
+            httpx.AsyncClient(timeout=HUNG_S, verify=_NO_TLS) as client,
             client.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers) as answer,
         ):
             lines = [line async for line in answer.aiter_lines() if line]
