@@ -71,7 +71,7 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     )
 
     # What
-    prompts_per_evaluation: int = Field(default=150, ge=1, description="Maximum number of prompts in one evaluation")
+    prompts_per_evaluation: int = Field(default=500, ge=1, description="Maximum number of prompts in one evaluation")
     max_carbon_share: float | None = Field(
         default=0.02,
         gt=0,

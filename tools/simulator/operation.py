@@ -66,7 +66,7 @@ class Operation:
 
     optimizer: OptimizerSettings
     trigger: OpportunityRules = field(default_factory=OpportunityRules)
-    prompts_per_evaluation: int = 150
+    prompts_per_evaluation: int = 500
     max_carbon_share: float | None = 0.02
     settled_share: float = 0.1
     requests_per_hour: float = DEFAULT_REQUESTS_PER_HOUR

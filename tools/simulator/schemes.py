@@ -96,7 +96,7 @@ class Experiment:
     trigger: OpportunityRules = field(default_factory=OpportunityRules)
     settled_share: float = 0.1
     requests_per_hour: float = DEFAULT_REQUESTS_PER_HOUR
-    prompts_per_evaluation: int = 150
+    prompts_per_evaluation: int = 500
     judge: JudgeCost = field(default_factory=JudgeCost)
     seed: int = 1
 
