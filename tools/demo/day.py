@@ -112,7 +112,7 @@ PACES: dict[ModelName, Pace] = {
     # This model shares the CPU with all other processes, so few prompts are judged: too few to save anything with a
     # safety margin. Few requests need a large control group. The tasks are those that a model of this size can answer.
     "smollm2": Pace(
-        requests=140,
+        requests=280,
         wall_s=400.0,
         max_tokens=160,
         evaluated_prompts=24,
