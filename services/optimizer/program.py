@@ -40,6 +40,14 @@ SHORTFALL_WEIGHT = 1e-3
 _MAX_ROUNDS = 50
 """Rounds of cuts; about five are enough."""
 
+_WHEN_UNKNOWN: tuple[tuple[str, int | str], ...] = (
+    ("simplex_scale_strategy", 0),
+    ("presolve", "off"),
+    ("simplex_scale_strategy", 2),
+)
+"""Options that are changed, one more each time, if HiGHS ends without a result; it then begins anew. Seen where limits
+cannot be kept: scaling or presolving the cuts left infeasibilities above its tolerance."""
+
 _PULP_SPELLING = str.maketrans("-+[] ->/", "________")
 """How PuLP spells names in its files."""
 
@@ -206,11 +214,11 @@ class Program:
     def _add_cuts(self) -> Failure | None:
         """Add cuts, and solve again, until every limit holds with its safety margin."""
         for _ in range(_MAX_ROUNDS):
-            if self._solver.getModelStatus() == highspy.HighsModelStatus.kUnknown:
-                # Seen where the limits cannot be kept: HiGHS's scaling of the cuts. Without it, and from the beginning.
-                self._solver.setOptionValue("simplex_scale_strategy", 0)
-                self._solver.clearSolver()
-                self._solver.run()
+            for option, value in _WHEN_UNKNOWN:
+                if self._solver.getModelStatus() == highspy.HighsModelStatus.kUnknown:
+                    self._solver.setOptionValue(option, value)
+                    self._solver.clearSolver()
+                    self._solver.run()
             # PuLP reports a time limit as optimal, so HiGHS is asked.
             failure = _failure(self._solver.getModelStatus())
             if failure is not None:
