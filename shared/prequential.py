@@ -28,7 +28,8 @@ MAX_INTERVAL: Final = timedelta(days=7)
 """Longest time that an evaluation stands for: its prompts are at most that old."""
 
 PROMISED_MISSES: Final = 0.05
-"""Share of evaluations that may miss what the policies promised: the promise is a 95 % confidence bound."""
+"""Share of evaluations that may miss what the policies promised. With a margin of one standard error an honest promise
+is missed by no more, unless evaluations have more than four times the prompts that the policy had learned from."""
 
 _PRIOR_PROMPTS: Final = 5.0
 """Weight of the mean variance of all groups in a group's own, in prompts: few prompts may all agree by chance."""

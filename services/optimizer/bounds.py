@@ -3,6 +3,7 @@
 Only the past is used: history and the latest value, never the forecast.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -127,7 +128,7 @@ def joint_confidence_z(
     """
     limited = [metric for metric, bound in bounds.items() if bound > 0.0]
     shares = shares or {metric: 1.0 / len(limited) for metric in limited}
-    missed = NormalDist().cdf(-settings.confidence_z)
+    missed = math.erfc(settings.confidence_z / math.sqrt(2.0)) / 2.0  # exact also for large z
     joint = {metric: -NormalDist().inv_cdf(missed * shares[metric]) for metric in limited}
     return {
         metric: settings.confidence_z_by_metric.get(metric, joint[metric] if settings.confidence_z else 0.0)

@@ -1,7 +1,7 @@
 """Quality out of sample of every model, and a wider safety margin where promises were missed too often. No I/O.
 
-The safety margin promises that quality is at least the published lower bound with 95 % confidence. Evaluations check
-that before they are learned from. If more of the last 30 days' evaluations missed the promise than chance explains, the
+The safety margin promises that quality is at least the published lower bound. Evaluations check that before they are
+learned from. If more of the last 30 days' evaluations missed the promise than chance explains, the
 margin is widened; it narrows again as they pass (docs/decisions/0042-quality-out-of-sample.md).
 """
 

@@ -65,6 +65,7 @@ class OptimizerSettings(BaseSettings):
     confidence_z: float = Field(
         default=1.0,
         ge=0,
+        le=10,
         validation_alias=_renamed("CONFIDENCE_Z", "CAUTION"),
         description="Safety margin of a quality limit in standard errors of the quality of all traffic, where one "
         "metric is limited (1: the limit holds with 84 % confidence, 1.645: with 95 %; 0: no margin); with several "

@@ -3,17 +3,17 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from typer.testing import CliRunner
 
-from deploy.local.processes import Supervisor, free_ports
-from deploy.local.services import ServiceEnvironment, service_spec
+from deploy.local.processes import Supervisor
 from shared.messages import (
     CarbonIntensity,
     EndpointLoad,
@@ -40,7 +40,10 @@ from shared.topics import (
 )
 from tests.support.deadlines import DEADLINE_S
 from tests.support.fleets import fleet_toml
+from tests.support.processes import start_service
 from tools.cli.main import app
+
+M = TypeVar("M", bound=Message)
 
 LEVELS = ("L0", "L1")
 FLEET = fleet_toml(["127.0.0.1:9"], levels=LEVELS)
@@ -83,6 +86,16 @@ def load_report(*in_flight: int, arrivals: int = 2) -> LoadReport:
     )
 
 
+async def _first(consumer: AIOKafkaConsumer, kind: type[M], wanted: Callable[[M], bool]) -> M:
+    """The next message that is wanted."""
+    async with asyncio.timeout(DEADLINE_S):
+        async for record in consumer:
+            found = kind.model_validate_json(record.value)
+            if wanted(found):
+                return found
+    raise AssertionError("unreachable")
+
+
 class Peers:
     """The other services."""
 
@@ -103,13 +116,11 @@ class Peers:
             await self.send(FOOTPRINTS, level, *(footprint(n, level) for n in range(40)))
         await self.send(QUALITY, "e1", quality("e1", successes={"L0": 60, "L1": 40}))
 
-    async def policy(self, wanted, *, within_s: float = DEADLINE_S) -> Policy:
-        async with asyncio.timeout(within_s):
-            async for record in self.consumer:
-                found = Policy.model_validate_json(record.value)
-                if wanted(found):
-                    return found
-        raise AssertionError("unreachable")
+    async def policy(self, wanted: Callable[[Policy], bool]) -> Policy:
+        return await _first(self.consumer, Policy, wanted)
+
+    async def plan(self, wanted: Callable[[PoolCapacity], bool]) -> PoolCapacity:
+        return await _first(self.plans, PoolCapacity, wanted)
 
     async def versions(self) -> list[int]:
         """The versions of all policies so far."""
@@ -121,14 +132,6 @@ class Peers:
             while await self.consumer.position(partition) < end:
                 found.append(Policy.model_validate_json((await self.consumer.getone()).value).version)
         return found
-
-    async def plan(self, wanted, *, within_s: float = DEADLINE_S) -> PoolCapacity:
-        async with asyncio.timeout(within_s):
-            async for record in self.plans:
-                found = PoolCapacity.model_validate_json(record.value)
-                if wanted(found):
-                    return found
-        raise AssertionError("unreachable")
 
     @asynccontextmanager
     async def reporting(self, *in_flight: int) -> AsyncIterator[None]:
@@ -167,22 +170,16 @@ async def peers(kafka: KafkaSettings) -> AsyncIterator[Peers]:
 def start_optimizer(
     supervisor: Supervisor, kafka: KafkaSettings, database: DatabaseSettings, fleet: Path, **settings: str
 ) -> str:
-    name = f"{kafka.topic_prefix}optimizer-{time.monotonic_ns()}"
-    environment = ServiceEnvironment(
-        bootstrap_servers=kafka.bootstrap_servers,
-        topic_prefix=kafka.topic_prefix,
-        database_url=database.url.get_secret_value(),
-        fleet_file=fleet,
-        clock={},
+    """Start an optimizer that looks at its estimates all the time; returns the name of its process."""
+    return start_service(
+        "optimizer",
+        supervisor,
+        kafka=kafka,
+        database=database,
+        fleet=fleet,
+        settings={"SPROUT_OPTIMIZER_ESTIMATES_INTERVAL_MIN": "0.001", **settings},
+        name=f"optimizer-{time.monotonic_ns()}",
     )
-    settings = {
-        "SPROUT_KAFKA_GROUP_PREFIX": kafka.group_prefix,
-        "SPROUT_OPTIMIZER_ESTIMATES_INTERVAL_MIN": "0.001",
-        **settings,
-    }
-    (port,) = free_ports(1)
-    supervisor.start(service_spec("optimizer", port=port, environment=environment, settings=settings, name=name))
-    return name
 
 
 async def explained(kafka: KafkaSettings, expected: Policy) -> None:

@@ -216,11 +216,12 @@ def start_service(
     database: DatabaseSettings,
     fleet: Path,
     settings: Mapping[str, str] | None = None,
+    name: str = "",
     wait: bool = True,
 ) -> str:
-    """Start a service, wait until it is ready, and return the name of its process."""
+    """Start a service, wait until it is ready, and return the name of its process; default: that of the service."""
     (port,) = free_ports(1)
-    name = f"{kafka.topic_prefix}{service}"
+    name = f"{kafka.topic_prefix}{name or service}"
     environment = ServiceEnvironment(
         bootstrap_servers=kafka.bootstrap_servers,
         topic_prefix=kafka.topic_prefix,

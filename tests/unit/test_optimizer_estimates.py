@@ -345,6 +345,11 @@ def test_several_limits_hold_together_as_often_as_one():
     assert joint_confidence_z({"a": 0.9, "b": 0.9, "c": 0.9}, SETTINGS)["b"] == pytest.approx(1.618, abs=1e-3)
 
 
+def test_a_large_margin_is_joint_too():
+    found = joint_confidence_z({"a": 0.9, "b": 0.9}, OptimizerSettings(confidence_z=10.0))
+    assert found == {"a": pytest.approx(10.07, abs=0.01), "b": pytest.approx(10.07, abs=0.01)}
+
+
 def test_limits_may_have_unequal_shares_of_the_probability_of_missing_one():
     found = joint_confidence_z({"a": 0.9, "b": 0.9}, SETTINGS, shares={"a": 0.02, "b": 0.98})
     assert found == {"a": pytest.approx(2.730, abs=1e-3), "b": pytest.approx(1.013, abs=1e-3)}
