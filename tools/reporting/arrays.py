@@ -16,7 +16,7 @@ def array_columns(*names: str) -> str:
 
 
 async def read_arrays(
-    connection: Connection, statement: str, *arguments: object, at_once: int = 50
+    connection: Connection, statement: str, *arguments: object, at_once: int = 5
 ) -> AsyncIterator[Mapping[str, Any]]:
     """The rows of a statement that returns arrays, which become numpy arrays.
 
