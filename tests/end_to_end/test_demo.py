@@ -21,7 +21,7 @@ def test_a_short_demo_passes_its_checks_and_stops_every_process(tmp_path: Path, 
     done = subprocess.run(
         [
             sys.executable, "-m", "tools.cli.main", "demo", "--hours", "6", "--requests", "3000",
-            "--day-seconds", "360", "--start", "2024-02-08T03:00", "--html", str(html), "--json", str(figures_file),
+            "--day-seconds", "600", "--start", "2024-02-08T03:00", "--html", str(html), "--json", str(figures_file),
         ],
         cwd=REPOSITORY,
         env={**os.environ, "SPROUT_LOCAL_STATE": str(state), "SPROUT_LOCAL_INSTALL": str(REPOSITORY / ".sprout")},
