@@ -5,13 +5,12 @@ over the time in which it would be answered.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tools.reporting.frame import Flags, Floats, Texts, partition
+from tools.reporting.frame import Columns, Floats, Texts, partition
 
 REFERENCE_LEVEL = "L0"
 MIN_REQUESTS = 5
@@ -19,7 +18,7 @@ MIN_REQUESTS = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Arrivals:
+class Arrivals(Columns):
     """Requests by the time in which they started, as columns of shape `(cells,)`.
 
     A cell holds requests that started at about the same time, and agree in pool, level and source.
@@ -43,10 +42,6 @@ class Arrivals:
 
     def __len__(self) -> int:
         return len(self.at_s)
-
-    def select(self, mask: Flags) -> Self:
-        """The cells for which `mask`, of shape `(cells,)`, is true."""
-        return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
     @property
     def without_sprout(self) -> Floats:

@@ -22,8 +22,19 @@ MAX_AGE_S = 6 * 3600.0
 """Age up to which a zone's last intensity is used, s."""
 
 
-@dataclass(frozen=True, slots=True)
-class Calls:
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """Cells as columns: every field is an array of shape `(cells,)`."""
+
+    def select(self, mask: Flags | Indices) -> Self:
+        """The cells for which `mask`, of shape `(cells,)`, is true; or those with these indices."""
+        if mask.dtype == np.bool_ and mask.all():
+            return self  # a month of calls is not copied
+        return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calls(Columns):
     """Settled calls as columns of sums; every array has shape `(cells,)`.
 
     A cell holds the calls that started in one hour and agree in all labels. So a month has as many cells as a busy or a
@@ -104,12 +115,6 @@ class Calls:
         """Requests that only the reference could serve: in fallback, or in a reference block of the switchback."""
         certain: Flags = (self.source == "fallback") | (self.source == "switchback")
         return certain
-
-    def select(self, mask: Flags | Indices) -> Self:
-        """The cells for which `mask`, of shape `(cells,)`, is true; or those with these indices."""
-        if mask.dtype == np.bool_ and mask.all():
-            return self  # a month of calls is not copied
-        return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
 def partition(*keys: Texts | NDArray[np.integer[Any]]) -> dict[tuple[str, ...], Indices]:

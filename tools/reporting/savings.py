@@ -7,26 +7,27 @@ only the random choice of the option varies.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Self
 
 import numpy as np
 
-from tools.reporting.frame import Flags, Floats, Indices
+from tools.reporting.frame import Columns, Flags, Floats
 
 CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison(Columns):
     """Requests whose counterfactual is identified, in cells of sums; every array has shape `(cells,)`.
 
     The requests of a cell agree in everything but their own use. A cell may hold a single request.
 
     A subset can depend on the random choice, for example the requests served in one zone. Such a comparison keeps every
-    request, because the requests served by the baseline also estimate what the subset would have emitted there.
+    request, because the requests served by the baseline also estimate what the subset would have emitted there: see
+    `subset`. `select` is for what does not depend on the random choice.
 
     Attributes:
         emitted_g: emitted gCO2eq.
@@ -100,10 +101,6 @@ class Comparison:
     def subset(self, in_subset: Flags, p_subset: Floats, baseline_in_subset: Flags) -> Self:
         """The same requests, compared over a subset that depends on the random choice."""
         return replace(self, in_subset=in_subset, p_subset=p_subset, baseline_in_subset=baseline_in_subset)
-
-    def select(self, mask: Flags | Indices) -> Self:
-        """The cells for which `mask` is true, or with these indices; it must not depend on the random choice."""
-        return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
