@@ -39,6 +39,8 @@ BIAS = 0.4
 PROMPTS = 240
 RATE = 60.0
 TOKEN = "token-of-these-tests"
+QUICK = {"SPROUT_KAFKA_LEADER_SESSION_TIMEOUT_S": "6"}
+"""Settings of a leader that is killed or frozen: another one soon takes over."""
 CLOCK = Clock.starting(datetime(2023, 2, 10, 12, tzinfo=UTC), rate=RATE)
 
 
@@ -64,6 +66,7 @@ def evaluators(
         "SPROUT_EVALUATOR_OPPORTUNITY_RULE": "urgency",
         "SPROUT_EVALUATOR_RETRY_PAUSE_S": "0.5",
         "SPROUT_EVALUATOR_HTTP_TOKEN": TOKEN,
+        "SPROUT_KAFKA_LEADER_SESSION_TIMEOUT_S": "60",  # the leader stays the leader, however long the machine pauses
     }
     running = EvaluatorProcess(supervisor, kafka, database, fleet, CLOCK, settings)
     yield running
@@ -286,7 +289,7 @@ async def test_prompt_groups_are_learned_from_judged_prompts_and_withdrawn_when_
 
 async def test_an_evaluation_interrupted_by_a_kill_is_repeated(kafka, database, evaluators, producer):
     await send_samples(producer, range(60))
-    name = evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1", SPROUT_EVALUATOR_MIN_SAMPLES="60")
+    name = evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1", SPROUT_EVALUATOR_MIN_SAMPLES="60", **QUICK)
     async with reading(kafka, USAGE) as used, reading(kafka, QUALITY) as found:
         await used.read(until=5)
         evaluators.supervisor.kill(name)
@@ -306,7 +309,7 @@ async def test_an_evaluation_interrupted_by_a_kill_is_repeated(kafka, database, 
 @pytest.mark.extended
 async def test_a_frozen_leader_is_replaced_and_publishes_nothing_when_it_wakes(kafka, database, evaluators, producer):
     await send_samples(producer, range(60))
-    names = [evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1") for _ in range(2)]
+    names = [evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1", **QUICK) for _ in range(2)]
     async with reading(kafka, USAGE) as used, reading(kafka, QUALITY) as found:
         await used.read(until=5)
         frozen = await leader(evaluators.supervisor, names)
@@ -350,8 +353,7 @@ async def test_it_waits_while_postgresql_is_unavailable_and_then_continues(
 
 async def test_a_request_is_accepted_only_with_the_token_and_by_the_leader(kafka, evaluators, producer):
     await send_samples(producer, range(40))
-    # The leader stays the leader, however long the machine stands still.
-    names = [evaluators.start(SPROUT_KAFKA_LEADER_SESSION_TIMEOUT_S="60") for _ in range(2)]
+    names = [evaluators.start() for _ in range(2)]
     leading = await leader(evaluators.supervisor, names)
     (standby,) = set(names) - {leading}
     url = evaluators.url(leading)
