@@ -23,6 +23,9 @@ LOOPBACK = "127.0.0.1"
 Probe = Callable[[], str | None]
 """Returns None if the process is ready, else what is missing."""
 
+_CLAIMS: list[socket.socket] = []
+"""Open until this process ends."""
+
 POLL_S = 0.1
 LOG_BLOCK_BYTES = 32_768
 
@@ -319,13 +322,29 @@ def _kill_group(pid: int) -> None:
 def free_ports(count: int) -> list[int]:
     """Distinct free TCP ports on loopback; bind them soon.
 
-    All sockets stay open until the last port is found, so that no port is returned twice.
+    No port is returned twice, neither by this process nor, until it ends, by another one.
     """
+    ports: list[int] = []
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in range(count)]
-        for one in sockets:
+        while len(ports) < count:
+            one = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
             one.bind((LOOPBACK, 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+            port = int(one.getsockname()[1])
+            if _claim(port):
+                ports.append(port)
+    return ports
+
+
+def _claim(port: int) -> bool:
+    """Claim a port by the UDP port of the same number: the server that is to bind the port takes seconds to start."""
+    claim = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        claim.bind((LOOPBACK, port))
+    except OSError:
+        claim.close()
+        return False
+    _CLAIMS.append(claim)
+    return True
 
 
 def tail(path: Path, lines: int = 20) -> str:

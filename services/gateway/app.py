@@ -34,7 +34,13 @@ from services.gateway.wire import BoundedHttp
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.subscribe import subscribe_batches, subscribe_compacted, subscribe_partition
+from shared.kafka.subscribe import (
+    Subscriber,
+    read_to_end,
+    subscribe_batches,
+    subscribe_compacted,
+    subscribe_partition,
+)
 from shared.messages import CarbonIntensity, Footprint, Policy, PoolCapacity, Reply
 from shared.runtime.clock import Clock
 from shared.runtime.database import RETRY_PAUSE_S, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
@@ -57,6 +63,8 @@ NAME = "gateway"
 DESCRIPTION = SERVICES[NAME].description
 
 FOOTPRINT_BATCH = 500
+STATE_WAIT_S = 10.0
+"""Longest wait of a starting gateway for the policies, intensities and plans that Kafka has, wall seconds."""
 
 _log = get_logger(__name__)
 
@@ -107,19 +115,25 @@ class Replies:
 
 def _subscribe(
     broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, gateway: Gateway, monitor: Monitor
-) -> None:
-    """Subscribe to what every gateway reads, and to footprints, of which each is booked by one gateway."""
+) -> list[Subscriber]:
+    """Subscribe to what every gateway reads, and to footprints, of which each is booked by one gateway.
 
-    @subscribe_compacted(broker, kafka, dead_letters, POLICIES)
+    Returns:
+        The subscribers of the topics that are read from their beginning.
+    """
+    state = [subscribe_compacted(broker, kafka, dead_letters, spec) for spec in (POLICIES, CARBON_INTENSITY, CAPACITY)]
+    known_policies, known_intensities, known_capacities = state
+
+    @known_policies
     async def on_policies(policies: list[Policy]) -> None:
         gateway.estimates.update(policies)
         monitor.update_policies(policies)
 
-    @subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
+    @known_intensities
     async def on_intensities(intensities: list[CarbonIntensity]) -> None:
         monitor.update_intensities(intensities)
 
-    @subscribe_compacted(broker, kafka, dead_letters, CAPACITY)
+    @known_capacities
     async def on_capacities(capacities: list[PoolCapacity]) -> None:
         monitor.update_capacities(capacities)
 
@@ -130,6 +144,8 @@ def _subscribe(
         except DatabaseUnavailableError:
             await asyncio.sleep(RETRY_PAUSE_S)
             raise
+
+    return state
 
 
 async def _open_stores(gateway: Gateway, pool: asyncpg.Pool, status: DatabaseStatus) -> None:
@@ -207,7 +223,7 @@ def build_app(
     monitor = Monitor(fleet, started_at=clock.now())
     replies = Replies(broker, dead_letters, gateway, monitor, kafka=kafka)
 
-    _subscribe(broker, kafka, dead_letters, gateway, monitor)
+    state = _subscribe(broker, kafka, dead_letters, gateway, monitor)
     pools: list[asyncpg.Pool] = []
 
     @asynccontextmanager
@@ -224,6 +240,9 @@ def build_app(
         health.spawn("write requests", accounts.run())
         health.spawn("renew the lease", accounts.keep_lease())
         health.spawn("remove old requests", accounts.remove_old())
+        # The gateway is ready when it reads replies: without the policies a budget would not be charged.
+        if not await read_to_end(state, within_s=STATE_WAIT_S):
+            _log.warning("the first requests are answered before the policies have been read")
         await replies.start(pools[0])
         runner = _batch_runner(gateway)
         health.spawn("batches", runner.run())

@@ -16,6 +16,7 @@ from deploy.triton.stand_in.judge import JudgeRules
 from shared.messages import UsageRecord
 from shared.runtime.clock import Clock
 from shared.topics import USAGE
+from tests.support.deadlines import REPLY_S
 from tests.support.evaluator import judged_fleet, write_judged_workload
 from tests.support.fleets import DIRECTIVES
 from tests.support.router import LEVELS, MODEL, reading
@@ -49,7 +50,8 @@ def server(folder: Path) -> Iterator[ServingTriton]:
 @pytest.fixture
 def command(server: ServingTriton, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command, with the catalogue's L2 and a text that the model does not know as candidates."""
-    for name, value in (server.clock.environment() | {"SPROUT_LOCAL_STATE": str(folder)}).items():
+    settings = {"SPROUT_LOCAL_STATE": str(folder), "SPROUT_EVALUATOR_ENDPOINT_CHECK_TIMEOUT_S": str(REPLY_S)}
+    for name, value in (server.clock.environment() | settings).items():
         monkeypatch.setenv(name, value)
     metered = f'grpc = "{server.address}"\nmetrics = "{metrics_url(server.ports)}"\ngpus = ["stand-in-{MODEL}"]'
     fleet = judged_fleet(server.address, levels=("L0", "L1")).replace(f'grpc = "{server.address}"', metered)

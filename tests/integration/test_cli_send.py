@@ -22,6 +22,7 @@ from shared.messages import (
 )
 from shared.runtime.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, REQUESTS, RESPONSE_CHUNKS, RESPONSES, TopicSpec
+from tests.support.traffic import timestamp_ms
 from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
@@ -103,7 +104,8 @@ async def answering(
     seen: list[bytes] = []
 
     async def post(spec: TopicSpec, message: Message, key: bytes) -> None:
-        await producer.send_and_wait(kafka.topic(spec), message.model_dump_json().encode(), key=key)
+        value = message.model_dump_json().encode()
+        await producer.send_and_wait(kafka.topic(spec), value, key=key, timestamp_ms=timestamp_ms(spec))
 
     async def serve() -> None:
         async for record in consumer:

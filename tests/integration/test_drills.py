@@ -75,11 +75,11 @@ async def test_an_unexpected_exit_is_recorded_with_its_log_and_the_process_resta
     async with drill_environment(tmp_path, say=said.append) as environment:
         name = environment.model_servers[0].name
         (process,) = await environment.running({name})
-        os.kill(process.pid, signal.SIGSEGV)
+        os.kill(process.pid, signal.SIGKILL)
         await until(lambda: environment.running({name}), lambda running: environment.exits and running)
         (exited,) = environment.exits
         assert exited.name == name
-        assert exited.description.startswith(f"{name} was ended by SIGSEGV. The end of {environment.logs}")
+        assert exited.description.startswith(f"{name} was ended by SIGKILL. The end of {environment.logs}")
         (again,) = await environment.running({name})
         assert again.pid != process.pid
         await environment.kill(KAFKA)

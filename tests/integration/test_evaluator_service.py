@@ -19,7 +19,7 @@ from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY, SAMPLES, USAGE
 from tests.support.contract import EXAMPLES
-from tests.support.deadlines import DEADLINE_S, REPLY_S
+from tests.support.deadlines import DEADLINE_S, REPLY_S, until
 from tests.support.evaluator import (
     KINDS,
     EvaluatorProcess,
@@ -31,7 +31,7 @@ from tests.support.evaluator import (
     start_judged_triton,
 )
 from tests.support.processes import leader
-from tests.support.router import MODEL, ZONE, Producer, TritonServer, producing, question, reading
+from tests.support.router import MODEL, ZONE, Producer, TritonServer, producing, question, reading, until_page
 
 pytestmark = pytest.mark.integration
 
@@ -39,6 +39,8 @@ BIAS = 0.4
 PROMPTS = 240
 RATE = 60.0
 TOKEN = "token-of-these-tests"
+QUICK = {"SPROUT_KAFKA_LEADER_SESSION_TIMEOUT_S": "6"}
+"""Settings of a leader that is killed or frozen: another one soon takes over."""
 CLOCK = Clock.starting(datetime(2023, 2, 10, 12, tzinfo=UTC), rate=RATE)
 
 
@@ -64,6 +66,7 @@ def evaluators(
         "SPROUT_EVALUATOR_OPPORTUNITY_RULE": "urgency",
         "SPROUT_EVALUATOR_RETRY_PAUSE_S": "0.5",
         "SPROUT_EVALUATOR_HTTP_TOKEN": TOKEN,
+        "SPROUT_KAFKA_LEADER_SESSION_TIMEOUT_S": "60",  # the leader stays the leader, however long the machine pauses
     }
     running = EvaluatorProcess(supervisor, kafka, database, fleet, CLOCK, settings)
     yield running
@@ -136,10 +139,11 @@ async def test_published_shares_follow_the_preferences_although_the_judge_is_bia
         }
         assert all(record.started_at <= record.finished_at for record in records)
         assert {(record.zone, record.group) for record in records} == {(ZONE, "qa")}
-    text = await asyncio.to_thread(page, f"{evaluators.url(name)}/metrics")
+    # It counts as finished after its publication, when groups were learned.
+    finished = f'sprout_evaluator_evaluations_total{{model="{MODEL}",outcome="finished",trigger="first"}} 1.0'
+    text = await until_page(f"{evaluators.url(name)}/metrics", lambda text: finished in text)
     assert f'sprout_evaluator_judged_prompts_total{{model="{MODEL}"}} {PROMPTS}.0' in text
     assert f'sprout_evaluator_judge_usable{{metric="preference",model="{MODEL}"}} 1.0' in text
-    assert f'sprout_evaluator_evaluations_total{{model="{MODEL}",outcome="finished",trigger="first"}} 1.0' in text
     # A fair judge names each position in a third of its votes.
     (line,) = [
         line for line in text.splitlines() if line.startswith('sprout_evaluator_judge_positions_total{position="A"}')
@@ -169,11 +173,9 @@ async def test_it_estimates_its_cost_from_footprints_and_survives_a_restart(kafk
             await producer.post(FOOTPRINTS, footprint, footprint.request_id)
         evaluators.supervisor.stop(name)
         again = evaluators.start()
-        for _ in range(200):
-            if len(await stored(database, "SELECT 1 FROM evaluator.carbon")) == 2:
-                break
-            await asyncio.sleep(0.1)
-        assert len(await stored(database, "SELECT 1 FROM evaluator.energy")) == 2
+        for table in ("carbon", "energy"):
+            query = f"SELECT 1 FROM evaluator.{table}"
+            await until(lambda query=query: stored(database, query), lambda rows: len(rows) == 2)
         # The restarted process knows the first evaluation, so it waits for the next minimum.
         await producer.post(CARBON_INTENSITY, intensities(CLOCK.now(), 400, 420, 300, 200, 100, 130, hours=0.01), ZONE)
         await found.read(until=2)
@@ -230,8 +232,8 @@ async def test_prompts_of_settled_groups_are_judged_thinly_unless_a_person_asks(
             database, "SELECT min(evaluations) AS least, max(evaluations) AS most FROM evaluator.reservoir"
         )
         assert (used["least"], used["most"]) == (2, 2)
-        text = await asyncio.to_thread(page, f"{evaluators.url(name)}/metrics")
-        assert f'sprout_evaluator_skipped_prompts_total{{model="{MODEL}"}} 54.0' in text
+        skipped = f'sprout_evaluator_skipped_prompts_total{{model="{MODEL}"}} 54.0'
+        await until_page(f"{evaluators.url(name)}/metrics", lambda text: skipped in text)
         await ask_for_evaluation(evaluators.url(name))
         await found.read(until=3)
         assert (qualities(found)[2].prompts, qualities(found)[2].skipped) == (90, 0)
@@ -287,7 +289,7 @@ async def test_prompt_groups_are_learned_from_judged_prompts_and_withdrawn_when_
 
 async def test_an_evaluation_interrupted_by_a_kill_is_repeated(kafka, database, evaluators, producer):
     await send_samples(producer, range(60))
-    name = evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1")
+    name = evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1", SPROUT_EVALUATOR_MIN_SAMPLES="60", **QUICK)
     async with reading(kafka, USAGE) as used, reading(kafka, QUALITY) as found:
         await used.read(until=5)
         evaluators.supervisor.kill(name)
@@ -307,7 +309,7 @@ async def test_an_evaluation_interrupted_by_a_kill_is_repeated(kafka, database, 
 @pytest.mark.extended
 async def test_a_frozen_leader_is_replaced_and_publishes_nothing_when_it_wakes(kafka, database, evaluators, producer):
     await send_samples(producer, range(60))
-    names = [evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1") for _ in range(2)]
+    names = [evaluators.start(SPROUT_EVALUATOR_CONCURRENCY="1", **QUICK) for _ in range(2)]
     async with reading(kafka, USAGE) as used, reading(kafka, QUALITY) as found:
         await used.read(until=5)
         frozen = await leader(evaluators.supervisor, names)
@@ -380,14 +382,7 @@ async def request_evaluation(url: str, token: str = TOKEN) -> tuple[int, str]:
 
 async def wait_until_ready_is(url: str, status: int, *, mentions: str = "") -> None:
     """Poll `/ready` until it has this status and mentions a text, for example the name of a failing dependency."""
-    found: tuple[int, str] = 0, ""
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            while not (found[0] == status and mentions in found[1]):
-                await asyncio.sleep(0.1)
-                found = await asyncio.to_thread(answer, url)
-    except TimeoutError:
-        raise AssertionError(f"{url} responds {found}, not {status} with {mentions!r}, after {DEADLINE_S} s") from None
+    await until(lambda: asyncio.to_thread(answer, url), lambda found: found[0] == status and mentions in found[1])
 
 
 def answer(url: str | urllib.request.Request) -> tuple[int, str]:
@@ -398,7 +393,3 @@ def answer(url: str | urllib.request.Request) -> tuple[int, str]:
         return error.code, error.read().decode()
     except OSError as error:  # busy machine: no response in time
         return 0, str(error)
-
-
-def page(url: str) -> str:
-    return answer(url)[1]

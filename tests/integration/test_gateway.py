@@ -8,8 +8,9 @@ import openai
 import pytest
 
 from shared.runtime.settings import KafkaSettings
+from tests.support.deadlines import REPLY_S
 from tests.support.gateway import GatewayProcess
-from tests.support.router import LEVELS, LONG_PROMPT, MODEL, question, reading
+from tests.support.router import ENDLESS_PROMPT, LEVELS, LONG_PROMPT, MODEL, question, reading
 
 pytestmark = pytest.mark.integration
 
@@ -50,15 +51,15 @@ async def test_a_chat_completion_says_what_sprout_did(client: openai.AsyncOpenAI
 
 async def test_a_stream_has_the_same_text_and_its_usage(client: openai.AsyncOpenAI):
     stream = await client.chat.completions.create(
-        model=MODEL, messages=asked(question(2)), stream=True, stream_options={"include_usage": True}
+        model=MODEL, messages=asked(LONG_PROMPT), stream=True, stream_options={"include_usage": True}
     )
     events = [event async for event in stream]
-    text = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
-    assert text == "L1 says: " + "word " * LEVELS["L1"][0]
+    pieces = [piece for event in events if event.choices and (piece := event.choices[0].delta.content)]
+    assert "".join(pieces) == "L1 says: " + "word " * 40
+    assert len(pieces) > 1
     assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "stop"
-    assert events[-1].usage.completion_tokens == LEVELS["L1"][0]
+    assert events[-1].usage.completion_tokens == 40
     assert events[-1].usage.sprout["level"] == "L1"
-    assert len(events) > 5
 
 
 async def test_completions_models_and_a_forced_level(client: openai.AsyncOpenAI):
@@ -106,7 +107,7 @@ async def test_what_cannot_be_honoured_is_an_error_in_openais_format(client, cha
 async def test_without_a_valid_key_nothing_is_answered(client: openai.AsyncOpenAI):
     with pytest.raises(openai.AuthenticationError):
         await client.with_options(api_key="sk-sprout-wrong").models.list()
-    async with httpx.AsyncClient() as bare:
+    async with httpx.AsyncClient(timeout=REPLY_S) as bare:
         answer = await bare.get(f"{client.base_url}models")
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert answer.json()["error"]["code"] == "missing_api_key"
@@ -114,7 +115,7 @@ async def test_without_a_valid_key_nothing_is_answered(client: openai.AsyncOpenA
 
 async def test_a_client_that_leaves_ends_its_generation(client: openai.AsyncOpenAI, kafka: KafkaSettings):
     async with reading(kafka) as answers:
-        stream = await client.chat.completions.create(model=MODEL, messages=asked(LONG_PROMPT), stream=True)
+        stream = await client.chat.completions.create(model=MODEL, messages=asked(ENDLESS_PROMPT), stream=True)
         async for event in stream:
             if event.choices and event.choices[0].delta.content:
                 break
@@ -123,15 +124,14 @@ async def test_a_client_that_leaves_ends_its_generation(client: openai.AsyncOpen
         response = answers.responses()[event.id]
     assert response.finish_reason == "cancelled"
     # What was generated until then is in the answer, so that its energy is attributed.
-    assert 0 < response.usage.completion_tokens < 40
-    assert (response.timing.finished_at - response.timing.started_at).total_seconds() < 3.0
+    assert 0 < response.usage.completion_tokens < 300
 
 
 async def test_the_stream_is_server_sent_events_that_end_with_done(client: openai.AsyncOpenAI):
     headers = {"authorization": f"Bearer {client.api_key}"}
     body = {"model": MODEL, "messages": asked(question(4)), "stream": True}
     async with (
-        httpx.AsyncClient() as bare,
+        httpx.AsyncClient(timeout=REPLY_S) as bare,
         bare.stream("POST", f"{client.base_url}chat/completions", json=body, headers=headers) as answer,
     ):
         assert answer.headers["content-type"].startswith("text/event-stream")

@@ -17,8 +17,18 @@ from deploy.local.processes import Supervisor
 from shared.kafka.admin import create_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import TOPICS, requests_topic
+from tests.support.deadlines import DEADLINE_S, REPLY_S
 from tests.support.gateway import GatewayProcess
-from tests.support.router import LEVELS, LONG_PROMPT, MODEL, RouterProcess, committed, fleet_toml, producing, question
+from tests.support.router import (
+    ENDLESS_PROMPT,
+    LEVELS,
+    MODEL,
+    RouterProcess,
+    committed,
+    fleet_toml,
+    producing,
+    question,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -60,8 +70,8 @@ def gateways(
 
 @pytest.fixture(scope="module")
 def routers(gateways: GatewayProcess) -> RouterProcess:
-    lanes = {"SPROUT_ROUTER_LANES": f"requests:4,{LANE}:1"}
-    running = RouterProcess(gateways.supervisor, gateways.kafka, gateways.fleet, settings=lanes)
+    running = RouterProcess(gateways.supervisor, gateways.kafka, gateways.fleet)
+    running.settings["SPROUT_ROUTER_LANES"] = f"requests:4,{LANE}:1"
     running.start()
     return running
 
@@ -86,7 +96,7 @@ async def start(client: openai.AsyncOpenAI, lines: Iterable[str], window: str = 
 
 async def until(client: openai.AsyncOpenAI, batch: Batch, condition: Callable[[Batch], object]) -> Batch:
     """Wait until a batch meets a condition; returns it."""
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(DEADLINE_S):
         while not condition(batch := await client.batches.retrieve(batch.id)):  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.1)
     return batch
@@ -154,7 +164,7 @@ async def test_every_line_is_once_in_the_output_or_the_error_file(gateways: Gate
     lane = [end for _, end in (await committed(gateways.kafka, topic=requests_topic(LANE))).values()]
     assert sum(lane) >= 100
     assert {one.purpose for one in (await client.files.list()).data} == {"batch", "batch_output"}
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(DEADLINE_S):
         while sum(row["requests"] for row in await usage(client)) < 100:  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.1)
     (row,) = await usage(client)
@@ -175,7 +185,7 @@ async def test_completions_in_a_batch(client: openai.AsyncOpenAI):
 
 
 async def test_a_cancelled_batch_and_one_that_expires_name_the_lines_without_an_answer(client: openai.AsyncOpenAI):
-    slow = [line(f"slow{number}", LONG_PROMPT) for number in range(20)]
+    slow = [line(f"slow{number}", ENDLESS_PROMPT) for number in range(20)]
     cancelled, expired = await asyncio.gather(
         start(client, [line("quick", question(1)), *slow]), start(client, slow, window="2s")
     )
@@ -248,7 +258,7 @@ async def test_others_do_not_see_the_files_and_batches_of_a_tenant(gateways: Gat
 async def test_an_upload_that_cannot_be_used_leaves_nothing(client, file, purpose, status, param, code):
     files = {"other": (None, b"x")} if file is None else {"file": ("input.jsonl", file)}
     headers = {"authorization": f"Bearer {client.api_key}"}
-    async with httpx.AsyncClient() as bare:
+    async with httpx.AsyncClient(timeout=REPLY_S) as bare:
         answer = await bare.post(f"{client.base_url}files", files=files, data={"purpose": purpose}, headers=headers)
         assert answer.status_code == status
         assert (answer.json()["error"]["param"], answer.json()["error"]["code"]) == (param, code)

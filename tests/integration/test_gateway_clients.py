@@ -11,10 +11,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import hypothesis
+import psutil
 import pytest
 
+from tests.support.deadlines import REPLY_S, until
 from tests.support.gateway import GatewayProcess
-from tests.support.router import LARGE_PROMPT, LEVELS, LONG_PROMPT, MODEL, page, question, until_page
+from tests.support.router import ENDLESS_PROMPT, LARGE_PROMPT, LEVELS, MODEL, page, question, until_page
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # otherwise it asks the network for prices
 
@@ -45,6 +47,8 @@ def connect(url: str, *, segment: int | None = None) -> socket.socket:
     """
     address = urlsplit(url)
     made = socket.socket()
+    # What the gateway has not taken does not disappear in this side's buffer.
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
     if segment is not None:
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
@@ -126,17 +130,22 @@ def test_curl_reads_a_stream_line_by_line(gateways: GatewayProcess, key: str):
         pytest.skip("curl is not installed")
     command = [
         "curl", "--no-buffer", "--silent", f"{gateways.urls[0]}/v1/chat/completions",
-        "--header", f"authorization: Bearer {key}", "--json", json.dumps(body(LONG_PROMPT, stream=True)),
+        "--header", f"authorization: Bearer {key}", "--json",
     ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
+
+    def read(prompt: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen([*command, json.dumps(body(prompt, stream=True))], stdout=subprocess.PIPE, text=True)
+
+    with read(ENDLESS_PROMPT) as curl:
         lines = (line for line in curl.stdout if line.startswith("data: {"))
         next(lines)
-        text = json.loads(next(lines).removeprefix("data: "))["choices"][0]["delta"]["content"]
-        assert text
+        assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["delta"]["content"]
         assert curl.poll() is None  # the answer is not complete yet
-        more = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+        curl.terminate()
+    with read(question(6)) as curl:
+        events = [json.loads(line.removeprefix("data: ")) for line in curl.stdout if line.startswith("data: {")]
         assert curl.wait() == 0
-    assert text + "".join(one["delta"].get("content", "") for one in more) == "L1 says: " + "word " * 40
+    assert "".join(one["choices"][0]["delta"].get("content", "") for one in events) == ANSWER
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -160,14 +169,12 @@ async def test_a_client_that_never_reads_is_closed(gateways: GatewayProcess, key
 
 async def until_connections(pid: int, port: int, wanted: int) -> None:
     """Wait until a process has so many connections on a port, whatever their state."""
-    import psutil  # noqa: PLC0415
 
-    async with asyncio.timeout(30):
-        while (  # noqa: ASYNC110 - no event
-            len([one for one in psutil.Process(pid).net_connections("tcp") if one.raddr and one.laddr.port == port])
-            != wanted
-        ):
-            await asyncio.sleep(0.1)
+    def connections() -> int:
+        found = psutil.Process(pid).net_connections("tcp")
+        return len([one for one in found if one.raddr and one.laddr.port == port])
+
+    await until(connections, lambda found: found == wanted)
 
 
 async def test_slow_and_oversized_bodies(gateways: GatewayProcess, key: str, bearer: dict[str, str]):
@@ -178,17 +185,18 @@ async def test_slow_and_oversized_bodies(gateways: GatewayProcess, key: str, bea
             answer = await asyncio.to_thread(read_to_end, slow)
         assert answer.startswith(b"HTTP/1.1 408")
         assert b'"error":{' in answer.replace(b'"error": {', b'"error":{')
-
-        async def endless():
-            for _ in range(10_000):
-                yield b" " * 65_536
-
-        async with httpx.AsyncClient(timeout=30) as client:
-            refused = await client.post(f"{url}/v1/chat/completions", content=endless(), headers=bearer)
-        assert refused.status_code == 413
-        assert refused.json()["error"]["message"].startswith("the body is larger than")
     finally:
         gateways.stop(url)
+
+    async def endless():
+        for _ in range(10_000):
+            yield b" " * 65_536
+
+    # At a gateway that waits longer for a slow body than this machine may stand still.
+    async with httpx.AsyncClient(timeout=REPLY_S) as client:
+        refused = await client.post(f"{gateways.urls[0]}/v1/chat/completions", content=endless(), headers=bearer)
+    assert refused.status_code == 413
+    assert refused.json()["error"]["message"].startswith("the body is larger than")
 
 
 async def test_headers_are_bounded(gateways: GatewayProcess, key: str):
@@ -201,15 +209,14 @@ async def test_headers_are_bounded(gateways: GatewayProcess, key: str):
         endless.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\nx-padding: ")
         with suppress(ConnectionError):  # the gateway has answered and ended the connection
             for _ in range(1_000):
-                endless.sendall(b"a" * 1_000)
-                await asyncio.sleep(0.001)
+                await asyncio.to_thread(endless.sendall, b"a" * 1_000)
             pytest.fail("a megabyte of headers was taken")
         assert b" 200 " not in await asyncio.to_thread(read_to_end, endless)
 
 
 async def test_headers_cannot_be_injected(gateways: GatewayProcess, bearer: dict[str, str], key: str):
     task = "a\r\nset-cookie: evil=1"
-    async with httpx.AsyncClient(timeout=30) as client:
+    async with httpx.AsyncClient(timeout=REPLY_S) as client:
         answer = await client.post(
             f"{gateways.urls[0]}/v1/chat/completions",
             json=body(question(1), metadata={"sprout_task": task}),
@@ -233,7 +240,7 @@ async def test_headers_cannot_be_injected(gateways: GatewayProcess, bearer: dict
     ids=range(9),
 )  # fmt: skip
 async def test_malformed_bodies_get_400(gateways: GatewayProcess, bearer: dict[str, str], content: bytes):
-    async with httpx.AsyncClient(timeout=30) as client:
+    async with httpx.AsyncClient(timeout=REPLY_S) as client:
         answer = await client.post(
             f"{gateways.urls[0]}/v1/chat/completions",
             content=content,

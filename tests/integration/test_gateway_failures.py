@@ -7,13 +7,11 @@ import signal
 import httpx
 import pytest
 
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.gateway import GatewayProcess, prepare_gateways
-from tests.support.router import LONG_PROMPT, MODEL, TritonServer, question
+from tests.support.router import ENDLESS_PROMPT, LONG_PROMPT, MODEL, TritonServer, question
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-
-WITHIN_S = 30.0
-"""A stream has its error within this time after a failure."""
 
 
 def body(prompt: str, **changes: object) -> dict[str, object]:
@@ -29,7 +27,8 @@ async def client_of(gateways: GatewayProcess, url: str | None = None) -> httpx.A
 
 async def test_without_kafka_the_client_is_told_when_to_try_again(gateways: GatewayProcess, kafka_server):
     kafka = kafka_server.supervisor.process("kafka")
-    async with await client_of(gateways) as client:
+    url = gateways.start(SPROUT_GATEWAY_PUBLISH_TIMEOUT_S="5")
+    async with await client_of(gateways, url) as client:
         assert (await client.get("/models")).status_code == 200  # the key is remembered
         kafka.signal(signal.SIGSTOP)
         try:
@@ -39,9 +38,10 @@ async def test_without_kafka_the_client_is_told_when_to_try_again(gateways: Gate
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["code"] == "service_unavailable"
-        async with asyncio.timeout(60):
-            while (await client.post("/chat/completions", json=body(question(1)))).status_code != 200:  # noqa: ASYNC110 - no event
-                await asyncio.sleep(0.5)
+        await until(
+            lambda: client.post("/chat/completions", json=body(question(1))), lambda found: found.status_code == 200
+        )
+    gateways.stop(url)
 
 
 async def test_gateways_that_share_a_reply_partition_and_their_router_dies(
@@ -73,14 +73,14 @@ async def test_gateways_that_share_a_reply_partition_and_their_router_dies(
 
         # The router dies in the middle of a stream, and before the whole answer of another request.
         whole = asyncio.create_task(first.post("/chat/completions", json=body(LONG_PROMPT)))
-        async with first.stream("POST", "/chat/completions", json=body(LONG_PROMPT, stream=True)) as stream:
+        async with first.stream("POST", "/chat/completions", json=body(ENDLESS_PROMPT, stream=True)) as stream:
             lines = stream.aiter_lines()
             async for line in lines:
                 if '"content":"L1' in line:
                     break
             supervisor.kill(router)
             gateways.routers.start_unready()
-            async with asyncio.timeout(WITHIN_S):
+            async with asyncio.timeout(DEADLINE_S):
                 rest = [line.removeprefix("data: ") async for line in lines if line.startswith("data: ")]
         # The new router has begun the answer again, or is not ready yet.
         assert rest[-1] == "[DONE]"
@@ -90,7 +90,7 @@ async def test_gateways_that_share_a_reply_partition_and_their_router_dies(
         assert answer.json()["choices"][0]["message"]["content"].startswith("L1 says:")
 
         # A gateway dies: the connections of its clients end.
-        async with second.stream("POST", "/chat/completions", json=body(LONG_PROMPT, stream=True)) as stream:
+        async with second.stream("POST", "/chat/completions", json=body(ENDLESS_PROMPT, stream=True)) as stream:
             lines = stream.aiter_lines()
             await anext(lines)
             supervisor.kill(gateways.names[1])
@@ -98,3 +98,4 @@ async def test_gateways_that_share_a_reply_partition_and_their_router_dies(
                 async for _ in lines:
                     pass
         assert (await first.post("/chat/completions", json=body(question(3)))).status_code == 200
+    gateways.stop_all()

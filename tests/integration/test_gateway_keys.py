@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import pytest
@@ -20,15 +20,14 @@ from shared.messages import Footprint, OptionEstimate
 from shared.messages.policies import OptionInputs
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import FOOTPRINTS
+from tests.support.deadlines import until
 from tests.support.fleets import fleet_toml
 from tests.support.gateway import GatewayProcess
 from tests.support.messages import policy
-from tests.support.router import LONG_PROMPT, MODEL, RouterProcess, producing, question
+from tests.support.router import ENDLESS_PROMPT, MODEL, RouterProcess, producing, question
 from tools.cli.main import app
 
 pytestmark = pytest.mark.integration
-
-T = TypeVar("T")
 
 LEASE_S = "3"
 
@@ -105,14 +104,6 @@ def level_of(answer: httpx.Response) -> str:
     return level
 
 
-async def until(read: Callable[[], Awaitable[T]], condition: Callable[[T], bool]) -> T:
-    """Read until a condition is met; returns what was read then."""
-    async with asyncio.timeout(30):
-        while not condition(found := await read()):  # noqa: ASYNC110 - no event
-            await asyncio.sleep(0.1)
-    return found
-
-
 async def test_two_gateways_share_the_limit_of_a_key_exactly(gateways: GatewayProcess):
     key = new_key(gateways, "--requests-per-minute", "10", "--tokens-per-minute", "100000")
     if datetime.now(UTC).second > 40:
@@ -142,9 +133,10 @@ async def test_a_client_that_asks_one_after_the_other_needs_one_place(gateways: 
 
 async def test_the_place_of_a_killed_gateway_is_free_after_its_lease(gateways: GatewayProcess):
     key = new_key(gateways, "--concurrent", "1")
-    dying = gateways.start(SPROUT_GATEWAY_LEASE_S=LEASE_S)
+    # The default lease: it must not end before the other gateway has refused.
+    dying = gateways.start()
     async with client_of(gateways, key, gateways.urls.index(dying)) as first, client_of(gateways, key) as living:
-        body = {"model": MODEL, "messages": [{"role": "user", "content": LONG_PROMPT}], "stream": True}
+        body = {"model": MODEL, "messages": [{"role": "user", "content": ENDLESS_PROMPT}], "stream": True}
         async with first.stream("POST", "/v1/chat/completions", json=body) as stream:
             assert stream.status_code == 200
             await anext(stream.aiter_bytes())
@@ -153,6 +145,13 @@ async def test_the_place_of_a_killed_gateway_is_free_after_its_lease(gateways: G
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         answer = await until(lambda: ask(living), lambda found: found.status_code != 429)
         assert answer.status_code == 200
+
+
+async def test_a_gateway_that_has_just_started_knows_the_policy(gateways: GatewayProcess):
+    key, url = new_key(gateways), gateways.start()
+    async with client_of(gateways, key, gateways.urls.index(url)) as client:
+        assert (await ask(client)).json()["usage"]["sprout"]["estimated_grams"] == pytest.approx(1.0)
+    gateways.stop(url)
 
 
 async def test_a_budget_forces_levels_and_then_refuses(gateways: GatewayProcess):

@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from deploy.local.processes import LOOPBACK
 from tests.support.chromium import Page, chromium, chromium_program
+from tests.support.deadlines import REPLY_S
 from tests.support.gateway import GatewayProcess
 from tests.support.router import LONG_PROMPT, MODEL, question
 
@@ -41,6 +43,10 @@ def key_of(gateways: GatewayProcess, tenant: str | None = None) -> str:
     return asyncio.run(gateways.create_key(tenant=tenant))
 
 
+def get(url: str, **options: Any) -> httpx.Response:
+    return httpx.get(url, timeout=REPLY_S, **options)
+
+
 def ask(url: str, key: str, prompt: str, **changes: object) -> str:
     answer = httpx.post(
         f"{url}/v1/chat/completions",
@@ -65,20 +71,20 @@ def test_the_page_needs_a_key_unless_this_machine_asks(gateways: GatewayProcess)
     tenant, other = key_of(gateways, tenant="garden"), key_of(gateways, tenant="other")
     url = gateways.urls[0]
     asked = ask(url, tenant, question(7))
-    assert httpx.get(url).status_code == 200
+    assert get(url).status_code == 200
     foreign = {"host": "sprout.example"}
-    refused = httpx.get(url, headers=foreign)
+    refused = get(url, headers=foreign)
     assert refused.status_code == 401
     assert refused.headers["www-authenticate"].startswith("Basic ")
-    assert httpx.get(url, headers=foreign, auth=("any", "wrong")).status_code == 401
-    assert httpx.get(f"{url}/?key={tenant}", headers=foreign).status_code == 401
-    assert httpx.get(url, headers={**foreign, "authorization": "Basic !"}).status_code == 401
-    mine = httpx.get(url, headers=foreign, auth=("any", tenant))
+    assert get(url, headers=foreign, auth=("any", "wrong")).status_code == 401
+    assert get(f"{url}/?key={tenant}", headers=foreign).status_code == 401
+    assert get(url, headers={**foreign, "authorization": "Basic !"}).status_code == 401
+    mine = get(url, headers=foreign, auth=("any", tenant))
     assert mine.status_code == 200
     assert asked[:16] in mine.text
     # A key with a tenant lists the answers to this tenant only.
-    assert asked[:16] not in httpx.get(url, headers=foreign, auth=("any", other)).text
-    status = httpx.get(f"{url}/v1/sprout/status", headers={**foreign, "authorization": f"Bearer {tenant}"}).json()
+    assert asked[:16] not in get(url, headers=foreign, auth=("any", other)).text
+    status = get(f"{url}/v1/sprout/status", headers={**foreign, "authorization": f"Bearer {tenant}"}).json()
     assert [answer["level"] for answer in status["answers"]] == ["L1"]
     assert status["saved_today"]["on_the_meter_g"] is None
     assert status["zones"][0]["now"]["g_per_kwh"] == 300.0
@@ -89,8 +95,8 @@ def test_on_a_public_address_everybody_needs_a_key(gateways: GatewayProcess):
     url = gateways.start(SPROUT_HTTP_HOST="0.0.0.0")
     try:
         assert LOOPBACK in url
-        assert httpx.get(url).status_code == 401
-        assert httpx.get(url, auth=("any", key)).status_code == 200
+        assert get(url).status_code == 401
+        assert get(url, auth=("any", key)).status_code == 200
     finally:
         gateways.stop(url)
 

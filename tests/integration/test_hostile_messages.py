@@ -24,6 +24,7 @@ from shared.topics import DEAD_LETTERS, RESPONSES
 from tests.support.contract import EXAMPLES
 from tests.support.deadlines import DEADLINE_S
 from tests.support.router import producing, reading
+from tests.support.traffic import timestamp_ms
 
 pytestmark = pytest.mark.integration
 
@@ -72,8 +73,9 @@ async def test_one_bad_response_costs_only_itself(name, kafka, storage):
     values = [json.dumps(GOOD | {"request_id": f"r{number}"}).encode() for number in range(NUMBER)]
     values.insert(NUMBER // 2, bad)
     async with producing(kafka) as producer, reading(kafka, DEAD_LETTERS) as letters:
-        topic = kafka.topic(RESPONSES)
-        await asyncio.gather(*[await producer.producer.send(topic, value, partition=0) for value in values])
+        options = {"partition": 0, "timestamp_ms": timestamp_ms(RESPONSES)}
+        sends = [await producer.producer.send(kafka.topic(RESPONSES), value, **options) for value in values]
+        await asyncio.gather(*sends)
         async with asyncio.timeout(DEADLINE_S):
             while len(ids := await stored(storage)) + len(letters.records) <= NUMBER:
                 await letters._poll(100)

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +21,13 @@ import pytest
 from shared.messages import DeadLetter, PromptGrouping
 from shared.topics import CARBON_INTENSITY, DEAD_LETTERS, MEBIBYTE, POLICIES, PROMPT_GROUPS, RESPONSES
 from tests.support.deadlines import DEADLINE_S
-from tests.support.processes import restart_exited
+from tests.support.processes import memory_mib, restart_exited
 from tests.support.router import MODEL, ZONE, intensity, page, policy, producing, reading, request, until_committed
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("inspecting")]
 
 MEMORY_LIMIT_MIB = 256
+PEAK = "VmHWM"
 ORDINARY = 40
 TURN = b'{"role":"user","content":""},'
 
@@ -114,7 +114,7 @@ async def test_a_router_survives_and_answers_all_ordinary_requests(name, kafka, 
     process = routers.supervisor.process(router)
     process.check()  # it has not exited
     assert '"ready"' in await asyncio.to_thread(page, f"{process.spec.url}/ready")
-    assert peak_mib(process.pid) < MEMORY_LIMIT_MIB
+    assert memory_mib(process.pid, PEAK) < MEMORY_LIMIT_MIB
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ async def test_a_record_that_ends_the_process_is_set_aside_after_one_restart(com
     """A router is killed at 256 MiB, as in a container, and started again."""
     await producer.prepare({"L1": 1.0})
     router = routers.start()
-    killed = 0
+    killed: set[int] = set()
     async with reading(kafka) as answers, reading(kafka, DEAD_LETTERS) as letters:
         async with producing(
             kafka, compression_type=compression, max_request_size=2**28, max_batch_size=2**28
@@ -138,20 +138,21 @@ async def test_a_record_that_ends_the_process_is_set_aside_after_one_restart(com
             while wanted - answers.responses().keys():
                 if not restart_exited(routers.supervisor, [router]):
                     pid = routers.supervisor.process(router).pid
-                    if current_mib(pid) > MEMORY_LIMIT_MIB:
+                    # The largest so far: this process may be looking at another time than the router unpacks.
+                    if memory_mib(pid, PEAK) > MEMORY_LIMIT_MIB:
                         os.kill(pid, signal.SIGKILL)
-                        killed += 1
+                        killed.add(pid)
                 await answers._poll(20)
         await until_committed(kafka)
         await answers.read_to_end()
         await letters.read_to_end()
         kept = [DeadLetter.model_validate_json(record.value) for record in letters.records]
-    assert killed == 1
+    assert len(killed) == 1
     assert len(answers.records) == ORDINARY
     assert [(one.reason, one.partition, one.offset, one.value_base64) for one in kept] == [
         ("unreadable", bomb.partition, bomb.offset, "")
     ]
-    assert peak_mib(routers.supervisor.process(router).pid) < MEMORY_LIMIT_MIB
+    assert memory_mib(routers.supervisor.process(router).pid, PEAK) < MEMORY_LIMIT_MIB
 
 
 @pytest.mark.extended
@@ -178,7 +179,7 @@ async def test_a_router_starts_with_a_bomb_on_each_topic_that_it_reads(kafka, ro
     process = routers.supervisor.process(router)
     metrics = await asyncio.to_thread(page, f"{process.spec.url}/metrics")
     assert f'sprout_router_policy_age_seconds{{model="{MODEL}"}} NaN' not in metrics
-    assert peak_mib(process.pid) < MEMORY_LIMIT_MIB
+    assert memory_mib(process.pid, PEAK) < MEMORY_LIMIT_MIB
 
 
 async def test_control_messages_of_2125_and_bombs_are_not_believed_at_a_start(kafka, routers, producer):
@@ -216,22 +217,10 @@ async def test_control_messages_of_2125_and_bombs_are_not_believed_at_a_start(ka
     assert decisions == {made.version}
     assert reasons == {"implausible": 6, "invalid_message": 1}
     process = routers.supervisor.process(router)
-    assert peak_mib(process.pid) < MEMORY_LIMIT_MIB
+    assert memory_mib(process.pid, PEAK) < MEMORY_LIMIT_MIB
     metrics = await asyncio.to_thread(page, f"{process.spec.url}/metrics")
     assert f'sprout_dead_letters_total{{reason="implausible",topic="{kafka.topic(POLICIES)}"}} 4.0' in metrics
 
 
 def _letter(record: Any) -> DeadLetter:
     return DeadLetter.model_validate_json(record.value)
-
-
-def current_mib(pid: int) -> int:
-    """Resident memory of a process, MiB."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
-
-
-def peak_mib(pid: int) -> int:
-    """Largest resident memory of a process, MiB."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) // 1024

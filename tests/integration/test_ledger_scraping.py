@@ -20,6 +20,7 @@ from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock, ManualClock
 from shared.runtime.database import migrate, open_pool
 from tests.support.certificate import Authority, Certificate
+from tests.support.deadlines import REPLY_S
 
 pytestmark = pytest.mark.integration
 
@@ -75,7 +76,7 @@ def scraper(storage: Storage, port: int, *, clock: Clock | None = None, **securi
         models=(Model(name="m", chat_template="llama-2"),),
         pools=(Pool(name="p", model="m", zone="GB", endpoints=(endpoint,), **security),),
     )
-    settings = LedgerSettings(scrape_interval_s=1.0, scrape_timeout_s=5.0)
+    settings = LedgerSettings(scrape_interval_s=1.0, scrape_timeout_s=REPLY_S)
     (one,) = scrapers_of(
         fleet, settings=settings, storage=storage, clock=clock or Clock(), metrics=LedgerMetrics(CollectorRegistry())
     )

@@ -48,12 +48,14 @@ from shared.topics import (
     USAGE,
     TopicSpec,
 )
-from tests.support.deadlines import until
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.router import LEVELS, MODEL, ZONE, Producer, producing, question, reading, write_workload
 
 pytestmark = pytest.mark.integration
 
 RATE = 20.0
+SETTLE_DELAY_S = 10.0 * RATE
+"""Longer than a busy machine stands still between the end of a call and its message in Kafka."""
 IDLE_W = 55.0
 IN_FLIGHT = 2
 """Requests of `serve` at once."""
@@ -130,7 +132,7 @@ class Ledgers:
             "SPROUT_KAFKA_GROUP_PREFIX": self._kafka.group_prefix,
             "SPROUT_LEDGER_SCRAPE_INTERVAL_S": "0.2",
             "SPROUT_LEDGER_SETTLE_INTERVAL_S": "0.3",
-            "SPROUT_LEDGER_SETTLE_DELAY_S": str(1.5 * RATE),
+            "SPROUT_LEDGER_SETTLE_DELAY_S": str(SETTLE_DELAY_S),
         }
         self._supervisor.start(
             service_spec("ledger", port=port, environment=environment, settings=settings | changes, name=name)
@@ -213,7 +215,7 @@ async def serve(
         prompt = f"<s>[INST] {system}{question(number % 40)} [/INST]"
         async with places:
             made = await generate(
-                client, prompt, GenerationParameters(max_tokens=500), request_id=f"r{number}", timeout_s=30
+                client, prompt, GenerationParameters(max_tokens=500), request_id=f"r{number}", timeout_s=DEADLINE_S
             )
         assert made.completion_tokens == LEVELS[level][0]
         expected[f"r{number}"] = made.completion_tokens * 6.0
@@ -463,7 +465,7 @@ async def test_an_endpoint_is_settled_up_to_the_oldest_running_call_and_its_curv
 ):
     await give_intensity(producer, server.clock)
     async with ReportingRouter(producer, server.clock) as router:
-        ledgers.start(SPROUT_LEDGER_SETTLE_MARGIN_S="1")
+        ledgers.start(SPROUT_LEDGER_SETTLE_MARGIN_S="1", SPROUT_LEDGER_SETTLE_DELAY_S=str(1.5 * RATE))
         await ledgers.until("SELECT count(*) > 0 FROM meters", True)
         router.oldest_started_at = server.clock.now()
         await router.report()

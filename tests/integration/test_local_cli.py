@@ -260,7 +260,7 @@ for command in {list(commands)!r}:
     result = CliRunner().invoke(app, command)
     print(json.dumps([result.exit_code, result.output, sorted({{name.partition(".")[0] for name in sys.modules}})]))
 """
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=240)
     return [(code, output, set(loaded)) for code, output, loaded in map(json.loads, done.stdout.splitlines())]
 
 

@@ -20,13 +20,13 @@ from deploy.local.processes import (
     http_probe,
 )
 from deploy.local.state import stop_recorded
-from tests.support.deadlines import wait_until
+from tests.support.deadlines import REPLY_S, wait_until
 
 SLEEPER = "import time; time.sleep(60)"
 
 
 def python(code: str, **fields: object) -> ProcessSpec:
-    settings = {"name": "child", "stop_grace_s": 5.0, **fields}
+    settings = {"name": "child", "stop_grace_s": 60.0, **fields}
     return ProcessSpec(command=(sys.executable, "-S", "-u", "-c", textwrap.dedent(code)), **settings)
 
 
@@ -212,5 +212,5 @@ def test_an_http_probe_says_why_a_service_is_not_ready(supervisor, tmp_path):
         HTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
     """
     assert "does not answer" in (http_probe(f"http://127.0.0.1:{port}/ready")() or "")
-    supervisor.start(python(code, ready=http_probe(f"http://127.0.0.1:{port}/ready"), ready_timeout_s=20))
-    assert "no policy yet" in (http_probe(f"http://127.0.0.1:{port}/else")() or "")
+    supervisor.start(python(code, ready=http_probe(f"http://127.0.0.1:{port}/ready")))
+    assert "no policy yet" in (http_probe(f"http://127.0.0.1:{port}/else", timeout_s=REPLY_S)() or "")

@@ -24,7 +24,7 @@ from deploy.local.processes import ProcessFailedError, ProcessSpec
 from deploy.local.stack import LocalStack
 from deploy.local.state import StateError, read_state, stop_stack
 from shared.topics import TOPICS
-from tests.support.deadlines import wait_until
+from tests.support.deadlines import DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -205,7 +205,7 @@ def test_the_stack_ends_with_its_owner(tmp_path, how):
         with pytest.raises(StateError, match=f"process {owner.pid} runs this stack in the foreground"):
             stop_stack(state)
         owner.send_signal(how)
-        owner.wait(30)
+        owner.wait(DEADLINE_S)
         wait_until(lambda: not living(state))
     finally:
         owner.kill()

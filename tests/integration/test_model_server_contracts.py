@@ -16,7 +16,8 @@ from shared.inference.base import (
 )
 from shared.inference.tokens import Tokenizer
 from shared.inference.triton.client import TritonClient
-from tests.support.router import LONG_PROMPT, MODEL, question, write_workload
+from tests.support.deadlines import DEADLINE_S
+from tests.support.router import ENDLESS_PROMPT, LONG_PROMPT, MODEL, question, write_workload
 from tests.support.tokenizer import write_tokenizer
 from tests.support.triton import ServingTriton, serving_triton
 
@@ -27,8 +28,8 @@ SINGLE = "llmapi-single"
 """As TensorRT-LLM ships its model: each answer is a single response."""
 DECOUPLED = ("ensemble", "llmapi")
 ALL = (*DECOUPLED, SINGLE)
-LONG_PROMPT_J = 240.0
-"""Energy of an answer to `LONG_PROMPT` that nothing stops; it takes four seconds."""
+ENDLESS_PROMPT_J = 1_800.0
+"""Energy of an answer to `ENDLESS_PROMPT` that nothing stops."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingTriton]:
 @pytest.fixture
 async def client(request: pytest.FixtureRequest, server: ServingTriton) -> AsyncIterator[TritonClient]:
     async with TritonClient(server.address, model=request.param, clock=server.clock, name="e0") as made:
-        await made.probe(timeout_s=5)
+        await made.probe(timeout_s=DEADLINE_S)
         yield made
 
 
@@ -60,10 +61,10 @@ def prompt(text: str) -> str:
 async def ask(client: TritonClient, *, text: str = question(1), streamed: bool = True, **changes):
     parameters = GenerationParameters(max_tokens=500).model_copy(update=changes)
     pieces, generation = [], None
-    request = await client.prepare(prompt(text), parameters, request_id="r", timeout_s=20, streamed=streamed)
-    async with aclosing(client.stream(request, timeout_s=20)) as chunks:
+    request = await client.prepare(prompt(text), parameters, request_id="r", timeout_s=DEADLINE_S, streamed=streamed)
+    async with aclosing(client.stream(request, timeout_s=DEADLINE_S)) as chunks:
         async for chunk in chunks:
-            pieces.append(chunk.text)
+            pieces += [chunk.text] if chunk.text else []
             generation = chunk.generation or generation
     assert generation is not None
     assert "".join(pieces) == generation.text
@@ -78,7 +79,7 @@ async def test_an_answer_is_the_recorded_text_without_the_prompt(client, streame
     assert generation.finish_reason == "stop"
     assert client.contract is not None
     in_parts = client.contract.decoupled and (streamed or client.contract.name == "llm-api")
-    assert (len(pieces) > 10) == in_parts
+    assert (len(pieces) > 1) == in_parts
 
 
 @pytest.mark.parametrize("client", ["ensemble"], indirect=True)
@@ -90,9 +91,11 @@ async def test_the_ensemble_counts_its_tokens_itself(client):
 
 @pytest.mark.parametrize("client", ["llmapi"], indirect=True)
 async def test_the_parts_of_the_llm_apis_stream_are_counted_even_where_no_stream_was_requested(client):
-    _, generation = await ask(client, streamed=False)
+    pieces, generation = await ask(client, streamed=False)
     assert generation.token_count_source == "stream"
-    assert 50 <= generation.completion_tokens <= 100  # tokens that are due together come in one part
+    # Tokens that are due together come in one part: at most a hundred, and on a busy machine few.
+    assert 1 < generation.completion_tokens <= 100
+    assert generation.completion_tokens == len(pieces)
     assert generation.prompt_tokens is None
 
 
@@ -117,21 +120,21 @@ async def test_a_stop_sequence_that_is_spread_over_parts_ends_an_answer(client, 
 async def test_a_stop_sequence_stops_the_server_too(client, server, streamed):
     gpu = client.contract.model
     before_j = server.energy_j(gpu)
-    _, generation = await ask(client, text=LONG_PROMPT, stop=("word",), streamed=streamed)
+    _, generation = await ask(client, text=ENDLESS_PROMPT, stop=("word",), streamed=streamed)
     assert generation.text == "L0 says: "
-    assert await server.settled_energy_j(gpu) - before_j < LONG_PROMPT_J / 2
+    assert await server.settled_energy_j(gpu) - before_j < ENDLESS_PROMPT_J / 2
 
 
 @pytest.mark.parametrize("client", ALL, indirect=True)
 async def test_a_cancelled_task_stops_the_server(client, server):
     gpu = client.contract.model
     before_j = server.energy_j(gpu)
-    task = asyncio.create_task(ask(client, text=LONG_PROMPT))
+    task = asyncio.create_task(ask(client, text=ENDLESS_PROMPT))
     await server.until_energy_above(gpu, before_j)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await server.settled_energy_j(gpu) - before_j < LONG_PROMPT_J / 2
+    assert await server.settled_energy_j(gpu) - before_j < ENDLESS_PROMPT_J / 2
 
 
 @pytest.mark.parametrize("client", ALL, indirect=True)
@@ -139,10 +142,10 @@ async def test_cancelling_a_request_ends_its_stream_with_an_error_and_stops_the_
     gpu = client.contract.model
     before_j = server.energy_j(gpu)
     parameters = GenerationParameters(max_tokens=500)
-    request = await client.prepare(prompt(LONG_PROMPT), parameters, request_id="r", timeout_s=20)
+    request = await client.prepare(prompt(ENDLESS_PROMPT), parameters, request_id="r", timeout_s=DEADLINE_S)
 
     async def read() -> None:
-        async with aclosing(client.stream(request, timeout_s=20)) as chunks:
+        async with aclosing(client.stream(request, timeout_s=DEADLINE_S)) as chunks:
             async for _ in chunks:
                 pass
 
@@ -152,7 +155,7 @@ async def test_cancelling_a_request_ends_its_stream_with_an_error_and_stops_the_
     client.cancel(request)
     with pytest.raises(GenerationCancelled, match="e0: the generation was cancelled"):
         await task
-    assert await server.settled_energy_j(gpu) - before_j < LONG_PROMPT_J / 2
+    assert await server.settled_energy_j(gpu) - before_j < ENDLESS_PROMPT_J / 2
     assert (await ask(client, max_tokens=3))[1].text
 
 
@@ -185,7 +188,7 @@ async def test_a_tokenizer_counts_where_the_server_does_not(server, tokenizer, m
     assert generation.token_count_source == "tokenizer"
     assert generation.completion_tokens == 102  # words: "L0", "says:", and "word" a hundred times
     assert generation.prompt_tokens == 1 + len(prompt(question(1)).split())  # with begin-of-sequence
-    assert (len(pieces) > 10) == (streamed and model == "llmapi")
+    assert (len(pieces) > 1) == (streamed and model == "llmapi")
 
 
 async def test_a_tokenizer_counts_the_text_after_a_stop_sequence_as_well(server, tokenizer):
@@ -203,9 +206,9 @@ async def test_the_servers_count_takes_precedence_over_a_tokenizers(server, toke
 @pytest.mark.parametrize("client", DECOUPLED, indirect=True)
 async def test_a_server_that_pauses_too_long_between_parts_has_failed(client):
     parameters = GenerationParameters(max_tokens=500)
-    request = await client.prepare(prompt(LONG_PROMPT), parameters, request_id="r", timeout_s=20)
-    timeouts = StreamTimeouts(first_s=5.0, next_s=0.02)  # a part arrives every tenth of a second
-    chunks = client.stream(request, timeout_s=20, stream_timeouts=timeouts)
+    request = await client.prepare(prompt(LONG_PROMPT), parameters, request_id="r", timeout_s=DEADLINE_S)
+    timeouts = StreamTimeouts(first_s=DEADLINE_S, next_s=0.02)  # a part arrives every tenth of a second
+    chunks = client.stream(request, timeout_s=DEADLINE_S, stream_timeouts=timeouts)
     received = []
 
     async def read() -> None:

@@ -16,6 +16,7 @@ from shared.inference.chat import ServerTemplate
 from shared.inference.openai import OpenAIClient
 from shared.messages import ChatMessage
 from shared.runtime.clock import Clock
+from tests.support.deadlines import DEADLINE_S
 
 pytestmark = pytest.mark.integration
 
@@ -57,7 +58,7 @@ async def test_it_generates_and_the_server_counts_the_tokens(clients, kind):
     turns = [ChatMessage(role="user", content="Say hello.")]
     prompt = ServerTemplate().render(turns) if kind == "chat" else "Hello, my name is"
     parameters = GenerationParameters(max_tokens=4, temperature=0.0, seed=1)
-    found = await generate(clients[kind], prompt, parameters, request_id="r", timeout_s=60.0)
+    found = await generate(clients[kind], prompt, parameters, request_id="r", timeout_s=DEADLINE_S)
     assert found.text
     assert (found.completion_tokens, found.token_count_source, found.finish_reason) == (4, "server", "length")
     assert found.prompt_tokens > 0
@@ -67,29 +68,29 @@ async def test_it_generates_and_the_server_counts_the_tokens(clients, kind):
 async def test_a_cancelled_generation_keeps_what_was_generated(clients):
     client = clients["completions"]
     request = await client.prepare(
-        "Count: one, two, three,", GenerationParameters(max_tokens=500), request_id="r", timeout_s=60.0
+        "Count: one, two, three,", GenerationParameters(max_tokens=500), request_id="r", timeout_s=DEADLINE_S
     )
     last = None
-    async with aclosing(client.stream(request, timeout_s=60.0)) as chunks:
+    async with aclosing(client.stream(request, timeout_s=DEADLINE_S)) as chunks:
         async for chunk in chunks:
             client.cancel(request)
             last = chunk
     assert last.generation.finish_reason == "cancelled"
     assert 0 < last.generation.completion_tokens < 500
     # The server's slot is free again.
-    async with asyncio.timeout(30):
-        again = await generate(client, "Hi", GenerationParameters(max_tokens=1), request_id="s", timeout_s=30.0)
+    async with asyncio.timeout(DEADLINE_S):
+        again = await generate(client, "Hi", GenerationParameters(max_tokens=1), request_id="s", timeout_s=DEADLINE_S)
     assert again.completion_tokens == 1
 
 
 async def test_what_the_server_does_not_have_is_named(clients, llama):
-    capabilities = await clients["completions"].probe(timeout_s=10.0)
+    capabilities = await clients["completions"].probe(timeout_s=DEADLINE_S)
     assert capabilities.unsupported_sampling == ("top_k", "min_tokens", "repetition_penalty")
     with pytest.raises(InvalidRequest, match=r"'sampling.top_k' is not supported"):
         await clients["completions"].prepare("x", GenerationParameters(top_k=3), request_id="r", timeout_s=9.0)
     other = OpenAIClient(llama, model="another", clock=Clock(), name="llama")
     with pytest.raises(EndpointUnavailable, match="serves no model 'another'; it serves: smollm2"):
-        await other.probe(timeout_s=10.0)
+        await other.probe(timeout_s=DEADLINE_S)
     await other.close()
 
 

@@ -63,6 +63,7 @@ async def test_evidence_becomes_a_policy_and_a_restart_continues_where_it_was(su
             assert cautious.status == "reference"
             assert cautious.overall == cautious.row("qa") == {"p/L0": 1.0}
             assert "judged prompts" in cautious.reason or "footprints" in cautious.reason
+            await around.until_counted()
 
             await around.send(QUALITY, "m", quality("e1", successes={"p/L0"[2:]: 60, "L1": 40}))
             bold = await around.policy(lambda one: one.row("qa").get("p/L1", 0.0) > 0)

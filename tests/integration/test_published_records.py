@@ -26,6 +26,7 @@ from shared.topics import (
 )
 from tests.support.contract import EXAMPLES, check_record, documents
 from tests.support.router import reading, request
+from tests.support.traffic import timestamp_ms
 
 pytestmark = pytest.mark.integration
 
@@ -46,8 +47,9 @@ async def test_the_records_of_every_service_are_as_described(kafka):
     publishers = {spec.name: declare_publisher(broker, kafka, spec) for spec in TOPICS if spec is not REQUESTS}
     await broker.start()
     try:
-        for name, publisher in publishers.items():
-            await publisher.publish(EXAMPLES[name], key=b"k")
+        for spec in TOPICS:
+            if spec is not REQUESTS:
+                await publishers[spec.name].publish(EXAMPLES[spec.name], key=b"k", timestamp_ms=timestamp_ms(spec))
     finally:
         await broker.stop()
     for spec in TOPICS:

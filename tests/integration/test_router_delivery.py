@@ -58,9 +58,9 @@ def routers(
 ) -> Iterator[RouterProcess]:
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(fleet_toml([triton.address]))
+    running = RouterProcess(supervisor, kafka, fleet, clock)
     # Under load requests wait for others: the deadline must not fail them.
-    settings = {"SPROUT_ROUTER_DEFAULT_DEADLINE_WALL_S": "120"}
-    running = RouterProcess(supervisor, kafka, fleet, clock, settings)
+    running.settings["SPROUT_ROUTER_DEFAULT_DEADLINE_WALL_S"] = "600"
     yield running
     for name in [name for name in supervisor.names if name.startswith(kafka.topic_prefix)]:
         supervisor.stop(name)

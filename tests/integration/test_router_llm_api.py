@@ -73,3 +73,5 @@ async def test_the_llm_api_serves_requests_like_the_ensemble(
     log = router.log(name)
     assert "llm-api" in log
     assert "repetition_penalty" in log
+    for process in (name, triton.name):
+        supervisor.stop(process)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from shared.topics import LOAD_REPORTS
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.router import LONG_PROMPT, reading, request, until_committed, until_page
 
 pytestmark = pytest.mark.integration
@@ -15,7 +15,8 @@ pytestmark = pytest.mark.integration
 async def test_a_killed_router_loses_no_request(kafka, routers, producer):
     await producer.prepare({"L0": 0.5, "L1": 0.5})
     await producer.ask(*(request(number) for number in range(600)))
-    first = routers.start()
+    # Few at once: when it is killed, it has not answered all.
+    first = routers.start(SPROUT_ROUTER_MAX_IN_FLIGHT="50")
     async with reading(kafka) as answers:
         await answers.read(until=150)
         routers.supervisor.kill(first)
@@ -45,7 +46,7 @@ async def test_a_stopped_router_finishes_running_requests_and_starts_no_more(kaf
     await producer.ask(*(request(number, prompt=LONG_PROMPT) for number in range(12)))
     url = routers.supervisor.process(name).spec.url
     await until_page(f"{url}/metrics", lambda text: "sprout_router_in_flight 4.0" in text)
-    await asyncio.to_thread(routers.stop_gently, name, within_s=60)
+    await asyncio.to_thread(routers.stop_gently, name, within_s=DEADLINE_S)
     async with reading(kafka) as answers:
         await answers.read_to_end()
         assert len(answers.records) == 4
@@ -81,7 +82,8 @@ async def test_a_static_member_that_restarts_causes_no_rebalance(kafka, routers,
     session = {"SPROUT_ROUTER_SESSION_TIMEOUT_S": "60"}
     names = [routers.start(SPROUT_ROUTER_INSTANCE_ID=f"member-{number}", **session) for number in range(2)]
     stays, dies = names
-    before = routers.log(stays).count("partitions assigned")
+    # Once alone, and once with the other one.
+    before = await until(lambda: routers.log(stays).count("partitions assigned"), lambda found: found >= 2)
     async with reading(kafka) as answers:
         await producer.ask(*(request(number) for number in range(400)))
         await answers.read(until=100)

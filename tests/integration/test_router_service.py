@@ -1,5 +1,6 @@
 """The router as a process, on real Kafka and a real Triton server with the stand-in model."""
 
+import asyncio
 import base64
 import math
 import re
@@ -17,6 +18,7 @@ from tests.support.deadlines import until
 from tests.support.grouping import judged_kinds, learned_grouping, sum_of
 from tests.support.grouping import question as question_text
 from tests.support.router import (
+    ENDLESS_PROMPT,
     LEVELS,
     LONG_PROMPT,
     MODEL,
@@ -113,6 +115,7 @@ async def test_an_invalid_request_becomes_a_dead_letter_and_others_are_answered(
         assert {response.status for response in responses.values()} == {"ok"}
         await letters.read(until=len(bad))
         kept = [DeadLetter.model_validate_json(record.value) for record in letters.records]
+        kept.sort(key=lambda letter: letter.offset)
         assert [letter.original_value() for letter in kept] == [value or b"" for value in bad]
         assert [letter.reason for letter in kept] == [
             "invalid_json", "invalid_message", "invalid_json", "invalid_json", "invalid_message", "invalid_message",
@@ -131,7 +134,7 @@ async def test_rejected_and_failed_requests_get_an_error_code_and_a_remedy(kafka
         request(1, directive="L7"),
         request(2, prompt="x" * 1_001),
         request(3, deadline=now - timedelta(seconds=5)),
-        request(4, deadline=now + timedelta(seconds=3), prompt=LONG_PROMPT),
+        request(4, deadline=now + timedelta(seconds=12), prompt=ENDLESS_PROMPT),
         request(5, prompt=None, messages=[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]),
         request(6, directive="L2"),
         request(7, sampling={"max_tokens": 5}, stream=True, model="gpt-9"),
@@ -174,7 +177,7 @@ async def test_a_streamed_answer_has_ordered_chunks_and_a_full_response(kafka, r
         assert [piece.final for piece in pieces] == [False] * (len(pieces) - 1) + [True]
         assert pieces[-1].finish_reason == "stop"
         assert "".join(piece.text for piece in pieces) == answers.responses()["r1"].text
-        assert 5 <= len(pieces) <= 12  # one second of tokens
+        assert 1 < len(pieces) < 50  # of 100 tokens in a second, ten times a second
 
 
 async def test_without_a_policy_or_with_stale_carbon_data_the_reference_is_served(kafka, routers, producer):
@@ -220,7 +223,8 @@ async def test_without_an_endpoint_requests_fail_at_their_deadline(kafka, router
         await answers.read(until=1)
         error = answers.responses()["r0"].error
         assert error.code in {"upstream_error", "deadline_exceeded", "no_endpoint"}
-    assert "no endpoint answers for m" in routers.supervisor.process(router).spec.ready()
+    probe = routers.supervisor.process(router).spec.ready
+    await until(lambda: asyncio.to_thread(probe), lambda missing: "no endpoint answers for m" in (missing or ""))
 
 
 async def test_an_endpoint_gets_at_most_its_limit_and_other_requests_wait_in_kafka(kafka, routers, producer):
@@ -277,11 +281,11 @@ async def test_metrics_show_the_backlog(kafka, routers, producer):
     text = await until_page(
         f"{url}/metrics",
         lambda text: (
-            sum(values(text, "sprout_router_lag_records")) > 2 and values(text, "sprout_router_in_flight") == [2]
+            sum(values(text, "sprout_router_lag_records")) > 2
+            and values(text, "sprout_router_in_flight") == [2]
+            and any(values(text, "sprout_router_waiting_age_seconds"))
         ),
     )
-    (waiting_s,) = values(text, "sprout_router_waiting_age_seconds")
-    assert waiting_s > 0
     assert len(values(text, "sprout_router_lag_records")) <= REQUESTS.partitions
     async with reading(kafka) as answers:
         await answers.read(until=6)

@@ -233,10 +233,10 @@ async def test_a_rejected_client_says_what_to_check_and_a_service_ends(
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(fleet_toml(["127.0.0.1:9"]))
     routers = RouterProcess(supervisor, kafka, fleet)
-    name = routers.start_unready(SPROUT_KAFKA_CONNECT_TIMEOUT_S="3")
+    name = routers.start_unready(SPROUT_KAFKA_CONNECT_TIMEOUT_S="10")
     await ended(supervisor, name)
     log = routers.log(name)
-    assert "Kafka is not ready after 3 s: no broker answers" in log, log
+    assert "Kafka is not ready after 10 s: no broker answers" in log, log
     assert advice in log, log
     assert cause in log, log
     for secret in (PASSWORD, WRONG):

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
@@ -16,7 +16,7 @@ from deploy.triton.stand_in.batching import CurveRules
 from shared.batch_curve import MEASURED
 from shared.runtime.clock import Clock
 from tests.support.deadlines import until
-from tests.support.triton import ServingTriton, serving_triton
+from tests.support.triton import CounterUpdate, ServingTriton, next_update, serving_triton
 
 pytestmark = pytest.mark.integration
 
@@ -80,49 +80,50 @@ async def ask(client: grpcclient.InferenceServerClient, prompt: str) -> str:
     raise AssertionError("no response")
 
 
-async def mean_power_w(server: ServingTriton, work: Awaitable[object]) -> tuple[float, float]:
-    """Mean power by the counter while work is awaited, and how long that took in event time."""
-    before_j, began_s = server.energy_j(GPU), server.clock.now_s()
-    await work
-    after_j, ended_s = server.energy_j(GPU), server.clock.now_s()
-    return (after_j - before_j) / (ended_s - began_s), ended_s - began_s
+async def update(server: ServingTriton) -> CounterUpdate:
+    """The next update of the counter."""
+    return await next_update(lambda: server.energy_j(GPU), server.clock)
 
 
-async def power_without_work_w(server: ServingTriton) -> float:
-    """Mean power by the counter between two of its updates that are 30 of them apart."""
+async def check_power_without_work(server: ServingTriton, expected_w: float) -> None:
+    """Check the power by the counter between two of its updates that are 20 s of event time apart, or more."""
+    await update(server)  # this interval may begin before a change of the model's state
+    began = ended = await update(server)
+    while ended.earliest_s - began.latest_s < 20.0:
+        ended = await update(server)
+    least_w, most_w = ended.power_w(began)
+    assert least_w <= expected_w <= most_w
 
-    async def update() -> tuple[float, float]:
-        before_j = server.energy_j(GPU)
-        energy_j = await until(lambda: server.energy_j(GPU), lambda found_j: found_j > before_j)
-        return server.clock.now_s(), energy_j
 
-    await update()  # this interval may begin before a change of the model's state
-    began_s, began_j = await update()
-    for _ in range(29):
-        await update()
-    ended_s, ended_j = await update()
-    return (ended_j - began_j) / (ended_s - began_s)
+async def updates_during(server: ServingTriton, tasks: Sequence["asyncio.Task[str]"]) -> list[CounterUpdate]:
+    """Updates of the counter, from the time when all tasks run to the end of the first."""
+    found: list[CounterUpdate] = []
+    while True:
+        one = await update(server)
+        await asyncio.sleep(0.2)  # an answer that had ended at the update arrives
+        if any(task.done() for task in tasks):
+            return found
+        found.append(one)
 
 
 @asynccontextmanager
 async def observed(server: ServingTriton) -> AsyncIterator[list[float]]:
     """Reads the counter all the time; the readings must not fall, nor grow faster than two sequences can explain."""
-    readings: list[tuple[float, float]] = []
+    energies: list[float] = []
 
     async def read() -> None:
         while True:
-            readings.append((server.clock.now_s(), server.energy_j(GPU)))
+            energies.append(server.energy_j(GPU))
             await asyncio.sleep(0.1)
 
+    began_s = server.clock.now_s()
     task = asyncio.create_task(read())
-    energies: list[float] = []
     try:
         yield energies
     finally:
         task.cancel()
-    energies += [energy_j for _, energy_j in readings]
+    length_s = server.clock.now_s() - began_s
     assert energies == sorted(energies)
-    length_s = readings[-1][0] - readings[0][0]
     assert energies[-1] - energies[0] <= CURVE.power_w(2) * (length_s + 2.0)
 
 
@@ -141,10 +142,19 @@ async def until_unloaded(client: grpcclient.InferenceServerClient) -> None:
 
 @pytest.mark.parametrize("size", [8, 32])
 async def test_power_and_tokens_per_second_of_a_batch_are_the_curves(client, server, size):
-    answers = asyncio.gather(*(ask(client, "long") for _ in range(size)))
-    power_w, took_s = await mean_power_w(server, answers)
-    assert power_w == pytest.approx(CURVE.power_w(size), rel=0.03)
-    assert size * LONG_TOKENS / took_s == pytest.approx(CURVE.tokens_per_s(size), rel=0.03)
+    before = await update(server)
+    answers = [asyncio.create_task(ask(client, "long")) for _ in range(size)]
+    await until_steps_are_metered(server)
+    first, *_, last = await updates_during(server, answers)
+    least_w, most_w = last.power_w(first)
+    assert 0.98 * least_w <= CURVE.power_w(size) <= 1.02 * most_w
+    await asyncio.gather(*answers)
+    await update(server)  # it may have been due before the end
+    after = await update(server)
+    # All steps, each at its energy; with the power that is the time that they took.
+    steps_j = LONG_TOKENS * CURVE.step_energy_j(size)
+    least_j, most_j = after.above_idle_j(before, CURVE.idle_w)
+    assert 0.98 * least_j <= steps_j <= 1.02 * most_j
 
 
 async def test_an_unload_lets_running_answers_finish_and_takes_no_new_ones(client, server):
@@ -165,33 +175,29 @@ async def test_an_unload_lets_running_answers_finish_and_takes_no_new_ones(clien
 
 async def test_an_unloaded_model_takes_its_asleep_power_and_serves_again_when_it_is_loaded(client, server):
     async with observed(server):
-        power_w = await power_without_work_w(server)
-        assert power_w == pytest.approx(CURVE.idle_w, rel=0.1)
+        await check_power_without_work(server, CURVE.idle_w)
         await client.unload_model("ensemble")
         await until_unloaded(client)
-        power_w = await power_without_work_w(server)
-        assert power_w == pytest.approx(CURVE.asleep_w, rel=0.1)
+        await check_power_without_work(server, CURVE.asleep_w)
         # The gauge is the mean of the last second, and changes once a second.
         asleep = pytest.approx(CURVE.asleep_w, rel=0.1)
         await until(lambda: server.metric("nv_gpu_power_usage", GPU), lambda found_w: found_w == asleep)
         await client.load_model("ensemble")
         assert await client.is_model_ready("ensemble")
         assert await ask(client, "short") == "short answer"
-        power_w = await power_without_work_w(server)
-        assert power_w == pytest.approx(CURVE.idle_w, rel=0.1)
+        await check_power_without_work(server, CURVE.idle_w)
 
 
 async def test_a_model_that_is_loaded_again_before_its_answers_end_takes_its_idle_power_once(client, server):
     async with observed(server):
-        running = asyncio.create_task(ask(client, "medium"))
+        running = asyncio.create_task(ask(client, "long"))
         await until_steps_are_metered(server)
         await client.unload_model("ensemble")
         await client.load_model("ensemble")
         assert await ask(client, "short") == "short answer"
         assert not running.done()
-        assert await running == "medium answer"
-        power_w = await power_without_work_w(server)
-        assert power_w == pytest.approx(CURVE.idle_w, rel=0.1)
+        assert await running == "long answer"
+        await check_power_without_work(server, CURVE.idle_w)
 
 
 async def test_the_companion_takes_no_requests(client, server):

@@ -55,7 +55,7 @@ def test_serve_writes_the_repository_and_becomes_the_server(triton, workload, tm
         SPROUT_TRITON_METRICS_PORT=str(ports.metrics),
     )  # fmt: skip
     try:
-        wait_ready(ports, 60, alive=lambda: process.poll() is None)
+        wait_ready(ports, DEADLINE_S, alive=lambda: process.poll() is None)
         assert (tmp_path / "models" / "ensemble-gpu" / "config.pbtxt").is_file()  # a curve is the default
         with (
             grpcclient.InferenceServerClient(f"127.0.0.1:{ports.grpc}") as client,
@@ -79,7 +79,7 @@ def test_the_models_end_with_a_server_that_is_killed(triton, workload, tmp_path)
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_ready(ports, 60, alive=lambda: server.poll() is None)
+        wait_ready(ports, DEADLINE_S, alive=lambda: server.poll() is None)
         models = model_processes(server.pid)
         assert len(models) == 2
     finally:

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from deploy.triton.watchdog import CHECKS_BEFORE_KILL
+from tests.support.deadlines import DEADLINE_S
 from tests.support.triton import wait_until_ended
 
 MODEL = """
@@ -60,7 +61,7 @@ def wait_for_checks(model: psutil.Process, count: int) -> None:
     while len(sleeps) < count:
         for sleep in watchdog.children():
             sleeps.add(sleep.pid)
-            psutil.wait_procs([sleep], timeout=20)
+            psutil.wait_procs([sleep], timeout=DEADLINE_S)
 
 
 @linux
@@ -75,7 +76,7 @@ def test_a_model_ends_with_a_server_that_was_killed():
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
 def test_a_server_that_stays_in_the_handler_of_its_crash_is_killed(number):
     server, model = start_server(number)
-    assert server.wait(20) == -signal.SIGKILL
+    assert server.wait(DEADLINE_S) == -signal.SIGKILL
     wait_until_ended(model)
     assert server.stderr is not None
     assert server.stderr.read() == f"the server (pid {server.pid}) crashed without ending; killing it\n"
@@ -101,7 +102,7 @@ def start_init(*command: str, first: bool = False) -> "subprocess.Popen[str]":
 
 @pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", 128 + 9)])
 def test_the_init_process_ends_with_its_commands_status(script, status):
-    assert start_init("sh", "-c", script).wait(20) == status
+    assert start_init("sh", "-c", script).wait(DEADLINE_S) == status
 
 
 def test_the_init_process_forwards_signals():
@@ -111,7 +112,7 @@ def test_the_init_process_forwards_signals():
     while process.stdout.readline() != "ready\n":
         pass
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 7
+    assert process.wait(DEADLINE_S) == 7
     assert process.stdout.read() == "stopped\n"
 
 
@@ -120,7 +121,7 @@ def test_as_process_1_it_reaps_orphans_and_its_command_can_be_killed():
         pytest.skip("this system does not let users create a PID namespace")
     orphan = "orphan=$(sh -c 'sleep 0.1 >/dev/null & echo $!'); while kill -0 $orphan 2>/dev/null; do sleep 0.05; done"
     process = start_init("sh", "-c", f"{orphan}; kill -9 $$", first=True)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=DEADLINE_S)
     assert output == "1\n"
     assert process.returncode == 128 + 9
 
@@ -132,4 +133,4 @@ def test_a_signal_that_arrives_when_the_command_has_ended_has_no_effect():
         process.stdout.readline()
         process.stdout.readline()
         process.send_signal(signal.SIGHUP)
-        assert process.wait(20) in (5, 128 + signal.SIGHUP)
+        assert process.wait(DEADLINE_S) in (5, 128 + signal.SIGHUP)

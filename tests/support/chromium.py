@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.deadlines import wait_until
+
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 OPTIONS = (
@@ -63,10 +65,13 @@ class Page:
         """Load a page in a window of this size, and wait until it has loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True)
         self.call("Page.navigate", url=url)
-        self.evaluate(
-            "new Promise(done => { const look = () => document.readyState === 'complete' && location.href !== "
-            "'about:blank' ? done(true) : setTimeout(look, 50); look(); })"
-        )
+        wait_until(self._has_loaded)
+
+    def _has_loaded(self) -> bool:
+        try:
+            return self.evaluate("document.readyState === 'complete' && location.href !== 'about:blank'")
+        except RuntimeError:  # the page was replaced meanwhile
+            return False
 
     def _read(self) -> bytes:
         found = b""

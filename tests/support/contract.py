@@ -54,7 +54,6 @@ from shared.topics import TopicSpec
 from tests.support.deadlines import until
 from tools.cli.asyncapi import describe_service
 
-TIMEOUT_S = 15.0
 DATA = Path(__file__).parent.parent / "data"
 NOW = datetime(2024, 2, 3, 12, tzinfo=UTC)
 
@@ -81,7 +80,7 @@ class Medium:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition; in memory it holds at once."""
-        await until(condition, within_s=TIMEOUT_S)
+        await until(condition)
 
 
 def official_validator() -> jsonschema.Draft7Validator:

@@ -20,6 +20,14 @@ from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import REPLIES, TOPICS
 from tests.support.router import RouterProcess, fleet_toml, producing, restarted_triton
 
+PATIENT = {
+    # A busy machine stands still for seconds, and a client would get 503, or headers that say nothing.
+    "SPROUT_GATEWAY_ADMISSION_TIMEOUT_S": "30",
+    "SPROUT_GATEWAY_PUBLISH_TIMEOUT_S": "30",
+    "SPROUT_GATEWAY_FIRST_REPLY_WAIT_S": "30",
+}
+"""Settings of every gateway."""
+
 
 @dataclass
 class GatewayProcess:
@@ -49,7 +57,7 @@ class GatewayProcess:
             fleet_file=self.fleet,
             clock={},
         )
-        settings = {"SPROUT_KAFKA_GROUP_PREFIX": self.kafka.group_prefix, **changes}
+        settings = {"SPROUT_KAFKA_GROUP_PREFIX": self.kafka.group_prefix, **PATIENT, **changes}
         name = f"{self.kafka.topic_prefix}gateway{len(self.names)}"
         spec = service_spec("gateway", port=port, environment=environment, settings=settings, name=name)
         self.supervisor.start(spec)
@@ -107,7 +115,8 @@ async def prepare_gateways(
     await create_database(database_url)
     async with producing(kafka) as producer:
         await producer.prepare({"L1": 1.0}, valid_s=86_400.0)
-    routers = RouterProcess(supervisor, kafka, fleet, settings=router or {})
+    routers = RouterProcess(supervisor, kafka, fleet)
+    routers.settings |= router or {}
     return GatewayProcess(supervisor, kafka, DatabaseSettings(url=SecretStr(database_url)), fleet, routers=routers)
 
 

@@ -38,9 +38,10 @@ from shared.topics import (
     QUALITY,
     TopicSpec,
 )
-from tests.support.deadlines import DEADLINE_S
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.fleets import fleet_toml
 from tests.support.processes import start_service
+from tests.support.traffic import committed
 from tools.cli.main import app
 
 M = TypeVar("M", bound=Message)
@@ -109,11 +110,19 @@ class Peers:
             await self.producer.send(self.kafka.topic(spec), message.model_dump_json().encode(), key=key.encode())
         await self.producer.flush()
 
+    async def until_counted(self) -> None:
+        """Wait until the optimizers have counted all footprints: these change no policy any more."""
+        await until(
+            lambda: committed(self.kafka, "optimizer", topic=FOOTPRINTS),
+            lambda found: all(offset == end for offset, end in found.values()),
+        )
+
     async def send_evidence(self) -> None:
         """What a first policy needs: a carbon intensity, 40 footprints of each level, an evaluation of 100 prompts."""
         await self.send(CARBON_INTENSITY, "GB", intensity(292.0))
         for level in LEVELS:
             await self.send(FOOTPRINTS, level, *(footprint(n, level) for n in range(40)))
+        await self.until_counted()
         await self.send(QUALITY, "e1", quality("e1", successes={"L0": 60, "L1": 40}))
 
     async def policy(self, wanted: Callable[[Policy], bool]) -> Policy:

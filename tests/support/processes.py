@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from deploy.local.config import default_state_dir
 from deploy.local.java import Say
@@ -140,6 +141,10 @@ def triton_server(supervisor: Supervisor, name: str, ports: TritonPorts) -> Trit
     return TritonServer(supervisor, name, f"{LOOPBACK}:{ports.grpc}", metrics_url(ports))
 
 
+PATIENT: Final = {"SPROUT_ROUTER_POLICY_WAIT_S": "120"}
+"""A router that is starting on a busy machine does not answer before it has read the policy."""
+
+
 @dataclass
 class RouterProcess:
     """Routers of one consumer group.
@@ -153,7 +158,7 @@ class RouterProcess:
     kafka: KafkaSettings
     fleet: Path
     clock: Clock = field(default_factory=Clock)
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=lambda: dict(PATIENT))
     count: int = 0
 
     def start(self, **changes: str) -> str:

@@ -29,6 +29,7 @@ from tests.support.traffic import Producer, committed, producing
 
 __all__ = [
     "DIRECTIVES",
+    "ENDLESS_PROMPT",
     "LARGE_PROMPT",
     "LEVELS",
     "LONG_PROMPT",
@@ -57,14 +58,17 @@ LEVELS = {"L0": (100, 1.0), "L1": (30, 0.3), "L2": (10, 0.1)}
 """Tokens and seconds of the recorded answers."""
 LONG_PROMPT = "A question that takes long."
 """Its answers take four seconds at every level."""
+ENDLESS_PROMPT = "A question whose answer nobody waits for."
+"""Its answers take thirty seconds and have 300 tokens at every level: longer than any pause of a busy machine."""
 LARGE_PROMPT = "A question with a large answer."
 """Its answers have 20,000 tokens at every level, in two seconds."""
 
 
 def write_workload(path: Path, *, prompts: int = 40) -> Path:
-    """Recorded answers of `MODEL` to "Question number N?", to `LONG_PROMPT` and to `LARGE_PROMPT`."""
+    """Recorded answers of `MODEL` to "Question number N?", to the other prompts above."""
     answers = {question(number): LEVELS for number in range(prompts)}
-    answers |= {LONG_PROMPT: dict.fromkeys(LEVELS, (40, 4.0)), LARGE_PROMPT: dict.fromkeys(LEVELS, (20_000, 2.0))}
+    others = {LONG_PROMPT: (40, 4.0), ENDLESS_PROMPT: (300, 30.0), LARGE_PROMPT: (20_000, 2.0)}
+    answers |= {prompt: dict.fromkeys(LEVELS, answer) for prompt, answer in others.items()}
     return fleets.write_workload(path, answers)
 
 

@@ -18,9 +18,12 @@ from deploy.local.triton import free_triton_ports, install, metrics_url, ready_p
 from deploy.triton.repository import RepositoryModel, write_repository
 from deploy.triton.server import TritonPorts
 from shared.runtime.clock import Clock
-from tests.support.deadlines import DEADLINE_S, REPLY_S, until
+from tests.support.deadlines import DEADLINE_S, POLL_S, REPLY_S, until
 
 LEVELS = {"L0": (100, 2.0), "L1": (30, 0.6), "L2": (10, 0.2)}
+
+UPDATE_S = 0.02
+"""Wall seconds that the server may take from the time of an update to its counter."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,41 @@ class ServingTriton:
     async def settled_energy_j(self, gpu: str) -> float:
         """The energy of a model without idle power, once it no longer grows."""
         return await settled(lambda: self.energy_j(gpu))
+
+
+@dataclass(frozen=True)
+class CounterUpdate:
+    """An energy counter right after an update, which took place between two event times."""
+
+    energy_j: float
+    earliest_s: float
+    latest_s: float
+
+    def power_w(self, before: "CounterUpdate") -> tuple[float, float]:
+        """Bounds of the mean power since an earlier update."""
+        used_j = self.energy_j - before.energy_j
+        return used_j / (self.latest_s - before.earliest_s), used_j / (self.earliest_s - before.latest_s)
+
+    def above_idle_j(self, before: "CounterUpdate", idle_w: float) -> tuple[float, float]:
+        """Bounds of the energy since an earlier update, without the idle energy."""
+        used_j = self.energy_j - before.energy_j
+        longest_s, shortest_s = self.latest_s - before.earliest_s, self.earliest_s - before.latest_s
+        return used_j - idle_w * longest_s, used_j - idle_w * shortest_s
+
+
+async def next_update(read: Callable[[], float], clock: Clock) -> CounterUpdate:
+    """Wait for the next update of the counter of a model with idle power, which always grows.
+
+    However long this process or the server stands still, the update lies between the two times.
+    """
+    earliest_s, before_j = clock.now_s(), read()
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            await asyncio.sleep(POLL_S)
+            asked_s, energy_j = clock.now_s(), read()
+            if energy_j != before_j:
+                return CounterUpdate(energy_j, earliest_s - UPDATE_S * clock.rate, clock.now_s())
+            earliest_s = asked_s
 
 
 async def settled(read: Callable[[], float], *, tolerance: float = 0.0) -> float:
@@ -134,5 +172,5 @@ def wait_until_ended(process: psutil.Process) -> None:
         return
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
-    assert poller.poll(20_000)
+    assert poller.poll(DEADLINE_S * 1_000)
     os.close(descriptor)

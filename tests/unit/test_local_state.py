@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import os
+import socket
 import stat
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from deploy.local.config import CURVES, StackConfig, event_time
 from deploy.local.fleet import LocalFleet, LocalServer
 from deploy.local.grid import TraceError, default_day, shipped_trace, zone_of
 from deploy.local.java import NoJavaError, ensure_java, find_java
-from deploy.local.processes import free_ports, tail
+from deploy.local.processes import LOOPBACK, free_ports, tail
 from deploy.local.services import ServiceEnvironment, secret_file, service_settings
 from deploy.local.state import ProcessRecord, StackState, StateError, read_state, remove_state
 from deploy.triton.serve import DEFAULT_CURVE, RECORDED
@@ -324,8 +325,12 @@ def test_the_tail_of_a_log_has_its_last_lines(tmp_path):
     assert tail(log, 2) == "line 9998\nline 9999"
 
 
-def test_free_ports_are_distinct():
-    assert len(set(free_ports(20))) == 20
+def test_free_ports_are_distinct_and_no_other_process_gets_them():
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    for port in ports:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as claim, pytest.raises(OSError, match="in use"):
+            claim.bind((LOOPBACK, port))
 
 
 def test_without_java_the_error_says_what_to_do(tmp_path, monkeypatch):
