@@ -89,8 +89,8 @@ class Endpoint(TlsFields):
     url: HttpUrl | None = Field(default=None, description="Kind openai: base URL of the server, without /v1")
     metrics: HttpUrl | None = Field(
         default=None,
-        description="Prometheus metrics with the energy of its GPUs, of Triton or DCGM's exporter; absent: energy is "
-        "not metered",
+        description="Metrics with the energy of its GPUs, of Triton, DCGM's exporter or trtllm-serve; absent: energy "
+        "is not metered",
     )
     gpus: tuple[str, ...] = Field(default=(), description="UUIDs of this endpoint's GPUs; empty: all that it reports")
     max_in_flight: int | None = Field(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
 
@@ -14,6 +14,9 @@ from services.evaluator.quality import JudgedAnswer, JudgedPrompt
 from shared.grouping import FEATURES, PromptFeatures
 from shared.messages import PromptGrouping, Quality
 from shared.runtime.database import DatabaseStatus
+
+EVALUATIONS_KEPT: Final = timedelta(days=365)
+"""How long evaluations are kept, event time: as long as the topic `quality` keeps their results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,6 @@ class LearningProgress:
     judged: int
     unused: int
     learned_from: int | None
-
-
-def _claim_key(model: str) -> str:
-    return f"sprout.evaluate.{model}"
 
 
 class EvaluationStore:
@@ -167,9 +166,14 @@ class EvaluationStore:
                 )
 
     async def delete_expired(self, *, now: datetime) -> None:
-        """Delete carbon that no budget needs any more."""
+        """Delete carbon that no budget needs any more, and old evaluations that are over and published."""
         with self._status.watch():
             await self._pool.execute("DELETE FROM carbon WHERE hour < $1", now - 2 * CEILING_WINDOW)
+            await self._pool.execute(
+                "DELETE FROM evaluations WHERE evaluated_at < $1 "
+                "AND (published OR status IN ('failed', 'interrupted'))",
+                now - EVALUATIONS_KEPT,
+            )
 
     async def spending(self, model: str, *, now: datetime) -> Spending:
         """Carbon of a model's requests and evaluations."""

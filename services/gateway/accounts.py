@@ -250,12 +250,13 @@ class Accounts:
             await asyncio.sleep(self._settings.lease_s / 3)
 
     async def remove_old(self) -> None:
-        """Remove old requests, and gateways that died, until cancelled."""
+        """Remove old requests and sums, and gateways that died, until cancelled."""
         while True:
-            before = self._clock.now() - timedelta(days=self._settings.footprint_days)
+            now = self._clock.now()
             with contextlib.suppress(DatabaseUnavailableError):
-                while await self._remove(before):
+                while await self._remove(now - timedelta(days=self._settings.footprint_days)):
                     pass
+                await self._remove_sums(now - timedelta(days=self._settings.usage_days))
             await asyncio.sleep(REMOVAL_PAUSE_S)
 
     async def _remove(self, before: datetime) -> bool:
@@ -271,6 +272,12 @@ class Accounts:
                 REMOVED_AT_ONCE,
             )
         return removed == f"DELETE {REMOVED_AT_ONCE}"
+
+    async def _remove_sums(self, before: datetime) -> None:
+        """Remove sums of hours and months that began before a time."""
+        with self._status.watch():
+            await self._pool.execute("DELETE FROM hours WHERE hour < $1", before)
+            await self._pool.execute("DELETE FROM months WHERE month < $1", before)
 
     async def _write(self) -> None:
         """Write all that is finished.

@@ -44,6 +44,7 @@ from shared.kafka.subscribe import (
 from shared.messages import CarbonIntensity, Footprint, Policy, PoolCapacity, Reply
 from shared.runtime.clock import Clock
 from shared.runtime.database import RETRY_PAUSE_S, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
+from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import VERSION, build_service, run_service
@@ -205,7 +206,7 @@ def build_app(
     fleet = fleet or load_fleet(FleetSettings().file)
     clock = clock or Clock.from_environment()
     registry, health, status = CollectorRegistry(), Health(), DatabaseStatus()
-    metrics = GatewayMetrics(registry)
+    metrics, database_metrics = GatewayMetrics(registry), DatabaseMetrics(registry)
     broker, dead_letters = build_broker(
         kafka, service=NAME, clock=clock, registry=registry, message_metrics=False, linger_ms=settings.linger_ms
     )
@@ -228,7 +229,7 @@ def build_app(
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
-        async with await open_pool(database, schema=NAME, stateless=True) as pool:
+        async with await open_pool(database, schema=NAME, metrics=database_metrics, stateless=True) as pool:
             with status.watch():
                 await migrate(pool, schema=NAME, package="services.gateway.migrations")
             await _open_stores(gateway, pool, status)
@@ -237,6 +238,7 @@ def build_app(
 
     async def begin() -> None:
         accounts = gateway.ready_accounts()
+        health.spawn("check PostgreSQL", status.check_forever(database))
         health.spawn("write requests", accounts.run())
         health.spawn("renew the lease", accounts.keep_lease())
         health.spawn("remove old requests", accounts.remove_old())

@@ -56,6 +56,7 @@ class GatewaySettings(BaseSettings):
     footprint_days: float = Field(
         default=7.0, gt=0, description="How long the footprint of a single request is kept, event days"
     )
+    usage_days: float = Field(default=750.0, ge=62, description="How long sums by hour and month are kept, event days")
     max_file_bytes: int = Field(default=200_000_000, ge=1_024, description="Larger uploads get 413")
     max_stored_bytes: int = Field(
         default=10_000_000_000, ge=1_024, description="A tenant whose files are larger in total uploads no more"

@@ -1,7 +1,8 @@
 """Meters: scrapes the energy counters of model servers, and computes the energy between two readings.
 
 The counters are Prometheus text, as Triton reports them (docs/user_guide/metrics.md, "GPU metrics"), or NVIDIA's DCGM
-exporter (etc/default-counters.csv), for servers that report no energy themselves.
+exporter (etc/default-counters.csv), for servers that report no energy themselves; or the JSON of trtllm-serve's
+`/energy_metrics` (tensorrt_llm/serve/openai_server.py), one counter for all GPUs of the server.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from datetime import timedelta
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, ValidationError
 
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.settings import LedgerSettings
@@ -35,6 +37,8 @@ DCGM = {
 }
 """Metrics of DCGM's exporter: the metric of Triton with the same meaning, and the factor to its unit."""
 DCGM_GPU_LABEL = "UUID"
+TRTLLM_GPU = "all"
+"""In place of a GPU's uuid: trtllm-serve reports the sum over its GPUs."""
 
 _log = get_logger(__name__)
 
@@ -91,12 +95,34 @@ class Interval:
         return self.finished_s - self.started_s
 
 
+class _TrtllmEnergy(BaseModel):
+    """The answer of trtllm-serve's `/energy_metrics`: joules of all its GPUs since its start."""
+
+    total_energy_j: float
+
+
 def parse_meters(text: str) -> ServerMeters:
-    """Parse the energy counters from Prometheus text.
+    """Parse the energy counters from Prometheus text, or from the JSON of trtllm-serve.
 
     Raises:
-        MeteringError: the text is not in that format, or a counter is negative or not a number.
+        MeteringError: the text is in neither format, or a counter is negative or not a number.
     """
+    found = _parse_trtllm(text) if text.lstrip().startswith("{") else _parse_prometheus(text)
+    for gpu, energy_j in found.energy_j.items():
+        if not (math.isfinite(energy_j) and energy_j >= 0):
+            raise MeteringError(f"{ENERGY} of GPU {gpu!r} must be a number of joules >= 0, got {energy_j}")
+    return found
+
+
+def _parse_trtllm(text: str) -> ServerMeters:
+    try:
+        answer = _TrtllmEnergy.model_validate_json(text)
+    except ValidationError as error:
+        raise MeteringError("the metrics are JSON, but have no 'total_energy_j' as trtllm-serve's have") from error
+    return ServerMeters(energy_j={TRTLLM_GPU: answer.total_energy_j}, power_w={})
+
+
+def _parse_prometheus(text: str) -> ServerMeters:
     wanted = "\n".join(line for line in text.splitlines() if line.startswith((ENERGY, POWER, *DCGM))) + "\n"
     found: dict[str, dict[str, float]] = {ENERGY: {}, POWER: {}}
     try:
@@ -108,9 +134,6 @@ def parse_meters(text: str) -> ServerMeters:
                     found[name][gpu] = factor * float(sample.value)
     except ValueError as error:
         raise MeteringError(f"the metrics are not in Prometheus' text format: {error}") from error
-    for gpu, energy_j in found[ENERGY].items():
-        if not (math.isfinite(energy_j) and energy_j >= 0):
-            raise MeteringError(f"{ENERGY} of GPU {gpu!r} must be a number of joules >= 0, got {energy_j}")
     return ServerMeters(energy_j=found[ENERGY], power_w=found[POWER])
 
 

@@ -7,7 +7,9 @@ Measurements, in alternating order, by medians of the rounds:
   through the gateway until the event with the first text, over Kafka until the first chunk;
 - throughput of whole answers, with the same number of requests open all the time, and the processor time of all
   processes for an answer, which other work on the machine changes less;
-- memory of a gateway with 1,000 open streams that wait for their first token.
+- memory of a gateway with 1,000 open streams that wait for their first token;
+- time from a client that leaves in the middle of its stream until the router, which then has ended the generation,
+  publishes the part of the answer that there is.
 
 Clients run in this process and count, as in an application. Both parse answers as JSON and do no more; what a client
 library over HTTP would take is not included. The gateway checks keys and limits in PostgreSQL and keeps accounts; the
@@ -26,15 +28,18 @@ from pathlib import Path
 
 import psutil
 import uvloop
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from pydantic import SecretStr
 
 from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import free_ports
 from deploy.local.services import ServiceEnvironment, service_spec
 from services.gateway.keys import KeyStore
+from shared.messages import GenerationResponse
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, open_pool
-from shared.runtime.settings import DatabaseSettings
+from shared.runtime.settings import DatabaseSettings, KafkaSettings
+from shared.topics import RESPONSES
 from tests.benchmarks.gateway_clients import PROMPTS, Ask, Http, direct, prompt
 from tests.benchmarks.results import record
 from tests.support.environment import Environment
@@ -51,6 +56,9 @@ PACED_S = 6.0
 TRIAL_S = 2.0
 TRIALS = 5
 STREAMS = 1_000
+LEAVING = 20
+"""Clients that leave, one after the other."""
+LONG = "A question whose answer takes half a minute."
 SLOW = "A question that takes ten minutes."
 TIMEOUT_S = 120.0
 KINDS = ("clients", "services gateway", "services router", "kafka.Kafka", "triton", "postgres")
@@ -148,10 +156,39 @@ async def memory(client: Http, port: int, pid: int) -> int:
     return used
 
 
+async def cancellations(client: Http, port: int, kafka: KafkaSettings) -> list[float]:
+    """Times from a client that leaves its stream until the router ends the answer, ms, in ascending order."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap_servers)
+    await consumer.start()
+    try:
+        consumer.assign([TopicPartition(kafka.topic(RESPONSES), number) for number in range(RESPONSES.partitions)])
+        await consumer.seek_to_end()
+        async with asyncio.timeout(TIMEOUT_S):
+            opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(LEAVING)]
+            left_s: dict[bytes, float] = {}
+            for reader, writer in opened:
+                writer.write(client.request(LONG, stream=True))
+                begun = await reader.readuntil(b'"content":""')
+                await reader.readuntil(b'"content":"')  # its first text
+                name = begun.rpartition(b'"id":"')[2].partition(b'"')[0]
+                left_s[name] = time.time()
+                writer.close()
+            taken_ms: list[float] = []
+            while len(taken_ms) < LEAVING:
+                record = await consumer.getone()
+                response = GenerationResponse.model_validate_json(record.value)
+                if record.key in left_s and response.finish_reason == "cancelled":
+                    taken_ms.append(record.timestamp - 1e3 * left_s[record.key])
+        return sorted(taken_ms)
+    finally:
+        await consumer.stop()
+
+
 async def run(folder: Path) -> None:
     """Start the environment, measure, print and record."""
     clock = Clock.starting(datetime(2024, 2, 8, tzinfo=UTC), rate=RATE)
     answers = {prompt(number): dict.fromkeys(LEVELS, (40, 30.0)) for number in range(PROMPTS)}
+    answers[LONG] = dict.fromkeys(LEVELS, (500, 30.0 * RATE))
     answers[SLOW] = dict.fromkeys(LEVELS, (40, 600.0 * RATE))
     async with Environment(folder, answers=answers, clock=clock) as environment:
         kafka = await environment.topics("bench.")
@@ -176,9 +213,10 @@ async def run(folder: Path) -> None:
         async with direct(kafka) as client:
             figures = await measure(http.ask, client.ask)
         http.close()
+        leaving_ms = await cancellations(http, port, kafka)
         used = await memory(http, port, gateway.pid)
         await environment.check()
-    report(figures, used)
+    report(figures, leaving_ms, used)
 
 
 async def measure(over_http: Ask, over_kafka: Ask) -> dict[str, Figures]:
@@ -203,7 +241,7 @@ async def measure(over_http: Ask, over_kafka: Ask) -> dict[str, Figures]:
     return found
 
 
-def report(figures: dict[str, Figures], used_mib: int) -> None:
+def report(figures: dict[str, Figures], leaving_ms: list[float], used_mib: int) -> None:
     """Print and record the figures."""
     cuts = {}
     for name, one in figures.items():
@@ -226,6 +264,8 @@ def report(figures: dict[str, Figures], used_mib: int) -> None:
         "gateway_cpu_ratio": statistics.median(
             a / b for a, b in zip(gateway.cpu_totals_ms(), kafka.cpu_totals_ms(), strict=True)
         ),
+        "gateway_cancelled_p50_ms": statistics.median(leaving_ms),
+        "gateway_cancelled_longest_ms": leaving_ms[-1],
         "gateway_1000_streams_mib": float(used_mib),
     }
     for name, value in found.items():

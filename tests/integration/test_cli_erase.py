@@ -24,6 +24,7 @@ from tools.erasure.topics import PERSONAL_TOPICS
 pytestmark = pytest.mark.integration
 
 REJECTED = ("ledger.refusals", "ledger.rejections")
+WITHOUT_REQUESTS = ("ledger.dimensions", "gateway.months")
 SCHEMAS = ("evaluator", "gateway", "optimizer", "ledger")
 SUMS = "SELECT count(*), sum(energy_j), sum(total_g), sum(completion_tokens) FROM ledger.footprints"
 
@@ -73,6 +74,9 @@ async def stores(database):
         )  # fmt: skip
         await connection.execute(
             "INSERT INTO gateway.hours VALUES ($1, $2, $3, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0)", name, tenant, DAY
+        )
+        await connection.execute(
+            "INSERT INTO gateway.months VALUES ('tenant/' || $1, $2, 1)", tenant, DAY + timedelta(days=number)
         )
         await connection.execute("INSERT INTO optimizer.counted (id) VALUES ($1)", name)
         await connection.execute(
@@ -151,7 +155,7 @@ async def test_a_tenant_is_erased_and_the_sums_stay(kafka, stores, command):
     for table in TABLES:
         ids = [row[0] for row in await stores.fetch(f"SELECT {table.key} FROM {table.name}")]
         assert not {"r0", "r1"} & set(ids), table.name
-        assert {"r2", "r3"} <= set(ids) or table.name in (*REJECTED, "ledger.dimensions")
+        assert {"r2", "r3"} <= set(ids) or table.name in (*REJECTED, *WITHOUT_REQUESTS)
     # Again: the tables have nothing left.
     tables, _, unknown = await document(command, "--tenant", "desk", "--yes")
     assert set(tables.values()) == {(0, 0)}
@@ -160,7 +164,7 @@ async def test_a_tenant_is_erased_and_the_sums_stay(kafka, stores, command):
 async def test_requests_are_erased_by_id_and_unknown_ones_are_named(kafka, stores, command):
     tables, _, unknown = await document(command, "--request", "r2", "--request", "r3-x", "--request", "r9", "--yes")
     assert {name: before for name, (before, after) in tables.items()} == {
-        table.name: int(table.name != "ledger.dimensions") for table in TABLES
+        table.name: int(table.name not in WITHOUT_REQUESTS) for table in TABLES
     }
     assert {after for _, after in tables.values()} == {0}
     assert unknown == [{"kind": "request", "name": "r9"}]
@@ -195,16 +199,27 @@ async def test_every_table_with_a_persons_data_is_erased(stores):
     """A new table, or a new column, has to be added to what is erased, or to those without data of persons."""
     rows = await stores.fetch(
         "SELECT table_schema || '.' || table_name AS name, column_name AS column FROM information_schema.columns "
-        "WHERE table_schema = ANY($1) AND column_name IN ('tenant', 'request_id', 'record', 'sample')",
+        "WHERE table_schema = ANY($1) AND column_name IN ('tenant', 'account', 'request_id', 'record', 'sample')",
         list(SCHEMAS),
     )
     partitions = {f"ledger.day{number}" for number in range(4)}
     # Keys are configuration.
     found = {row["name"] for row in rows} - {table.name for table in TABLES} - partitions
-    assert found == {"gateway.api_keys"}
+    assert found == {"gateway.api_keys", "gateway.limits"}
 
 
 def test_every_topic_with_a_persons_data_is_searched():
     named = {"request_id", "tenant", "metadata", "value_base64"}
     found = {spec.name for spec in TOPICS if named & set(spec.message.model_fields)}
     assert found == {spec.name for spec in PERSONAL_TOPICS}
+
+
+async def test_budgets_of_a_tenant_and_of_its_keys_lose_the_link_and_others_stay(kafka, stores, command):
+    await stores.execute("INSERT INTO gateway.api_keys VALUES ('own', '1', 'n', 'desk', $1), ('other', '2', 'n', NULL, "
+                         "$1)", DAY)  # fmt: skip
+    for account in ("key/own", "key/other", "tenant/desk2"):
+        await stores.execute("INSERT INTO gateway.months VALUES ($1, $2, 1)", account, DAY)
+    await command("--tenant", "desk", "--yes")
+    rows = await stores.fetch("SELECT account FROM gateway.months WHERE account NOT LIKE 'erased-%'")
+    assert {row["account"] for row in rows} == {"tenant/shop", "tenant/desk2", "key/other"}
+    assert await stores.fetchval("SELECT sum(grams) FROM gateway.months") == 7

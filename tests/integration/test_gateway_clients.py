@@ -107,8 +107,6 @@ def test_the_openapi_document_is_kept(gateways: GatewayProcess, bearer: dict[str
     capitalised = {"Authorization": bearer["authorization"]}
     for found in schema.get_all_operations():
         operation = found.ok()
-        if operation.path.startswith(("/v1/files", "/v1/batches")):
-            continue
 
         @hypothesis.settings(
             max_examples=15, deadline=None, derandomize=True, database=None,
@@ -121,8 +119,7 @@ def test_the_openapi_document_is_kept(gateways: GatewayProcess, bearer: dict[str
 
         check()
         checked.append(operation.path)
-    assert "/v1/chat/completions" in checked
-    assert "/v1/sprout/status" in checked
+    assert {"/v1/chat/completions", "/v1/sprout/status", "/v1/files", "/v1/batches/{batch_id}/cancel"} <= set(checked)
 
 
 def test_curl_reads_a_stream_line_by_line(gateways: GatewayProcess, key: str):
@@ -256,3 +253,19 @@ def test_no_prompt_and_no_key_is_in_the_log(gateways: GatewayProcess, key: str):
     assert key not in log
     assert "Traceback" not in log
     assert "sprout_gateway_requests_total" in page(f"{gateways.urls[0]}/metrics")
+
+
+@pytest.mark.parametrize("complete", [True, False])
+async def test_a_half_closed_connection_is_closed_and_its_request_cancelled(
+    gateways: GatewayProcess, key: str, complete: bool
+):
+    """A client that sends nothing more has left, as uvicorn sees it: also one that would go on reading."""
+    content = json.dumps(body(LONG_PROMPT, stream=True)).encode()
+    with closing(connect(gateways.urls[0])) as half:
+        half.sendall(http(key, content) if complete else http(key, content[:20], length=len(content)))
+        if complete:
+            assert (await asyncio.to_thread(half.recv, 100)).startswith(b"HTTP/1.1 200")
+        half.shutdown(socket.SHUT_WR)
+        rest = await asyncio.to_thread(read_to_end, half)
+    assert b"[DONE]" not in rest
+    await until_page(f"{gateways.urls[0]}/metrics", lambda text: "sprout_gateway_open_requests 0.0" in text)

@@ -215,13 +215,13 @@ async def test_a_footprint_is_null_until_the_ledger_has_attributed_it(gateways: 
 
 
 async def test_keys_are_listed_without_secrets_and_end_when_they_are_revoked(gateways: GatewayProcess):
-    key = new_key(gateways, "--name", "[bold]laptop", "--requests-per-minute", "7")
+    key = new_key(gateways, "--name", "[bold]lap\x1btop", "--requests-per-minute", "7")
     sprout(gateways, "limit", "--tenant", "all", "--concurrent", "3")
     rows = {row["id"] or row["tenant"]: row for row in json.loads(sprout(gateways, "list", "--json"))}
-    assert (rows[key["id"]]["name"], rows[key["id"]]["requests_per_minute"]) == ("[bold]laptop", 7)
+    assert (rows[key["id"]]["name"], rows[key["id"]]["requests_per_minute"]) == ("[bold]lap\x1btop", 7)
     assert rows["all"]["concurrent_requests"] == 3
     table = sprout(gateways, "list")
-    assert "[bold]laptop" in table
+    assert "[bold]lap\N{REPLACEMENT CHARACTER}top" in table
     assert key["api_key"] not in table
     async with client_of(gateways, key) as client:
         assert (await ask(client)).status_code == 200

@@ -34,9 +34,14 @@ TOPICS: dict[str, tuple[int, tuple[TopicSpec, ...]]] = {
     "ledger": (256, (RESPONSES, USAGE, CARBON_INTENSITY, POLICIES, QUALITY, PROMPT_GROUPS, CAPACITY)),
     "optimizer": (256, (CARBON_INTENSITY, PROMPT_GROUPS, QUALITY, POWER_CURVES, FOOTPRINTS)),
     "evaluator": (1024, (SAMPLES, FOOTPRINTS, CARBON_INTENSITY, POWER_CURVES, CAPACITY)),
+    "gateway": (512, (FOOTPRINTS, POLICIES, CARBON_INTENSITY, CAPACITY)),
+    "carbon_feed": (256, (CARBON_INTENSITY,)),
 }
 """Memory limit of each service, MiB, and what it reads."""
 
+SETTINGS = {
+    "carbon_feed": {"SPROUT_CARBON_FEED_PROVIDERS": '{"GB": [{"kind": "constant", "intensity_g_per_kwh": 100}]}'}
+}
 
 BOMBS: dict[str, tuple[int, str, str]] = {
     "gzip, 10 MB": (10_000_000, "gzip", "too_large"),
@@ -46,7 +51,13 @@ BOMBS: dict[str, tuple[int, str, str]] = {
 }
 """Unpacked bytes, compression, and the reason of the dead letter."""
 
-RUNS = [("ledger", "zstd, 20 MB"), ("optimizer", "gzip, 60 MB"), ("evaluator", "lz4, 130 MB")]
+RUNS = [
+    ("ledger", "zstd, 20 MB"),
+    ("optimizer", "gzip, 60 MB"),
+    ("evaluator", "lz4, 130 MB"),
+    ("gateway", "gzip, 60 MB"),
+    ("carbon_feed", "zstd, 20 MB"),
+]
 """Every service with every bomb takes minutes; `pytest -k` of a longer list when something here is changed."""
 
 
@@ -64,7 +75,9 @@ async def test_a_service_starts_with_a_bomb_on_each_of_its_topics(service, name,
             await send(b"[", key=b"before")
             await hostile.producer.send_and_wait(kafka.topic(spec), value, key=b"bomb", partition=0)
             await send(b"[", key=b"after")
-    process = start_service(service, supervisor, kafka=kafka, database=database, fleet=fleet)
+    process = start_service(
+        service, supervisor, kafka=kafka, database=database, fleet=fleet, settings=SETTINGS.get(service)
+    )
     async with reading(kafka, DEAD_LETTERS) as letters:
         await letters.read(until=3 * len(topics))
         found = {(one.topic, one.offset): one.reason for one in map(letter_of, letters.records)}

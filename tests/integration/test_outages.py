@@ -145,3 +145,23 @@ async def consumed(kafka: KafkaSettings, group: str, spec: TopicSpec) -> bool:
     finally:
         await admin.close()
     return any(one.offset > 0 for one in stored.values())
+
+
+async def test_outages_under_a_gateway(supervisor, kafka, database, tmp_path):
+    """An idle one, which learns of an outage by no request."""
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(judged_fleet("127.0.0.1:9"))
+    name = start_service("gateway", supervisor, kafka=kafka, database=database, fleet=fleet)
+    pid = supervisor.process(name).pid
+    try:
+        for server, problem in (("postgres", "PostgreSQL"), ("kafka", "Kafka does not answer")):
+            with frozen(supervisor.process(server).pid):
+                await until_ready(supervisor, [name], problem)
+            await until_ready(supervisor, [name])
+            await restart(supervisor, server)
+            await until_ready(supervisor, [name])
+        assert supervisor.process(name).pid == pid
+        supervisor.check()
+        assert 'sprout_database_connections{state="max"}' in page(f"{supervisor.process(name).spec.url}/metrics")
+    finally:
+        supervisor.stop(name)

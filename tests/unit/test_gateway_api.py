@@ -1,15 +1,18 @@
 """The OpenAPI document of the gateway."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
 from pydantic import SecretStr
 
 from services.gateway.app import build_app
+from services.gateway.errors import ApiError
 from services.gateway.limits import AccountState, Verdict
 from shared.fleet import Fleet
+from shared.messages import ErrorDetail
+from shared.messages.generation import ErrorCode
 from shared.runtime.settings import DatabaseSettings
 from tests.support.fleets import MODEL, ZONE
 
@@ -54,3 +57,18 @@ async def test_the_headers_of_a_refusal_are_described(document):
     responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert set(responses["429"]["headers"]) == set(refusal.headers)
     assert set(responses["503"]["headers"]) == {"retry-after"}
+
+
+def test_every_error_of_a_router_has_a_status_and_those_that_pass_say_when_to_try_again():
+    found = {code: ApiError.of_response(ErrorDetail(code=code, message="why")) for code in get_args(ErrorCode)}
+    assert {code: (error.status, "retry-after" in error.headers) for code, error in found.items()} == {
+        "invalid_request": (400, False),
+        "unknown_level": (400, False),
+        "unknown_model": (404, False),
+        "prompt_too_large": (413, False),
+        "cancelled": (499, False),
+        "upstream_error": (502, True),
+        "no_endpoint": (503, True),
+        "deadline_exceeded": (504, False),
+    }
+    assert {error.body.message for error in found.values()} == {"why"}

@@ -32,6 +32,9 @@ def test_counters_are_read_by_gpu():
         ('nv_energy_consumption{gpu_uuid="a"} NaN\n', (), "must be a number of joules"),
         ('nv_energy_consumption{gpu_uuid="a"} -1\n', (), "must be a number of joules"),
         ('nv_energy_consumption{gpu_uuid="a"} much\n', (), "not in Prometheus' text format"),
+        ('{"error": "Energy monitoring is not available"}', (), "no 'total_energy_j' as trtllm-serve's have"),
+        ('{"total_energy_j": -1.0}', (), "must be a number of joules"),
+        ('{"total_energy_j": 5.0}', ("GPU-1",), r"no nv_energy_consumption of GPU GPU-1 \(it reports: all\)"),
     ],
 )
 def test_metrics_without_usable_counters_are_rejected_with_a_remedy(text, gpus, message):
@@ -68,3 +71,9 @@ def test_calls_and_resets_interrupt_a_span_without_calls():
     spans = [(Interval(0, 20, 1_000), 0), (Interval(20, 30, 9_000), 2), (Interval(30, 50, 1_000), 0)]
     assert update_idle_power(IdlePower(), spans, window_s=30) == IdlePower(None, 20, 1_000)
     assert update_idle_power(IdlePower(), [(Interval(0, 50, 10, restarted=True), 0)], window_s=30) == IdlePower()
+
+
+def test_trtllm_serve_reports_the_sum_over_its_gpus():
+    meters = parse_meters('{"total_energy_j": 1234.5678, "query_time": 981.25}')
+    assert counters_of((), meters) == {"all": 1234.5678}
+    assert meters.power_w == {}

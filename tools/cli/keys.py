@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from services.gateway.keys import Connection, Limits, create_key, list_keys, revoke_key, set_limits
 from shared.messages import Identifier, Level
+from shared.runtime.printable import printable
 from tools.cli.console import Exit, fail, out, print_text, say
 from tools.cli.report import DATABASE_VARIABLE, default_database
 
@@ -200,7 +201,7 @@ def _stored(text: str, option: str) -> str:
 def _cell(value: object) -> str:
     from rich.markup import escape  # noqa: PLC0415 - slow to import
 
-    return "" if value is None else escape(f"{value:g}" if isinstance(value, float) else str(value))
+    return "" if value is None else escape(f"{value:g}" if isinstance(value, float) else printable(str(value)))
 
 
 def _run(work: Callable[[Connection], Awaitable[T]], database: str | None) -> T:

@@ -56,6 +56,11 @@ _KEY = "coalesce(request_id, id)"
 _TENANT = "(SELECT d.tenant FROM ledger.dimensions AS d WHERE d.id = dimension)"
 _NEW_ID = "'erased-' || gen_random_uuid()"
 """A new random id, and no hash of the old one: whoever knows an id could compute its hash."""
+_ACCOUNT_TENANT = (
+    "coalesce(CASE WHEN account LIKE 'tenant/%' THEN substr(account, 8) END, "
+    "(SELECT k.tenant FROM gateway.api_keys AS k WHERE 'key/' || k.id = account))"
+)
+"""The tenant of an account of the gateway, which is a key or a tenant."""
 _UNLINK = f"id = {_NEW_ID}, request_id = NULL"
 _KNOWN = """
 SELECT request_id FROM ledger.footprints WHERE tenant = ANY($1::text[])
@@ -70,6 +75,9 @@ TABLES: Final = (
     PersonalTable(name="optimizer.counted", key="id", tenant=None),
     PersonalTable(name="gateway.requests", key="id"),
     PersonalTable(name="gateway.hours", key="key_id", time="hour"),
+    PersonalTable(
+        name="gateway.months", key="account", tenant=_ACCOUNT_TENANT, time="month", changes=f"account = {_NEW_ID}"
+    ),
     PersonalTable(name="gateway.batches", key="id"),
     PersonalTable(name="gateway.files", key="id"),
     PersonalTable(name="ledger.refusals", key="request_id", tenant=None, time="at"),
@@ -127,7 +135,7 @@ async def _find_requests(connection: asyncpg.Connection, subjects: Subjects, tab
     if "ledger.settled_calls" not in names:
         return
     for table in tables:
-        if not table.name.startswith("ledger."):
+        if not table.name.startswith("ledger.") and table.changes is None:
             unknown = "" if table.tenant is None else f"AND one.{table.tenant} IS NULL"
             rows = await connection.fetch(
                 f"SELECT one.{table.key} AS id FROM {table.name} AS one WHERE one.{table.key} IN ({_KNOWN}) {unknown}",

@@ -1,0 +1,2 @@
+-- Sums are removed by their age.
+CREATE INDEX hours_by_time ON hours (hour);
