@@ -3,7 +3,6 @@
 from shared.messages import LimitOutcome
 from tests.support.report import CONSTANT_DAY, MODEL, REFERENCE, ZONE, made_day, policy_at, snapshot_of
 from tools.reporting.collect import compute_report
-from tools.reporting.decisions import NextOption
 from tools.reporting.model import to_json
 from tools.reporting.tables import group_table, limit_table
 
@@ -34,8 +33,8 @@ def test_the_limits_of_the_newest_policy_are_shown_with_margin_and_price():
 def test_each_group_has_the_best_option_that_is_not_chosen():
     extra = {"gsm8k": {REFERENCE: 0.0, BRIEF: 0.002, BRIEFER: 0.005}, "alpaca": {REFERENCE: 0.0, BRIEF: 0.0}}
     report = report_of(extra_g=extra)
-    found = {row.group: row.next_option for row in report.groups}
-    assert found == {"alpaca": None, "gsm8k": NextOption(BRIEF, 0.002), "triviaqa": None}
+    found = {row.group: (row.next_option, row.next_option_extra_g) for row in report.groups}
+    assert found == {"alpaca": (None, None), "gsm8k": (BRIEF, 0.002), "triviaqa": (None, None)}
     table = group_table(report)
     assert table.columns[-1] == "next best option: all would emit more by"
     assert [row[-1] for row in table.rows] == ["", "L1: 2.00 mg", ""]

@@ -106,9 +106,11 @@ def group_rows(
             groups=len(folded.names) if group == folded.label else 1,
             settled_since=settled.get(group),
             not_judged=not_judged.get(group, 0),
-            next_option=next_options.get(group),
+            next_option=next_option.option,
+            next_option_extra_g=next_option.extra_g,
         )
         for (group,), where in partition(calls.group).items()
+        for next_option in (next_options.get(group, NextOption()),)
         for task, count in Counter(_mix(calls.task[where], calls.count[where])).most_common(1)
         for named in (task == group or count >= FEWEST_REQUESTS,)
     )

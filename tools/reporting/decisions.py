@@ -39,12 +39,13 @@ class NextOption:
     """The best option of a group that its policy does not choose.
 
     Attributes:
+        option: None: there is none, or it is not known.
         extra_g: gCO2eq by which all traffic would emit more for one more request with it, the quality that it loses
             made up for in other groups.
     """
 
-    option: str
-    extra_g: float
+    option: str | None = None
+    extra_g: float | None = None
 
 
 def limit_rows(policies: PolicyHistory, model: str | None) -> tuple[LimitRow, ...]:

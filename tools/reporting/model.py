@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tools.reporting.decisions import LimitRow, NextOption
+from tools.reporting.decisions import LimitRow
 from tools.reporting.judging import JudgeReport
 from tools.reporting.meter_model import Metered
 from tools.reporting.out_of_sample import QualityWeek
@@ -230,6 +230,7 @@ class GroupRow:
         not_judged: sampled prompts that were not judged for that reason.
         next_option: the best option that the newest policy does not choose; None: there is none, it is not known, or
             several groups are counted here.
+        next_option_extra_g: gCO2eq by which all traffic would emit more for one more request with it.
     """
 
     group: str
@@ -244,7 +245,8 @@ class GroupRow:
     groups: int = 1
     settled_since: datetime | None = None
     not_judged: int = 0
-    next_option: NextOption | None = None
+    next_option: str | None = None
+    next_option_extra_g: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.runtime.printable import printable
-from tools.reporting.decisions import NextOption
 from tools.reporting.folding import FEWEST_REQUESTS, MOST_GROUPS
 from tools.reporting.format import (
     decimal,
@@ -28,7 +27,7 @@ from tools.reporting.format import (
     significant_digits,
     timestamp,
 )
-from tools.reporting.model import HourRow, Report
+from tools.reporting.model import GroupRow, HourRow, Report
 from tools.reporting.summary import ATTRIBUTED, ON_METER, compared_grams, headline, summary_lines
 
 HIGHLIGHTS = {ON_METER: "bold green", ATTRIBUTED: "bold green", "answer quality": "bold"}
@@ -271,7 +270,7 @@ def group_table(report: Report) -> TextTable:
                 percent(row.saving.saving_pct),
                 percent_range(row.saving.saving_interval),
                 percent(row.preference_pct),
-                *((_next_option(row.next_option, names),) if explained else ()),
+                *((_next_option(row, names),) if explained else ()),
                 *((timestamp(row.settled_since), f"{row.not_judged:,}") if settled else ()),
             )
             for row in report.groups
@@ -354,8 +353,9 @@ def hour_saving_pct(row: HourRow) -> float | None:
     return 100.0 * (1.0 - row.emitted_g / row.reference_g) if row.reference_g > 0 else None
 
 
-def _next_option(found: NextOption | None, names: Mapping[str, str]) -> str:
-    return "" if found is None else f"{names.get(found.option, found.option)}: {grams(found.extra_g)}"
+def _next_option(row: GroupRow, names: Mapping[str, str]) -> str:
+    option = row.next_option
+    return "" if option is None else f"{names.get(option, option)}: {grams(row.next_option_extra_g)}"
 
 
 def _per_request(value: float, row: HourRow) -> str:
