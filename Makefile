@@ -93,7 +93,7 @@ bench: install  ## Run the benchmarks; see build/bench.json
 	  if [ -f "$$file" ]; then found=1; echo "== $$file"; $(BIN)/python -m "tests.benchmarks.$$(basename "$$file" .py)" || exit 1; fi; done; \
 	  [ $$found = 1 ] || { echo "no tests/benchmarks/bench_*.py" >&2; exit 1; }
 
-drill: install  ## Run the fault drills of all services, about twenty minutes; see build/drill.json
+drill: install  ## Run the fault drills of all services, about 25 minutes; see build/drill.json
 	$(BIN)/python -m tests.drills --seed $(SEED) --scale $(SCALE) $(if $(SCENARIO),--scenario "$(SCENARIO)")
 
 locks: install  ## Refresh requirements/*.lock from pyproject.toml

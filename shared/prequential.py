@@ -1,7 +1,7 @@
-"""Quality out of sample: verdicts score the policies that were in force before they were learned from.
+"""Quality out of sample: verdicts score the policies that served before they were learned from.
 
 A quality that is computed from the verdicts that chose the policy is too high: the program prefers options that look
-good by chance. So every evaluation scores, before the optimizer learns from it, the policies in force since the
+good by chance. So every evaluation scores, before the optimizer learns from it, the policies active since the
 evaluation before it (prequential evaluation, Dawid 1984). The verdicts are independent of these policies.
 
 The served quality is A = sum over groups g and options o of w[g] x[g,o] p[g,o], with the traffic w and the
@@ -43,10 +43,10 @@ Served = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class QualityScore:
-    """What one evaluation says of the policies in force before it, for one metric.
+    """What one evaluation says of the policies that served before it, for one metric.
 
     Attributes:
-        since, until: time in which they were in force; `until` is the evaluation's.
+        since, until: time in which they were active; `until` is the evaluation's.
         promised: lower confidence bound that the policies expected, and `bound` what they had to meet; means over the
             time, relative to the reference; None if a policy does not limit the metric.
         prompts: with a verdict.
@@ -89,20 +89,20 @@ class QualityInterval:
 
 
 class PoliciesInForce:
-    """Policies of one model since its last evaluation, with the times for which they were in force."""
+    """Policies of one model since its last evaluation, with the times for which they were active."""
 
     def __init__(self) -> None:
         self._policies: list[Policy] = []
         self._since: datetime | None = None
 
     def add(self, policy: Policy) -> None:
-        """A policy replaces the one in force when it is made."""
+        """A policy replaces the active one when it is made."""
         if not self._policies or policy.created_at >= self._policies[-1].created_at:
             self._policies.append(policy)
             self._since = self._since or policy.created_at
 
     def scored(self, evaluation_id: str, counts: Sequence[QualityCount], at: datetime) -> list[QualityScore]:
-        """Score the policies by an evaluation at a time, one score per metric; they start anew from then on.
+        """Score the policies by an evaluation at a time, one score per metric; they start again from then on.
 
         Policies made after that time may have learned from it. None is scored if the time is not after the first one
         or the last evaluation, or for what was longer than `MAX_INTERVAL` ago.
@@ -123,7 +123,7 @@ class PoliciesInForce:
 
 
 def served_shares(in_force: Iterable[tuple[Policy, timedelta]]) -> Served:
-    """Mean traffic by group and option under several policies, each weighted by its time in force."""
+    """Mean traffic by group and option under several policies, each weighted by its time."""
     shares: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     total = 0.0
     for policy, length in in_force:
@@ -150,7 +150,7 @@ def score(
 
     Args:
         counts: of the evaluation.
-        in_force: the policies, each with its time in force.
+        in_force: the policies, each with the time for which it was active.
         since, until: that time.
     """
     known = {count.group for count in counts}

@@ -190,7 +190,7 @@ class Topics:
         }
 
     async def read(self, kafka: KafkaSettings, clock: Clock) -> None:
-        """Read the topics from their start until cancelled; keeps trying while Kafka is away."""
+        """Read the topics from their start until cancelled; keeps trying while Kafka is unavailable."""
         retry = Backoff()
         while True:
             try:

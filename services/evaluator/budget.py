@@ -149,7 +149,7 @@ class PolicyMemory:
         self._margin_g: dict[str, float] = {}
 
     def update(self, policy: Policy) -> None:
-        """Take in a policy; the previous one was in force until it was made."""
+        """Take in a policy; the previous one served until it was made."""
         before = self._newest.get(policy.model)
         if before is not None and policy.version <= before.version:
             return
@@ -163,7 +163,7 @@ class PolicyMemory:
         self._newest[policy.model] = policy
 
     def bounds(self, model: str, metric: str) -> bool:
-        """Whether the policy in force limits a metric."""
+        """Whether the current policy limits a metric."""
         policy = self._newest.get(model)
         return policy is not None and policy.bounds.get(metric, 0.0) > 0.0
 

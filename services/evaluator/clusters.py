@@ -47,7 +47,7 @@ TASK_SPREAD: Final = 2.0
 share a group only if there are more tasks than groups."""
 
 MAX_TASKS: Final = 32
-"""Labels that are told apart, the most frequent ones: producers choose labels, and may choose many."""
+"""Labels that are distinguished, the most frequent ones: producers choose labels, and may choose many."""
 
 MAX_GROUPS: Final = 12
 PROMPTS_PER_GROUP: Final = 40

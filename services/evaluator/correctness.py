@@ -35,7 +35,7 @@ class CorrectnessMetric:
 
         Args:
             asks_judge: whether the judge may be asked about a model's answers. If not, only prompts count whose
-                reference is a number or a letter: the others' right answers could not be told from wrong ones.
+                reference is a number or a letter: the others' right answers could not be distinguished from wrong ones.
         """
         self._judge = judge
         self._asks_judge = asks_judge

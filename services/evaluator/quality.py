@@ -127,7 +127,7 @@ class JudgedPrompt:
 
 
 def hash_of(messages: Sequence[ChatMessage], key: bytes) -> str:
-    """Keyed hash of a conversation: it recognises a prompt that is sent again, and tells nobody else its text.
+    """Keyed hash of a conversation: it recognises a prompt that is sent again, and reveals its text to nobody else.
 
     Args:
         key: secret of the deployment, at most `MAX_KEY_BYTES`; empty: none, so whoever knows the text can compute it.

@@ -174,12 +174,12 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
     correctness: Literal["off", "exact", "bounded", "always"] = Field(
         default="bounded",
         description="Metric correctness. exact: with a number or a letter as reference, without a judge; bounded: the "
-        "judge decides the rest while a policy in force bounds correctness; always: it always does",
+        "judge decides the rest while the current policy limits correctness; always: it always does",
     )
     not_worse: Literal["off", "bounded", "always"] = Field(
         default="bounded",
         description="Metric not_worse, whether an answer is at least as good as the reference option's. bounded: the "
-        "judge compares the pairs while a policy in force bounds not_worse; always: it always does",
+        "judge compares the pairs while the current policy limits not_worse; always: it always does",
     )
     judge_max_unreadable: float = Field(
         default=0.5, ge=0, le=1, description="Share of unreadable replies above which the judge's verdicts do not count"

@@ -129,7 +129,7 @@ class EvaluationStore:
                     list(evaluated),
                 )
                 ids = {row["id"] for row in kept}
-                await _save_judged(connection, quality.model, [one for one in judged if one.id in ids])
+                await save_judged(connection, quality.model, [one for one in judged if one.id in ids])
         return True
 
     async def unpublished(self) -> list[Quality]:
@@ -317,7 +317,7 @@ class GroupStore:
             )
 
 
-async def _save_judged(
+async def save_judged(
     connection: Any,  # noqa: ANN401 - asyncpg's proxy has no common base with a connection
     model: str,
     prompts: Sequence[JudgedPrompt],

@@ -127,7 +127,7 @@ class Accounts:
 
         Raises:
             ApiError: the key was revoked, its carbon budget is spent, or the line is larger than its limit.
-            DatabaseUnavailableError: PostgreSQL is away.
+            DatabaseUnavailableError: PostgreSQL is unavailable.
         """
         now, tokens = self._clock.now(), counted_tokens(request)
         with self._status.watch():
@@ -196,7 +196,7 @@ class Accounts:
         """Add footprints to their requests; those of requests of other producers are left out.
 
         Raises:
-            DatabaseUnavailableError: PostgreSQL is away.
+            DatabaseUnavailableError: PostgreSQL is unavailable.
         """
         rows = [_footprint_row(one) for one in footprints if one.purpose == "request"]
         if rows:
@@ -207,7 +207,7 @@ class Accounts:
         """The rows of a query.
 
         Raises:
-            DatabaseUnavailableError: PostgreSQL is away.
+            DatabaseUnavailableError: PostgreSQL is unavailable.
         """
         with self._status.watch():
             return list(await self._pool.fetch(statement, *arguments))
@@ -232,7 +232,7 @@ class Accounts:
         """Say that this gateway lives: without that its requests do not count as open any more.
 
         Raises:
-            DatabaseUnavailableError: PostgreSQL is away.
+            DatabaseUnavailableError: PostgreSQL is unavailable.
         """
         with self._status.watch():
             await self._pool.execute(
@@ -283,7 +283,7 @@ class Accounts:
         """Write all that is finished.
 
         Raises:
-            DatabaseUnavailableError: PostgreSQL is away; nothing is lost.
+            DatabaseUnavailableError: PostgreSQL is unavailable; nothing is lost.
         """
         while self._finished:
             batch = [self._finished[number] for number in range(min(BATCH, len(self._finished)))]

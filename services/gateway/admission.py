@@ -86,7 +86,7 @@ class AdmissionQueue:
             at: event time.
 
         Raises:
-            DatabaseUnavailableError: PostgreSQL is away; after a `TimeoutError` the request may have been counted.
+            DatabaseUnavailableError: PostgreSQL is unavailable; after a `TimeoutError` the request may be counted.
         """
         verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         if key not in self._tasks:

@@ -97,7 +97,7 @@ class BatchRunner:
             return None
 
     async def _work(self, batch: Batch) -> None:
-        """Work on a batch as far as it goes, and give up its lease."""
+        """Work on a batch as far as it goes, and release its lease."""
         self.metrics.batches.inc()
         run = _Run(self, batch)
         try:

@@ -114,7 +114,7 @@ class BatchStore:
             window: the time for it, event time.
 
         Raises:
-            DatabaseUnavailableError: PostgreSQL is away. So do the other methods.
+            DatabaseUnavailableError: PostgreSQL is unavailable. So do the other methods.
         """
         now = self.clock.now()
         batch = Batch(
@@ -205,7 +205,7 @@ class BatchStore:
         return _batch(row)
 
     async def release(self, batch_id: str) -> None:
-        """Give up a lease, so that another gateway goes on at once."""
+        """Release a lease, so that another gateway continues at once."""
         with self.status.watch():
             await self._pool.execute(
                 "UPDATE batches SET holder = NULL WHERE id = $1 AND holder = $2", batch_id, self._holder

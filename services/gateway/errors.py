@@ -67,7 +67,7 @@ class ApiError(Exception):
 
     @classmethod
     def unavailable(cls, message: str) -> "ApiError":
-        """Something that the gateway needs is away."""
+        """Something that the gateway needs is unavailable."""
         headers = {"retry-after": str(RETRY_AFTER_S)}
         return cls(503, message, kind="service_unavailable_error", code="service_unavailable", headers=headers)
 

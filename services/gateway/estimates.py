@@ -1,4 +1,4 @@
-"""Estimates the energy and carbon of an answer from the policy in force, before the ledger has attributed it."""
+"""Estimates the energy and carbon of an answer from the current policy, before the ledger has attributed it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -147,7 +147,7 @@ class Exchange:
                 ready = []
             if not await pending.wait(self._patience_s()):
                 self.publisher.cancel_soon(self.message)
-                error = ApiError(504, "the answer did not go on in time", kind="timeout_error", code="timeout")
+                error = ApiError(504, "the answer did not continue in time", kind="timeout_error", code="timeout")
                 yield [json.dumps({"error": error.body.model_dump()})]
                 return
         ready.append(answers.last(pending.response).to_json(include_usage=include_usage))
@@ -158,7 +158,7 @@ class Exchange:
         yield ready
 
     def _problem(self) -> ApiError | None:
-        """Why the stream cannot go on."""
+        """Why the stream cannot continue."""
         if self.pending.response is not None and self.pending.response.error is not None:
             return ApiError.of_response(self.pending.response.error)
         if self.pending.restarted:

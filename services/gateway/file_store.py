@@ -114,7 +114,7 @@ class FileStore:
         """A file of an owner.
 
         Raises:
-            DatabaseUnavailableError: PostgreSQL is away. So do the other methods.
+            DatabaseUnavailableError: PostgreSQL is unavailable. So do the other methods.
         """
         with self.status.watch():
             row = await self.pool.fetchrow(

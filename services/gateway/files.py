@@ -247,7 +247,7 @@ def _check(upload: Upload, *, begun: bool) -> float:
 
 
 async def _discard(store: FileStore, file_id: str) -> None:
-    """Remove what was written of an upload that failed; while PostgreSQL is away, it is removed later as expired."""
+    """Remove what was written of a failed upload; while PostgreSQL is unavailable, it is removed later as expired."""
     try:
         await store.delete(file_id)
     except DatabaseUnavailableError:

@@ -20,7 +20,7 @@ MAX_CACHED: Final = 10_000
 """Valid keys that are remembered, and as many wrong ones."""
 
 WRONG_S: Final = 1.0
-"""How long a key is believed to be wrong at most: it may just have been made, wall."""
+"""How long a key counts as wrong at most: it may just have been made, wall."""
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class KeyStore:
         """Use an open pool whose `search_path` is the gateway's schema.
 
         Args:
-            cache_s: how long a key is believed without asking PostgreSQL; while PostgreSQL is away for longer.
+            cache_s: how long a key is accepted without asking PostgreSQL again; longer while that is unavailable.
             timeout_s: how long PostgreSQL may take.
         """
         self._pool = pool
@@ -93,7 +93,7 @@ class KeyStore:
         """The key, or None if there is no such key or it was revoked.
 
         Raises:
-            DatabaseUnavailableError: PostgreSQL is away, and the key is not remembered.
+            DatabaseUnavailableError: PostgreSQL is unavailable, and the key is not remembered.
         """
         digest, now_s = hash_of(secret), time.monotonic()
         found_s, key = self._valid.get(digest, (-math.inf, None))
@@ -180,7 +180,7 @@ async def store_key(connection: Connection, secret: str, *, name: str, tenant: s
 
 
 async def revoke_key(connection: Connection, key_id: str, *, now: datetime) -> bool:
-    """Revoke a key for good; returns whether there is such a key that was valid."""
+    """Revoke a key permanently; returns whether there is such a key that was valid."""
     changed = await connection.execute(
         "UPDATE api_keys SET revoked_at = $2 WHERE id = $1 AND revoked_at IS NULL", key_id, now
     )

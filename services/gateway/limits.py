@@ -188,7 +188,7 @@ def stricter_directive(requested: str | None, forced: str | None, levels: Sequen
     """The directive of a request after a budget has forced a level.
 
     A level that the client forces stays if it is at least as strict. Where the client forbids the forced level, the
-    next milder one is taken; before the first directive its wish stays.
+    next milder one is taken; before the first directive its own choice stays.
 
     Args:
         requested: what the client asks for: a level, or one that is forbidden with a prefix.

@@ -36,7 +36,7 @@ class GatewayMetrics:
         )
         self.unwritten = Counter(
             "sprout_gateway_unwritten",
-            "Finished requests that are not stored because PostgreSQL is away for too long; footprints replace them",
+            "Finished requests that are not stored: PostgreSQL is unavailable for too long; footprints replace them",
             registry=registry,
         )
         self.batch_lines = Counter(

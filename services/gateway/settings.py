@@ -38,14 +38,14 @@ class GatewaySettings(BaseSettings):
         default=True, description="False: requests need no API key; only behind something that authenticates"
     )
     key_cache_s: float = Field(
-        default=5.0, ge=0, description="How long a key is believed without asking PostgreSQL, wall"
+        default=5.0, ge=0, description="How long a key is accepted without asking PostgreSQL again, wall"
     )
     admission_timeout_s: float = Field(
         default=2.0, gt=0, description="Longest wait for PostgreSQL to admit a request, wall"
     )
     serve_without_database: bool = Field(
         default=False,
-        description="While PostgreSQL is away: true: known keys are served without limits, false: they get 503",
+        description="While PostgreSQL is unavailable: true: known keys are served without limits, false: they get 503",
     )
     lease_s: float = Field(
         default=15.0, gt=0, description="A gateway that dies has its requests counted as open for this long, wall"

@@ -77,10 +77,10 @@ class ModelStatus(BaseModel):
     """What is decided for a model."""
 
     model: str
-    policy: Literal["in force", "expired", "none"]
+    policy: Literal["current", "expired", "none"]
     policy_version: int | None
     valid_until: datetime | None
-    mix: dict[str, float] = Field(description="Share of the traffic by directive level, by the policy in force")
+    mix: dict[str, float] = Field(description="Share of the traffic by directive level, by the current policy")
     served: dict[str, int] = Field(description=f"The last {MAX_COUNTED} answers of this gateway by level")
     quality: tuple[QualityStatus, ...]
     expected_g_per_request: float | None
@@ -94,7 +94,7 @@ class PoolStatus(BaseModel):
     model: str | None
     zone: str
     servers: int
-    in_use: int | None = Field(description="Servers that are awake; null: no plan is in force, all may serve")
+    in_use: int | None = Field(description="Servers that are awake; null: no plan is valid, all may serve")
     needed: int | None
     in_flight: int | None = Field(description="Requests that run or wait for a server")
     requests_per_s: float | None
@@ -236,7 +236,7 @@ class Monitor:
         bounds = policy.bounds if policy.promise is None else policy.promise.hourly_floors
         return ModelStatus(
             model=model,
-            policy="in force" if valid else "expired",
+            policy="current" if valid else "expired",
             policy_version=policy.version,
             valid_until=policy.valid_until,
             mix=level_mix(policy) if valid else {split_option(policy.reference)[1]: 1.0},
@@ -297,7 +297,7 @@ def reason_of(response: GenerationResponse) -> str:
     return {
         "policy": f"drawn by policy {decision.policy_version}",
         "forced": "required by the request",
-        "fallback": "no policy in force",
+        "fallback": "no valid policy",
         "switchback": "reference block",
     }[decision.source]
 

@@ -6,8 +6,9 @@ Two linear regressions, with sums that forget exponentially (`LeastSquares`):
 - time per token of a call = step_s + token_s x its mean batch, weighted by tokens.
 
 Intervals are learned from once the speed is known, because steps follow from it (`services.ledger.attribution`). While
-calls run without a pause, length = step_s x steps + token_s x tokens: idle power can be told from the steps' energy
-only where the server also idled. At a constant batch steps and tokens cannot be told apart. `Estimate.reason` says so.
+calls run without a pause, length = step_s x steps + token_s x tokens: idle power can be separated from the steps'
+energy only where the server also idled. At a constant batch steps and tokens cannot be separated. `Estimate.reason`
+says so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ MIN_CALLS = 30
 MIN_BATCH_VARIATION = 0.1
 """Standard deviation of the batch, relative to its mean, below which it counts as constant."""
 MIN_IDLE_SHARE = 0.01
-"""Share of the time without calls, below which idle power cannot be told from the steps' energy."""
+"""Share of the time without calls, below which idle power cannot be separated from the steps' energy."""
 LARGEST_ERROR = 0.1
 """Largest standard error of a coefficient, relative to what a step takes."""
 USUAL_BATCH = 256
@@ -185,7 +186,7 @@ class Estimate:
 
     @property
     def identifiable(self) -> bool:
-        """Whether shared and single energy can be told apart."""
+        """Whether shared and single energy can be separated."""
         return not self.reason
 
 
@@ -321,7 +322,7 @@ class CurveState(State):
         """Idle power, and the energy of steps, tokens and prompt tokens.
 
         Prompts cost nothing unless the observations show that they do; the standard errors do not assume it, unless
-        the cost of a prompt token cannot be told from that of a generated one.
+        the cost of a prompt token cannot be separated from that of a generated one.
         """
         regression = self.energy if idle_power_w is None else self.energy.fixing(0, idle_power_w)
         found = regression.solve()

@@ -125,7 +125,7 @@ class AttributionLoop:
 
     @contextmanager
     def _reporting(self, work: str) -> Iterator[None]:
-        """Log when a kind of work begins to fail, or succeeds again, and tell readiness."""
+        """Log when a kind of work begins to fail, or succeeds again, and update readiness."""
         before = self._problems.get(work, "")
         try:
             yield

@@ -51,7 +51,7 @@ class LedgerMetrics:
         )
         self.curve_identifiable = Gauge(
             "sprout_ledger_curve_identifiable",
-            "1 if the energy that a batch shares can be told from that of each sequence, else 0",
+            "1 if the energy that a batch shares can be separated from that of each sequence, else 0",
             ("endpoint",),
             registry=registry,
         )

@@ -180,7 +180,7 @@ PUT_CURVES = """
 INSERT INTO curves SELECT * FROM jsonb_populate_recordset(NULL::curves, $1)
 ON CONFLICT (endpoint) DO UPDATE SET state = EXCLUDED.state
 """
-# Calls that go on after the last settled interval.
+# Calls that continue after the last settled interval.
 UPDATE_CALLS = """
 UPDATE open_calls AS o
 SET energy_j = new.energy_j, server_s = new.server_s, steps = new.steps, batch_tokens = new.batch_tokens,
@@ -360,7 +360,7 @@ async def add_partition(connection: Connection, day: datetime) -> None:
     await connection.execute(PARTITION_LOCK)
     if await connection.fetchval(HAS_PARTITION, name):
         return
-    # Attaching locks less than creating a partition: others go on reading and writing.
+    # Attaching locks less than creating a partition: others continue to read and write.
     await connection.execute(f"CREATE TABLE {name} (LIKE settled_calls INCLUDING ALL)")
     following = day + timedelta(days=1)
     await connection.execute(

@@ -45,7 +45,7 @@ class Calibration:
 
 
 class QualityScores:
-    """The policies in force of every model, and the scores of the last `MEMORY`."""
+    """The active policies of every model, and the scores of the last `MEMORY`."""
 
     def __init__(self, settings: OptimizerSettings) -> None:
         """Start without any score.
@@ -58,11 +58,11 @@ class QualityScores:
         self._scores: dict[tuple[str, str], dict[str, QualityScore]] = defaultdict(dict)
 
     def update_policy(self, policy: Policy) -> None:
-        """A policy is in force from now on."""
+        """A policy is active from now on."""
         self._in_force[policy.model].add(policy)
 
     def score(self, evaluation: Quality) -> list[QualityScore]:
-        """Score the policies in force before an evaluation; empty if none was, or if it was scored before."""
+        """Score the policies that served before an evaluation; empty if none was, or if it was scored before."""
         in_force = self._in_force[evaluation.model]
         return in_force.scored(evaluation.evaluation_id, evaluation.independent_counts(), evaluation.evaluated_at)
 

@@ -1,6 +1,6 @@
 """The loop of the capacity planner: load reports in, plans on the topic `capacity` out.
 
-It needs no database: without PostgreSQL it goes on, and only the learned arrivals by hour of day are stored later. Of
+It needs no database: without PostgreSQL it continues, and only the learned arrivals by hour of day are stored later. Of
 several copies of the optimizer all plan, so that a standby knows the load, and only the leader publishes.
 """
 

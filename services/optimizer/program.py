@@ -45,7 +45,7 @@ _WHEN_UNKNOWN: tuple[tuple[str, int | str], ...] = (
     ("presolve", "off"),
     ("simplex_scale_strategy", 2),
 )
-"""Options that are changed, one more each time, if HiGHS ends without a result; it then begins anew. Seen where limits
+"""Options that are changed, one more each time, if HiGHS ends without a result; it then starts again. Seen where limits
 cannot be kept: scaling or presolving the cuts left infeasibilities above its tolerance."""
 
 _PULP_SPELLING = str.maketrans("-+[] ->/", "________")

@@ -18,6 +18,7 @@ from services.optimizer.calibration import QualityScores, calibrated
 from services.optimizer.costs import Consumption
 from services.optimizer.estimates import Estimates, estimate, estimates_changed
 from services.optimizer.metrics import OptimizerMetrics
+from services.optimizer.outcome import extra_grams, limit_outcomes
 from services.optimizer.policy import Situation, Trigger, make_policy, margin_g, policy_difference, settled_since
 from services.optimizer.prices import PoolPrices
 from services.optimizer.prior import ModelPrior
@@ -320,8 +321,16 @@ class PolicyService:
                 return
         margin = await self._in_solver(lambda: margin_g(policy))
         settled = await self._in_solver(lambda: settled_since(policy, program, published, settings=self._settings))
-        reason = "; ".join([policy.reason, *notes])
-        policy = policy.model_copy(update={"margin_g_per_request": margin, "settled": settled, "reason": reason})
+        limits, extra_g = await self._in_solver(lambda: (limit_outcomes(program), extra_grams(program)))
+        policy = policy.model_copy(
+            update={
+                "margin_g_per_request": margin,
+                "settled": settled,
+                "limits": limits,
+                "extra_g": extra_g,
+                "reason": "; ".join([policy.reason, *notes]),
+            }
+        )
         policy = await self.store.add_policy(policy, after=0 if published is None else published.version)
         await self._publish(policy)
         self._set_published(policy)

@@ -41,7 +41,7 @@ class Cancellations:
 
     @contextmanager
     def watch(self, request_id: str, record: str) -> Iterator[CancelSignal]:
-        """The signal that tells a request, while it is processed, that it is cancelled."""
+        """The signal to a request, while it is processed, that it is cancelled."""
         signal = CancelSignal()
         entry = (record, signal)
         self._running.setdefault(request_id, []).append(entry)

@@ -19,7 +19,7 @@ from aiokafka import TopicPartition
 from services.router.offsets import Claim
 
 RESUME_SHARE: Final = 0.75
-"""A lane whose look-ahead was full is read again when it has fallen to this share: a paused partition is fetched anew,
+"""A lane whose look-ahead was full is read again when it has fallen to this share: a paused partition is fetched again,
 which should pay off."""
 
 

@@ -84,7 +84,7 @@ class PromptGroupCache:
             Whether it was stored.
 
         Raises:
-            GroupingError: it cannot be used; what was known stays in force.
+            GroupingError: it cannot be used; what was known stays valid.
         """
         known = self._newest.get(grouping.model)
         if known is not None and grouping.learned_at <= known.learned_at:

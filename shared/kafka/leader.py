@@ -50,7 +50,7 @@ class Leadership(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka ha
 
         Args:
             session_timeout_s: of the consumer group, wall seconds.
-            now_s: clock of the lease; must go on while the process is suspended.
+            now_s: clock of the lease; must continue while the process is suspended.
         """
         self._lease_s = session_timeout_s * LEASE_SHARE
         self._now_s = now_s

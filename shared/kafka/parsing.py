@@ -14,7 +14,7 @@ from shared.topics import TopicSpec
 M = TypeVar("M", bound=Message)
 
 IMPLAUSIBLE: Final = "implausible"
-"""Reason of a dead letter whose record must not be believed: its writer is at fault, not the reader."""
+"""Reason of a dead letter whose record must not be used: its writer is at fault, not the reader."""
 
 
 class PoisonMessageError(ValueError):

@@ -1,4 +1,4 @@
-"""Whether a control message may be believed: a message that steers other services.
+"""Whether a control message may be used: a message that steers other services.
 
 Kafka's ACLs say who may write to a topic. These checks bound the damage if one of the writers is faulty, has a wrong
 clock, or is not what it claims to be. All consumers of `carbon-intensity`, `policies`, `prompt-groups`, `quality`,
@@ -65,7 +65,7 @@ _ROUNDING: Final = 1e-6
 
 
 class ImplausibleError(ValueError):
-    """A control message that must not be believed; the text says why and quotes nothing of it."""
+    """A control message that must not be used; the text says why and quotes nothing of it."""
 
 
 def check_plausible(message: Message, *, key: bytes | None, clock: Clock) -> None:
@@ -76,7 +76,7 @@ def check_plausible(message: Message, *, key: bytes | None, clock: Clock) -> Non
         clock: of the reader.
 
     Raises:
-        ImplausibleError: the message must not be believed.
+        ImplausibleError: the message must not be used.
     """
     check = _CHECKS.get(type(message))
     if check is None:

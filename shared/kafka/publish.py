@@ -312,7 +312,7 @@ class RecoveringProducer:
 
 
 def _ignore_result(future: "asyncio.Future[Any]") -> None:
-    """Note the error of a message whose sender has given up."""
+    """Note the error of a message whose sender does not wait any more."""
     if not future.cancelled():
         future.exception()
 

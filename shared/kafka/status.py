@@ -45,7 +45,7 @@ class KafkaStatus:
                             admin = AIOKafkaAdminClient(**self._kafka.client_options())
                             await admin.start()
                         await admin.describe_topics([self._topic])
-                except Exception as error:  # noqa: BLE001 - whatever it is, the check goes on
+                except Exception as error:  # noqa: BLE001 - whatever it is, the check continues
                     self._note(f"Kafka does not answer ({type(error).__name__})")
                     await _close(admin)
                     admin = None

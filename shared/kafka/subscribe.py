@@ -272,7 +272,7 @@ def join_group(
     """A member of a consumer group for which only the assignment of partitions matters: it processes no records.
 
     Args:
-        listener: is told of the assignment, and must pause the partitions, so that nothing is fetched.
+        listener: is notified of the assignment, and must pause the partitions, so that nothing is fetched.
     """
 
     async def without_content(records: Any) -> KafkaMessage:  # noqa: ANN401 - aiokafka has no types

@@ -45,6 +45,7 @@ from shared.messages.judging import JudgeCard, LengthSums
 from shared.messages.policies import (
     GroupEvidence,
     GroupTaken,
+    LimitOutcome,
     OptionEstimate,
     PackedArray,
     PeriodAccount,
@@ -80,6 +81,7 @@ __all__ = [
     "JudgeCard",
     "LengthSums",
     "Level",
+    "LimitOutcome",
     "LoadReport",
     "Message",
     "OptionEstimate",

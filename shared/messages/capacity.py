@@ -54,7 +54,7 @@ class EndpointCurve(Message):
     standard_errors: dict[str, float] = Field(
         default={}, description="By field of the curve; absent where it is unknown"
     )
-    identifiable: bool = Field(description="Whether shared and single energy can be told apart")
+    identifiable: bool = Field(description="Whether shared and single energy can be separated")
     reason: str = Field(default="", description="Why the curve cannot be identified")
     intervals: int = Field(ge=0, description="Intervals between meter readings that it was learned from")
     mean_batch: float = Field(ge=0, description="Mean number of sequences while any was running")

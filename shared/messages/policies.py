@@ -97,6 +97,22 @@ class PeriodPromise(Value):
     shortfall: float = Field(default=0.0, ge=0, description="By how much `rest` cannot be kept, at most")
 
 
+class LimitOutcome(Value):
+    """A quality limit in the solution of the program; every quality is relative to the reference.
+
+    With a promise by period it is the limit on the rest of the period.
+    """
+
+    required: float
+    mean: float = Field(description="Estimated quality of all traffic under the policy")
+    margin: float = Field(ge=0, description="Safety margin: standard errors that are taken off the mean")
+    carbon_points_per_point: float = Field(
+        ge=0,
+        description="Shadow price: rise of the expected carbon, in points of the reference's, for one more point of "
+        "quality; 0 if the limit is not binding",
+    )
+
+
 class PolicyInputs(Value):
     """The inputs of the program."""
 
@@ -182,6 +198,14 @@ class Policy(Message):
         default={},
         description="By group: since when every policy found that further verdicts in it would change neither its "
         "option nor, noticeably, the safety margin; empty in older policies",
+    )
+    limits: dict[str, LimitOutcome] = Field(
+        default={}, description="By metric; empty in older policies, and while the reference serves all requests"
+    )
+    extra_g: dict[str, dict[str, float]] = Field(
+        default={},
+        description="Why each group has its options. By group, then option: grams by which all traffic emits more for "
+        "one more request with it, the quality that it loses made up for in other groups; 0: in use. Empty as `limits`",
     )
     inputs: PolicyInputs
 

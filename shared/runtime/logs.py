@@ -69,7 +69,7 @@ def configure_logging(service: str, settings: LogSettings) -> None:
 
 
 class _RepeatFilter(logging.Filter):
-    """Drops what aiokafka repeats: while Kafka is away, every client logs each of its attempts, ten a second."""
+    """Drops what aiokafka repeats: while Kafka is unavailable, every client logs each of its attempts, ten a second."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,10 +3,10 @@
 A backlog of valid responses waits in Kafka, as after an hour at 1,000 answers per second; nobody has read the meters
 meanwhile. A ledger starts and works it off, while new answers go on arriving. Measured are the calls per second from
 its start until the last footprint is published, the processor time per call and the memory of the ledgers and of
-PostgreSQL with all its backends, and the bytes of a settled call. Afterwards the books are checked: every call once,
+PostgreSQL with all its backends, and the bytes of a settled call. Afterwards the accounts are checked: every call once,
 joules and seconds as on the meters.
 
-Fails if a process takes more memory than its limit, or the books are wrong.
+Fails if a process takes more memory than its limit, or the accounts are wrong.
 """
 
 import argparse
@@ -333,7 +333,7 @@ async def _watch(
         await asyncio.sleep(0.5)
 
 
-BOOKS = """
+ACCOUNTS = """
 SELECT (SELECT count(*) FROM settled_calls) AS calls, (SELECT count(DISTINCT id) FROM settled_calls) AS distinct_calls,
        (SELECT sum(metered_j) FROM intervals) AS metered_j,
        (SELECT sum(idle_j + unattributed_j) FROM intervals) AS rest_j, (SELECT sum(idle_s) FROM intervals) AS idle_s,
@@ -351,9 +351,9 @@ SELECT (SELECT count(*) FROM settled_calls) AS calls, (SELECT count(DISTINCT id)
 async def _report(
     pool: asyncpg.Pool, arguments: argparse.Namespace, peaks: Peaks, count: int, took_s: float, intake_s: float
 ) -> int:
-    (books,) = await pool.fetch(BOOKS, timeout=300.0)
-    energy = abs((books["calls_j"] + books["rest_j"]) / books["metered_j"] - 1.0)
-    seconds = abs((books["server_s"] + books["idle_s"]) / books["length_s"] - 1.0)
+    (accounts,) = await pool.fetch(ACCOUNTS, timeout=300.0)
+    energy = abs((accounts["calls_j"] + accounts["rest_j"]) / accounts["metered_j"] - 1.0)
+    seconds = abs((accounts["server_s"] + accounts["idle_s"]) / accounts["length_s"] - 1.0)
     figures = {
         "calls": float(count),
         "ledgers": float(arguments.ledgers),
@@ -362,11 +362,11 @@ async def _report(
         "seconds_until_settlement_began": intake_s,
         "ledger_mib": peaks.ledger,
         "postgres_mib": peaks.postgres,
-        "ledger_cpu_us_per_call": 1e6 * peaks.ledger_cpu_s / books["calls"],
-        "postgres_cpu_us_per_call": 1e6 * peaks.postgres_cpu_s / books["calls"],
+        "ledger_cpu_us_per_call": 1e6 * peaks.ledger_cpu_s / accounts["calls"],
+        "postgres_cpu_us_per_call": 1e6 * peaks.postgres_cpu_s / accounts["calls"],
         "ledger_cpu_s_until_settlement_began": peaks.ledger_intake_cpu_s,
         "postgres_cpu_s_until_settlement_began": peaks.postgres_intake_cpu_s,
-        "bytes_per_call": float(books["bytes"]) / books["calls"],
+        "bytes_per_call": float(accounts["bytes"]) / accounts["calls"],
         "energy_error": energy,
         "time_error": seconds,
     }
@@ -374,8 +374,8 @@ async def _report(
         print(f"{name:32} {value:,.6g}")
     record(f"ledger_backlog_{arguments.ledgers}", figures)
     problems = []
-    if books["calls"] != books["distinct_calls"] or books["calls"] < count or books["partial"]:
-        problems.append(f"the books are wrong: {dict(books)}")
+    if accounts["calls"] != accounts["distinct_calls"] or accounts["calls"] < count or accounts["partial"]:
+        problems.append(f"the accounts are wrong: {dict(accounts)}")
     if max(energy, seconds) > 1e-5:
         problems.append(f"joules or seconds do not add up: {energy}, {seconds}")
     if peaks.ledger > LEDGER_LIMIT_MIB or peaks.postgres > POSTGRES_LIMIT_MIB:

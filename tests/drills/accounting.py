@@ -66,7 +66,7 @@ class Counts:
         lost: valid requests without an answer.
         answered_twice: valid requests with more than one answer.
         misattributed: valid requests with an answer that names another record.
-        strays: orphan answers, to requests that were not sent; not those to malformed ones with a readable id.
+        orphans: answers to requests that were not sent; not those to malformed ones with a readable id.
         dead_lettered: malformed messages with a correct dead letter (bytes and reason).
         dead_lettered_wrong: dead letters with wrong bytes or reason, or of valid requests.
         dead_lettered_twice: malformed messages with several dead letters.
@@ -80,7 +80,7 @@ class Counts:
     lost: int
     answered_twice: int
     misattributed: int
-    strays: int
+    orphans: int
     malformed_sent: int
     dead_lettered: int
     dead_lettered_wrong: int
@@ -94,7 +94,7 @@ class Counts:
             (self.lost, "requests lost"),
             (self.answered_twice, "requests answered twice"),
             (self.misattributed, "requests with an answer that names another record"),
-            (self.strays, "orphan answers, to requests that were not sent"),
+            (self.orphans, "orphan answers, to requests that were not sent"),
             (undelivered, "malformed messages without a correct dead letter"),
             (self.dead_lettered_wrong, "dead letters that are wrong or unexpected"),
             (self.dead_lettered_twice, "malformed messages with several dead letters"),
@@ -120,7 +120,7 @@ def count(messages: Messages) -> Counts:
         misattributed=sum(
             messages.answered_records.get(name, {record}) != {record} for name, record in messages.records.items()
         ),
-        strays=sum(
+        orphans=sum(
             times
             for name, times in messages.answers.items()
             if name not in known and messages.errors.get(name) != "invalid_request"

@@ -29,7 +29,7 @@ GATEWAYS: Final = 2
 WITHIN_S: Final = 30.0
 """Every client has its answer or an error within this time, wall."""
 HUNG_S: Final = 120.0
-"""A client that has nothing after this time is given up."""
+"""A client that has nothing after this time counts as hanging."""
 DOWN_S: Final = (0.0, 2.0)
 
 _NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,4 +1,4 @@
-"""Faults of the services and of what they depend on, under steady traffic; then the books are checked."""
+"""Faults of the services and of what they depend on, under steady traffic; then topics and tables are checked."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from deploy.triton.stand_in.batching import CurveRules
 from shared.batch_curve import MEASURED
 from shared.messages import CarbonIntensity, Footprint, Message, Policy, Quality
 from shared.topics import CARBON_INTENSITY, FOOTPRINTS, POLICIES, QUALITY, TopicSpec
-from tests.drills.books import (
+from tests.drills.consistency import (
     Tables,
     evaluation_problems,
     footprint_problems,
@@ -45,7 +45,7 @@ DOWN_S: Final = (0.0, 3.0)
 """From the end of a killed process to its new start, wall seconds."""
 FROZEN_S: Final = (3.0, 12.0)
 SETTLED_S: Final = 120.0
-"""Longest wait for settled books, and for services that are ready, wall seconds."""
+"""Longest wait for settled calls, and for services that are ready, wall seconds."""
 EVALUATION_S: Final = 3.0
 """Between two requests for an evaluation, wall seconds."""
 LEVELS: Final = {"L0": (60, 1.0), "L1": (30, 0.5), "L2": (15, 0.25)}

@@ -183,7 +183,7 @@ async def test_a_router_starts_with_a_bomb_on_each_topic_that_it_reads(kafka, ro
 
 
 async def test_control_messages_of_2125_and_bombs_are_not_believed_at_a_start(kafka, routers, producer):
-    """They were written before the router starts, and the good messages before them stay in force."""
+    """They were written before the router starts, and the good messages before them stay valid."""
     made = await producer.prepare({"L1": 1.0})
     in_2125 = datetime(2125, 1, 1, tzinfo=UTC)
     points = "<f8", [2**23], base64.b64encode(zlib.compress(bytes(2**26), 9)).decode()

@@ -184,7 +184,7 @@ def test_status_lists_the_endpoints_and_which_are_awake(tmp_path):
     states = {name: (endpoint["process"], endpoint["state"]) for name, endpoint in endpoints.items()}
     assert states == {
         "local-13b-0": ("triton-0", "asleep"),
-        "local-13b-1": ("triton-1", "away"),
+        "local-13b-1": ("triton-1", "unreachable"),
         "judge-0": ("triton-0", "awake"),
     }
 

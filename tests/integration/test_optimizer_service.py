@@ -72,6 +72,10 @@ async def test_evidence_becomes_a_policy_and_a_restart_continues_where_it_was(su
             assert bold.expected_quality["preference"] == pytest.approx(0.9, abs=1e-6)
             assert bold.row("qa")["p/L1"] == pytest.approx(0.202, abs=0.02)  # 0.3 without a safety margin
             assert bold.expected_g_per_request < bold.reference_g_per_request
+            assert bold.limits["preference"].mean - bold.limits["preference"].margin == pytest.approx(0.9, abs=1e-6)
+            assert bold.limits["preference"].carbon_points_per_point > 0.0
+            assert bold.extra_g == {"qa": {"p/L0": 0.0, "p/L1": 0.0}}
+            assert cautious.limits == cautious.extra_g == {}
             assert bold.version > cautious.version
             await explained(kafka, bold)
 

@@ -1,4 +1,4 @@
-"""PostgreSQL and Kafka freeze and restart under all services: `/ready` says so, no process ends, and work goes on."""
+"""PostgreSQL and Kafka freeze and restart under all services: `/ready` says so, no process ends, and work continues."""
 
 import asyncio
 import os

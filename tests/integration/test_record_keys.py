@@ -7,7 +7,7 @@ import pytest
 
 from services.evaluator import migrations as evaluator_migrations
 from services.evaluator.samples import SampleStore
-from services.evaluator.store import GroupStore, _save_judged
+from services.evaluator.store import GroupStore, save_judged
 from services.optimizer import migrations as optimizer_migrations
 from services.optimizer.store import Store
 from shared.messages import Footprint
@@ -87,7 +87,7 @@ async def test_the_evaluator_keeps_samples_under_one_id_and_those_of_an_earlier_
         groups = GroupStore(pool, status, max_judged_age=timedelta(days=1))
         judged = [judged_prompt(one, answers=[judged_answer("L0")]) for one in ids]
         async with pool.acquire() as connection:
-            await _save_judged(connection, MODEL, judged)
+            await save_judged(connection, MODEL, judged)
         assert {one.id for one in await groups.judged_prompts(MODEL, limit=100)} == set(ids)
     finally:
         await pool.close()

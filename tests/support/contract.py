@@ -29,6 +29,7 @@ from shared.messages import (
     GroupEvidence,
     GroupTaken,
     IntensityPoint,
+    LimitOutcome,
     LoadReport,
     Message,
     OptionEstimate,
@@ -162,6 +163,8 @@ EXAMPLES: dict[str, Message] = {
     "policies": Policy(
         model="m", version=1, created_at=NOW, valid_until=NOW, status="optimal", reason="first", reference="p/L0",
         groups={"g1": {"p/L0": 0.5, "p/L1": 0.5}}, overall={"p/L0": 1.0}, bounds={"preference": 0.9},
+        limits={"preference": LimitOutcome(required=0.9, mean=0.95, margin=0.05, carbon_points_per_point=1.2)},
+        extra_g={"g1": {"p/L0": 0.0, "p/L1": 0.0}},
         expected_quality={"preference": 0.95}, expected_g_per_request=0.02, reference_g_per_request=0.05,
         inputs=PolicyInputs(
             solved_for=NOW, intensity_g_per_kwh={"GB": 200}, k0_zone="GB", k0_g_per_kwh=200, k0_min_g_per_kwh=100,

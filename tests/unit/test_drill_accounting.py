@@ -40,7 +40,7 @@ def result_of(counts: Counts, **changes: object) -> Result:
 
 def test_one_answer_per_request_is_no_problem():
     counts = count(messages())
-    assert (counts.sent, counts.answered, counts.lost, counts.answered_twice, counts.strays) == (3, 3, 0, 0, 0)
+    assert (counts.sent, counts.answered, counts.lost, counts.answered_twice, counts.orphans) == (3, 3, 0, 0, 0)
     assert counts.problems() == ()
 
 
@@ -63,7 +63,7 @@ def test_an_error_response_is_an_answer_and_counted_separately():
 
 def test_an_answer_without_a_request_is_an_orphan_unless_the_request_was_not_acknowledged():
     counts = count(messages(unsent={"d"}, answers=Counter({"a": 1, "b": 1, "c": 1, "d": 1, "x": 2})))
-    assert (counts.sent, counts.answered, counts.unsent, counts.strays) == (3, 3, 1, 2)
+    assert (counts.sent, counts.answered, counts.unsent, counts.orphans) == (3, 3, 1, 2)
     assert counts.problems() == (
         "1 requests were not acknowledged by Kafka",
         "2 orphan answers, to requests that were not sent",

@@ -87,7 +87,7 @@ def test_the_cost_of_the_margin_is_averaged_over_a_day_of_policies():
     for version, (hours, margin_g) in enumerate([(0, 0.02), (24, 0.04), (48, 0.06)], start=2):
         fields = {"version": version, "created_at": NOW + timedelta(hours=hours), "margin_g_per_request": margin_g}
         memory.update(policy.model_copy(update=fields))
-    # The last policy has not been in force yet.
+    # The last policy has not served yet.
     assert memory.uncertainty("m") == Uncertainty(pytest.approx(0.02 * math.exp(-1) + 0.04 * (1 - math.exp(-1))), 0.0)
     assert memory.bounds("m", "preference")
     assert not memory.bounds("m", "correctness")

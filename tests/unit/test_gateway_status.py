@@ -95,7 +95,7 @@ def test_the_mix_weighs_the_groups_and_an_expired_policy_means_no_directive(flee
     assert monitor.status(NOON).models[0].policy == "none"
     monitor.update_policies([made])
     model = monitor.status(NOON).models[0]
-    assert (model.policy, model.quality[0].expected, model.quality[0].required) == ("in force", 0.95, 0.9)
+    assert (model.policy, model.quality[0].expected, model.quality[0].required) == ("current", 0.95, 0.9)
     late = monitor.status(made.valid_until + timedelta(seconds=1)).models[0]
     assert (late.policy, late.mix) == ("expired", {"L0": 1.0})
 

@@ -1,4 +1,4 @@
-"""Log lines cannot control the terminal, and are not repeated while Kafka is away."""
+"""Log lines cannot control the terminal, and are not repeated while Kafka is unavailable."""
 
 import logging
 import time

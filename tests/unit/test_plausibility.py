@@ -1,4 +1,4 @@
-"""Control messages that must not be believed: topic, key, change of a good message, expected words; one line each."""
+"""Control messages that must not be used: topic, key, change of a good message, expected words; one line each."""
 
 import base64
 import zlib

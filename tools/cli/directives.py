@@ -104,7 +104,7 @@ def try_(
     except (InputError, ClockConfigurationError) as error:
         fail(str(error))
     if target is None:
-        say("no Kafka: the calls are not reported, so a ledger of these servers books their energy to other calls")
+        say("no Kafka: the calls are not reported, so a ledger of these servers charges their energy to other calls")
     say(f"{setup.model}: {len(setup.prompts)} prompts, {len(setup.candidates)} candidates")
     quiet_clients()
     try:

@@ -58,7 +58,7 @@ def erase(
     quiet_clients()
     if not (yes or dry_run):
         names = ", ".join([*(f"tenant {one}" for one in sorted(subjects.tenants)), *sorted(subjects.requests)])
-        typer.confirm(printable(f"Erase {names} for good?"), abort=True)
+        typer.confirm(printable(f"Erase {names} permanently?"), abort=True)
     topics, tables = _run(target, url, subjects, read_at_most=read_at_most, dry_run=dry_run)
     missing = _missing(subjects, topics, tables)
     pending = [one.topic for one in topics if one.pending]

@@ -6,11 +6,12 @@ It imports the solver; `tools.cli.policy` imports it only when the command runs.
 from dataclasses import dataclass
 from typing import Any
 
+from services.optimizer.outcome import limit_outcomes
 from services.optimizer.policy import problem_of
-from services.optimizer.problem import Cells, Floats, Problem, Rows
+from services.optimizer.problem import Cells, Problem, Rows
 from services.optimizer.program import Program, solve_program
 from shared.fleet import Fleet
-from shared.messages import Policy
+from shared.messages import LimitOutcome, Policy
 
 _BINDING = 1e-6
 """Shadow price, relative to the reference's grams, from which a constraint is binding."""
@@ -125,13 +126,12 @@ def explain_policy(policy: Policy, *, fleet: Fleet | None = None) -> Explanation
     solution, program = solve_program(problem)
     rows = policy.groups or dict.fromkeys(problem.weights, policy.overall)
     prices = {} if program is None else program.shadow_prices()
-    cells = Cells(problem)
-    reference_g = cells.mean_reference_g or 1.0
+    reference_g = Cells(problem).mean_reference_g or 1.0
     return Explanation(
         policy=policy,
         problem=problem,
         rows=rows,
-        limits=_limits(cells, cells.values(rows) if program is None or not problem.later else program.plan, prices),
+        limits=_limits(problem, limit_outcomes(program)),
         binding=_binding(problem, program, prices, reference_g),
         choices=_choices(problem, program),
         rebuilt_g_per_request=solution.g_per_request,
@@ -190,24 +190,21 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
     }
 
 
-def _limits(cells: Cells, x: Floats, prices: dict[str, float]) -> tuple[LimitExplanation, ...]:
-    # If only the reference is served, its quality may be unknown; relative to itself it is 1.
-    only_reference = bool((x.reshape(-1, len(cells.reference)) == cells.reference).all())
-    problem, reference_g = cells.problem, cells.mean_reference_g or 1.0
-    found = []
-    for metric, required in problem.bounds.items():
-        limit = None if only_reference else cells.bounds[metric]
-        found.append(
-            LimitExplanation(
-                metric=metric,
-                required=required,
-                mean=1.0 if limit is None else limit.mean(x),
-                margin=0.0 if limit is None else limit.margin(x),
-                z=problem.confidence_z.get(metric, 0.0),
-                carbon_points_per_point=prices.get(f"bound[{metric}]", 0.0) / reference_g,
-            )
+def _limits(problem: Problem, outcomes: dict[str, LimitOutcome]) -> tuple[LimitExplanation, ...]:
+    # Relative to itself the reference's quality is 1, also where it is unknown.
+    only_reference = LimitOutcome(required=1.0, mean=1.0, margin=0.0, carbon_points_per_point=0.0)
+    return tuple(
+        LimitExplanation(
+            metric=metric,
+            required=required,
+            mean=one.mean,
+            margin=one.margin,
+            z=problem.confidence_z.get(metric, 0.0),
+            carbon_points_per_point=one.carbon_points_per_point,
         )
-    return tuple(found)
+        for metric, required in problem.bounds.items()
+        for one in (outcomes.get(metric, only_reference),)
+    )
 
 
 def _binding(

@@ -150,7 +150,7 @@ def revoke(
     *,
     database: Database = None,
 ) -> None:
-    """Revoke a key for good, from the next request on.
+    """Revoke a key permanently, from the next request on.
 
     Exit codes: 0 revoked, 1 no such valid key, 2 wrong usage, 3 no database.
     """

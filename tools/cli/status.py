@@ -118,7 +118,7 @@ def _endpoints(state: StackState) -> list[dict[str, str]]:
 
 def _endpoint_state(process: ProcessRecord, model: str) -> str:
     if not process.alive or http_probe(f"{process.url}/v2/health/live")() is not None:
-        return "away"
+        return "unreachable"
     return "asleep" if http_probe(f"{process.url}/v2/models/{model}/ready")() else "awake"
 
 

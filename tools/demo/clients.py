@@ -62,7 +62,7 @@ class Producer:
             id=planned.id,
             model=self._model,
             prompt=planned.prompt,
-            # No task label: groups are learned from the prompts alone, which tell the workload's few prompts apart.
+            # No task label: groups are learned from the prompts alone, which distinguish the workload's few prompts.
             reference=planned.reference,
             sampling=self._sampling,
             requested_at=planned.at,

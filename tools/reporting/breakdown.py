@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shared.messages import Quality
 from tools.reporting.accounts import Site, grams_per_joule
+from tools.reporting.decisions import NextOption
 from tools.reporting.folding import FEWEST_REQUESTS, FoldedGroups
 from tools.reporting.frame import Calls, Flags, Floats, Indices, IntensitySeries, Texts, partition
 from tools.reporting.model import EvaluationRow, GroupRow, HourRow, ZoneRow
@@ -80,6 +81,7 @@ def group_rows(
     *,
     settled: Mapping[str, datetime],
     not_judged: Mapping[str, int],
+    next_options: Mapping[str, NextOption],
 ) -> tuple[GroupRow, ...]:
     """One row per prompt group, ordered by name, the row of folded groups last.
 
@@ -87,6 +89,7 @@ def group_rows(
         compared: the calls of `comparison`.
         settled: since when the groups are settled whose decision is.
         not_judged: sampled prompts that were not judged for that reason, by group.
+        next_options: the best option that is not chosen, by group.
     """
     calls = served.calls
     rows = tuple(
@@ -103,8 +106,11 @@ def group_rows(
             groups=len(folded.names) if group == folded.label else 1,
             settled_since=settled.get(group),
             not_judged=not_judged.get(group, 0),
+            next_option=next_option.option,
+            next_option_extra_g=next_option.extra_g,
         )
         for (group,), where in partition(calls.group).items()
+        for next_option in (next_options.get(group, NextOption()),)
         for task, count in Counter(_mix(calls.task[where], calls.count[where])).most_common(1)
         for named in (task == group or count >= FEWEST_REQUESTS,)
     )

@@ -20,6 +20,7 @@ from tools.reporting.breakdown import (
     zone_row,
 )
 from tools.reporting.counterfactual import NO_REFERENCE, ComparableRequests, Counterfactual, references_of
+from tools.reporting.decisions import limit_rows, next_options
 from tools.reporting.fleet_report import metered_report
 from tools.reporting.folding import fold_small_groups
 from tools.reporting.frame import Calls, Floats, partition
@@ -137,6 +138,7 @@ def compute_report(snapshot: Snapshot) -> Report:
             folded,
             settled=snapshot.policies.settled(selection.model),
             not_judged=_not_judged(snapshot),
+            next_options=next_options(snapshot.policies, selection.model),
         ),
         measured=tuple(
             OptionRow(group, option, cell.calls, float(cell.mean[0]), cell.processing_s)
@@ -150,6 +152,7 @@ def compute_report(snapshot: Snapshot) -> Report:
         promised_periods=promised_periods(published),
         promised_hours=promised_hours(served.calls, snapshot.policies),
         quality_weeks=weeks,
+        limits=limit_rows(snapshot.policies, selection.model),
     )
 
 

@@ -18,6 +18,8 @@ TABLES = (
     "grid",
     "promised_periods",
     "promised_hours",
+    "quality_weeks",
+    "limits",
 )
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes a text that begins so for a formula."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tools.reporting.decisions import LimitRow
 from tools.reporting.judging import JudgeReport
 from tools.reporting.meter_model import Metered
 from tools.reporting.out_of_sample import QualityWeek
@@ -227,6 +228,9 @@ class GroupRow:
         settled_since: since when further verdicts would not change the group's option, by the newest policy; None: they
             might, or several groups are counted here.
         not_judged: sampled prompts that were not judged for that reason.
+        next_option: the best option that the newest policy does not choose; None: there is none, it is not known, or
+            several groups are counted here.
+        next_option_extra_g: gCO2eq by which all traffic would emit more for one more request with it.
     """
 
     group: str
@@ -241,6 +245,8 @@ class GroupRow:
     groups: int = 1
     settled_since: datetime | None = None
     not_judged: int = 0
+    next_option: str | None = None
+    next_option_extra_g: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +313,7 @@ class Report:
         judge: what is known of the judge; None: no evaluation says it.
         promised_periods, promised_hours: the account of promises by period; empty with hourly promises.
         quality_weeks: quality by verdicts that the policies had not learned from.
+        limits: the quality limits of the newest policies.
     """
 
     scope: Scope
@@ -333,6 +340,7 @@ class Report:
     promised_periods: tuple[PromisedPeriod, ...] = ()
     promised_hours: tuple[PromisedHour, ...] = ()
     quality_weeks: tuple[QualityWeek, ...] = ()
+    limits: tuple[LimitRow, ...] = ()
 
     @property
     def empty(self) -> bool:

@@ -46,8 +46,11 @@ class PolicyHistory:
 
     def settled(self, model: str | None) -> dict[str, datetime]:
         """Groups whose decision is settled by the newest policy of each model, with the time since when."""
-        newest = {name: policy for (name, _), policy in self.by_version.items() if model in (None, name)}
-        return {group: since for policy in newest.values() for group, since in policy.settled.items()}
+        return {group: since for policy in self.newest(model) for group, since in policy.settled.items()}
+
+    def newest(self, model: str | None) -> list[Policy]:
+        """The newest policy of each model, or of one."""
+        return list({name: policy for (name, _), policy in self.by_version.items() if model in (None, name)}.values())
 
     def created_between(self, since: datetime | None, until: datetime | None, model: str | None) -> list[Policy]:
         """The policies published in [since, until)."""

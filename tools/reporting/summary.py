@@ -228,7 +228,7 @@ def _out_of_sample_line(report: Report) -> str:
 
 
 def _judge_line(report: Report) -> str:
-    """The judge's card in short: what to look at before its verdicts are believed."""
+    """The judge's card in short: what to look at before its verdicts are relied on."""
     judge = report.judge
     if judge is None or judge.comparisons == 0:
         return ""

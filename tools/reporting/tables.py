@@ -3,6 +3,7 @@
 The page (`tools.reporting.page`) shows the same summary and tables.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich import box
@@ -26,7 +27,7 @@ from tools.reporting.format import (
     significant_digits,
     timestamp,
 )
-from tools.reporting.model import HourRow, Report
+from tools.reporting.model import GroupRow, HourRow, Report
 from tools.reporting.summary import ATTRIBUTED, ON_METER, compared_grams, headline, summary_lines
 
 HIGHLIGHTS = {ON_METER: "bold green", ATTRIBUTED: "bold green", "answer quality": "bold"}
@@ -70,6 +71,7 @@ def tables(report: Report, *, hours: bool = True) -> tuple[TextTable, ...]:
         capacity_table(report),
         latency_table(report),
         zone_table(report),
+        limit_table(report),
         promise_table(report),
         hour_table(report) if hours else None,
         promised_hour_table(report) if hours else None,
@@ -173,6 +175,30 @@ def hour_table(report: Report) -> TextTable:
     )
 
 
+def limit_table(report: Report) -> TextTable:
+    """One row per model and metric: what the newest policy counts on, and what the limit costs."""
+    return TextTable(
+        "Quality limits of the newest policy, % of the baseline's",
+        ("model", "metric", "policy", "required", "mean", "margin", "mean - margin", "one point more costs"),
+        tuple(
+            (
+                row.model,
+                row.metric,
+                f"{row.policy_version}, {timestamp(row.at)}",
+                percent(100.0 * row.required, 2),
+                percent(100.0 * row.mean, 2),
+                f"{100.0 * row.margin:.2f} points",
+                percent(100.0 * (row.mean - row.margin), 2),
+                f"{significant_digits(row.carbon_points_per_point, 2)} points of carbon"
+                if row.carbon_points_per_point > 0.0
+                else "nothing: not binding",
+            )
+            for row in report.limits
+        ),
+        labels=3,
+    )
+
+
 def promise_table(report: Report) -> TextTable:
     """One row per model, period and metric of promises by period."""
     return TextTable(
@@ -222,6 +248,8 @@ def group_table(report: Report) -> TextTable:
     """One row per prompt group; small ones together."""
     levels = levels_of(report)
     settled = any(row.settled_since or row.not_judged for row in report.groups)
+    explained = any(row.next_option is not None for row in report.groups)
+    names = option_names(report)
     title = "Prompt groups"
     if any(row.groups > 1 for row in report.groups):
         title += f" (those of fewer than {FEWEST_REQUESTS} requests, and all but the {MOST_GROUPS} largest, together)"
@@ -229,6 +257,7 @@ def group_table(report: Report) -> TextTable:
         title,
         (
             *("group", "main task", "requests", *levels, "energy", "saving", "95 % interval", "preference"),
+            *(("next best option: all would emit more by",) if explained else ()),
             *(("settled since (UTC)", "not judged") if settled else ()),
         ),
         tuple(
@@ -241,6 +270,7 @@ def group_table(report: Report) -> TextTable:
                 percent(row.saving.saving_pct),
                 percent_range(row.saving.saving_interval),
                 percent(row.preference_pct),
+                *((_next_option(row, names),) if explained else ()),
                 *((timestamp(row.settled_since), f"{row.not_judged:,}") if settled else ()),
             )
             for row in report.groups
@@ -321,6 +351,11 @@ def length_table(report: Report) -> TextTable:
 def hour_saving_pct(row: HourRow) -> float | None:
     """Saving of one hour, against its share of the counterfactual, %; None without comparable requests."""
     return 100.0 * (1.0 - row.emitted_g / row.reference_g) if row.reference_g > 0 else None
+
+
+def _next_option(row: GroupRow, names: Mapping[str, str]) -> str:
+    option = row.next_option
+    return "" if option is None else f"{names.get(option, option)}: {grams(row.next_option_extra_g)}"
 
 
 def _per_request(value: float, row: HourRow) -> str:

@@ -93,7 +93,7 @@ LLM_API: Final = TensorContract(
 )
 
 CONTRACTS: Final = (ENSEMBLE, LLM_API)
-"""Tried in order; the input that limits the tokens tells them apart."""
+"""Tried in order; the input that limits the tokens distinguishes them."""
 
 
 @dataclass(frozen=True, slots=True)

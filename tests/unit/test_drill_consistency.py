@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from shared.messages import CarbonIntensity, EvaluationCost, Footprint, IntensityPoint, Quality
-from tests.drills.books import (
+from tests.drills.consistency import (
     BookedCall,
     BookedInterval,
     evaluation_problems,
