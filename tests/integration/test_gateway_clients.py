@@ -260,7 +260,7 @@ async def test_a_half_closed_connection_is_closed_and_its_request_cancelled(
     gateways: GatewayProcess, key: str, complete: bool
 ):
     """A client that sends nothing more has left, as uvicorn sees it: also one that would go on reading."""
-    content = json.dumps(body(LONG_PROMPT, stream=True)).encode()
+    content = json.dumps(body(ENDLESS_PROMPT, stream=True)).encode()
     with closing(connect(gateways.urls[0])) as half:
         half.sendall(http(key, content) if complete else http(key, content[:20], length=len(content)))
         if complete:
