@@ -126,9 +126,10 @@ class EvaluatorSettings(OpportunityRules, RetrySettings, CircuitBreakerSettings,
         description="Newest judged prompts that count, each in its group; the evaluator needs about 4 KB for each",
     )
     max_judged_age_h: float = Field(
-        default=60 * 24.0,
+        default=360 * 24.0,
         gt=0,
-        description="Retention of verdicts and prompt features: deleted at this age, event hours",
+        description="Retention of verdicts and prompt features: deleted at this age, event hours; the optimizer "
+        "halves a verdict's weight every 90 days",
     )
 
     # Model servers
