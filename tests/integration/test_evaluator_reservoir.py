@@ -66,5 +66,6 @@ async def test_a_sample_that_is_deleted_during_an_evaluation_leaves_no_judged_pr
     await pool.execute("DELETE FROM reservoir WHERE request_id = 'r1'")
     result = quality_at(12).model_copy(update={"model": MODEL, "evaluation_id": "e1"})
     await evaluations.finish(result, evaluated=["r0", "r1", "r2"], judged=judged)
-    found = await GroupStore(pool, status, max_judged_age=timedelta(days=60)).judged_prompts(MODEL, limit=9)
+    groups = GroupStore(pool, status, max_judged_age=timedelta(days=60), directives={})
+    found = await groups.judged_prompts(MODEL, limit=9)
     assert {(one.request_id, one.tenant) for one in found} == {("r0", "desk"), ("r2", "desk")}
