@@ -66,7 +66,7 @@ class GroupLearner:
                     model=model,
                     levels=levels,
                     verdicts=others,
-                    remedy="nothing else is lost if another wording gets a new level",
+                    remedy="put the old text back and give the new one a level of its own: then what is known counts",
                 )
 
     async def withdraw_if_disabled(self, models: Collection[str], now: datetime) -> None:

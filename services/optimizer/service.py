@@ -436,7 +436,7 @@ class PolicyService:
                 "texts, do not count",
                 levels=sorted(changed),
                 evaluations=sum(bool(reworded(one.directives, hashes)) for one in evaluations),
-                remedy="nothing else is lost if another wording gets a new level",
+                remedy="put the old text back and give the new one a level of its own: then what is known counts",
             )
 
     def _is_known(self, footprint: Footprint) -> bool:
