@@ -31,7 +31,9 @@ directive = "L1"
 """
 
 import tomllib
+from collections.abc import Mapping
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -185,6 +187,11 @@ class Fleet(FleetPart):
                 return directive.text
         raise KeyError(level)
 
+    @cached_property
+    def directive_hashes(self) -> dict[str, str]:
+        """Hash of every directive's text by level, in order: what is measured and judged names it."""
+        return {one.level: blake2b(one.text.encode(), digest_size=8).hexdigest() for one in self.directives}
+
     def pool(self, name: str) -> Pool:
         """A pool by name.
 
@@ -234,6 +241,11 @@ class Fleet(FleetPart):
         """The options with the same answers as the reference: L0 on every pool with the same weights."""
         pools = self.pools_of(model)
         return tuple(option_key(pool.name, self.levels[0]) for pool in pools if pool.weights == pools[0].weights)
+
+
+def reworded(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Levels that have other texts now than before, by their hashes; a level that only one of the two has is none."""
+    return sorted(level for level, text in before.items() if now.get(level, text) != text)
 
 
 def _unique(what: str, names: list[str]) -> None:

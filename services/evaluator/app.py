@@ -166,7 +166,9 @@ class Evaluator:
                 draw_key=settings.draw_key_bytes,
             )
             store = EvaluationStore(pool, status)
-            group_store = GroupStore(pool, status, max_judged_age=timedelta(hours=settings.max_judged_age_h))
+            directives = self._fleet.directive_hashes
+            max_judged_age = timedelta(hours=settings.max_judged_age_h)
+            group_store = GroupStore(pool, status, max_judged_age=max_judged_age, directives=directives)
             self.inputs.connect(samples, store)
             await self.scheduler.restore(store)
             judge = await stack.enter_async_context(open_judge(self._fleet, settings, self._calls))
@@ -175,7 +177,7 @@ class Evaluator:
                 store=store,
                 group_store=group_store,
                 status=status,
-                learner=GroupLearner(group_store, settings, levels=self._fleet.levels),
+                learner=GroupLearner(group_store, settings, directives=directives),
                 publishers=self._publishers,
                 calls=self._calls,
                 quality_metrics=self._quality_metrics(judge),
@@ -212,6 +214,7 @@ class Evaluator:
 
     async def _evaluate(self, runner: EvaluationRunner, health: Health) -> None:
         await self._broker_started.wait()
+        await runner.status.retry(lambda: runner.learner.check_directives(self._candidates))
         await runner.status.retry(lambda: runner.learner.withdraw_if_disabled(self._candidates, self._clock.now()))
         await self.scheduler.run(runner, health, is_reachable=self._is_reachable)
 

@@ -234,6 +234,7 @@ class EvaluationRunner:
             abstentions=judging.abstentions,
             skipped=len(skipped),
             skipped_by_group=dict(Counter(groups[identity] for identity in skipped)),
+            directives=self.fleet.directive_hashes,
             judge=judging.work.card,
             rubric=rubric_name(self.settings.rubric),
             discarded=judging.discarded,

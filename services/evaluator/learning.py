@@ -12,6 +12,7 @@ from services.evaluator.cost import EnergyByPool
 from services.evaluator.quality import JudgedPrompt
 from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.store import GroupStore
+from shared.fleet import reworded
 from shared.grouping import GroupingError, PromptGroups, prompt_text, unpack
 from shared.messages import PromptGrouping, Sample
 from shared.runtime.logs import get_logger
@@ -38,21 +39,35 @@ def learning_due(settings: EvaluatorSettings, *, judged: int, unused: int, learn
 class GroupLearner:
     """Prompt groups of every model; methods raise `DatabaseUnavailableError`."""
 
-    def __init__(self, store: GroupStore, settings: EvaluatorSettings, *, levels: Sequence[str]) -> None:
+    def __init__(self, store: GroupStore, settings: EvaluatorSettings, *, directives: Mapping[str, str]) -> None:
         """Create.
 
         Args:
-            levels: of the fleet, the reference first.
+            directives: hashes of the fleet's texts, by level, the reference first.
         """
         self._store = store
         self._settings = settings
-        self._levels = tuple(levels)
+        self._directives = dict(directives)
         self._cached: dict[str, tuple[str | None, PromptGroups | None]] = {}
 
     @property
     def enabled(self) -> bool:
         """Whether groups are learned; otherwise they are the producers' task labels."""
         return self._settings.prompt_groups == "learned"
+
+    async def check_directives(self, models: Collection[str]) -> None:
+        """Warn if texts have changed since the last verdicts: those on the old texts do not count."""
+        await self._store.note_directives()
+        for model in models:
+            last, others = await self._store.last_directives(model)
+            if levels := reworded(last, self._directives):
+                _log.warning(
+                    "the text of directives has changed: verdicts that compared the old texts do not count",
+                    model=model,
+                    levels=levels,
+                    verdicts=others,
+                    remedy="put the old text back and give the new one a level of its own: then what is known counts",
+                )
 
     async def withdraw_if_disabled(self, models: Collection[str], now: datetime) -> None:
         """If groups are not learned, store a message per model that makes readers return to task labels."""
@@ -89,23 +104,25 @@ class GroupLearner:
         if not self.enabled:
             return None
         progress = await self._store.progress(model)
-        # A version of another release cannot be used here, so it is replaced without waiting for new verdicts.
-        learned_from = progress.learned_from if await self._current(model) is not None else None
+        # A version of another release, or with verdicts on other texts, is replaced without waiting for new verdicts.
+        usable = await self._current(model) is not None and not await self._is_reworded(model)
+        learned_from = progress.learned_from if usable else None
         if not learning_due(self._settings, judged=progress.judged, unused=progress.unused, learned_from=learned_from):
             return None
         prompts = await self._store.judged_prompts(model, limit=self._settings.max_judged)
         learned = await asyncio.to_thread(self._learn, model, prompts, traffic, energy, now)
         if learned is None:
             return None
-        await self._store.save(learned.message, learned.group_of)
+        message = learned.message.model_copy(update={"directives": self._directives})
+        await self._store.save(message, learned.group_of)
         _log.info(
             "prompt groups learned",
             model=model,
-            version=learned.message.version,
-            groups=len(learned.message.names),
-            prompts=learned.message.prompts,
+            version=message.version,
+            groups=len(message.names),
+            prompts=message.prompts,
         )
-        return learned.message
+        return message
 
     def _learn(
         self,
@@ -122,7 +139,7 @@ class GroupLearner:
 
         settings = self._settings
         try:
-            judged = TrainingSet.select(prompts, self._levels, minimum=settings.min_judged_to_learn)
+            judged = TrainingSet.select(prompts, tuple(self._directives), minimum=settings.min_judged_to_learn)
             return learn_grouping(
                 model,
                 judged,
@@ -135,6 +152,11 @@ class GroupLearner:
         except TooFewPromptsError as error:
             _log.info("prompt groups not learned yet", model=model, reason=str(error))
             return None
+
+    async def _is_reworded(self, model: str) -> bool:
+        """Whether the newest version carries verdicts on other texts of the directives."""
+        message = await self._store.grouping(model)
+        return message is not None and bool(reworded(message.directives, self._directives))
 
     async def _current(self, model: str) -> PromptGroups | None:
         """The newest version, whichever process learned it; None if there is none that this release can use."""

@@ -129,7 +129,8 @@ class EvaluationStore:
                     list(evaluated),
                 )
                 ids = {row["id"] for row in kept}
-                await save_judged(connection, quality.model, [one for one in judged if one.id in ids])
+                kept_prompts = [one for one in judged if one.id in ids]
+                await save_judged(connection, quality.model, kept_prompts, directives=quality.directives)
         return True
 
     async def unpublished(self) -> list[Quality]:
@@ -211,17 +212,55 @@ class EvaluationStore:
 
 
 class GroupStore:
-    """The tables `judged` and `prompt_groups`; methods raise `DatabaseUnavailableError`."""
+    """The tables `judged` and `prompt_groups`; methods raise `DatabaseUnavailableError`.
 
-    def __init__(self, pool: asyncpg.Pool, status: DatabaseStatus, *, max_judged_age: timedelta) -> None:
+    Judged prompts count if they were judged at all of the fleet's levels, with its texts.
+    """
+
+    def __init__(
+        self, pool: asyncpg.Pool, status: DatabaseStatus, *, max_judged_age: timedelta, directives: Mapping[str, str]
+    ) -> None:
         """Use an open pool whose `search_path` is the evaluator's schema.
 
         Args:
             max_judged_age: retention of judged prompts, event time.
+            directives: hashes of the fleet's texts, by level.
         """
         self._pool = pool
         self._status = status
         self._max_judged_age = max_judged_age
+        self._directives = json.dumps(dict(directives))
+
+    async def note_directives(self) -> None:
+        """What earlier releases stored, which did not say with which texts, counts as judged with the fleet's.
+
+        Groups that are changed by it are to be published again.
+        """
+        with self._status.watch():
+            async with self._pool.acquire() as connection, connection.transaction():
+                await connection.execute(
+                    "UPDATE judged SET directives = $1::jsonb WHERE directives = '{}'", self._directives
+                )
+                await connection.execute(
+                    "UPDATE prompt_groups SET published = false, "
+                    "message = jsonb_set(message::jsonb, '{directives}', $1::jsonb)::text "
+                    "WHERE version IS NOT NULL AND coalesce(message::jsonb->'directives', '{}') = '{}'",
+                    self._directives,
+                )
+
+    async def last_directives(self, model: str) -> tuple[dict[str, str], int]:
+        """Hashes of the texts in the last verdict, by level, and the number of verdicts that do not count.
+
+        Without a verdict there are no hashes.
+        """
+        with self._status.watch():
+            (row,) = await self._pool.fetch(
+                "SELECT (array_agg(directives ORDER BY evaluated_at DESC))[1] AS last, "
+                "count(*) FILTER (WHERE NOT directives @> $2::jsonb) AS others FROM judged WHERE model = $1",
+                model,
+                self._directives,
+            )
+        return json.loads(row["last"] or "{}"), row["others"]
 
     async def delete_expired(self, *, now: datetime) -> None:
         """Delete judged prompts that are older than the retention."""
@@ -234,10 +273,12 @@ class GroupStore:
             (row,) = await self._pool.fetch(
                 "SELECT count(*) AS judged, count(*) FILTER (WHERE learned_at IS NULL OR first_at > learned_at) "
                 "AS unused, max(prompts) AS learned_from FROM (SELECT min(evaluated_at) AS first_at FROM judged "
-                "WHERE model = $1 AND features = $2 GROUP BY coalesce(nullif(prompt_hash, ''), id)) AS prompt "
+                "WHERE model = $1 AND features = $2 AND directives @> $3::jsonb "
+                "GROUP BY coalesce(nullif(prompt_hash, ''), id)) AS prompt "
                 "LEFT JOIN prompt_groups ON version IS NOT NULL AND model = $1",
                 model,
                 FEATURES,
+                self._directives,
             )
         return LearningProgress(row["judged"], row["unused"], row["learned_from"])
 
@@ -245,10 +286,12 @@ class GroupStore:
         """The newest judged prompts, oldest first."""
         with self._status.watch():
             rows = await self._pool.fetch(
-                "SELECT * FROM judged WHERE model = $1 AND features = $2 ORDER BY evaluated_at DESC, id LIMIT $3",
+                "SELECT * FROM judged WHERE model = $1 AND features = $2 AND directives @> $4::jsonb "
+                "ORDER BY evaluated_at DESC, id LIMIT $3",
                 model,
                 FEATURES,
                 limit,
+                self._directives,
             )
         return [_judged_prompt(row) for row in reversed(rows)]
 
@@ -321,15 +364,22 @@ async def save_judged(
     connection: Any,  # noqa: ANN401 - asyncpg's proxy has no common base with a connection
     model: str,
     prompts: Sequence[JudgedPrompt],
+    *,
+    directives: Mapping[str, str],
 ) -> None:
-    """Store judged prompts in the caller's transaction; a newer verdict replaces an older one on the same prompt."""
+    """Store judged prompts in the caller's transaction; a newer verdict replaces an older one on the same prompt.
+
+    Args:
+        directives: hashes of the texts that were judged, by level.
+    """
+    texts = json.dumps(dict(directives))
     await connection.executemany(
         "INSERT INTO judged (model, id, request_id, stratum, prompt_group, evaluated_at, features, looks, answers, "
-        "tenant, weight, prompt_hash) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) "
+        "tenant, weight, prompt_hash, directives) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) "
         "ON CONFLICT (model, id) DO UPDATE SET "
         "stratum = excluded.stratum, prompt_group = excluded.prompt_group, evaluated_at = excluded.evaluated_at, "
         "features = excluded.features, looks = excluded.looks, answers = excluded.answers, tenant = excluded.tenant, "
-        "weight = excluded.weight, prompt_hash = excluded.prompt_hash",
+        "weight = excluded.weight, prompt_hash = excluded.prompt_hash, directives = excluded.directives",
         [
             (
                 model,
@@ -344,6 +394,7 @@ async def save_judged(
                 one.tenant,
                 one.weight,
                 one.prompt_hash,
+                texts,
             )
             for one in prompts
         ],

@@ -14,7 +14,8 @@ from typing import Any
 
 from services.optimizer.multiplicative_model import MeanModel
 from services.optimizer.settings import OptimizerSettings
-from shared.messages import Footprint, option_key
+from shared.fleet import reworded
+from shared.messages import Footprint, option_key, split_option
 from shared.units import JOULES_PER_KWH
 
 _HOUR_S = 3_600.0
@@ -130,11 +131,36 @@ class Consumption:
         traffic: requests by group.
         recent: requests of all groups, and the seconds in which they arrived, for the request rate; None before the
             first request.
+        directives: by level, the hash of the text for which its cells are counted, and since when, event seconds.
     """
 
     cells: dict[str, dict[str, DecayedSums]] = field(default_factory=dict)
     traffic: dict[str, DecayedSums] = field(default_factory=dict)
     recent: DecayedSums | None = None
+    directives: dict[str, tuple[str, float]] = field(default_factory=dict)
+
+    def note_directives(self, hashes: Mapping[str, str]) -> None:
+        """Levels whose text is not known yet are counted for these texts."""
+        for level, text in hashes.items():
+            self.directives.setdefault(level, (text, 0.0))
+
+    def drop_reworded(self, hashes: Mapping[str, str], *, now_s: float) -> list[str]:
+        """Drop the energy, time and tokens of levels that have another text now; traffic stays.
+
+        Args:
+            hashes: of the present texts, by level.
+            now_s: event time. Calls that began earlier count as traffic only.
+
+        Returns:
+            These levels.
+        """
+        levels = reworded({level: text for level, (text, _) in self.directives.items()}, hashes)
+        for row in self.cells.values():
+            for option in [option for option in row if split_option(option)[1] in levels]:
+                del row[option]
+        self.directives |= {level: (hashes[level], now_s) for level in levels}
+        self.note_directives(hashes)
+        return levels
 
     def add_footprint(self, footprint: Footprint, *, now_s: float, settings: OptimizerSettings) -> None:
         """Count a footprint.
@@ -150,7 +176,9 @@ class Consumption:
         at_s = min(footprint.finished_at.timestamp(), now_s)
         option = option_key(footprint.pool, footprint.level)
         cut_short = footprint.finish_reason == "cancelled"
-        used = ResourceUse(0.0, 0.0, 0.0) if cut_short else ResourceUse.of_footprint(footprint)
+        _, since_s = self.directives.get(footprint.level, ("", 0.0))
+        of_old_text = footprint.started_at.timestamp() < since_s
+        used = ResourceUse(0.0, 0.0, 0.0) if cut_short or of_old_text else ResourceUse.of_footprint(footprint)
         traffic = 1.0 if footprint.purpose == "request" else 0.0
         self.add(footprint.group, option, used, at_s=at_s, settings=settings, traffic=traffic)
 
@@ -194,6 +222,7 @@ class Consumption:
             cells={group: {option: sums.copy() for option, sums in row.items()} for group, row in self.cells.items()},
             traffic={group: sums.copy() for group, sums in self.traffic.items() if group in kept},
             recent=self.recent,
+            directives=dict(self.directives),
         )
 
     def totals(self, now_s: float, settings: OptimizerSettings) -> dict[str, dict[str, ResourceUse]]:
@@ -239,11 +268,12 @@ class Consumption:
             },
             "traffic": {group: _to_list(sums) for group, sums in self.traffic.items()},
             "recent": None if self.recent is None else _to_list(self.recent),
+            "directives": {level: list(known) for level, known in self.directives.items()},
         }
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "Consumption":
-        """Read what `to_document` wrote; the first release stored no tokens, no server time, and no seconds."""
+        """Read what `to_document` wrote; earlier releases stored less: no tokens, server time, seconds, directives."""
         recent = document["recent"]
         if recent is not None and len(recent) == _RECENT_OF_FIRST_RELEASE:
             recent = [*recent, decayed_seconds(recent[0] - document["first_request_s"], _HOUR_S)]
@@ -254,6 +284,7 @@ class Consumption:
             },
             traffic={group: _from_list(sums) for group, sums in document["traffic"].items()},
             recent=None if recent is None else _from_list(recent),
+            directives={level: (text, since_s) for level, (text, since_s) in document.get("directives", {}).items()},
         )
 
     def _drop_small_groups(self, now_s: float, settings: OptimizerSettings) -> None:

@@ -7,7 +7,7 @@ optimizer all take messages in, and only the leader solves and publishes.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -28,7 +28,7 @@ from services.optimizer.state import OptimizerState
 from services.optimizer.store import Store
 from services.optimizer.triggers import SolveInputs, awaits_footprints, estimates_due, must_renew, solve_trigger
 from shared.carbon import LatestIntensities
-from shared.fleet import Fleet
+from shared.fleet import Fleet, reworded
 from shared.kafka.leader import NotLeaderError
 from shared.messages import CarbonIntensity, EndpointCurve, Footprint, Policy, PromptGrouping, Quality, option_key
 from shared.prequential import QualityScore
@@ -80,6 +80,7 @@ class PolicyService:
         self.intensities = LatestIntensities()
         self._fleet = fleet
         self._clock = clock
+        self._started_at = clock.now()
         self._settings = settings
         self._metrics = metrics
         self._prices = prices
@@ -108,9 +109,12 @@ class PolicyService:
         return self._store
 
     async def restore(self, store: Store) -> None:
-        """Load what the last process stored."""
+        """Load what the last process stored; what is known of other texts of the directives does not count."""
         self._store = store
-        self._state.recount(await store.evaluations())
+        levels = await store.use_directives(self._fleet.directive_hashes, now_s=self._clock.now_s())
+        evaluations = await store.evaluations()
+        self._warn_of_other_texts(levels, evaluations)
+        self._state.recount(evaluations)
         self._scores.add(await store.quality_scores())
 
     def close(self) -> None:
@@ -165,7 +169,13 @@ class PolicyService:
                 self._warn_once(
                     f"quality of option {option!r} of {one.model!r} is ignored", "the fleet has no such option"
                 )
-            self._new_evaluations.append(one)
+            hashes = self._fleet.directive_hashes
+            if (levels := reworded(one.directives, hashes)) and one.evaluated_at > self._started_at:
+                self._warn_once(
+                    f"evaluations that compared other texts of {', '.join(levels)} are ignored",
+                    "give every service the same SPROUT_FLEET_FILE",
+                )
+            self._new_evaluations.append(one if one.directives else one.model_copy(update={"directives": hashes}))
             # Before it is learned from.
             self._new_scores += self._scores.score(one)
             self._changed.set()
@@ -409,6 +419,25 @@ class PolicyService:
 
     def _zone(self, model: str) -> str:
         return self._fleet.pools_of(model)[0].zone
+
+    def _warn_of_other_texts(self, levels: Collection[str], evaluations: Sequence[Quality]) -> None:
+        """Warn once after directives were changed, until the next evaluation.
+
+        Args:
+            levels: whose consumption was dropped.
+            evaluations: oldest first.
+        """
+        hashes = self._fleet.directive_hashes
+        newest = {one.model: one for one in evaluations}.values()
+        changed = {*levels, *(level for one in newest for level in reworded(one.directives, hashes))}
+        if changed:
+            _log.warning(
+                "the text of directives has changed: their energy and time, and evaluations that compared the old "
+                "texts, do not count",
+                levels=sorted(changed),
+                evaluations=sum(bool(reworded(one.directives, hashes)) for one in evaluations),
+                remedy="put the old text back and give the new one a level of its own: then what is known counts",
+            )
 
     def _is_known(self, footprint: Footprint) -> bool:
         """Whether the fleet has the footprint's model and option; logs the first footprint for which it does not."""

@@ -4,6 +4,8 @@ A new version of prompt groups carries all earlier judgments re-aggregated by it
 used, and the groups' traffic shares. Evaluations and footprints that name its groups are added to that. Judgments
 counted by other groups are ignored, because the version contains them already; energy and time of other groups are
 kept, because they say how much an option uses relative to another.
+
+What was judged of other texts of the directives than the fleet's does not count.
 """
 
 from collections import defaultdict
@@ -13,7 +15,7 @@ from services.optimizer.costs import Consumption, DecayedSums, ResourceUse, deca
 from services.optimizer.prior import ModelPrior
 from services.optimizer.quality import Outcomes, QualityModel
 from services.optimizer.settings import OptimizerSettings
-from shared.fleet import Fleet
+from shared.fleet import Fleet, reworded
 from shared.messages import Footprint, PromptGrouping, Quality, QualityCount
 
 TRAFFIC_REQUESTS = 100.0
@@ -193,11 +195,12 @@ class OptimizerState:
         """Start empty.
 
         Args:
-            fleet: its models are those that are remembered.
+            fleet: its models are those that are remembered, and its directives those that count.
             settings: half-lives and prior weights.
         """
         self.consumption: dict[str, Consumption] = {}
         self._models = [model.name for model in fleet.models]
+        self._directives = fleet.directive_hashes
         self._settings = settings
         self._counts: dict[str, QualityCounts] = {}
         self._groupings: dict[str, PromptGrouping] = {}
@@ -212,7 +215,10 @@ class OptimizerState:
         if known is not None and grouping.learned_at <= known.learned_at:
             return False
         # Only routers use the classifier.
-        self._groupings[grouping.model] = grouping.model_copy(update={"arrays": {}})
+        unused: dict[str, object] = {"arrays": {}}
+        if reworded(grouping.directives, self._directives):
+            unused |= {"evidence": (), "taken": ()}
+        self._groupings[grouping.model] = grouping.model_copy(update=unused)
         return True
 
     def group_version(self, model: str) -> str | None:
@@ -221,10 +227,15 @@ class OptimizerState:
         return None if grouping is None else grouping.version
 
     def recount(self, evaluations: Iterable[Quality]) -> None:
-        """Count all evaluations, each given once, by the current groups; earlier counts are dropped."""
+        """Count all evaluations, each given once, by the current groups; earlier counts are dropped.
+
+        An evaluation in which the text of some level was another one does not count: its answers were compared with
+        each other.
+        """
         by_model: dict[str, list[Quality]] = {model: [] for model in self._models}
         for one in evaluations:
-            by_model.setdefault(one.model, []).append(one)
+            if not reworded(one.directives, self._directives):
+                by_model.setdefault(one.model, []).append(one)
         for model, found in by_model.items():
             grouping = self._learned_groups(model)
             if grouping is None:
@@ -239,6 +250,7 @@ class OptimizerState:
 
     def add_footprints(self, consumption: Consumption, footprints: Sequence[Footprint], *, now_s: float) -> None:
         """Count footprints into a model's consumption, which the caller holds locked."""
+        consumption.note_directives(self._directives)
         for footprint in footprints:
             consumption.add_footprint(footprint, now_s=now_s, settings=self._settings)
 

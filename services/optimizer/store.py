@@ -69,6 +69,37 @@ class Store:
                 )
         return len(fresh)
 
+    async def use_directives(self, hashes: Mapping[str, str], *, now_s: float) -> set[str]:
+        """Drop the consumption of levels that have another text now; evaluations stay, and say what they compared.
+
+        What earlier releases stored, which did not say it, counts as measured with the present texts.
+
+        Args:
+            hashes: of the present texts, by level.
+            now_s: event time.
+
+        Returns:
+            Levels with another text.
+        """
+        levels: set[str] = set()
+        with self.status.watch():
+            async with self._pool.acquire() as connection, connection.transaction():
+                await connection.execute(
+                    "UPDATE evaluations SET message = jsonb_set(message, '{directives}', $1::jsonb) "
+                    "WHERE coalesce(message->'directives', '{}') = '{}'",
+                    json.dumps(hashes),
+                )
+                rows = await connection.fetch("SELECT model, state FROM consumption ORDER BY model FOR UPDATE")
+                for row in rows:
+                    consumption = Consumption.from_document(json.loads(row["state"]))
+                    levels.update(consumption.drop_reworded(hashes, now_s=now_s))
+                    await connection.execute(
+                        "UPDATE consumption SET state = $2, updated_at = now() WHERE model = $1",
+                        row["model"],
+                        json.dumps(consumption.to_document()),
+                    )
+        return levels
+
     async def consumption(self) -> dict[str, Consumption]:
         """Consumption of every model."""
         with self.status.watch():

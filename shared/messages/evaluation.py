@@ -17,6 +17,9 @@ PromptHash = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 PromptHashes = dict[Identifier, tuple[PromptHash, ...]]
 """By prompt group: the hash of each judged prompt, once for every verdict on it."""
 
+DirectiveHashes = dict[Level, Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]]
+"""By level: hash of its directive's text, see `Fleet.directive_hashes`."""
+
 
 class ServedAnswer(Value):
     """The answer that a sampled request got, so that the evaluator need not generate it again."""
@@ -136,6 +139,11 @@ class Quality(Message):
     )
     skipped_by_group: dict[Identifier, int] = Field(
         default={}, description="The same by prompt group; empty from earlier evaluators"
+    )
+    directives: DirectiveHashes = Field(
+        default={},
+        description="By level: hash of the directive's text that was compared; where a reader's fleet has another text "
+        "for one of these levels, the evaluation does not count. Empty from earlier evaluators",
     )
     judge: JudgeCard | None = Field(default=None, description="How the judge voted; null from earlier evaluators")
     rubric: Identifier | None = Field(default=None, description="Judge's rubric: `default`, or a hash of its text")

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from shared.messages.base import Identifier, Message, Probability, UtcDatetime, Value
-from shared.messages.evaluation import PromptHashes, QualityCount
+from shared.messages.evaluation import DirectiveHashes, PromptHashes, QualityCount
 
 PolicyStatus = Literal["optimal", "floors_dropped", "capacity_dropped", "reference"]
 """`floors_dropped` and `capacity_dropped` occur in policies of earlier releases only."""
@@ -275,6 +275,9 @@ class PromptGrouping(Message):
     traffic: dict[str, Probability] = Field(default={}, description="By group: share of the sampled traffic")
     evidence: tuple[GroupEvidence, ...] = Field(default=(), description="Oldest first")
     taken: tuple[GroupTaken, ...] = ()
+    directives: DirectiveHashes = Field(
+        default={}, description="As in `quality`; with other texts neither `evidence` nor `taken` counts"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

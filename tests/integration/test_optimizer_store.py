@@ -2,23 +2,35 @@
 
 import asyncio
 import json
+import tomllib
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from services.optimizer import migrations
+from services.optimizer.metrics import OptimizerMetrics
+from services.optimizer.prices import PoolPrices
 from services.optimizer.promise import Account, Period, Sums
+from services.optimizer.service import PolicyService
+from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import ACCOUNT_RETENTION, Store
+from shared.fleet import Fleet
+from shared.messages import Policy
+from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseStatus, migrate, open_pool
 from shared.topics import (
     CARBON_INTENSITY,
 )
+from tests.support.fleets import DIRECTIVES
 from tests.support.optimizer import (
     FLEET,
     NOW,
     explained,
+    footprint,
     intensity,
     peers,
+    quality,
     start_optimizer,
 )
 
@@ -106,5 +118,71 @@ async def test_time_is_booked_once_into_an_account_that_outlives_its_process(dat
         # The row of the first hour is older than the retention; the time since the second one is booked at its start.
         hours = await pool.fetch("SELECT hour FROM promise_account ORDER BY hour")
         assert [row["hour"] for row in hours] == [start_of_day + timedelta(hours=hour) for hour in (1, 2)]
+    finally:
+        await pool.close()
+
+
+async def test_what_is_known_of_another_text_of_a_directive_does_not_count(database, capsys):
+    before, after = (
+        Fleet.model_validate(tomllib.loads(text)) for text in (FLEET, FLEET.replace(DIRECTIVES["L1"], "One word."))
+    )
+    settings, status = OptimizerSettings(), DatabaseStatus()
+    assert before.reference_of("m") == "p/L0"
+    pool = await open_pool(database, schema="optimizer_texts")
+
+    async def started(fleet: Fleet) -> PolicyService:
+        """A copy of the optimizer that has read its tables."""
+        made = PolicyService(
+            fleet=fleet, clock=Clock(), settings=settings, metrics=OptimizerMetrics(CollectorRegistry()),
+            prices=PoolPrices(fleet), publish=never,
+        )  # fmt: skip
+        await made.restore(Store(pool, status=status, remembered_footprints=1_000))
+        return made
+
+    async def never(policy: Policy) -> None:
+        raise AssertionError(policy)
+
+    async def requests(service: PolicyService) -> dict[str, float]:
+        """Effective requests whose energy counts, by option."""
+        cells = (await service.store.consumption())["m"].totals(Clock().now_s(), settings)["qa"]
+        return {option: used.requests for option, used in cells.items()}
+
+    try:
+        await migrate(pool, schema="optimizer_texts", package=migrations.__name__)
+        first = await started(before)
+        await first.add_footprints([footprint(n, level) for level in ("L0", "L1") for n in range(3)])
+        # By an earlier evaluator: it counts for the present texts.
+        first.add_evaluations([quality("e1", successes={"L0": 60, "L1": 40})])
+        await first.run_once()
+        assert (await requests(first)).keys() == {"p/L0", "p/L1"}
+        assert first.evaluation_age_s("m") is not None
+        capsys.readouterr()
+
+        changed = await started(after)
+        assert (await requests(changed)).keys() == {"p/L0"}
+        assert changed.evaluation_age_s("m") is None
+        log = capsys.readouterr().out
+        assert log.count("the text of directives has changed") == 1
+        assert "One word." not in log
+        # Of a call that began before the change; and Kafka delivers the evaluation again.
+        await changed.add_footprints([footprint(9, "L1")])
+        changed.add_evaluations([quality("e1", successes={"L0": 60, "L1": 40})])
+        await changed.run_once()
+        assert (await requests(changed))["p/L1"] == 0.0
+        assert changed.evaluation_age_s("m") is None
+        # A copy with the old file that still runs takes nothing away, and its evaluations do not count here.
+        await first.add_footprints([footprint(10, "L0")])
+        of_first = quality("e2", successes={"L0": 60, "L1": 40}).model_copy(
+            update={"directives": before.directive_hashes, "evaluated_at": datetime.now(UTC)}
+        )
+        for one in (first, changed):
+            one.add_evaluations([of_first])
+            await one.run_once()
+        assert first.evaluation_age_s("m") is not None
+        assert changed.evaluation_age_s("m") is None
+        assert "give every service the same SPROUT_FLEET_FILE" in capsys.readouterr().out
+        assert (await requests(changed))["p/L0"] > 3.0
+        # The old text again: its evaluations count again.
+        assert (await started(before)).evaluation_age_s("m") is not None
     finally:
         await pool.close()

@@ -84,10 +84,10 @@ async def test_the_evaluator_keeps_samples_under_one_id_and_those_of_an_earlier_
         assert await store.traffic(MODEL) == {"qa": 60.0}
         rows = await pool.fetch("SELECT request_id, count(*) FROM reservoir GROUP BY request_id ORDER BY 2")
         assert [tuple(row) for row in rows] == [(earlier.request_id, 1), ("the same", 60)]
-        groups = GroupStore(pool, status, max_judged_age=timedelta(days=1))
+        groups = GroupStore(pool, status, max_judged_age=timedelta(days=1), directives={})
         judged = [judged_prompt(one, answers=[judged_answer("L0")]) for one in ids]
         async with pool.acquire() as connection:
-            await save_judged(connection, MODEL, judged)
+            await save_judged(connection, MODEL, judged, directives={})
         assert {one.id for one in await groups.judged_prompts(MODEL, limit=100)} == set(ids)
     finally:
         await pool.close()

@@ -20,6 +20,7 @@ from tests.support.grouping import NOW, judged_kinds, learned_grouping, question
 
 SETTINGS = EvaluatorSettings(min_judged_to_learn=600, relearn_growth=0.5, max_judged_to_learn=3_000)
 LEVELS = ("L0", "L1")
+DIRECTIVES = {"L0": "0" * 16, "L1": "1" * 16}
 ENERGY = {("evaluation", "p"): Energy(joules=600.0, tokens=100)}
 
 
@@ -167,22 +168,33 @@ class FakeGroupStore:
         self.current = grouping
 
 
-@pytest.mark.parametrize(("classifier", "learns"), [(2, False), (1, True)])
-async def test_a_version_of_another_release_is_replaced_without_waiting_for_new_verdicts(classifier, learns):
+@pytest.mark.parametrize(
+    ("changes", "learns"),
+    [
+        ({}, False),
+        ({"directives": DIRECTIVES}, False),
+        ({"classifier": 1}, True),
+        ({"directives": {**DIRECTIVES, "L1": "f" * 16}}, True),
+    ],
+)
+async def test_a_version_of_another_release_or_of_other_texts_is_replaced_without_waiting(changes, learns):
     known = learned_grouping("m", JUDGED).message
-    store = FakeGroupStore(known.model_copy(update={"classifier": classifier}))
-    learner = GroupLearner(store, EvaluatorSettings(min_judged_to_learn=100), levels=LEVELS)
+    store = FakeGroupStore(known.model_copy(update=changes))
+    learner = GroupLearner(store, EvaluatorSettings(min_judged_to_learn=100), directives=DIRECTIVES)
     found = await learner.learn_if_due("m", traffic={}, energy={}, now=NOW + timedelta(hours=1))
     assert (found is not None) is learns
     assert store.current.classifier == 2
+    assert found is None or found.directives == DIRECTIVES
 
 
 async def test_without_learned_groups_a_published_version_is_withdrawn():
     store = FakeGroupStore(learned_grouping("m", JUDGED).message)
     later = NOW + timedelta(hours=1)
-    await GroupLearner(store, EvaluatorSettings(), levels=LEVELS).withdraw_if_disabled(["m"], later)
+    await GroupLearner(store, EvaluatorSettings(), directives=DIRECTIVES).withdraw_if_disabled(["m"], later)
     assert store.current.version is not None
-    await GroupLearner(store, EvaluatorSettings(prompt_groups="task"), levels=LEVELS).withdraw_if_disabled(["m"], later)
+    await GroupLearner(store, EvaluatorSettings(prompt_groups="task"), directives=DIRECTIVES).withdraw_if_disabled(
+        ["m"], later
+    )
     assert (store.current.version, store.current.learned_at) == (None, later)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.fleet import FleetError, load_fleet
+from shared.fleet import FleetError, load_fleet, reworded
 
 GOOD = """
 [[directives]]
@@ -189,3 +189,12 @@ def test_pools_of_openai_compatible_servers_have_addresses_of_their_own(tmp_path
         return
     with pytest.raises(FleetError, match=complaint):
         load_fleet(file)
+
+
+def test_a_level_with_another_text_is_told_by_the_hashes_and_one_that_came_or_went_is_none(tmp_path: Path) -> None:
+    text = GOOD.replace("[[models]]", '[[directives]]\nlevel = "L2"\ntext = "One word."\n\n[[models]]', 1)
+    before = load_fleet(written(tmp_path, text)).directive_hashes
+    assert list(before) == ["L0", "L1", "L2"]
+    now = load_fleet(written(tmp_path, GOOD.replace("answer briefly", "answer in brief", 1))).directive_hashes
+    assert reworded(before, now) == reworded(now, before) == ["L1"]
+    assert reworded(before, {level: before[level] for level in ("L0", "L1")}) == reworded({}, now) == []

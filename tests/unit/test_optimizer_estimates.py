@@ -1,5 +1,6 @@
 """Quality limits, estimates and settings of the optimizer."""
 
+import json
 import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -184,6 +185,23 @@ def test_consumption_can_be_stored_and_decays_in_event_time():
     assert again == made
     by_hours = OptimizerSettings(traffic_half_life_requests=0)
     assert again.requests(NOW.timestamp(), by_hours) == {"a": pytest.approx(4.0)}
+
+
+def test_what_a_level_used_with_another_text_does_not_count_but_its_requests_are_traffic():
+    now_s, hour = NOW.timestamp(), timedelta(hours=1)
+    old, new = {"L0": "0", "L1": "1"}, {"L0": "0", "L1": "other", "L2": "2"}
+    made = consumption_of(*(footprint("a", level, 1_000, at=NOW - hour) for level in ("L0", "L1") for _ in range(4)))
+    assert made.drop_reworded(old, now_s=now_s - 3_600.0) == []  # stored by a release that did not know the texts
+    assert len(made.totals(now_s, SETTINGS)["a"]) == 2
+    made = Consumption.from_document(json.loads(json.dumps(made.to_document())))
+    assert made.drop_reworded(new, now_s=now_s) == ["L1"]
+    assert list(made.totals(now_s, SETTINGS)["a"]) == ["p/L0"]
+    assert made.drop_reworded(new, now_s=now_s + 9.0) == []  # another copy starts
+    requests = made.requests(now_s, SETTINGS)["a"]
+    for at, counted in ((NOW - hour, 0.0), (NOW, 1.0)):  # a call from before the change arrives late
+        made.add_footprint(footprint("a", "L1", 500, at=at), now_s=now_s, settings=SETTINGS)
+        assert made.totals(now_s, SETTINGS)["a"]["p/L1"].requests == pytest.approx(counted)
+    assert made.requests(now_s, SETTINGS)["a"] > requests + 1.0
 
 
 def served_at(per_hour: int, hours: int, group: str = "a") -> Consumption:

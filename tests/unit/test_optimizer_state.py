@@ -92,6 +92,30 @@ def estimated(found: OptimizerState, now) -> Estimates:
     return made
 
 
+def test_what_was_judged_of_other_texts_does_not_count():
+    known = FLEET.directive_hashes
+    other = {**known, "L1": "f" * 16}
+    row = counts("qa", (50, 25, 25))
+    wrong = evaluation("wrong", row, at=LATER).model_copy(update={"directives": other})
+    for directives in (known, {}, {level: known[level] for level in ("L0", "L1")}, {**known, "L9": "f" * 16}):
+        right = evaluation("right", row).model_copy(update={"directives": directives})
+        found = state(evaluations=[right, wrong])
+        assert found.latest_evaluation(MODEL) == right
+        assert found.counts_of(MODEL).model("preference", "p/L0", NOW.timestamp()).trials("p/L1") == pytest.approx(100)
+    assert state(evaluations=[wrong]).latest_evaluation(MODEL) is None
+
+
+def test_groups_stay_without_what_was_judged_of_other_texts():
+    known = FLEET.directive_hashes
+    for directives, trials in ((known, 200.0), ({**known, "L2": "f" * 16}, 0.0)):
+        found = state(grouping(directives=directives))
+        assert found.group_version(MODEL) == "v"
+        assert found.consumption_of(MODEL).traffic.keys() == {"v.00", "v.01"}
+        assert bool(found.consumption_of(MODEL).cells) is (trials > 0)
+        model = found.counts_of(MODEL).model("preference", "p/L0", NOW.timestamp())
+        assert model.trials("p/L1") == pytest.approx(trials)
+
+
 def traffic(**requests: float) -> Consumption:
     consumption = Consumption()
     for group, number in requests.items():
