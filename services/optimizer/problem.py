@@ -163,7 +163,8 @@ class Solution:
         rows: probabilities by group, then option; every row sums to 1.
         g_per_request: expected gCO2eq of a request.
         reference_g_per_request: expected gCO2eq of a request if the reference served all requests.
-        quality: lower confidence bound of the quality of all traffic, relative to the reference's, by limited metric.
+        quality: lower confidence bound of the quality of all traffic, relative to the reference's, by limited metric;
+            with later hours less the present hour's part of the margin of them all.
         shortfall: by how much the bounds above 1 are missed, at most; 0 if they are kept.
         overload: share by which the pools' capacities are exceeded; 0 if they suffice.
         failure: why the solver found no solution.
@@ -318,30 +319,39 @@ class Cells:
         return max(0.0, *(load - 1.0 for load in loads)) if self.problem.capacities else 0.0
 
     def solution(
-        self, rows: Rows, status: PolicyStatus, failure: Failure | None = None, *, shortfall: float = 0.0
+        self,
+        rows: Rows,
+        status: PolicyStatus,
+        failure: Failure | None = None,
+        *,
+        later: Floats | None = None,
+        shortfall: float = 0.0,
     ) -> Solution:
-        """A solution with these probabilities of the present hour, their expected carbon and their quality."""
+        """A solution with these probabilities of the present hour, their expected carbon and their quality.
+
+        Args:
+            later: (cells,), mean probabilities of the later hours; None: the present hour's.
+        """
         x = self.values(rows)
         return Solution(
             status=status,
             rows=rows,
             g_per_request=float((self.weights * self.grams) @ x),
             reference_g_per_request=float((self.weights * self.grams) @ self.reference),
-            quality=self._present_quality(x),
+            quality=self._present_quality(x, x if later is None else later),
             shortfall=shortfall,
             overload=self.overload(x),
             failure=failure,
         )
 
-    def _present_quality(self, x: Floats) -> dict[str, float]:
+    def _present_quality(self, x: Floats, later: Floats) -> dict[str, float]:
         """Lower confidence bound of the present hour's quality by limited metric, relative to the reference's."""
         # If the reference serves everything its relative quality is 1, whether it is known or not.
         if (x == self.reference).all():
             return dict.fromkeys(self.problem.bounds, 1.0)
-        bounds = self.bounds
-        if self.problem.later:
-            bounds = {metric: QualityBound(self, metric, bound) for metric, bound in self.problem.bounds.items()}
-        return {metric: bound.lower_bound(x) for metric, bound in bounds.items()}
+        if not self.problem.later:
+            return {metric: bound.lower_bound(x) for metric, bound in self.bounds.items()}
+        return {metric: bound.present_lower_bound(x, later, self.problem.share) for metric, bound in self.bounds.items()}
 
 
 class QualityBound:
@@ -390,6 +400,24 @@ class QualityBound:
     def lower_bound(self, x: Floats) -> float:
         """Mean minus margin."""
         return self.mean(x) - self.margin(x)
+
+    def present_lower_bound(self, x: Floats, later: Floats, share: float) -> float:
+        """Mean quality of the present hour less its part of the margin of the present and the later hours.
+
+        The parts of all hours, weighted by their shares, add up to the margin of the mean (Euler's theorem): an hour's
+        part is how much the margin of the mean would grow with that hour's share.
+
+        Args:
+            x, later: (cells,), probabilities of the present hour, and their mean over the later hours.
+            share: of the present hour in the mean.
+        """
+        if not self._is_known:
+            return 1.0
+        present = np.concatenate([x, np.zeros_like(later)])
+        errors = self.error_factors @ np.concatenate([x, later])
+        direction = errors / (np.linalg.norm(errors) or 1.0)
+        part = self.z * float(direction @ (self.error_factors @ present))
+        return (float(self.mean_factors @ present) - part) / share
 
     def is_violated(self, x: Floats, *, shortfall: float = 0.0) -> bool:
         """Whether the limit less a shortfall is missed by more than the tolerance."""

@@ -73,7 +73,8 @@ def solve_program(problem: Problem, *, time_limit_s: float = TIME_LIMIT_S) -> "t
         program = Program(cells)
         failure = program.solve(time_limit_s=time_limit_s)
         if failure is None:
-            return cells.solution(program.rows(), "optimal", shortfall=program.shortfall), program
+            later = program.plan[len(program.x) :] if problem.later else None
+            return cells.solution(program.rows(), "optimal", later=later, shortfall=program.shortfall), program
     only_reference = {group: {problem.reference: 1.0} for group in problem.weights}
     return cells.solution(only_reference, "reference", failure), None
 

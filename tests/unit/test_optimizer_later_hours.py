@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from services.optimizer.problem import BOUND_TOLERANCE, Cells, LaterHours, OptionPrice, Problem
+from services.optimizer.problem import BOUND_TOLERANCE, Cells, LaterHours, OptionPrice, Problem, QualityBound
 from services.optimizer.program import Program, solve, solve_program
 from shared.messages import OptionEstimate
 from tests.benchmarks.bench_program import synthetic
@@ -91,6 +91,24 @@ def test_errors_of_a_group_do_not_cancel_out_between_hours(later):
     mean = hours @ program.plan.reshape(len(hours), -1)
     share = dict(zip(program.cells.names, mean, strict=True))["g", "p/L1"]
     assert share == pytest.approx(0.1 / (0.05 + 2.0 * 0.04 / 0.5), rel=1e-3)
+
+
+@settings(max_examples=examples(10), suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10**6))
+def test_the_hours_share_the_margin_of_their_mean(seed):
+    made = over_hours(seed)
+    cells = Cells(made)
+    program = Program(cells)
+    assert program.solve() is None
+    x, later = np.split(program.plan, 2)
+    share = made.share
+    for metric, bound in cells.bounds.items():
+        present = bound.present_lower_bound(x, later, share)
+        swapped = QualityBound(cells, metric, bound.bound, [(1.0 - share, cells.later_weights), (share, cells.weights)])
+        rest = swapped.present_lower_bound(later, x, 1.0 - share)
+        assert share * present + (1.0 - share) * rest == pytest.approx(bound.lower_bound(program.plan))
+        alone = QualityBound(cells, metric, bound.bound)
+        assert alone.lower_bound(x) - 1e-9 <= present <= alone.mean(x)
 
 
 def test_a_bound_above_1_is_kept_by_better_options():
