@@ -42,8 +42,7 @@ from shared.kafka.leader import join_leadership
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Policy, Sample
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
-from shared.runtime.database_metrics import DatabaseMetrics
+from shared.runtime.database import DatabaseMetrics, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings

@@ -43,8 +43,14 @@ from shared.kafka.subscribe import (
 )
 from shared.messages import CarbonIntensity, Footprint, Policy, PoolCapacity, Reply
 from shared.runtime.clock import Clock
-from shared.runtime.database import RETRY_PAUSE_S, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
-from shared.runtime.database_metrics import DatabaseMetrics
+from shared.runtime.database import (
+    RETRY_PAUSE_S,
+    DatabaseMetrics,
+    DatabaseStatus,
+    DatabaseUnavailableError,
+    migrate,
+    open_pool,
+)
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import VERSION, build_service, run_service

@@ -44,8 +44,7 @@ from shared.messages import (
     Quality,
 )
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, migrate, open_pool
-from shared.runtime.database_metrics import DatabaseMetrics
+from shared.runtime.database import DatabaseMetrics, DatabaseStatus, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import build_service, run_service
