@@ -11,7 +11,7 @@ from shared.kafka.subscribe import subscribe_batches
 from shared.messages import Sample
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseMetrics, open_pool
-from shared.runtime.service_metrics import LagMeter
+from shared.runtime.service import LagMeter
 from shared.topics import SAMPLES
 from tests.support.deadlines import DEADLINE_S
 from tests.support.evaluator import sample
