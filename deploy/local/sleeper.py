@@ -29,8 +29,7 @@ from shared.kafka.parsing import PoisonMessageError, describe, parse_record
 from shared.messages import LoadReport, PoolCapacity
 from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock, ClockConfigurationError
-from shared.runtime.logs import configure_logging, get_logger
-from shared.runtime.printable import printable
+from shared.runtime.logs import configure_logging, get_logger, printable
 from shared.runtime.settings import FleetSettings, KafkaSettings, LogSettings
 from shared.topics import CAPACITY, LOAD_REPORTS
 

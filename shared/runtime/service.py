@@ -25,8 +25,7 @@ from shared.kafka.broker import ServiceBroker, unreadable_records, wait_for_kafk
 from shared.kafka.parsing import describe
 from shared.kafka.status import KafkaStatus
 from shared.runtime.health import Health, ProgressCollector
-from shared.runtime.logs import configure_logging, get_logger
-from shared.runtime.printable import printable
+from shared.runtime.logs import configure_logging, get_logger, printable
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
 from shared.topics import TopicSpec
 

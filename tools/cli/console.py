@@ -18,7 +18,7 @@ from deploy.local.state import StackState, StateError, read_state
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.parsing import describe
 from shared.runtime.clock import Clock
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from shared.runtime.settings import FleetSettings, KafkaSettings
 
 PLAIN_WIDTH = 140

@@ -4,7 +4,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from shared.messages import Policy
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from tools.cli.console import out
 from tools.cli.explanation import Explanation, in_points
 

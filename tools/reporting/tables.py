@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from tools.reporting.folding import FEWEST_REQUESTS, MOST_GROUPS
 from tools.reporting.format import (
     decimal,
