@@ -1,7 +1,8 @@
 """Dead letters: messages that cannot be processed are published to `dead-letters` with their bytes, and skipped.
 
 `shared.kafka.parsing` finds such messages, `shared.kafka.handling` makes them dead letters for every kind of
-subscriber. The router, which handles raw records, calls `DeadLetterPublisher.publish` itself.
+subscriber. The router, which handles raw records, calls `DeadLetterPublisher.publish` itself. A
+`Fuse` stops the consumption of a topic when nearly all of its records become dead letters.
 """
 
 import asyncio
@@ -39,6 +40,12 @@ HANDLER_ERROR = "handler_error"
 
 UNREADABLE = "unreadable"
 """Reason of a dead letter without content: unpacking the record takes more memory than a service has."""
+
+FUSE_RECORDS: Final = 200
+"""Records of a topic that the fuse looks at."""
+
+FUSE_SHARE: Final = 0.95
+"""Share of them that must have become dead letters."""
 
 _log = get_logger(__name__)
 
@@ -151,15 +158,6 @@ class DeadLetterPublisher:
             reason=error.reason,
             detail=error.detail,
         )
-
-
-FUSE_RECORDS: Final = 200
-"""Records of a topic that the fuse looks at."""
-
-FUSE_SHARE: Final = 0.95
-"""Share of them that must have become dead letters."""
-
-_log = get_logger(__name__)
 
 
 class Fuse:

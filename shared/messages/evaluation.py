@@ -1,4 +1,7 @@
-"""Topics `samples`, `usage` and `quality`: the evaluator's prompts, its own calls on model servers, its results."""
+"""Topics `samples`, `usage` and `quality`: the evaluator's prompts, its own calls on model servers, its results.
+
+`JudgeCard` is how the judge of an evaluation voted: counts that add up over prompts and evaluations.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -8,6 +11,8 @@ from pydantic import Field
 
 from shared.messages.base import Identifier, Level, Message, RequestMessage, UtcDatetime, Value, Zone
 from shared.messages.generation import ChatMessage, ReferenceAnswer, SamplingParameters
+
+MAX_SERVED_CHARS: Final = 32_000
 
 
 class LengthSums(Value):
@@ -74,8 +79,6 @@ def _sum(first: Any, second: Any) -> Any:  # noqa: ANN401 - numbers, messages or
         return {key: _sum(first[key], second[key]) if key in first and key in second else both[key] for key in both}
     return first + second
 
-
-MAX_SERVED_CHARS: Final = 32_000
 
 PromptHash = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 """Keyed hash of a conversation: the same prompt in another request has the same."""

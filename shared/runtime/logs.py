@@ -1,4 +1,6 @@
-"""Structured logs: one line of JSON per event, or coloured text; without prompts and secrets."""
+"""Structured logs: one line of JSON per event, or coloured text; without prompts and secrets. No control
+characters on terminals.
+"""
 
 import logging
 import re
@@ -16,6 +18,16 @@ REPEAT_S: Final = 5.0
 
 MAX_REPEATS: Final = 1_000
 """Different messages that are remembered."""
+
+
+_HARMFUL: Final = re.compile(
+    "["
+    "\x00-\x1f\x7f-\x9f"  # control characters, with ESC and CSI
+    "\u2028\u2029"  # line and paragraph separators
+    "\u202a-\u202e\u2066-\u2069"  # these change the direction of the text
+    "\ud800-\udfff"  # lone surrogates, which cannot be encoded
+    "]"
+)
 
 
 def configure_logging(service: str, settings: LogSettings) -> None:
@@ -103,16 +115,6 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 def where(error: BaseException) -> list[str]:
     """The last frames of an error's traceback, innermost last, without its message: that may quote a prompt."""
     return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
-
-
-_HARMFUL: Final = re.compile(
-    "["
-    "\x00-\x1f\x7f-\x9f"  # control characters, with ESC and CSI
-    "\u2028\u2029"  # line and paragraph separators
-    "\u202a-\u202e\u2066-\u2069"  # these change the direction of the text
-    "\ud800-\udfff"  # lone surrogates, which cannot be encoded
-    "]"
-)
 
 
 def printable(text: str, *, keep: str = "") -> str:

@@ -1,4 +1,7 @@
-"""Runs a service: the FastStream application with health, readiness and metrics over HTTP, until it is stopped."""
+"""Runs a service: the FastStream application with health, readiness and metrics over HTTP, until it is stopped.
+
+Every service has metrics of its build and process, and of the lag of its consumers.
+"""
 
 import asyncio
 import gc
@@ -43,6 +46,13 @@ _log = get_logger(__name__)
 
 Lifespan = Callable[[], AbstractAsyncContextManager[None]]
 """Opens what must be open while the broker runs (pools, clients), and closes it."""
+
+
+LAG_INTERVAL_S: Final = 5.0
+"""Wall seconds between two measurements of the lag."""
+
+POSITION_TIMEOUT_S: Final = 1.0
+"""Longest wait for the position of a consumer that has none yet, wall."""
 
 
 class Service(AsgiFastStream):
@@ -200,13 +210,6 @@ def _json(status: int, body: dict[str, object]) -> AsgiResponse:
 @asynccontextmanager
 async def _nothing() -> AsyncIterator[None]:
     yield
-
-
-LAG_INTERVAL_S: Final = 5.0
-"""Wall seconds between two measurements of the lag."""
-
-POSITION_TIMEOUT_S: Final = 1.0
-"""Longest wait for the position of a consumer that has none yet, wall."""
 
 
 def register_build_and_process(registry: CollectorRegistry, *, service: str, version: str) -> None:
