@@ -25,7 +25,7 @@ from tritonclient.utils import InferenceServerException
 
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.inference.triton.channel import CHANNEL_OPTIONS
-from shared.kafka.parsing import PoisonMessageError, describe, parse_record
+from shared.kafka.records import PoisonMessageError, describe, parse_record
 from shared.messages import LoadReport, PoolCapacity
 from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock, ClockConfigurationError

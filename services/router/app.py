@@ -33,7 +33,7 @@ from shared.inference.load_reports import LoadReporter, subscribe_capacity
 from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker, unreadable_records
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.parsing import IMPLAUSIBLE, PoisonMessageError
+from shared.kafka.records import IMPLAUSIBLE, PoisonMessageError
 from shared.kafka.subscribe import (
     Subscriber,
     read_to_end,

@@ -1,6 +1,6 @@
 """Dead letters: messages that cannot be processed are published to `dead-letters` with their bytes, and skipped.
 
-`shared.kafka.parsing` finds such messages, `shared.kafka.handling` makes them dead letters for every kind of
+`shared.kafka.records` finds such messages, `shared.kafka.handling` makes them dead letters for every kind of
 subscriber. The router, which handles raw records, calls `DeadLetterPublisher.publish` itself. A
 `Fuse` stops the consumption of a topic when nearly all of its records become dead letters.
 """
@@ -15,8 +15,8 @@ from aiokafka import ConsumerRecord
 from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry, Counter
 
-from shared.kafka.parsing import IMPLAUSIBLE, PoisonMessageError
 from shared.kafka.publish import Publisher, declare_publisher
+from shared.kafka.records import IMPLAUSIBLE, PoisonMessageError
 from shared.messages import DeadLetter
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger

@@ -9,7 +9,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 from shared.lanes import LaneSettings
 from shared.topics import TOPICS, Cleanup, TopicSpec
 

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from shared.kafka.admin import warn_of_drift
 from shared.kafka.broker import ServiceBroker, unreadable_records, wait_for_kafka
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 from shared.kafka.status import KafkaStatus
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger, printable

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from shared.access import REDRIVE_ID
 from shared.kafka.dead_letters import MAX_KEY_BYTES, UNREADABLE
-from shared.kafka.parsing import PoisonMessageError, parse
+from shared.kafka.records import PoisonMessageError, parse
 from shared.messages import DeadLetter
 from shared.runtime.logs import printable
 from shared.runtime.settings import KafkaSettings

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from shared.access import ACCESS, acl_arguments
 from shared.kafka.admin import ProvisioningError, create_topics, plan_topics
-from shared.kafka.parsing import describe as describe_error
+from shared.kafka.records import describe as describe_error
 from shared.kafka.topic_settings import TopicSettings, TopicSettingsError, load_topic_settings
 from shared.lanes import all_topics
 from shared.runtime.settings import KafkaSettings
