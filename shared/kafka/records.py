@@ -16,7 +16,6 @@ from shared.messages import Message, Value
 from shared.runtime.clock import Clock
 from shared.topics import REQUESTS, TopicSpec
 
-
 M = TypeVar("M", bound=Message)
 
 IMPLAUSIBLE: Final = "implausible"

@@ -45,7 +45,6 @@ RETRY_PAUSE_S: Final = 1.0
 
 _log = get_logger(__name__)
 
-
 LATENCIES_S: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Upper limits of the histogram's buckets, wall seconds."""
 

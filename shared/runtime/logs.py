@@ -19,7 +19,6 @@ REPEAT_S: Final = 5.0
 MAX_REPEATS: Final = 1_000
 """Different messages that are remembered."""
 
-
 _HARMFUL: Final = re.compile(
     "["
     "\x00-\x1f\x7f-\x9f"  # control characters, with ESC and CSI

@@ -24,9 +24,8 @@ from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessColl
 from pydantic import ValidationError
 
 from shared.kafka.admin import warn_of_drift
-from shared.kafka.broker import ServiceBroker, unreadable_records, wait_for_kafka
+from shared.kafka.broker import KafkaStatus, ServiceBroker, unreadable_records, wait_for_kafka
 from shared.kafka.records import describe
-from shared.kafka.status import KafkaStatus
 from shared.runtime.health import Health, ProgressCollector
 from shared.runtime.logs import configure_logging, get_logger, printable
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
@@ -46,7 +45,6 @@ _log = get_logger(__name__)
 
 Lifespan = Callable[[], AbstractAsyncContextManager[None]]
 """Opens what must be open while the broker runs (pools, clients), and closes it."""
-
 
 LAG_INTERVAL_S: Final = 5.0
 """Wall seconds between two measurements of the lag."""

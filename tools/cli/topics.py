@@ -24,7 +24,6 @@ app = typer.Typer(no_args_is_help=True, help="Create, list and describe Kafka to
 
 MISSING = "missing"
 
-
 Copies = Annotated[
     int | None, typer.Option(min=1, help="Copies of every partition; default: SPROUT_TOPICS_REPLICATION_FACTOR, or 1")
 ]

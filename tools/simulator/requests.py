@@ -21,7 +21,6 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-
 Matches = Mapping[tuple[str, str], float]
 """Whether answers mean the same as the reference, by `model/level` and normalised prompt: 1 or 0; NaN if unknown."""
 
