@@ -24,7 +24,7 @@ from services.router.publisher import RouterPublisher
 from services.router.recovery import KafkaGroupProgress
 from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
-from services.router.tracing import TRACER_NAME, Tracing
+from services.router.tracing import TRACER_NAME, TelemetryError, Tracing, tracer_provider
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.grouping import GroupingError
 from shared.inference.attempts import Attempts
@@ -47,7 +47,6 @@ from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import VERSION, build_service, run_service
 from shared.runtime.settings import FleetSettings, KafkaSettings
-from shared.runtime.tracing import TelemetryError, tracer_provider
 from shared.topics import (
     CANCELLATIONS,
     CAPACITY,
