@@ -266,9 +266,7 @@ class PromptGrouping(Message):
     )
     features: int = Field(default=0, ge=0, description="Version of the prompt features")
     classifier: int = Field(default=1, ge=1, description="Version of the classifier that finds a prompt's group")
-    arrays: dict[str, PackedArray] = Field(
-        default={}, description="Parameters of the classifier, see shared/grouping.py"
-    )
+    arrays: dict[str, PackedArray] = Field(default={}, description="Parameters of the classifier, see shared/grouping")
     task_scores: dict[Identifier, tuple[float, ...]] = Field(
         default={},
         description="By task label: what it adds to the score of each group, in the order of `names`; other labels add "
