@@ -20,9 +20,8 @@ from services.evaluator.judge_clients import judge_pool, open_judge
 from services.evaluator.judges import Judge
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
-from services.evaluator.not_worse import NOT_WORSE, NotWorseMetric
 from services.evaluator.plan import PlanError, candidates_of
-from services.evaluator.preference import PreferenceMetric
+from services.evaluator.preference import NOT_WORSE, NotWorseMetric, PreferenceMetric
 from services.evaluator.quality import QualityMetric
 from services.evaluator.requests import evaluation_endpoint
 from services.evaluator.samples import InputConsumer, SampleStore
