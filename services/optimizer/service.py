@@ -14,7 +14,6 @@ from datetime import datetime, timedelta
 from typing import TypeVar
 
 from services.optimizer.bounds import current_intensities, trailing_range
-from services.optimizer.calibration import QualityScores, calibrated
 from services.optimizer.costs import Consumption
 from services.optimizer.estimates import Estimates, estimate, estimates_changed
 from services.optimizer.metrics import OptimizerMetrics
@@ -23,6 +22,7 @@ from services.optimizer.policy import Situation, Trigger, make_policy, margin_g,
 from services.optimizer.prices import PoolPrices
 from services.optimizer.prior import ModelPrior
 from services.optimizer.promise import Period, RestOfPeriod, plan_rest, trailing_hours
+from services.optimizer.safety_margin import QualityScores, calibrated
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import OptimizerState
 from services.optimizer.store import Store
