@@ -22,7 +22,7 @@ from services.gateway.batch_store import BatchStore
 from services.gateway.estimates import Estimates
 from services.gateway.file_store import FileStore
 from services.gateway.gateway import Gateway
-from services.gateway.http import HttpLimits
+from services.gateway.http import BoundedHttp, HttpLimits
 from services.gateway.keys import KeyStore
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.page import add_page
@@ -30,7 +30,6 @@ from services.gateway.publisher import RequestPublisher
 from services.gateway.replies import ReplyInbox, claim_partition
 from services.gateway.settings import GatewaySettings
 from services.gateway.status import Monitor
-from services.gateway.wire import BoundedHttp
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
