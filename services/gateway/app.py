@@ -24,10 +24,9 @@ from services.gateway.file_store import FileStore
 from services.gateway.gateway import Gateway
 from services.gateway.http import BoundedHttp, HttpLimits
 from services.gateway.keys import KeyStore
+from services.gateway.messaging import ReplyInbox, RequestPublisher, claim_partition
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.page import add_page
-from services.gateway.publisher import RequestPublisher
-from services.gateway.replies import ReplyInbox, claim_partition
 from services.gateway.settings import GatewaySettings
 from services.gateway.status import Monitor
 from shared.fleet import Fleet, FleetError, load_fleet

@@ -15,9 +15,8 @@ from services.gateway.estimates import Estimates
 from services.gateway.exchange import Exchange
 from services.gateway.file_store import FileStore
 from services.gateway.keys import ApiKey, KeyStore
+from services.gateway.messaging import ReplyInbox, RequestPublisher
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.publisher import RequestPublisher
-from services.gateway.replies import ReplyInbox
 from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.settings import GatewaySettings
 from services.gateway.translate import Answers, to_request, wants_usage
