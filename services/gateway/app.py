@@ -15,13 +15,12 @@ from prometheus_client import CollectorRegistry
 
 from services import SERVICES
 from services.gateway.accounts import Accounts
-from services.gateway.api import build_api
+from services.gateway.api import Gateway, build_api
 from services.gateway.batch_answers import BatchAnswers
 from services.gateway.batch_runner import BatchRunner
 from services.gateway.batch_store import BatchStore
 from services.gateway.estimates import Estimates
 from services.gateway.file_store import FileStore
-from services.gateway.gateway import Gateway
 from services.gateway.http import BoundedHttp, HttpLimits
 from services.gateway.keys import KeyStore
 from services.gateway.messaging import ReplyInbox, RequestPublisher, claim_partition
