@@ -16,6 +16,7 @@ from services.evaluator.budget import PolicyMemory
 from services.evaluator.correctness import CORRECTNESS, CorrectnessMetric
 from services.evaluator.evaluation import EvaluationRunner, Publishers
 from services.evaluator.generate import ModelCalls
+from services.evaluator.group_store import GroupStore
 from services.evaluator.judge_clients import judge_pool, open_judge
 from services.evaluator.judges import Judge
 from services.evaluator.learning import GroupLearner
@@ -27,7 +28,7 @@ from services.evaluator.requests import evaluation_endpoint
 from services.evaluator.samples import InputConsumer, SampleStore
 from services.evaluator.scheduler import Scheduler
 from services.evaluator.settings import EvaluatorSettings
-from services.evaluator.store import EvaluationStore, GroupStore
+from services.evaluator.store import EvaluationStore
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.inference.attempts import Attempts
