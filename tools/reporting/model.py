@@ -1,4 +1,4 @@
-"""The report as dataclasses, and as JSON. The field names are keys of the JSON document."""
+"""The report as dataclasses. The field names are keys of the JSON document, and columns of the CSV files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
