@@ -183,7 +183,8 @@ class Policy(Message):
         default=None, description="Promise by period; null: every hour keeps the bounds by itself"
     )
     expected_quality: dict[str, float] = Field(
-        description="By metric: lower confidence bound of the quality, relative to the reference"
+        description="By metric: lower confidence bound of the quality, relative to the reference. With a promise by "
+        "period the margin is this hour's part of the margin of the rest of the period"
     )
     expected_g_per_request: float = Field(ge=0)
     reference_g_per_request: float = Field(
