@@ -122,7 +122,12 @@ def _subscribe(
     Returns:
         The subscribers of the topics that are read from their beginning.
     """
-    state = [subscribe_compacted(broker, kafka, dead_letters, spec) for spec in (POLICIES, CARBON_INTENSITY, CAPACITY)]
+    state = [
+        subscribe_compacted(
+            broker, kafka, dead_letters, spec, before="the gateway is ready, unless that takes too long"
+        )
+        for spec in (POLICIES, CARBON_INTENSITY, CAPACITY)
+    ]
     known_policies, known_intensities, known_capacities = state
 
     @known_policies
