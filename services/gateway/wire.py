@@ -1,4 +1,9 @@
-"""HTTP/1.1 on the wire: uvicorn's fast parser, and a limit on what a client sends that is no body."""
+"""HTTP/1.1 on the wire: uvicorn's fast parser, and a limit on what a client sends that is no body.
+
+A workaround for a fault of uvicorn (0.54.0), whose fast parser (httptools) takes headers of any size; the other one is
+too slow for the gateway. Asked for: https://github.com/Kludex/uvicorn/pull/1684.
+`tests/integration/test_library_faults.py` fails when uvicorn limits them itself.
+"""
 
 from typing import Final
 

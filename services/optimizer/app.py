@@ -13,10 +13,10 @@ from services import SERVICES
 from services.optimizer import migrations
 from services.optimizer.capacity import CapacityPlanner
 from services.optimizer.capacity_service import CapacityService
+from services.optimizer.highs import warm_up
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
 from services.optimizer.prior import PriorError, load_priors
-from services.optimizer.program import warm_up
 from services.optimizer.service import PolicyService
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
