@@ -12,16 +12,20 @@ import asyncpg
 import highspy
 import pytest
 import uvicorn
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import MessageSizeTooLargeError, OutOfOrderSequenceNumber
 from faststream.kafka import KafkaBroker
 
 from services.gateway.wire import MAX_HEAD_BYTES
 from shared.runtime.settings import KafkaSettings
-from shared.topics import MEBIBYTE, POLICIES, QUALITY
+from shared.topics import MEBIBYTE, POLICIES, QUALITY, RESPONSES
+from tests.support.acls import GuardedKafka, guarded_kafka
 from tests.support.deadlines import DEADLINE_S, until
 
 pytestmark = pytest.mark.integration
+
+__all__ = ["guarded_kafka"]  # a fixture
 
 DATA = Path(__file__).parents[1] / "data"
 TOO_LARGE = b"x" * 2 * MEBIBYTE
@@ -77,6 +81,20 @@ async def test_aiokafka_calls_no_listener_of_a_consumer_without_a_group(kafka: K
         assert listener.calls == 0
     finally:
         await consumer.stop()
+
+
+async def test_aiokafka_reports_no_commits_where_the_whole_answer_is_an_error(guarded_kafka: GuardedKafka):
+    """`shared.kafka.workarounds.read_commits`; the error is that this principal may not read the group."""
+    await guarded_kafka.prepare()
+    client = guarded_kafka.user("client")
+    admin = AIOKafkaAdminClient(**client.client_options())
+    try:
+        await admin.start()
+        partition = TopicPartition(client.topic(RESPONSES), 0)
+        found = await admin.list_consumer_group_offsets("any", group_coordinator_id=1, partitions=[partition])
+    finally:
+        await admin.close()
+    assert found == {}
 
 
 async def test_faststream_fails_at_binary_headers(kafka: KafkaSettings):
