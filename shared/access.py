@@ -38,16 +38,13 @@ class Access:
     """What a principal may do.
 
     Attributes:
-        reads: topics that its AsyncAPI document says it receives.
-        rereads: further topics that it reads, without a consumer group.
-        writes: topics that it sends to.
+        reads, writes: topics; of a service those that its AsyncAPI document says it receives from and sends to.
         groups: consumer groups, without the prefix.
         transactions: transactional ids, without the prefix.
         creates: whether it creates and changes topics.
     """
 
     reads: tuple[TopicSpec, ...] = ()
-    rereads: tuple[TopicSpec, ...] = ()
     writes: tuple[TopicSpec, ...] = ()
     groups: tuple[str, ...] = ()
     transactions: tuple[str, ...] = ()
@@ -63,17 +60,18 @@ _LEDGER_STORES: Final = (RESPONSES, USAGE, CARBON_INTENSITY, QUALITY, PROMPT_GRO
 
 ACCESS: Final[dict[str, Access]] = {
     "carbon_feed": Access(
-        rereads=(CARBON_INTENSITY,), writes=(CARBON_INTENSITY, DEAD_LETTERS), groups=(leader_group("carbon_feed"),)
+        reads=(CARBON_INTENSITY,), writes=(CARBON_INTENSITY, DEAD_LETTERS), groups=(leader_group("carbon_feed"),)
     ),
     "router": Access(
-        reads=(REQUESTS, CANCELLATIONS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES, CAPACITY),
-        rereads=(RESPONSES, DEAD_LETTERS),  # after a takeover: which requests are answered?
+        reads=(
+            *(REQUESTS, CANCELLATIONS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES, CAPACITY),
+            *(RESPONSES, DEAD_LETTERS),
+        ),
         writes=(RESPONSES, RESPONSE_CHUNKS, REPLIES, SAMPLES, LOAD_REPORTS, DEAD_LETTERS),
         groups=("router",),
     ),
     "optimizer": Access(
-        reads=(CARBON_INTENSITY, FOOTPRINTS, QUALITY, PROMPT_GROUPS, POWER_CURVES, LOAD_REPORTS),
-        rereads=(POLICIES,),  # after a takeover: what is published?
+        reads=(CARBON_INTENSITY, FOOTPRINTS, QUALITY, PROMPT_GROUPS, POWER_CURVES, LOAD_REPORTS, POLICIES),
         writes=(POLICIES, CAPACITY, DEAD_LETTERS),
         groups=("optimizer", leader_group("optimizer")),
     ),
@@ -92,10 +90,10 @@ ACCESS: Final[dict[str, Access]] = {
         writes=(REQUESTS, CANCELLATIONS, DEAD_LETTERS),
         groups=("gateway",),
     ),
-    "sleeper": Access(rereads=(CAPACITY, LOAD_REPORTS)),
-    "client": Access(rereads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS, CANCELLATIONS)),
+    "sleeper": Access(reads=(CAPACITY, LOAD_REPORTS)),
+    "client": Access(reads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS, CANCELLATIONS)),
     "operator": Access(
-        rereads=TOPICS, writes=(REQUESTS, DEAD_LETTERS), groups=("router",), transactions=(REDRIVE_ID,), creates=True
+        reads=TOPICS, writes=(REQUESTS, DEAD_LETTERS), groups=("router",), transactions=(REDRIVE_ID,), creates=True
     ),
 }
 """By principal. An application that sends requests is a `client`; a person with the `sprout` command an `operator`.
@@ -116,8 +114,7 @@ def acl_arguments(
     for name, principal in principals.items():
         access = _with_lanes(ACCESS[name], lanes)
         allow = ("--allow-principal", principal)
-        reads = (*access.reads, *access.rereads)
-        yield from ((*allow, "--operation", "Read", "--topic", kafka.topic(spec)) for spec in reads)
+        yield from ((*allow, "--operation", "Read", "--topic", kafka.topic(spec)) for spec in access.reads)
         yield from ((*allow, "--operation", "Write", "--topic", kafka.topic(spec)) for spec in access.writes)
         yield from ((*allow, "--operation", "Read", "--group", kafka.group(group)) for group in access.groups)
         for transaction in access.transactions:
@@ -134,6 +131,5 @@ def _with_lanes(access: Access, lanes: tuple[TopicSpec, ...]) -> Access:
     return replace(
         access,
         reads=access.reads + (lanes if REQUESTS in access.reads else ()),
-        rereads=access.rereads + (lanes if REQUESTS in access.rereads else ()),
         writes=access.writes + (lanes if REQUESTS in access.writes else ()),
     )

@@ -297,5 +297,9 @@ def requests_topic(name: str) -> TopicSpec:
     return REQUESTS if name == REQUESTS.name else replace(REQUESTS, name=name)
 
 
-ANSWERS: Final = {REQUESTS.name: RESPONSES}
-"""Topic of the answers, by topic of the requests."""
+ANSWERS: Final = (
+    (RESPONSES, "Every request is answered with one response."),
+    (RESPONSE_CHUNKS, "The answer to a request with `stream` and without `reply_partition` comes in chunks as well."),
+    (REPLIES, "The answer to a request with `reply_partition` comes to that partition as well, and so do its chunks."),
+)
+"""Topics of the answers to requests, each with what is answered there."""

@@ -110,6 +110,7 @@ def kafka_spec(
     name: str = "kafka",
     listeners: Sequence[Listener] = (),
     scram_users: Mapping[str, str] | None = None,
+    further: Mapping[str, str] | None = None,
 ) -> tuple[ProcessSpec, str]:
     """Format the storage of a new broker.
 
@@ -117,6 +118,7 @@ def kafka_spec(
         data_dir: its contents are replaced.
         listeners: in addition to the plaintext one.
         scram_users: passwords by user, for listeners with SCRAM.
+        further: Kafka's properties of the broker, beside those that it always has.
 
     Returns:
         The broker's process, and the bootstrap servers of its plaintext listener.
@@ -129,7 +131,8 @@ def kafka_spec(
     port, controller_port = free_ports(2)
     bootstrap = f"{LOOPBACK}:{port}"
     properties = data_dir / "server.properties"
-    properties.write_text(_properties(port, controller_port, data_dir / "log", listeners), encoding="utf-8")
+    settings = {**_properties(port, controller_port, data_dir / "log", listeners), **(further or {})}
+    properties.write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
     base = (
         str(installation.java.program), *JVM_FLAGS, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
         "-cp", f"{installation.libs}/*",
@@ -188,7 +191,7 @@ def _scram_arguments(users: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _properties(port: int, controller_port: int, log_dir: Path, listeners: Sequence[Listener]) -> str:
+def _properties(port: int, controller_port: int, log_dir: Path, listeners: Sequence[Listener]) -> dict[str, str]:
     addresses = {"PLAINTEXT": port, "CONTROLLER": controller_port} | {one.name: one.port for one in listeners}
     listening = ",".join(f"{listener}://{LOOPBACK}:{number}" for listener, number in addresses.items())
     protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT"} | {one.name: one.protocol for one in listeners}
@@ -228,7 +231,7 @@ def _properties(port: int, controller_port: int, log_dir: Path, listeners: Seque
     }
     for one in listeners:
         settings |= {f"listener.name.{one.name.lower()}.{key}": value for key, value in one.properties.items()}
-    return "".join(f"{name}={value}\n" for name, value in settings.items())
+    return settings
 
 
 def _run(

@@ -54,7 +54,7 @@ def build_app(
     broker, dead_letters = build_broker(kafka, service=NAME, clock=clock, registry=registry)
     publisher = declare_publisher(broker, kafka, CARBON_INTENSITY)
     leadership = join_leadership(broker, kafka, service=NAME, registry=registry)
-    published = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY, is_own=True)
+    published = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY, before="a leader publishes values")
     metrics = FeedMetrics(registry)
     feeds = [
         ZoneFeed(

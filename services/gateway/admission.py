@@ -12,7 +12,8 @@ import asyncpg
 from services.gateway.keys import ApiKey
 from services.gateway.limits import Verdict
 from shared.messages import GenerationRequest
-from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, within
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
+from shared.runtime.workarounds import within
 
 AT_ONCE: Final = 64
 """Requests of one statement: it holds the rows of their limits until its end."""

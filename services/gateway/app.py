@@ -21,13 +21,14 @@ from services.gateway.batch_runner import BatchRunner
 from services.gateway.batch_store import BatchStore
 from services.gateway.estimates import Estimates
 from services.gateway.file_store import FileStore
-from services.gateway.http import BoundedHttp, HttpLimits
+from services.gateway.http import HttpLimits
 from services.gateway.keys import KeyStore
 from services.gateway.messaging import ReplyInbox, RequestPublisher, claim_partition
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.page import add_page
 from services.gateway.settings import GatewaySettings
 from services.gateway.status import Monitor
+from services.gateway.workarounds import BoundedHttp
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
@@ -125,7 +126,12 @@ def _subscribe(
     Returns:
         The subscribers of the topics that are read from their beginning.
     """
-    state = [subscribe_compacted(broker, kafka, dead_letters, spec) for spec in (POLICIES, CARBON_INTENSITY, CAPACITY)]
+    state = [
+        subscribe_compacted(
+            broker, kafka, dead_letters, spec, before="the gateway is ready, unless that takes too long"
+        )
+        for spec in (POLICIES, CARBON_INTENSITY, CAPACITY)
+    ]
     known_policies, known_intensities, known_capacities = state
 
     @known_policies

@@ -12,7 +12,8 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import asyncpg
 
-from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, within
+from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError
+from shared.runtime.workarounds import within
 
 PREFIX: Final = "sk-sprout-"
 KEY_BYTES: Final = 32

@@ -70,7 +70,7 @@ class Ingest:
         self._storage = storage
         self._metrics = metrics
 
-        def subscribe(spec: TopicSpec, **options: bool) -> Subscriber:
+        def subscribe(spec: TopicSpec) -> Subscriber:
             return subscribe_batches(
                 broker,
                 kafka,
@@ -81,10 +81,9 @@ class Ingest:
                 poll_ms=settings.poll_ms,
                 fetch_min_bytes=FETCH_MIN_BYTES,
                 fetch_max_wait_ms=settings.poll_ms,
-                **options,
             )
 
-        readers = [subscribe(RESPONSES, include_in_schema=number == 0) for number in range(RESPONSE_READERS)]
+        readers = [subscribe(RESPONSES) for _ in range(RESPONSE_READERS)]
         usage = subscribe(USAGE)
         intensities = subscribe(CARBON_INTENSITY)
         policies = subscribe(POLICIES)

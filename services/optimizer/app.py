@@ -13,11 +13,11 @@ from services import SERVICES
 from services.optimizer import migrations
 from services.optimizer.capacity import CapacityPlanner
 from services.optimizer.capacity_service import CapacityService
+from services.optimizer.highs import warm_up
 from services.optimizer.intake import Intake
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
 from services.optimizer.prior import PriorError, load_priors
-from services.optimizer.program import warm_up
 from services.optimizer.service import PolicyService
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.store import Store
@@ -84,11 +84,18 @@ def subscribe(
     Returns:
         Those of the topics that are read from their start.
     """
-    groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS)
-    intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
-    evaluations = subscribe_compacted(broker, kafka, dead_letters, QUALITY)
-    curves = subscribe_compacted(broker, kafka, dead_letters, POWER_CURVES)
-    policies = subscribe_compacted(broker, kafka, dead_letters, POLICIES, is_own=True)
+    subscribe_from_start = partial(
+        subscribe_compacted,
+        broker,
+        kafka,
+        dead_letters,
+        before="the copy makes policies as the leader or plans of capacity, unless that takes too long",
+    )
+    groupings = subscribe_from_start(PROMPT_GROUPS)
+    intensities = subscribe_from_start(CARBON_INTENSITY)
+    evaluations = subscribe_from_start(QUALITY)
+    curves = subscribe_from_start(POWER_CURVES)
+    policies = subscribe_from_start(POLICIES)
     loads = subscribe_newest(broker, kafka, dead_letters, LOAD_REPORTS)
     footprints = subscribe_batches(
         broker, kafka, dead_letters, FOOTPRINTS, group=NAME, max_records=settings.batch_records, poll_ms=POLL_MS

@@ -351,7 +351,9 @@ class Cells:
             return dict.fromkeys(self.problem.bounds, 1.0)
         if not self.problem.later:
             return {metric: bound.lower_bound(x) for metric, bound in self.bounds.items()}
-        return {metric: bound.present_lower_bound(x, later, self.problem.share) for metric, bound in self.bounds.items()}
+        return {
+            metric: bound.present_lower_bound(x, later, self.problem.share) for metric, bound in self.bounds.items()
+        }
 
 
 class QualityBound:

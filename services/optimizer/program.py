@@ -13,8 +13,6 @@ levels; MODEL_OPT one group, two pools and L0; CO2_OPT no quality limits; BASE n
 is SPROUT at a mean intensity, solved once.
 """
 
-import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +21,8 @@ import highspy
 import numpy as np
 import pulp
 
+from services.optimizer.highs import highs, outcome
 from services.optimizer.problem import Cells, Failure, Floats, Problem, QualityBound, Rows, Solution
-
-SOLVER_TOLERANCE = 1e-9
-"""HiGHS's tolerance for constraints and reduced costs."""
 
 TIME_LIMIT_S = 10.0
 """Wall time of a program, all rounds of cuts together."""
@@ -39,14 +35,6 @@ SHORTFALL_WEIGHT = 1e-3
 
 _MAX_ROUNDS = 50
 """Rounds of cuts; about five are enough."""
-
-_WHEN_UNKNOWN: tuple[tuple[str, int | str], ...] = (
-    ("simplex_scale_strategy", 0),
-    ("presolve", "off"),
-    ("simplex_scale_strategy", 2),
-)
-"""Options that are changed, one more each time, if HiGHS ends without a result; it then starts again. Seen where limits
-cannot be kept: scaling or presolving the cuts left infeasibilities above its tolerance."""
 
 _PULP_SPELLING = str.maketrans("-+[] ->/", "________")
 """How PuLP spells names in its files."""
@@ -189,7 +177,7 @@ class Program:
         Returns:
             None once `x` is optimal; else why there is no solution.
         """
-        self._lp.solve(_highs(time_limit_s))
+        self._lp.solve(highs(time_limit_s))
         failure = self._add_cuts()
         if failure != "infeasible" or not self._reliefs:
             return failure
@@ -215,13 +203,7 @@ class Program:
     def _add_cuts(self) -> Failure | None:
         """Add cuts, and solve again, until every limit holds with its safety margin."""
         for _ in range(_MAX_ROUNDS):
-            for option, value in _WHEN_UNKNOWN:
-                if self._solver.getModelStatus() == highspy.HighsModelStatus.kUnknown:
-                    self._solver.setOptionValue(option, value)
-                    self._solver.clearSolver()
-                    self._solver.run()
-            # PuLP reports a time limit as optimal, so HiGHS is asked.
-            failure = _failure(self._solver.getModelStatus())
+            failure = outcome(self._solver)
             if failure is not None:
                 return failure
             values = np.asarray(self._solver.getSolution().col_value)
@@ -387,50 +369,6 @@ class Program:
             number += 1
         self._names.add(unique)
         return unique
-
-
-def warm_up() -> None:
-    """Use the solver once with standard output closed.
-
-    At its first use in a process HiGHS prints its licence to standard output whatever its options are, and the standard
-    output of a service is its log.
-    """
-    sys.stdout.flush()
-    saved = os.dup(1)
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 1)
-        lp = pulp.LpProblem("warm_up", pulp.LpMinimize)
-        lp.setObjective(pulp.LpAffineExpression([(lp.add_variable("x", lowBound=1.0), 1.0)]))
-        lp.solve(_highs(TIME_LIMIT_S))
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-        os.close(null)
-
-
-def _highs(time_limit_s: float) -> pulp.HiGHS:
-    return pulp.HiGHS(
-        msg=False,
-        # The simplex method of a small program is serial, more threads only wait. The number is the same everywhere:
-        # HiGHS has one pool of threads per process, and fails if a later model asks for another size.
-        threads=1,
-        timeLimit=time_limit_s,
-        primal_feasibility_tolerance=SOLVER_TOLERANCE,
-        dual_feasibility_tolerance=SOLVER_TOLERANCE,
-    )
-
-
-def _failure(status: highspy.HighsModelStatus) -> Failure | None:
-    match status:
-        case highspy.HighsModelStatus.kOptimal:
-            return None
-        case highspy.HighsModelStatus.kInfeasible | highspy.HighsModelStatus.kUnboundedOrInfeasible:
-            return "infeasible"
-        case highspy.HighsModelStatus.kTimeLimit:
-            return "time limit"
-        case _:
-            return "solver error"
 
 
 def _expression(

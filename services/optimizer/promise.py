@@ -69,8 +69,8 @@ class Account:
     """What was promised to one model's requests and what was kept, by hour and metric.
 
     What was kept is the lower confidence bound that the policy expected when it was served, with its part of the margin
-    of the plan, and stays as it was booked: an account that changed with every evaluation could be checked by nobody, and
-    prompt groups do not outlive theirs.
+    of the plan, and stays as it was booked: an account that changed with every evaluation could be checked by nobody,
+    and prompt groups do not outlive theirs.
 
     Attributes:
         hours: by start of the hour, then metric.

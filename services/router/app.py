@@ -21,7 +21,7 @@ from services.router.handler import RequestHandler
 from services.router.metrics import Backlog, RouterMetrics
 from services.router.policy import PolicyCache
 from services.router.publisher import RouterPublisher
-from services.router.recovery import KafkaGroupProgress
+from services.router.recovery import KafkaGroupProgress, answered_reader
 from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
 from services.router.tracing import TRACER_NAME, TelemetryError, Tracing, tracer_provider
@@ -41,7 +41,7 @@ from shared.kafka.subscribe import (
     subscribe_newest,
     subscribe_records,
 )
-from shared.messages import Cancellation, CarbonIntensity, GenerationRequest, Policy, PromptGrouping
+from shared.messages import Cancellation, CarbonIntensity, Policy, PromptGrouping
 from shared.runtime.clock import Clock
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
@@ -74,6 +74,9 @@ HEARTBEAT_MAX_S = 3.0
 POLL_MS = 3
 """Wall milliseconds that FastStream waits for records, and then sleeps if there are none: the longest delay that this
 adds to a request. Shorter costs processor time while idle."""
+
+BEFORE = "requests are started, unless that takes too long"
+"""What follows once the topics of policies and capacity have been read."""
 
 _log = get_logger(__name__)
 
@@ -131,19 +134,16 @@ class Router:
             tracing=tracing,
         )
         classes = RequestClasses(fleet=fleet, kafka=kafka, settings=settings)
-        unreadable = unreadable_records(broker, kafka)
-        progress = KafkaGroupProgress(
-            kafka, kafka.group(NAME), (kafka.topic(RESPONSES), kafka.topic(DEAD_LETTERS)), unreadable
-        )
-        progress.watch(classes.lanes)
+        group = kafka.group(NAME)
+        answered = answered_reader(broker, kafka, group=group, lanes=classes.lanes)
         self.requests = RequestConsumer(
             handler.handle,
-            progress,
+            KafkaGroupProgress(kafka, group, answered),
             settings=settings,
             metrics=metrics,
             capacity=self.pools,
             classes=classes,
-            unreadable=unreadable,
+            unreadable=unreadable_records(broker, kafka),
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
         self._backlog = Backlog(
@@ -151,7 +151,7 @@ class Router:
         )
         self._state_subscribers = (
             *subscribe_state(broker, dead_letters, self.policies, kafka=kafka),
-            *subscribe_capacity(broker, dead_letters, self.pools, kafka=kafka),
+            *subscribe_capacity(broker, dead_letters, self.pools, kafka=kafka, before=BEFORE),
         )
         subscribe_cancellations(broker, dead_letters, cancellations, kafka=kafka)
         self._load_reporter = LoadReporter(
@@ -232,9 +232,8 @@ def subscribe_requests(
         listener=requests,
     )
 
-    # The annotation describes the messages in the AsyncAPI document; they are not validated here.
     @subscriber
-    async def on_requests(records: Annotated[list[GenerationRequest], SkipValidation]) -> None:
+    async def on_requests(records: Annotated[list[Any], SkipValidation]) -> None:
         await requests.receive(records)
 
     requests.set_consumer(lambda: subscriber.consumer)
@@ -256,9 +255,10 @@ def subscribe_state(
     broker: KafkaBroker, dead_letters: DeadLetterPublisher, policies: PolicyCache, *, kafka: KafkaSettings
 ) -> tuple[Subscriber, ...]:
     """Subscribe to the compacted topics of policies; every router reads all of them from the start."""
-    groupings = subscribe_compacted(broker, kafka, dead_letters, PROMPT_GROUPS)
-    newest_policies = subscribe_compacted(broker, kafka, dead_letters, POLICIES)
-    intensities = subscribe_compacted(broker, kafka, dead_letters, CARBON_INTENSITY)
+    topics = (PROMPT_GROUPS, POLICIES, CARBON_INTENSITY)
+    groupings, newest_policies, intensities = (
+        subscribe_compacted(broker, kafka, dead_letters, spec, before=BEFORE) for spec in topics
+    )
 
     @groupings
     async def on_groupings(updates: list[PromptGrouping]) -> None:

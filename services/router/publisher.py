@@ -14,6 +14,7 @@ from services.router.tracing import Tracing
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.publish import TOO_LARGE, Publisher, check_size, declare_publisher, publish_with_retry
 from shared.kafka.records import PoisonMessageError
+from shared.kafka.workarounds import UNKNOWN_PARTITION
 from shared.messages import ErrorDetail, GenerationResponse, Reply, ResponseChunk, Sample
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
@@ -72,7 +73,7 @@ class RouterPublisher:
         """
         try:
             await self._publish(REPLIES, reply, reply.request_id, self._tracing.headers(), None, partition=partition)
-        except (*TOO_LARGE, AssertionError) as error:  # aiokafka asserts that the partition exists
+        except (*TOO_LARGE, UNKNOWN_PARTITION) as error:
             _log.warning("reply dropped", partition=partition, error=type(error).__name__)
 
     async def publish_sample(self, sample: Sample) -> None:

@@ -6,20 +6,21 @@ partition reads the output topics from that time to their end, so it knows which
 """
 
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, OffsetAndMetadata, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import GroupCoordinatorNotAvailableError
+from faststream.kafka import KafkaBroker
 
 from services.router.offsets import Commit, RecoveredOffsets
-from shared.kafka.reading import Since
 from shared.kafka.records import RecordId
-from shared.kafka.unreadable import UnreadableRecords
+from shared.kafka.since import SinceReader
+from shared.kafka.workarounds import read_commits
 from shared.runtime.settings import KafkaSettings
-from shared.topics import SOURCE_HEADER
+from shared.topics import DEAD_LETTERS, RESPONSES, SOURCE_HEADER
 
 CLOCK_MARGIN_MS: Final = 10_000
 """Tolerated step back of a machine's clock between a commit and a response."""
@@ -45,21 +46,6 @@ def from_kafka(stored: OffsetAndMetadata) -> Commit | None:
     if stored.offset < 0 or not since.isdecimal():
         return None
     return Commit(stored.offset, int(since))
-
-
-def with_commits(
-    stored: Mapping[TopicPartition, OffsetAndMetadata], partitions: Collection[TopicPartition]
-) -> dict[TopicPartition, OffsetAndMetadata]:
-    """The partitions of a coordinator's answer that have a commit; its offset is -1 for those without one.
-
-    Raises:
-        GroupCoordinatorNotAvailableError: the answer lacks partitions. The coordinator is loading, for example after a
-            restart of Kafka, and aiokafka 0.14 does not look at the error of the whole answer. Without this check the
-            group would begin again at the first record.
-    """
-    if not stored.keys() >= set(partitions):
-        raise GroupCoordinatorNotAvailableError("the coordinator has not reported the commits of all partitions")
-    return {partition: one for partition, one in stored.items() if one.offset >= 0}
 
 
 def collect_answered(
@@ -115,35 +101,38 @@ async def recover(
     return await progress.recovered(commits)
 
 
+def answered_reader(broker: KafkaBroker, kafka: KafkaSettings, *, group: str, lanes: Collection[str]) -> SinceReader:
+    """What reads the output topics, which have one message for each finished record.
+
+    Args:
+        group: full name of the consumer group.
+        lanes: full names of its topics.
+    """
+    return SinceReader(
+        broker,
+        kafka,
+        RESPONSES,
+        DEAD_LETTERS,
+        how="Whenever partitions of requests have been assigned, from the time on that their last commit has up to the "
+        "present end: which of the requests after it are answered? By the copy that takes them over.",
+        group=group,
+        committed=lanes,
+        prefix=_METADATA_PREFIX,
+        margin_ms=CLOCK_MARGIN_MS,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class KafkaGroupProgress:
     """Reads the progress of a group from Kafka.
 
     Attributes:
-        topics: full names of the output topics: one message for each finished record.
-        unreadable: records of these topics that must not be read.
+        answered: reads the output topics.
     """
 
     kafka: KafkaSettings
     group: str
-    topics: tuple[str, ...]
-    unreadable: UnreadableRecords
-
-    def watch(self, lanes: Collection[str]) -> None:
-        """Have the output topics inspected before the broker starts.
-
-        Args:
-            lanes: full names of the topics whose progress this is.
-        """
-        self.unreadable.watch_since(
-            Since(
-                topics=list(self.topics),
-                group=self.group,
-                committed=list(lanes),
-                prefix=_METADATA_PREFIX,
-                margin_ms=CLOCK_MARGIN_MS,
-            )
-        )
+    answered: SinceReader
 
     async def committed(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
         """The last commits of the group, without partitions that have none.
@@ -154,10 +143,9 @@ class KafkaGroupProgress:
         admin = AIOKafkaAdminClient(**self.kafka.client_options())
         try:
             await admin.start()
-            stored = await admin.list_consumer_group_offsets(self.group, partitions=list(partitions))
+            return await read_commits(admin, self.group, partitions)
         finally:
             await admin.close()
-        return with_commits(stored, partitions)
 
     async def recovered(self, commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, RecoveredOffsets]:
         """The same commits with the records beyond them that are answered.
@@ -169,43 +157,10 @@ class KafkaGroupProgress:
         by_place = {places[one]: commit for one, commit in commits.items()}
         since_ms = max(0, min(commit.since_ms for commit in commits.values()) - CLOCK_MARGIN_MS)
         found: dict[Place, dict[int, int]] = {}
-        consumer = AIOKafkaConsumer(
-            *self.topics,
-            **self.kafka.client_options(),
-            group_id=None,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-        )
-        try:
-            await consumer.start()
-            async for records in _records_since(consumer, since_ms, self.unreadable):
+        async with aclosing(self.answered.read(since_ms)) as reading:
+            async for records in reading:
                 collect_answered(records, by_place, found)
-        finally:
-            await consumer.stop()
         return {
             partition: RecoveredOffsets(commit, found.get(places[partition], {}))
             for partition, commit in commits.items()
         }
-
-
-async def _records_since(
-    consumer: AIOKafkaConsumer, since_ms: int, unreadable: UnreadableRecords
-) -> AsyncIterator[Collection["ConsumerRecord[bytes, bytes]"]]:
-    """All records of the consumer's topics from a timestamp up to the current end."""
-    partitions = consumer.assignment()
-    ends = await consumer.end_offsets(partitions)
-    begins = await consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
-    left = {partition for partition, begin in begins.items() if begin is not None and begin.offset < ends[partition]}
-    for partition in partitions:
-        if partition in left:
-            offset = begins[partition].offset
-            for bad in unreadable.after(partition, offset):
-                yield await unreadable.read(partition, range(offset, bad.start))
-                offset = bad.stop
-            consumer.seek(partition, offset)
-        else:
-            consumer.pause(partition)
-    while left:
-        for records in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
-            yield records
-        left = {partition for partition in left if await consumer.position(partition) < ends[partition]}

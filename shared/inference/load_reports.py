@@ -25,11 +25,20 @@ _log = get_logger(__name__)
 
 
 def subscribe_capacity(
-    broker: KafkaBroker, dead_letters: DeadLetterPublisher, pools: Pools, *, kafka: KafkaSettings
+    broker: KafkaBroker,
+    dead_letters: DeadLetterPublisher,
+    pools: Pools,
+    *,
+    kafka: KafkaSettings,
+    before: str | None = None,
 ) -> tuple[Subscriber, ...]:
-    """Subscribe to the compacted topics that decide which endpoints are used, and how much."""
-    curves = subscribe_compacted(broker, kafka, dead_letters, POWER_CURVES)
-    capacity = subscribe_compacted(broker, kafka, dead_letters, CAPACITY)
+    """Subscribe to the compacted topics that decide which endpoints are used, and how much.
+
+    Args:
+        before: see `subscribe_compacted`.
+    """
+    curves = subscribe_compacted(broker, kafka, dead_letters, POWER_CURVES, before=before)
+    capacity = subscribe_compacted(broker, kafka, dead_letters, CAPACITY, before=before)
 
     @curves
     async def on_curves(updates: list[EndpointCurve]) -> None:

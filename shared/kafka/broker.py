@@ -5,6 +5,7 @@
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Final
@@ -18,11 +19,12 @@ from prometheus_client import CollectorRegistry
 
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.handling import DeadLetterMiddleware
-from shared.kafka.publish import ProducerMiddleware, RecoveringProducer
+from shared.kafka.producer import ProducerMiddleware, RecoveringProducer
 from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
+from shared.topics import TopicSpec
 
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 BATCH_BYTES = 16 * 1024
@@ -37,10 +39,27 @@ CHECK_TIMEOUT_S: Final = 4.0
 _log = get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """That a service reads a topic, for its AsyncAPI document.
+
+    Attributes:
+        how: when, from where on, and by which copies of the service; sentences.
+        group: full name of the consumer group; None: without one.
+    """
+
+    spec: TopicSpec
+    how: str
+    group: str | None
+
+
 class ServiceBroker(KafkaBroker):
     """A FastStream broker whose publishers send through a `RecoveringProducer`.
 
     FastStream's own producer is left out (`consumer_only`): it cannot be replaced while the service runs.
+
+    Attributes:
+        reads: every read of a topic that has been set up, by a subscriber or beside them.
     """
 
     def __init__(
@@ -55,6 +74,7 @@ class ServiceBroker(KafkaBroker):
     ) -> None:
         self.dead_letters = dead_letters
         self.unreadable = UnreadableRecords(kafka)
+        self.reads: list[Read] = []
         self._recovering_producer = RecoveringProducer(
             **kafka.client_options(),
             client_id=f"sprout.{service}",
@@ -109,6 +129,12 @@ class ServiceBroker(KafkaBroker):
 def unreadable_records(broker: KafkaBroker, kafka: KafkaSettings) -> UnreadableRecords:
     """The records that the subscribers of a broker must not unpack."""
     return broker.unreadable if isinstance(broker, ServiceBroker) else UnreadableRecords(kafka)
+
+
+def note_read(broker: KafkaBroker, spec: TopicSpec, how: str, *, group: str | None = None) -> None:
+    """Note that a topic is read, for the AsyncAPI document; see `Read`."""
+    if isinstance(broker, ServiceBroker):
+        broker.reads.append(Read(spec, how, group))
 
 
 def build_broker(

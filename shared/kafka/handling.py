@@ -6,10 +6,8 @@
   receives the others. When it fails, `handle_batch` calls it with one record at a time.
 """
 
-import base64
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -126,22 +124,6 @@ def message_decoder(spec: TopicSpec) -> Callable[[KafkaMessage], Awaitable[Messa
     return decode
 
 
-async def parse_any_headers(
-    raw: Any,  # noqa: ANN401 - a record or a batch of records
-    parse_text: Callable[[Any], Awaitable[KafkaMessage]],
-) -> KafkaMessage:
-    """A FastStream parser for records with binary header values, at which FastStream's own parser fails.
-
-    The handler sees such values in base64; the raw message, from which a dead letter is made, keeps them as they are.
-    """
-    if all(_is_text(content) for record in _records_of(raw) for _, content in record.headers):
-        return await parse_text(raw)
-    encoded = tuple(_with_text_headers(record) for record in _records_of(raw))
-    message = await parse_text(encoded if isinstance(raw, (tuple, list)) else encoded[0])
-    message.raw_message = raw
-    return message
-
-
 class DeadLetterMiddleware(BaseMiddleware[Any, Any]):
     """Turns a message that cannot be processed into a dead letter and acknowledges it."""
 
@@ -181,13 +163,6 @@ def _records_of(raw: Any) -> "tuple[ConsumerRecord[bytes, bytes], ...]":  # noqa
     return tuple(raw) if isinstance(raw, (tuple, list)) else (raw,)
 
 
-def _with_text_headers(record: "ConsumerRecord[bytes, bytes]") -> "ConsumerRecord[bytes, bytes]":
-    headers = tuple(
-        (name, content if _is_text(content) else base64.b64encode(content or b"")) for name, content in record.headers
-    )
-    return replace(record, headers=headers)
-
-
 def _as_poison(error: Exception) -> PoisonMessageError:
     if isinstance(error, PoisonMessageError):
         return error
@@ -198,13 +173,3 @@ def _as_poison(error: Exception) -> PoisonMessageError:
     # The text of an unexpected error may quote the message.
     _log.error("handler failed", error=type(error).__name__, where=where(error))
     return PoisonMessageError(HANDLER_ERROR, type(error).__name__)
-
-
-def _is_text(content: bytes | None) -> bool:
-    if content is None:
-        return False
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -18,6 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 from pydantic import BaseModel
 
+from shared.kafka.workarounds import read_commits
 from shared.runtime.settings import KafkaSettings
 
 MEMORY_BYTES: Final = 64 * 1024 * 1024
@@ -160,13 +161,9 @@ async def _committed(
 ) -> Mapping[TopicPartition, OffsetAndMetadata]:
     while True:
         try:
-            stored: dict[TopicPartition, OffsetAndMetadata] = await admin.list_consumer_group_offsets(
-                group, partitions=list(partitions)
-            )
-        except GroupCoordinatorNotAvailableError:  # a new cluster, whose first group this is
+            return await read_commits(admin, group, partitions)
+        except GroupCoordinatorNotAvailableError:  # Kafka has just started, or this is its first group
             await asyncio.sleep(COORDINATOR_PAUSE_S)
-        else:
-            return stored
 
 
 async def _read_quickly(consumer: Any, windows: Windows) -> None:  # noqa: ANN401 - aiokafka has no types

@@ -10,7 +10,7 @@ from faststream.kafka import KafkaBroker, KafkaMessage, TopicPartition
 from faststream.middlewares import AckPolicy
 from pydantic import SkipValidation
 
-from shared.kafka.broker import unreadable_records
+from shared.kafka.broker import note_read, unreadable_records
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.handling import (
     ParsedRecord,
@@ -18,9 +18,9 @@ from shared.kafka.handling import (
     decode_records,
     handle_batch,
     message_decoder,
-    parse_any_headers,
 )
 from shared.kafka.unreadable import PassBy
+from shared.kafka.workarounds import parse_any_headers
 from shared.runtime.settings import KafkaSettings
 from shared.topics import TopicSpec
 
@@ -35,6 +35,13 @@ MAX_RECORDS = 500
 
 HANDLING_S = 0.05
 """Wall seconds allowed for handling the messages that were read last."""
+
+FROM_START = "From its beginning at every start, then whatever is published; by every copy of the service."
+NEWEST = "Only what is published after the start; by every copy of the service."
+ONE_PARTITION = "One partition, which the copy of the service claims at its start, from its present end on."
+BY_GROUP = "Each message by one copy of the service, at least once; a new consumer group begins with the oldest."
+INSPECTED = "Before the start a child process reads the same records, to find those that take too much memory."
+"""How a topic is read; see `shared.kafka.broker.Read`."""
 
 
 class Subscriber(Protocol):
@@ -83,7 +90,7 @@ def subscribe_compacted(
     dead_letters: DeadLetterPublisher,
     spec: TopicSpec,
     *,
-    is_own: bool = False,
+    before: str | None = None,
 ) -> Subscriber:
     """A subscriber that reads a compacted topic, or a small one, from its beginning at each start; stores no offset.
 
@@ -91,8 +98,7 @@ def subscribe_compacted(
     failed to process is read again at the next start.
 
     Args:
-        is_own: the service writes the topic, and reads back what it wrote. Its AsyncAPI document does not say so:
-            FastStream cannot describe both directions of a channel.
+        before: what the service does only after it has read the topic to its end, for the AsyncAPI document.
     """
     return _subscribe_ungrouped(
         broker,
@@ -101,7 +107,7 @@ def subscribe_compacted(
         spec,
         auto_offset_reset="earliest",
         poll_ms=STATE_POLL_MS,
-        include_in_schema=not is_own,
+        how=f"{FROM_START} {INSPECTED}" + ("" if before is None else f" It is read to its end before {before}."),
     )
 
 
@@ -112,7 +118,9 @@ def subscribe_newest(
 
     It belongs to no consumer group: every process reads every message. The handler receives a list of messages.
     """
-    return _subscribe_ungrouped(broker, kafka, dead_letters, spec, auto_offset_reset="latest", poll_ms=POLL_MS)
+    return _subscribe_ungrouped(
+        broker, kafka, dead_letters, spec, auto_offset_reset="latest", poll_ms=POLL_MS, how=NEWEST
+    )
 
 
 def subscribe_partition(
@@ -125,12 +133,12 @@ def subscribe_partition(
     Args:
         poll_ms: wall milliseconds that the consumer waits for messages.
     """
-    subscriber = broker.subscriber(
+    subscriber = _subscribe(
+        broker,
+        kafka,
+        spec,
+        how=ONE_PARTITION,
         partitions=[TopicPartition(kafka.topic(spec), 0)],
-        title=spec.name,
-        description=spec.description,
-        no_reply=True,
-        parser=parse_any_headers,
         decoder=batch_decoder(spec, dead_letters),
         batch=True,
         batch_timeout_ms=poll_ms,
@@ -150,7 +158,7 @@ def _subscribe_ungrouped(
     *,
     auto_offset_reset: Literal["earliest", "latest"],
     poll_ms: int,
-    include_in_schema: bool = True,
+    how: str,
 ) -> Subscriber:
     unreadable = unreadable_records(broker, kafka)
     pass_by = PassBy(unreadable, dead_letters, commits=False)
@@ -166,7 +174,7 @@ def _subscribe_ungrouped(
         batch_timeout_ms=poll_ms,
         max_records=MAX_RECORDS,
         auto_offset_reset=auto_offset_reset,
-        include_in_schema=include_in_schema,
+        how=how,
         ack_policy=AckPolicy.ACK_FIRST,
     )
     return BatchSubscriber(subscriber, dead_letters, spec, pass_by)
@@ -205,7 +213,8 @@ def subscribe_batches(
         batch=True,
         batch_timeout_ms=poll_ms,
         max_records=max_records,
-        group_id=kafka.group(group),
+        how=f"{BY_GROUP} {INSPECTED}",
+        group=group,
         auto_offset_reset="earliest",
         ack_policy=AckPolicy.NACK_ON_ERROR,
         listener=pass_by,
@@ -224,7 +233,8 @@ def subscribe_messages(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpe
         kafka,
         spec,
         decoder=message_decoder(spec),
-        group_id=kafka.group(group),
+        how=BY_GROUP,
+        group=group,
         auto_offset_reset="earliest",
         ack_policy=AckPolicy.NACK_ON_ERROR,
     )
@@ -253,7 +263,8 @@ def subscribe_records(
         batch=True,
         batch_timeout_ms=poll_ms,
         max_records=max_records,
-        group_id=kafka.group(group),
+        how=f"{BY_GROUP} {INSPECTED}",
+        group=group,
         auto_offset_reset="earliest",
         ack_policy=AckPolicy.MANUAL,
         **consumer_options,
@@ -288,10 +299,10 @@ def join_group(
         batch=True,
         batch_timeout_ms=POLL_MS,
         max_records=1,
-        group_id=kafka.group(group),
+        how=None,
+        group=group,
         auto_offset_reset="latest",
         ack_policy=AckPolicy.MANUAL,
-        include_in_schema=False,
         parser=without_content,
         decoder=nothing,
         listener=listener,
@@ -305,13 +316,36 @@ def join_group(
     return subscriber
 
 
-def _subscribe(broker: KafkaBroker, kafka: KafkaSettings, *specs: TopicSpec, **options: Any) -> Subscriber:  # noqa: ANN401
+def _subscribe(
+    broker: KafkaBroker,
+    kafka: KafkaSettings,
+    *specs: TopicSpec,
+    how: str | None,
+    group: str | None = None,
+    partitions: Sequence[TopicPartition] = (),
+    **options: Any,  # noqa: ANN401
+) -> Subscriber:
+    """Subscribe, the one place where that is done.
+
+    Args:
+        how: the topics are read, see `shared.kafka.broker.Read`; None: no record of them is.
+        group: without its prefix; None: no consumer group.
+        partitions: to read instead of all of the topics.
+        options: further options of `KafkaBroker.subscriber`.
+    """
+    group_id = None if group is None else kafka.group(group)
+    for spec in specs:
+        if how is not None:
+            note_read(broker, spec, how, group=group_id)
     subscriber: Subscriber = broker.subscriber(
-        *map(kafka.topic, specs),
-        title=specs[0].name,
-        description=specs[0].description,
+        *(() if partitions else map(kafka.topic, specs)),
+        partitions=partitions,
+        group_id=group_id,
         # Otherwise FastStream sends a handler's result to the topic that a record's header `reply_to` names.
         no_reply=True,
+        # `sprout asyncapi` describes the reads from what was noted: FastStream's document has no consumer groups, and
+        # one operation for all reads of a topic.
+        include_in_schema=False,
         **{"parser": parse_any_headers, **options},
     )
     return subscriber

@@ -16,6 +16,7 @@ from shared.kafka.dead_letters import UNREADABLE, DeadLetterPublisher
 from shared.kafka.inspection import find_unreadable
 from shared.kafka.reading import POLL_MS, Since
 from shared.kafka.records import PoisonMessageError
+from shared.kafka.workarounds import until_assigned
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 
@@ -64,12 +65,9 @@ class UnreadableRecords:
     async def pause_ungrouped(self) -> None:
         """Pause partitions with such records as soon as they are assigned to consumers without a group.
 
-        Runs while the broker starts, in every turn of the event loop: a consumer receives nothing in the turn in which
-        it is assigned its partitions.
+        Runs while the broker starts.
         """
-        waiting = list(self._ungrouped) if self._found else []
-        while waiting := [one for one in waiting if not one.pause_assigned()]:  # noqa: ASYNC110 - there is no event
-            await asyncio.sleep(0)
+        await until_assigned([one.pause_assigned for one in self._ungrouped] if self._found else [])
 
     async def read(self, partition: TopicPartition, offsets: range) -> Sequence[Any]:
         """The records with these offsets, none of them unreadable.
@@ -125,7 +123,7 @@ class PassBy(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no
         self._get_consumer, self._handle = get_consumer, handle
 
     def pause_assigned(self) -> bool:
-        """For a consumer without a group, which calls no listener: False while it has no partitions yet."""
+        """For a consumer without a group: pause; False while it has no partitions yet."""
         consumer = self._get_consumer()
         assigned = () if consumer is None else consumer.assignment()
         self._pause(assigned)

@@ -1,7 +1,7 @@
 """PostgreSQL: a pool per service, one schema per service, migrations as ordered SQL files, metrics."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from typing import Any, Final, TypeVar
@@ -73,27 +73,6 @@ def translate_errors() -> Iterator[None]:
 
 class MissingSchemaError(RuntimeError):
     """The service's schema does not exist, and its role may not create it."""
-
-
-async def within(seconds: float, operation: Coroutine[Any, Any, T]) -> T:
-    """Await an operation for a limited time.
-
-    Unlike with `asyncio.timeout`, its cancellation is not waited for: asyncpg's takes until the end of the command's
-    own timeout while the server hangs.
-
-    Raises:
-        TimeoutError: it takes longer, wall; it is cancelled in the background.
-    """
-    task = asyncio.create_task(operation)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-    finally:
-        if not task.done():
-            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else looks at it
-            task.cancel()
-    if not done:
-        raise TimeoutError
-    return task.result()
 
 
 class DatabaseStatus:

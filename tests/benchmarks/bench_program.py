@@ -10,8 +10,9 @@ import statistics
 import time
 from dataclasses import replace
 
+from services.optimizer.highs import warm_up
 from services.optimizer.problem import LaterHours, OptionPrice, Problem
-from services.optimizer.program import solve, warm_up
+from services.optimizer.program import solve
 from services.optimizer.promise import BINS
 from shared.messages import OptionEstimate
 from tests.benchmarks.results import record

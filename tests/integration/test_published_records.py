@@ -1,9 +1,9 @@
-"""What is on Kafka is what the AsyncAPI documents describe; and why the producer has to be replaced."""
+"""What is on Kafka is what the AsyncAPI documents describe, also after a message that Kafka rejects."""
 
 import jsonschema
 import pytest
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import MessageSizeTooLargeError, OutOfOrderSequenceNumber
+from aiokafka.errors import MessageSizeTooLargeError
 from faststream.kafka import KafkaPublishMessage
 from prometheus_client import CollectorRegistry
 
@@ -16,7 +16,6 @@ from shared.topics import (
     FOOTPRINTS,
     MEBIBYTE,
     POLICIES,
-    QUALITY,
     REQUESTS,
     RESPONSE_CHUNKS,
     RESPONSES,
@@ -83,22 +82,6 @@ async def test_the_records_of_a_router_are_as_described(kafka, routers, producer
 
 def vars_of(record) -> dict[str, object]:
     return {name: getattr(record, name) for name in ("key", "value", "headers")}
-
-
-async def test_aiokafka_does_not_recover_from_a_rejected_batch_itself(kafka: KafkaSettings):
-    """When this fails, aiokafka has learned KIP-360, and `RecoveringProducer` need not replace producers any more."""
-    producer = AIOKafkaProducer(
-        **kafka.client_options(), acks="all", enable_idempotence=True, max_request_size=8 * MEBIBYTE
-    )
-    await producer.start()
-    try:
-        await producer.send_and_wait(kafka.topic(QUALITY), b"small", key=b"k")
-        with pytest.raises(MessageSizeTooLargeError):
-            await producer.send_and_wait(kafka.topic(QUALITY), TOO_LARGE, key=b"k")
-        with pytest.raises(OutOfOrderSequenceNumber):
-            await producer.send_and_wait(kafka.topic(QUALITY), b"small", key=b"k")
-    finally:
-        await producer.stop()
 
 
 async def test_a_publisher_goes_on_after_a_message_that_kafka_rejects(kafka: KafkaSettings):

@@ -11,7 +11,7 @@ from aiokafka.errors import InvalidTimestampError
 from services.router.fencing import PublishFence
 from services.router.policy import draw
 from shared.hashing import uniform
-from shared.kafka.publish import RecoveringProducer
+from shared.kafka.producer import RecoveringProducer
 from shared.messages import GenerationResponse, Sample
 from shared.topics import REQUESTS, RESPONSES, SAMPLES, SOURCE_HEADER
 from tests.support.router import MODEL, reading, request, until_committed

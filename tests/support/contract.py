@@ -95,6 +95,16 @@ def documents() -> dict[str, dict[str, Any]]:
     return {name: describe_service(service) for name, service in SERVICES.items()}
 
 
+def kafka_operations(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The operations of a document on topics."""
+    return [one for name, one in document["operations"].items() if not name.startswith("http-")]
+
+
+def groups_of(operation: dict[str, Any]) -> list[str]:
+    """The consumer groups of an operation."""
+    return operation.get("bindings", {}).get("kafka", {}).get("groupId", {}).get("enum", [])
+
+
 def check_record(
     document: dict[str, Any], spec: TopicSpec, *, key: bytes | None, value: bytes, headers: Iterable[tuple[str, bytes]]
 ) -> None:

@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from services import SERVICES
-from shared.access import ACCESS, acl_arguments
+from shared.access import ACCESS, acl_arguments, leader_group
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CANCELLATIONS, POLICIES, REQUESTS, TOPICS
-from tests.support.contract import documents
+from tests.support.contract import documents, groups_of, kafka_operations
 from tools.cli.main import app
 
 SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
@@ -18,13 +18,12 @@ SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
 
 def test_every_service_may_do_what_its_document_says_and_no_more() -> None:
     for name, document in documents().items():
-        used = {action: set() for action in ("receive", "send")}
-        for key in document["operations"]:
-            action, _, topic = key.partition("-")
-            if action in used:
-                used[action].add(topic)
-        assert {spec.name for spec in ACCESS[name].reads} == used["receive"], f"shared/access.py: reads of {name}"
-        assert {spec.name for spec in ACCESS[name].writes} == used["send"], f"shared/access.py: writes of {name}"
+        found = kafka_operations(document)
+        access, groups = ACCESS[name], {group for one in found for group in groups_of(one)}
+        for action, allowed in (("receive", access.reads), ("send", access.writes)):
+            used = {one["channel"]["$ref"].rpartition("/")[2] for one in found if one["action"] == action}
+            assert {spec.name for spec in allowed} == used, f"shared/access.py: what {name} may {action}"
+        assert set(map(KafkaSettings().group, access.groups)) - {KafkaSettings().group(leader_group(name))} == groups
 
 
 def test_only_the_optimizer_and_the_operator_can_steer_routers() -> None:
@@ -60,6 +59,6 @@ def test_the_document_has_the_same_table() -> None:
     found = {name.strip(" `"): [set(re.findall(r"`([^`]+)`", cell)) for cell in cells] for name, *cells in rows}
     for name in (*SERVICES, "sleeper", "client", "operator"):
         access = ACCESS[name]
-        reads = {spec.name for spec in (*access.reads, *access.rereads)}
+        reads = {spec.name for spec in access.reads}
         reads = {"all"} if reads == {spec.name for spec in TOPICS} else reads
         assert found[name] == [reads, {spec.name for spec in access.writes}, set(access.groups)], name

@@ -3,7 +3,9 @@
 import copy
 import functools
 import json
+import re
 import socket
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -12,42 +14,9 @@ from typer.testing import CliRunner
 from services import SERVICES
 from shared import topics
 from shared.topics import TOPICS, TopicSpec
-from tests.support.contract import EXAMPLES, check_record, documents, official_validator
+from tests.support.contract import EXAMPLES, check_record, documents, groups_of, official_validator
 from tools.cli.main import app
 
-RECEIVED = {
-    "carbon_feed": set(),
-    "gateway": {"replies", "policies", "footprints", "carbon-intensity", "capacity"},
-    "router": {
-        "requests",
-        "cancellations",
-        "policies",
-        "prompt-groups",
-        "carbon-intensity",
-        "power-curves",
-        "capacity",
-    },
-    "optimizer": {"carbon-intensity", "footprints", "quality", "prompt-groups", "power-curves", "load-reports"},
-    "evaluator": {"samples", "carbon-intensity", "footprints", "policies", "power-curves", "capacity"},
-    "ledger": {
-        "responses",
-        "usage",
-        "carbon-intensity",
-        "policies",
-        "quality",
-        "prompt-groups",
-        "load-reports",
-        "capacity",
-    },
-}
-SENT = {
-    "carbon_feed": {"carbon-intensity", "dead-letters"},
-    "gateway": {"requests", "cancellations", "dead-letters"},
-    "router": {"responses", "response-chunks", "replies", "samples", "load-reports", "dead-letters"},
-    "optimizer": {"policies", "capacity", "dead-letters"},
-    "evaluator": {"quality", "usage", "prompt-groups", "load-reports", "dead-letters"},
-    "ledger": {"footprints", "power-curves", "dead-letters"},
-}
 HEADERS = [("content-type", b"application/json"), ("correlation_id", b"1")]
 
 
@@ -103,28 +72,72 @@ def test_the_validator_rejects_an_invalid_document(described):
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_document_names_the_topics_that_are_read_and_written(described, service):
-    operations = described[service]["operations"]
-    found = {"receive": set(), "send": set()}
-    for name, operation in operations.items():
-        if not name.startswith("http-"):
-            found[operation["action"]].add(operation["channel"]["$ref"].rpartition("/")[2])
-    assert found == {"receive": RECEIVED[service], "send": SENT[service]}
-    assert {"http-health", "http-ready"} <= set(operations)
+def test_a_document_has_health_and_readiness(described, service):
+    assert {"http-health", "http-ready"} <= set(described[service]["operations"])
 
 
-def test_requests_are_answered_on_responses(described):
-    operation = described["router"]["operations"]["receive-requests"]
-    assert operation["reply"] == {
-        "channel": {"$ref": "#/channels/responses"},
-        "messages": [{"$ref": "#/channels/responses/messages/GenerationResponse"}],
-    }
+def test_requests_are_answered_on_three_topics(described):
+    operations = described["router"]["operations"]
+    for name, answers, message in (
+        ("receive-requests", "responses", "GenerationResponse"),
+        ("receive-requests-response-chunks", "response-chunks", "ResponseChunk"),
+        ("receive-requests-replies", "replies", "Reply"),
+    ):
+        assert operations[name]["reply"] == {
+            "channel": {"$ref": f"#/channels/{answers}"},
+            "messages": [{"$ref": f"#/channels/{answers}/messages/{message}"}],
+        }
+    replying = operations["receive-requests-replies"]
+    assert "reply_partition" in replying["description"]
+    assert described["gateway"]["operations"]["send-requests"]["reply"] == replying["reply"]
     messages = described["router"]["components"]["messages"]
     assert messages["GenerationRequest"]["correlationId"] == {"location": "$message.payload#/id"}
     assert messages["GenerationResponse"]["correlationId"] == {"location": "$message.payload#/request_id"}
     assert {topics.SOURCE_HEADER, "traceparent", "content-type"} <= set(
         messages["GenerationResponse"]["headers"]["properties"]
     )
+
+
+@pytest.mark.parametrize(
+    ("service", "topic", "when"),
+    [
+        ("carbon_feed", "carbon-intensity", "before a leader publishes"),
+        ("router", "responses", "Whenever partitions of requests have been assigned"),
+        ("router", "dead-letters", "Whenever partitions of requests have been assigned"),
+        ("router", "policies", "before requests are started"),
+        ("optimizer", "policies", "before the copy makes policies as the leader"),
+        ("gateway", "policies", "before the gateway is ready"),
+        ("gateway", "replies", "One partition"),
+        ("ledger", "load-reports", "Only what is published after the start"),
+        ("ledger", "responses", "by one copy of the service"),
+    ],
+)
+def test_a_document_says_when_a_topic_is_read(described, service, topic, when):
+    operation = described[service]["operations"][f"receive-{topic}"]
+    assert when in operation["description"]
+    assert groups_of(operation) == (["sprout.ledger.responses"] if (service, topic) == ("ledger", "responses") else [])
+
+
+def test_the_topics_of_lanes_are_described_like_requests(monkeypatch):
+    monkeypatch.setenv("SPROUT_GATEWAY_BATCH_LANE", "later")
+    assert CliRunner().invoke(app, ["asyncapi", "gateway"]).exit_code == 1
+    monkeypatch.setenv("SPROUT_ROUTER_LANES", "requests:4,later:1")
+    found = documents()
+    for service, name in (("router", "receive-later-replies"), ("gateway", "send-later")):
+        assert found[service]["operations"][name]["reply"]["channel"] == {"$ref": "#/channels/replies"}
+        assert found[service]["channels"]["later"]["address"] == "here.later"
+        official_validator().validate(found[service])
+
+
+def test_a_topic_is_read_and_written_only_where_that_is_noted():
+    """Every other way around `shared/kafka` would be missing in the documents."""
+    clients = re.compile(r"\bAIOKafka(Consumer|Producer)\(|\bbroker\.(subscriber|publisher|publish|request)\(")
+    root = Path(topics.__file__).parents[1]
+    files = [path for folder in ("services", "shared") for path in sorted((root / folder).rglob("*.py"))]
+    found = {str(path.relative_to(root)) for path in files if clients.search(path.read_text(encoding="utf-8"))}
+    # Of what is noted: `reading` inspects it, and `unreadable` reads it with care.
+    noted = {"subscribe", "since", "publish", "producer"}
+    assert found == {f"shared/kafka/{name}.py" for name in (*noted, "reading", "unreadable")}
 
 
 @pytest.mark.parametrize("spec", TOPICS, ids=lambda spec: spec.name)

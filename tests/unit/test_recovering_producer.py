@@ -14,8 +14,8 @@ from aiokafka.errors import (
 )
 from faststream.exceptions import IncorrectState
 
-from shared.kafka import publish
-from shared.kafka.publish import RecoveringProducer
+from shared.kafka import producer as module
+from shared.kafka.producer import RecoveringProducer
 
 
 class FakeProducer:
@@ -66,8 +66,8 @@ class FakeProducer:
 
 @pytest.fixture
 async def producer(monkeypatch):
-    monkeypatch.setattr(publish, "AIOKafkaProducer", FakeProducer)
-    monkeypatch.setattr(publish, "FLUSH_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(module, "AIOKafkaProducer", FakeProducer)
+    monkeypatch.setattr(module, "FLUSH_TIMEOUT_S", 0.05)
     monkeypatch.setattr(FakeProducer, "made", [])
     monkeypatch.setattr(FakeProducer, "unreachable", False)
     made = RecoveringProducer(bootstrap_servers="localhost:9092")

@@ -9,8 +9,9 @@ from aiokafka.errors import GroupCoordinatorNotAvailableError
 from aiokafka.structs import OffsetAndMetadata
 
 from services.router.offsets import Commit
-from services.router.recovery import collect_answered, from_kafka, to_kafka, with_commits
+from services.router.recovery import collect_answered, from_kafka, to_kafka
 from shared.kafka.records import RecordId
+from shared.kafka.workarounds import read_commits
 from shared.topics import SOURCE_HEADER, SOURCE_HEADERS
 
 PARTITION = TopicPartition("requests", 3)
@@ -30,13 +31,22 @@ def test_a_commit_that_no_router_made_has_no_time(metadata):
     assert from_kafka(OffsetAndMetadata(7, metadata)) is None
 
 
-def test_an_answer_that_lacks_partitions_is_an_error_and_not_a_group_without_commits():
+async def test_an_answer_that_lacks_partitions_is_an_error_and_not_a_group_without_commits():
     other = TopicPartition("requests", 4)
     stored = {PARTITION: OffsetAndMetadata(7, ""), other: OffsetAndMetadata(-1, "")}
-    assert with_commits(stored, [PARTITION, other]) == {PARTITION: OffsetAndMetadata(7, "")}
+
+    def admin(answer):
+        async def answer_with(group, *, partitions):
+            assert (group, partitions) == ("g", [PARTITION, other])
+            return answer
+
+        return SimpleNamespace(list_consumer_group_offsets=answer_with)
+
+    found = await read_commits(admin(stored), "g", [PARTITION, other])
+    assert found == {PARTITION: OffsetAndMetadata(7, "")}
     for answer in ({}, {other: stored[other]}):
         with pytest.raises(GroupCoordinatorNotAvailableError):
-            with_commits(answer, [PARTITION, other])
+            await read_commits(admin(answer), "g", [PARTITION, other])
 
 
 @pytest.mark.parametrize(

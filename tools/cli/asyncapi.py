@@ -1,27 +1,33 @@
 """`sprout asyncapi`: the AsyncAPI document of a service, generated from its code without connecting to anything.
 
-FastStream knows which topics a service reads and writes. It describes batches as arrays, and knows neither keys nor
-headers nor replies; those, and the messages, come from `shared.topics`.
+FastStream knows which topics a service writes, and its HTTP routes; the broker has noted every read, also those that no
+subscriber makes (`shared.kafka.broker.Read`). Messages, keys, headers and replies come from `shared.topics`.
 """
 
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 
 from services import SERVICES, Service
-from shared.messages import Message
+from shared.kafka.broker import Read, ServiceBroker
+from shared.kafka.topic_settings import all_topics
+from shared.messages import GenerationRequest, Message
 from shared.runtime.settings import KafkaSettings
-from shared.topics import ANSWERS, TOPICS, HeaderSpec, TopicSpec
+from shared.topics import ANSWERS, HeaderSpec, TopicSpec
 from tools.cli.console import fail, needs_extra, say
 
 KAFKA_BINDING_VERSION = "0.5.0"
+
+KEPT_VARIABLES = ("SPROUT_KAFKA_", "SPROUT_ROUTER_LANES", "SPROUT_GATEWAY_BATCH_LANE")
+"""Beginnings of the variables that are not replaced by an example: they decide on names and addresses."""
 
 _EXAMPLE_FLEET = """
 directives = [{level = "L0"}, {level = "L1", text = "Always answer briefly."}]
@@ -54,7 +60,10 @@ def asyncapi(
     texts = {}
     for name in chosen:
         with needs_extra(name.replace("_", "-")):
-            document = describe_service(SERVICES[name])
+            try:
+                document = describe_service(SERVICES[name])
+            except (UnknownTopicError, ValidationError) as error:
+                fail(str(error))
         texts[name] = json.dumps(document, indent=2, ensure_ascii=False) if as_json else _yaml(document)
     if out is None:
         print("\n---\n".join(texts.values()))
@@ -74,17 +83,27 @@ def _yaml(document: Mapping[str, Any]) -> str:
     return text.rstrip("\n")
 
 
+class UnknownTopicError(ValueError):
+    """A service writes to a topic that is not declared."""
+
+
 def describe_service(service: Service) -> dict[str, Any]:
     """The AsyncAPI 3 document of a service.
 
-    It depends on the addresses and names of `SPROUT_KAFKA_*` only; an example replaces all other configuration.
+    It depends on `KEPT_VARIABLES` only; an example replaces all other configuration.
+
+    Raises:
+        UnknownTopicError: the gateway's lane is none of the routers' lanes.
+        ValidationError: one of these variables is invalid.
     """
     with _example_environment(service.example_environment):
-        kafka = KafkaSettings()
-        specification = service.load().build_app().schema.to_specification().to_jsonable()
-    received, sent = _topics(specification, kafka)
+        kafka, topics = KafkaSettings(), all_topics()
+        app = service.load().build_app()
+    specification = app.schema.to_specification().to_jsonable()
+    assert isinstance(app.broker, ServiceBroker)
+    reads, sent = app.broker.reads, _sent(specification, {kafka.topic(spec): spec for spec in topics})
     http_channels, http_operations = _http(specification)
-    used = [spec for spec in TOPICS if spec in (*received, *sent)]
+    used = [spec for spec in topics if spec in sent or any(read.spec == spec for read in reads)]
     return {
         "asyncapi": "3.0.0",
         "info": specification["info"],
@@ -95,8 +114,8 @@ def describe_service(service: Service) -> dict[str, Any]:
         },
         "channels": {**{spec.name: _channel(spec, kafka) for spec in used}, **http_channels},
         "operations": {
-            **{f"receive-{spec.name}": _operation("receive", spec) for spec in received},
-            **{f"send-{spec.name}": _operation("send", spec) for spec in sent},
+            **_receive(used, reads, sent),
+            **_send(used, reads, sent),
             **http_operations,
         },
         "components": {
@@ -109,13 +128,13 @@ def describe_service(service: Service) -> dict[str, Any]:
 
 @contextmanager
 def _example_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Replace Sprout's variables by an example, except for those about Kafka."""
+    """Replace Sprout's variables by an example, except for `KEPT_VARIABLES`."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         fleet = Path(folder) / "fleet.toml"
         fleet.write_text(_EXAMPLE_FLEET, encoding="utf-8")
         for name in before:
-            if name.startswith(("SPROUT_", "OTEL_")) and not name.startswith("SPROUT_KAFKA_"):
+            if name.startswith(("SPROUT_", "OTEL_")) and not name.startswith(KEPT_VARIABLES):
                 del os.environ[name]
         os.environ |= {"SPROUT_FLEET_FILE": str(fleet), **variables}
         try:
@@ -125,18 +144,16 @@ def _example_environment(variables: Mapping[str, str]) -> Iterator[None]:
             os.environ.update(before)
 
 
-def _topics(specification: Mapping[str, Any], kafka: KafkaSettings) -> tuple[list[TopicSpec], list[TopicSpec]]:
-    """The topics that a service receives from and sends to, in the order of `TOPICS`."""
-    by_address = {kafka.topic(spec): spec for spec in TOPICS}
-    found: dict[str, set[str]] = {"receive": set(), "send": set()}
+def _sent(specification: Mapping[str, Any], by_address: Mapping[str, TopicSpec]) -> list[TopicSpec]:
+    """The topics that a service writes."""
+    sent = []
     for operation in specification["operations"].values():
-        channel = specification["channels"][operation["channel"]["$ref"].rpartition("/")[2]]
-        if channel["address"] in by_address:
-            found[operation["action"]].add(by_address[channel["address"]].name)
-    return (
-        [spec for spec in TOPICS if spec.name in found["receive"]],
-        [spec for spec in TOPICS if spec.name in found["send"]],
-    )
+        if operation["action"] == "send":
+            channel = specification["channels"][operation["channel"]["$ref"].rpartition("/")[2]]
+            if channel["address"] not in by_address:
+                raise UnknownTopicError(f"topic {channel['address']!r} is not declared: name it in SPROUT_ROUTER_LANES")
+            sent.append(by_address[channel["address"]])
+    return sent
 
 
 def _http(specification: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -175,11 +192,44 @@ def _channel(spec: TopicSpec, kafka: KafkaSettings) -> dict[str, Any]:
     }
 
 
-def _operation(action: str, spec: TopicSpec) -> dict[str, Any]:
-    operation = {"action": action, **_messages_of(spec)}
-    if action == "receive" and spec.name in ANSWERS:
-        operation["reply"] = _messages_of(ANSWERS[spec.name])
-    return operation
+def _receive(used: Sequence[TopicSpec], reads: Sequence[Read], sent: Sequence[TopicSpec]) -> dict[str, Any]:
+    operations: dict[str, Any] = {}
+    for spec in used:
+        found = [read for read in reads if read.spec == spec]
+        if not found:
+            continue
+        operation: dict[str, Any] = {
+            "action": "receive",
+            "description": " ".join(dict.fromkeys(read.how for read in found)),
+        }
+        groups = sorted({read.group for read in found if read.group is not None})
+        if groups:
+            group = {"type": "string", "enum": groups}
+            operation["bindings"] = {"kafka": {"groupId": group, "bindingVersion": KAFKA_BINDING_VERSION}}
+        operations |= _with_replies(operation, spec, answered_on=sent)
+    return operations
+
+
+def _send(used: Sequence[TopicSpec], reads: Sequence[Read], sent: Sequence[TopicSpec]) -> dict[str, Any]:
+    operations: dict[str, Any] = {}
+    for spec in used:
+        if spec in sent:
+            operation = {"action": "send", "description": f"{spec.description}."}
+            operations |= _with_replies(operation, spec, answered_on=[read.spec for read in reads])
+    return operations
+
+
+def _with_replies(operation: dict[str, Any], spec: TopicSpec, *, answered_on: Sequence[TopicSpec]) -> dict[str, Any]:
+    """An operation by its name; of requests one for each topic of the service that has answers."""
+    name, operation = f"{operation['action']}-{spec.name}", operation | _messages_of(spec)
+    answers = [(topic, how) for topic, how in ANSWERS if topic in answered_on]
+    if spec.message is not GenerationRequest or not answers:
+        return {name: operation}
+    return {
+        name if number == 0 else f"{name}-{topic.name}": operation
+        | {"description": f"{operation['description']} {how}", "reply": _messages_of(topic)}
+        for number, (topic, how) in enumerate(answers)
+    }
 
 
 def _messages_of(spec: TopicSpec) -> dict[str, Any]:

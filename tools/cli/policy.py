@@ -68,8 +68,8 @@ def explain(
     """
     # Other subcommands must start without loading the solver.
     with needs_extra("optimizer"):
+        from services.optimizer.highs import warm_up  # noqa: PLC0415
         from services.optimizer.policy import MissingPricesError  # noqa: PLC0415
-        from services.optimizer.program import warm_up  # noqa: PLC0415
         from tools.cli.explanation import explain_policy, lp_text, to_json  # noqa: PLC0415
         from tools.cli.explanation_tables import print_explanation  # noqa: PLC0415
     fleet: Fleet | None = None

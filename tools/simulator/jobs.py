@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from services.optimizer.program import warm_up
+from services.optimizer.highs import warm_up
 from tools.simulator.grid import Window
 from tools.simulator.outcome import Outcome
 from tools.simulator.schemes import Experiment, run, without_texts
