@@ -12,6 +12,7 @@ from faststream.kafka.prometheus import KafkaPrometheusMiddleware
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
+from shared.kafka.careful import CarefulBatches
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.handling import DeadLetterMiddleware
 from shared.kafka.publish import ProducerMiddleware, RecoveringProducer
@@ -45,6 +46,7 @@ class ServiceBroker(KafkaBroker):
     ) -> None:
         self.dead_letters = dead_letters
         self.unreadable = UnreadableRecords(kafka)
+        self.careful: list[CarefulBatches] = []
         self._recovering_producer = RecoveringProducer(
             **kafka.client_options(),
             client_id=f"sprout.{service}",
@@ -90,6 +92,7 @@ class ServiceBroker(KafkaBroker):
         exc_tb: TracebackType | None = None,
     ) -> None:
         """Stop the subscribers, then the producer; does not wait for a Kafka that is unreachable."""
+        await asyncio.gather(*(one.finish() for one in self.careful))
         try:
             await super().stop(exc_type, exc_val, exc_tb)
         finally:

@@ -39,6 +39,16 @@ HANDLER_ERROR = "handler_error"
 UNREADABLE = "unreadable"
 """Reason of a dead letter without content: unpacking the record takes more memory than a service has."""
 
+UNREADABLE_DETAIL = "the record takes too much memory to unpack; its content was not kept"
+
+PROCESS_DIED = "process_died"
+"""Reason of a dead letter without content: processes died, one after the other, with the record in hand."""
+
+PROCESS_DIED_DETAIL = "several processes died while they handled the record; it was not read again"
+
+SET_ASIDE = {UNREADABLE: UNREADABLE_DETAIL, PROCESS_DIED: PROCESS_DIED_DETAIL}
+"""Reasons of dead letters whose records were not parsed, with the detail."""
+
 _log = get_logger(__name__)
 
 

@@ -17,6 +17,7 @@ from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
 from services.router.starter import Capacity, Handle
 from shared.fleet import Fleet
+from shared.kafka.deaths import DeathLimits
 from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.settings import KafkaSettings
 from tests.support.fleets import fleet_toml
@@ -137,6 +138,7 @@ def request_consumer(
         capacity=capacity or UnlimitedCapacity(),
         classes=RequestClasses(fleet=fleet, kafka=KafkaSettings(topic_prefix=""), settings=checked),
         unreadable=unreadable or UnreadableRecords(KafkaSettings()),
+        deaths=DeathLimits.of(KafkaSettings()),
     )
     requests.set_consumer(lambda: consumer)
     return requests
