@@ -80,7 +80,7 @@ class CarefulIntake:
             partition, first = TopicPartition(record.topic, record.partition), record
             if partition in self._new:
                 self._new.discard(partition)
-                caution = self._count.caution(partition)
+                caution = self._count.caution(partition, record.offset)
                 if caution is Caution.ONE_AT_A_TIME:
                     self._hold(partition, consumer)
                 else:
@@ -99,7 +99,8 @@ class CarefulIntake:
 
     def _hold(self, partition: TopicPartition, consumer: AIOKafkaConsumer) -> None:
         _log.warning("starting one request at a time", topic=partition.topic, partition=partition.partition)
-        self._held[partition] = held = asyncio.Queue()
+        held: asyncio.Queue[tuple[Any, int]] = asyncio.Queue()
+        self._held[partition] = held
         task = asyncio.create_task(self._one_at_a_time(partition, held, consumer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

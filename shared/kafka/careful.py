@@ -52,7 +52,7 @@ class CarefulBatches(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafk
         self._count = DeathCount(DeathLimits.of(kafka))
         self._left: dict[TopicPartition, int] = {}
         self._unread: Collection[TopicPartition] = ()
-        self._stopping = False
+        self._rebalances = 0
         self._get_consumer: Callable[[], Any] = lambda: None
         self._handle: Callable[[Sequence[Any]], Awaitable[None]]
 
@@ -62,8 +62,9 @@ class CarefulBatches(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafk
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """A rebalance starts: this process does not count for the next owner of the partitions."""
+        self._rebalances += 1
         await self._listener.on_partitions_revoked(revoked)
-        await self._release(revoked)
+        await self._release()
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """A rebalance has ended; the counts are read once there are records."""
@@ -73,84 +74,89 @@ class CarefulBatches(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafk
 
     async def finish(self) -> None:
         """The service stops in order: its process does not count."""
-        self._stopping = True
-        await self._release(None)
+        self._rebalances += 1
+        await self._release()
 
     async def handle(self, records: Sequence[Any]) -> None:
         """Handle a batch; raises what the handler raises."""
         if self._unread:
             await self._read_counts()
         waiting = {one.partition for one in self._count.partitions}
-        if self._stopping or waiting.isdisjoint({record.partition for record in records}):
+        if waiting.isdisjoint({record.partition for record in records}):
             await self._handle(records)
             return
+        rebalances = self._rebalances
         by_partition: dict[TopicPartition, list[Any]] = {}
         for record in records:
             by_partition.setdefault(TopicPartition(record.topic, record.partition), []).append(record)
         at_once: list[Any] = []
         for partition, own in by_partition.items():
-            caution = self._count.caution(partition)
+            caution = self._count.caution(partition, own[0].offset)
             if caution is Caution.ONE_AT_A_TIME:
-                await self._handle_one_at_a_time(partition, own)
+                await self._handle_one_at_a_time(partition, own, rebalances)
                 continue
             if caution is Caution.SET_ASIDE:
-                await self._set_aside(partition, own.pop(0).offset)
+                await self._set_aside(partition, own.pop(0).offset, rebalances)
             at_once += own
         if at_once:
-            await self._handle_at_once(at_once)
+            await self._handle_at_once(at_once, rebalances)
 
-    async def _handle_at_once(self, records: Sequence[Any]) -> None:
+    async def _handle_at_once(self, records: Sequence[Any], rebalances: int) -> None:
         begins: dict[TopicPartition, int] = {}
         for record in records:
             partition = TopicPartition(record.topic, record.partition)
             if partition in self._count.partitions:
                 begins.setdefault(partition, record.offset)
-        await self._take(begins)
+        await self._take(begins, rebalances)
         await self._handle(records)
         for partition in begins:
             self._count.passed(partition)
 
-    async def _handle_one_at_a_time(self, partition: TopicPartition, records: Sequence[Any]) -> None:
+    async def _handle_one_at_a_time(self, partition: TopicPartition, records: Sequence[Any], rebalances: int) -> None:
         """Handle records of a partition; after as many as a batch may have had, the partition is read as always."""
         if partition not in self._left:
             _log.warning("reading one record at a time", topic=partition.topic, partition=partition.partition)
             self._left[partition] = self._max_records
         for record in records:
-            await self._take({partition: record.offset})
+            await self._take({partition: record.offset}, rebalances)
             await self._handle([record])
+        if rebalances != self._rebalances:
+            return
         # What is handled next, of another partition, must not count for the record after the last one.
         self._count.release([partition])
-        await self._commit({partition: OffsetAndMetadata(records[-1].offset + 1, "")})
         self._left[partition] -= len(records)
         if self._left[partition] <= 0:
             self._count.passed(partition)
+        await self._commit({partition: OffsetAndMetadata(records[-1].offset + 1, "")}, rebalances)
 
-    async def _set_aside(self, partition: TopicPartition, offset: int) -> None:
+    async def _set_aside(self, partition: TopicPartition, offset: int, rebalances: int) -> None:
         await self._dead_letters.publish(
             stand_in(partition, offset, PROCESS_DIED), PoisonMessageError(PROCESS_DIED, PROCESS_DIED_DETAIL)
         )
         self._count.assign(partition, offset + 1, 0)
-        await self._commit({partition: OffsetAndMetadata(offset + 1, "")})
+        await self._commit({partition: OffsetAndMetadata(offset + 1, "")}, rebalances)
 
-    async def _take(self, begins: Mapping[TopicPartition, int]) -> None:
+    async def _take(self, begins: Mapping[TopicPartition, int], rebalances: int) -> None:
         """Count a death from now on, with the records from some offsets on in hand."""
-        for partition, offset in begins.items():
-            self._count.take(partition, offset)
-        await self._commit_counts(begins)
+        if rebalances == self._rebalances:
+            for partition, offset in begins.items():
+                self._count.take(partition, offset)
+            await self._commit_counts(begins, rebalances)
 
-    async def _release(self, partitions: Collection[TopicPartition] | None) -> None:
-        await self._commit_counts(self._count.release(partitions))
+    async def _release(self) -> None:
+        await self._commit_counts(self._count.release(), self._rebalances)
 
-    async def _commit_counts(self, offsets: Mapping[TopicPartition, int]) -> None:
+    async def _commit_counts(self, offsets: Mapping[TopicPartition, int], rebalances: int) -> None:
         counts = {partition: self._count.deaths(partition, offset) for partition, offset in offsets.items()}
         await self._commit({
             partition: OffsetAndMetadata(offset, with_deaths("", counts[partition]))
             for partition, offset in offsets.items()
-        })  # fmt: skip
+        }, rebalances)  # fmt: skip
 
-    async def _commit(self, commits: Mapping[TopicPartition, OffsetAndMetadata]) -> None:
+    async def _commit(self, commits: Mapping[TopicPartition, OffsetAndMetadata], rebalances: int) -> None:
+        """Commit, unless a rebalance has begun since these records were delivered: their partitions may be lost."""
         consumer = self._get_consumer()
-        if consumer is None or not commits:
+        if consumer is None or not commits or rebalances != self._rebalances:
             return
         try:
             async with asyncio.timeout(COMMIT_TIMEOUT_S):

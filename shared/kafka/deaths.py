@@ -72,10 +72,13 @@ class _Begin:
     """Where a partition begins.
 
     Attributes:
+        assigned: the committed offset at the assignment.
+        offset: of the first record in hand.
         deaths: of earlier processes.
         in_hand: whether this process has records from `offset` on in hand, and its death would count.
     """
 
+    assigned: int
     offset: int
     deaths: int
     in_hand: bool = False
@@ -98,16 +101,19 @@ class DeathCount:
         known = self._begins.get(partition)
         if known is not None and (offset, deaths) == (known.offset, known.deaths + 1):
             deaths = known.deaths  # raised by this process, which lives
-        self._begins[partition] = _Begin(offset, deaths)
+        self._begins[partition] = _Begin(offset, offset, deaths)
 
-    def caution(self, partition: TopicPartition) -> Caution:
-        """How the next records are to be handled."""
+    def caution(self, partition: TopicPartition, offset: int) -> Caution:
+        """How records from an offset on are to be handled."""
         begin = self._begins.get(partition)
-        return Caution.NONE if begin is None else self._limits.caution(begin.deaths)
+        # A record before the committed offset was fetched before a rebalance.
+        if begin is None or offset < begin.assigned:
+            return Caution.NONE
+        return self._limits.caution(begin.deaths)
 
     def take(self, partition: TopicPartition, offset: int) -> None:
         """The records from an offset on are about to be handled; commit `deaths` before."""
-        begin = self._begins.setdefault(partition, _Begin(offset, 0))
+        begin = self._begins.setdefault(partition, _Begin(offset, offset, 0))
         begin.offset, begin.in_hand = offset, True
 
     def deaths(self, partition: TopicPartition, offset: int) -> int:
@@ -131,7 +137,9 @@ class DeathCount:
     def committed(self, partition: TopicPartition, offset: int) -> None:
         """An offset was committed: beyond the one that counts, the count ends, unless records are taken one by one."""
         begin = self._begins.get(partition)
-        if begin is not None and offset > begin.offset and self.caution(partition) is not Caution.ONE_AT_A_TIME:
+        if begin is None or offset <= begin.offset:
+            return
+        if self._limits.caution(begin.deaths) is not Caution.ONE_AT_A_TIME:
             self.passed(partition)
 
     def passed(self, partition: TopicPartition) -> None:

@@ -32,6 +32,7 @@ class KafkaConsumerStandIn:
         self.paused: set[TopicPartition] = set()
         self.committed: dict[TopicPartition, OffsetAndMetadata] = {}
         self.position: dict[TopicPartition, int] = {}
+        self.end = 0
         self.assigned = {KNOWN, NEW}
 
     def assignment(self):
@@ -51,6 +52,9 @@ class KafkaConsumerStandIn:
 
     async def beginning_offsets(self, partitions):
         return dict.fromkeys(partitions, 0)
+
+    async def end_offsets(self, partitions):
+        return dict.fromkeys(partitions, self.end)
 
     async def commit(self, offsets):
         self.committed |= offsets

@@ -1,7 +1,7 @@
 """Runs a service in which the handling of some records kills the process: `python -m tests.support.deadly NAME`.
 
-Such a record has `DEADLY` in its value. The process ends as by a fault in a library that is not Python: at once, without an
-exception, before the record is parsed.
+Such a record has `DEADLY` in its value. The process ends as by a fault in a library that is not Python: at once,
+without an exception, while the record is parsed.
 """
 
 import dataclasses
