@@ -12,9 +12,9 @@ from pydantic_core import from_json
 from services.router.settings import RouterSettings
 from shared.fleet import Fleet
 from shared.hashing import uniform
-from shared.kafka.dead_letters import UNREADABLE
+from shared.kafka.dead_letters import SET_ASIDE
 from shared.kafka.records import PoisonMessageError, check_size, parse
-from shared.kafka.unreadable import UNREADABLE_DETAIL, UNREADABLE_HEADER
+from shared.kafka.unreadable import set_aside_reason
 from shared.messages import Decision, ErrorDetail, GenerationRequest, GenerationResponse, Identifier
 from shared.runtime.clock import Clock
 from shared.tenants import with_defaults
@@ -84,8 +84,8 @@ def parse_request(
     Raises:
         PoisonMessageError: the value is too large, which is seen before it is parsed, or not a valid request.
     """
-    if record.value is None and any(name == UNREADABLE_HEADER for name, _ in record.headers):
-        raise PoisonMessageError(UNREADABLE, UNREADABLE_DETAIL)
+    if (reason := set_aside_reason(record)) is not None:
+        raise PoisonMessageError(reason, SET_ASIDE[reason])
     check_size(record, settings.max_request_bytes)
     sent = parse(GenerationRequest, record.value)
     tenant = fleet.tenant(sent.tenant)

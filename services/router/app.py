@@ -33,6 +33,7 @@ from shared.inference.load_reports import LoadReporter, subscribe_capacity
 from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker, unreadable_records
 from shared.kafka.dead_letters import DeadLetterPublisher
+from shared.kafka.deaths import DeathLimits
 from shared.kafka.records import IMPLAUSIBLE, PoisonMessageError
 from shared.kafka.subscribe import (
     Subscriber,
@@ -144,6 +145,7 @@ class Router:
             capacity=self.pools,
             classes=classes,
             unreadable=unreadable_records(broker, kafka),
+            deaths=DeathLimits.of(kafka),
         )
         subscriber = subscribe_requests(broker, self.requests, kafka=kafka, settings=settings)
         self._backlog = Backlog(

@@ -7,20 +7,24 @@ committed here, not by FastStream, because requests finish in any order.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
+from services.router.careful import CarefulIntake
 from services.router.fair_queue import RESUME_SHARE
 from services.router.fencing import PublishFence
 from services.router.metrics import RouterMetrics
+from services.router.offsets import Commit
 from services.router.partitions import Partitions
 from services.router.recovery import GroupProgress, recover, to_kafka
 from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
 from services.router.starter import Capacity, Handle, RequestStarter, now_ms
+from shared.kafka.deaths import DeathCount, DeathLimits
 from shared.kafka.unreadable import UnreadableRecords, stand_in
 from shared.runtime.logs import get_logger, where
 from shared.topics import REQUESTS
@@ -57,6 +61,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         capacity: Capacity,
         classes: RequestClasses,
         unreadable: UnreadableRecords,
+        deaths: DeathLimits,
     ) -> None:
         """Create a consumer; it starts requests when `receive` is called.
 
@@ -64,6 +69,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             capacity: of the model servers.
             classes: lanes, tenants and models.
             unreadable: records that would end this process.
+            deaths: after which it is careful, and sets a record aside.
         """
         self._progress = progress
         self._settings = settings
@@ -80,7 +86,16 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
             classes=classes,
             capacity=capacity,
             metrics=metrics,
-            on_progress=self._resume_lanes,
+            on_progress=self._on_progress,
+        )
+        self._deaths = DeathCount(deaths)
+        self._careful = CarefulIntake(
+            self._deaths,
+            self._partitions.tracker,
+            deliver=self._deliver,
+            failed=lambda: self._starter.failed,
+            commit=lambda: self._commit(None, everything=True),
+            resume=self._resume_partition,
         )
         self._lanes = classes.lanes
         self._paused_lanes: set[str] = set()
@@ -130,13 +145,19 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         }
         return next((problem for problem, applies in problems.items() if applies), None)
 
-    async def receive(self, records: Iterable[Any]) -> None:
+    async def receive(self, records: Sequence[Any]) -> None:
         """Let records wait until they are started; pauses lanes of which enough wait."""
         epoch = self._partitions.tracker.epoch
         await self._resumed.wait()
+        consumer = self._get_consumer()
+        if consumer is not None:
+            records = await self._careful.admit(records, epoch=epoch, consumer=consumer)
+        self._deliver(records, epoch)
+        self._pause_full_lanes()
+
+    def _deliver(self, records: Iterable[Any], epoch: int) -> None:
         for record in records:
             self._starter.deliver(record, epoch=epoch)
-        self._pause_full_lanes()
 
     async def commit_forever(self, *, on_round: Callable[[], None]) -> None:
         """Commit finished records at every commit interval; calls `on_round` after every try."""
@@ -148,11 +169,13 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """A rebalance starts: wait a moment for running requests, close the fence, and commit."""
         self._partitions.start_rebalance()
+        self._careful.stop()
+        released = self._deaths.release(revoked)
         await self._stop_recovery()
         open_before = self._partitions.revoke(revoked)
         await self._starter.wait_for_running(open_before, self._settings.rebalance_grace_s)
         await self._close_fence(revoked)
-        await self._commit(open_before)
+        await self._commit(open_before, everything=bool(released))
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """A rebalance has ended: cancel requests of lost partitions, and start to recover the assigned ones."""
@@ -173,6 +196,8 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         Requests that wait, or do not finish in time, are dropped, and redelivered to another router.
         """
         self._partitions.shut_down()
+        self._careful.stop()
+        released = self._deaths.release()
         self.resume()
         consumer = self._get_consumer()
         if consumer is not None:
@@ -185,7 +210,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         try:
             # aiokafka retries a commit for as long as Kafka is unreachable.
             async with asyncio.timeout(LAST_COMMIT_S):
-                await self._commit(None)
+                await self._commit(None, everything=bool(released))
         except TimeoutError:
             _log.warning("last commit timed out: records finished since the previous commit are redelivered")
         _log.info("drained", finished=running - cancelled, cancelled_requests=cancelled)
@@ -200,6 +225,16 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         if full and consumer is not None:
             consumer.pause(*(one for one in consumer.assignment() if one.topic in full))
             self._paused_lanes |= full
+
+    def _on_progress(self) -> None:
+        self._careful.note_change()
+        self._resume_lanes()
+
+    def _resume_partition(self, partition: TopicPartition) -> None:
+        """Read a partition again, unless its lane or all partitions are paused."""
+        consumer = self._get_consumer()
+        if consumer is not None and self._starter.may_start and partition.topic not in self._paused_lanes:
+            consumer.resume(partition)
 
     def _resume_lanes(self) -> None:
         """Read lanes again that were paused and have room."""
@@ -252,6 +287,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
         self._partitions.tracker.resume(recovered)
         cancelled = await self._starter.drop_lost()
         self._partitions.open(recovered)
+        self._careful.recovered(recovered)
         self._starter.start_soon()
         # Renews the lease at once.
         await self._commit(recovered, everything=True)
@@ -281,6 +317,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
 
     def _on_unknown_outcome(self) -> None:
         """Recover all partitions, as if another router had owned them until now."""
+        self._careful.stop()
         partitions = self._partitions.unknown_outcome()
         consumer = self._get_consumer()
         if partitions and consumer is not None:
@@ -301,7 +338,7 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
                 return
             started_s = self._fence.now_s()
             try:
-                await consumer.commit(to_kafka(commits))
+                await consumer.commit(to_kafka(self._with_deaths(commits)))
             except (KafkaError, IllegalStateError) as error:
                 # The next commit includes these records, or they are redelivered to the next owner.
                 self._commit_failures += 1
@@ -310,5 +347,10 @@ class RequestConsumer(ConsumerRebalanceListener):  # type: ignore[misc] # aiokaf
                 return
             self._fence.renew_lease(started_s)
             tracker.note_committed(commits)
+            for partition, commit in commits.items():
+                self._deaths.committed(partition, commit.offset)
             self._commit_failures = 0
             self._metrics.commits.labels("ok").inc()
+
+    def _with_deaths(self, commits: Mapping[TopicPartition, Commit]) -> Mapping[TopicPartition, Commit]:
+        return {one: replace(commit, deaths=self._deaths.deaths(one, commit.offset)) for one, commit in commits.items()}

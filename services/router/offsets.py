@@ -30,10 +30,12 @@ class Commit:
         offset: the next one to read; all records before it are finished.
         since_ms: lower bound of the publish time of responses to records at or beyond `offset`; wall time,
             milliseconds since the Unix epoch.
+        deaths: processes that died with this commit, see `shared.kafka.deaths`; the tracker does not look at it.
     """
 
     offset: int
     since_ms: int
+    deaths: int = 0
 
 
 @dataclass(frozen=True, slots=True)

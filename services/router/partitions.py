@@ -20,7 +20,8 @@
 |                   |                                 |              | while the partition is being given back       |
 
 An event changes nothing in a state that the table does not name. `services.router.consumer` reports the events and does
-what the states require; `OffsetTracker` keeps the offsets, `PublishFence` holds back the responses.
+what the states require; `OffsetTracker` keeps the offsets, `PublishFence` holds back the responses. After processes
+have died, `services.router.careful` delivers the first records of an `OPEN` partition one at a time; that is no state.
 """
 
 from collections.abc import Collection, Mapping

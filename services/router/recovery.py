@@ -16,6 +16,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from faststream.kafka import KafkaBroker
 
 from services.router.offsets import Commit, RecoveredOffsets
+from shared.kafka.deaths import split_deaths, with_deaths
 from shared.kafka.records import RecordId
 from shared.kafka.since import SinceReader
 from shared.kafka.workarounds import read_commits
@@ -35,17 +36,18 @@ Place = tuple[str, int]
 def to_kafka(commits: Mapping[TopicPartition, Commit]) -> dict[TopicPartition, OffsetAndMetadata]:
     """Commits in Kafka's format."""
     return {
-        partition: OffsetAndMetadata(commit.offset, f"{_METADATA_PREFIX}{commit.since_ms}")
+        partition: OffsetAndMetadata(commit.offset, with_deaths(f"{_METADATA_PREFIX}{commit.since_ms}", commit.deaths))
         for partition, commit in commits.items()
     }
 
 
 def from_kafka(stored: OffsetAndMetadata) -> Commit | None:
     """A commit from Kafka's format; None if there is no commit, or none by a router."""
-    since = str(stored.metadata or "").removeprefix(_METADATA_PREFIX)
+    metadata, deaths = split_deaths(str(stored.metadata or ""))
+    since = metadata.removeprefix(_METADATA_PREFIX)
     if stored.offset < 0 or not since.isdecimal():
         return None
-    return Commit(stored.offset, int(since))
+    return Commit(stored.offset, int(since), deaths)
 
 
 def collect_answered(

@@ -17,6 +17,7 @@ from faststream.kafka.prometheus import KafkaPrometheusMiddleware
 from faststream.middlewares import AckPolicy
 from prometheus_client import CollectorRegistry
 
+from shared.kafka.careful import CarefulBatches
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.handling import DeadLetterMiddleware
 from shared.kafka.producer import ProducerMiddleware, RecoveringProducer
@@ -75,6 +76,7 @@ class ServiceBroker(KafkaBroker):
         self.dead_letters = dead_letters
         self.unreadable = UnreadableRecords(kafka)
         self.reads: list[Read] = []
+        self.careful: list[CarefulBatches] = []
         self._recovering_producer = RecoveringProducer(
             **kafka.client_options(),
             client_id=f"sprout.{service}",
@@ -120,6 +122,7 @@ class ServiceBroker(KafkaBroker):
         exc_tb: TracebackType | None = None,
     ) -> None:
         """Stop the subscribers, then the producer; does not wait for a Kafka that is unreachable."""
+        await asyncio.gather(*(one.finish() for one in self.careful))
         try:
             await super().stop(exc_type, exc_val, exc_tb)
         finally:

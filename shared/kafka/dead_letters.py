@@ -47,6 +47,16 @@ FUSE_RECORDS: Final = 200
 FUSE_SHARE: Final = 0.95
 """Share of them that must have become dead letters."""
 
+UNREADABLE_DETAIL = "the record takes too much memory to unpack; its content was not kept"
+
+PROCESS_DIED = "process_died"
+"""Reason of a dead letter without content: processes died, one after the other, with the record in hand."""
+
+PROCESS_DIED_DETAIL = "several processes died while they handled the record; it was not read again"
+
+SET_ASIDE = {UNREADABLE: UNREADABLE_DETAIL, PROCESS_DIED: PROCESS_DIED_DETAIL}
+"""Reasons of dead letters whose records were not parsed, with the detail."""
+
 _log = get_logger(__name__)
 
 

@@ -2,8 +2,8 @@
 
 - Single messages: `DeadLetterMiddleware`, which `build_broker` installs, publishes a dead letter for a message that its
   handler cannot parse or process, and acknowledges it.
-- Batches: `batch_decoder(spec, dead_letters)` publishes a dead letter for every record that is invalid; the handler
-  receives the others. When it fails, `handle_batch` calls it with one record at a time.
+- Batches: `decode_records` publishes a dead letter for every record that is invalid; the handler receives the others.
+  When it fails, `handle_batch` calls it with one record at a time.
 """
 
 import json
@@ -59,15 +59,9 @@ async def decode_records(
     return parsed
 
 
-def batch_decoder(
-    spec: TopicSpec, dead_letters: DeadLetterPublisher
-) -> Callable[[KafkaMessage], Awaitable[list[ParsedRecord]]]:
-    """A decoder for a batch subscriber: see `decode_records`."""
-
-    async def decode(message: KafkaMessage) -> list[ParsedRecord]:
-        return await decode_records(spec, _records_of(message.raw_message), dead_letters)
-
-    return decode
+async def raw_records(message: KafkaMessage) -> "tuple[ConsumerRecord[bytes, bytes], ...]":
+    """A decoder for a batch subscriber, whose handler parses the records: see `decode_records`."""
+    return _records_of(message.raw_message)
 
 
 async def handle_batch(

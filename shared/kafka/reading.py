@@ -18,6 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 from pydantic import BaseModel
 
+from shared.kafka.deaths import split_deaths
 from shared.kafka.workarounds import read_commits
 from shared.runtime.settings import KafkaSettings
 
@@ -137,7 +138,7 @@ async def _windows_of_groups(
 
 async def _windows_since(admin: AIOKafkaAdminClient, consumer: Any, since: Since) -> Windows:  # noqa: ANN401
     committed = await _committed(admin, since.group, await _partitions(admin, since.committed))
-    metadata = [str(one.metadata or "") for one in committed.values()]
+    metadata = [split_deaths(str(one.metadata or ""))[0] for one in committed.values()]
     times = [int(found) for one in metadata if (found := one.removeprefix(since.prefix)).isdecimal()]
     if not times:
         return {}

@@ -10,15 +10,10 @@ from faststream.kafka import KafkaBroker, KafkaMessage, TopicPartition
 from faststream.middlewares import AckPolicy
 from pydantic import SkipValidation
 
-from shared.kafka.broker import note_read, unreadable_records
+from shared.kafka.broker import ServiceBroker, note_read, unreadable_records
+from shared.kafka.careful import CarefulBatches
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.handling import (
-    ParsedRecord,
-    batch_decoder,
-    decode_records,
-    handle_batch,
-    message_decoder,
-)
+from shared.kafka.handling import decode_records, handle_batch, message_decoder, raw_records
 from shared.kafka.unreadable import PassBy
 from shared.kafka.workarounds import parse_any_headers
 from shared.runtime.settings import KafkaSettings
@@ -59,12 +54,18 @@ class BatchSubscriber:
     """A subscriber whose handler receives the messages of a batch, and one at a time after it failed."""
 
     def __init__(
-        self, subscriber: Subscriber, dead_letters: DeadLetterPublisher, spec: TopicSpec, pass_by: PassBy
+        self,
+        subscriber: Subscriber,
+        dead_letters: DeadLetterPublisher,
+        spec: TopicSpec,
+        pass_by: PassBy,
+        careful: CarefulBatches | None = None,
     ) -> None:
         self._subscriber = subscriber
         self._dead_letters = dead_letters
         self._spec = spec
         self._pass_by = pass_by
+        self._careful = careful
 
     @property
     def consumer(self) -> Any:  # noqa: ANN401 - aiokafka has no types
@@ -74,13 +75,20 @@ class BatchSubscriber:
     def __call__(self, handler: Callable[[list[Any]], Awaitable[Any]], /) -> Any:  # noqa: ANN401
         """Register the handler."""
 
-        async def on_batch(batch: Annotated[list[ParsedRecord], SkipValidation]) -> None:
-            await handle_batch(batch, handler, self._dead_letters)
+        async def parse_and_handle(records: Sequence[Any]) -> None:
+            await handle_batch(
+                await decode_records(self._spec, records, self._dead_letters), handler, self._dead_letters
+            )
 
-        async def on_records(records: Sequence[Any]) -> None:
-            await on_batch(await decode_records(self._spec, records, self._dead_letters))
+        handle = parse_and_handle
+        if self._careful is not None:
+            self._careful.attach(lambda: self._subscriber.consumer, parse_and_handle)
+            handle = self._careful.handle
+        self._pass_by.attach(lambda: self._subscriber.consumer, handle)
 
-        self._pass_by.attach(lambda: self._subscriber.consumer, on_records)
+        async def on_batch(records: Annotated[list[Any], SkipValidation]) -> None:
+            await handle(records)
+
         return self._subscriber(on_batch)
 
 
@@ -139,7 +147,7 @@ def subscribe_partition(
         spec,
         how=ONE_PARTITION,
         partitions=[TopicPartition(kafka.topic(spec), 0)],
-        decoder=batch_decoder(spec, dead_letters),
+        decoder=raw_records,
         batch=True,
         batch_timeout_ms=poll_ms,
         max_records=MAX_RECORDS,
@@ -169,7 +177,7 @@ def _subscribe_ungrouped(
         broker,
         kafka,
         spec,
-        decoder=batch_decoder(spec, dead_letters),
+        decoder=raw_records,
         batch=True,
         batch_timeout_ms=poll_ms,
         max_records=MAX_RECORDS,
@@ -205,11 +213,14 @@ def subscribe_batches(
     unreadable = unreadable_records(broker, kafka)
     pass_by = PassBy(unreadable, dead_letters, commits=True)
     unreadable.watch(kafka.topic(spec), group=kafka.group(group))
+    careful = CarefulBatches(kafka, dead_letters, group=kafka.group(group), max_records=max_records, listener=pass_by)
+    if isinstance(broker, ServiceBroker):
+        broker.careful.append(careful)
     subscriber = _subscribe(
         broker,
         kafka,
         spec,
-        decoder=batch_decoder(spec, dead_letters),
+        decoder=raw_records,
         batch=True,
         batch_timeout_ms=poll_ms,
         max_records=max_records,
@@ -217,10 +228,10 @@ def subscribe_batches(
         group=group,
         auto_offset_reset="earliest",
         ack_policy=AckPolicy.NACK_ON_ERROR,
-        listener=pass_by,
+        listener=careful,
         **consumer_options,
     )
-    return BatchSubscriber(subscriber, dead_letters, spec, pass_by)
+    return BatchSubscriber(subscriber, dead_letters, spec, pass_by, careful)
 
 
 def subscribe_messages(broker: KafkaBroker, kafka: KafkaSettings, spec: TopicSpec, *, group: str) -> Subscriber:

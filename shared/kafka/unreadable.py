@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord
 from aiokafka.errors import IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 
-from shared.kafka.dead_letters import UNREADABLE, DeadLetterPublisher
+from shared.kafka.dead_letters import SET_ASIDE, UNREADABLE, UNREADABLE_DETAIL, DeadLetterPublisher
 from shared.kafka.inspection import find_unreadable
 from shared.kafka.reading import POLL_MS, Since
 from shared.kafka.records import PoisonMessageError
@@ -20,10 +20,8 @@ from shared.kafka.workarounds import until_assigned
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 
-UNREADABLE_HEADER: Final = "sprout-unreadable"
-"""Header of the record that stands for records which were set aside."""
-
-UNREADABLE_DETAIL: Final = "the record takes too much memory to unpack; its content was not kept"
+SET_ASIDE_HEADER: Final = "sprout-set-aside"
+"""Header of the record that stands for records which were set aside; its value is the reason."""
 
 RETRY_S: Final = 1.0
 """Wall seconds before a partition's records are tried again after an error."""
@@ -92,10 +90,27 @@ class UnreadableRecords:
         return records
 
 
-def stand_in(partition: TopicPartition, offset: int) -> "ConsumerRecord[bytes, bytes]":
-    """A record without content in place of those that are set aside, for their dead letter."""
-    headers = ((UNREADABLE_HEADER, b""),)
-    return ConsumerRecord(partition.topic, partition.partition, offset, -1, 0, None, None, None, -1, -1, headers)
+def stand_in(
+    partition: TopicPartition, offset: int, reason: str = UNREADABLE, *, timestamp_ms: int = -1
+) -> "ConsumerRecord[bytes, bytes]":
+    """A record without content in place of those that are set aside, for their dead letter.
+
+    Args:
+        reason: of the dead letter.
+        timestamp_ms: of the record; -1 if it is not known.
+    """
+    headers = ((SET_ASIDE_HEADER, reason.encode()),)
+    return ConsumerRecord(
+        partition.topic, partition.partition, offset, timestamp_ms, 0, None, None, None, -1, -1, headers
+    )
+
+
+def set_aside_reason(record: "ConsumerRecord[bytes, bytes]") -> str | None:
+    """The reason why a record was set aside, if it is a `stand_in`; None for all others."""
+    if record.value is not None:
+        return None
+    reasons = [reason for reason in SET_ASIDE if (SET_ASIDE_HEADER, reason.encode()) in record.headers]
+    return reasons[0] if reasons else None
 
 
 class PassBy(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types

@@ -85,7 +85,8 @@ class DeadLetter(Message):
     )
     truncated_bytes: int = Field(default=0, ge=0, description="Bytes cut off the end of a value too large to carry")
     reason: str = Field(
-        description="Short code: invalid_json, invalid_message, too_large, implausible, unreadable, handler_error"
+        description="Short code: invalid_json, invalid_message, too_large, implausible, unreadable, process_died, "
+        "handler_error"
     )
     detail: str = Field(description="What is wrong, by field; quotes nothing of the content")
     failed_at: UtcDatetime

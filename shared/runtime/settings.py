@@ -106,6 +106,15 @@ class KafkaSettings(BaseSettings):
         description="Look for records that take too much memory to unpack before anything is read; false: a service "
         "starts about a second sooner, and such a record stops it",
     )
+    careful_after_deaths: int = Field(
+        default=2,
+        ge=1,
+        description="After so many processes in a row that died with the same record in hand, the next one handles the "
+        "records of its partition one at a time",
+    )
+    set_aside_after_deaths: int = Field(
+        default=3, ge=2, description="After so many, the record becomes a dead letter and is not read again"
+    )
     security_protocol: SecurityProtocol = Field(default="PLAINTEXT", description="Protocol of the broker's listener")
     sasl_mechanism: SaslMechanism | None = Field(default=None, description="With SASL_*; as the broker is configured")
     sasl_username: str | None = Field(default=None, min_length=1, description="With OAUTHBEARER: the client id")
@@ -221,6 +230,8 @@ class KafkaSettings(BaseSettings):
     def _check(self) -> Self:
         self._check_sasl()
         self._check_tls()
+        if self.set_aside_after_deaths <= self.careful_after_deaths:
+            raise ValueError("SPROUT_KAFKA_SET_ASIDE_AFTER_DEATHS must be larger than _CAREFUL_AFTER_DEATHS")
         if self.sasl_password_file is not None:
             self.sasl_password = SecretStr(read_secret(self.sasl_password_file, "SPROUT_KAFKA_SASL_PASSWORD_FILE"))
         if self.ssl_key_password_file is not None:

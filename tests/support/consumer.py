@@ -17,6 +17,7 @@ from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
 from services.router.starter import Capacity, Handle
 from shared.fleet import Fleet
+from shared.kafka.deaths import DeathLimits
 from shared.kafka.unreadable import UnreadableRecords
 from shared.runtime.settings import KafkaSettings
 from tests.support.fleets import fleet_toml
@@ -31,6 +32,7 @@ class KafkaConsumerStandIn:
         self.paused: set[TopicPartition] = set()
         self.committed: dict[TopicPartition, OffsetAndMetadata] = {}
         self.position: dict[TopicPartition, int] = {}
+        self.end = 0
         self.assigned = {KNOWN, NEW}
 
     def assignment(self):
@@ -50,6 +52,9 @@ class KafkaConsumerStandIn:
 
     async def beginning_offsets(self, partitions):
         return dict.fromkeys(partitions, 0)
+
+    async def end_offsets(self, partitions):
+        return dict.fromkeys(partitions, self.end)
 
     async def commit(self, offsets):
         self.committed |= offsets
@@ -137,6 +142,7 @@ def request_consumer(
         capacity=capacity or UnlimitedCapacity(),
         classes=RequestClasses(fleet=fleet, kafka=KafkaSettings(topic_prefix=""), settings=checked),
         unreadable=unreadable or UnreadableRecords(KafkaSettings()),
+        deaths=DeathLimits.of(KafkaSettings()),
     )
     requests.set_consumer(lambda: consumer)
     return requests

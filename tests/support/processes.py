@@ -225,6 +225,23 @@ def start_service(
     wait: bool = True,
 ) -> str:
     """Start a service, wait until it is ready, and return the name of its process; default: that of the service."""
+    spec = service_process(service, kafka=kafka, database=database, fleet=fleet, settings=settings, name=name)
+    process = supervisor.spawn(spec)
+    if wait:
+        process.wait_ready()
+    return spec.name
+
+
+def service_process(
+    service: str,
+    *,
+    kafka: KafkaSettings,
+    database: DatabaseSettings,
+    fleet: Path,
+    settings: Mapping[str, str] | None = None,
+    name: str = "",
+) -> ProcessSpec:
+    """The process of a service; its name is by default that of the service."""
     (port,) = free_ports(1)
     name = f"{kafka.topic_prefix}{name or service}"
     environment = ServiceEnvironment(
@@ -235,12 +252,9 @@ def start_service(
         clock={},
     )
     prefixes = {"SPROUT_KAFKA_GROUP_PREFIX": kafka.group_prefix}
-    process = supervisor.spawn(
-        service_spec(service, port=port, environment=environment, settings={**prefixes, **(settings or {})}, name=name)
+    return service_spec(
+        service, port=port, environment=environment, settings={**prefixes, **(settings or {})}, name=name
     )
-    if wait:
-        process.wait_ready()
-    return name
 
 
 def memory_mib(pid: int, field: str = "VmRSS") -> int:

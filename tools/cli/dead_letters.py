@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from shared.access import REDRIVE_ID
-from shared.kafka.dead_letters import MAX_KEY_BYTES, UNREADABLE
+from shared.kafka.dead_letters import MAX_KEY_BYTES, PROCESS_DIED, UNREADABLE
 from shared.kafka.records import PoisonMessageError, parse
 from shared.messages import DeadLetter
 from shared.runtime.logs import printable
@@ -80,6 +80,8 @@ class Letter:
         key = self.letter.key_base64
         if self.letter.reason == UNREADABLE:
             return "the message was too large to read"
+        if self.letter.reason == PROCESS_DIED:
+            return "the message was not read again"
         if self.letter.truncated_bytes:
             return f"{self.letter.truncated_bytes} bytes of the message were not kept"
         if key is not None and len(base64.b64decode(key)) >= MAX_KEY_BYTES:
