@@ -21,6 +21,7 @@ from shared.topics import (
     QUALITY,
     REPLIES,
     REQUESTS,
+    REQUESTS_BATCH,
     RESPONSE_CHUNKS,
     RESPONSES,
     SAMPLES,
@@ -66,7 +67,16 @@ ACCESS: Final[dict[str, Access]] = {
         rereads=(CARBON_INTENSITY,), writes=(CARBON_INTENSITY, DEAD_LETTERS), groups=(leader_group("carbon_feed"),)
     ),
     "router": Access(
-        reads=(REQUESTS, CANCELLATIONS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES, CAPACITY),
+        reads=(
+            REQUESTS,
+            REQUESTS_BATCH,
+            CANCELLATIONS,
+            CARBON_INTENSITY,
+            PROMPT_GROUPS,
+            POLICIES,
+            POWER_CURVES,
+            CAPACITY,
+        ),
         rereads=(RESPONSES, DEAD_LETTERS),  # after a takeover: which requests are answered?
         writes=(RESPONSES, RESPONSE_CHUNKS, REPLIES, SAMPLES, LOAD_REPORTS, DEAD_LETTERS),
         groups=("router",),
@@ -89,13 +99,19 @@ ACCESS: Final[dict[str, Access]] = {
     ),
     "gateway": Access(
         reads=(REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY),
-        writes=(REQUESTS, CANCELLATIONS, DEAD_LETTERS),
+        writes=(REQUESTS, REQUESTS_BATCH, CANCELLATIONS, DEAD_LETTERS),
         groups=("gateway",),
     ),
     "sleeper": Access(rereads=(CAPACITY, LOAD_REPORTS)),
-    "client": Access(rereads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS, CANCELLATIONS)),
+    "client": Access(
+        rereads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS, REQUESTS_BATCH, CANCELLATIONS)
+    ),
     "operator": Access(
-        rereads=TOPICS, writes=(REQUESTS, DEAD_LETTERS), groups=("router",), transactions=(REDRIVE_ID,), creates=True
+        rereads=TOPICS,
+        writes=(REQUESTS, REQUESTS_BATCH, DEAD_LETTERS),
+        groups=("router",),
+        transactions=(REDRIVE_ID,),
+        creates=True,
     ),
 }
 """By principal. An application that sends requests is a `client`; a person with the `sprout` command an `operator`.
@@ -111,7 +127,7 @@ def acl_arguments(
 
     Args:
         principals: Kafka's principal, such as `User:sprout-router`, by name in `ACCESS`.
-        lanes: topics of requests besides `requests`.
+        lanes: topics of requests that `shared.topics.TOPICS` does not declare.
     """
     for name, principal in principals.items():
         access = _with_lanes(ACCESS[name], lanes)

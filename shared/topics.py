@@ -128,6 +128,7 @@ REQUESTS: Final = TopicSpec(
     headers=TRACE_HEADERS,
     correlation="id",
 )
+REQUESTS_BATCH: Final = replace(REQUESTS, name="requests-batch", description="Prompts that may wait: lines of batches")
 RESPONSES: Final = TopicSpec(
     name="responses",
     description="Answers, and errors in place of answers",
@@ -275,6 +276,7 @@ DEAD_LETTERS: Final = TopicSpec(
 
 TOPICS: Final = (
     REQUESTS,
+    REQUESTS_BATCH,
     RESPONSES,
     RESPONSE_CHUNKS,
     REPLIES,
@@ -295,8 +297,9 @@ TOPICS: Final = (
 
 def requests_topic(name: str) -> TopicSpec:
     """The topic of a lane, which is like `requests`; see `shared.lanes`."""
-    return REQUESTS if name == REQUESTS.name else replace(REQUESTS, name=name)
+    declared = {spec.name: spec for spec in (REQUESTS, REQUESTS_BATCH)}
+    return declared.get(name) or replace(REQUESTS, name=name)
 
 
-ANSWERS: Final = {REQUESTS.name: RESPONSES}
+ANSWERS: Final = {REQUESTS.name: RESPONSES, REQUESTS_BATCH.name: RESPONSES}
 """Topic of the answers, by topic of the requests."""

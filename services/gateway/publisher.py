@@ -10,6 +10,7 @@ from services.gateway.errors import ApiError
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.settings import GatewaySettings
 from shared.kafka.publish import TOO_LARGE, Publisher, check_size, declare_publisher
+from shared.lanes import LaneSettings
 from shared.messages import Cancellation, GenerationRequest
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
@@ -35,7 +36,7 @@ class RequestPublisher:
         clock: Clock,
         metrics: GatewayMetrics,
     ) -> None:
-        self.lane = requests_topic(settings.batch_lane)
+        self.lane = requests_topic(settings.batch_lane or LaneSettings().of_batches)
         self._requests = declare_publisher(broker, kafka, REQUESTS)
         self._lane = self._requests if self.lane is REQUESTS else declare_publisher(broker, kafka, self.lane)
         self._cancellations = declare_publisher(broker, kafka, CANCELLATIONS)

@@ -122,6 +122,7 @@ _COUNT = QualityCount(
 
 EXAMPLES: dict[str, Message] = {
     "requests": GenerationRequest(id="r1", prompt="Why?", directive="!L2", stream=True, metadata={"a": "b"}),
+    "requests-batch": GenerationRequest(id="r1", prompt="Why?"),
     "responses": GenerationResponse(
         request_id="r1", model="m", status="ok", text="Because.", finish_reason="stop", endpoint="e0",
         decision=Decision(source="policy", group="g1", pool="p", level="L1", zone="GB", policy_version=1,

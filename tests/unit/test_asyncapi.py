@@ -20,6 +20,7 @@ RECEIVED = {
     "gateway": {"replies", "policies", "footprints", "carbon-intensity", "capacity"},
     "router": {
         "requests",
+        "requests-batch",
         "cancellations",
         "policies",
         "prompt-groups",
@@ -42,7 +43,7 @@ RECEIVED = {
 }
 SENT = {
     "carbon_feed": {"carbon-intensity", "dead-letters"},
-    "gateway": {"requests", "cancellations", "dead-letters"},
+    "gateway": {"requests", "requests-batch", "cancellations", "dead-letters"},
     "router": {"responses", "response-chunks", "replies", "samples", "load-reports", "dead-letters"},
     "optimizer": {"policies", "capacity", "dead-letters"},
     "evaluator": {"quality", "usage", "prompt-groups", "load-reports", "dead-letters"},
