@@ -15,6 +15,7 @@ from shared.topics import (
     DEAD_LETTERS,
     FOOTPRINTS,
     LOAD_REPORTS,
+    METERED_SAVINGS,
     POLICIES,
     POWER_CURVES,
     PROMPT_GROUPS,
@@ -94,11 +95,11 @@ ACCESS: Final[dict[str, Access]] = {
     ),
     "ledger": Access(
         reads=(*_LEDGER_STORES, LOAD_REPORTS, CAPACITY),
-        writes=(FOOTPRINTS, POWER_CURVES, DEAD_LETTERS),
+        writes=(FOOTPRINTS, POWER_CURVES, METERED_SAVINGS, DEAD_LETTERS),
         groups=tuple(f"ledger.{spec.name}" for spec in _LEDGER_STORES),
     ),
     "gateway": Access(
-        reads=(REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY),
+        reads=(REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY, METERED_SAVINGS),
         writes=(REQUESTS, REQUESTS_BATCH, CANCELLATIONS, DEAD_LETTERS),
         groups=("gateway",),
     ),

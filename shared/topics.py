@@ -25,6 +25,7 @@ from shared.messages import (
     Reply,
     ResponseChunk,
     Sample,
+    SavingOnMeter,
     UsageRecord,
 )
 
@@ -262,6 +263,14 @@ CAPACITY: Final = TopicSpec(
     cleanup=Cleanup.COMPACT,
     partitions=1,
 )
+METERED_SAVINGS: Final = TopicSpec(
+    name="metered-savings",
+    description="Saving of the whole fleet on its meters",
+    message=SavingOnMeter,
+    key="window",
+    cleanup=Cleanup.COMPACT,
+    partitions=1,
+)
 DEAD_LETTERS: Final = TopicSpec(
     name="dead-letters",
     description="Messages that could not be processed, with the reason",
@@ -291,6 +300,7 @@ TOPICS: Final = (
     LOAD_REPORTS,
     POWER_CURVES,
     CAPACITY,
+    METERED_SAVINGS,
     DEAD_LETTERS,
 )
 

@@ -41,7 +41,7 @@ from shared.kafka.subscribe import (
     subscribe_compacted,
     subscribe_partition,
 )
-from shared.messages import CarbonIntensity, Footprint, Policy, PoolCapacity, Reply
+from shared.messages import CarbonIntensity, Footprint, Policy, PoolCapacity, Reply, SavingOnMeter
 from shared.runtime.clock import Clock
 from shared.runtime.database import RETRY_PAUSE_S, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.database_metrics import DatabaseMetrics
@@ -55,6 +55,7 @@ from shared.topics import (
     CARBON_INTENSITY,
     DEAD_LETTERS,
     FOOTPRINTS,
+    METERED_SAVINGS,
     POLICIES,
     REPLIES,
     REQUESTS,
@@ -66,6 +67,9 @@ DESCRIPTION = SERVICES[NAME].description
 FOOTPRINT_BATCH = 500
 STATE_WAIT_S = 10.0
 """Longest wait of a starting gateway for the policies, intensities and plans that Kafka has, wall seconds."""
+
+_SHOWN = (POLICIES, CARBON_INTENSITY, CAPACITY, METERED_SAVINGS)
+"""Compacted topics that every gateway reads from their beginning."""
 
 _log = get_logger(__name__)
 
@@ -122,8 +126,8 @@ def _subscribe(
     Returns:
         The subscribers of the topics that are read from their beginning.
     """
-    state = [subscribe_compacted(broker, kafka, dead_letters, spec) for spec in (POLICIES, CARBON_INTENSITY, CAPACITY)]
-    known_policies, known_intensities, known_capacities = state
+    state = [subscribe_compacted(broker, kafka, dead_letters, spec) for spec in _SHOWN]
+    known_policies, known_intensities, known_capacities, known_savings = state
 
     @known_policies
     async def on_policies(policies: list[Policy]) -> None:
@@ -137,6 +141,10 @@ def _subscribe(
     @known_capacities
     async def on_capacities(capacities: list[PoolCapacity]) -> None:
         monitor.update_capacities(capacities)
+
+    @known_savings
+    async def on_savings(savings: list[SavingOnMeter]) -> None:
+        monitor.update_savings(savings)
 
     @subscribe_batches(broker, kafka, dead_letters, FOOTPRINTS, group=NAME, max_records=FOOTPRINT_BATCH)
     async def on_footprints(footprints: list[Footprint]) -> None:
@@ -266,6 +274,7 @@ def build_app(
             FOOTPRINTS,
             CARBON_INTENSITY,
             CAPACITY,
+            METERED_SAVINGS,
             DEAD_LETTERS,
         ),
         registry=registry,

@@ -66,6 +66,14 @@ class LedgerSettings(BaseSettings):
     )
     stop_grace_s: float = Field(default=5.0, ge=0, description="For the last settlement on shutdown, wall")
 
+    # Saving on the meter
+    saving_interval_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="Between two publications of the saving on the meter, event; never more often than once a minute, "
+        "wall",
+    )
+
     # Retention
     retention_days: float = Field(
         default=2.0,

@@ -45,6 +45,7 @@ from shared.messages import (
     Reply,
     ResponseChunk,
     Sample,
+    SavingOnMeter,
     ServedAnswer,
     Timing,
     Usage,
@@ -188,6 +189,7 @@ EXAMPLES: dict[str, Message] = {
         endpoints=2, endpoints_needed=1, forecast=(CapacityForecast(at=NOW + timedelta(hours=1), endpoints_needed=2),),
         awake=("e0",), reason="20 requests need 1 endpoint",
     ),
+    "metered-savings": SavingOnMeter(window="day", since=NOW, at=NOW, saved_g=1.0, blocks=4),
     "dead-letters": DeadLetter(
         service="router", topic="requests", partition=0, offset=1, key_base64=None, value_base64="ew==",
         reason="invalid_json", detail="message: invalid", failed_at=NOW,

@@ -15,10 +15,10 @@ from scipy.stats import gamma
 from shared.batch_curve import MEASURED, BatchCurve
 from shared.fleet import Switchback
 from shared.metered_saving import DAY_S, FleetBins
+from shared.metering.demand import spread_over_bins
 from shared.pools import Dispatch
 from shared.switchback import SwitchbackSchedule
 from shared.units import JOULES_PER_KWH
-from tools.reporting.demand import spread_over_bins
 from tools.simulator.fleet import needed_nearby, server_power_w
 
 Floats = NDArray[np.float64]

@@ -17,7 +17,7 @@ from tools.cli.main import app
 
 RECEIVED = {
     "carbon_feed": set(),
-    "gateway": {"replies", "policies", "footprints", "carbon-intensity", "capacity"},
+    "gateway": {"replies", "policies", "footprints", "carbon-intensity", "capacity", "metered-savings"},
     "router": {
         "requests",
         "requests-batch",
@@ -47,7 +47,7 @@ SENT = {
     "router": {"responses", "response-chunks", "replies", "samples", "load-reports", "dead-letters"},
     "optimizer": {"policies", "capacity", "dead-letters"},
     "evaluator": {"quality", "usage", "prompt-groups", "load-reports", "dead-letters"},
-    "ledger": {"footprints", "power-curves", "dead-letters"},
+    "ledger": {"footprints", "power-curves", "metered-savings", "dead-letters"},
 }
 HEADERS = [("content-type", b"application/json"), ("correlation_id", b"1")]
 
