@@ -1,14 +1,11 @@
 """Wires the gateway: HTTP API, publishers, replies, policies and keys."""
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
 import asyncpg
-from aiokafka import TopicPartition
-from asyncpg.pool import PoolConnectionProxy
 from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
@@ -27,7 +24,8 @@ from services.gateway.keys import KeyStore
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.page import add_page
 from services.gateway.publisher import RequestPublisher
-from services.gateway.replies import ReplyInbox, claim_partition
+from services.gateway.replies import ReplyInbox
+from services.gateway.reply_partition import ReplyPartition
 from services.gateway.settings import GatewaySettings
 from services.gateway.status import Monitor
 from services.gateway.wire import BoundedHttp
@@ -74,48 +72,28 @@ _SHOWN = (POLICIES, CARBON_INTENSITY, CAPACITY, METERED_SAVINGS)
 _log = get_logger(__name__)
 
 
-class Replies:
-    """The subscription to this gateway's replies, and the partition that it reads."""
+def _subscribe_to_replies(
+    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, gateway: Gateway, monitor: Monitor
+) -> ReplyPartition:
+    """Subscribe to this gateway's replies; returns what chooses the partition that it reads."""
+    subscriber = subscribe_partition(broker, kafka, dead_letters, REPLIES, poll_ms=gateway.settings.poll_ms)
 
-    def __init__(
-        self,
-        broker: KafkaBroker,
-        dead_letters: DeadLetterPublisher,
-        gateway: Gateway,
-        monitor: Monitor,
-        *,
-        kafka: KafkaSettings,
-    ) -> None:
-        self._topic = kafka.topic(REPLIES)
-        self._gateway = gateway
-        self._connection: PoolConnectionProxy[asyncpg.Record] | None = None
-        self._subscriber = subscribe_partition(broker, kafka, dead_letters, REPLIES, poll_ms=gateway.settings.poll_ms)
+    @subscriber
+    async def on_replies(replies: list[Reply]) -> None:
+        own = [one for one in replies if one.request_id in gateway.inbox]
+        gateway.metrics.replies.labels("own").inc(len(own))
+        gateway.metrics.replies.labels("other").inc(len(replies) - len(own))
+        gateway.inbox.deliver(own)
+        for response in [one.response for one in own if one.response is not None]:
+            estimate = gateway.estimates.of(response.model, response.decision, response.usage)
+            monitor.note(response, grams=estimate.grams, now=gateway.clock.now())
 
-        @self._subscriber
-        async def on_replies(replies: list[Reply]) -> None:
-            own = [one.response for one in replies if one.response is not None and one.request_id in gateway.inbox]
-            gateway.inbox.deliver(replies)
-            for response in own:
-                estimate = gateway.estimates.of(response.model, response.decision, response.usage)
-                monitor.note(response, grams=estimate.grams, now=gateway.clock.now())
+    def move(number: int) -> None:
+        gateway.reply_partition = number
 
-    async def start(self, pool: asyncpg.Pool) -> None:
-        """Claim a partition, and read it from its present end on; the broker has started."""
-        consumer = self._subscriber.consumer
-        await consumer.position(TopicPartition(self._topic, 0))  # loads the topic's metadata
-        numbers = list(consumer.partitions_for_topic(self._topic) or (0,))
-        random.shuffle(numbers)
-        self._connection = connection = await pool.acquire()  # its lock lives as long as it does
-        number = await claim_partition(connection, self._topic, numbers)
-        if number is None:
-            number = numbers[0]
-            _log.warning("all reply partitions are read by other gateways; this one is shared", partition=number)
-        partition = TopicPartition(self._topic, number)
-        consumer.assign([partition])
-        await consumer.seek_to_end(partition)
-        await consumer.position(partition)
-        self._gateway.reply_partition = number
-        _log.info("reading replies", partition=number)
+    return ReplyPartition(
+        kafka.topic(REPLIES), consumer=lambda: subscriber.consumer, waiting=gateway.inbox.waiting, on_move=move
+    )
 
 
 def _subscribe(
@@ -184,7 +162,7 @@ def _batch_runner(gateway: Gateway) -> BatchRunner:
             inbox=gateway.inbox,
             estimates=gateway.estimates,
             publisher=gateway.publisher,
-            reply_partition=gateway.reply_partition or 0,
+            reply_partition=lambda: gateway.reply_partition or 0,
             fleet=gateway.fleet,
             settings=gateway.settings,
             clock=gateway.clock,
@@ -230,7 +208,7 @@ def build_app(
     )
     metrics.watch_open(lambda: len(gateway.inbox))
     monitor = Monitor(fleet, started_at=clock.now())
-    replies = Replies(broker, dead_letters, gateway, monitor, kafka=kafka)
+    replies = _subscribe_to_replies(broker, kafka, dead_letters, gateway, monitor)
 
     state = _subscribe(broker, kafka, dead_letters, gateway, monitor)
     pools: list[asyncpg.Pool] = []
@@ -254,6 +232,7 @@ def build_app(
         if not await read_to_end(state, within_s=STATE_WAIT_S):
             _log.warning("the first requests are answered before the policies have been read")
         await replies.start(pools[0])
+        health.spawn("keep the reply partition", replies.keep())
         runner = _batch_runner(gateway)
         health.spawn("batches", runner.run())
         health.spawn("expired files", runner.clean())

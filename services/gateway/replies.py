@@ -1,22 +1,11 @@
-"""Replies of the routers to this gateway's requests, from the one partition of `replies` that it reads.
-
-Each gateway claims a partition by an advisory lock in PostgreSQL, and its requests name it. A gateway that has lost its
-lock may share the partition with another one: each drops the replies to requests that are not its own.
-"""
+"""Replies of the routers to this gateway's requests: the requests that wait, and the parts of their answers."""
 
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import asyncpg
-from asyncpg.pool import PoolConnectionProxy
-
 from shared.messages import Decision, GenerationResponse, Reply, ResponseChunk
-from shared.runtime.database import translate_errors
-from shared.runtime.logs import get_logger
-
-_log = get_logger(__name__)
 
 
 class PendingAnswer:
@@ -98,6 +87,10 @@ class ReplyInbox:
     def __len__(self) -> int:
         return len(self._pending)
 
+    def waiting(self) -> set[str]:
+        """The ids of the requests that wait."""
+        return set(self._pending)
+
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._pending
 
@@ -117,18 +110,3 @@ class ReplyInbox:
             pending = self._pending.get(reply.request_id)
             if pending is not None:
                 pending.add(reply)
-
-
-async def claim_partition(
-    connection: "PoolConnectionProxy[asyncpg.Record]", topic: str, partitions: Iterable[int]
-) -> int | None:
-    """Lock one of the partitions for as long as the connection lives; None if others hold all of them.
-
-    Raises:
-        DatabaseUnavailableError: PostgreSQL does not answer.
-    """
-    with translate_errors():
-        for number in partitions:
-            if await connection.fetchval("SELECT pg_try_advisory_lock(hashtext($1), $2)", topic, number):
-                return number
-    return None
