@@ -25,13 +25,13 @@ from shared.metering.reading import WINDOW_S, read_fleet, read_grid
 from shared.metering.tables import SHORTEST_BIN_S
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError, translate_errors
-from shared.runtime.logs import get_logger
+from shared.runtime.logs import get_logger, where
 
 SHORTEST_PAUSE_S: Final = 60.0
 """Wall seconds between two computations, at least."""
 
-IDLE_SHARE: Final = 19.0
-"""The pause is at least this many times as long as the last computation, which so takes 5 % of the time at most."""
+PAUSE_FACTOR: Final = 19.0
+"""The pause is at least so many times as long as the last computation, which then takes 5 % of the time at most."""
 
 TIMEOUT_S: Final = 120.0
 """Wall seconds that reading may take."""
@@ -69,14 +69,18 @@ class SavingPublisher:
         took_s = 0.0
         while True:
             event_s = self._settings.saving_interval_s / self._clock.rate
-            await asyncio.sleep(max(SHORTEST_PAUSE_S, event_s, IDLE_SHARE * took_s))
+            await asyncio.sleep(max(SHORTEST_PAUSE_S, event_s, PAUSE_FACTOR * took_s))
             if not self._is_responsible():
+                for gauge in (self._metrics.saved_g, self._metrics.saved_ratio, self._metrics.saving_blocks):
+                    gauge.clear()  # another ledger has them
                 continue
             began_s = time.monotonic()
             try:
                 await self.publish()
             except (DatabaseUnavailableError, KafkaError, TimeoutError) as error:
                 _log.warning("the saving on the meter is not published", error=type(error).__name__)
+            except Exception as error:  # noqa: BLE001 - a defect here must not stop the attribution
+                _log.error("computing the saving on the meter failed", error=type(error).__name__, where=where(error))
             took_s = time.monotonic() - began_s
 
     async def publish(self) -> None:
