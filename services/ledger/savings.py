@@ -22,7 +22,6 @@ from shared.messages import SavingOnMeter
 from shared.metering.columns import MAX_AGE_S
 from shared.metering.estimation import FleetHistory, estimate_saving, roles_of
 from shared.metering.reading import WINDOW_S, read_fleet, read_grid
-from shared.metering.tables import SHORTEST_BIN_S
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError, translate_errors
 from shared.runtime.logs import get_logger, where
@@ -35,9 +34,6 @@ PAUSE_FACTOR: Final = 19.0
 
 TIMEOUT_S: Final = 120.0
 """Wall seconds that reading may take."""
-
-MOST_CELLS: Final = 2_000_000
-"""Most endpoints times bins: 100 MB. That is 248 endpoints with bins of five minutes."""
 
 _log = get_logger(__name__)
 
@@ -105,8 +101,11 @@ class SavingPublisher:
         now = self._clock.now()
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
         endpoints = sum(len(pool.endpoints) for pool in self._fleet.pools)
-        if endpoints * WINDOW_S / SHORTEST_BIN_S > MOST_CELLS:
-            reason = f"{endpoints} endpoints are too many for the ledger to compute it: see `sprout report`"
+        if endpoints > self._settings.saving_max_endpoints:
+            reason = (
+                f"{endpoints} endpoints are more than SPROUT_LEDGER_SAVING_MAX_ENDPOINTS "
+                f"({self._settings.saving_max_endpoints}): raise it, or see `sprout report`"
+            )
             day = SavingOnMeter(window="day", since=midnight, at=now, reason=reason)
             return day, day.model_copy(update={"window": "28-days", "since": now - timedelta(seconds=WINDOW_S)})
         history = await self._read(midnight)

@@ -73,6 +73,12 @@ class LedgerSettings(BaseSettings):
         description="Between two publications of the saving on the meter, event; never more often than once a minute, "
         "wall",
     )
+    saving_max_endpoints: int = Field(
+        default=32,
+        ge=0,
+        description="The saving on the meter is not computed for a fleet with more endpoints: each takes 3 MB of memory "
+        "meanwhile",
+    )
 
     # Retention
     retention_days: float = Field(

@@ -110,7 +110,7 @@ async def test_a_gateway_reads_its_own_replies_only_and_keeps_its_partition_when
 ):
     """Three gateways, four partitions: what each reads, then another owner of a partition, then a restart."""
     spec, url = postgres_spec(tmp_path / "postgres", name="postgres-replies")
-    supervisor.start(spec)
+    await asyncio.to_thread(supervisor.start, spec)
     gateways = await prepare_gateways(
         supervisor,
         bootstrap_servers=kafka_server.bootstrap_servers,
@@ -160,7 +160,7 @@ async def test_a_gateway_reads_its_own_replies_only_and_keeps_its_partition_when
     before = [claimed(gateways, number)[-1] for number in range(3)]
     assert len(set(before)) == 3
     supervisor.stop("postgres-replies")
-    supervisor.start(spec)
+    await asyncio.to_thread(supervisor.start, spec)
     owners = await until(lambda: owners_of(gateways), lambda found: found.keys() == set(before))
     assert len(set(owners.values())) == 3
     assert [claimed(gateways, number)[-1] for number in range(3)] == before
