@@ -34,7 +34,6 @@ HOUR_MS: Final = 60 * MINUTE_MS
 DAY_MS: Final = 24 * HOUR_MS
 MEBIBYTE: Final = 1024 * 1024
 
-
 SOURCE_HEADER: Final = "sprout-request"
 """Header of the router's answers and dead letters: the record that they are for, see `shared.kafka.records`."""
 
@@ -306,7 +305,7 @@ TOPICS: Final = (
 
 
 def requests_topic(name: str) -> TopicSpec:
-    """The topic of a lane, which is like `requests`; see `shared.lanes`."""
+    """The topic of a lane, which is like `requests`; see `shared.kafka.topic_settings`."""
     declared = {spec.name: spec for spec in (REQUESTS, REQUESTS_BATCH)}
     return declared.get(name) or replace(REQUESTS, name=name)
 

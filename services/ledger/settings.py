@@ -76,8 +76,8 @@ class LedgerSettings(BaseSettings):
     saving_max_endpoints: int = Field(
         default=32,
         ge=0,
-        description="The saving on the meter is not computed for a fleet with more endpoints: each takes 3 MB of memory "
-        "meanwhile",
+        description="The saving on the meter is not computed for a fleet with more endpoints: each takes 3 MB of "
+        "memory meanwhile",
     )
 
     # Retention

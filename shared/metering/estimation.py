@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.carbon import JOULES_PER_KWH
 from shared.fleet import Fleet
 from shared.metered_saving import Estimate, FleetBins, MeteredSaving, Saving, metered_saving
 from shared.metering.columns import Flags, Floats, IntensitySeries
@@ -18,7 +19,6 @@ from shared.metering.demand import AnswerLengths, demand
 from shared.metering.tables import INTERVALS_PER_BIN, FleetReadings, MeterTable
 from shared.pools import Pool
 from shared.switchback import SwitchbackSchedule
-from shared.units import JOULES_PER_KWH
 
 HOUR_S = 3_600.0
 LARGEST_MISMATCH = 0.1

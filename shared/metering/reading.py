@@ -10,12 +10,12 @@ from typing import Any
 import asyncpg
 import numpy as np
 
+from shared.carbon import JOULES_PER_KWH
 from shared.fleet import Fleet, Switchback
 from shared.metering.arrays import Connection, array_columns, read_arrays
 from shared.metering.columns import Floats, IntensitySeries
 from shared.metering.demand import NO_ARRIVALS, REFERENCE_LEVEL, AnswerLengths, Answers, Arrivals
 from shared.metering.tables import CELL_S, SUMS, FleetReadings, Latency, Load, bin_length_s, meter_table
-from shared.units import JOULES_PER_KWH
 
 WINDOW_S = 28 * 86_400.0
 """Reference blocks up to this long before the end of the period are used."""

@@ -6,12 +6,12 @@ from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from services.gateway.messaging import RequestPublisher
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.publisher import RequestPublisher
 from services.gateway.settings import GatewaySettings
 from services.router.settings import RouterSettings
 from shared.access import ACCESS, acl_arguments
-from shared.lanes import LaneSettings, all_topics
+from shared.kafka.topic_settings import LaneSettings, all_topics
 from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS, REQUESTS_BATCH, TOPICS

@@ -10,8 +10,8 @@ from typing import Self
 
 import numpy as np
 
+from shared.carbon import JOULES_PER_KWH
 from shared.metering.columns import Floats, IntensitySeries, partition
-from shared.units import JOULES_PER_KWH
 from tools.reporting.frame import Calls
 from tools.reporting.model import CarbonAccount, EnergyAccount
 from tools.reporting.query import CallSums, IntervalSums, Snapshot
