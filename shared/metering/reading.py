@@ -206,7 +206,7 @@ async def read_fleet(
         if row["source"] not in ("forced", "")
     ]
     listed = [] if fleet is None else [pool.name for pool in fleet.pools]
-    pues = {}
+    pues: dict[str, float] = {}
     if {row["pool"] for row in meters} - set(listed):
         pues = {row["pool"]: row["pue"] for row in await connection.fetch(_PUES, day, until, listed)}
     quantiles = _relative_lengths(await connection.fetch(_HISTOGRAMS, day, until, ["tokens"]))
