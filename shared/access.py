@@ -15,12 +15,14 @@ from shared.topics import (
     DEAD_LETTERS,
     FOOTPRINTS,
     LOAD_REPORTS,
+    METERED_SAVINGS,
     POLICIES,
     POWER_CURVES,
     PROMPT_GROUPS,
     QUALITY,
     REPLIES,
     REQUESTS,
+    REQUESTS_BATCH,
     RESPONSE_CHUNKS,
     RESPONSES,
     SAMPLES,
@@ -64,8 +66,8 @@ ACCESS: Final[dict[str, Access]] = {
     ),
     "router": Access(
         reads=(
-            *(REQUESTS, CANCELLATIONS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES, CAPACITY),
-            *(RESPONSES, DEAD_LETTERS),
+            *(REQUESTS, REQUESTS_BATCH, CANCELLATIONS, CARBON_INTENSITY, PROMPT_GROUPS, POLICIES, POWER_CURVES),
+            *(CAPACITY, RESPONSES, DEAD_LETTERS),
         ),
         writes=(RESPONSES, RESPONSE_CHUNKS, REPLIES, SAMPLES, LOAD_REPORTS, DEAD_LETTERS),
         groups=("router",),
@@ -82,18 +84,22 @@ ACCESS: Final[dict[str, Access]] = {
     ),
     "ledger": Access(
         reads=(*_LEDGER_STORES, LOAD_REPORTS, CAPACITY),
-        writes=(FOOTPRINTS, POWER_CURVES, DEAD_LETTERS),
+        writes=(FOOTPRINTS, POWER_CURVES, METERED_SAVINGS, DEAD_LETTERS),
         groups=tuple(f"ledger.{spec.name}" for spec in _LEDGER_STORES),
     ),
     "gateway": Access(
-        reads=(REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY),
-        writes=(REQUESTS, CANCELLATIONS, DEAD_LETTERS),
+        reads=(REPLIES, POLICIES, FOOTPRINTS, CARBON_INTENSITY, CAPACITY, METERED_SAVINGS),
+        writes=(REQUESTS, REQUESTS_BATCH, CANCELLATIONS, DEAD_LETTERS),
         groups=("gateway",),
     ),
     "sleeper": Access(reads=(CAPACITY, LOAD_REPORTS)),
-    "client": Access(reads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS, CANCELLATIONS)),
+    "client": Access(reads=(RESPONSES, RESPONSE_CHUNKS, FOOTPRINTS), writes=(REQUESTS, REQUESTS_BATCH, CANCELLATIONS)),
     "operator": Access(
-        reads=TOPICS, writes=(REQUESTS, DEAD_LETTERS), groups=("router",), transactions=(REDRIVE_ID,), creates=True
+        reads=TOPICS,
+        writes=(REQUESTS, REQUESTS_BATCH, DEAD_LETTERS),
+        groups=("router",),
+        transactions=(REDRIVE_ID,),
+        creates=True,
     ),
 }
 """By principal. An application that sends requests is a `client`; a person with the `sprout` command an `operator`.
@@ -109,7 +115,7 @@ def acl_arguments(
 
     Args:
         principals: Kafka's principal, such as `User:sprout-router`, by name in `ACCESS`.
-        lanes: topics of requests besides `requests`.
+        lanes: topics of requests that `shared.topics.TOPICS` does not declare.
     """
     for name, principal in principals.items():
         access = _with_lanes(ACCESS[name], lanes)

@@ -14,7 +14,7 @@ whole blocks, by leaving out one block after the other:
   independent between days.
 
 The demand of a bin is the number of tokens that its requests would have generated in it without Sprout
-(`tools/reporting/demand.py`). What is expected of a request is the mean of its prompt group at the reference level,
+(`shared/metering/demand.py`). What is expected of a request is the mean of its prompt group at the reference level,
 from reference blocks and the control group, also where the request was served at this level: with the actual tokens
 there, the regression would not fit the other bins.
 

@@ -25,6 +25,7 @@ from shared.messages import (
     Reply,
     ResponseChunk,
     Sample,
+    SavingOnMeter,
     UsageRecord,
 )
 
@@ -127,6 +128,7 @@ REQUESTS: Final = TopicSpec(
     headers=TRACE_HEADERS,
     correlation="id",
 )
+REQUESTS_BATCH: Final = replace(REQUESTS, name="requests-batch", description="Prompts that may wait: lines of batches")
 RESPONSES: Final = TopicSpec(
     name="responses",
     description="Answers, and errors in place of answers",
@@ -260,6 +262,14 @@ CAPACITY: Final = TopicSpec(
     cleanup=Cleanup.COMPACT,
     partitions=1,
 )
+METERED_SAVINGS: Final = TopicSpec(
+    name="metered-savings",
+    description="Saving of the whole fleet on its meters",
+    message=SavingOnMeter,
+    key="window",
+    cleanup=Cleanup.COMPACT,
+    partitions=1,
+)
 DEAD_LETTERS: Final = TopicSpec(
     name="dead-letters",
     description="Messages that could not be processed, with the reason",
@@ -274,6 +284,7 @@ DEAD_LETTERS: Final = TopicSpec(
 
 TOPICS: Final = (
     REQUESTS,
+    REQUESTS_BATCH,
     RESPONSES,
     RESPONSE_CHUNKS,
     REPLIES,
@@ -288,13 +299,15 @@ TOPICS: Final = (
     LOAD_REPORTS,
     POWER_CURVES,
     CAPACITY,
+    METERED_SAVINGS,
     DEAD_LETTERS,
 )
 
 
 def requests_topic(name: str) -> TopicSpec:
     """The topic of a lane, which is like `requests`; see `shared.kafka.topic_settings`."""
-    return REQUESTS if name == REQUESTS.name else replace(REQUESTS, name=name)
+    declared = {spec.name: spec for spec in (REQUESTS, REQUESTS_BATCH)}
+    return declared.get(name) or replace(REQUESTS, name=name)
 
 
 ANSWERS: Final = (

@@ -1,14 +1,11 @@
 """Wires the gateway: HTTP API, publishers, replies, policies and keys."""
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
 import asyncpg
-from aiokafka import TopicPartition
-from asyncpg.pool import PoolConnectionProxy
 from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry
@@ -23,9 +20,10 @@ from services.gateway.estimates import Estimates
 from services.gateway.file_store import FileStore
 from services.gateway.http import HttpLimits
 from services.gateway.keys import KeyStore
-from services.gateway.messaging import ReplyInbox, RequestPublisher, claim_partition
+from services.gateway.messaging import ReplyInbox, RequestPublisher
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.page import add_page
+from services.gateway.reply_partition import ReplyPartition
 from services.gateway.settings import GatewaySettings
 from services.gateway.status import Monitor
 from services.gateway.workarounds import BoundedHttp
@@ -39,7 +37,7 @@ from shared.kafka.subscribe import (
     subscribe_compacted,
     subscribe_partition,
 )
-from shared.messages import CarbonIntensity, Footprint, Policy, PoolCapacity, Reply
+from shared.messages import CarbonIntensity, Footprint, Policy, PoolCapacity, Reply, SavingOnMeter
 from shared.runtime.clock import Clock
 from shared.runtime.database import (
     RETRY_PAUSE_S,
@@ -59,6 +57,7 @@ from shared.topics import (
     CARBON_INTENSITY,
     DEAD_LETTERS,
     FOOTPRINTS,
+    METERED_SAVINGS,
     POLICIES,
     REPLIES,
     REQUESTS,
@@ -71,51 +70,34 @@ FOOTPRINT_BATCH = 500
 STATE_WAIT_S = 10.0
 """Longest wait of a starting gateway for the policies, intensities and plans that Kafka has, wall seconds."""
 
+_SHOWN = (POLICIES, CARBON_INTENSITY, CAPACITY, METERED_SAVINGS)
+"""Compacted topics that every gateway reads from their beginning."""
+
 _log = get_logger(__name__)
 
 
-class Replies:
-    """The subscription to this gateway's replies, and the partition that it reads."""
+def _subscribe_to_replies(
+    broker: KafkaBroker, kafka: KafkaSettings, dead_letters: DeadLetterPublisher, gateway: Gateway, monitor: Monitor
+) -> ReplyPartition:
+    """Subscribe to this gateway's replies; returns what chooses the partition that it reads."""
+    subscriber = subscribe_partition(broker, kafka, dead_letters, REPLIES, poll_ms=gateway.settings.poll_ms)
 
-    def __init__(
-        self,
-        broker: KafkaBroker,
-        dead_letters: DeadLetterPublisher,
-        gateway: Gateway,
-        monitor: Monitor,
-        *,
-        kafka: KafkaSettings,
-    ) -> None:
-        self._topic = kafka.topic(REPLIES)
-        self._gateway = gateway
-        self._connection: PoolConnectionProxy[asyncpg.Record] | None = None
-        self._subscriber = subscribe_partition(broker, kafka, dead_letters, REPLIES, poll_ms=gateway.settings.poll_ms)
+    @subscriber
+    async def on_replies(replies: list[Reply]) -> None:
+        own = [one for one in replies if one.request_id in gateway.inbox]
+        gateway.metrics.replies.labels("own").inc(len(own))
+        gateway.metrics.replies.labels("other").inc(len(replies) - len(own))
+        gateway.inbox.deliver(own)
+        for response in [one.response for one in own if one.response is not None]:
+            estimate = gateway.estimates.of(response.model, response.decision, response.usage)
+            monitor.note(response, grams=estimate.grams, now=gateway.clock.now())
 
-        @self._subscriber
-        async def on_replies(replies: list[Reply]) -> None:
-            own = [one.response for one in replies if one.response is not None and one.request_id in gateway.inbox]
-            gateway.inbox.deliver(replies)
-            for response in own:
-                estimate = gateway.estimates.of(response.model, response.decision, response.usage)
-                monitor.note(response, grams=estimate.grams, now=gateway.clock.now())
+    def move(number: int) -> None:
+        gateway.reply_partition = number
 
-    async def start(self, pool: asyncpg.Pool) -> None:
-        """Claim a partition, and read it from its present end on; the broker has started."""
-        consumer = self._subscriber.consumer
-        await consumer.position(TopicPartition(self._topic, 0))  # loads the topic's metadata
-        numbers = list(consumer.partitions_for_topic(self._topic) or (0,))
-        random.shuffle(numbers)
-        self._connection = connection = await pool.acquire()  # its lock lives as long as it does
-        number = await claim_partition(connection, self._topic, numbers)
-        if number is None:
-            number = numbers[0]
-            _log.warning("all reply partitions are read by other gateways; this one is shared", partition=number)
-        partition = TopicPartition(self._topic, number)
-        consumer.assign([partition])
-        await consumer.seek_to_end(partition)
-        await consumer.position(partition)
-        self._gateway.reply_partition = number
-        _log.info("reading replies", partition=number)
+    return ReplyPartition(
+        kafka.topic(REPLIES), consumer=lambda: subscriber.consumer, waiting=gateway.inbox.waiting, on_move=move
+    )
 
 
 def _subscribe(
@@ -130,9 +112,9 @@ def _subscribe(
         subscribe_compacted(
             broker, kafka, dead_letters, spec, before="the gateway is ready, unless that takes too long"
         )
-        for spec in (POLICIES, CARBON_INTENSITY, CAPACITY)
+        for spec in _SHOWN
     ]
-    known_policies, known_intensities, known_capacities = state
+    known_policies, known_intensities, known_capacities, known_savings = state
 
     @known_policies
     async def on_policies(policies: list[Policy]) -> None:
@@ -146,6 +128,10 @@ def _subscribe(
     @known_capacities
     async def on_capacities(capacities: list[PoolCapacity]) -> None:
         monitor.update_capacities(capacities)
+
+    @known_savings
+    async def on_savings(savings: list[SavingOnMeter]) -> None:
+        monitor.update_savings(savings)
 
     @subscribe_batches(broker, kafka, dead_letters, FOOTPRINTS, group=NAME, max_records=FOOTPRINT_BATCH)
     async def on_footprints(footprints: list[Footprint]) -> None:
@@ -185,7 +171,7 @@ def _batch_runner(gateway: Gateway) -> BatchRunner:
             inbox=gateway.inbox,
             estimates=gateway.estimates,
             publisher=gateway.publisher,
-            reply_partition=gateway.reply_partition or 0,
+            reply_partition=lambda: gateway.reply_partition or 0,
             fleet=gateway.fleet,
             settings=gateway.settings,
             clock=gateway.clock,
@@ -231,7 +217,7 @@ def build_app(
     )
     metrics.watch_open(lambda: len(gateway.inbox))
     monitor = Monitor(fleet, started_at=clock.now())
-    replies = Replies(broker, dead_letters, gateway, monitor, kafka=kafka)
+    replies = _subscribe_to_replies(broker, kafka, dead_letters, gateway, monitor)
 
     state = _subscribe(broker, kafka, dead_letters, gateway, monitor)
     pools: list[asyncpg.Pool] = []
@@ -255,6 +241,7 @@ def build_app(
         if not await read_to_end(state, within_s=STATE_WAIT_S):
             _log.warning("the first requests are answered before the policies have been read")
         await replies.start(pools[0])
+        health.spawn("keep the reply partition", replies.keep())
         runner = _batch_runner(gateway)
         health.spawn("batches", runner.run())
         health.spawn("expired files", runner.clean())
@@ -275,6 +262,7 @@ def build_app(
             FOOTPRINTS,
             CARBON_INTENSITY,
             CAPACITY,
+            METERED_SAVINGS,
             DEAD_LETTERS,
         ),
         registry=registry,

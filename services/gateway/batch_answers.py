@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Final, Literal
 
@@ -66,7 +67,7 @@ class BatchAnswers:
         inbox: ReplyInbox,
         estimates: Estimates,
         publisher: RequestPublisher,
-        reply_partition: int,
+        reply_partition: Callable[[], int],
         fleet: Fleet,
         settings: GatewaySettings,
         clock: Clock,
@@ -74,7 +75,7 @@ class BatchAnswers:
         """Answer nothing yet.
 
         Args:
-            reply_partition: that this gateway reads.
+            reply_partition: that this gateway reads at the moment.
         """
         self.reader = LineReader(batch.id, batch.endpoint)
         self.cancelled = batch.status is Status.CANCELLING
@@ -157,7 +158,7 @@ class BatchAnswers:
             headers={},
             fleet=self._fleet,
             tenant=self._batch.tenant,
-            reply_partition=self._reply_partition,
+            reply_partition=self._reply_partition(),
             now=now,
             deadline=min(limit, self._batch.expires_at),
         )

@@ -30,7 +30,16 @@ _OF_RESPONSE: Final[Mapping[str, tuple[int, str, str | None]]] = {
 }
 """Status, type and parameter by the code of a response's error."""
 
-_TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "invalid_request_error"}
+_OF_STATUS: Final[Mapping[int, tuple[str, str | None]]] = {
+    401: ("authentication_error", None),
+    403: ("permission_error", None),
+    404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "timeout"),
+    413: ("invalid_request_error", "request_too_large"),
+}
+"""Type and code of what is refused before an endpoint has it."""
+
 _CODES: Final = {"unknown_model": "model_not_found", "prompt_too_large": "context_length_exceeded"}
 
 
@@ -93,8 +102,15 @@ def add_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:  # noqa: ARG001
-        kind = _TYPES.get(error.status_code, "invalid_request_error")
-        return ApiError(error.status_code, str(error.detail), kind=kind, headers=error.headers).response()
+        kind, code = _OF_STATUS.get(error.status_code, ("invalid_request_error", None))
+        return ApiError(error.status_code, str(error.detail), kind=kind, code=code, headers=error.headers).response()
+
+    @api.exception_handler(Exception)
+    async def on_defect(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
+        # The server logs it.
+        return ApiError(
+            500, "the gateway failed on this request", kind="server_error", code="internal_error"
+        ).response()
 
 
 def of_validation(error: RequestValidationError) -> ApiError:

@@ -161,7 +161,12 @@ class Exchange:
         if self.pending.response is not None and self.pending.response.error is not None:
             return ApiError.of_response(self.pending.response.error)
         if self.pending.restarted:
-            return ApiError(502, "the router failed in the middle of the answer: ask again", kind="upstream_error")
+            return ApiError(
+                502,
+                "the router failed in the middle of the answer: ask again",
+                kind="upstream_error",
+                code="upstream_error",
+            )
         return None
 
     def _patience_s(self) -> float:

@@ -1,18 +1,11 @@
-"""The gateway's messages: requests and cancellations to the routers, and the routers' replies.
-
-The gateway reads one partition of `replies`. Each gateway claims a partition by an advisory lock in PostgreSQL, and its
-requests name it. A gateway that has lost its lock may share the partition with another one: each drops the replies to
-requests that are not its own.
-"""
+"""The gateway's messages: requests and cancellations to the routers, and the routers' replies."""
 
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import asyncpg
 from aiokafka.errors import KafkaError
-from asyncpg.pool import PoolConnectionProxy
 from faststream.kafka import KafkaBroker
 from pydantic_core import PydanticSerializationError
 
@@ -20,9 +13,9 @@ from services.gateway.errors import ApiError
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.settings import GatewaySettings
 from shared.kafka.publish import TOO_LARGE, Publisher, check_size, declare_publisher
+from shared.kafka.topic_settings import LaneSettings
 from shared.messages import Cancellation, Decision, GenerationRequest, GenerationResponse, Reply, ResponseChunk
 from shared.runtime.clock import Clock
-from shared.runtime.database import translate_errors
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 from shared.topics import CANCELLATIONS, REQUESTS, requests_topic
@@ -46,7 +39,7 @@ class RequestPublisher:
         clock: Clock,
         metrics: GatewayMetrics,
     ) -> None:
-        self.lane = requests_topic(settings.batch_lane)
+        self.lane = requests_topic(settings.batch_lane or LaneSettings().of_batches)
         self._requests = declare_publisher(broker, kafka, REQUESTS)
         self._lane = self._requests if self.lane is REQUESTS else declare_publisher(broker, kafka, self.lane)
         self._cancellations = declare_publisher(broker, kafka, CANCELLATIONS)
@@ -190,6 +183,10 @@ class ReplyInbox:
     def __len__(self) -> int:
         return len(self._pending)
 
+    def waiting(self) -> set[str]:
+        """The ids of the requests that wait."""
+        return set(self._pending)
+
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._pending
 
@@ -209,18 +206,3 @@ class ReplyInbox:
             pending = self._pending.get(reply.request_id)
             if pending is not None:
                 pending.add(reply)
-
-
-async def claim_partition(
-    connection: "PoolConnectionProxy[asyncpg.Record]", topic: str, partitions: Iterable[int]
-) -> int | None:
-    """Lock one of the partitions for as long as the connection lives; None if others hold all of them.
-
-    Raises:
-        DatabaseUnavailableError: PostgreSQL does not answer.
-    """
-    with translate_errors():
-        for number in partitions:
-            if await connection.fetchval("SELECT pg_try_advisory_lock(hashtext($1), $2)", topic, number):
-                return number
-    return None

@@ -24,6 +24,13 @@ class GatewayMetrics:
             buckets=BUCKETS_S,
             registry=registry,
         )
+        self.replies = Counter(
+            "sprout_gateway_replies",
+            "Parts of answers that were read from `replies`: of requests that wait here (own), and of those that have "
+            "ended or are another gateway's (other)",
+            ("of",),
+            registry=registry,
+        )
         self.cancelled = Counter(
             "sprout_gateway_cancelled", "Requests that were cancelled because nobody waits for them", registry=registry
         )

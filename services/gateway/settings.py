@@ -78,8 +78,9 @@ class GatewaySettings(BaseSettings):
     batch_lease_s: float = Field(
         default=20.0, ge=1, le=600, description="How long a batch waits for a gateway that died, wall"
     )
-    batch_lane: str = Field(
-        default="requests",
+    batch_lane: str | None = Field(
+        default=None,
         pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$",
-        description="Topic of the requests of batches, without its prefix: one of the routers' lanes",
+        description="Topic of the requests of batches, without its prefix: one of the routers' lanes. Default: "
+        "requests-batch, or requests if SPROUT_ROUTER_LANES is set here and has no requests-batch",
     )

@@ -15,6 +15,7 @@ from shared.messages import (
     OptionEstimate,
     Policy,
     PoolCapacity,
+    SavingOnMeter,
     option_key,
     split_option,
 )
@@ -33,6 +34,18 @@ MAX_AGE: Final = timedelta(hours=3)
 """An intensity that is older is not called current."""
 
 
+class MeterStatus(BaseModel):
+    """What the ledger knows of the saving on the meter, which is that of `sprout report`."""
+
+    at: datetime | None = Field(description="End of the last reading that counts; null: nothing is known of today")
+    interval_g: tuple[float, float] | None = Field(description="95 % confidence interval of `on_the_meter_g`")
+    judge_subtracted: bool = Field(description="Whether what the judge's meters showed is taken off")
+    blocks: int = Field(description="Reference blocks that the estimate uses")
+    reason: str = Field(description="Why the saving of today is unknown, and what to do; empty if it is known")
+    share_28_days: float | None = Field(description="Saved in 28 days, as a share of the grams without Sprout")
+    share_28_days_interval: tuple[float, float] | None = Field(description="95 % confidence interval")
+
+
 class SavedToday(BaseModel):
     """Grams of CO2 equivalent that were not emitted since midnight UTC, or since this gateway started."""
 
@@ -43,9 +56,11 @@ class SavedToday(BaseModel):
     )
     answers: int = Field(description="Answers of this gateway")
     compared: int = Field(description="Those for which a policy has both means")
-    on_the_meter_g: None = Field(
-        default=None, description="Not measured by the gateway; `sprout report` measures it where there are meters"
+    on_the_meter_g: float | None = Field(
+        description="Saved by the whole fleet since midnight UTC, as its meters show; less than 0: it used more. null: "
+        "unknown, see `meter`"
     )
+    meter: MeterStatus
 
 
 class IntensityAt(BaseModel):
@@ -132,6 +147,7 @@ class Monitor:
         self._policies: dict[str, Policy] = {}
         self._intensities: dict[str, CarbonIntensity] = {}
         self._capacities: dict[str, PoolCapacity] = {}
+        self._savings: dict[str, SavingOnMeter] = {}
         self._recent: deque[tuple[str | None, RecentAnswer]] = deque(maxlen=MAX_COUNTED)
         self._since = started_at
         self._saved_g = 0.0
@@ -150,6 +166,10 @@ class Monitor:
         """Take new plans of the servers; those of unknown pools are dropped."""
         pools = {pool.name for pool in self._fleet.pools}
         self._capacities |= {one.pool: one for one in capacities if one.pool in pools}
+
+    def update_savings(self, savings: Iterable[SavingOnMeter]) -> None:
+        """Take new savings on the meter."""
+        self._savings |= {one.window: one for one in savings}
 
     def note(self, response: GenerationResponse, *, grams: float | None, now: datetime) -> None:
         """Take an answer.
@@ -186,6 +206,10 @@ class Monitor:
             tenant: list only its answers; None: all answers.
         """
         self._begin_day(now)
+        midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+        today = self._savings.get("day")
+        if today is not None and today.since != midnight:
+            today = None
         listed = [answer for owner, answer in self._recent if tenant is None or owner == tenant]
         return SproutStatus(
             at=now,
@@ -194,6 +218,8 @@ class Monitor:
                 attributed_g=self._saved_g if self._compared else None,
                 answers=self._answers,
                 compared=self._compared,
+                on_the_meter_g=None if today is None else today.saved_g,
+                meter=meter_status(today, self._savings.get("28-days")),
             ),
             zones=tuple(self._zone(zone, now) for zone in dict.fromkeys(pool.zone for pool in self._fleet.pools)),
             models=tuple(self._model(model.name, now) for model in self._fleet.models),
@@ -264,6 +290,29 @@ class Monitor:
             in_flight=None if plan is None else plan.in_flight,
             requests_per_s=None if plan is None else plan.requests_per_s,
         )
+
+
+def meter_status(today: SavingOnMeter | None, month: SavingOnMeter | None) -> MeterStatus:
+    """What is known of the saving on the meter.
+
+    Args:
+        today: None if nothing of today is known.
+        month: of 28 days.
+    """
+    reason = "the ledger has not published it today"
+    return MeterStatus(
+        at=None if today is None else today.at,
+        interval_g=None if today is None else _interval(today.saved_g_low, today.saved_g_high),
+        judge_subtracted=today is None or today.judge_subtracted,
+        blocks=0 if today is None else today.blocks,
+        reason=reason if today is None else today.reason,
+        share_28_days=None if month is None else month.saved_share,
+        share_28_days_interval=None if month is None else _interval(month.saved_share_low, month.saved_share_high),
+    )
+
+
+def _interval(low: float | None, high: float | None) -> tuple[float, float] | None:
+    return None if low is None or high is None else (low, high)
 
 
 def level_mix(policy: Policy) -> dict[str, float]:

@@ -17,6 +17,7 @@ from services.ledger.meters import scrapers_of
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.outbox import CurvePublisher, FootprintOutbox
 from services.ledger.reports import AwakeEndpoints, RunningCalls
+from services.ledger.savings import SavingPublisher
 from services.ledger.settings import LedgerSettings
 from services.ledger.settlement import IntervalSettlement
 from services.ledger.sql import Storage
@@ -35,6 +36,7 @@ from shared.topics import (
     DEAD_LETTERS,
     FOOTPRINTS,
     LOAD_REPORTS,
+    METERED_SAVINGS,
     POLICIES,
     POWER_CURVES,
     PROMPT_GROUPS,
@@ -88,6 +90,15 @@ class Ledger:
             fleet, settings=settings, storage=self.storage, metrics=metrics, awake=awake, clock=clock
         )
         self.earlier = EarlierVersions(self.storage)
+        self.savings = SavingPublisher(
+            declare_publisher(broker, kafka, METERED_SAVINGS),
+            fleet=fleet,
+            storage=self.storage,
+            settings=settings,
+            clock=clock,
+            metrics=metrics,
+            is_responsible=ingest.reads_intensities,
+        )
         self.loop = AttributionLoop(
             Backlog(ingest.call_subscribers, clock=clock),
             self.settlement,
@@ -163,6 +174,7 @@ def build_app(
         health.spawn("settle", ledger.loop.run(on_round=rounds.made))
         health.spawn("publish", ledger.loop.run_publishing())
         health.spawn("roll up", ledger.loop.run_rolling_up())
+        health.spawn("publish the saving on the meter", ledger.savings.run())
         health.spawn("remove old rows", ledger.loop.remove_old_rows())
 
     app = build_service(
@@ -181,6 +193,7 @@ def build_app(
             CAPACITY,
             FOOTPRINTS,
             POWER_CURVES,
+            METERED_SAVINGS,
             DEAD_LETTERS,
         ),
         registry=registry,

@@ -85,7 +85,7 @@ class Ingest:
 
         readers = [subscribe(RESPONSES) for _ in range(RESPONSE_READERS)]
         usage = subscribe(USAGE)
-        intensities = subscribe(CARBON_INTENSITY)
+        self._intensities = intensities = subscribe(CARBON_INTENSITY)
         policies = subscribe(POLICIES)
         qualities = subscribe(QUALITY)
         groupings = subscribe(PROMPT_GROUPS)
@@ -120,6 +120,11 @@ class Ingest:
         async def on_groupings(batch: list[PromptGrouping]) -> None:
             learned = [grouping_row(one) for one in batch if one.version is not None]
             await self._write(storage.put, "prompt_groups", learned)
+
+    def reads_intensities(self) -> bool:
+        """Whether this is the one of several ledgers that reads `carbon-intensity`, which has one partition."""
+        consumer = self._intensities.consumer
+        return consumer is not None and bool(consumer.assignment())
 
     async def _add_calls(self, calls: list[NewCall]) -> None:
         """Add calls; raises as `_write` does."""

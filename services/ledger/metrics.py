@@ -55,6 +55,24 @@ class LedgerMetrics:
             ("endpoint",),
             registry=registry,
         )
+        self.saved_g = Gauge(
+            "sprout_ledger_metered_saving_grams",
+            "gCO2eq saved on the meters, by window: day (since midnight UTC), 28-days; NaN while unknown",
+            ("window",),
+            registry=registry,
+        )
+        self.saved_ratio = Gauge(
+            "sprout_ledger_metered_saving_ratio",
+            "The same as a share of the grams without Sprout; NaN while unknown",
+            ("window",),
+            registry=registry,
+        )
+        self.saving_blocks = Gauge(
+            "sprout_ledger_metered_saving_blocks",
+            "Reference blocks of the switchback that the estimate uses",
+            ("window",),
+            registry=registry,
+        )
         self.scrape_errors = Counter(
             "sprout_ledger_scrape_errors", "Failed readings of energy counters", ("endpoint",), registry=registry
         )

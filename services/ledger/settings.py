@@ -66,6 +66,20 @@ class LedgerSettings(BaseSettings):
     )
     stop_grace_s: float = Field(default=5.0, ge=0, description="For the last settlement on shutdown, wall")
 
+    # Saving on the meter
+    saving_interval_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="Between two publications of the saving on the meter, event; never more often than once a minute, "
+        "wall",
+    )
+    saving_max_endpoints: int = Field(
+        default=32,
+        ge=0,
+        description="The saving on the meter is not computed for a fleet with more endpoints: each takes 3 MB of "
+        "memory meanwhile",
+    )
+
     # Retention
     retention_days: float = Field(
         default=2.0,

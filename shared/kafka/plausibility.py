@@ -2,8 +2,8 @@
 
 Kafka's ACLs say who may write to a topic. These checks bound the damage if one of the writers is faulty, has a wrong
 clock, or is not what it claims to be. All consumers of `carbon-intensity`, `policies`, `prompt-groups`, `quality`,
-`power-curves`, `load-reports` and `capacity` apply them, see `shared.kafka.records.parse_record`; what fails them
-becomes a dead letter with the reason `implausible`.
+`power-curves`, `load-reports`, `capacity` and `metered-savings` apply them, see `shared.kafka.records.parse_record`;
+what fails them becomes a dead letter with the reason `implausible`.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -21,6 +21,7 @@ from shared.messages import (
     PoolCapacity,
     PromptGrouping,
     Quality,
+    SavingOnMeter,
 )
 from shared.messages.base import SCHEMA_VERSION
 from shared.runtime.clock import Clock
@@ -160,12 +161,18 @@ def _check_capacity(message: PoolCapacity, latest: datetime) -> str:
     return message.pool
 
 
+def _check_saving(message: SavingOnMeter, latest: datetime) -> str:
+    _not_after(latest, since=message.since, at=message.at)
+    return message.window
+
+
 _CHECKS: Final[dict[type[Message], Callable[[Any, datetime], str | Collection[str]]]] = {
     CarbonIntensity: _check_intensity,
     Policy: _check_policy,
     Quality: _check_quality,
     PromptGrouping: _check_grouping,
     EndpointCurve: _check_curve,
+    SavingOnMeter: _check_saving,
     LoadReport: _check_load,
     PoolCapacity: _check_capacity,
 }

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.kafka.records import describe
-from shared.topics import REQUESTS, TOPICS, Cleanup, TopicSpec, requests_topic
+from shared.topics import REQUESTS, REQUESTS_BATCH, TOPICS, Cleanup, TopicSpec, requests_topic
 
 HOUR_MS = 3_600_000
 
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 
 
 def _split(lanes: object) -> object:
-    """Weights by name from `requests:4,requests-batch:1`."""
+    """Weights by name from `requests:4,night:1`."""
     if not isinstance(lanes, str):
         return lanes
     found: dict[str, str] = {}
@@ -43,7 +43,7 @@ def _check(lanes: dict[str, int]) -> dict[str, int]:
             raise ValueError(f"{name!r} is no name of a topic: use lower-case letters, digits, '.', '_' and '-'")
     if REQUESTS.name not in lanes:
         raise ValueError(f"the lane {REQUESTS.name} is missing: add {REQUESTS.name}:WEIGHT")
-    taken = {spec.name for spec in TOPICS if spec is not REQUESTS}.intersection(lanes)
+    taken = {spec.name for spec in TOPICS if spec.message is not REQUESTS.message}.intersection(lanes)
     if taken:
         raise ValueError(f"{', '.join(sorted(taken))} is a topic of other messages: name the lane differently")
     return lanes
@@ -53,9 +53,9 @@ class LaneFields(BaseModel):
     """The lanes; a settings class may inherit the field."""
 
     lanes: Annotated[dict[str, Weight], NoDecode, BeforeValidator(_split), AfterValidator(_check)] = Field(
-        default={REQUESTS.name: 1},
-        description="Topics of requests without their prefix, each with its weight: requests:4,requests-batch:1. While "
-        "requests wait, a lane gets its weight's part of the places",
+        default={REQUESTS.name: 9, REQUESTS_BATCH.name: 1},
+        description="Topics of requests without their prefix, each with its weight: requests:4,night:1. While requests "
+        "wait, a lane gets its weight's part of the places",
     )
 
     @property
@@ -72,7 +72,12 @@ class LaneSettings(LaneFields, BaseSettings):
     @property
     def further_topics(self) -> tuple[TopicSpec, ...]:
         """The topics of lanes that `shared.topics.TOPICS` does not declare."""
-        return tuple(spec for spec in self.lane_topics if spec is not REQUESTS)
+        return tuple(spec for spec in self.lane_topics if spec not in TOPICS)
+
+    @property
+    def of_batches(self) -> str:
+        """The lane of batches where nobody names one: `requests-batch`, or `requests` if routers do not read that."""
+        return REQUESTS_BATCH.name if REQUESTS_BATCH.name in self.lanes else REQUESTS.name
 
 
 def all_topics() -> tuple[TopicSpec, ...]:

@@ -15,7 +15,7 @@ from shared.messages.base import (
     split_option,
 )
 from shared.messages.capacity import CapacityForecast, EndpointCurve, EndpointLoad, LoadReport, PoolCapacity, PoolLoad
-from shared.messages.carbon import CarbonIntensity, Footprint, IntensityPoint
+from shared.messages.carbon import CarbonIntensity, Footprint, IntensityPoint, SavingOnMeter
 from shared.messages.evaluation import (
     MAX_SERVED_CHARS,
     EvaluationCost,
@@ -105,6 +105,7 @@ __all__ = [
     "ResponseChunk",
     "Sample",
     "SamplingParameters",
+    "SavingOnMeter",
     "ServedAnswer",
     "Timing",
     "TokenCountSource",

@@ -33,7 +33,7 @@ class LoadReport(Message):
     service: Literal["router", "evaluator"]
     at: UtcDatetime
     interval_s: float = Field(gt=0, description="Event seconds since the instance's last report")
-    share: Probability = Field(description="Share of the partitions of `requests` that the instance reads")
+    share: Probability = Field(description="Share of the partitions of all lanes that the instance reads")
     final: bool = Field(default=False, description="The instance stops; nothing is running any more")
     pools: tuple[PoolLoad, ...]
 

@@ -80,3 +80,26 @@ class Footprint(RequestMessage):
     operational_g: float | None = Field(default=None, ge=0)
     embodied_g: float = Field(ge=0)
     total_g: float | None = Field(default=None, ge=0, description="null where the intensity is unknown")
+
+
+class SavingOnMeter(Message):
+    """The saving of the whole fleet in one window on its meters, estimated by switchback: see `shared.metering`.
+
+    What is unknown is null, and `reason` says why.
+    """
+
+    window: Literal["day", "28-days"] = Field(description="day: since midnight UTC")
+    since: UtcDatetime
+    at: UtcDatetime = Field(description="End of the last meter reading; the time of computation without one")
+    saved_g: float | None = Field(default=None, description="gCO2eq of electricity, less the judge's")
+    saved_g_low: float | None = Field(default=None, description="Of the 95 % confidence interval")
+    saved_g_high: float | None = None
+    saved_share: float | None = Field(default=None, description="Of the grams without Sprout; null if these may be 0")
+    saved_share_low: float | None = None
+    saved_share_high: float | None = None
+    without_g: float | None = Field(default=None, description="Estimated grams without Sprout")
+    judge_subtracted: bool = Field(default=True, description="false: a pool of the judge has no meter that can be used")
+    blocks: int = Field(default=0, ge=0, description="Reference blocks that the estimate uses")
+    hours: float = Field(default=0.0, ge=0, description="Of the window with complete readings, which the grams are for")
+    hours_left_out: float = Field(default=0.0, ge=0)
+    reason: str = Field(default="", description="Why there is no estimate, and what to do")

@@ -16,9 +16,10 @@ from deploy.local.postgres import create_database
 from deploy.local.processes import Supervisor
 from shared.kafka.admin import create_topics
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
-from shared.topics import TOPICS, requests_topic
+from shared.topics import REQUESTS, REQUESTS_BATCH, TopicSpec
 from tests.support.deadlines import DEADLINE_S, REPLY_S
-from tests.support.gateway import GatewayProcess
+from tests.support.deadlines import until as until_true
+from tests.support.gateway import GatewayProcess, prepare_gateways
 from tests.support.router import (
     ENDLESS_PROMPT,
     LEVELS,
@@ -28,14 +29,13 @@ from tests.support.router import (
     fleet_toml,
     producing,
     question,
+    reading,
 )
 
 pytestmark = pytest.mark.integration
 
 CHAT = "/v1/chat/completions"
-LANE = "requests-batch"
 SETTINGS = {
-    "SPROUT_GATEWAY_BATCH_LANE": LANE,
     "SPROUT_GATEWAY_BATCH_LEASE_S": "3",
     "SPROUT_GATEWAY_MAX_FILE_BYTES": "2000000",
 }
@@ -46,7 +46,7 @@ ENDED = {"completed", "failed", "expired", "cancelled"}
 def gateways(
     supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path_factory
 ) -> Iterator[GatewayProcess]:
-    """A gateway that has a lane for its batches."""
+    """A gateway with the default lane of batches."""
     folder = tmp_path_factory.mktemp("batches")
     kafka = KafkaSettings(
         bootstrap_servers=kafka_server.bootstrap_servers, topic_prefix="batches.", group_prefix="batches."
@@ -56,7 +56,7 @@ def gateways(
     fleet.write_text(fleet_toml([triton.address]))
 
     async def prepare() -> None:
-        await create_topics(kafka, specs=(*TOPICS, requests_topic(LANE)))
+        await create_topics(kafka)
         await create_database(postgres_server + "batches")
         async with producing(kafka) as producer:
             await producer.prepare({"L1": 1.0})
@@ -71,7 +71,6 @@ def gateways(
 @pytest.fixture(scope="module")
 def routers(gateways: GatewayProcess) -> RouterProcess:
     running = RouterProcess(gateways.supervisor, gateways.kafka, gateways.fleet)
-    running.settings["SPROUT_ROUTER_LANES"] = f"requests:4,{LANE}:1"
     running.start()
     return running
 
@@ -161,7 +160,7 @@ async def test_every_line_is_once_in_the_output_or_the_error_file(gateways: Gate
         ("level", 400, "unknown_level"),
     ]
     assert [one.id async for one in client.batches.list()] == [batch.id]
-    lane = [end for _, end in (await committed(gateways.kafka, topic=requests_topic(LANE))).values()]
+    lane = [end for _, end in (await committed(gateways.kafka, topic=REQUESTS_BATCH)).values()]
     assert sum(lane) >= 100
     assert {one.purpose for one in (await client.files.list()).data} == {"batch", "batch_output"}
     async with asyncio.timeout(DEADLINE_S):
@@ -171,6 +170,53 @@ async def test_every_line_is_once_in_the_output_or_the_error_file(gateways: Gate
     assert (row["requests"], row["completion_tokens"]) == (100, 100 * LEVELS["L1"][0])
     footprint = await client.get(f"/footprints/{first['response']['request_id']}", cast_to=httpx.Response)
     assert footprint.json()["level"] == "L1"
+
+
+async def until_published(kafka: KafkaSettings, topic: TopicSpec, records: int) -> None:
+    async def published() -> int:
+        return sum(end for _, end in (await committed(kafka, topic=topic)).values())
+
+    await until_true(published, lambda found: found >= records)
+
+
+async def test_clients_wait_behind_few_lines_of_a_batch_also_beside_a_router_of_before_the_upgrade(
+    supervisor: Supervisor, kafka_server, postgres_server: str, triton, tmp_path
+):
+    """Two hundred lines wait in Kafka, then twenty requests of clients, then a router with ten places starts."""
+    made = await prepare_gateways(
+        supervisor,
+        bootstrap_servers=kafka_server.bootstrap_servers,
+        database_url=postgres_server + "beside",
+        triton=triton.address,
+        folder=tmp_path,
+        prefix="beside.",
+        router={"SPROUT_ROUTER_MAX_IN_FLIGHT": "10"},
+    )
+    options = {"base_url": f"{made.start()}/v1", "api_key": await made.create_key(), "max_retries": 0}
+    async with openai.AsyncOpenAI(**options, timeout=DEADLINE_S) as client, reading(made.kafka) as answers:
+        batch = await start(client, [line(f"q{number}", question(number % 40)) for number in range(400)])
+        await until_published(made.kafka, REQUESTS_BATCH, 200)  # as many as a gateway publishes at once
+        asked = [
+            asyncio.create_task(
+                client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": question(number)}])
+            )
+            for number in range(20)
+        ]
+        await until_published(made.kafka, REQUESTS, 20)
+        made.routers.start()
+        clients = {answer.id for answer in await asyncio.gather(*asked)}
+        # A router that does not read the lane joins the group.
+        made.routers.start(SPROUT_ROUTER_LANES="requests:1")
+        batch = await until_ended(client, batch)
+        assert batch.request_counts.model_dump() == {"total": 400, "completed": 400, "failed": 0}
+        await answers.read(until=420)
+        await answers.read_to_end()
+    order = [record.key.decode() for record in sorted(answers.records, key=lambda one: one.timestamp)]
+    assert len(order) == len(set(order)) == 420
+    last = max(order.index(request) for request in clients)
+    # A tenth of the places, and what started before the others were read.
+    assert last - len(clients) < 40, f"{last - len(clients)} lines were answered before the last client"
+    made.stop_all()
 
 
 async def test_completions_in_a_batch(client: openai.AsyncOpenAI):

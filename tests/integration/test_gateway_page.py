@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import httpx
 import pytest
 
 from deploy.local.processes import LOOPBACK
+from shared.messages import SavingOnMeter
+from shared.topics import METERED_SAVINGS
 from tests.support.chromium import Page, chromium, chromium_program
 from tests.support.deadlines import REPLY_S
 from tests.support.gateway import GatewayProcess
-from tests.support.router import LONG_PROMPT, MODEL, question
+from tests.support.router import LONG_PROMPT, MODEL, producing, question
 
 pytestmark = pytest.mark.integration
 
@@ -58,6 +61,12 @@ def ask(url: str, key: str, prompt: str, **changes: object) -> str:
     return answer.json()["id"]
 
 
+async def publish_savings(gateways: GatewayProcess, *savings: SavingOnMeter) -> None:
+    async with producing(gateways.kafka) as producer:
+        for saving in savings:
+            await producer.post(METERED_SAVINGS, saving, saving.window)
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     program = chromium_program()
@@ -86,7 +95,8 @@ def test_the_page_needs_a_key_unless_this_machine_asks(gateways: GatewayProcess)
     assert asked[:16] not in get(url, headers=foreign, auth=("any", other)).text
     status = get(f"{url}/v1/sprout/status", headers={**foreign, "authorization": f"Bearer {tenant}"}).json()
     assert [answer["level"] for answer in status["answers"]] == ["L1"]
-    assert status["saved_today"]["on_the_meter_g"] is None
+    saved = status["saved_today"]
+    assert (saved["on_the_meter_g"], saved["meter"]["reason"]) == (None, "the ledger has not published it today")
     assert status["zones"][0]["now"]["g_per_kwh"] == 300.0
 
 
@@ -119,6 +129,26 @@ def test_the_page_in_chromium(gateways: GatewayProcess, browser: Page):
     for kind in ("keyDown", "keyUp"):
         browser.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
     assert browser.evaluate("document.activeElement.textContent") == "Skip to the last answers"
+    # The saving on the meter appears by itself once the ledger has published it, or why it has not.
+    assert "the ledger has not published it today" in browser.evaluate("document.getElementById('saved').textContent")
+    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    today = SavingOnMeter(
+        window="day", since=midnight, at=midnight + timedelta(seconds=1), saved_g=1_234.0, saved_g_low=-5.0,
+        saved_g_high=2_000.0, blocks=4,
+    )  # fmt: skip
+    month = SavingOnMeter(
+        window="28-days", since=midnight, at=midnight, saved_share=0.25, saved_share_low=0.2, saved_share_high=0.3
+    )
+    asyncio.run(publish_savings(gateways, today, month))
+    assert browser.evaluate(
+        "new Promise(done => { const look = () => document.getElementById('meter').textContent === '1.23 kg' ? "
+        "done(true) : setTimeout(look, 100); look(); })"
+    )
+    saved = browser.evaluate("document.getElementById('saved').textContent")
+    assert "-5.00 g to 2.00 kg, 95 %" in saved
+    assert "25.0 % of the fleet's grams" in saved
+    assert "has not published" not in saved
+    assert browser.evaluate(CONTRAST) >= 4.5
     # An answer appears by itself, without its text.
     asked = ask(url, key, LONG_PROMPT)
     assert browser.evaluate(

@@ -8,12 +8,18 @@ from datetime import timedelta
 import asyncpg
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 from typer.testing import CliRunner
 
 from services.ledger.earlier import EarlierVersions
+from services.ledger.metrics import LedgerMetrics
 from services.ledger.rollup import RollUps
+from services.ledger.savings import SavingPublisher
+from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Storage
 from shared.fleet import load_fleet
+from shared.metering.reading import read_fleet
+from shared.runtime.clock import ManualClock
 from shared.runtime.database import migrate, open_pool
 from tests.support.metered import fleet_days, fleet_toml, metered_fleet, table_of
 from tests.support.report import (
@@ -31,7 +37,6 @@ from tests.support.report import (
 )
 from tools.cli.main import app
 from tools.reporting import NoLedgerError, collect_report, to_json
-from tools.reporting.meter_query import read_fleet
 from tools.reporting.summary import summary_lines
 
 pytestmark = pytest.mark.integration
@@ -341,6 +346,59 @@ async def test_a_period_reads_the_reference_blocks_before_it(ledger):
     assert found.reference_blocks > len(found.blocks)
     assert found.power[0].at >= since
     assert (await collect_report(ledger, model=MODEL, fleet=fleet)).metered.saving is None
+
+
+async def test_the_ledger_publishes_the_same_saving_as_the_report(ledger):
+    fleet = metered_fleet()
+    clock = ManualClock(DAY + timedelta(hours=47.5))
+    storage, registry, published = Storage(), CollectorRegistry(), []
+    storage.attach(ledger)
+
+    class Kafka:
+        async def publish(self, message, *, key):
+            published.append((key, message))
+
+    def publisher(fleet):
+        return SavingPublisher(
+            Kafka(), fleet=fleet, storage=storage, settings=LedgerSettings(), clock=clock,
+            metrics=LedgerMetrics(registry), is_responsible=lambda: True,
+        )  # fmt: skip
+
+    savings = publisher(fleet)
+    for saving in await savings.compute():
+        assert (saving.saved_g, saving.reason) == (None, "the ledger has no meter reading in this time")
+    await write_fleet_days(ledger, fleet_days(fleet))
+    await savings.publish()
+    assert [key for key, _ in published] == [b"day", b"28-days"]
+    for _, one in published:
+        report = (await collect_report(ledger, since=one.since, fleet=fleet)).metered
+        expected = report.saving
+        assert one.saved_g == pytest.approx(expected.saved_g, rel=1e-9)
+        assert (one.saved_g_low, one.saved_g_high) == pytest.approx(
+            (expected.saved_g_interval.low, expected.saved_g_interval.high), rel=1e-9
+        )
+        assert 100 * one.saved_share == pytest.approx(expected.carbon_saving_pct, rel=1e-9)
+        assert (one.without_g, one.hours) == pytest.approx((expected.without_g, expected.hours))
+        assert (one.blocks, one.judge_subtracted) == (report.reference_blocks, True)
+        value = registry.get_sample_value("sprout_ledger_metered_saving_grams", {"window": one.window})
+        assert value == pytest.approx(expected.saved_g)
+    day, month = (one for _, one in published)
+    assert day.since == DAY + timedelta(days=1)
+    assert day.at == clock.now()
+    assert 23 < day.hours < 25 < month.hours < 49
+
+    # Too few blocks: both say why. And a fleet that is too large.
+    rare = metered_fleet(share=0.02)
+    report = (await collect_report(ledger, since=day.since, fleet=rare)).metered
+    registry = CollectorRegistry()
+    (found, _) = await publisher(rare).compute()
+    assert (found.saved_g, found.reason) == (None, report.reason)
+    pool = fleet.pools[0]
+    many = tuple(pool.endpoints[0].model_copy(update={"name": f"e{number}"}) for number in range(300))
+    large = fleet.model_copy(update={"pools": (pool.model_copy(update={"endpoints": many}), *fleet.pools[1:])})
+    registry = CollectorRegistry()
+    (found, _) = await publisher(large).compute()
+    assert "SPROUT_LEDGER_SAVING_MAX_ENDPOINTS (32)" in found.reason
 
 
 async def test_the_command_takes_the_fleet_file_from_option_or_environment(ledger, database, tmp_path, monkeypatch):

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from shared.kafka.admin import create_topics
 from shared.runtime.settings import KafkaSettings
-from shared.topics import REQUESTS, SOURCE_HEADER, TopicSpec, requests_topic
+from shared.topics import REQUESTS, REQUESTS_BATCH, SOURCE_HEADER, TopicSpec
 from tests.support.router import (
     ENDLESS_PROMPT,
     Producer,
@@ -20,8 +19,6 @@ from tests.support.router import (
 
 pytestmark = pytest.mark.integration
 
-BATCH = requests_topic("requests-batch")
-LANES = {"SPROUT_ROUTER_LANES": "requests:4,requests-batch:1"}
 PLACES = {"SPROUT_ROUTER_MAX_IN_FLIGHT": "10"}
 
 
@@ -59,17 +56,16 @@ async def test_a_tenant_behind_hundreds_of_requests_of_another_does_not_wait_for
 
 
 async def test_lanes_share_the_places_and_a_killed_routers_requests_are_answered_once(kafka, routers, producer):
-    await create_topics(kafka, specs=(BATCH,))
     await producer.prepare({"L2": 1.0})
-    await ask(producer, kafka, BATCH, range(200))
+    await ask(producer, kafka, REQUESTS_BATCH, range(200))
     await ask(producer, kafka, REQUESTS, range(200, 240))
-    name = routers.start(**PLACES, **LANES)
+    name = routers.start(**PLACES)
     page = f"{routers.supervisor.process(name).spec.url}/metrics"
     await until_page(page, lambda text: 'sprout_router_waiting_records{lane="requests-batch",tenant=""} ' in text)
     async with reading(kafka) as answers:
         await answers.read(until=80)
         routers.supervisor.kill(name)
-        routers.start(**PLACES, **LANES)
+        routers.start(**PLACES)
         counts = await answers.ids(f"r{number}" for number in range(240))
         await until_committed(kafka)
         await answers.read_to_end()
@@ -78,7 +74,7 @@ async def test_lanes_share_the_places_and_a_killed_routers_requests_are_answered
         assert headers == {2, 3}  # those of another lane than `requests` name it
     answered = await order(kafka, 240)
     last = max(answered.index(number) for number in range(200, 240))
-    assert last < 120, f"{last} answers came before the last of the lane with the weight of 4"
+    assert last < 120, f"{last} answers came before the last of the lane with the greater weight"
 
 
 async def test_a_full_pool_does_not_hold_back_requests_for_another(kafka, routers, producer, triton):

@@ -131,7 +131,14 @@ def request_consumer(
     registry: CollectorRegistry | None = None,
     **settings: Any,
 ) -> RequestConsumer:
-    given = {"session_timeout_s": 10.0, "max_in_flight": 4, "rebalance_grace_s": 0.0, "drain_grace_s": 0.0, **settings}
+    given = {
+        "lanes": {"requests": 1},
+        "session_timeout_s": 10.0,
+        "max_in_flight": 4,
+        "rebalance_grace_s": 0.0,
+        "drain_grace_s": 0.0,
+        **settings,
+    }
     checked = RouterSettings.model_validate(given)
     fleet = fleet or Fleet.model_validate(tomllib.loads(fleet_toml(["h:1"])))
     requests = RequestConsumer(

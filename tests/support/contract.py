@@ -45,6 +45,7 @@ from shared.messages import (
     Reply,
     ResponseChunk,
     Sample,
+    SavingOnMeter,
     ServedAnswer,
     Timing,
     Usage,
@@ -132,6 +133,7 @@ _COUNT = QualityCount(
 
 EXAMPLES: dict[str, Message] = {
     "requests": GenerationRequest(id="r1", prompt="Why?", directive="!L2", stream=True, metadata={"a": "b"}),
+    "requests-batch": GenerationRequest(id="r1", prompt="Why?"),
     "responses": GenerationResponse(
         request_id="r1", model="m", status="ok", text="Because.", finish_reason="stop", endpoint="e0",
         decision=Decision(source="policy", group="g1", pool="p", level="L1", zone="GB", policy_version=1,
@@ -197,6 +199,7 @@ EXAMPLES: dict[str, Message] = {
         endpoints=2, endpoints_needed=1, forecast=(CapacityForecast(at=NOW + timedelta(hours=1), endpoints_needed=2),),
         awake=("e0",), reason="20 requests need 1 endpoint",
     ),
+    "metered-savings": SavingOnMeter(window="day", since=NOW, at=NOW, saved_g=1.0, blocks=4),
     "dead-letters": DeadLetter(
         service="router", topic="requests", partition=0, offset=1, key_base64=None, value_base64="ew==",
         reason="invalid_json", detail="message: invalid", failed_at=NOW,

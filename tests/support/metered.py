@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from shared.fleet import Fleet
+from shared.metering.columns import Floats
+from shared.metering.demand import REFERENCE_LEVEL, AnswerLengths, Answers, Arrivals, spread_over_bins
+from shared.metering.tables import FleetReadings, MeterTable, meter_table
 from shared.switchback import SwitchbackSchedule
 from tests.support.report import DAY, MODEL, POOL, ZONE, record_of
-from tools.reporting.demand import REFERENCE_LEVEL, AnswerLengths, Answers, Arrivals, spread_over_bins
-from tools.reporting.frame import Floats
-from tools.reporting.meters import FleetReadings, MeterTable, meter_table
 
 ENDPOINTS = 4
 TOKENS = {"short": 60.0, "long": 120.0}

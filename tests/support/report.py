@@ -12,16 +12,9 @@ import numpy as np
 from shared.fleet import Fleet
 from shared.messages import OptionEstimate, Policy, PolicyInputs, Quality, QualityCount
 from shared.messages.evaluation import EvaluationCost
-from tools.reporting.frame import (
-    NO_POLICY,
-    TEXT_COLUMNS,
-    Calls,
-    CallsBuilder,
-    Distributions,
-    IntensitySeries,
-    partition,
-)
-from tools.reporting.meters import NO_READINGS, FleetReadings
+from shared.metering.columns import IntensitySeries, partition
+from shared.metering.tables import NO_READINGS, FleetReadings
+from tools.reporting.frame import NO_POLICY, TEXT_COLUMNS, Calls, CallsBuilder, Distributions
 from tools.reporting.quality import PolicyHistory
 from tools.reporting.query import CallSums, EvaluationSums, IntervalSums, LearnedGroups, Selection, Snapshot
 

@@ -16,9 +16,9 @@ from shared.batch_curve import MEASURED, BatchCurve
 from shared.carbon import JOULES_PER_KWH
 from shared.fleet import Switchback
 from shared.metered_saving import DAY_S, FleetBins
+from shared.metering.demand import spread_over_bins
 from shared.pools import Dispatch
 from shared.switchback import SwitchbackSchedule
-from tools.reporting.demand import spread_over_bins
 from tools.simulator.fleet import needed_nearby, server_power_w
 
 Floats = NDArray[np.float64]

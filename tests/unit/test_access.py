@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from services import SERVICES
 from shared.access import ACCESS, acl_arguments, leader_group
 from shared.runtime.settings import KafkaSettings
-from shared.topics import CANCELLATIONS, POLICIES, REQUESTS, TOPICS
+from shared.topics import CANCELLATIONS, POLICIES, REQUESTS, REQUESTS_BATCH, TOPICS
 from tests.support.contract import documents, groups_of, kafka_operations
 from tools.cli.main import app
 
@@ -29,7 +29,7 @@ def test_every_service_may_do_what_its_document_says_and_no_more() -> None:
 def test_only_the_optimizer_and_the_operator_can_steer_routers() -> None:
     writers = {name for name, access in ACCESS.items() if POLICIES in access.writes}
     assert writers == {"optimizer"}
-    assert ACCESS["client"].writes == (REQUESTS, CANCELLATIONS)
+    assert ACCESS["client"].writes == (REQUESTS, REQUESTS_BATCH, CANCELLATIONS)
 
 
 def test_every_command_names_one_principal_and_one_resource() -> None:

@@ -5,10 +5,11 @@ from typing import Any, get_args
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from pydantic import SecretStr
 
 from services.gateway.app import build_app
-from services.gateway.errors import ApiError
+from services.gateway.errors import ApiError, add_handlers
 from services.gateway.limits import AccountState, Verdict
 from shared.fleet import Fleet
 from shared.messages import ErrorDetail
@@ -57,6 +58,22 @@ async def test_the_headers_of_a_refusal_are_described(document):
     responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert set(responses["429"]["headers"]) == set(refusal.headers)
     assert set(responses["503"]["headers"]) == {"retry-after"}
+
+
+async def test_a_defect_is_an_error_in_openais_format_and_says_nothing_of_its_cause():
+    api = FastAPI()
+    add_handlers(api)
+
+    @api.get("/v1/defect")
+    async def defect() -> None:
+        raise RuntimeError("a secret")
+
+    transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        answer = await client.get("/v1/defect")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "secret" not in answer.text
 
 
 def test_every_error_of_a_router_has_a_status_and_those_that_pass_say_when_to_try_again():

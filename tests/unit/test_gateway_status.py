@@ -19,6 +19,7 @@ from shared.messages import (
     OptionEstimate,
     Policy,
     PoolCapacity,
+    SavingOnMeter,
     Timing,
     Usage,
 )
@@ -84,6 +85,32 @@ def test_the_saving_is_the_difference_of_the_means_and_starts_again_at_midnight(
     assert tomorrow.attributed_g is None
     assert tomorrow.since == datetime(2024, 2, 9, tzinfo=UTC)
     assert saving_g(priced(), decided(group="unknown")) is None
+
+
+def test_the_saving_on_the_meter_is_the_ledgers_and_that_of_today(fleet):
+    monitor = Monitor(fleet, started_at=NOON)
+    saved = monitor.status(NOON).saved_today
+    assert (saved.on_the_meter_g, saved.meter.interval_g) == (None, None)
+    assert saved.meter.reason == "the ledger has not published it today"
+    midnight = NOON.replace(hour=0)
+    few = SavingOnMeter(window="day", since=midnight, at=NOON, blocks=2, reason="2 reference blocks, 4 are needed")
+    monitor.update_savings([few])
+    saved = monitor.status(NOON).saved_today
+    assert (saved.on_the_meter_g, saved.meter.blocks, saved.meter.reason) == (None, 2, few.reason)
+    known = few.model_copy(
+        update={"saved_g": 12.0, "saved_g_low": 8.0, "saved_g_high": 16.0, "reason": "", "judge_subtracted": False}
+    )
+    month = known.model_copy(
+        update={"window": "28-days", "saved_share": 0.2, "saved_share_low": 0.1, "saved_share_high": 0.3}
+    )
+    monitor.update_savings([known, month])
+    saved = monitor.status(NOON).saved_today
+    assert (saved.on_the_meter_g, saved.meter.interval_g, saved.meter.at) == (12.0, (8.0, 16.0), NOON)
+    assert (saved.meter.share_28_days, saved.meter.share_28_days_interval) == (0.2, (0.1, 0.3))
+    assert not saved.meter.judge_subtracted
+    # The figure of yesterday is none of today.
+    tomorrow = monitor.status(NOON + timedelta(days=1)).saved_today
+    assert (tomorrow.on_the_meter_g, tomorrow.meter.share_28_days) == (None, 0.2)
 
 
 def test_the_mix_weighs_the_groups_and_an_expired_policy_means_no_directive(fleet):

@@ -1,28 +1,56 @@
 """Lanes: topics of requests with their weights, and the topics and access that follow."""
 
 import pytest
+from faststream.kafka import KafkaBroker
+from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from services.gateway.messaging import RequestPublisher
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.settings import GatewaySettings
 from services.router.settings import RouterSettings
 from shared.access import ACCESS, acl_arguments
 from shared.kafka.topic_settings import LaneSettings, all_topics
+from shared.runtime.clock import Clock
 from shared.runtime.settings import KafkaSettings
-from shared.topics import REQUESTS, TOPICS
+from shared.topics import REQUESTS, REQUESTS_BATCH, TOPICS
 from tools.cli.main import app
 
-LANES = "requests:4, requests-batch:1"
+LANES = "requests:4, night:1"
 
 
 def test_lanes_are_topics_like_requests(monkeypatch):
-    assert LaneSettings().lanes == {"requests": 1}
+    assert LaneSettings().lanes == {"requests": 9, "requests-batch": 1}
+    assert LaneSettings().lane_topics == (REQUESTS, REQUESTS_BATCH)
     assert all_topics() == TOPICS
     monkeypatch.setenv("SPROUT_ROUTER_LANES", LANES)
-    assert RouterSettings().lanes == {"requests": 4, "requests-batch": 1}
-    first, batch = RouterSettings().lane_topics
+    assert RouterSettings().lanes == {"requests": 4, "night": 1}
+    first, night = RouterSettings().lane_topics
     assert first is REQUESTS
-    assert (batch.name, batch.message, batch.partitions) == ("requests-batch", REQUESTS.message, REQUESTS.partitions)
-    assert all_topics() == (*TOPICS, batch)
+    assert (night.name, night.message, night.partitions) == ("night", REQUESTS.message, REQUESTS.partitions)
+    assert all_topics() == (*TOPICS, night)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "named", "lane"),
+    [
+        (None, None, "requests-batch"),
+        ("requests:4,requests-batch:1", None, "requests-batch"),
+        ("requests:1", None, "requests"),  # no router reads another lane
+        (None, "requests", "requests"),
+        ("requests:4,night:1", "night", "night"),
+        (None, "night", "night"),  # the routers have it
+    ],
+)
+def test_the_lane_of_batches(monkeypatch, lanes, named, lane):
+    for name, value in (("SPROUT_ROUTER_LANES", lanes), ("SPROUT_GATEWAY_BATCH_LANE", named)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    kafka = KafkaSettings()
+    metrics = GatewayMetrics(CollectorRegistry())
+    publisher = RequestPublisher(KafkaBroker(), kafka, settings=GatewaySettings(), clock=Clock(), metrics=metrics)
+    assert publisher.lane.name == lane
 
 
 @pytest.mark.parametrize(
@@ -50,10 +78,10 @@ def test_what_is_wrong_with_lanes_is_said(monkeypatch, lanes, problem):
 def test_who_may_use_requests_may_use_every_lane(monkeypatch):
     monkeypatch.setenv("SPROUT_ROUTER_LANES", LANES)
     kafka = KafkaSettings(topic_prefix="s.")
-    (batch,) = LaneSettings().further_topics
-    commands = list(acl_arguments(kafka, {name: name for name in ACCESS}, lanes=(batch,)))
-    granted = {(command[1], command[3]) for command in commands if "s.requests-batch" in command}
+    (night,) = LaneSettings().further_topics
+    commands = list(acl_arguments(kafka, {name: name for name in ACCESS}, lanes=(night,)))
+    granted = {(command[1], command[3]) for command in commands if "s.night" in command}
     assert granted == {(command[1], command[3]) for command in commands if "s.requests" in command}
     assert ("client", "Write") in granted
     result = CliRunner().invoke(app, ["topics", "acls", "router"])
-    assert "--operation Read --topic sprout.requests-batch" in result.output
+    assert "--operation Read --topic sprout.night" in result.output

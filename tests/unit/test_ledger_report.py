@@ -8,6 +8,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
+from shared.metering.columns import IntensitySeries
 from tests.support.report import (
     CONSTANT_DAY,
     DAY,
@@ -31,7 +32,6 @@ from tests.support.report import (
 from tools.reporting import to_json
 from tools.reporting.accounts import Site, carbon_account, energy_account, prices_at, sites_of
 from tools.reporting.collect import compute_report
-from tools.reporting.frame import IntensitySeries
 from tools.reporting.quality import JudgedShares, relative_pct
 from tools.reporting.query import CallSums
 

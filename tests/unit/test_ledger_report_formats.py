@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from shared.metering.columns import IntensitySeries
+from shared.metering.tables import Latency
 from tests.support.metered import fleet_days, metered_fleet, readings_of
 from tests.support.report import (
     CONSTANT_DAY,
@@ -28,8 +30,6 @@ from tests.support.report import (
 from tools.reporting import render_html, render_metrics, render_tables, to_csv, to_json
 from tools.reporting.collect import compute_report
 from tools.reporting.format import energy, grams, percent, relative_difference
-from tools.reporting.frame import IntensitySeries
-from tools.reporting.meters import Latency
 from tools.reporting.plots import power_figure
 from tools.reporting.summary import summary_lines
 

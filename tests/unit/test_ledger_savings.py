@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from shared.metering.columns import IntensitySeries
 from tests.support.report import DAY, POOL, REFERENCE, ZONE, calls_of, intensity_at, made_day, policy_at, record_of
 from tools.reporting.accounts import sites_of
 from tools.reporting.counterfactual import Counterfactual
-from tools.reporting.frame import IntensitySeries
 from tools.reporting.quality import PolicyHistory
 from tools.reporting.savings import Comparison, allocate_total, estimate_saving, net_of_evaluator
 

@@ -116,7 +116,7 @@ def test_option_names_round_trip_even_with_slashes_in_the_pools_name() -> None:
 
 
 def test_every_topic_has_a_described_message_and_a_bound_on_its_size() -> None:
-    assert len({spec.name for spec in TOPICS}) == len(TOPICS) == 16
+    assert len({spec.name for spec in TOPICS}) == len(TOPICS) == 18
     for spec in TOPICS:
         assert spec.message.__doc__
         assert spec.configuration()["cleanup.policy"] in {"delete", "compact", "compact,delete"}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tools.reporting.demand import ExpectedAnswers, demand_by_bin, spread_over_bins
+from shared.metering.demand import ExpectedAnswers, demand_by_bin, spread_over_bins
 
 
 def test_amounts_are_spread_evenly_over_their_time() -> None:

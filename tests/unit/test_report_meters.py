@@ -8,6 +8,10 @@ import pytest
 
 from shared.fleet import Switchback
 from shared.messages.policies import PoolPrice
+from shared.metering.columns import IntensitySeries
+from shared.metering.demand import NO_ARRIVALS, AnswerLengths, Answers, demand
+from shared.metering.estimation import worlds_of
+from shared.metering.tables import NO_READINGS, Load, bin_length_s, meter_table
 from shared.switchback import SwitchbackSchedule
 from tests.support.metered import (
     BRIEF,
@@ -23,11 +27,7 @@ from tests.support.metered import (
 from tests.support.report import DAY, POOL, ZONE, intensity_at, policy_at, snapshot_of
 from tools.reporting.capacity import latest_prices, needed_share, sleeping
 from tools.reporting.collect import compute_report
-from tools.reporting.demand import NO_ARRIVALS, AnswerLengths, Answers, demand
 from tools.reporting.fleet_report import WorldSums, explain
-from tools.reporting.frame import IntensitySeries
-from tools.reporting.metered import worlds_of
-from tools.reporting.meters import NO_READINGS, Load, bin_length_s, meter_table
 from tools.reporting.query import CallSums, Selection
 from tools.reporting.summary import summary_lines
 

@@ -21,6 +21,7 @@ from shared.topics import (
     FOOTPRINTS,
     REPLIES,
     REQUESTS,
+    REQUESTS_BATCH,
     RESPONSE_CHUNKS,
     RESPONSES,
     SAMPLES,
@@ -31,6 +32,7 @@ from tools.erasure.subjects import Subjects
 
 PERSONAL_TOPICS: Final = (
     REQUESTS,
+    REQUESTS_BATCH,
     RESPONSES,
     SAMPLES,
     FOOTPRINTS,

@@ -11,7 +11,8 @@ from typing import Self
 import numpy as np
 
 from shared.carbon import JOULES_PER_KWH
-from tools.reporting.frame import Calls, Floats, IntensitySeries, partition
+from shared.metering.columns import Floats, IntensitySeries, partition
+from tools.reporting.frame import Calls
 from tools.reporting.model import CarbonAccount, EnergyAccount
 from tools.reporting.query import CallSums, IntervalSums, Snapshot
 

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.messages import Quality
+from shared.metering.columns import Flags, Floats, Indices, IntensitySeries, Texts, partition
 from tools.reporting.accounts import Site, grams_per_joule
 from tools.reporting.decisions import NextOption
 from tools.reporting.folding import FEWEST_REQUESTS, FoldedGroups
-from tools.reporting.frame import Calls, Flags, Floats, Indices, IntensitySeries, Texts, partition
+from tools.reporting.frame import Calls
 from tools.reporting.model import EvaluationRow, GroupRow, HourRow, ZoneRow
 from tools.reporting.quality import (
     PREFERENCE,

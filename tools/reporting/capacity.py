@@ -9,9 +9,9 @@ import numpy as np
 from shared.fleet import Fleet
 from shared.messages import Policy
 from shared.messages.policies import PoolPrice
+from shared.metering.columns import Flags, Floats
+from shared.metering.tables import CELL_S, FleetReadings, Latency, Load, MeterTable
 from shared.pools import Pool
-from tools.reporting.frame import Flags, Floats
-from tools.reporting.meters import CELL_S, FleetReadings, Latency, Load, MeterTable
 
 NO_LOAD = Load(np.zeros(0), np.zeros(0), np.zeros(0))
 NO_LATENCY = Latency(None, False, 0, None, None, None, None)

@@ -8,6 +8,7 @@ import asyncpg
 import numpy as np
 
 from shared.fleet import Fleet
+from shared.metering.columns import Floats, partition
 from tools.reporting.accounts import carbon_account, energy_account, sites_of
 from tools.reporting.breakdown import (
     HOUR_S,
@@ -23,7 +24,7 @@ from tools.reporting.counterfactual import NO_REFERENCE, ComparableRequests, Cou
 from tools.reporting.decisions import limit_rows, next_options
 from tools.reporting.fleet_report import metered_report
 from tools.reporting.folding import fold_small_groups
-from tools.reporting.frame import Calls, Floats, partition
+from tools.reporting.frame import Calls
 from tools.reporting.judging import judge_report
 from tools.reporting.model import GridPoint, GroupingRow, OptionRow, QualitySummary, Report, RequestCounts, Scope
 from tools.reporting.out_of_sample import quality_weeks
@@ -104,7 +105,7 @@ def compute_report(snapshot: Snapshot) -> Report:
         references=references,
         saving=saving,
         net=net_of_evaluator(saving, snapshot.evaluator_g),
-        metered=metered_report(snapshot, sites),
+        metered=metered_report(snapshot),
         implied_saving_pct=_saving_from_probabilities_pct(counterfactual, comparable, comparison, snapshot),
         promised_saving_pct=_predicted_saving_pct(comparable, comparison, snapshot.policies),
         energy=energy_account(snapshot),

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.metering.columns import Flags, Floats, Indices, IntensitySeries, Texts, partition
 from tools.reporting.accounts import Prices, Site, prices_at
-from tools.reporting.frame import Calls, Flags, Floats, Indices, IntensitySeries, Texts, partition
+from tools.reporting.frame import Calls
 from tools.reporting.quality import PolicyHistory
 from tools.reporting.savings import Comparison
 

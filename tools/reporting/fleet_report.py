@@ -1,28 +1,28 @@
 """What the meters say of the whole fleet: the saving, why it differs from the attributed one, capacity and power."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from shared.fleet import Fleet
+from shared.metering.columns import Flags, Floats
+from shared.metering.estimation import Roles, bins_in_period, joules_by_pool, roles_of
+from shared.metering.tables import MeterTable
 from shared.switchback import World
-from tools.reporting.accounts import NOTHING, Site
+from tools.reporting.accounts import NOTHING
 from tools.reporting.breakdown import to_datetime
 from tools.reporting.capacity import endpoints_in_use, latency_of, latest_prices, pool_row
 from tools.reporting.format import energy, percent, significant_digits
-from tools.reporting.frame import Flags, Floats
 from tools.reporting.meter_model import Metered, PowerPoint, TimeSpan
-from tools.reporting.metered import Estimation, Roles, bins_in_period, estimate, joules_by_pool, roles_of
-from tools.reporting.meters import MeterTable
+from tools.reporting.metered import Estimation, estimate
 from tools.reporting.query import Snapshot
 
 MOST_POINTS = 1_500
 """Of a plot."""
 
 
-def metered_report(snapshot: Snapshot, sites: Mapping[str, Site]) -> Metered:
+def metered_report(snapshot: Snapshot) -> Metered:
     """The saving on the meter, capacity and latency."""
     selection, fleet, readings = snapshot.selection, snapshot.fleet, snapshot.readings
     if selection.model is not None or selection.zone is not None:
@@ -31,7 +31,7 @@ def metered_report(snapshot: Snapshot, sites: Mapping[str, Site]) -> Metered:
             reason="meters do not distinguish models, and requests move between zones: the saving on the meter is one "
             "of the whole fleet. Leave out --model and --zone",
         )
-    roles = roles_of(fleet, readings, served={str(pool) for pool in set(snapshot.requests.pool.tolist())})
+    roles = roles_of(fleet, readings)
     prices = latest_prices(list(snapshot.policies.by_version.values()))
     table = readings.table
     period = np.zeros(0, dtype=bool) if table is None else bins_in_period(table, selection.since, selection.until)
@@ -45,7 +45,7 @@ def metered_report(snapshot: Snapshot, sites: Mapping[str, Site]) -> Metered:
         )
         for name in _serving_pools(fleet, roles)
     )
-    found = estimate(snapshot, roles, sites)
+    found = estimate(snapshot, roles)
     included = [row for row in pools if row.pool not in roles.excluded]
     needed = [row.needed_mean for row in included if row.needed_mean is not None]
     objectives = [row.tpot_objective_ms for row in included if row.tpot_objective_ms is not None]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shared.messages import Quality, QualityCount
-from tools.reporting.frame import Texts
+from shared.metering.columns import Texts
 from tools.reporting.query import Snapshot
 
 FEWEST_REQUESTS = 10

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from shared.metering.tables import Latency
 from tools.reporting.capacity import NO_LATENCY, PoolRow
-from tools.reporting.meters import Latency
 from tools.reporting.savings import Interval
 
 

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 import numpy as np
 
 from shared.messages import PeriodAccount, Policy
-from tools.reporting.frame import Calls, partition
+from shared.metering.columns import partition
+from tools.reporting.frame import Calls
 from tools.reporting.quality import PolicyHistory, policy_expectation
 
 HOUR_S = 3600.0

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.messages import Policy, Quality, QualityCount
-from tools.reporting.frame import Calls, Floats, Texts, partition
+from shared.metering.columns import Floats, Texts, partition
+from tools.reporting.frame import Calls
 
 PREFERENCE = "preference"
 CORRECTNESS = "correctness"

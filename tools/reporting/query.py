@@ -10,22 +10,14 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 import asyncpg
-import numpy as np
 
 from shared.fleet import Fleet
 from shared.messages import GroupEvidence, Policy, Quality, QualityCount
-from tools.reporting.arrays import Connection, array_columns, read_arrays
-from tools.reporting.frame import (
-    MAX_AGE_S,
-    NO_POLICY,
-    NUMBER_COLUMNS,
-    Calls,
-    CallsBuilder,
-    Distributions,
-    IntensitySeries,
-)
-from tools.reporting.meter_query import read_fleet
-from tools.reporting.meters import NO_READINGS, FleetReadings
+from shared.metering.arrays import Connection, array_columns, read_arrays
+from shared.metering.columns import MAX_AGE_S, IntensitySeries
+from shared.metering.reading import read_fleet, read_grid
+from shared.metering.tables import NO_READINGS, FleetReadings
+from tools.reporting.frame import NO_POLICY, NUMBER_COLUMNS, Calls, CallsBuilder, Distributions
 from tools.reporting.quality import PolicyHistory
 
 MAX_CELLS = 1_000_000
@@ -248,11 +240,6 @@ SELECT (SELECT coalesce(sum(CASE WHEN energy_j >= before THEN energy_j - before 
         WHERE {_PERIOD.format(at="at")} AND ($3::text IS NULL OR zone = $3))::float8
 """
 
-_INTENSITY = f"""
-SELECT zone, extract(epoch FROM at)::float8 AS at_s, intensity_g_per_kwh::float8 AS g_per_kwh, estimated
-FROM ledger.intensity WHERE {_PERIOD.format(at="at")} ORDER BY zone, at
-"""
-
 _POLICIES = """
 SELECT policy::text AS policy FROM ledger.policies
 WHERE ($1::timestamptz IS NULL OR created_at < $1) AND ($2::text IS NULL OR model = $2) ORDER BY model, version
@@ -389,15 +376,4 @@ async def _grid(
         return {}
     first_s = min(starts)
     first = datetime.fromtimestamp(first_s - MAX_AGE_S, tz=UTC)
-    points = await connection.fetch(_INTENSITY, first, selection.until)
-    by_zone: dict[str, list[asyncpg.Record]] = {}
-    for point in points:
-        by_zone.setdefault(point["zone"], []).append(point)
-    return {
-        zone: IntensitySeries(
-            at_s=np.array([point["at_s"] for point in series], dtype=float),
-            g_per_kwh=np.array([point["g_per_kwh"] for point in series], dtype=float),
-            estimated=np.array([point["estimated"] for point in series], dtype=bool),
-        )
-        for zone, series in by_zone.items()
-    }
+    return await read_grid(connection, since=first, until=selection.until)

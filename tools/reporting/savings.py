@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from tools.reporting.frame import Columns, Flags, Floats
+from shared.metering.columns import Columns, Flags, Floats
 
 CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)

@@ -10,11 +10,12 @@ from typing import Any
 import asyncpg
 import numpy as np
 
+from shared.carbon import JOULES_PER_KWH
 from shared.fleet import Fleet, Switchback
-from tools.reporting.arrays import Connection, array_columns, read_arrays
-from tools.reporting.demand import NO_ARRIVALS, REFERENCE_LEVEL, AnswerLengths, Answers, Arrivals
-from tools.reporting.frame import Floats
-from tools.reporting.meters import CELL_S, SUMS, FleetReadings, Latency, Load, bin_length_s, meter_table
+from shared.metering.arrays import Connection, array_columns, read_arrays
+from shared.metering.columns import Floats, IntensitySeries
+from shared.metering.demand import NO_ARRIVALS, REFERENCE_LEVEL, AnswerLengths, Answers, Arrivals
+from shared.metering.tables import CELL_S, SUMS, FleetReadings, Latency, Load, bin_length_s, meter_table
 
 WINDOW_S = 28 * 86_400.0
 """Reference blocks up to this long before the end of the period are used."""
@@ -128,6 +129,35 @@ WHERE kind = ANY($3) AND {_TIME.format(at="hour")} GROUP BY 1, 2, 3, 4 ORDER BY 
 """
 
 
+# PUE of pools that the fleet file does not list any more, from their footprints.
+_PUES = f"""
+SELECT pool, sum(operational_g) * {JOULES_PER_KWH} / sum(energy_intensity) AS pue FROM ledger.all_hourly_calls
+WHERE energy_intensity > 0 AND pool <> ALL($3::text[]) AND {_TIME.format(at="hour")} GROUP BY pool
+"""
+
+_INTENSITY = f"""
+SELECT zone, extract(epoch FROM at)::float8 AS at_s, intensity_g_per_kwh::float8 AS g_per_kwh, estimated
+FROM ledger.intensity WHERE {_TIME.format(at="at")} ORDER BY zone, at
+"""
+
+
+async def read_grid(
+    connection: Connection, *, since: datetime | None, until: datetime | None
+) -> Mapping[str, IntensitySeries]:
+    """Carbon intensity by zone."""
+    by_zone: dict[str, list[asyncpg.Record]] = {}
+    for point in await connection.fetch(_INTENSITY, since, until):
+        by_zone.setdefault(point["zone"], []).append(point)
+    return {
+        zone: IntensitySeries(
+            at_s=np.array([point["at_s"] for point in series], dtype=float),
+            g_per_kwh=np.array([point["g_per_kwh"] for point in series], dtype=float),
+            estimated=np.array([point["estimated"] for point in series], dtype=bool),
+        )
+        for zone, series in by_zone.items()
+    }
+
+
 async def read_fleet(
     connection: Connection,
     *,
@@ -175,6 +205,10 @@ async def read_fleet(
         for row in mix
         if row["source"] not in ("forced", "")
     ]
+    listed = [] if fleet is None else [pool.name for pool in fleet.pools]
+    pues: dict[str, float] = {}
+    if {row["pool"] for row in meters} - set(listed):
+        pues = {row["pool"]: row["pue"] for row in await connection.fetch(_PUES, day, until, listed)}
     quantiles = _relative_lengths(await connection.fetch(_HISTOGRAMS, day, until, ["tokens"]))
     return FleetReadings(
         interval_s=interval_s,
@@ -183,6 +217,7 @@ async def read_fleet(
         loads=_loads(starts),
         answers=answers,
         quantiles=quantiles,
+        pues=pues,
         latencies=latencies,
         stretch=stretch,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tools.reporting.frame import Columns, Floats, Texts, partition
+from shared.metering.columns import Columns, Floats, Texts, partition
 
 REFERENCE_LEVEL = "L0"
 MIN_REQUESTS = 5

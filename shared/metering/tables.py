@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.fleet import Switchback
-from tools.reporting.demand import NO_ARRIVALS, Answers, Arrivals
-from tools.reporting.frame import Flags, Floats
+from shared.metering.columns import Flags, Floats
+from shared.metering.demand import NO_ARRIVALS, Answers, Arrivals
 
 SHORTEST_BIN_S = 300.0
 INTERVALS_PER_BIN = 2.0
@@ -160,6 +160,7 @@ class FleetReadings:
         table: of the period and of the reference blocks before it; None without an interval.
         arrivals, answers: of the same time.
         quantiles: lengths of answers without a directive, relative to their group's mean.
+        pues: PUE by pool that the fleet file does not list.
         latencies: of the period.
         loads: calls of every pool, those of the evaluator included.
         stretch: the latencies, and the objectives beside them, are divided by it.
@@ -170,6 +171,7 @@ class FleetReadings:
     arrivals: Arrivals = NO_ARRIVALS
     answers: Sequence[Answers] = ()
     quantiles: Sequence[float] = (1.0,)
+    pues: Mapping[str, float] = field(default_factory=dict)
     latencies: Sequence[Latency] = ()
     loads: Mapping[str, Load] = field(default_factory=dict)
     stretch: float = 1.0
