@@ -8,6 +8,7 @@ from functools import partial
 
 import asyncpg
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 from asyncpg.pool import PoolConnectionProxy
 from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker
@@ -43,7 +44,14 @@ from shared.kafka.subscribe import (
 )
 from shared.messages import CarbonIntensity, Footprint, Policy, PoolCapacity, Reply
 from shared.runtime.clock import Clock
-from shared.runtime.database import RETRY_PAUSE_S, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
+from shared.runtime.database import (
+    RETRY_PAUSE_S,
+    DatabaseStatus,
+    DatabaseUnavailableError,
+    migrate_patiently,
+    open_pool,
+    translate_errors,
+)
 from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
@@ -96,12 +104,31 @@ class Replies:
                 monitor.note(response, grams=estimate.grams, now=gateway.clock.now())
 
     async def start(self, pool: asyncpg.Pool) -> None:
-        """Claim a partition, and read it from its present end on; the broker has started."""
+        """Claim a partition, and read it from its present end on; the broker has started.
+
+        Tries again as long as Kafka or PostgreSQL does not answer.
+        """
+        while True:
+            try:
+                await self._start(pool)
+            except (DatabaseUnavailableError, KafkaError) as error:
+                _log.warning("replies are not read yet, trying again", error=type(error).__name__)
+                await asyncio.sleep(RETRY_PAUSE_S)
+            else:
+                return
+
+    async def _start(self, pool: asyncpg.Pool) -> None:
         consumer = self._subscriber.consumer
-        await consumer.position(TopicPartition(self._topic, 0))  # loads the topic's metadata
+        if (first := TopicPartition(self._topic, 0)) in consumer.assignment():
+            await consumer.position(first)  # loads the topic's metadata
         numbers = list(consumer.partitions_for_topic(self._topic) or (0,))
         random.shuffle(numbers)
-        self._connection = connection = await pool.acquire()  # its lock lives as long as it does
+        if self._connection is not None:  # of an attempt that failed
+            connection, self._connection = self._connection, None
+            with translate_errors():
+                await pool.release(connection)
+        with translate_errors():
+            self._connection = connection = await pool.acquire()  # its lock lives as long as it does
         number = await claim_partition(connection, self._topic, numbers)
         if number is None:
             number = numbers[0]
@@ -229,16 +256,18 @@ def build_app(
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
+        health.spawn("check PostgreSQL", status.check_forever(database))
         async with await open_pool(database, schema=NAME, metrics=database_metrics, stateless=True) as pool:
-            with status.watch():
-                await migrate(pool, schema=NAME, package="services.gateway.migrations")
-            await _open_stores(gateway, pool, status)
+            await migrate_patiently(pool, status, schema=NAME, package="services.gateway.migrations")
+            await status.retry(partial(_open_stores, gateway, pool, status))
             pools.append(pool)
-            yield
+            try:
+                yield
+            finally:
+                await health.cancel_background()
 
     async def begin() -> None:
         accounts = gateway.ready_accounts()
-        health.spawn("check PostgreSQL", status.check_forever(database))
         health.spawn("write requests", accounts.run())
         health.spawn("renew the lease", accounts.keep_lease())
         health.spawn("remove old requests", accounts.remove_old())

@@ -83,10 +83,11 @@ class KafkaSettings(BaseSettings):
     bootstrap_servers: str = Field(default="localhost:9092", description="host:port,host:port")
     topic_prefix: str = Field(default="sprout.", description="Prefix of every topic name")
     group_prefix: str = Field(default="sprout.", description="Prefix of every consumer group")
-    connect_timeout_s: float = Field(
-        default=300.0,
+    connect_timeout_s: float | None = Field(
+        default=None,
         gt=0,
-        description="How long a starting service waits for a broker and its topics, wall",
+        description="How long a starting service waits for a broker and its topics before it ends with an error, "
+        "wall; default: without end",
         validation_alias=AliasChoices("sprout_kafka_connect_timeout_s", "sprout_kafka_connect_attempts_s"),
     )
     compression: Literal["none", "gzip", "lz4", "zstd"] = Field(
