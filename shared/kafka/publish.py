@@ -48,7 +48,7 @@ UNRECOVERABLE: Final = (
 """Errors after which the sequence numbers of a producer and those that Kafka expects differ."""
 
 BATCH_OVERHEAD_BYTES: Final = 512
-"""Upper limit of the bytes that Kafka's format adds to a batch of one message."""
+"""Upper limit of the bytes that Kafka's format, and compression in vain, add to a batch of one message."""
 
 FLUSH_TIMEOUT_S: Final = 5.0
 """Wall seconds that stopping a producer waits for its unsent messages."""

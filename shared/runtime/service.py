@@ -164,7 +164,7 @@ def build_service(
 
     def note_progress(missing: str) -> None:
         nonlocal progress
-        progress = f"not started yet: waiting for {missing}" if missing else "not started yet"
+        progress = f"not started yet: {missing}" if missing else "not started yet"
 
     def note_started() -> None:
         nonlocal progress

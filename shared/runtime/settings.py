@@ -91,9 +91,9 @@ class KafkaSettings(BaseSettings):
         validation_alias=AliasChoices("sprout_kafka_connect_timeout_s", "sprout_kafka_connect_attempts_s"),
     )
     compression: Literal["none", "gzip", "lz4", "zstd"] = Field(
-        default="none",
-        description="How a service compresses what it sends; every reader of its topics must know the codec, and only "
-        "gzip needs no further package in aiokafka",
+        default="zstd",
+        description="How a service compresses what it sends; every reader of its topics must know the codec: aiokafka "
+        "needs the package cramjam for lz4 and zstd",
     )
     leader_session_timeout_s: float = Field(
         default=6.0,
