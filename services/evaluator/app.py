@@ -42,7 +42,13 @@ from shared.kafka.leader import join_leadership
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Policy, Sample
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseMetrics, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
+from shared.runtime.database import (
+    DatabaseMetrics,
+    DatabaseStatus,
+    DatabaseUnavailableError,
+    migrate_patiently,
+    open_pool,
+)
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings
@@ -151,11 +157,12 @@ class Evaluator:
     async def running(self, health: Health) -> AsyncIterator[None]:
         """Connect to the database and start background tasks; the broker starts inside this context."""
         async with AsyncExitStack() as stack:
+            settings, status = self.settings, self.database_status
+            health.spawn("check PostgreSQL", status.check_forever(self._database))
             pool = await open_pool(self._database, schema=NAME, metrics=self._database_metrics)
             stack.push_async_callback(pool.close)
-            await migrate(pool, schema=NAME, package="services.evaluator.migrations")
+            await migrate_patiently(pool, status, schema=NAME, package="services.evaluator.migrations")
             stack.push_async_callback(self._pools.close)
-            settings, status = self.settings, self.database_status
             samples = SampleStore(
                 pool,
                 status,
@@ -169,7 +176,7 @@ class Evaluator:
             max_judged_age = timedelta(hours=settings.max_judged_age_h)
             group_store = GroupStore(pool, status, max_judged_age=max_judged_age, directives=directives)
             self.inputs.connect(samples, store)
-            await self.scheduler.restore(store)
+            await status.retry(partial(self.scheduler.restore, store))
             judge = await stack.enter_async_context(open_judge(self._fleet, settings, self._calls))
             runner = EvaluationRunner(
                 samples=samples,
@@ -188,7 +195,6 @@ class Evaluator:
                 settings=settings,
                 metrics=self.metrics,
             )
-            health.spawn("check PostgreSQL", status.check_forever(self._database))
             health.spawn("check endpoints", self._pools.watch())
             health.spawn("renew the lease", self.leadership.renew_forever())
             health.spawn("evaluate", self.leadership.lead(partial(self._evaluate, runner, health)))

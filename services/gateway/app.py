@@ -44,7 +44,7 @@ from shared.runtime.database import (
     DatabaseMetrics,
     DatabaseStatus,
     DatabaseUnavailableError,
-    migrate,
+    migrate_patiently,
     open_pool,
 )
 from shared.runtime.health import Health
@@ -224,16 +224,18 @@ def build_app(
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
+        health.spawn("check PostgreSQL", status.check_forever(database))
         async with await open_pool(database, schema=NAME, metrics=database_metrics, stateless=True) as pool:
-            with status.watch():
-                await migrate(pool, schema=NAME, package="services.gateway.migrations")
-            await _open_stores(gateway, pool, status)
+            await migrate_patiently(pool, status, schema=NAME, package="services.gateway.migrations")
+            await status.retry(partial(_open_stores, gateway, pool, status))
             pools.append(pool)
-            yield
+            try:
+                yield
+            finally:
+                await health.cancel_background()
 
     async def begin() -> None:
         accounts = gateway.ready_accounts()
-        health.spawn("check PostgreSQL", status.check_forever(database))
         health.spawn("write requests", accounts.run())
         health.spawn("renew the lease", accounts.keep_lease())
         health.spawn("remove old requests", accounts.remove_old())

@@ -158,18 +158,28 @@ class ReplyPartition:
         self._shared_since_s: float | None = None
 
     async def start(self, pool: asyncpg.Pool) -> None:
-        """Claim a partition, and read it from its present end on.
+        """Claim a partition, and read it from its present end on; the broker has started.
 
-        Raises:
-            DatabaseUnavailableError, KafkaError: it could not be claimed or read.
+        Tries again as long as Kafka or PostgreSQL does not answer.
         """
+        self._lock = lock = PartitionLock(pool, self._topic)
+        while True:
+            try:
+                await self._load_numbers()
+                await self._claim(lock)
+                await self._read()
+            except (DatabaseUnavailableError, KafkaError) as error:
+                _log.warning("replies are not read yet, trying again", error=type(error).__name__)
+                await asyncio.sleep(CHECK_S)
+            else:
+                return
+
+    async def _load_numbers(self) -> None:
         consumer = self._consumer()
-        await consumer.position(TopicPartition(self._topic, 0))  # loads the topic's metadata
+        if (first := TopicPartition(self._topic, 0)) in consumer.assignment():
+            await consumer.position(first)  # loads the topic's metadata
         self._numbers = list(consumer.partitions_for_topic(self._topic) or (0,))
         random.shuffle(self._numbers)
-        self._lock = PartitionLock(pool, self._topic)
-        await self._claim(self._lock)
-        await self._read()
 
     async def keep(self) -> None:
         """Claim a partition again whenever the lock is lost; runs until cancelled."""

@@ -115,17 +115,23 @@ class Ledger:
     @asynccontextmanager
     async def running(self, health: Health, database: DatabaseSettings) -> AsyncIterator[None]:
         """Keep the database and the scrapers open while the broker runs."""
+        status = self.storage.status
+        health.spawn("check PostgreSQL", status.check_forever(database))
         pool = await open_pool(
             database, schema=NAME, server_settings=sql.SERVER_SETTINGS, metrics=self._database_metrics
         )
         self.storage.attach(pool)
-        try:
-            with self.storage.status.watch():
+
+        async def prepare() -> None:
+            with status.watch():
                 # Before the tables change: an earlier version must not settle with them.
+                await self.earlier.unlock()
                 await self.earlier.lock(pool)
                 await migrate(pool, schema=NAME, package="services.ledger.migrations")
+
+        try:
+            await status.retry(prepare)
             health.spawn("keep earlier versions from settling", self.earlier.keep_locked())
-            health.spawn("check PostgreSQL", self.storage.status.check_forever(database))
             for number, scraper in enumerate(self.scrapers):
                 health.spawn(f"read meters {number}", scraper.run())
             yield

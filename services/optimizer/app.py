@@ -45,7 +45,7 @@ from shared.messages import (
     Quality,
 )
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseMetrics, DatabaseStatus, migrate, open_pool
+from shared.runtime.database import DatabaseMetrics, DatabaseStatus, migrate_patiently, open_pool
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import build_service, run_service
@@ -200,13 +200,13 @@ def build_app(  # noqa: PLR0915 - it only wires
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
+        health.spawn("check PostgreSQL", status.check_forever(database))
         pool = await open_pool(database, schema=NAME, metrics=DatabaseMetrics(registry))
         try:
-            await migrate(pool, schema=NAME, package=migrations.__name__)
+            await migrate_patiently(pool, status, schema=NAME, package=migrations.__name__)
             store = Store(pool, status=status, remembered_footprints=settings.remembered_footprints)
-            await intake.restore(store)
-            await capacity.restore_profiles(store)
-            health.spawn("check PostgreSQL", status.check_forever(database))
+            await status.retry(partial(intake.restore, store))
+            await status.retry(partial(capacity.restore_profiles, store))
             health.spawn("renew the lease", leadership.renew_forever())
             health.spawn("make policies", service.run())
             health.spawn("lead", leadership.lead(partial(after_reading, service.lead)))

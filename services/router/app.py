@@ -171,7 +171,6 @@ class Router:
         if not self.settings.draw_key_bytes:
             _log.warning("draws have no key, so clients can steer them: set SPROUT_ROUTER_DRAW_KEY_FILE on all routers")
         self.requests.pause()
-        health.spawn("load policies", self._load_policies())
         health.spawn("watch endpoints", self.pools.watch())
         health.spawn("watch backlog", self._backlog.watch())
         commits = health.expect_progress("commits", within_s=COMMIT_TIMEOUT_S + self.settings.commit_interval_s)
@@ -183,8 +182,9 @@ class Router:
             if self._tracer_provider is not None:
                 await asyncio.to_thread(self._tracer_provider.shutdown)
 
-    def report_load(self, health: Health) -> None:
-        """Start to publish load reports; call it once the broker has started, because before it cannot publish."""
+    def begin(self, health: Health) -> None:
+        """Start to answer requests and to publish load reports; call it once the broker has started."""
+        health.spawn("load policies", self._load_policies())
         health.spawn("report load", self._load_reporter.run())
 
     async def shut_down(self) -> None:
@@ -339,7 +339,7 @@ def build_app(
     )
 
     async def begin() -> None:
-        router.report_load(health)
+        router.begin(health)
 
     app.after_startup(begin)
     app.on_shutdown(router.shut_down)

@@ -5,6 +5,7 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -30,6 +31,9 @@ from shared.topics import TopicSpec
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 BATCH_BYTES = 16 * 1024
 """Size at which a batch of messages is sent, before compression."""
+
+RETRY_S: Final = 1.0
+"""Wall seconds before a starting service tries again to connect."""
 
 CHECK_INTERVAL_S: Final = 2.0
 """Wall seconds between two checks."""
@@ -105,11 +109,19 @@ class ServiceBroker(KafkaBroker):
         )
 
     async def start(self) -> None:
-        """Connect the producer, then start the subscribers."""
-        await self._recovering_producer.start()
+        """Connect the producer, then start the subscribers; each is tried again as long as Kafka does not answer.
+
+        FastStream's own start ends with the first error, and cannot be repeated: it starts every subscriber again.
+        """
+        await _persist(self._recovering_producer.start)
         pausing = asyncio.create_task(self.unreadable.pause_ungrouped())
         try:
-            await super().start()
+            await self.connect()
+            for subscriber in self.subscribers:
+                await _persist(subscriber.start, undo=subscriber.stop)
+            for publisher in self.publishers:
+                await publisher.start()
+            self.running = True
         except BaseException:
             pausing.cancel()
             raise
@@ -127,6 +139,20 @@ class ServiceBroker(KafkaBroker):
             await super().stop(exc_type, exc_val, exc_tb)
         finally:
             await self._recovering_producer.stop()
+
+
+async def _persist(start: Callable[[], Awaitable[None]], *, undo: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Start something, again and again while that fails for Kafka; before each further attempt what was begun ends."""
+    while True:
+        try:
+            await start()
+        except (KafkaError, OSError) as error:
+            _log.warning("Kafka does not let the service start, trying again", error=type(error).__name__)
+            if undo is not None:
+                await undo()
+            await asyncio.sleep(RETRY_S)
+        else:
+            return
 
 
 def unreadable_records(broker: KafkaBroker, kafka: KafkaSettings) -> UnreadableRecords:
@@ -175,8 +201,11 @@ def build_broker(
     return broker, dead_letters
 
 
-async def wait_for_kafka(kafka: KafkaSettings, topics: list[str]) -> None:
+async def wait_for_kafka(kafka: KafkaSettings, topics: list[str], note: Callable[[str], None]) -> None:
     """Wait until the broker answers and every topic exists; FastStream itself does not wait.
+
+    Args:
+        note: is told what is missing, without advice; empty: nothing any more.
 
     Raises:
         TimeoutError: not within `kafka.connect_timeout_s`; the message says what was missing and what to check.
@@ -189,9 +218,11 @@ async def wait_for_kafka(kafka: KafkaSettings, topics: list[str]) -> None:
                 if missing != logged:
                     _log.info("waiting for Kafka", missing=missing)
                     logged = missing
+                note(missing.partition(";")[0])
                 await asyncio.sleep(0.5)
     except TimeoutError:
-        raise TimeoutError(f"Kafka is not ready after {kafka.connect_timeout_s:.0f} s: {missing}") from None
+        raise TimeoutError(f"Kafka is not ready after {kafka.connect_timeout_s:g} s: {missing}") from None
+    note("")
 
 
 async def _find_missing(kafka: KafkaSettings, topics: list[str]) -> str:

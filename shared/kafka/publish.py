@@ -19,7 +19,7 @@ TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError, RecordToo
 """Errors of a message that Kafka rejects however often it is sent."""
 
 BATCH_OVERHEAD_BYTES: Final = 512
-"""Upper limit of the bytes that Kafka's format adds to a batch of one message."""
+"""Upper limit of the bytes that Kafka's format, and compression in vain, add to a batch of one message."""
 
 _log = get_logger(__name__)
 

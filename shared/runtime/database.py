@@ -198,7 +198,7 @@ async def open_pool(
     settings: DatabaseSettings,
     *,
     schema: str,
-    wait_s: float = 120.0,
+    wait_s: float | None = None,
     server_settings: Mapping[str, str] | None = None,
     metrics: DatabaseMetrics | None = None,
     stateless: bool = False,
@@ -207,14 +207,14 @@ async def open_pool(
 
     Args:
         schema: the service's own.
-        wait_s: how long to wait, wall.
+        wait_s: how long to wait, wall; None: without end.
         server_settings: further parameters of every session.
         metrics: of the pool's queries and connections.
         stateless: no statement leaves anything in its session (a setting, a session's lock), so that sessions need not
             be reset: that is a round trip after each use of a connection.
 
     Raises:
-        OSError, asyncpg.PostgresError: the server did not answer within `wait_s`, or rejected the login.
+        OSError, asyncpg.PostgresError: the server did not answer within `wait_s`, or refuses the login.
     """
     async for attempt in stamina.retry_context(on=TRANSIENT_ERRORS, attempts=None, timeout=wait_s, wait_max=5.0):
         with attempt:
@@ -275,6 +275,20 @@ async def migrate(pool: asyncpg.Pool, *, schema: str, package: str) -> list[str]
     if applied:
         _log.info("schema migrated", schema=schema, files=applied)
     return applied
+
+
+async def migrate_patiently(pool: asyncpg.Pool, status: DatabaseStatus, *, schema: str, package: str) -> None:
+    """Apply the SQL files as `migrate` does, again and again while PostgreSQL is unavailable.
+
+    Raises:
+        MissingSchemaError: as `migrate`.
+    """
+
+    async def attempt() -> None:
+        with status.watch():
+            await migrate(pool, schema=schema, package=package)
+
+    await status.retry(attempt)
 
 
 async def _create_schema(connection: asyncpg.Connection | PoolConnectionProxy, schema: str) -> None:

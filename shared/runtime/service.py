@@ -27,7 +27,7 @@ from shared.kafka.admin import warn_of_drift
 from shared.kafka.broker import KafkaStatus, ServiceBroker, unreadable_records, wait_for_kafka
 from shared.kafka.records import describe
 from shared.runtime.health import Health, ProgressCollector
-from shared.runtime.logs import configure_logging, get_logger, printable
+from shared.runtime.logs import configure_logging, get_logger, printable, where
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
 from shared.topics import TopicSpec
 
@@ -60,11 +60,55 @@ class Service(AsgiFastStream):
         api: gets every request that no route of FastStream takes.
         send_timeout_s: a client that takes nothing for this long is disconnected, wall; None: never.
         http: uvicorn's parser of HTTP, by its name or class. Of its own ones only the default limits headers.
+        on_failure: called when the service could not start; ends the server.
+        failed: whether it could not start.
     """
 
     api: ASGIApp | None = None
     send_timeout_s: float | None = None
     http: type[asyncio.Protocol] | Literal["h11"] = "h11"
+    on_failure: Callable[[], None] = staticmethod(lambda: None)
+    failed: bool = False
+    _started: bool = False
+
+    async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - FastStream's
+        """Start and stop with the server; see FastStream.
+
+        The server listens at once: `/health` and `/ready` answer while the service waits for Kafka and PostgreSQL.
+        """
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        stopping = asyncio.Event()
+        running = asyncio.create_task(self._run_until(stopping), name="run the service")
+        running.add_done_callback(self._on_end)
+        await receive()
+        stopping.set()
+        if not self._started:
+            running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _run_until(self, stopping: asyncio.Event) -> None:
+        async with self.lifespan_context():
+            try:
+                await self.start()
+                self._started = True
+                await stopping.wait()
+            finally:
+                if self._started:
+                    await self.stop()
+                else:  # there is no work that a shutdown would have to finish
+                    for broker in self.brokers:
+                        await broker.stop()
+
+    def _on_end(self, running: asyncio.Task[None]) -> None:
+        if running.cancelled() or (error := running.exception()) is None:
+            return
+        # Until it has started, the service has read no message that an error could quote.
+        problem = {} if self._started else {"problem": str(error)}
+        _log.critical("the service ends with an error", error=type(error).__name__, where=where(error), **problem)
+        self.failed = True
+        self.on_failure()
 
     async def not_found(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request to the API; see FastStream."""
@@ -90,7 +134,7 @@ def build_service(
     It serves `/health` (liveness), `/ready` (200, or 503 with the reasons) and `/metrics` (Prometheus).
 
     Args:
-        topics: every topic that the service reads or writes; it waits for them before it starts.
+        topics: every topic that the service reads or writes; it waits for them, and for Kafka, before it starts.
         lifespan: entered before the broker starts, left after it has stopped.
     """
 
@@ -110,22 +154,29 @@ def build_service(
 
     @asynccontextmanager
     async def service_lifespan() -> AsyncIterator[None]:
-        await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics])
-        await warn_of_drift(kafka, topics)
-        await unreadable_records(broker, kafka).inspect()
-        async with lifespan() if lifespan is not None else _nothing():
-            health.spawn("measure lag", lag.run())
-            try:
-                health.spawn("check Kafka", kafka_status.check_forever())
-                yield
-            finally:
-                await health.cancel_background()
+        try:
+            health.spawn("check Kafka", kafka_status.check_forever())
+            await wait_for_kafka(kafka, [kafka.topic(spec) for spec in topics], note_progress)
+            await warn_of_drift(kafka, topics)
+            await unreadable_records(broker, kafka).inspect()
+            async with lifespan() if lifespan is not None else _nothing():
+                health.spawn("measure lag", lag.run())
+                try:
+                    yield
+                finally:
+                    await health.cancel_background()
+        finally:
+            await health.cancel_background()
 
-    started = False
+    progress = "not started yet"
+
+    def note_progress(missing: str) -> None:
+        nonlocal progress
+        progress = f"not started yet: {missing}" if missing else "not started yet"
 
     def note_started() -> None:
-        nonlocal started
-        started = True
+        nonlocal progress
+        progress = ""
         _log.info("started", service=name, version=VERSION)
 
     kafka_status = KafkaStatus(kafka, kafka.topic(topics[0]))
@@ -135,7 +186,7 @@ def build_service(
     lag = LagMeter(broker, registry)
     if isinstance(broker, ServiceBroker):
         health.add_check("dead letters", broker.dead_letters.problem)
-    health.add_check("broker", lambda: None if started else "not started yet")
+    health.add_check("broker", lambda: progress or None)
     return Service(
         broker,
         logger=None,
@@ -178,13 +229,19 @@ def run_service(
         timeout_keep_alive=KEEP_ALIVE_S,
     )
     server = uvicorn.Server(config)
+
+    def end_server() -> None:
+        server.should_exit = True
+
+    if isinstance(app, Service):
+        app.on_failure = end_server
     send_timeout_s = app.send_timeout_s if isinstance(app, Service) else None
     sockets = None if send_timeout_s is None else [_bind(config, send_timeout_s)]
     gc.collect()
     gc.freeze()  # modules and settings live as long as the process
     gc.set_threshold(*GC_THRESHOLDS)
     uvloop.run(server.serve(sockets))
-    if not server.started:
+    if not server.started or (isinstance(app, Service) and app.failed):
         _log.critical("could not start; see the error above", service=name)
         sys.exit(1)
 

@@ -83,16 +83,17 @@ class KafkaSettings(BaseSettings):
     bootstrap_servers: str = Field(default="localhost:9092", description="host:port,host:port")
     topic_prefix: str = Field(default="sprout.", description="Prefix of every topic name")
     group_prefix: str = Field(default="sprout.", description="Prefix of every consumer group")
-    connect_timeout_s: float = Field(
-        default=300.0,
+    connect_timeout_s: float | None = Field(
+        default=None,
         gt=0,
-        description="How long a starting service waits for a broker and its topics, wall",
+        description="How long a starting service waits for a broker and its topics before it ends with an error, "
+        "wall; default: without end",
         validation_alias=AliasChoices("sprout_kafka_connect_timeout_s", "sprout_kafka_connect_attempts_s"),
     )
     compression: Literal["none", "gzip", "lz4", "zstd"] = Field(
-        default="none",
-        description="How a service compresses what it sends; every reader of its topics must know the codec, and only "
-        "gzip needs no further package in aiokafka",
+        default="zstd",
+        description="How a service compresses what it sends; every reader of its topics must know the codec: aiokafka "
+        "needs the package cramjam for lz4 and zstd",
     )
     leader_session_timeout_s: float = Field(
         default=6.0,

@@ -4,7 +4,8 @@ A backlog of valid responses waits in Kafka, as after an hour at 1,000 answers p
 meanwhile. A ledger starts and works it off, while new answers go on arriving. Measured are the calls per second from
 its start until the last footprint is published, the processor time per call and the memory of the ledgers and of
 PostgreSQL with all its backends, and the bytes of a settled call. Afterwards the accounts are checked: every call once,
-joules and seconds as on the meters.
+joules and seconds as on the meters. With `--cpu-share` each ledger gets at most so much of one core: where all share a
+few cores, that leaves PostgreSQL and Kafka enough for two ledgers.
 
 Fails if a process takes more memory than its limit, or the accounts are wrong.
 """
@@ -16,7 +17,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ import psutil
 from aiokafka import AIOKafkaProducer
 
 from deploy.local.postgres import create_database, postgres_spec
-from deploy.local.processes import free_ports, http_probe
+from deploy.local.processes import ProcessSpec, free_ports, http_probe
 from deploy.local.services import ServiceEnvironment, service_spec
 from services.ledger.sql import SERVER_SETTINGS, to_iso
 from shared.kafka.admin import create_topics
@@ -36,6 +37,7 @@ from shared.messages import Decision, GenerationResponse, Timing, Usage
 from shared.runtime.database import migrate, open_pool
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import RESPONSES, TOPICS
+from tests.benchmarks.cpu_share import limits
 from tests.benchmarks.results import record
 from tests.support.environment import Environment
 from tests.support.fleets import ZONE, fleet_toml
@@ -213,12 +215,17 @@ async def servers(parent: str | None) -> AsyncIterator[tuple[Environment, str, p
 
 async def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit status."""
-    async with servers(arguments.folder) as (environment, url, postgres):
-        return await _measure(arguments, environment, environment.folder, url, postgres)
+    with limits(arguments.ledgers, arguments.cpu_share) as prefixes:
+        async with servers(arguments.folder) as (environment, url, postgres):
+            return await _measure(arguments, environment, prefixes, url, postgres)
 
 
 async def _measure(
-    arguments: argparse.Namespace, environment: Environment, folder: Path, url: str, postgres: psutil.Process
+    arguments: argparse.Namespace,
+    environment: Environment,
+    prefixes: Sequence[tuple[str, ...]],
+    url: str,
+    postgres: psutil.Process,
 ) -> int:
     count: int = arguments.calls
     began_s = time.time()
@@ -246,10 +253,9 @@ async def _measure(
         try:
             await publish(producer, answers, count=count, since_s=since_s + 1.0)
             print(f"{count:,} responses published in {time.time() - began_s:.0f} s")
-            fleet = folder / "fleet.toml"
+            fleet = environment.folder / "fleet.toml"
             fleet.write_text(fleet_of(metrics), encoding="utf-8")
-            names = [f"ledger-{n}" for n in range(arguments.ledgers)]
-            specs = [_ledger(name, environment, url, fleet) for name in names]
+            specs = [_ledger(f"ledger-{n}", environment, url, fleet, prefix) for n, prefix in enumerate(prefixes)]
             started = time.perf_counter()
             processes = [psutil.Process(one.pid) for one in await environment.start(*specs)]
             going_on = asyncio.create_task(_go_on(producer, answers, arguments.meanwhile))
@@ -262,23 +268,25 @@ async def _measure(
             await pool.close()
 
 
-def _ledger(name: str, environment: Environment, url: str, fleet: Path) -> Any:
+def _ledger(name: str, environment: Environment, url: str, fleet: Path, prefix: tuple[str, ...]) -> ProcessSpec:
     (port,) = free_ports(1)
+    spec = service_spec(
+        "ledger",
+        port=port,
+        name=name,
+        environment=ServiceEnvironment(
+            bootstrap_servers=environment.bootstrap_servers, topic_prefix=PREFIX, database_url=url,
+            fleet_file=fleet, clock={},
+        ),
+        settings={"SPROUT_KAFKA_GROUP_PREFIX": PREFIX, "SPROUT_LEDGER_SETTLE_DELAY_S": "10"},
+    )  # fmt: skip
     # Not ready: the backlog is old.
     return replace(
-        service_spec(
-            "ledger",
-            port=port,
-            name=name,
-            environment=ServiceEnvironment(
-                bootstrap_servers=environment.bootstrap_servers, topic_prefix=PREFIX, database_url=url,
-                fleet_file=fleet, clock={},
-            ),
-            settings={"SPROUT_KAFKA_GROUP_PREFIX": PREFIX, "SPROUT_LEDGER_SETTLE_DELAY_S": "10"},
-        ),
+        spec,
+        command=(*prefix, *spec.command),
         niceness=0,
         ready=http_probe(f"http://127.0.0.1:{port}/health"),
-    )  # fmt: skip
+    )
 
 
 async def _go_on(producer: AIOKafkaProducer, answers: Answers, per_s: float) -> None:
@@ -357,6 +365,7 @@ async def _report(
     figures = {
         "calls": float(count),
         "ledgers": float(arguments.ledgers),
+        "cpu_share": arguments.cpu_share or 0.0,
         "calls_per_s": count / took_s,
         "seconds": took_s,
         "seconds_until_settlement_began": intake_s,
@@ -372,7 +381,8 @@ async def _report(
     }
     for name, value in figures.items():
         print(f"{name:32} {value:,.6g}")
-    record(f"ledger_backlog_{arguments.ledgers}", figures)
+    limited = "" if arguments.cpu_share is None else f"_of_{arguments.cpu_share:g}_cores"
+    record(f"ledger_backlog_{arguments.ledgers}{limited}", figures)
     problems = []
     if accounts["calls"] != accounts["distinct_calls"] or accounts["calls"] < count or accounts["partial"]:
         problems.append(f"the accounts are wrong: {dict(accounts)}")
@@ -390,6 +400,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--calls", type=int, default=20_000, help="size of the backlog")
     parser.add_argument("--ledgers", type=int, default=1)
+    parser.add_argument("--cpu-share", type=float, help="of one core that each ledger gets at most; default: no limit")
     parser.add_argument("--meanwhile", type=float, default=200.0, help="new answers per second")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="then report what was done until then")
     parser.add_argument("--folder", default=None, help="for Kafka's and PostgreSQL's data")

@@ -1,13 +1,11 @@
-"""PostgreSQL and Kafka freeze and restart under all services: `/ready` says so, no process ends, and work continues."""
+"""Servers freeze and go away under all services, also while these start: `/ready` says so, and no process ends."""
 
 import asyncio
-import os
-import signal
-import urllib.error
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
 
+import asyncpg
+import psutil
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
@@ -17,17 +15,16 @@ from shared.runtime.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, RESPONSES, SAMPLES, TopicSpec
 from tests.conftest import KafkaServer, start_kafka, start_postgres
 from tests.support.contract import EXAMPLES
-from tests.support.deadlines import DEADLINE_S, until
+from tests.support.deadlines import until
 from tests.support.evaluator import judged_fleet
+from tests.support.outages import frozen, kill, restart, until_ready
 from tests.support.processes import start_service
 from tests.support.router import page, producing, reading, request
 
 pytestmark = pytest.mark.integration
 
-NOTICED_S = 30.0
-"""The services notice an outage within 10 s; a busy test machine may stand still for as long again."""
-
 STORING = ("ledger", "optimizer", "evaluator")
+WITH_DATABASE = (*STORING, "gateway")
 GROUPS = (("ledger.responses", RESPONSES), ("optimizer", FOOTPRINTS), ("evaluator", SAMPLES))
 
 
@@ -49,30 +46,33 @@ def postgres_server(supervisor, tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def services(supervisor, kafka, database, triton, tmp_path) -> Iterator[dict[str, str]]:
-    """The name of the process of every service."""
+def start(supervisor, kafka, database, triton, tmp_path) -> Iterator[Callable[..., dict[str, str]]]:
+    """Starts services without waiting for them; returns the names of their processes, and stops them at the end."""
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(judged_fleet(triton.address))
     settings = {
         "carbon_feed": {"SPROUT_CARBON_FEED_PROVIDERS": '{"GB": [{"kind": "constant", "intensity_g_per_kwh": 100}]}'},
         "router": {"SPROUT_ROUTER_SAMPLE_SHARE": "0"},
     }
-    names = {
-        name: start_service(
-            name, supervisor, kafka=kafka, database=database, fleet=fleet, settings=settings.get(name), wait=False
-        )
-        for name in ("carbon_feed", "router", *STORING)
-    }
-    for name in names.values():
-        supervisor.process(name).wait_ready()
-    yield names
+    names: dict[str, str] = {}
+
+    def start_all(*services: str) -> dict[str, str]:
+        for one in services:
+            names[one] = start_service(
+                one, supervisor, kafka=kafka, database=database, fleet=fleet, settings=settings.get(one), wait=False
+            )
+        return names
+
+    yield start_all
     for name in names.values():
         supervisor.stop(name)
 
 
-async def test_outages_of_postgresql_and_kafka(services, supervisor, kafka):
+async def test_outages_of_postgresql_and_kafka(start, supervisor, kafka):
+    services = start("carbon_feed", "router", *STORING)
     pids = {name: supervisor.process(name).pid for name in services.values()}
     storing = [services[name] for name in STORING]
+    await until_ready(supervisor, services.values())
     async with producing(kafka) as producer:
         with frozen(supervisor.process("postgres").pid):
             await until_ready(supervisor, storing, "PostgreSQL")
@@ -94,45 +94,6 @@ async def test_outages_of_postgresql_and_kafka(services, supervisor, kafka):
             await producer.post(spec, EXAMPLES[spec.name], "key")
     for group, spec in GROUPS:
         await until(lambda group=group, spec=spec: consumed(kafka, group, spec))
-
-
-@contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    """Stop a process and its children, which may be in sessions of their own."""
-    tree = [pid, *descendants(pid)]
-    for one in tree:
-        os.kill(one, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for one in tree:
-            os.kill(one, signal.SIGCONT)
-
-
-def descendants(pid: int) -> list[int]:
-    children = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [one for child in children for one in (child, *descendants(child))]
-
-
-async def restart(supervisor: Supervisor, name: str) -> None:
-    await asyncio.to_thread(supervisor.respawn(name).wait_ready)
-
-
-async def until_ready(supervisor: Supervisor, names: Collection[str], problem: str | None = None) -> None:
-    """Wait until every service is ready, or until every one reports a problem."""
-    async with asyncio.timeout(DEADLINE_S if problem is None else NOTICED_S):
-        for name in names:
-            await until(
-                lambda name=name: asyncio.to_thread(readiness, supervisor, name),
-                lambda found: (problem or '"ready"') in found,
-            )
-
-
-def readiness(supervisor: Supervisor, name: str) -> str:
-    try:
-        return page(f"{supervisor.process(name).spec.url}/ready")
-    except urllib.error.HTTPError as error:
-        return error.read().decode()
 
 
 async def consumed(kafka: KafkaSettings, group: str, spec: TopicSpec) -> bool:
@@ -165,3 +126,61 @@ async def test_outages_under_a_gateway(supervisor, kafka, database, tmp_path):
         assert 'sprout_database_connections{state="max"}' in page(f"{supervisor.process(name).spec.url}/metrics")
     finally:
         supervisor.stop(name)
+
+
+async def test_services_that_start_before_kafka_and_postgresql_wait_for_them(start, supervisor):
+    for server in ("kafka", "postgres"):
+        supervisor.stop(server)
+    services = start("carbon_feed", "router", *WITH_DATABASE)
+    pids = {name: supervisor.process(name).pid for name in services.values()}
+    await until_ready(supervisor, services.values(), "Kafka does not answer")
+    for name in services.values():
+        assert "alive" in await asyncio.to_thread(page, f"{supervisor.process(name).spec.url}/health")
+    await restart(supervisor, "kafka")
+    await until_ready(supervisor, [services[one] for one in WITH_DATABASE], "PostgreSQL is unavailable")
+    await restart(supervisor, "postgres")
+    await until_ready(supervisor, services.values())
+    assert {name: supervisor.process(name).pid for name in services.values()} == pids
+
+
+async def test_kafka_and_postgresql_go_away_while_services_start(start, supervisor, kafka, database):
+    holding = await asyncpg.connect(database.url.get_secret_value())
+    for schema in WITH_DATABASE:
+        await holding.execute("SELECT pg_advisory_lock(hashtext($1))", f"sprout.migrate.{schema}")
+    services = start("carbon_feed", "router", *WITH_DATABASE)
+    pids = {name: supervisor.process(name).pid for name in services.values()}
+
+    for name in ("carbon_feed", "router"):
+        # One more than that of the check and that of the producer: the first topics are subscribed to.
+        await until(lambda name=name: connections(pids[services[name]], kafka) > 2)
+    with frozen(supervisor.process("kafka").pid):
+        await until_ready(supervisor, services.values(), "Kafka does not answer")
+
+    await until(lambda: holding.fetchval("SELECT count(*) = 4 FROM pg_locks WHERE NOT granted"))
+    with frozen(supervisor.process("postgres").pid):
+        await until_ready(supervisor, [services[one] for one in WITH_DATABASE], "PostgreSQL is unavailable")
+    kill(supervisor, "postgres")
+    await restart(supervisor, "postgres")
+
+    logs = [supervisor.process(services[one]).log for one in WITH_DATABASE]
+    await until(lambda: any("schema migrated" in log.read_text() for log in logs))
+    supervisor.stop("kafka")
+    await until_ready(supervisor, services.values(), "Kafka does not answer")
+    await restart(supervisor, "kafka")
+    await until_ready(supervisor, services.values())
+    assert {name: supervisor.process(name).pid for name in services.values()} == pids
+
+
+def connections(pid: int, kafka: KafkaSettings) -> int:
+    """The connections of a process to Kafka."""
+    port = urlsplit(f"//{kafka.bootstrap_servers}").port
+    return sum(bool(one.raddr) and one.raddr.port == port for one in psutil.Process(pid).net_connections("tcp"))
+
+
+async def test_model_servers_that_do_not_answer_while_services_start(start, supervisor, triton):
+    with frozen(supervisor.process(triton.name).pid):
+        services = start("router", "evaluator")
+        pids = {name: supervisor.process(name).pid for name in services.values()}
+        await until_ready(supervisor, [services["router"]], "endpoints")
+    await until_ready(supervisor, services.values())
+    assert {name: supervisor.process(name).pid for name in services.values()} == pids
