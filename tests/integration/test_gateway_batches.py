@@ -222,7 +222,7 @@ async def test_batches_wait_for_a_carbon_budget_until_it_is_there_or_they_end(ga
         waiting = [await start(client, lines, window=window) for window in ("24h", "24h", "3s")]
         deferred = "SELECT count(deferred_until_wall) FROM batches WHERE tenant = 'thrifty'"
         async with asyncio.timeout(DEADLINE_S):
-            while await pool.fetchval(deferred) < 3:  # noqa: ASYNC110 - no event
+            while await pool.fetchval(deferred) < 2:  # noqa: ASYNC110 - no event; the third one may expire before
                 await asyncio.sleep(0.1)
         with pytest.raises(openai.RateLimitError, match="in a batch"):
             await client.chat.completions.create(**json.loads(lines[1])["body"])
