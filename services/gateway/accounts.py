@@ -56,6 +56,10 @@ _FOOTPRINT_FIELDS: Final = (
 _log = get_logger(__name__)
 
 
+class DeferredError(Exception):
+    """The line of a batch waits for a new carbon budget."""
+
+
 class Accounts:
     """Admits requests, and keeps what became of them."""
 
@@ -113,7 +117,8 @@ class Accounts:
             if not self._settings.serve_without_database:
                 raise ApiError.unavailable("the limits of this API key cannot be checked at the moment") from None
             return Admission(request, key, now, {})
-        refused = verdict.error(tokens, now)
+        defers = verdict.refusal == "budget" and await self._defers_batches(verdict)
+        refused = verdict.error(tokens, now, defers_batches=defers)
         if refused is not None:
             self._metrics.refused.labels(verdict.refusal or "").inc()
             raise refused
@@ -127,6 +132,7 @@ class Accounts:
 
         Raises:
             ApiError: the key was revoked, its carbon budget is spent, or the line is larger than its limit.
+            DeferredError: the carbon budget is spent, and lets batches wait.
             DatabaseUnavailableError: PostgreSQL is unavailable.
         """
         now, tokens = self._clock.now(), counted_tokens(request)
@@ -137,10 +143,26 @@ class Accounts:
         verdict = Verdict.model_validate_json(found)
         if verdict.refusal == "tokens" and not verdict.is_too_large(tokens):
             return verdict.reset_s
+        if verdict.refusal == "budget" and await self._defers_batches(verdict):
+            raise DeferredError
         refused = verdict.error(tokens, now)
         if refused is not None:
             raise refused
         return self._admitted(key, request, verdict, tokens, now)
+
+    async def _defers_batches(self, verdict: Verdict) -> bool:
+        """Whether all carbon budgets that are spent, and refuse requests because of it, let batches wait.
+
+        Raises:
+            DatabaseUnavailableError: PostgreSQL is unavailable.
+        """
+        with self._status.watch():
+            return bool(
+                await self._pool.fetchval(
+                    "SELECT bool_and(defer_batches) FROM limits WHERE account = ANY($1) AND when_spent = 'refuse'",
+                    verdict.spent(),
+                )
+            )
 
     def _admitted(
         self, key: ApiKey, request: GenerationRequest, verdict: Verdict, tokens: int, now: datetime

@@ -3,13 +3,15 @@
 `Gateway` is what the endpoints share: who asks, and how a request becomes an answer.
 """
 
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Security
-from fastapi.security import HTTPBearer
+from fastapi import FastAPI, Request, Security
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 from starlette.responses import Response
 
 from services.gateway.accounts import Accounts
@@ -39,9 +41,6 @@ from services.gateway.usage import usage_router
 from shared.fleet import Fleet
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError
-
-BEARER: Final = HTTPBearer(auto_error=False, scheme_name="api_key", description="An API key: sk-sprout-...")
-"""Describes what `Gateway.authenticate` checks."""
 
 _RETRY: Final = {
     "retry-after": {"description": "Seconds until it is worth trying again", "schema": {"type": "integer"}}
@@ -207,6 +206,20 @@ class Gateway:
             raise
 
 
+class KeySecurity(SecurityBase):
+    """The dependency that gives the key of a request, as a security scheme: the OpenAPI document describes it."""
+
+    def __init__(self, authenticate: Callable[[Request], Awaitable[ApiKey]]) -> None:
+        """Describe what `authenticate` checks."""
+        self.model = HTTPBearer(description="An API key: sk-sprout-...")
+        self.scheme_name = "api_key"
+        self._authenticate = authenticate
+
+    async def __call__(self, request: Request) -> ApiKey:
+        """The key of a request; see `Gateway.authenticate` for the errors."""
+        return await self._authenticate(request)
+
+
 def build_api(gateway: Gateway, *, version: str, started_at: datetime) -> FastAPI:
     """The HTTP application.
 
@@ -221,37 +234,38 @@ def build_api(gateway: Gateway, *, version: str, started_at: datetime) -> FastAP
         redoc_url=None,
         openapi_url="/v1/openapi.json",
         responses=_ERRORS,
+        # Where OpenTelemetry is set up, it would also record the texts of errors, which may quote what a client sent.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     add_handlers(api)
-    secured = APIRouter(dependencies=[Security(BEARER)])
-    Key = Annotated[ApiKey, Depends(gateway.authenticate)]  # noqa: N806 - a type
+    authenticate = KeySecurity(gateway.authenticate)
+    Key = Annotated[ApiKey, Security(authenticate)]  # noqa: N806 - a type
 
-    @secured.post("/v1/chat/completions", response_model=ChatCompletion, tags=["answers"])
+    @api.post("/v1/chat/completions", response_model=ChatCompletion, tags=["answers"])
     async def chat_completions(body: ChatRequest, request: Request, key: Key) -> Response:
         """Answer a conversation."""
         return await gateway.answer(body, request, key)
 
-    @secured.post("/v1/completions", response_model=Completion, tags=["answers"])
+    @api.post("/v1/completions", response_model=Completion, tags=["answers"])
     async def completions(body: CompletionRequest, request: Request, key: Key) -> Response:
         """Answer a prompt."""
         return await gateway.answer(body, request, key)
 
-    @secured.get("/v1/models", tags=["models"])
+    @api.get("/v1/models", tags=["models"])
     async def models(key: Key) -> ModelList:  # noqa: ARG001
         """The models of the fleet."""
         return ModelList(data=tuple(_card(model.name, started_at) for model in gateway.fleet.models))
 
-    @secured.get("/v1/models/{model}", tags=["models"])
+    @api.get("/v1/models/{model}", tags=["models"])
     async def model(model: str, key: Key) -> ModelCard:  # noqa: ARG001
         """A model of the fleet."""
         if not gateway.fleet.pools_of(model):
             raise ApiError(404, f"the model {model!r} does not exist", param="model", code="model_not_found")
         return _card(model, started_at)
 
-    secured.include_router(usage_router(gateway.authenticate, gateway.ready_accounts, gateway.clock))
-    secured.include_router(files_router(gateway.authenticate, gateway.opened_files, gateway.settings))
-    secured.include_router(batches_router(gateway.authenticate, gateway.opened_batches, gateway.batch_created))
-    api.include_router(secured)
+    api.include_router(usage_router(authenticate, gateway.ready_accounts, gateway.clock))
+    api.include_router(files_router(authenticate, gateway.opened_files, gateway.settings))
+    api.include_router(batches_router(authenticate, gateway.opened_batches, gateway.batch_created))
     return api
 
 

@@ -92,7 +92,11 @@ class BatchAnswers:
         self._clock = clock
 
     async def admit(self, task: Task) -> tuple[Task, Admission] | Result:
-        """Count a line against the limits of the batch's key; waits while too few tokens are left in this minute."""
+        """Count a line against the limits of the batch's key; waits while too few tokens are left in this minute.
+
+        Raises:
+            DeferredError: the carbon budget of the key is spent, and lets the batch wait.
+        """
         try:
             message = self._message(task, self._clock.now())
             while (ending := self._ending()) is None:

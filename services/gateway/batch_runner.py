@@ -13,6 +13,7 @@ from typing import Final
 
 import asyncpg
 
+from services.gateway.accounts import DeferredError
 from services.gateway.admission import Admission
 from services.gateway.batch_answers import BatchAnswers
 from services.gateway.batch_lines import InputLine, LineSplitter, Result, Task
@@ -20,6 +21,7 @@ from services.gateway.batch_state import Event, Status
 from services.gateway.batch_store import Batch, BatchStore, LeaseLostError
 from services.gateway.batches import BatchError
 from services.gateway.file_store import FileStore
+from services.gateway.limits import month_end
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.settings import GatewaySettings
 from shared.runtime.database import DatabaseUnavailableError
@@ -154,13 +156,25 @@ class _Run:
         if self._batch.status is Status.VALIDATING:
             await self._count()
         if self._batch.status in {Status.IN_PROGRESS, Status.CANCELLING}:
-            await self._answer_all()
+            try:
+                await self._answer_all()
+            except DeferredError:
+                await self._defer()
+                return
         if self._batch.status is Status.IN_PROGRESS:
             await self._move(Event.ANSWERED)
         if self._batch.status in {Status.FINALIZING, Status.CANCELLING}:
             async with self._runner.writing:
                 self._batch = await self._retry(lambda: batches.write_files(self._batch))
         _log.info("a batch has ended", batch=self._batch.id, status=self._batch.status, lines=self._batch.total)
+
+    async def _defer(self) -> None:
+        """Leave the batch, so that it takes no other one's place, until its budget may be there or it expires."""
+        clock = self._runner.batches.clock
+        until = min(month_end(clock.now()), self._batch.expires_at)
+        wait_s = min(self._runner.settings.batch_defer_s, max(POLL_S, clock.wall_seconds_until(until)))
+        await self._retry(lambda: self._runner.batches.defer(self._batch.id, wait_s))
+        _log.info("a batch waits for a carbon budget", batch=self._batch.id, looks_again_in_s=round(wait_s))
 
     async def _move(self, event: Event, *, total: int = 0, problem: BatchError | None = None) -> None:
         text = None if problem is None else problem.model_dump_json()
@@ -195,9 +209,14 @@ class _Run:
             yield line
 
     async def _answer_all(self) -> None:
-        """Get a result for every line that has none."""
+        """Get a result for every line that has none.
+
+        Raises:
+            DeferredError: the rest waits for a carbon budget; those that were admitted have their results.
+        """
         slots = self._runner.slots
         finished = await self._retry(lambda: self._runner.batches.finished_lines(self._batch.id))
+        deferred: DeferredError | None = None
         async with asyncio.TaskGroup() as writing:
             writer = writing.create_task(self._results.run())
             async with asyncio.TaskGroup() as answering:
@@ -206,10 +225,16 @@ class _Run:
                     if line.number in finished:
                         continue
                     # Before it takes a slot: batches of other keys need none of this key's tokens.
-                    admitted = await self._answers.admit(item) if isinstance(item, Task) else item
+                    try:
+                        admitted = await self._answers.admit(item) if isinstance(item, Task) else item
+                    except DeferredError as error:
+                        deferred = error
+                        break
                     await slots.acquire()
                     answering.create_task(self._finish(admitted)).add_done_callback(lambda _: slots.release())
             writer.cancel()
+        if deferred is not None:
+            raise deferred
 
     async def _finish(self, admitted: tuple[Task, Admission] | Result) -> None:
         """Get the result of a line, and store it."""

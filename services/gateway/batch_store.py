@@ -182,11 +182,22 @@ class BatchStore:
                 "SELECT one.id FROM batches AS one LEFT JOIN running USING (owner) "
                 f"WHERE one.{_IS_ACTIVE} AND one.id <> ALL($3) "
                 "AND (one.holder IS NULL OR one.holder = $1 OR one.lease_until < now()) "
+                f"AND (one.status = '{Status.CANCELLING}' OR one.deferred_until_wall IS NULL "
+                "OR one.deferred_until_wall < now()) "
                 "ORDER BY coalesce(running.batches, 0), one.created_at LIMIT 1 FOR UPDATE OF one SKIP LOCKED) "
                 f"RETURNING {_COLUMNS}",
                 self._holder, self._lease_s, list(except_ids),
             )  # fmt: skip
         return None if row is None else _batch(row)
+
+    async def defer(self, batch_id: str, seconds: float) -> None:
+        """Release a lease, so that the batch is not taken again for a while (wall), unless it is cancelled."""
+        with self.status.watch():
+            await self._pool.execute(
+                "UPDATE batches SET holder = NULL, deferred_until_wall = now() + make_interval(secs => $3) "
+                "WHERE id = $1 AND holder = $2",
+                batch_id, self._holder, seconds,
+            )  # fmt: skip
 
     async def renew(self, batch_id: str) -> Batch:
         """Renew a lease.

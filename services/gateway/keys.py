@@ -38,6 +38,7 @@ class Limits:
         grams_per_month: carbon budget, gCO2eq.
         most_level: strictest directive level that is forced as the budget runs out.
         when_spent: what happens to requests then: refused, or served at `most_level`.
+        defer_batches: where requests are refused, the lines of batches wait for a new budget.
     """
 
     requests_per_minute: int | None = None
@@ -46,6 +47,7 @@ class Limits:
     grams_per_month: float | None = None
     most_level: str | None = None
     when_spent: Literal["refuse", "serve"] = "refuse"
+    defer_batches: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,12 +102,21 @@ class Verdict(BaseModel):
             headers["x-sprout-budget-remaining-grams"] = f"{max(0.0, min(budgets)):.6g}"
         return headers
 
-    def error(self, tokens: int, now: datetime) -> ApiError | None:
+    def spent(self) -> list[str]:
+        """The accounts whose carbon budget is spent."""
+        return [
+            one.account
+            for one in self.accounts
+            if one.grams_per_month is not None and (one.spent_grams or 0.0) >= one.grams_per_month
+        ]
+
+    def error(self, tokens: int, now: datetime, *, defers_batches: bool = False) -> ApiError | None:
         """The answer to a refused request; None if it is admitted.
 
         Args:
             tokens: that the request would count as.
             now: event time.
+            defers_batches: whether batches wait for a new budget.
         """
         if self.refusal is None:
             return None
@@ -117,10 +126,11 @@ class Verdict(BaseModel):
                 headers={"www-authenticate": "Bearer"},
             )  # fmt: skip
         if self.refusal == "budget":
+            advice = "; or send it in a batch, which waits for a new budget" if defers_batches else ""
             return self._refused(
-                "the carbon budget of this month is spent; ask your operator to raise it",
+                f"the carbon budget of this month is spent; ask your operator to raise it{advice}",
                 kind="insufficient_quota",
-                wait_s=min(MAX_WAIT_S, (_month_end(now) - now).total_seconds()),
+                wait_s=min(MAX_WAIT_S, (month_end(now) - now).total_seconds()),
                 tokens=tokens,
             )
         if self.refusal == "concurrent":
@@ -157,7 +167,7 @@ def path_grams(budget_g: float, now: datetime) -> float:
         budget_g: of the month.
         now: event time.
     """
-    start, end = _month_start(now), _month_end(now)
+    start, end = _month_start(now), month_end(now)
     return budget_g * min(1.0, (now - start + HEAD_START) / (end - start))
 
 
@@ -211,5 +221,6 @@ def _month_start(now: datetime) -> datetime:
     return now.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
 
 
-def _month_end(now: datetime) -> datetime:
+def month_end(now: datetime) -> datetime:
+    """The end of a time's calendar month, UTC: then budgets begin anew."""
     return (_month_start(now) + timedelta(days=32)).replace(day=1)

@@ -75,6 +75,12 @@ class GatewaySettings(BaseSettings):
         le=86_400,
         description="Time limit of one request of a batch, after which it is published again, wall",
     )
+    batch_defer_s: float = Field(
+        default=300.0,
+        ge=1,
+        le=86_400,
+        description="After which time a batch that waits for a carbon budget looks for it again at the latest, wall",
+    )
     batch_lease_s: float = Field(
         default=20.0, ge=1, le=600, description="How long a batch waits for a gateway that died, wall"
     )

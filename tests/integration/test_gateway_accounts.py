@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from deploy.local.postgres import create_database, postgres_spec
 from deploy.local.processes import Supervisor
-from services.gateway.accounts import Accounts
+from services.gateway.accounts import Accounts, DeferredError
 from services.gateway.admission import Admission
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimate
@@ -213,6 +213,27 @@ async def test_lines_of_batches_follow_the_carbon_budget_and_end_with_their_key(
     async with bench.pool.acquire() as connection:
         await revoke_key(connection, key.id, now=NOON)
     assert "revoked" in await refusal(accounts.admit_line(key, bench.request()))
+
+
+async def test_lines_of_batches_wait_for_a_budget_if_all_that_are_spent_say_so(bench: Bench):
+    accounts, waits = bench.accounts[0], Limits(grams_per_month=0.0, defer_batches=True)
+    key = await bench.key(waits, tenant="t")
+    with pytest.raises(DeferredError):
+        await accounts.admit_line(key, bench.request())
+    assert "in a batch" in await refusal(accounts.admit(key, bench.request()))
+    for tenant, expected in (
+        (Limits(grams_per_month=0.0), "refused"),
+        (Limits(grams_per_month=0.0, most_level="L2", when_spent="serve"), "deferred"),
+        (waits, "deferred"),
+    ):
+        async with bench.pool.acquire() as connection:
+            await set_limits(connection, "tenant/t", tenant)
+        with pytest.raises(ApiError if expected == "refused" else DeferredError):
+            await accounts.admit_line(key, bench.request())
+    async with bench.pool.acquire() as connection:
+        for account in ("tenant/t", f"key/{key.id}"):
+            await set_limits(connection, account, Limits(grams_per_month=1.0, defer_batches=True))
+    assert isinstance(await accounts.admit_line(key, bench.request()), Admission)
 
 
 async def test_places_of_a_gateway_that_died_are_free_after_its_lease(bench: Bench):

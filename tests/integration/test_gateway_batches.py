@@ -14,7 +14,9 @@ from pydantic import SecretStr
 
 from deploy.local.postgres import create_database
 from deploy.local.processes import Supervisor
+from services.gateway.keys import Limits, set_limits
 from shared.kafka.admin import create_topics
+from shared.runtime.database import open_pool
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import REQUESTS, REQUESTS_BATCH, TopicSpec
 from tests.support.deadlines import DEADLINE_S, REPLY_S
@@ -37,6 +39,7 @@ pytestmark = pytest.mark.integration
 CHAT = "/v1/chat/completions"
 SETTINGS = {
     "SPROUT_GATEWAY_BATCH_LEASE_S": "3",
+    "SPROUT_GATEWAY_BATCH_DEFER_S": "1",
     "SPROUT_GATEWAY_MAX_FILE_BYTES": "2000000",
 }
 ENDED = {"completed", "failed", "expired", "cancelled"}
@@ -251,6 +254,37 @@ async def test_a_cancelled_batch_and_one_that_expires_name_the_lines_without_an_
         with pytest.raises(openai.BadRequestError) as caught:
             await client.batches.cancel(batch.id)
         assert caught.value.code == "batch_not_cancellable"
+
+
+async def test_batches_wait_for_a_carbon_budget_until_it_is_there_or_they_end(gateways: GatewayProcess, routers):
+    key = await gateways.create_key(tenant="thrifty")
+    async with (
+        await open_pool(gateways.database, schema="gateway") as pool,
+        openai.AsyncOpenAI(base_url=f"{gateways.urls[-1]}/v1", api_key=key, max_retries=0) as client,
+    ):
+        async with pool.acquire() as connection:
+            await set_limits(connection, "tenant/thrifty", Limits(grams_per_month=0.0, defer_batches=True))
+        lines = [line("malformed", "", messages=[]), line("waits", question(1))]
+        waiting = [await start(client, lines, window=window) for window in ("24h", "24h", "3s")]
+        deferred = "SELECT count(deferred_until_wall) FROM batches WHERE tenant = 'thrifty'"
+        async with asyncio.timeout(DEADLINE_S):
+            while await pool.fetchval(deferred) < 2:  # noqa: ASYNC110 - no event; the third one may expire before
+                await asyncio.sleep(0.1)
+        with pytest.raises(openai.RateLimitError, match="in a batch"):
+            await client.chat.completions.create(**json.loads(lines[1])["body"])
+        expired = await until_ended(client, waiting[2])
+        assert (await client.batches.cancel(waiting[1].id)).status == "cancelling"
+        cancelled = await until_ended(client, waiting[1])
+        assert (await client.batches.retrieve(waiting[0].id)).status == "in_progress"
+        async with pool.acquire() as connection:
+            await set_limits(connection, "tenant/thrifty", Limits(grams_per_month=100.0))
+        completed = await until_ended(client, waiting[0])
+        assert [one.status for one in (completed, cancelled, expired)] == ["completed", "cancelled", "expired"]
+        assert [one["custom_id"] for one in await content(client, completed.output_file_id)] == ["waits"]
+        for batch, code in ((cancelled, "batch_cancelled"), (expired, "batch_expired")):
+            assert [one["error"] and one["error"]["code"] for one in await content(client, batch.error_file_id)][
+                1
+            ] == code
 
 
 async def test_files_are_listed_read_and_deleted(client: openai.AsyncOpenAI):

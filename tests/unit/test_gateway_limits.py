@@ -81,6 +81,14 @@ def test_a_refusal_is_an_error_in_openais_format(refusal, status, kind, code, re
     assert "x-ratelimit-limit-tokens" in error.headers
 
 
+@pytest.mark.parametrize("defers_batches", [False, True])
+def test_a_spent_budget_names_batches_as_a_way_to_wait_only_where_they_do(defers_batches):
+    spent = verdict(account(grams_per_month=1.0, spent_grams=1.0), account(grams_per_month=2.0), refusal="budget")
+    assert spent.spent() == ["key/k"]
+    error = spent.error(50, MIDDLE, defers_batches=defers_batches)
+    assert (error.status, "batch" in error.body.message) == (429, defers_batches)
+
+
 def test_other_verdicts():
     assert verdict(account()).error(1, MIDDLE) is None
     assert verdict(refusal="revoked").error(1, MIDDLE).status == 401

@@ -46,6 +46,11 @@ ServeWhenSpent = Annotated[
     bool, typer.Option("--serve-when-spent", help="Serve at --most-level when the budget is spent; default: refuse")
 ]
 
+DeferBatches = Annotated[
+    bool,
+    typer.Option("--defer-batches", help="Batches wait for a new budget when it is spent; other requests are refused"),
+]
+
 
 @app.command()
 def create(
@@ -58,6 +63,7 @@ def create(
     carbon_budget: CarbonBudget = None,
     most_level: MostLevel = None,
     serve_when_spent: ServeWhenSpent = False,
+    defer_batches: DeferBatches = False,
     as_json: AsJson = False,
     database: Database = None,
 ) -> None:
@@ -66,7 +72,9 @@ def create(
     Exit codes: 0 created, 1 failed, 2 wrong usage, 3 no database.
     """
     tenant = None if tenant is None else _valid(Identifier, tenant, "--tenant")
-    limits = _limits(requests_per_minute, tokens_per_minute, concurrent, carbon_budget, most_level, serve_when_spent)
+    limits = _limits(
+        requests_per_minute, tokens_per_minute, concurrent, carbon_budget, most_level, serve_when_spent, defer_batches
+    )
 
     async def work(connection: Connection) -> tuple[str, str]:
         async with connection.transaction():
@@ -96,6 +104,7 @@ def limit(
     carbon_budget: CarbonBudget = None,
     most_level: MostLevel = None,
     serve_when_spent: ServeWhenSpent = False,
+    defer_batches: DeferBatches = False,
     database: Database = None,
 ) -> None:
     """Replace the limits of a key or a tenant; those that are not given end. They hold for the next request.
@@ -104,7 +113,9 @@ def limit(
     """
     if (key is None) == (tenant is None):
         raise typer.BadParameter("give either the id of a key or --tenant")
-    limits = _limits(requests_per_minute, tokens_per_minute, concurrent, carbon_budget, most_level, serve_when_spent)
+    limits = _limits(
+        requests_per_minute, tokens_per_minute, concurrent, carbon_budget, most_level, serve_when_spent, defer_batches
+    )
     name = f"tenant/{_valid(Identifier, tenant, '--tenant')}" if key is None else f"key/{_stored(key, 'ID')}"
 
     async def work(connection: Connection) -> bool:
@@ -167,12 +178,15 @@ def _limits(  # noqa: PLR0917 - one for each option
     carbon_budget: float | None,
     most_level: str | None,
     serve_when_spent: bool,
+    defer_batches: bool,
 ) -> Limits:
     """The limits that the options say."""
     if carbon_budget is not None and not math.isfinite(carbon_budget):
         raise typer.BadParameter("--carbon-budget must be a number")
-    if carbon_budget is None and (most_level is not None or serve_when_spent):
-        raise typer.BadParameter("--most-level and --serve-when-spent need --carbon-budget")
+    if carbon_budget is None and (most_level is not None or serve_when_spent or defer_batches):
+        raise typer.BadParameter("--most-level, --serve-when-spent and --defer-batches need --carbon-budget")
+    if serve_when_spent and defer_batches:
+        raise typer.BadParameter("choose one of --serve-when-spent and --defer-batches")
     if serve_when_spent and most_level is None:
         raise typer.BadParameter("--serve-when-spent needs --most-level")
     return Limits(
@@ -182,6 +196,7 @@ def _limits(  # noqa: PLR0917 - one for each option
         grams_per_month=carbon_budget,
         most_level=None if most_level is None else _valid(Level, most_level, "--most-level"),
         when_spent="serve" if serve_when_spent else "refuse",
+        defer_batches=defer_batches,
     )
 
 
