@@ -34,7 +34,7 @@ SCENARIO ?=
 SCALE ?= 1
 
 # Test files that `make test` runs at once, after the unit tests; JOBS=1 for one after the other.
-JOBS ?= 2
+JOBS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-unit test-extended up down lint types bench drill locks clean
