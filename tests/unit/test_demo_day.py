@@ -14,13 +14,11 @@ from shared.switchback import SwitchbackSchedule
 from tools.demo.day import (
     LARGEST_SLOWDOWN,
     PACES,
-    SMALL_SLOWDOWN,
     BatchedServers,
     DemoDay,
     machine_slowdown,
     service_settings,
     stack_config,
-    wall_seconds,
 )
 from tools.demo.traffic import Prompt, load_at, mean_tokens, peak_load
 
@@ -102,9 +100,3 @@ def test_few_requests_of_the_real_model_have_a_large_control_group():
 
 def test_the_slowdown_of_this_machine_lies_within_its_bounds():
     assert 1.0 <= machine_slowdown(during_s=0.05) <= LARGEST_SLOWDOWN
-
-
-def test_a_smaller_models_server_makes_the_day_longer_within_its_bounds():
-    assert wall_seconds(DAY.pace, small=False, slowdown=1.0) == DAY.pace.wall_s
-    assert wall_seconds(DAY.pace, small=True, slowdown=1.0) == pytest.approx(SMALL_SLOWDOWN * DAY.pace.wall_s)
-    assert wall_seconds(DAY.pace, small=True, slowdown=2.4) == pytest.approx(LARGEST_SLOWDOWN * DAY.pace.wall_s)

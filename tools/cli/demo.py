@@ -14,7 +14,7 @@ from deploy.local.grid import SAMPLE_ZONE, default_day, shipped_trace, zone_of
 from shared.kafka.records import describe
 from tools.cli.console import err, fail, out, quiet_clients, say
 from tools.cli.stack import Carbon, Model, Workload, Zone
-from tools.demo.day import PACES, DemoDay, Pace, machine_slowdown, wall_seconds
+from tools.demo.day import PACES, DemoDay, Pace, machine_slowdown
 
 
 def demo(
@@ -78,7 +78,7 @@ def demo(
     try:
         trace = carbon if carbon is not None else shipped_trace(zone or SAMPLE_ZONE)
         chosen = _model_named(model)
-        pace = replace(PACES[chosen], wall_s=day_seconds or _day_seconds(PACES[chosen], small=small))
+        pace = replace(PACES[chosen], wall_s=day_seconds or _day_seconds(PACES[chosen]))
         day = DemoDay(
             model=chosen,
             zone=zone_of(trace, wanted=zone),
@@ -133,14 +133,12 @@ def demo(
     out.print("every request was answered exactly once, and the energy balance is complete", style="green")
 
 
-def _day_seconds(pace: Pace, *, small: bool) -> float:
-    if pace.batched is None:  # a real model is as fast as it is
-        return pace.wall_s
-    usual_s, seconds = (wall_seconds(pace, small=small, slowdown=one) for one in (1.0, machine_slowdown()))
-    if seconds > 1.2 * usual_s:
-        say(f"this machine is slow now: the day takes {seconds:.0f} s instead of {usual_s:.0f}")
-        return seconds
-    return usual_s
+def _day_seconds(pace: Pace) -> float:
+    slowdown = 1.0 if pace.batched is None else machine_slowdown()
+    if slowdown > 1.2:
+        say(f"this machine is slow now: the day takes {pace.wall_s * slowdown:.0f} s instead of {pace.wall_s:.0f}")
+        return pace.wall_s * slowdown
+    return pace.wall_s
 
 
 def _existing(workload: Path) -> Path:

@@ -30,8 +30,6 @@ LATENESS_WALL_S = 2.5
 USUAL_PARSE_S = 9.5e-6
 """Time to read and write a request on the machine that the paces are for: two cores of an AMD EPYC, wall seconds."""
 LARGEST_SLOWDOWN = 2.5
-SMALL_SLOWDOWN = 1.3
-"""How many times as long a day with the server of the smaller model takes, because it shares the cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,16 +292,6 @@ def service_settings(day: DemoDay) -> dict[str, dict[str, str]]:
             "SPROUT_LEDGER_SETTLE_INTERVAL_S": "1",
         },
     }
-
-
-def wall_seconds(pace: Pace, *, small: bool, slowdown: float) -> float:
-    """Wall seconds for 24 hours of event time, at most `LARGEST_SLOWDOWN` times the pace's.
-
-    Args:
-        small: whether there is a server with a smaller variant of the model.
-        slowdown: of the machine, at least 1.
-    """
-    return pace.wall_s * min(LARGEST_SLOWDOWN, slowdown * (SMALL_SLOWDOWN if small else 1.0))
 
 
 def machine_slowdown(during_s: float = 3.0) -> float:
