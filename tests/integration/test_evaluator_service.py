@@ -2,8 +2,6 @@
 
 import asyncio
 import signal
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -19,16 +17,20 @@ from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
 from shared.topics import CARBON_INTENSITY, FOOTPRINTS, POLICIES, PROMPT_GROUPS, QUALITY, SAMPLES, USAGE
 from tests.support.contract import EXAMPLES
-from tests.support.deadlines import DEADLINE_S, REPLY_S, until
+from tests.support.deadlines import DEADLINE_S, until
 from tests.support.evaluator import (
     KINDS,
+    TOKEN,
     EvaluatorProcess,
+    ask_for_evaluation,
     intensities,
     judged_fleet,
     of_a_kind,
+    request_evaluation,
     sample,
     shares,
     start_judged_triton,
+    wait_until_ready_is,
 )
 from tests.support.processes import leader
 from tests.support.router import MODEL, ZONE, Producer, TritonServer, producing, question, reading, until_page
@@ -38,7 +40,6 @@ pytestmark = pytest.mark.integration
 BIAS = 0.4
 PROMPTS = 240
 RATE = 60.0
-TOKEN = "token-of-these-tests"
 QUICK = {"SPROUT_KAFKA_LEADER_SESSION_TIMEOUT_S": "6"}
 """Settings of a leader that is killed or frozen: another one soon takes over."""
 CLOCK = Clock.starting(datetime(2023, 2, 10, 12, tzinfo=UTC), rate=RATE)
@@ -365,31 +366,3 @@ async def test_a_request_is_accepted_only_with_the_token_and_by_the_leader(kafka
         await ask_for_evaluation(url)
         await found.read(until=2)
         assert [one.trigger for one in qualities(found)] == ["first", "requested"]
-
-
-async def ask_for_evaluation(url: str) -> None:
-    await wait_until_ready_is(url + "/ready", 200, mentions="leader")
-    response = await request_evaluation(url)
-    assert response[0] == 202, response
-
-
-async def request_evaluation(url: str, token: str = TOKEN) -> tuple[int, str]:
-    request = urllib.request.Request(
-        f"{url}/evaluations?model={MODEL}", method="POST", headers={"Authorization": f"Bearer {token}"}
-    )
-    return await asyncio.to_thread(answer, request)
-
-
-async def wait_until_ready_is(url: str, status: int, *, mentions: str = "") -> None:
-    """Poll `/ready` until it has this status and mentions a text, for example the name of a failing dependency."""
-    await until(lambda: asyncio.to_thread(answer, url), lambda found: found[0] == status and mentions in found[1])
-
-
-def answer(url: str | urllib.request.Request) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(url, timeout=REPLY_S) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-    except OSError as error:  # busy machine: no response in time
-        return 0, str(error)

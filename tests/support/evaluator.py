@@ -1,6 +1,9 @@
 """Builders for the evaluator's tests: samples, intensities, judged prompts, a Triton server, and service processes."""
 
+import asyncio
 import json
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -19,10 +22,14 @@ from shared.grouping import extract_features
 from shared.messages import CarbonIntensity, ChatMessage, IntensityPoint, Sample, ServedAnswer
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings
+from tests.support.deadlines import REPLY_S, until
 from tests.support.router import LEVELS, MODEL, ZONE, TritonServer, fleet_toml, question
 
 PREFERRED = ("L0", "L0", "L0", "L1", "L1", "L2")
 """Preferred level by prompt number modulo 6: shares 1/2, 1/3, 1/6."""
+
+TOKEN = "token-of-these-tests"
+"""Of POST /evaluations."""
 
 KINDS = 400
 """Number of prompts of two kinds, which learned groups separate."""
@@ -193,3 +200,34 @@ def judged_prompt(
 def shares(counts: Sequence[Any], *, group: str) -> dict[str, float]:
     """Preferred share by option."""
     return {one.option: one.successes / one.trials for one in counts if one.group == group}
+
+
+async def ask_for_evaluation(url: str) -> None:
+    """Start an evaluation of `MODEL` as a person does, once the evaluator at this URL leads."""
+    await wait_until_ready_is(url + "/ready", 200, mentions="leader")
+    response = await request_evaluation(url)
+    assert response[0] == 202, response
+
+
+async def request_evaluation(url: str, token: str = TOKEN) -> tuple[int, str]:
+    """Status and text of the answer."""
+    request = urllib.request.Request(
+        f"{url}/evaluations?model={MODEL}", method="POST", headers={"Authorization": f"Bearer {token}"}
+    )
+    return await asyncio.to_thread(answer, request)
+
+
+async def wait_until_ready_is(url: str, status: int, *, mentions: str = "") -> None:
+    """Poll `/ready` until it has this status and mentions a text, for example the name of a failing dependency."""
+    await until(lambda: asyncio.to_thread(answer, url), lambda found: found[0] == status and mentions in found[1])
+
+
+def answer(url: str | urllib.request.Request) -> tuple[int, str]:
+    """Status and text; 0 where there is no answer in time."""
+    try:
+        with urllib.request.urlopen(url, timeout=REPLY_S) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError as error:
+        return 0, str(error)

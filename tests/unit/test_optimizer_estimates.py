@@ -336,6 +336,23 @@ def test_a_metric_counts_for_the_share_of_a_groups_prompts_for_which_it_is_defin
     assert [preferred.coverage(group) for group in ("essays", "mixed", "sums", "unheard-of")] == [1.0] * 4
 
 
+def test_a_limited_metric_that_was_never_judged_leaves_the_reference_only():
+    settings = OptimizerSettings(xi={"preference": 0.1, "correctness": 0.1})
+    seen = consumption_of(*(footprint("sums", level, 500) for level in ("L0", "L1") for _ in range(50)))
+    found = estimated(seen, covered(sums={"preference": (50, 100)}), settings=settings)
+    assert set(found.overall) == {"p/L0"}
+    assert "correctness" in found.ineligible["p/L1"]
+    assert "preference" not in found.ineligible["p/L1"]
+    known = covered(sums={"preference": (50, 100), "correctness": (50, 100)})
+    assert set(estimated(seen, known, settings=settings).overall) == {"p/L0", "p/L1"}
+    # Verdicts of the metric that none of a group's prompts has: the group loses nothing of it.
+    seen.add_footprint(footprint("essays", "L0", 500), now_s=NOW.timestamp(), settings=settings)
+    partly = covered(essays={"preference": (50, 100)}, sums={"preference": (50, 100), "correctness": (50, 100)})
+    essays = estimated(seen, partly, settings=settings).groups["essays"]
+    assert essays["p/L0"].quality["correctness"] < 0.01
+    assert essays["p/L1"].quality["correctness"] == pytest.approx(essays["p/L0"].quality["correctness"], abs=0.001)
+
+
 def test_only_a_material_change_of_the_estimates_triggers_a_solve():
     def at(joules: float) -> Estimates:
         return estimated(consumption_of(*(footprint("a", "L0", joules) for _ in range(100))))
