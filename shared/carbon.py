@@ -5,9 +5,11 @@ Grams of a request = energy x PUE x intensity + k1 x time (arXiv 2403.12900, sec
 
 from collections.abc import Iterator, Set
 from datetime import datetime
+from typing import Final
 
 from shared.messages import CarbonIntensity, IntensityPoint
-from shared.units import JOULES_PER_KWH
+
+JOULES_PER_KWH: Final = 3_600_000.0
 
 
 class LatestIntensities:

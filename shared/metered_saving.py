@@ -28,7 +28,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.units import JOULES_PER_KWH
+from shared.carbon import JOULES_PER_KWH
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

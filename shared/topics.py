@@ -33,7 +33,6 @@ HOUR_MS: Final = 60 * MINUTE_MS
 DAY_MS: Final = 24 * HOUR_MS
 MEBIBYTE: Final = 1024 * 1024
 
-
 SOURCE_HEADER: Final = "sprout-request"
 """Header of the router's answers and dead letters: the record that they are for, see `shared.kafka.records`."""
 
@@ -294,7 +293,7 @@ TOPICS: Final = (
 
 
 def requests_topic(name: str) -> TopicSpec:
-    """The topic of a lane, which is like `requests`; see `shared.lanes`."""
+    """The topic of a lane, which is like `requests`; see `shared.kafka.topic_settings`."""
     return REQUESTS if name == REQUESTS.name else replace(REQUESTS, name=name)
 
 

@@ -25,12 +25,11 @@ from tritonclient.utils import InferenceServerException
 
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.inference.triton.channel import CHANNEL_OPTIONS
-from shared.kafka.parsing import PoisonMessageError, describe, parse_record
+from shared.kafka.records import PoisonMessageError, describe, parse_record
 from shared.messages import LoadReport, PoolCapacity
 from shared.pools import Endpoint, Pool
 from shared.runtime.clock import Clock, ClockConfigurationError
-from shared.runtime.logs import configure_logging, get_logger
-from shared.runtime.printable import printable
+from shared.runtime.logs import configure_logging, get_logger, printable
 from shared.runtime.settings import FleetSettings, KafkaSettings, LogSettings
 from shared.topics import CAPACITY, LOAD_REPORTS
 

@@ -44,7 +44,7 @@ from services import SERVICES
 from services.gateway.keys import new_secret
 from shared.fleet import FleetError
 from shared.kafka.admin import ProvisioningError, create_topics
-from shared.lanes import all_topics
+from shared.kafka.topic_settings import all_topics
 from shared.runtime.clock import Clock
 from shared.runtime.database_roles import OPERATOR
 from shared.runtime.settings import DatabaseSettings, KafkaSettings

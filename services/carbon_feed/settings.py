@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from services.carbon_feed.providers import AnySource
 from services.carbon_feed.providers.base import ConfigurationError, Provider, Scope
 from shared.fleet import Fleet
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 
 _CHAINS: TypeAdapter[dict[str, tuple[AnySource, ...]]] = TypeAdapter(dict[str, tuple[AnySource, ...]])
 

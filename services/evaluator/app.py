@@ -16,19 +16,19 @@ from services.evaluator.budget import PolicyMemory
 from services.evaluator.correctness import CORRECTNESS, CorrectnessMetric
 from services.evaluator.evaluation import EvaluationRunner, Publishers
 from services.evaluator.generate import ModelCalls
+from services.evaluator.group_store import GroupStore
 from services.evaluator.judge_clients import judge_pool, open_judge
 from services.evaluator.judges import Judge
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
-from services.evaluator.not_worse import NOT_WORSE, NotWorseMetric
 from services.evaluator.plan import PlanError, candidates_of
-from services.evaluator.preference import PreferenceMetric
+from services.evaluator.preference import NOT_WORSE, NotWorseMetric, PreferenceMetric
 from services.evaluator.quality import QualityMetric
 from services.evaluator.requests import evaluation_endpoint
 from services.evaluator.samples import InputConsumer, SampleStore
 from services.evaluator.scheduler import Scheduler
 from services.evaluator.settings import EvaluatorSettings
-from services.evaluator.store import EvaluationStore, GroupStore
+from services.evaluator.store import EvaluationStore
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.inference.attempts import Attempts
@@ -42,8 +42,7 @@ from shared.kafka.leader import join_leadership
 from shared.kafka.subscribe import subscribe_batches, subscribe_compacted
 from shared.messages import CarbonIntensity, Footprint, Policy, Sample
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
-from shared.runtime.database_metrics import DatabaseMetrics
+from shared.runtime.database import DatabaseMetrics, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings

@@ -22,8 +22,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.metrics import pairwise_distances_argmin
 from threadpoolctl import threadpool_limits
 
-from shared.grouping import FeatureScaling, PromptFeatures, PromptGroups, extract_features
-from shared.grouping.features import FEATURE_COUNT, HASHED
+from shared.grouping import FEATURE_COUNT, HASHED, FeatureScaling, PromptFeatures, PromptGroups, extract_features
 
 Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-from shared.carbon import embodied_g, operational_g
+from shared.carbon import JOULES_PER_KWH, embodied_g, operational_g
 from shared.fleet import Fleet
 from shared.messages import EvaluationCost, Footprint, JudgeCard
-from shared.units import JOULES_PER_KWH
 
 Purpose = Literal["evaluation", "judge"]
 

@@ -18,6 +18,7 @@ from services.evaluator.answers import contradicted
 from services.evaluator.budget import MIN_PROMPTS, EvaluationSize, PolicyMemory, evaluation_size
 from services.evaluator.cost import estimate_cost
 from services.evaluator.generate import ModelCalls
+from services.evaluator.group_store import GroupStore
 from services.evaluator.judging import EvaluationFailedError, PromptJudging
 from services.evaluator.learning import GroupLearner
 from services.evaluator.metrics import EvaluatorMetrics
@@ -25,7 +26,7 @@ from services.evaluator.plan import Candidate, allocate, interleave, thin
 from services.evaluator.quality import QualityMetric, prompt_hashes, tally
 from services.evaluator.samples import SampleStore
 from services.evaluator.settings import EvaluatorSettings
-from services.evaluator.store import EvaluationStore, GroupStore
+from services.evaluator.store import EvaluationStore
 from shared.carbon import LatestIntensities
 from shared.fleet import Fleet
 from shared.hashing import uniform

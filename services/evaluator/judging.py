@@ -10,9 +10,8 @@ from services.evaluator.cost import Call, CallContext, Work
 from services.evaluator.generate import Answer, CallError, ModelCalls, all_or_first_error
 from services.evaluator.judges import JudgeError
 from services.evaluator.metrics import EvaluatorMetrics
-from services.evaluator.not_worse import NOT_WORSE
 from services.evaluator.plan import Candidate, served_candidate
-from services.evaluator.preference import PREFERENCE
+from services.evaluator.preference import NOT_WORSE, PREFERENCE
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt, QualityMetric, hash_of
 from services.evaluator.settings import EvaluatorSettings
 from shared.fleet import Fleet

@@ -9,9 +9,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from services.evaluator.cost import EnergyByPool
+from services.evaluator.group_store import GroupStore
 from services.evaluator.quality import JudgedPrompt
 from services.evaluator.settings import EvaluatorSettings
-from services.evaluator.store import GroupStore
 from shared.fleet import reworded
 from shared.grouping import GroupingError, PromptGroups, prompt_text, unpack
 from shared.messages import PromptGrouping, Sample

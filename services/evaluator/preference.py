@@ -5,11 +5,15 @@ chooses with which order to begin, so that over the prompts every answer is show
 
 A judge that only considers the position names another answer in each rotation, so no answer gets a majority: a tie, in
 which the answers share the win in proportion to their votes (docs/decisions/0037-correctness-and-the-judges-card.md).
+
+The metric `not_worse` compares every answer with the reference option's alone, in both orders. If both votes name the
+reference option's answer, the other one is worse; a tie counts as not worse. So an option's quality does not depend on
+which other options there are, as its share of an n-way choice does (docs/decisions/0044-not-worse.md).
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +24,8 @@ from services.evaluator.judges import DEFAULT_RUBRIC, LETTERS, Judge, JudgeTask,
 from services.evaluator.metrics import EvaluatorMetrics
 from shared.hashing import uniform
 from shared.messages import Sample
+
+NOT_WORSE: Final = "not_worse"
 
 PREFERENCE: Final = "preference"
 
@@ -172,3 +178,41 @@ class PreferenceMetric:
         for vote in votes:
             self._metrics.judge_positions.labels("none" if vote.choice is None else LETTERS[vote.choice]).inc()
         return [one.choice for one in votes]
+
+
+class NotWorseMetric:
+    """Which answers are not worse than the reference option's; see `QualityMetric`."""
+
+    name: Final = NOT_WORSE
+
+    def __init__(self, preference: PreferenceMetric, *, asks_judge: Callable[[str], bool]) -> None:
+        """Create.
+
+        Args:
+            preference: compares two answers.
+            asks_judge: whether the judge may be asked about a model's answers; if not, the metric is undefined.
+        """
+        self._preference = preference
+        self._asks_judge = asks_judge
+
+    async def score(self, sample: Sample, answers: Sequence[str], context: CallContext) -> list[float] | None:
+        """1 for an answer that is not worse, 0 for a worse one; the reference option's is the first, and has 1.
+
+        None if one of the comparisons has no verdict.
+
+        Raises:
+            JudgeError: a vote failed.
+        """
+        if not self._asks_judge(context.model):
+            return None
+        reference = answers[0]
+        others = list(dict.fromkeys(answers[1:]))
+        replies = await asyncio.gather(
+            *(self._preference.score(sample, (reference, one), context) for one in others), return_exceptions=True
+        )
+        outcomes = {reference: 1.0}
+        for answer, shares in zip(others, all_or_first_error(replies), strict=True):
+            if shares is None:
+                return None
+            outcomes[answer] = float(shares[1] >= shares[0])
+        return [outcomes[answer] for answer in answers]

@@ -21,9 +21,9 @@ from services.evaluator.clusters import (
 from services.evaluator.cost import EnergyByPool
 from services.evaluator.preference import PREFERENCE
 from services.evaluator.quality import JudgedPrompt, prompt_hashes, tally
+from shared.carbon import JOULES_PER_KWH
 from shared.grouping import CLASSIFIER, FEATURES, pack
 from shared.messages import GroupEvidence, GroupTaken, PromptGrouping
-from shared.units import JOULES_PER_KWH
 
 LabelledPrompts = Sequence[tuple[str, JudgedPrompt]]
 """Judged prompts, each with the group in which it is counted."""

@@ -15,22 +15,19 @@ from prometheus_client import CollectorRegistry
 
 from services import SERVICES
 from services.gateway.accounts import Accounts
-from services.gateway.api import build_api
+from services.gateway.api import Gateway, build_api
 from services.gateway.batch_answers import BatchAnswers
 from services.gateway.batch_runner import BatchRunner
 from services.gateway.batch_store import BatchStore
 from services.gateway.estimates import Estimates
 from services.gateway.file_store import FileStore
-from services.gateway.gateway import Gateway
-from services.gateway.http import HttpLimits
+from services.gateway.http import BoundedHttp, HttpLimits
 from services.gateway.keys import KeyStore
+from services.gateway.messaging import ReplyInbox, RequestPublisher, claim_partition
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.page import add_page
-from services.gateway.publisher import RequestPublisher
-from services.gateway.replies import ReplyInbox, claim_partition
 from services.gateway.settings import GatewaySettings
 from services.gateway.status import Monitor
-from services.gateway.wire import BoundedHttp
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
@@ -43,8 +40,14 @@ from shared.kafka.subscribe import (
 )
 from shared.messages import CarbonIntensity, Footprint, Policy, PoolCapacity, Reply
 from shared.runtime.clock import Clock
-from shared.runtime.database import RETRY_PAUSE_S, DatabaseStatus, DatabaseUnavailableError, migrate, open_pool
-from shared.runtime.database_metrics import DatabaseMetrics
+from shared.runtime.database import (
+    RETRY_PAUSE_S,
+    DatabaseMetrics,
+    DatabaseStatus,
+    DatabaseUnavailableError,
+    migrate,
+    open_pool,
+)
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import VERSION, build_service, run_service

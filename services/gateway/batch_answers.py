@@ -16,8 +16,7 @@ from services.gateway.batch_store import Batch
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimates
 from services.gateway.keys import ApiKey
-from services.gateway.publisher import RequestPublisher
-from services.gateway.replies import PendingAnswer, ReplyInbox
+from services.gateway.messaging import PendingAnswer, ReplyInbox, RequestPublisher
 from services.gateway.schema import ChatRequest
 from services.gateway.settings import GatewaySettings
 from services.gateway.translate import Answers, to_request

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from shared.carbon import JOULES_PER_KWH
 from shared.messages import Decision, OptionEstimate, Policy, Usage, option_key
 from shared.messages.policies import OptionInputs
-from shared.units import JOULES_PER_KWH
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,7 @@ from services.gateway.accounts import Accounts
 from services.gateway.admission import Admission
 from services.gateway.errors import ApiError
 from services.gateway.estimates import Estimates
-from services.gateway.publisher import RequestPublisher
-from services.gateway.replies import PendingAnswer
+from services.gateway.messaging import PendingAnswer, RequestPublisher
 from services.gateway.settings import GatewaySettings
 from services.gateway.translate import Answers, sprout_headers, sprout_usage
 from shared.messages import GenerationRequest, GenerationResponse

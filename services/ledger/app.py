@@ -25,8 +25,7 @@ from shared.kafka.broker import build_broker
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.publish import declare_batch_publisher, declare_publisher
 from shared.runtime.clock import Clock
-from shared.runtime.database import migrate, open_pool
-from shared.runtime.database_metrics import DatabaseMetrics
+from shared.runtime.database import DatabaseMetrics, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.service import build_service, run_service
 from shared.runtime.settings import DatabaseSettings, FleetSettings, KafkaSettings

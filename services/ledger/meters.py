@@ -19,8 +19,7 @@ from pydantic import BaseModel, ValidationError
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Storage
-from shared.fleet import Fleet
-from shared.inference.tls import tls_context
+from shared.fleet import Fleet, tls_context
 from shared.pools import TlsFields
 from shared.runtime.clock import Clock
 from shared.runtime.database import DatabaseUnavailableError

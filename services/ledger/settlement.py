@@ -18,14 +18,13 @@ from functools import partial
 import asyncpg
 
 from services.ledger import sql
-from services.ledger.division import divide
+from services.ledger.chunks import Chunk, divide, read_chunk, read_intensity
 from services.ledger.endpoint import DAY_S, CallResult, EndpointSettlement, EndpointState, settle_endpoint
 from services.ledger.footprint import IntensitySteps, footprint_grams
 from services.ledger.metrics import LedgerMetrics
 from services.ledger.reports import AwakeEndpoints
 from services.ledger.settings import LedgerSettings
 from services.ledger.sql import Connection, Row, Storage, execute_rows, to_datetime, to_iso
-from services.ledger.states import Chunk, read_chunk, read_intensity
 from shared.fleet import Fleet
 from shared.messages import EndpointCurve
 from shared.pools import Pool
@@ -156,7 +155,7 @@ class IntervalSettlement:
                 if chunk is not None and chunk.divisible:
                     if await divide(connection, endpoint, chunk.state, settings) > 1:
                         return Progress(more=True)
-                    chunk = await read(divide=False)
+                    chunk = await read(divisible=False)
                 if chunk is None:
                     return Progress()
                 result = await asyncio.to_thread(settle_endpoint, chunk.state, settings)

@@ -13,6 +13,7 @@ from services import SERVICES
 from services.optimizer import migrations
 from services.optimizer.capacity import CapacityPlanner
 from services.optimizer.capacity_service import CapacityService
+from services.optimizer.intake import Intake
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
 from services.optimizer.prior import PriorError, load_priors
@@ -44,8 +45,7 @@ from shared.messages import (
     Quality,
 )
 from shared.runtime.clock import Clock
-from shared.runtime.database import DatabaseStatus, migrate, open_pool
-from shared.runtime.database_metrics import DatabaseMetrics
+from shared.runtime.database import DatabaseMetrics, DatabaseStatus, migrate, open_pool
 from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import build_service, run_service
@@ -71,7 +71,7 @@ _log = get_logger(__name__)
 def subscribe(
     broker: KafkaBroker,
     dead_letters: DeadLetterPublisher,
-    service: PolicyService,
+    intake: Intake,
     capacity: CapacityService,
     *,
     kafka: KafkaSettings,
@@ -96,23 +96,23 @@ def subscribe(
 
     @groupings
     async def on_groupings(messages: list[PromptGrouping]) -> None:
-        service.update_groupings(messages)
+        intake.update_groupings(messages)
 
     @intensities
     async def on_intensities(messages: list[CarbonIntensity]) -> None:
-        service.update_intensities(messages)
+        intake.update_intensities(messages)
 
     @evaluations
     async def on_quality(messages: list[Quality]) -> None:
-        service.add_evaluations(messages)
+        intake.add_evaluations(messages)
 
     @curves
     async def on_curves(messages: list[EndpointCurve]) -> None:
-        service.update_curves(messages)
+        intake.update_curves(messages)
 
     @policies
     async def on_policies(messages: list[Policy]) -> None:
-        service.update_policies(messages)
+        intake.update_policies(messages)
 
     @loads
     async def on_loads(messages: list[LoadReport]) -> None:
@@ -120,7 +120,7 @@ def subscribe(
 
     @footprints
     async def on_footprints(messages: list[Footprint]) -> None:
-        await service.add_footprints(messages)
+        await intake.add_footprints(messages)
 
     return groupings, intensities, evaluations, curves, policies
 
@@ -159,7 +159,9 @@ def build_app(  # noqa: PLR0915 - it only wires
     async def publish_plan(plan: PoolCapacity) -> None:
         await leadership.publish(lambda: plans.publish(plan, key=plan.pool.encode()))
 
+    intake = Intake(fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices)
     service = PolicyService(
+        intake,
         fleet=fleet,
         clock=clock,
         settings=settings,
@@ -178,8 +180,8 @@ def build_app(  # noqa: PLR0915 - it only wires
         clock=clock,
         metrics=metrics,
     )
-    read_from_start = subscribe(broker, dead_letters, service, capacity, kafka=kafka, settings=settings)
-    _watch_ages(service, metrics, fleet)
+    read_from_start = subscribe(broker, dead_letters, intake, capacity, kafka=kafka, settings=settings)
+    _watch_ages(intake, metrics, fleet)
 
     broker_started = asyncio.Event()
 
@@ -195,7 +197,7 @@ def build_app(  # noqa: PLR0915 - it only wires
         try:
             await migrate(pool, schema=NAME, package=migrations.__name__)
             store = Store(pool, status=status, remembered_footprints=settings.remembered_footprints)
-            await service.restore(store)
+            await intake.restore(store)
             await capacity.restore_profiles(store)
             health.spawn("check PostgreSQL", status.check_forever(database))
             health.spawn("renew the lease", leadership.renew_forever())
@@ -247,9 +249,9 @@ def main() -> None:
     run_service(build_app, name=NAME, configuration_errors=(FleetError, PriorError))
 
 
-def _watch_ages(service: PolicyService, metrics: OptimizerMetrics, fleet: Fleet) -> None:
+def _watch_ages(intake: Intake, metrics: OptimizerMetrics, fleet: Fleet) -> None:
     for model in fleet.models:
-        metrics.watch_age("policy", model.name, partial(service.policy_age_s, model.name))
-        metrics.watch_age("evaluation", model.name, partial(service.evaluation_age_s, model.name))
+        metrics.watch_age("policy", model.name, partial(intake.policy_age_s, model.name))
+        metrics.watch_age("evaluation", model.name, partial(intake.evaluation_age_s, model.name))
     for zone in fleet.zones:
-        metrics.watch_age("intensity", zone, partial(service.intensity_age_s, zone))
+        metrics.watch_age("intensity", zone, partial(intake.intensity_age_s, zone))

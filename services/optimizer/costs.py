@@ -14,9 +14,9 @@ from typing import Any
 
 from services.optimizer.multiplicative_model import MeanModel
 from services.optimizer.settings import OptimizerSettings
+from shared.carbon import JOULES_PER_KWH
 from shared.fleet import reworded
 from shared.messages import Footprint, option_key, split_option
-from shared.units import JOULES_PER_KWH
 
 _HOUR_S = 3_600.0
 _SHORTEST_SPAN_S = 60.0

@@ -10,8 +10,8 @@ from services.optimizer.prior import ModelPrior
 from services.optimizer.quality import QualityModel, lower_confidence_bound
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import QualityCounts
+from shared.carbon import JOULES_PER_KWH
 from shared.messages import OptionEstimate, PoolPrice, split_option
-from shared.units import JOULES_PER_KWH
 
 Row = dict[str, OptionEstimate]
 """Estimates by option."""

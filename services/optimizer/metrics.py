@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from services.optimizer.calibration import Calibration
+from services.optimizer.safety_margin import Calibration
 from shared.messages import Policy, PoolCapacity
 from shared.prequential import QualityInterval
 

@@ -5,16 +5,16 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
-from services.optimizer.allotment import solve_jointly
 from services.optimizer.bounds import CurrentIntensity, TrailingRange, joint_confidence_z, quality_bounds
 from services.optimizer.estimates import Estimates, price_bases, relative_change
 from services.optimizer.holdout import AUTO, Holdout, choose_holdout
+from services.optimizer.outcome import settled_groups
 from services.optimizer.prices import describe_price
 from services.optimizer.problem import Failure, LaterHours, OptionPrice, Problem, Solution
 from services.optimizer.program import TIME_LIMIT_S, Program, solve, solve_program
 from services.optimizer.promise import RestOfPeriod
+from services.optimizer.safety_margin import solve_jointly
 from services.optimizer.settings import OptimizerSettings
-from services.optimizer.settled import settled_groups
 from shared.fleet import Fleet
 from shared.messages import PeriodPromise, Policy, PolicyInputs, option_key
 from shared.messages.policies import LaterHoursInputs, OptionInputs

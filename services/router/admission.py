@@ -13,7 +13,7 @@ from services.router.settings import RouterSettings
 from shared.fleet import Fleet
 from shared.hashing import uniform
 from shared.kafka.dead_letters import SET_ASIDE
-from shared.kafka.parsing import PoisonMessageError, check_size, parse
+from shared.kafka.records import PoisonMessageError, check_size, parse
 from shared.kafka.unreadable import set_aside_reason
 from shared.messages import Decision, ErrorDetail, GenerationRequest, GenerationResponse, Identifier
 from shared.runtime.clock import Clock

@@ -24,7 +24,7 @@ from services.router.publisher import RouterPublisher
 from services.router.recovery import KafkaGroupProgress
 from services.router.request_class import RequestClasses
 from services.router.settings import RouterSettings
-from services.router.tracing import TRACER_NAME, Tracing
+from services.router.tracing import TRACER_NAME, TelemetryError, Tracing, tracer_provider
 from shared.fleet import Fleet, FleetError, load_fleet
 from shared.grouping import GroupingError
 from shared.inference.attempts import Attempts
@@ -34,7 +34,7 @@ from shared.inference.pools import Pools
 from shared.kafka.broker import build_broker, unreadable_records
 from shared.kafka.dead_letters import DeadLetterPublisher
 from shared.kafka.deaths import DeathLimits
-from shared.kafka.parsing import IMPLAUSIBLE, PoisonMessageError
+from shared.kafka.records import IMPLAUSIBLE, PoisonMessageError
 from shared.kafka.subscribe import (
     Subscriber,
     read_to_end,
@@ -48,7 +48,6 @@ from shared.runtime.health import Health
 from shared.runtime.logs import get_logger
 from shared.runtime.service import VERSION, build_service, run_service
 from shared.runtime.settings import FleetSettings, KafkaSettings
-from shared.runtime.tracing import TelemetryError, tracer_provider
 from shared.topics import (
     CANCELLATIONS,
     CAPACITY,

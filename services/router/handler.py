@@ -20,7 +20,7 @@ from shared.inference.attempts import AttemptResult, Attempts, CancelSignal, Gen
 from shared.inference.base import GenerationParameters
 from shared.inference.chat import ConversationError
 from shared.inference.pools import Pools
-from shared.kafka.parsing import PoisonMessageError
+from shared.kafka.records import PoisonMessageError
 from shared.messages import (
     MAX_SERVED_CHARS,
     Decision,

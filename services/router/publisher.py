@@ -12,8 +12,8 @@ from services.router.fencing import RecordFence
 from services.router.metrics import RouterMetrics
 from services.router.tracing import Tracing
 from shared.kafka.dead_letters import DeadLetterPublisher
-from shared.kafka.parsing import PoisonMessageError
 from shared.kafka.publish import TOO_LARGE, Publisher, check_size, declare_publisher, publish_with_retry
+from shared.kafka.records import PoisonMessageError
 from shared.messages import ErrorDetail, GenerationResponse, Reply, ResponseChunk, Sample
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings

@@ -7,7 +7,7 @@ from shared.inference.attempts import RetrySettings
 from shared.inference.balancer import CircuitBreakerSettings
 from shared.inference.base import StreamTimeouts
 from shared.inference.chat import ControlSequencePolicy
-from shared.lanes import LaneFields
+from shared.kafka.topic_settings import LaneFields
 from shared.runtime.settings import DrawKeySettings
 
 

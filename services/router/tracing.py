@@ -1,14 +1,20 @@
-"""OpenTelemetry spans of a request: processing the record, generation by a model, sending messages.
+"""OpenTelemetry: the spans of a request, and the provider that exports them.
 
-The trace continues that of the client's record (W3C `traceparent` header), and continues in every message that results
-from it. Attributes follow OpenTelemetry's semantic conventions for messaging and generative AI, and `sprout.*`. No span
-contains text of a request, a response or an error. Without a collector OpenTelemetry's no-op tracer creates no spans,
-and the client's trace context is passed on unchanged.
+Spans are of processing the record, generation by a model, and sending messages. The trace continues that of the
+client's record (W3C `traceparent` header), and continues in every message that results from it. Attributes follow
+OpenTelemetry's semantic conventions for messaging and generative AI, and `sprout.*`. No span contains text of a
+request, a response or an error. Without a collector OpenTelemetry's no-op tracer creates no spans, and the client's
+trace context is passed on unchanged.
+
+`OTEL_EXPORTER_OTLP_ENDPOINT` (or `..._TRACES_ENDPOINT`) enables the export. OpenTelemetry's other variables apply too:
+sampling (`OTEL_TRACES_SAMPLER`), batches (`OTEL_BSP_*`), TLS and headers (`OTEL_EXPORTER_OTLP_*`), the resource
+(`OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`).
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -19,6 +25,13 @@ from opentelemetry.util.types import AttributeValue
 from services.router.admission import IncomingRequest
 from shared.inference.attempts import AttemptResult
 from shared.messages import Decision, GenerationResponse
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
 TRACER_NAME = "sprout.router"
 
@@ -174,3 +187,53 @@ def _set_attributes(span: Span, attributes: _Attributes) -> None:
 def _set_error(span: Span, reason: str) -> None:
     span.set_attribute("error.type", reason)
     span.set_status(StatusCode.ERROR)
+
+
+class TelemetryError(ValueError):
+    """The environment asks for an exporter or protocol that is not supported; the message says what is."""
+
+
+def wanted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment asks for traces.
+
+    Raises:
+        TelemetryError: with a protocol or an exporter that is not supported.
+    """
+    exporter = environment.get("OTEL_TRACES_EXPORTER", "otlp").strip().lower()
+    disabled = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    if disabled or exporter == "none" or not any(environment.get(name) for name in ENDPOINTS):
+        return False
+    if exporter != "otlp":
+        raise TelemetryError(f"OTEL_TRACES_EXPORTER is {exporter!r}: only 'otlp' and 'none' are supported")
+    protocol = next((value for name in PROTOCOLS if (value := environment.get(name))), "grpc")
+    if protocol != "grpc":
+        raise TelemetryError(
+            f"{' or '.join(PROTOCOLS)} is {protocol!r}: only 'grpc' is supported; collectors listen for it on port 4317"
+        )
+    return True
+
+
+def tracer_provider(service: str, *, version: str) -> "TracerProvider | None":
+    """The provider of a service's spans, which exports them in the background; `None` if traces are off.
+
+    The caller must call `shutdown`, which exports the remaining spans and blocks until that is done.
+
+    Raises:
+        TelemetryError: see `wanted`.
+    """
+    if not wanted():
+        return None
+    # Imported here: that takes 0.1 s, and only some images contain the exporter.
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+    from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource  # noqa: PLC0415
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+
+    # The environment takes precedence.
+    default = Resource({SERVICE_NAME: f"sprout.{service}", SERVICE_VERSION: version})
+    environment = Resource.create()
+    has_name = not str(environment.attributes[SERVICE_NAME]).startswith("unknown_service")
+    resource = default.merge(environment) if has_name else environment.merge(default)
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider

@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 import anyio
 import httpx
 
-from shared.fleet import FleetError
+from shared.fleet import FleetError, tls_context
 from shared.inference.base import (
     SAMPLING_FIELDS,
     Capabilities,
@@ -30,7 +30,6 @@ from shared.inference.base import (
     StreamTimeouts,
 )
 from shared.inference.chat import SERVER_TEMPLATE
-from shared.inference.tls import tls_context
 from shared.inference.tokens import Tokenizer
 from shared.messages import FinishReason, TokenCountSource
 from shared.pools import Endpoint, Pool

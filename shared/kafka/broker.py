@@ -1,9 +1,13 @@
-"""The FastStream broker of a service: Kafka with the settings that Sprout's guarantees rest on."""
+"""The FastStream broker of a service: Kafka with the settings that Sprout's guarantees rest on.
+
+`KafkaStatus` says whether Kafka answers, for readiness.
+"""
 
 import asyncio
 import logging
 from functools import partial
 from types import TracebackType
+from typing import Final
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
@@ -24,6 +28,12 @@ from shared.runtime.settings import KafkaSettings
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 BATCH_BYTES = 16 * 1024
 """Size at which a batch of messages is sent, before compression."""
+
+CHECK_INTERVAL_S: Final = 2.0
+"""Wall seconds between two checks."""
+
+CHECK_TIMEOUT_S: Final = 4.0
+"""Wall seconds that a check may take. Kafka's own clients notice a frozen broker only after 30 to 40 s."""
 
 _log = get_logger(__name__)
 
@@ -169,3 +179,54 @@ async def _find_missing(kafka: KafkaSettings, topics: list[str]) -> str:
     finally:
         await admin.close()
     return f"topics {', '.join(missing)}; create them with 'sprout topics create'" if missing else ""
+
+
+class KafkaStatus:
+    """Asks Kafka again and again for the metadata of a topic, on a connection that does nothing else."""
+
+    def __init__(self, kafka: KafkaSettings, topic: str) -> None:
+        """Set up.
+
+        Args:
+            topic: full name of a topic of the service.
+        """
+        self._kafka = kafka
+        self._topic = topic
+        self._problem: str | None = None
+
+    def problem(self) -> str | None:
+        """The readiness check; `None` while Kafka answers."""
+        return self._problem
+
+    async def check_forever(self) -> None:
+        """Check, without end."""
+        admin: AIOKafkaAdminClient | None = None
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(CHECK_TIMEOUT_S):
+                        if admin is None:
+                            admin = AIOKafkaAdminClient(**self._kafka.client_options())
+                            await admin.start()
+                        await admin.describe_topics([self._topic])
+                except Exception as error:  # noqa: BLE001 - whatever it is, the check continues
+                    self._note(f"Kafka does not answer ({type(error).__name__})")
+                    await _close(admin)
+                    admin = None
+                else:
+                    self._note(None)
+                await asyncio.sleep(CHECK_INTERVAL_S)
+        finally:
+            await _close(admin)
+
+    def _note(self, problem: str | None) -> None:
+        if problem is None and self._problem is not None:
+            _log.info("Kafka answers")
+        elif problem is not None and self._problem is None:
+            _log.warning("waiting for Kafka", problem=problem)
+        self._problem = problem
+
+
+async def _close(admin: AIOKafkaAdminClient | None) -> None:
+    if admin is not None:
+        await admin.close()

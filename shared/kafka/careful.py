@@ -14,7 +14,7 @@ from aiokafka.errors import IllegalStateError, KafkaError
 
 from shared.kafka.dead_letters import PROCESS_DIED, PROCESS_DIED_DETAIL, DeadLetterPublisher
 from shared.kafka.deaths import COMMIT_TIMEOUT_S, Caution, DeathCount, DeathLimits, split_deaths, with_deaths
-from shared.kafka.parsing import PoisonMessageError
+from shared.kafka.records import PoisonMessageError
 from shared.kafka.unreadable import stand_in
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings

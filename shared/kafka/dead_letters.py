@@ -1,20 +1,22 @@
 """Dead letters: messages that cannot be processed are published to `dead-letters` with their bytes, and skipped.
 
-`shared.kafka.parsing` finds such messages, `shared.kafka.handling` makes them dead letters for every kind of
-subscriber. The router, which handles raw records, calls `DeadLetterPublisher.publish` itself.
+`shared.kafka.records` finds such messages, `shared.kafka.handling` makes them dead letters for every kind of
+subscriber. The router, which handles raw records, calls `DeadLetterPublisher.publish` itself. A
+`Fuse` stops the consumption of a topic when nearly all of its records become dead letters.
 """
 
 import asyncio
 import base64
+from collections import deque
 from collections.abc import Iterable
+from typing import Final
 
 from aiokafka import ConsumerRecord
 from faststream.kafka import KafkaBroker
 from prometheus_client import CollectorRegistry, Counter
 
-from shared.kafka.fuse import Fuse
-from shared.kafka.parsing import IMPLAUSIBLE, PoisonMessageError
 from shared.kafka.publish import Publisher, declare_publisher
+from shared.kafka.records import IMPLAUSIBLE, PoisonMessageError
 from shared.messages import DeadLetter
 from shared.runtime.clock import Clock
 from shared.runtime.logs import get_logger
@@ -48,6 +50,12 @@ PROCESS_DIED_DETAIL = "several processes died while they handled the record; it 
 
 SET_ASIDE = {UNREADABLE: UNREADABLE_DETAIL, PROCESS_DIED: PROCESS_DIED_DETAIL}
 """Reasons of dead letters whose records were not parsed, with the detail."""
+
+FUSE_RECORDS: Final = 200
+"""Records of a topic that the fuse looks at."""
+
+FUSE_SHARE: Final = 0.95
+"""Share of them that must have become dead letters."""
 
 _log = get_logger(__name__)
 
@@ -160,3 +168,37 @@ class DeadLetterPublisher:
             reason=error.reason,
             detail=error.detail,
         )
+
+
+class Fuse:
+    """Counts the last records of every topic; once it has stopped a topic, the topic stays stopped."""
+
+    def __init__(self) -> None:
+        self._failed: dict[str, deque[bool]] = {}
+        self._stopped: set[str] = set()
+
+    def problem(self) -> str | None:
+        """The topics that are not consumed any more, as a readiness check; None if there are none."""
+        if not self._stopped:
+            return None
+        topics = ", ".join(sorted(self._stopped))
+        return f"nearly all records of {topics} became dead letters (see the log); a restart tries again"
+
+    def has_stopped(self, topic: str) -> bool:
+        """Whether a topic must not be consumed any more."""
+        return topic in self._stopped
+
+    def note_processed(self, topic: str, records: int) -> None:
+        """Note records that became no dead letters."""
+        self._recent(topic).extend([False] * min(records, FUSE_RECORDS))
+
+    def note_failed(self, topic: str) -> None:
+        """Note a record that became a dead letter."""
+        recent = self._recent(topic)
+        recent.append(True)
+        if topic not in self._stopped and sum(recent) >= FUSE_SHARE * FUSE_RECORDS:
+            self._stopped.add(topic)
+            _log.critical("the topic is not consumed any more: nearly all records became dead letters", topic=topic)
+
+    def _recent(self, topic: str) -> deque[bool]:
+        return self._failed.setdefault(topic, deque(maxlen=FUSE_RECORDS))

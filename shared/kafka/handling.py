@@ -21,7 +21,7 @@ from faststream.kafka import KafkaMessage
 from pydantic import ValidationError
 
 from shared.kafka.dead_letters import HANDLER_ERROR, DeadLetterPublisher
-from shared.kafka.parsing import PoisonMessageError, check_size, describe, parse, parse_record
+from shared.kafka.records import PoisonMessageError, check_size, describe, parse, parse_record
 from shared.messages import Message
 from shared.runtime.logs import get_logger, where
 from shared.topics import TopicSpec

@@ -2,7 +2,7 @@
 
 Kafka's ACLs say who may write to a topic. These checks bound the damage if one of the writers is faulty, has a wrong
 clock, or is not what it claims to be. All consumers of `carbon-intensity`, `policies`, `prompt-groups`, `quality`,
-`power-curves`, `load-reports` and `capacity` apply them, see `shared.kafka.parsing.parse_record`; what fails them
+`power-curves`, `load-reports` and `capacity` apply them, see `shared.kafka.records.parse_record`; what fails them
 becomes a dead letter with the reason `implausible`.
 """
 

@@ -14,8 +14,8 @@ from aiokafka.structs import OffsetAndMetadata
 
 from shared.kafka.dead_letters import SET_ASIDE, UNREADABLE, UNREADABLE_DETAIL, DeadLetterPublisher
 from shared.kafka.inspection import find_unreadable
-from shared.kafka.parsing import PoisonMessageError
 from shared.kafka.reading import POLL_MS, Since
+from shared.kafka.records import PoisonMessageError
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 

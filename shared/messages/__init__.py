@@ -19,6 +19,8 @@ from shared.messages.carbon import CarbonIntensity, Footprint, IntensityPoint
 from shared.messages.evaluation import (
     MAX_SERVED_CHARS,
     EvaluationCost,
+    JudgeCard,
+    LengthSums,
     Paired,
     Quality,
     QualityCount,
@@ -41,7 +43,6 @@ from shared.messages.generation import (
     TokenCountSource,
     Usage,
 )
-from shared.messages.judging import JudgeCard, LengthSums
 from shared.messages.policies import (
     GroupEvidence,
     GroupTaken,

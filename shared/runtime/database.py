@@ -1,4 +1,4 @@
-"""PostgreSQL: a pool per service, one schema per service, migrations as ordered SQL files."""
+"""PostgreSQL: a pool per service, one schema per service, migrations as ordered SQL files, metrics."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
@@ -9,9 +9,9 @@ from typing import Any, Final, TypeVar
 import asyncpg
 import stamina
 from asyncpg.pool import PoolConnectionProxy
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shared.kafka.handling import RetryLaterError
-from shared.runtime.database_metrics import DatabaseMetrics
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import DatabaseSettings
 
@@ -44,6 +44,9 @@ RETRY_PAUSE_S: Final = 1.0
 """Wall seconds before an operation is tried again while PostgreSQL is unavailable."""
 
 _log = get_logger(__name__)
+
+LATENCIES_S: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Upper limits of the histogram's buckets, wall seconds."""
 
 
 class DatabaseUnavailableError(RetryLaterError):
@@ -174,6 +177,42 @@ class DatabaseStatus:
                 return await operation()
             except DatabaseUnavailableError:
                 await asyncio.sleep(pause_s)
+
+
+class DatabaseMetrics:
+    """Latency and errors of the queries of a pool, and its connections."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._seconds = Histogram(
+            "sprout_database_query_seconds",
+            "Wall time of a query on PostgreSQL",
+            buckets=LATENCIES_S,
+            registry=registry,
+        )
+        self._errors = Counter(
+            "sprout_database_errors", "Queries on PostgreSQL that failed", ["error"], registry=registry
+        )
+        self._connections = Gauge(
+            "sprout_database_connections",
+            "Connections of the pool: open, idle, or at most",
+            ["state"],
+            registry=registry,
+        )
+
+    async def observe_connection(self, connection: Any) -> None:  # noqa: ANN401 - a connection or its proxy
+        """Observe the queries of a new connection: `init` of `asyncpg.create_pool`."""
+        connection.add_query_logger(self._observe)
+
+    def observe_pool(self, pool: asyncpg.Pool) -> None:
+        """Export the number of connections of a pool."""
+        self._connections.labels("open").set_function(pool.get_size)
+        self._connections.labels("idle").set_function(pool.get_idle_size)
+        self._connections.labels("max").set_function(pool.get_max_size)
+
+    def _observe(self, query: Any) -> None:  # noqa: ANN401 - asyncpg's LoggedQuery, which holds texts and arguments
+        self._seconds.observe(query.elapsed)
+        if query.exception is not None:
+            self._errors.labels(type(query.exception).__name__).inc()
 
 
 async def open_pool(

@@ -1,6 +1,9 @@
-"""Structured logs: one line of JSON per event, or coloured text; without prompts and secrets."""
+"""Structured logs: one line of JSON per event, or coloured text; without prompts and secrets. No control
+characters on terminals.
+"""
 
 import logging
+import re
 import sys
 import time
 import traceback
@@ -8,7 +11,6 @@ from typing import Final
 
 import structlog
 
-from shared.runtime.printable import printable
 from shared.runtime.settings import LogSettings
 
 REPEAT_S: Final = 5.0
@@ -16,6 +18,15 @@ REPEAT_S: Final = 5.0
 
 MAX_REPEATS: Final = 1_000
 """Different messages that are remembered."""
+
+_HARMFUL: Final = re.compile(
+    "["
+    "\x00-\x1f\x7f-\x9f"  # control characters, with ESC and CSI
+    "\u2028\u2029"  # line and paragraph separators
+    "\u202a-\u202e\u2066-\u2069"  # these change the direction of the text
+    "\ud800-\udfff"  # lone surrogates, which cannot be encoded
+    "]"
+)
 
 
 def configure_logging(service: str, settings: LogSettings) -> None:
@@ -103,3 +114,14 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 def where(error: BaseException) -> list[str]:
     """The last frames of an error's traceback, innermost last, without its message: that may quote a prompt."""
     return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """The text with every control character replaced: they could move the cursor, or hide or forge output.
+
+    Whatever comes from messages, logs or files passes through this before it is printed.
+
+    Args:
+        keep: control characters to keep, such as newlines.
+    """
+    return _HARMFUL.sub(lambda match: match.group() if match.group() in keep else "\N{REPLACEMENT CHARACTER}", text)

@@ -1,31 +1,33 @@
-"""Runs a service: the FastStream application with health, readiness and metrics over HTTP, until it is stopped."""
+"""Runs a service: the FastStream application with health, readiness and metrics over HTTP, until it is stopped.
+
+Every service has metrics of its build and process, and of the lag of its consumers.
+"""
 
 import asyncio
 import gc
 import json
+import platform
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Literal
+from typing import Any, Final, Literal
 
 import uvicorn
 import uvloop
+from aiokafka.errors import IllegalStateError, KafkaError
 from faststream.asgi import AsgiFastStream, AsgiResponse, get
 from faststream.asgi.types import ASGIApp, Receive, Scope, Send
 from faststream.kafka import KafkaBroker
 from faststream.specification import AsyncAPI
-from prometheus_client import CollectorRegistry, make_asgi_app
+from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessCollector, make_asgi_app
 from pydantic import ValidationError
 
 from shared.kafka.admin import warn_of_drift
-from shared.kafka.broker import ServiceBroker, unreadable_records, wait_for_kafka
-from shared.kafka.parsing import describe
-from shared.kafka.status import KafkaStatus
+from shared.kafka.broker import KafkaStatus, ServiceBroker, unreadable_records, wait_for_kafka
+from shared.kafka.records import describe
 from shared.runtime.health import Health, ProgressCollector
-from shared.runtime.logs import configure_logging, get_logger
-from shared.runtime.printable import printable
-from shared.runtime.service_metrics import LagMeter, register_build_and_process
+from shared.runtime.logs import configure_logging, get_logger, printable
 from shared.runtime.settings import HttpSettings, KafkaSettings, LogSettings
 from shared.topics import TopicSpec
 
@@ -43,6 +45,12 @@ _log = get_logger(__name__)
 
 Lifespan = Callable[[], AbstractAsyncContextManager[None]]
 """Opens what must be open while the broker runs (pools, clients), and closes it."""
+
+LAG_INTERVAL_S: Final = 5.0
+"""Wall seconds between two measurements of the lag."""
+
+POSITION_TIMEOUT_S: Final = 1.0
+"""Longest wait for the position of a consumer that has none yet, wall."""
 
 
 class Service(AsgiFastStream):
@@ -200,3 +208,53 @@ def _json(status: int, body: dict[str, object]) -> AsgiResponse:
 @asynccontextmanager
 async def _nothing() -> AsyncIterator[None]:
     yield
+
+
+def register_build_and_process(registry: CollectorRegistry, *, service: str, version: str) -> None:
+    """Export `sprout_build_info`, Prometheus' usual `process_*` metrics, and those of Python's garbage collector."""
+    ProcessCollector(registry=registry)
+    GCCollector(registry=registry)
+    build = Gauge(
+        "sprout_build_info", "1; the build is in the labels", ["service", "version", "python"], registry=registry
+    )
+    build.labels(service, version, platform.python_version()).set(1)
+
+
+class LagMeter:
+    """Measures how many records the subscribers of a service have not been given yet."""
+
+    def __init__(self, broker: KafkaBroker, registry: CollectorRegistry) -> None:
+        self._broker = broker
+        self._lag = Gauge(
+            "sprout_consumer_lag_records",
+            "Records of the assigned partitions that were not handed to the service yet; group is empty where every "
+            "copy reads all",
+            ["topic", "group"],
+            registry=registry,
+        )
+
+    async def run(self) -> None:
+        """Measure until cancelled."""
+        while True:
+            await asyncio.sleep(LAG_INTERVAL_S)
+            await self.measure()
+
+    async def measure(self) -> None:
+        """Measure once; a topic that cannot be measured now keeps its value."""
+        lags: dict[tuple[str, str], int] = {}
+        for subscriber in self._broker.subscribers:
+            consumer: Any = getattr(subscriber, "consumer", None)
+            if consumer is None:
+                continue
+            try:
+                async with asyncio.timeout(POSITION_TIMEOUT_S):
+                    for partition in consumer.assignment():
+                        end = consumer.highwater(partition)
+                        if end is None:
+                            continue
+                        name = partition.topic, getattr(subscriber, "group_id", None) or ""
+                        lags[name] = lags.get(name, 0) + max(0, end - await consumer.position(partition))
+            except (KafkaError, IllegalStateError, TimeoutError):
+                continue
+        for (topic, group), lag in lags.items():
+            self._lag.labels(topic, group).set(lag)

@@ -8,8 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from shared.kafka.broker import build_broker
-from shared.kafka.dead_letters import MAX_OVERSIZE_BYTES
-from shared.kafka.fuse import FUSE_RECORDS, FUSE_SHARE
+from shared.kafka.dead_letters import FUSE_RECORDS, FUSE_SHARE, MAX_OVERSIZE_BYTES
 from shared.kafka.handling import RetryLaterError
 from shared.kafka.subscribe import subscribe_batches, subscribe_messages
 from shared.messages import DeadLetter, GenerationRequest

@@ -6,10 +6,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from services.evaluator.group_store import GroupStore
 from services.evaluator.learning import GroupLearner
 from services.evaluator.samples import SampleStore
 from services.evaluator.settings import EvaluatorSettings
-from services.evaluator.store import EvaluationStore, GroupStore
+from services.evaluator.store import EvaluationStore
 from shared.messages import PackedArray, PromptGrouping, Sample
 from shared.runtime.database import DatabaseStatus, migrate, open_pool
 from tests.support.evaluator import judged_answer, judged_prompt, sample

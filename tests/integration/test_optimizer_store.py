@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.optimizer import migrations
+from services.optimizer.intake import Intake
 from services.optimizer.metrics import OptimizerMetrics
 from services.optimizer.prices import PoolPrices
 from services.optimizer.promise import Account, Period, Sums
@@ -130,35 +131,35 @@ async def test_what_is_known_of_another_text_of_a_directive_does_not_count(datab
     assert before.reference_of("m") == "p/L0"
     pool = await open_pool(database, schema="optimizer_texts")
 
-    async def started(fleet: Fleet) -> PolicyService:
+    async def started(fleet: Fleet) -> tuple[Intake, PolicyService]:
         """A copy of the optimizer that has read its tables."""
-        made = PolicyService(
-            fleet=fleet, clock=Clock(), settings=settings, metrics=OptimizerMetrics(CollectorRegistry()),
-            prices=PoolPrices(fleet), publish=never,
-        )  # fmt: skip
+        clock, metrics, prices = Clock(), OptimizerMetrics(CollectorRegistry()), PoolPrices(fleet)
+        made = Intake(fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices)
         await made.restore(Store(pool, status=status, remembered_footprints=1_000))
-        return made
+        return made, PolicyService(
+            made, fleet=fleet, clock=clock, settings=settings, metrics=metrics, prices=prices, publish=never
+        )
 
     async def never(policy: Policy) -> None:
         raise AssertionError(policy)
 
-    async def requests(service: PolicyService) -> dict[str, float]:
+    async def requests(intake: Intake) -> dict[str, float]:
         """Effective requests whose energy counts, by option."""
-        cells = (await service.store.consumption())["m"].totals(Clock().now_s(), settings)["qa"]
+        cells = (await intake.store.consumption())["m"].totals(Clock().now_s(), settings)["qa"]
         return {option: used.requests for option, used in cells.items()}
 
     try:
         await migrate(pool, schema="optimizer_texts", package=migrations.__name__)
-        first = await started(before)
+        first, first_loop = await started(before)
         await first.add_footprints([footprint(n, level) for level in ("L0", "L1") for n in range(3)])
         # By an earlier evaluator: it counts for the present texts.
         first.add_evaluations([quality("e1", successes={"L0": 60, "L1": 40})])
-        await first.run_once()
+        await first_loop.run_once()
         assert (await requests(first)).keys() == {"p/L0", "p/L1"}
         assert first.evaluation_age_s("m") is not None
         capsys.readouterr()
 
-        changed = await started(after)
+        changed, changed_loop = await started(after)
         assert (await requests(changed)).keys() == {"p/L0"}
         assert changed.evaluation_age_s("m") is None
         log = capsys.readouterr().out
@@ -167,7 +168,7 @@ async def test_what_is_known_of_another_text_of_a_directive_does_not_count(datab
         # Of a call that began before the change; and Kafka delivers the evaluation again.
         await changed.add_footprints([footprint(9, "L1")])
         changed.add_evaluations([quality("e1", successes={"L0": 60, "L1": 40})])
-        await changed.run_once()
+        await changed_loop.run_once()
         assert (await requests(changed))["p/L1"] == 0.0
         assert changed.evaluation_age_s("m") is None
         # A copy with the old file that still runs takes nothing away, and its evaluations do not count here.
@@ -175,14 +176,15 @@ async def test_what_is_known_of_another_text_of_a_directive_does_not_count(datab
         of_first = quality("e2", successes={"L0": 60, "L1": 40}).model_copy(
             update={"directives": before.directive_hashes, "evaluated_at": datetime.now(UTC)}
         )
-        for one in (first, changed):
+        for one, loop in ((first, first_loop), (changed, changed_loop)):
             one.add_evaluations([of_first])
-            await one.run_once()
+            await loop.run_once()
         assert first.evaluation_age_s("m") is not None
         assert changed.evaluation_age_s("m") is None
         assert "give every service the same SPROUT_FLEET_FILE" in capsys.readouterr().out
         assert (await requests(changed))["p/L0"] > 3.0
         # The old text again: its evaluations count again.
-        assert (await started(before)).evaluation_age_s("m") is not None
+        again, _ = await started(before)
+        assert again.evaluation_age_s("m") is not None
     finally:
         await pool.close()

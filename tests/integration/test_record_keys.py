@@ -6,8 +6,8 @@ from importlib import resources
 import pytest
 
 from services.evaluator import migrations as evaluator_migrations
+from services.evaluator.group_store import GroupStore, save_judged
 from services.evaluator.samples import SampleStore
-from services.evaluator.store import GroupStore, save_judged
 from services.optimizer import migrations as optimizer_migrations
 from services.optimizer.store import Store
 from shared.messages import Footprint

@@ -10,9 +10,8 @@ from shared.kafka.broker import build_broker
 from shared.kafka.subscribe import subscribe_batches
 from shared.messages import Sample
 from shared.runtime.clock import Clock
-from shared.runtime.database import open_pool
-from shared.runtime.database_metrics import DatabaseMetrics
-from shared.runtime.service_metrics import LagMeter
+from shared.runtime.database import DatabaseMetrics, open_pool
+from shared.runtime.service import LagMeter
 from shared.topics import SAMPLES
 from tests.support.deadlines import DEADLINE_S
 from tests.support.evaluator import sample

@@ -13,11 +13,11 @@ from scipy.signal import lfilter
 from scipy.stats import gamma
 
 from shared.batch_curve import MEASURED, BatchCurve
+from shared.carbon import JOULES_PER_KWH
 from shared.fleet import Switchback
 from shared.metered_saving import DAY_S, FleetBins
 from shared.pools import Dispatch
 from shared.switchback import SwitchbackSchedule
-from shared.units import JOULES_PER_KWH
 from tools.reporting.demand import spread_over_bins
 from tools.simulator.fleet import needed_nearby, server_power_w
 

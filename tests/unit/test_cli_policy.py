@@ -121,7 +121,7 @@ def test_a_promise_by_period_is_rebuilt_and_explained(tmp_path, floors):
     assert explanation.agrees
     assert explanation.problem.hourly_floors == floors
     (limit,) = explanation.limits
-    assert limit.required == 0.955
+    assert limit.outcome.required == 0.955
     assert limit.slack == pytest.approx(0.0, abs=1e-4)
     result = run(MODEL, "--file", written(tmp_path / "policy.json", found))
     assert result.exit_code == 0, result.output
@@ -212,8 +212,8 @@ def test_the_shadow_price_is_the_cost_of_a_stricter_limit():
     (limit,) = explanation.limits
     stricter = solve(replace(problem_of(found), bounds={METRIC: found.bounds[METRIC] + 0.001}))
     points = 100.0 * (stricter.g_per_request - found.expected_g_per_request) / found.reference_g_per_request
-    assert limit.carbon_points_per_point == pytest.approx(points / 0.1, rel=0.05)
-    assert limit.mean - limit.margin == pytest.approx(found.expected_quality[METRIC])
+    assert limit.outcome.carbon_points_per_point == pytest.approx(points / 0.1, rel=0.05)
+    assert limit.outcome.mean - limit.outcome.margin == pytest.approx(found.expected_quality[METRIC])
     assert limit.slack == pytest.approx(0.0, abs=2e-5)
 
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from shared.kafka.parsing import PoisonMessageError, parse
+from shared.kafka.records import PoisonMessageError, parse
 from shared.messages import GenerationRequest
 from tests.drills.malformed import KINDS, malformed
 from tests.drills.schedule import faults, randomness, storm

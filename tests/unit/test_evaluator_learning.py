@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from services.evaluator.cost import Energy
+from services.evaluator.group_store import LearningProgress
 from services.evaluator.learning import GroupLearner, learning_due
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt, hash_of
 from services.evaluator.settings import EvaluatorSettings
-from services.evaluator.store import LearningProgress
 from services.evaluator.training import TooFewPromptsError, TrainingSet
 from shared.grouping import unpack
 from shared.messages import ChatMessage, PromptGrouping

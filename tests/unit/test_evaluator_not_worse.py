@@ -13,8 +13,7 @@ from services.evaluator.card import comparison_fault
 from services.evaluator.cost import CallContext
 from services.evaluator.judges import LETTERS, JudgeError
 from services.evaluator.metrics import EvaluatorMetrics
-from services.evaluator.not_worse import NotWorseMetric
-from services.evaluator.preference import PreferenceMetric
+from services.evaluator.preference import NotWorseMetric, PreferenceMetric
 from services.evaluator.quality import JudgedAnswer, JudgedPrompt, tally
 from services.evaluator.settings import EvaluatorSettings
 from shared.grouping import extract_features

@@ -22,8 +22,7 @@ from services.evaluator.clusters import (
     scaled_matrix,
     topics,
 )
-from shared.grouping import PromptFeatures, PromptGroups, extract_features
-from shared.grouping.features import HASHED, SHAPE_FEATURES
+from shared.grouping import HASHED, SHAPE_FEATURES, PromptFeatures, PromptGroups, extract_features
 
 CITIES = ("Oslo", "Lima", "Cairo", "Delhi", "Quito", "Seoul", "Tunis", "Dakar", "Hanoi", "Minsk")
 ODD_TEXTS = ("", " ", "?", "a" * 100_000, "\ud800 lone", "多言語の質問です", "1 2 3\n" * 10_000)

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from services.router.settings import RouterSettings
 from shared.access import ACCESS, acl_arguments
-from shared.lanes import LaneSettings, all_topics
+from shared.kafka.topic_settings import LaneSettings, all_topics
 from shared.runtime.settings import KafkaSettings
 from shared.topics import REQUESTS, TOPICS
 from tools.cli.main import app

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from shared.carbon import JOULES_PER_KWH
 from shared.metered_saving import (
     DAY_S,
     HOUR,
@@ -14,7 +15,6 @@ from shared.metered_saving import (
     metered_saving,
     student_t,
 )
-from shared.units import JOULES_PER_KWH
 from tests.support.switchback_days import FleetDays, day_bounds, simulate_days
 
 BIN_S = 300.0

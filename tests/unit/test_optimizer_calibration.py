@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from services.optimizer.calibration import MEMORY, Calibration, QualityScores, calibrated
+from services.optimizer.safety_margin import MEMORY, Calibration, QualityScores, calibrated
 from services.optimizer.settings import OptimizerSettings
 from shared.messages import Paired, Quality, QualityCount
 from shared.prequential import QualityScore

@@ -128,7 +128,7 @@ def test_a_limit_of_zero_has_no_effect():
 
 
 def test_a_time_limit_of_the_solver_is_named_in_the_reason(monkeypatch):
-    monkeypatch.setattr("services.optimizer.allotment.solve_program", partial(solve_program, time_limit_s=0.0))
+    monkeypatch.setattr("services.optimizer.safety_margin.solve_program", partial(solve_program, time_limit_s=0.0))
     made = planned(two_groups(), floors={METRIC: 0.9})
     assert made.status == "reference"
     assert "the solver reached its time limit of 10 s; the reference is served" in made.reason

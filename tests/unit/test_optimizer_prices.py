@@ -15,9 +15,9 @@ from services.optimizer.prices import PoolPrices
 from services.optimizer.settings import OptimizerSettings
 from services.optimizer.state import QualityCounts
 from shared.batch_curve import MEASURED, BatchCurve
+from shared.carbon import JOULES_PER_KWH
 from shared.fleet import Fleet
 from shared.messages import EndpointCurve, EvaluationCost, Footprint, Policy, PoolPrice, Quality, QualityCount
-from shared.units import JOULES_PER_KWH
 from tests.support.fleets import MODEL, fleet_toml
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)

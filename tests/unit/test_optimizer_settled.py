@@ -6,11 +6,11 @@ from datetime import timedelta
 
 import pytest
 
+from services.optimizer.outcome import settled_groups
 from services.optimizer.policy import settled_since
 from services.optimizer.problem import OptionPrice, Problem
 from services.optimizer.program import Program, solve_program
 from services.optimizer.settings import OptimizerSettings
-from services.optimizer.settled import settled_groups
 from shared.messages import OptionEstimate, Policy
 from shared.messages.policies import OptionInputs
 from tests.support.contract import EXAMPLES

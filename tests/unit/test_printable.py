@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from shared.messages import LimitOutcome
 from tests.support.report import CONSTANT_DAY, MODEL, REFERENCE, ZONE, made_day, policy_at, snapshot_of
 from tools.reporting.collect import compute_report
-from tools.reporting.model import to_json
+from tools.reporting.json_report import to_json
 from tools.reporting.tables import group_table, limit_table
 
 BINDING = LimitOutcome(required=0.9, mean=0.93, margin=0.03, carbon_points_per_point=1.25)

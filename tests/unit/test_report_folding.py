@@ -7,7 +7,7 @@ import numpy as np
 from tests.support.report import CONSTANT_DAY, DAY, ZONE, made_day, policy_at, quality_at, record_of, snapshot_of
 from tools.reporting.collect import compute_report
 from tools.reporting.folding import FEWEST_REQUESTS, MOST_GROUPS, fold_small_groups
-from tools.reporting.model import to_json
+from tools.reporting.json_report import to_json
 from tools.reporting.query import LearnedGroups
 from tools.reporting.tables import group_table
 

@@ -9,7 +9,7 @@ from shared.messages import PeriodAccount, PeriodPromise, Policy
 from tests.support.report import DAY, policy_at, record_of, snapshot_of
 from tools.reporting.collect import compute_report
 from tools.reporting.csv_files import to_csv
-from tools.reporting.model import to_json
+from tools.reporting.json_report import to_json
 from tools.reporting.quality import policies_below_bound
 from tools.reporting.summary import summary_lines
 from tools.reporting.tables import tables

@@ -25,7 +25,7 @@ from services.router.settings import RouterSettings
 from services.router.streaming import Chunker
 from shared.fleet import Fleet
 from shared.inference.attempts import RetrySettings
-from shared.kafka.parsing import PoisonMessageError, parse
+from shared.kafka.records import PoisonMessageError, parse
 from shared.messages import (
     MAX_SERVED_CHARS,
     Decision,

@@ -13,11 +13,10 @@ from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode
 
 from services.router.admission import IncomingRequest
 from services.router.handler import response_of
-from services.router.tracing import TRACER_NAME, Tracing
+from services.router.tracing import TRACER_NAME, TelemetryError, Tracing, tracer_provider, wanted
 from shared.inference.attempts import AttemptResult
 from shared.inference.base import Generation
 from shared.messages import Decision, ErrorDetail, GenerationRequest
-from shared.runtime.tracing import TelemetryError, tracer_provider, wanted
 
 SECRET = "do not tell anybody"
 NOON = datetime(2023, 2, 10, 12, tzinfo=UTC)

@@ -16,9 +16,9 @@ from rich.console import Console
 from deploy.local.config import state_dir_from_environment
 from deploy.local.state import StackState, StateError, read_state
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 from shared.runtime.clock import Clock
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from shared.runtime.settings import FleetSettings, KafkaSettings
 
 PLAIN_WIDTH = 140

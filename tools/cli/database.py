@@ -9,7 +9,7 @@ import typer
 from pydantic import SecretStr, ValidationError
 
 from services import SERVICES
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 from shared.runtime.database_roles import OPERATOR, create_roles, role_name
 from shared.runtime.settings import DatabaseSettings, read_secret
 from tools.cli.console import Exit, fail, out

@@ -18,9 +18,9 @@ from rich.text import Text
 
 from shared.access import REDRIVE_ID
 from shared.kafka.dead_letters import MAX_KEY_BYTES, PROCESS_DIED, UNREADABLE
-from shared.kafka.parsing import PoisonMessageError, parse
+from shared.kafka.records import PoisonMessageError, parse
 from shared.messages import DeadLetter
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from shared.runtime.settings import KafkaSettings
 from shared.topics import DEAD_LETTERS, REDRIVEN_HEADER
 from tools.cli.console import (

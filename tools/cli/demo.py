@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from deploy.local.config import MODELS, ModelName, StackConfig, event_time
 from deploy.local.grid import SAMPLE_ZONE, default_day, shipped_trace, zone_of
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 from tools.cli.console import err, fail, out, quiet_clients, say
 from tools.cli.stack import Carbon, Model, Workload, Zone
 from tools.demo.day import PACES, DemoDay, Pace, machine_slowdown

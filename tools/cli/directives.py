@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 from shared.messages import UsageRecord
 from shared.runtime.clock import Clock, ClockConfigurationError
 from shared.runtime.settings import FleetSettings, KafkaSettings

@@ -12,7 +12,7 @@ from aiokafka.errors import KafkaError
 from rich.table import Column, Table
 from rich.text import Text
 
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from tools.cli.console import Bootstrap, Exit, Target, fail, find_target, out, print_text, quiet_clients, unreachable
 from tools.cli.report import DATABASE_VARIABLE, default_database
 from tools.erasure.subjects import Subjects

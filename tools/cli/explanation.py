@@ -24,33 +24,24 @@ _SAME = 1e-3
 class LimitExplanation:
     """A quality limit on all traffic; every quality is relative to the reference's.
 
-    With a promise by period it is the limit on the rest of the period, and the mean is that of the rebuilt program.
-
     Attributes:
-        required: b.
-        mean: estimated quality of all traffic under the policy.
-        margin: z standard errors of that mean.
-        z: standard errors taken off the mean.
-        carbon_points_per_point: rise of the expected carbon, in points of the reference's, for one more point of
-            quality; 0 if the limit is not binding.
+        outcome: of the rebuilt program.
+        z: standard errors that are taken off the mean.
     """
 
     metric: str
-    required: float
-    mean: float
-    margin: float
+    outcome: LimitOutcome
     z: float
-    carbon_points_per_point: float
 
     @property
     def slack(self) -> float:
         """By how much the lower confidence bound exceeds the limit."""
-        return self.mean - self.margin - self.required
+        return self.outcome.mean - self.outcome.margin - self.outcome.required
 
     @property
     def is_binding(self) -> bool:
         """Whether the limit costs carbon."""
-        return self.carbon_points_per_point > _BINDING
+        return self.outcome.carbon_points_per_point > _BINDING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,12 +157,12 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
         "limits": [
             {
                 "metric": one.metric,
-                "required": one.required,
-                "mean": one.mean,
-                "margin": one.margin,
+                "required": one.outcome.required,
+                "mean": one.outcome.mean,
+                "margin": one.outcome.margin,
                 "confidence_z": one.z,
                 "slack": one.slack,
-                "carbon_points_per_point": one.carbon_points_per_point,
+                "carbon_points_per_point": one.outcome.carbon_points_per_point,
             }
             for one in explanation.limits
         ],
@@ -196,14 +187,10 @@ def _limits(problem: Problem, outcomes: dict[str, LimitOutcome]) -> tuple[LimitE
     return tuple(
         LimitExplanation(
             metric=metric,
-            required=required,
-            mean=one.mean,
-            margin=one.margin,
+            outcome=outcomes.get(metric, only_reference).model_copy(update={"required": required}),
             z=problem.confidence_z.get(metric, 0.0),
-            carbon_points_per_point=one.carbon_points_per_point,
         )
         for metric, required in problem.bounds.items()
-        for one in (outcomes.get(metric, only_reference),)
     )
 
 

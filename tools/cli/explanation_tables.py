@@ -4,7 +4,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from shared.messages import Policy
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from tools.cli.console import out
 from tools.cli.explanation import Explanation, in_points
 
@@ -91,14 +91,14 @@ def _print_limits(explanation: Explanation) -> None:
     of = "" if explanation.policy.promise is None else " of the rest of the period"
     table = _table(f"Quality limits{of}", "metric", "required", "mean", "margin", "mean - margin", "slack", "price")
     for one in explanation.limits:
-        price = one.carbon_points_per_point
+        price = one.outcome.carbon_points_per_point
         _add_row(
             table,
             one.metric,
-            f"{100.0 * one.required:.2f} %",
-            f"{100.0 * one.mean:.2f} %",
-            f"{100.0 * one.margin:.2f} ({one.z:.2f} standard errors)",
-            f"{100.0 * (one.mean - one.margin):.2f} %",
+            f"{100.0 * one.outcome.required:.2f} %",
+            f"{100.0 * one.outcome.mean:.2f} %",
+            f"{100.0 * one.outcome.margin:.2f} ({one.z:.2f} standard errors)",
+            f"{100.0 * (one.outcome.mean - one.outcome.margin):.2f} %",
             f"{100.0 * one.slack:.2f}",
             f"{in_points(price)} of carbon per point" if one.is_binding else "not binding",
         )

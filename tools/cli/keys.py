@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from services.gateway.keys import Connection, Limits, create_key, list_keys, revoke_key, set_limits
 from shared.messages import Identifier, Level
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from tools.cli.console import Exit, fail, out, print_text, say
 from tools.cli.report import DATABASE_VARIABLE, default_database
 

@@ -11,9 +11,9 @@ from aiokafka.errors import KafkaError
 from pydantic import ValidationError
 
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.kafka.parsing import PoisonMessageError, describe, parse
+from shared.kafka.records import PoisonMessageError, describe, parse
 from shared.messages import Policy
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from shared.runtime.settings import FleetSettings, KafkaSettings
 from shared.topics import POLICIES
 from tools.cli.console import (

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import to_json as to_text
 
 from shared.fleet import Fleet, FleetError, load_fleet
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 from shared.runtime.settings import DatabaseSettings
 from tools.cli.console import Exit, fail, local_state, out, say
 

@@ -16,11 +16,10 @@ from pydantic import ValidationError
 from rich.status import Status
 
 from shared.fleet import Fleet
-from shared.kafka.parsing import PoisonMessageError, describe, parse
-from shared.kafka.records import RecordId
+from shared.kafka.records import PoisonMessageError, RecordId, describe, parse
 from shared.messages import Footprint, GenerationRequest, GenerationResponse, ResponseChunk
 from shared.runtime.clock import Clock
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from shared.runtime.settings import KafkaSettings
 from shared.topics import FOOTPRINTS, REQUESTS, RESPONSE_CHUNKS, RESPONSES, TopicSpec, requests_topic
 from tools.cli.console import (

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy.local.grid import shipped_trace
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 from tools.cli.console import err, fail, needs_extra, out, say
 
 # The functions import the simulator: other subcommands must start without loading the solver and scikit-learn.

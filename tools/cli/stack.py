@@ -11,7 +11,7 @@ from deploy.local.config import CURVES, MAX_SERVERS, MODELS, StackConfig, event_
 from deploy.local.grid import default_day, shipped_trace, zone_of
 from deploy.local.processes import tail
 from deploy.local.state import StateError, stop_stack
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 from tools.cli.console import fail, local_state, out, print_text, say
 
 POLL_S = 0.3

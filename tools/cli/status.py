@@ -17,7 +17,7 @@ from deploy.local.processes import http_probe
 from deploy.local.services import SERVICE_TIER
 from deploy.local.state import GATEWAY, ProcessRecord, StackState
 from shared.access import ACCESS, leader_group
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from shared.runtime.settings import KafkaSettings
 from tools.cli.console import Exit, Target, out, quiet_clients, running_stack
 

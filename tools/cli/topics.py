@@ -12,9 +12,8 @@ from rich.table import Column, Table
 
 from shared.access import ACCESS, acl_arguments
 from shared.kafka.admin import ProvisioningError, create_topics, plan_topics
-from shared.kafka.parsing import describe as describe_error
-from shared.kafka.topic_settings import TopicSettings, TopicSettingsError, load_topic_settings
-from shared.lanes import all_topics
+from shared.kafka.records import describe as describe_error
+from shared.kafka.topic_settings import TopicSettings, TopicSettingsError, all_topics, load_topic_settings
 from shared.runtime.settings import KafkaSettings
 from shared.topics import TOPICS, TopicSpec
 from tools.cli.console import Bootstrap, Exit, fail, find_target, out, print_text, quiet_clients, unreachable
@@ -23,7 +22,6 @@ from tools.cli.offsets import offsets_by_topic
 app = typer.Typer(no_args_is_help=True, help="Create, list and describe Kafka topics.")
 
 MISSING = "missing"
-
 
 Copies = Annotated[
     int | None, typer.Option(min=1, help="Copies of every partition; default: SPROUT_TOPICS_REPLICATION_FACTOR, or 1")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
-from shared.kafka.parsing import PoisonMessageError, parse
+from shared.kafka.records import PoisonMessageError, parse
 from shared.messages import (
     CarbonIntensity,
     DeadLetter,

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from shared.messages import Policy
 from shared.runtime.clock import Clock
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from tools.demo.clients import Producer, Tally
 from tools.demo.day import DemoDay
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.evaluator.answers import normalised
 from shared.fleet import Directive, Fleet
-from shared.kafka.parsing import describe
+from shared.kafka.records import describe
 from shared.messages.generation import ReferenceAnswer
 
 MAX_CANDIDATES: Final = 12

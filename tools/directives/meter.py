@@ -7,7 +7,7 @@ from datetime import datetime
 import httpx
 
 from services.ledger.meters import MeteringError, Reading, counters_of, intervals_between, parse_meters
-from shared.inference.tls import tls_context
+from shared.fleet import tls_context
 from shared.pools import Pool
 
 

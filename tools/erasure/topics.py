@@ -12,7 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 
-from shared.lanes import LaneSettings
+from shared.kafka.topic_settings import LaneSettings
 from shared.messages import GenerationRequest
 from shared.runtime.settings import KafkaSettings
 from shared.topics import (

@@ -2,8 +2,9 @@
 
 from tools.reporting.collect import collect_report
 from tools.reporting.csv_files import to_csv
+from tools.reporting.json_report import to_json
 from tools.reporting.metrics import render_metrics
-from tools.reporting.model import Report, to_json
+from tools.reporting.model import Report
 from tools.reporting.page import render_html
 from tools.reporting.query import NoLedgerError, TooManyCallsError
 from tools.reporting.tables import render_tables

@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from shared.units import JOULES_PER_KWH
+from shared.carbon import JOULES_PER_KWH
 from tools.reporting.frame import Calls, Floats, IntensitySeries, partition
 from tools.reporting.model import CarbonAccount, EnergyAccount
 from tools.reporting.query import CallSums, IntervalSums, Snapshot

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tools.reporting.model import Report, to_json
+from tools.reporting.json_report import to_json
+from tools.reporting.model import Report
 
 TABLES = (
     "hours",

@@ -6,8 +6,9 @@ Policies carry both (`services/optimizer/outcome.py`). The newest policy of each
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from shared.messages import Policy
+from shared.messages import LimitOutcome, Policy
 from tools.reporting.quality import PolicyHistory
 
 
@@ -17,21 +18,19 @@ class LimitRow:
 
     Attributes:
         at: when the policy was made.
-        required: least quality of all traffic.
-        mean: estimated quality of all traffic.
-        margin: what is taken off the mean.
-        carbon_points_per_point: rise of the expected carbon, in points of the reference's, for one more point of
-            quality; 0 if the limit is not binding.
     """
 
     model: str
     policy_version: int
     at: datetime
     metric: str
-    required: float
-    mean: float
-    margin: float
-    carbon_points_per_point: float
+    outcome: LimitOutcome
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON values, without nesting."""
+        at = self.at.isoformat()
+        row = {"model": self.model, "policy_version": self.policy_version, "at": at, "metric": self.metric}
+        return row | self.outcome.model_dump()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +50,9 @@ class NextOption:
 def limit_rows(policies: PolicyHistory, model: str | None) -> tuple[LimitRow, ...]:
     """The limits of the newest policies, by model and metric."""
     return tuple(
-        LimitRow(
-            policy.model,
-            policy.version,
-            policy.created_at,
-            metric,
-            limit.required,
-            limit.mean,
-            limit.margin,
-            limit.carbon_points_per_point,
-        )
+        LimitRow(policy.model, policy.version, policy.created_at, metric, outcome)
         for policy in policies.newest(model)
-        for metric, limit in sorted(policy.limits.items())
+        for metric, outcome in sorted(policy.limits.items())
     )
 
 

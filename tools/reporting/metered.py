@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.carbon import JOULES_PER_KWH
 from shared.fleet import Fleet
 from shared.metered_saving import Estimate, FleetBins, MeteredSaving, Saving, metered_saving
 from shared.pools import Pool
 from shared.switchback import SwitchbackSchedule
-from shared.units import JOULES_PER_KWH
 from tools.reporting.accounts import Site
 from tools.reporting.breakdown import HOUR_S
 from tools.reporting.demand import AnswerLengths, demand

@@ -2,7 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from tools.reporting.model import Report, to_json
+from tools.reporting.json_report import to_json
+from tools.reporting.model import Report
 
 RATIOS = {
     "sprout_saving_on_meter_ratio": (

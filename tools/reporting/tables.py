@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.runtime.printable import printable
+from shared.runtime.logs import printable
 from tools.reporting.folding import FEWEST_REQUESTS, MOST_GROUPS
 from tools.reporting.format import (
     decimal,
@@ -185,12 +185,12 @@ def limit_table(report: Report) -> TextTable:
                 row.model,
                 row.metric,
                 f"{row.policy_version}, {timestamp(row.at)}",
-                percent(100.0 * row.required, 2),
-                percent(100.0 * row.mean, 2),
-                f"{100.0 * row.margin:.2f} points",
-                percent(100.0 * (row.mean - row.margin), 2),
-                f"{significant_digits(row.carbon_points_per_point, 2)} points of carbon"
-                if row.carbon_points_per_point > 0.0
+                percent(100.0 * row.outcome.required, 2),
+                percent(100.0 * row.outcome.mean, 2),
+                f"{100.0 * row.outcome.margin:.2f} points",
+                percent(100.0 * (row.outcome.mean - row.outcome.margin), 2),
+                f"{significant_digits(row.outcome.carbon_points_per_point, 2)} points of carbon"
+                if row.outcome.carbon_points_per_point > 0.0
                 else "nothing: not binding",
             )
             for row in report.limits

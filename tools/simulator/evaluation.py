@@ -11,8 +11,8 @@ from services.evaluator.budget import MIN_PROMPTS
 from services.evaluator.judges import majority
 from services.evaluator.plan import thin
 from services.optimizer.costs import ResourceUse, decay_factor
+from shared.carbon import JOULES_PER_KWH
 from shared.messages import Paired, QualityCount
-from shared.units import JOULES_PER_KWH
 from tools.simulator.requests import REFERENCE, Flags, Floats, Ints, Measured
 from tools.simulator.world import CORRECTNESS, POOL, PREFERENCE, SMALL_POOL
 

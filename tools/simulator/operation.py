@@ -23,16 +23,16 @@ from services.evaluator.budget import (
     judged_prompts,
 )
 from services.evaluator.opportunity import Opportunity, OpportunityRules
-from services.optimizer.allotment import solve_jointly
 from services.optimizer.bounds import TrailingRange, quality_bounds, range_of
 from services.optimizer.costs import Consumption, ResourceUse
 from services.optimizer.estimates import Estimates, estimate
+from services.optimizer.outcome import settled_groups
 from services.optimizer.policy import build_problem
 from services.optimizer.problem import LaterHours, OptionPrice, Problem, Solution
 from services.optimizer.program import Program, solve
 from services.optimizer.promise import Account, Period, RestOfPeriod, TrailingHours, plan_rest
+from services.optimizer.safety_margin import solve_jointly
 from services.optimizer.settings import OptimizerSettings
-from services.optimizer.settled import settled_groups
 from services.optimizer.state import QualityCounts
 from shared.messages import EvaluationCost, Quality
 from shared.pools import DEFAULT_EMBODIED_G_PER_S

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from deploy.triton.stand_in.prompt import normalised
 from deploy.triton.stand_in.workload import Entry, Workload, WorkloadError, load_workload, unit_hash
 from services.evaluator.answers import reference_number
-from shared.units import JOULES_PER_KWH
+from shared.carbon import JOULES_PER_KWH
 
 REFERENCE = "L0"
 UNJUDGED = -1
@@ -20,7 +20,6 @@ UNJUDGED = -1
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
-
 
 Matches = Mapping[tuple[str, str], float]
 """Whether answers mean the same as the reference, by `model/level` and normalised prompt: 1 or 0; NaN if unknown."""

@@ -9,8 +9,8 @@ import grpc
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelStreamInferResponse
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from shared.fleet import tls_context
 from shared.inference.base import DeadlineExceeded, EndpointUnavailable, GenerationError, InvalidRequest
-from shared.inference.tls import tls_context
 from shared.pools import Endpoint, Pool
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024

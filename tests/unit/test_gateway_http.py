@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import uvicorn
 
-from services.gateway.wire import MAX_HEAD_BYTES, BoundedHttp
+from services.gateway.http import MAX_HEAD_BYTES, BoundedHttp
 
 PART = b"a" * 1_000
 CHUNKED = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
