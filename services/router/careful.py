@@ -77,19 +77,17 @@ class CarefulIntake:
         admitted: list[Any] = []
         begun: list[TopicPartition] = []
         for record in records:
-            partition, first = TopicPartition(record.topic, record.partition), record
+            partition = TopicPartition(record.topic, record.partition)
             if partition in self._new:
                 self._new.discard(partition)
                 caution = self._count.caution(partition, record.offset)
-                if caution is Caution.ONE_AT_A_TIME:
-                    self._hold(partition, consumer)
-                else:
+                if caution is Caution.NONE:
                     begun.append(partition)
-                if caution is Caution.SET_ASIDE:
-                    first = stand_in(partition, record.offset, PROCESS_DIED, timestamp_ms=record.timestamp)
+                else:
+                    self._hold(partition, consumer, set_aside=caution is Caution.SET_ASIDE)
             held = self._held.get(partition)
             if held is None:
-                admitted.append(first)
+                admitted.append(record)
             else:
                 held.put_nowait((record, epoch))
                 consumer.pause(partition)
@@ -97,24 +95,37 @@ class CarefulIntake:
             await self._take(begun)
         return admitted
 
-    def _hold(self, partition: TopicPartition, consumer: AIOKafkaConsumer) -> None:
-        _log.warning("starting one request at a time", topic=partition.topic, partition=partition.partition)
+    def _hold(self, partition: TopicPartition, consumer: AIOKafkaConsumer, *, set_aside: bool) -> None:
+        what = "setting a request aside" if set_aside else "starting one request at a time"
+        _log.warning(what, topic=partition.topic, partition=partition.partition)
         held: asyncio.Queue[tuple[Any, int]] = asyncio.Queue()
         self._held[partition] = held
-        task = asyncio.create_task(self._one_at_a_time(partition, held, consumer))
+        task = asyncio.create_task(self._one_at_a_time(partition, held, consumer, set_aside=set_aside))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _one_at_a_time(
-        self, partition: TopicPartition, held: "asyncio.Queue[tuple[Any, int]]", consumer: AIOKafkaConsumer
+        self,
+        partition: TopicPartition,
+        held: "asyncio.Queue[tuple[Any, int]]",
+        consumer: AIOKafkaConsumer,
+        *,
+        set_aside: bool,
     ) -> None:
-        """Deliver the records of a partition one at a time up to its present end, then all that are held back."""
+        """Deliver the records of a partition one at a time up to its present end, then all that are held back.
+
+        Args:
+            set_aside: only the first one, as one without content.
+        """
         try:
-            end = (await consumer.end_offsets([partition]))[partition]
-            while self._finished(partition) < end:
+            end = 0 if set_aside else (await consumer.end_offsets([partition]))[partition]
+            while set_aside or self._finished(partition) < end:
                 if held.empty():
                     self._resume(partition)
                 record, epoch = await held.get()
+                if set_aside:
+                    record = stand_in(partition, record.offset, PROCESS_DIED, timestamp_ms=record.timestamp)
+                    set_aside = False
                 await self._take([partition])
                 failed = self._failed()
                 self._deliver([record], epoch)
@@ -125,7 +136,8 @@ class CarefulIntake:
                     break  # the request could not be answered, and nothing after it can be committed
         except Exception as error:  # noqa: BLE001 - the partition must not stay paused
             _log.warning("requests are started as always", error=type(error).__name__, where=where(error))
-        self._count.passed(partition)
+        self._count.assign(partition, self._finished(partition), 0)
+        await self._take([partition])
         del self._held[partition]
         while not held.empty():
             record, epoch = held.get_nowait()

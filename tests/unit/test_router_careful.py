@@ -133,6 +133,21 @@ async def test_a_request_that_cannot_be_answered_does_not_hold_the_others_back(p
     await until(lambda: started == [0, 1, 2, 3])
 
 
+async def test_nothing_else_is_in_hand_while_a_record_is_set_aside(progress, consumer, handled):
+    """Another record that ends the process must not do so before the dead letter is published."""
+    handled.go.clear()
+    requests = request_consumer(handled, progress, consumer)
+    progress.stored = stored(7, 3)
+    await assigned(requests, KNOWN)
+    await receive(requests, *(record(KNOWN, offset) for offset in range(7, 10)))
+    await until(lambda: len(handled.offsets) == 1)
+    await run_ready()
+    assert handled.offsets == [(0, 7)]
+    handled.go.set()
+    await until(lambda: len(handled.offsets) == 3)
+    assert committed(consumer) == (8, 1)
+
+
 @pytest.mark.parametrize("deaths", [3, 4])
 async def test_the_guilty_record_is_set_aside_and_the_others_are_handled(progress, consumer, deaths):
     values = {}
