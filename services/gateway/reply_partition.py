@@ -81,8 +81,8 @@ class PartitionLock:
         """End the session, and with it the lock."""
         session, self._session = self._session, None
         if session is not None:
-            session.terminate()
             with suppress(DatabaseUnavailableError), translate_errors():
+                session.terminate()  # fails if the server has ended the session: the pool has it back then
                 await self._pool.release(session)
 
 
