@@ -118,7 +118,7 @@ OPEN_REQUEST = "SELECT admit($1, 'acme', $2, 'm', 10, $3, 'gateway', 60.0)"
 async def test_gateways_of_every_earlier_schema_run_beside_the_present_one(database):
     async with schema_of(database, "gateway", last="0001") as pool:
         await pool.execute(NEW_KEY, "k1", hash_of("sk-sprout-one"), AT)
-        assert len(await upgrade(pool, "gateway")) == 4
+        assert len(await upgrade(pool, "gateway")) == 5
         await pool.execute(NEW_KEY, "k2", hash_of("sk-sprout-two"), AT)
         keys = KeyStore(pool, DatabaseStatus(), cache_s=0.0)
         for number, secret in enumerate(("sk-sprout-one", "sk-sprout-two"), start=1):
