@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -479,8 +480,15 @@ async def test_an_endpoint_is_settled_up_to_the_oldest_running_call_and_its_curv
     await ledgers.until(PUBLISHED, 60)
     (sums,) = await ledgers.fetch(BALANCE)
     assert sums["server_s"] + sums["idle_s"] == pytest.approx(float(sums["length_s"]), abs=1e-4)
+    served = 60
     async with reading(kafka, POWER_CURVES) as curves:
-        await curves.read(until=1)
+        while not curves.records:
+            with suppress(AssertionError):
+                await curves.read(until=1, timeout_s=20.0)
+                continue
+            # On a busy machine the times of 60 calls may not tell the speed of the server.
+            await serve(producer, server, range(served, served + 60))
+            served += 60
     curve = EndpointCurve.model_validate_json(curves.records[-1].value)
     assert (curve.endpoint, curve.pool, curve.idle_w) == ("e0", "p", IDLE_W)
     assert curve.identifiable == (curve.reason == "")
