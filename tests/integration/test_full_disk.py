@@ -1,5 +1,6 @@
-"""The disk of PostgreSQL is full: the ledger's store says so, and stores every call once when there is space."""
+"""The disk of PostgreSQL is full: the ledger says so and waits, and then books every call once."""
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -7,23 +8,31 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import asyncpg
 import pytest
+from aiokafka import AIOKafkaProducer
 from pydantic import SecretStr
 
-from services.ledger.calls import Labels, NewCall
-from services.ledger.sql import Storage
-from shared.runtime.database import DatabaseUnavailableError, migrate, open_pool
 from shared.runtime.settings import DatabaseSettings
+from tests.benchmarks.bench_ledger import ENDPOINTS, Answers, fleet_of, meters
+from tests.support.deadlines import until
+from tests.support.outages import until_ready
+from tests.support.processes import start_service
 
 pytestmark = pytest.mark.integration
 
-AT = datetime(2026, 3, 1, 12, tzinfo=UTC)
-CALLS, BATCH = 20_000, 1_000
-STORED = "SELECT count(*) FROM open_calls"
+CALLS = 2_000
+SETTLED = "SELECT count(*) FROM settled_calls"
+METERED = f"SELECT count(*) = {ENDPOINTS} AND max(metered_from) < now() - interval '10 s' FROM meters"
+"""All calls below start after the first reading of their meter; the others would be unmetered."""
+ACCOUNTS = """
+SELECT (SELECT count(DISTINCT id) FROM settled_calls) AS distinct_calls,
+       (SELECT sum(energy_j) FROM settled_calls) + (SELECT sum(idle_j + unattributed_j) FROM intervals) AS accounted_j,
+       (SELECT sum(metered_j) FROM intervals) AS metered_j
+"""
 
 
 @dataclass(frozen=True)
@@ -86,31 +95,40 @@ async def disk(mounted: Path, postgres_server: str) -> AsyncIterator[Disk]:
         await connection.close()
 
 
-async def add_all(storage: Storage, batches: list[list[NewCall]]) -> None:
-    for batch in batches:
-        await storage.add_calls(batch)
-
-
-async def test_the_ledger_says_so_and_stores_every_call_once_when_there_is_space(disk):
-    pool = await open_pool(disk.database, schema="ledger")
-    try:
-        await migrate(pool, schema="ledger", package="services.ledger.migrations")
-        storage = Storage()
-        storage.attach(pool)
-        labels = Labels("request", None, "m", "g", None, None, "p", "L0", "Z", "e0", None, "policy", 1.0, ())
-        calls = [NewCall(f"requests/0/{n}/1", "r", labels, AT, AT, AT, 5, 20) for n in range(CALLS)]
-        batches = [calls[begin : begin + BATCH] for begin in range(0, CALLS, BATCH)]
-        await storage.add_calls(batches[0])
-        disk.fill()
-        with pytest.raises(DatabaseUnavailableError, match="DiskFullError"):
-            await add_all(storage, batches)
-        assert "DiskFullError" in (storage.status.problem() or "")
-        stored = await pool.fetchval(STORED)
-        assert BATCH <= stored < CALLS
-        assert stored % BATCH == 0  # a batch is stored whole or not at all
-        disk.make_space()
-        await add_all(storage, batches)  # Kafka delivers again what was not acknowledged
-        assert storage.status.problem() is None
-        assert await pool.fetchval(STORED) == CALLS
-    finally:
-        await pool.close()
+async def test_a_ledger_waits_for_space_and_books_every_call_once(supervisor, kafka, disk, tmp_path):
+    since_s = time.time() - 60.0
+    fleet = tmp_path / "fleet.toml"
+    settings = {
+        "SPROUT_LEDGER_SCRAPE_INTERVAL_S": "0.5",
+        "SPROUT_LEDGER_SETTLE_INTERVAL_S": "0.5",
+        "SPROUT_LEDGER_SETTLE_DELAY_S": "5",
+    }
+    async with meters(since_s) as metrics, AIOKafkaProducer(**kafka.client_options()) as producer:
+        fleet.write_text(fleet_of(metrics))
+        start = partial(start_service, kafka=kafka, database=disk.database, fleet=fleet, settings=settings)
+        name = await asyncio.to_thread(start, "ledger", supervisor)  # the meters are in this process
+        pool = await asyncpg.create_pool(
+            disk.database.url.get_secret_value(), min_size=1, max_size=1, server_settings={"search_path": "ledger"}
+        )
+        try:
+            pid = supervisor.process(name).pid
+            await until(lambda: pool.fetchval(METERED))
+            disk.fill()
+            answers, topic = Answers(seed=1), f"{kafka.topic_prefix}responses"
+            for _ in range(CALLS):
+                key, value = answers.make(time.time() - 5.0)
+                await producer.send(topic, value, key=key, headers=[("content-type", b"application/json")])
+            await producer.flush()
+            await until_ready(supervisor, [name], "DiskFullError")
+            assert await pool.fetchval(SETTLED) < CALLS
+            disk.make_space()
+            await until(lambda: pool.fetchval(SETTLED), lambda found: found >= CALLS)
+            await until_ready(supervisor, [name])
+            (accounts,) = await pool.fetch(ACCOUNTS)
+            assert accounts["distinct_calls"] == await pool.fetchval(SETTLED) == CALLS
+            assert accounts["accounted_j"] == pytest.approx(accounts["metered_j"], rel=1e-6)
+            assert await pool.fetchval("SELECT count(*) FROM open_calls") == 0
+            assert supervisor.process(name).pid == pid
+        finally:
+            await pool.close()
+            supervisor.stop(name)
