@@ -19,6 +19,7 @@ from aiokafka.errors import (
     InvalidProducerEpoch,
     InvalidProducerIdMapping,
     InvalidTimestampError,
+    KafkaConnectionError,
     KafkaError,
     OutOfOrderSequenceNumber,
     ProducerClosed,
@@ -198,6 +199,7 @@ class RecoveringProducer:
         producer = AIOKafkaProducer(**self._options)
         try:
             await producer.start()
+            _require_brokers(producer)
         except BaseException:
             await producer.stop()
             raise
@@ -207,6 +209,12 @@ class RecoveringProducer:
         task = asyncio.create_task(_stop(producer), name="stop Kafka producer")
         self._stopping.add(task)
         task.add_done_callback(self._stopping.discard)
+
+
+def _require_brokers(producer: AIOKafkaProducer) -> None:
+    """A Kafka that is starting may name no broker; aiokafka's client then never asks any again."""
+    if not producer.client.cluster.brokers():
+        raise KafkaConnectionError("Kafka names no broker yet")
 
 
 def _ignore_result(future: "asyncio.Future[Any]") -> None:
