@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from services.optimizer.problem import Cells, Floats, Problem, QualityBound, Rows
+from services.optimizer.cells import Cells, QualityBound
+from services.optimizer.problem import Floats, Problem, Rows
 from services.optimizer.program import Program
 from services.optimizer.quality import NO_ERROR
 from shared.messages import LimitOutcome

@@ -21,8 +21,9 @@ import highspy
 import numpy as np
 import pulp
 
+from services.optimizer.cells import Cells, QualityBound
 from services.optimizer.highs import highs, outcome
-from services.optimizer.problem import Cells, Failure, Floats, Problem, QualityBound, Rows, Solution
+from services.optimizer.problem import Failure, Floats, Problem, Rows, Solution
 
 TIME_LIMIT_S = 10.0
 """Wall time of a program, all rounds of cuts together."""

@@ -16,6 +16,7 @@ from shared.kafka.dead_letters import PROCESS_DIED, PROCESS_DIED_DETAIL, DeadLet
 from shared.kafka.deaths import COMMIT_TIMEOUT_S, Caution, DeathCount, DeathLimits, split_deaths, with_deaths
 from shared.kafka.records import PoisonMessageError
 from shared.kafka.unreadable import stand_in
+from shared.kafka.workarounds import read_commits
 from shared.runtime.logs import get_logger
 from shared.runtime.settings import KafkaSettings
 
@@ -182,8 +183,6 @@ class CarefulBatches(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafk
         admin = AIOKafkaAdminClient(**self._kafka.client_options())
         try:
             await admin.start()
-            stored: Mapping[TopicPartition, OffsetAndMetadata]
-            stored = await admin.list_consumer_group_offsets(self._group, partitions=list(partitions))
-            return stored
+            return await read_commits(admin, self._group, partitions)
         finally:
             await admin.close()

@@ -1,4 +1,5 @@
-"""Workaround for a fault of aiokafka (0.14.0): its idempotent producer does not recover from a rejected batch.
+"""Workaround for two faults of aiokafka (0.14.0): its idempotent producer does not recover from a rejected batch, and
+not from a Kafka that named no broker when the producer started.
 
 Kafka accepts the batches of an idempotent producer in the order of their sequence numbers only. aiokafka numbers a
 batch before sending it and does not take the number back. So after Kafka has rejected one batch (for example as too
@@ -6,8 +7,12 @@ large) it rejects every later batch of that partition. Java's producer starts a 
 sender task can also end with an error. In both cases `RecoveringProducer` replaces the producer. Publishers reach it
 by `ProducerMiddleware`, because FastStream's own producer cannot be replaced while the service runs.
 
-Reported: https://github.com/aio-libs/aiokafka/issues/1017. `tests/integration/test_library_faults.py` fails when
-aiokafka recovers by itself: then this module can go, and `consumer_only` in `shared.kafka.broker`.
+A Kafka that is starting or stopping may answer without naming any broker. A client that starts then keeps its first
+connection until it knows a broker. If Kafka closes that connection, the client never asks anybody again. A consumer's
+start ends with an error after 40 s; that of a producer succeeds at once, so the brokers are looked at after it.
+
+The first is reported: https://github.com/aio-libs/aiokafka/issues/1017. `tests/integration/test_library_faults.py`
+fails when aiokafka recovers from it: then `RecoveringProducer` can go, and `consumer_only` in `shared.kafka.broker`.
 """
 
 import asyncio
@@ -212,7 +217,7 @@ class RecoveringProducer:
 
 
 def _require_brokers(producer: AIOKafkaProducer) -> None:
-    """A Kafka that is starting may name no broker; aiokafka's client then never asks any again."""
+    """Raise `KafkaConnectionError` unless Kafka has named a broker."""
     if not producer.client.cluster.brokers():
         raise KafkaConnectionError("Kafka names no broker yet")
 

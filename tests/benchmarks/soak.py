@@ -23,10 +23,10 @@ from aiokafka import AIOKafkaProducer
 
 from deploy.local.processes import ProcessSpec, free_ports, http_probe
 from deploy.local.services import ServiceEnvironment, service_spec
-from tests.benchmarks.bench_ledger import PREFIX, Answers, fleet_of, memory_mib, meters, publish, servers
 from tests.benchmarks.results import record
 from tests.support.environment import KAFKA, Environment
 from tests.support.fleets import ZONE
+from tests.support.replay import PREFIX, Answers, fleet_of, memory_mib, meters, publish, servers
 
 SERVICES = ("carbon_feed", "router", "ledger", "optimizer", "evaluator", "gateway")
 SETTINGS = {

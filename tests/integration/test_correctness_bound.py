@@ -10,7 +10,7 @@ import pytest
 
 from deploy.local.processes import Supervisor, free_ports
 from deploy.local.services import ServiceEnvironment, service_spec
-from services.optimizer.problem import BOUND_TOLERANCE
+from services.optimizer.cells import BOUND_TOLERANCE
 from shared.messages import Footprint, Policy, Quality
 from shared.runtime.clock import Clock
 from shared.runtime.settings import DatabaseSettings, KafkaSettings

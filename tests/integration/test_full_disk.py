@@ -17,10 +17,10 @@ from aiokafka import AIOKafkaProducer
 from pydantic import SecretStr
 
 from shared.runtime.settings import DatabaseSettings
-from tests.benchmarks.bench_ledger import ENDPOINTS, Answers, fleet_of, meters
 from tests.support.deadlines import until
 from tests.support.outages import until_ready
 from tests.support.processes import start_service
+from tests.support.replay import ENDPOINTS, Answers, fleet_of, meters
 
 pytestmark = pytest.mark.integration
 

@@ -143,7 +143,6 @@ async def test_services_that_start_before_kafka_and_postgresql_wait_for_them(sta
     assert {name: supervisor.process(name).pid for name in services.values()} == pids
 
 
-@pytest.mark.extended
 async def test_kafka_and_postgresql_go_away_while_services_start(start, supervisor, kafka, database):
     holding = await asyncpg.connect(database.url.get_secret_value())
     for schema in WITH_DATABASE:

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from services.optimizer.problem import BOUND_TOLERANCE, Cells, LaterHours, OptionPrice, Problem, QualityBound
+from services.optimizer.cells import BOUND_TOLERANCE, Cells, QualityBound
+from services.optimizer.problem import LaterHours, OptionPrice, Problem
 from services.optimizer.program import Program, solve, solve_program
 from shared.messages import OptionEstimate
 from tests.benchmarks.bench_program import synthetic

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from services.optimizer.bounds import CurrentIntensity, TrailingRange
+from services.optimizer.cells import BOUND_TOLERANCE
 from services.optimizer.estimates import Estimates
 from services.optimizer.policy import Situation, make_policy, margin_g
-from services.optimizer.problem import BOUND_TOLERANCE
 from services.optimizer.program import solve_program
 from services.optimizer.settings import OptimizerSettings
 from shared.fleet import Fleet

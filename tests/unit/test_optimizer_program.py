@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from scipy import sparse
 from scipy.optimize import linprog
 
+from services.optimizer.cells import BOUND_TOLERANCE, Cells
 from services.optimizer.highs import warm_up
-from services.optimizer.problem import BOUND_TOLERANCE, Cells, OptionPrice, Problem, Solution
+from services.optimizer.problem import OptionPrice, Problem, Solution
 from services.optimizer.program import Program, solve, solve_program
 from shared.messages import OptionEstimate
 from tests.support.examples import examples

@@ -1,6 +1,7 @@
 """The producer that is replaced after an error that it cannot recover from; aiokafka's producer is simulated."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -23,12 +24,14 @@ class FakeProducer:
 
     made: ClassVar[list["FakeProducer"]] = []
     unreachable = False
+    brokers: ClassVar[set[str]] = {"one"}
 
     def __init__(self, **options):
         self.broken: KafkaError | None = None
         self.released = asyncio.Event()
         self.sent: list[bytes] = []
         self.started = self.stopped = False
+        self.client = SimpleNamespace(cluster=SimpleNamespace(brokers=lambda: self.brokers))
         self.made.append(self)
 
     async def start(self):
@@ -73,6 +76,21 @@ async def producer(monkeypatch):
     made = RecoveringProducer(bootstrap_servers="localhost:9092")
     await made.start()
     return made
+
+
+async def test_a_producer_that_starts_while_kafka_names_no_broker_is_given_up(producer, monkeypatch):
+    monkeypatch.setattr(FakeProducer, "brokers", set())
+    another = RecoveringProducer(bootstrap_servers="localhost:9092")
+    starting = asyncio.create_task(another.start())
+    await asyncio.sleep(0)
+    FakeProducer.made[-1].released.set()
+    with pytest.raises(KafkaConnectionError):
+        await starting
+    assert FakeProducer.made[-1].stopped
+    assert not another.is_started
+    monkeypatch.setattr(FakeProducer, "brokers", {"one"})
+    await another.start()
+    assert another.is_started
 
 
 @pytest.mark.parametrize(("value", "error"), [(b"large", MessageSizeTooLargeError), (b"defect", KafkaError)])

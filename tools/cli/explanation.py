@@ -6,9 +6,10 @@ It imports the solver; `tools.cli.policy` imports it only when the command runs.
 from dataclasses import dataclass
 from typing import Any
 
+from services.optimizer.cells import Cells
 from services.optimizer.outcome import limit_outcomes
 from services.optimizer.policy import problem_of
-from services.optimizer.problem import Cells, Problem, Rows
+from services.optimizer.problem import Problem, Rows
 from services.optimizer.program import Program, solve_program
 from shared.fleet import Fleet
 from shared.messages import LimitOutcome, Policy
