@@ -176,8 +176,12 @@ class CarefulBatches(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafk
         except FAILURES as error:
             _log.warning("deaths are not counted: no count", group=self._group, error=type(error).__name__)
             return
-        for partition, commit in stored.items():
-            self._count.assign(partition, commit.offset, split_deaths(str(commit.metadata or ""))[1])
+        for partition in partitions:
+            commit = stored.get(partition)
+            if commit is None:  # the group has committed nothing yet
+                self._count.assign(partition, 0, 0)
+            else:
+                self._count.assign(partition, commit.offset, split_deaths(str(commit.metadata or ""))[1])
 
     async def _committed(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, OffsetAndMetadata]:
         admin = AIOKafkaAdminClient(**self._kafka.client_options())

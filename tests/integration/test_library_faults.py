@@ -165,6 +165,7 @@ def test_highs_ends_without_a_result():
     """`services.optimizer.highs.outcome`: a program whose limits cannot be kept."""
     solver = highspy.Highs()
     solver.setOptionValue("output_flag", False)
+    solver.setOptionValue("threads", 1)  # as everywhere: the first model of a process sets the size of HiGHS's pool
     solver.readModel(str(DATA / "highs_unknown.mps.gz"))
     solver.run()
     assert solver.getModelStatus() == highspy.HighsModelStatus.kUnknown

@@ -127,7 +127,7 @@ class Batches(CarefulBatches):
     async def _committed(self, partitions):
         if not self.kafka.reachable:
             raise KafkaError("unreachable")
-        return {one: self.kafka.stored.get(one, OffsetAndMetadata(-1, "")) for one in partitions}
+        return {one: self.kafka.stored[one] for one in partitions if one in self.kafka.stored}
 
 
 @pytest.fixture
